@@ -1,0 +1,182 @@
+//! Races between blocks in global memory.
+//!
+//! Each 4-byte cell remembers the block of its last write and of its last read, with that block's epoch. Blocks
+//! that synchronise through strong operations (atomics, volatile, acquire, release) pass on what they know of each
+//! other's epochs; two accesses with no such path between them, one of them a write, race. Accesses within a block
+//! are not looked at.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Launches of more blocks than this are not watched.
+pub(crate) const MAX_BLOCKS: u64 = (1 << 24) - 2;
+
+const PAGE_CELLS: usize = 1024;
+
+/// A cell packs block + 1 (24 bits), epoch (12 bits), bytes (4 bits), whether it was atomic and the line (23 bits).
+#[derive(Clone, Copy)]
+struct Packed(u64);
+
+impl Packed {
+    fn new(block: u32, epoch: u32, bytes: u8, who: &Who) -> Self {
+        let epoch = u64::from(epoch.min(0xfff));
+        Self(
+            (u64::from(block) + 1) << 40
+                | epoch << 28
+                | u64::from(bytes) << 24
+                | u64::from(who.atomic) << 23
+                | u64::from(who.line.min(0x7f_ffff)),
+        )
+    }
+
+    fn block(self) -> Option<u32> {
+        ((self.0 >> 40) as u32).checked_sub(1)
+    }
+
+    fn epoch(self) -> u32 {
+        (self.0 >> 28) as u32 & 0xfff
+    }
+
+    fn bytes(self) -> u8 {
+        (self.0 >> 24) as u8 & 0xf
+    }
+
+    fn atomic(self) -> bool {
+        self.0 >> 23 & 1 != 0
+    }
+
+    fn line(self) -> u32 {
+        self.0 as u32 & 0x7f_ffff
+    }
+}
+
+/// Who accesses: the block, its epoch, the line, and whether the access is atomic.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Who {
+    pub block: u32,
+    pub epoch: u32,
+    pub line: u32,
+    pub atomic: bool,
+}
+
+/// Addresses of strong operations that are followed; with more, the check gives up rather than grow.
+const MAX_OBJECTS: usize = 1 << 14;
+
+type Page = Box<[[AtomicU64; 2]]>;
+
+/// An earlier access by another block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Conflict {
+    pub block: u32,
+    pub line: u32,
+    pub was_write: bool,
+}
+
+/// The shadow of all global memory during one launch.
+#[derive(Debug)]
+pub(crate) struct GlobalShadow {
+    /// Pages of each allocation of the view.
+    pages: Vec<Vec<OnceLock<Page>>>,
+    sync: Mutex<Sync>,
+}
+
+#[derive(Debug, Default)]
+struct Sync {
+    /// What was released at each address.
+    objects: HashMap<u64, HashMap<u32, u32>>,
+    /// What each block knows of the epochs of others, and its own epoch.
+    blocks: HashMap<u32, HashMap<u32, u32>>,
+    gave_up: bool,
+}
+
+impl GlobalShadow {
+    /// For allocations of these lengths.
+    pub fn new(lengths: impl Iterator<Item = usize>) -> Self {
+        let pages = lengths.map(|len| {
+            let n = len.div_ceil(4 * PAGE_CELLS);
+            (0..n).map(|_| OnceLock::new()).collect()
+        });
+        Self {
+            pages: pages.collect(),
+            sync: Mutex::default(),
+        }
+    }
+
+    /// A block's strong operation on an address: it learns what others left there, and leaves what it knows.
+    /// Returns the epoch that it released; the block is in the next one from then on.
+    pub fn synchronize(&self, block: u32, address: u64) -> u32 {
+        let mut sync = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
+        let Sync {
+            objects,
+            blocks,
+            gave_up,
+        } = &mut *sync;
+        if objects.len() >= MAX_OBJECTS {
+            *gave_up = true;
+            return 0;
+        }
+        let object = objects.entry(address / 8).or_default();
+        let known = blocks.entry(block).or_default();
+        for (other, epoch) in object.iter() {
+            let mine = known.entry(*other).or_insert(0);
+            *mine = (*mine).max(*epoch);
+        }
+        let released = *known.entry(block).or_insert(0);
+        object.clone_from(known);
+        known.insert(block, released + 1);
+        released
+    }
+
+    fn knows(&self, block: u32, other: u32, epoch: u32) -> bool {
+        let sync = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = sync.blocks.get(&block).and_then(|k| k.get(&other));
+        // Epochs that no longer fit in a cell count as known.
+        sync.gave_up || epoch == 0xfff || known.is_some_and(|k| *k >= epoch)
+    }
+
+    /// Records an access of `bytes` at offset `at` of an allocation; returns a conflict.
+    pub fn access(&self, allocation: usize, at: usize, bytes: usize, write: bool, who: Who) -> Option<Conflict> {
+        let Who { block, epoch, .. } = who;
+        let mut found = None;
+        let end = at + bytes;
+        for cell in at / 4..end.div_ceil(4) {
+            let low = at.max(cell * 4) - cell * 4;
+            let high = end.min(cell * 4 + 4) - cell * 4;
+            let mask = ((1u16 << high) - (1u16 << low)) as u8;
+            let page = self.pages.get(allocation)?.get(cell / PAGE_CELLS)?;
+            let page = page.get_or_init(|| {
+                (0..PAGE_CELLS)
+                    .map(|_| [AtomicU64::new(0), AtomicU64::new(0)])
+                    .collect()
+            });
+            let [written, read] = &page[cell % PAGE_CELLS];
+            let last_write = Packed(written.load(Ordering::Relaxed));
+            found = found.or_else(|| self.conflict(last_write, &who, mask, true));
+            if write {
+                let last_read = Packed(read.load(Ordering::Relaxed));
+                found = found.or_else(|| self.conflict(last_read, &who, mask, false));
+            }
+            let slot = if write { written } else { read };
+            let old = Packed(slot.load(Ordering::Relaxed));
+            let same = old.block() == Some(block) && old.epoch() == epoch.min(0xfff);
+            let bytes = if same { old.bytes() | mask } else { mask };
+            let new = Packed::new(block, epoch, bytes, &who);
+            slot.store(new.0, Ordering::Relaxed);
+        }
+        found
+    }
+
+    fn conflict(&self, old: Packed, who: &Who, mask: u8, was_write: bool) -> Option<Conflict> {
+        let other = old.block()?;
+        let harmless = other == who.block || old.bytes() & mask == 0;
+        if harmless || old.atomic() && who.atomic || self.knows(who.block, other, old.epoch()) {
+            return None;
+        }
+        Some(Conflict {
+            block: other,
+            line: old.line(),
+            was_write,
+        })
+    }
+}

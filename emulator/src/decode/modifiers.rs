@@ -1,0 +1,100 @@
+//! The dot-modifiers of one instruction, consumed one by one.
+//!
+//! Decoding takes the modifiers it understands; whatever is left at the end makes the instruction
+//! unknown. Nothing is ever ignored by accident.
+
+use super::types::Ty;
+use super::{Failure, fail};
+use crate::numeric::{IntegerRounding, Rounding};
+
+pub(crate) struct Modifiers<'a> {
+    left: Vec<&'a str>,
+}
+
+impl<'a> Modifiers<'a> {
+    pub fn new(words: &[&'a str]) -> Self {
+        Self { left: words.to_vec() }
+    }
+
+    /// Takes `word` wherever it stands; true if it was there.
+    pub fn take(&mut self, word: &str) -> bool {
+        match self.left.iter().position(|w| *w == word) {
+            Some(at) => {
+                self.left.remove(at);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Takes the first of `table`'s words that is there.
+    pub fn one_of<T: Copy>(&mut self, table: &[(&str, T)]) -> Option<T> {
+        for (word, value) in table {
+            if self.take(word) {
+                return Some(*value);
+            }
+        }
+        None
+    }
+
+    /// As [`one_of`](Self::one_of), for a modifier that must be there.
+    pub fn need<T: Copy>(&mut self, what: &str, table: &[(&str, T)]) -> Result<T, Failure> {
+        match self.one_of(table) {
+            Some(value) => Ok(value),
+            None => fail(format!("{what} is missing or not known")),
+        }
+    }
+
+    /// Takes the first modifier left.
+    pub fn next(&mut self) -> Option<&'a str> {
+        (!self.left.is_empty()).then(|| self.left.remove(0))
+    }
+
+    /// Takes the first modifier for which `f` gives a value.
+    pub fn find<T>(&mut self, f: impl Fn(&str) -> Option<T>) -> Option<T> {
+        for at in 0..self.left.len() {
+            if let Some(value) = f(self.left[at]) {
+                self.left.remove(at);
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    /// Takes the first type word.
+    pub fn ty(&mut self) -> Result<Ty, Failure> {
+        match self.find(Ty::parse) {
+            Some(ty) => Ok(ty),
+            None => fail("the type is missing or not known"),
+        }
+    }
+
+    /// Takes a floating-point rounding modifier.
+    pub fn rounding(&mut self) -> Option<Rounding> {
+        self.one_of(&[
+            ("rn", Rounding::NearestEven),
+            ("rna", Rounding::NearestAway),
+            ("rz", Rounding::TowardZero),
+            ("rm", Rounding::Down),
+            ("rp", Rounding::Up),
+        ])
+    }
+
+    /// Takes a round-to-integer modifier.
+    pub fn integer_rounding(&mut self) -> Option<IntegerRounding> {
+        self.one_of(&[
+            ("rni", IntegerRounding::NearestEven),
+            ("rzi", IntegerRounding::TowardZero),
+            ("rmi", IntegerRounding::Down),
+            ("rpi", IntegerRounding::Up),
+        ])
+    }
+
+    /// Everything must have been understood.
+    pub fn finish(&self) -> Result<(), Failure> {
+        match self.left.first() {
+            None => Ok(()),
+            Some(word) => fail(format!("modifier `.{word}` is not known here")),
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! From an address to the bytes: finding the memory, and the checks every access passes.
+
+use super::warp::Warp;
+use super::{Cluster, is_narrow};
+use crate::check::global_race::Who;
+use crate::check::shared_race::{Engine, Site};
+use crate::decode::op::Instr;
+use crate::decode::types::{Addr, Order, Space};
+use crate::error::Error;
+use crate::memory::global::Outside;
+use crate::memory::window;
+use crate::report::FindingKind;
+
+/// Where an access landed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// Allocation of the view, and the offset in it.
+    Global { allocation: usize, at: usize },
+    /// Block of the cluster, and the offset in its shared memory.
+    Shared { cta: usize, at: usize },
+    /// Offset in the lane's local memory.
+    Local { at: usize },
+    /// Offset in the kernel's parameters.
+    Param { at: usize },
+}
+
+/// One lane's access.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Access {
+    pub lane: usize,
+    pub address: u64,
+    pub space: Space,
+    pub bytes: usize,
+    pub align: u64,
+    pub write: bool,
+}
+
+/// The address a lane's base register and the instruction's offset make.
+#[inline]
+pub(crate) fn effective(addr: &Addr, base: u64) -> u64 {
+    let address = base.wrapping_add_signed(addr.offset);
+    if is_narrow(addr.space) {
+        address & 0xffff_ffff
+    } else {
+        address
+    }
+}
+
+impl<'m> Cluster<'m> {
+    /// Finds the memory of an access; reports and returns `None` if there is none or it is misaligned.
+    ///
+    /// # Errors
+    ///
+    /// A fault, where the check that would report it is off.
+    pub fn locate(&mut self, warp: &mut Warp, instr: &Instr, access: Access) -> Result<Option<Target>, Error> {
+        let Access {
+            space,
+            address,
+            bytes,
+            align,
+            ..
+        } = access;
+        if !address.is_multiple_of(align) {
+            self.misaligned(warp, instr, access)?;
+            return Ok(None);
+        }
+        let (space, offset) = match space {
+            Space::Generic => window::resolve(address),
+            other => (other, address),
+        };
+        let at = offset as usize;
+        let fits = |len: usize| at.checked_add(bytes).is_some_and(|end| end <= len);
+        let found = match space {
+            Space::Global | Space::Const | Space::Generic => {
+                let found = self.ctx.view.find(offset, bytes, warp.hint);
+                found.map(|allocation| {
+                    warp.hint = allocation;
+                    let base = self.ctx.view.allocations[allocation].base();
+                    Target::Global {
+                        allocation,
+                        at: (offset - base) as usize,
+                    }
+                })
+            }
+            Space::Shared | Space::SharedCluster => self.shared_target(warp.cta, offset, bytes),
+            Space::Local => fits(warp.local.len(access.lane)).then_some(Target::Local { at }),
+            Space::Param => {
+                let readable = fits(self.ctx.launch.params.len()) && !access.write;
+                readable.then_some(Target::Param { at })
+            }
+        };
+        if found.is_none() {
+            self.outside(warp, instr, access, space, offset)?;
+        }
+        Ok(found)
+    }
+
+    /// The block and offset of a shared address; rank 0 in its upper bits means the executing block.
+    pub fn shared_target(&self, own: usize, address: u64, bytes: usize) -> Option<Target> {
+        let rank = (address >> window::RANK_SHIFT) as usize;
+        let cta = if rank == 0 { own } else { rank - 1 };
+        let at = (address & window::OFFSET_MASK) as usize;
+        let shared = &self.ctas.get(cta)?.shared;
+        let inside = at as u64 >= window::SHARED_BASE && at.checked_add(bytes).is_some_and(|end| end <= shared.len());
+        inside.then_some(Target::Shared { cta, at })
+    }
+
+    #[cold]
+    fn misaligned(&mut self, warp: &Warp, instr: &Instr, access: Access) -> Result<(), Error> {
+        let Access { address, align, .. } = access;
+        let message = format!(
+            "{} of {} bytes at {address:#x}, which is not a multiple of {align}",
+            verb(access.write),
+            access.bytes
+        );
+        if !self.ctx.checks.alignment {
+            return Err(self.fault(warp, instr.line, format!("misaligned address: {message}")));
+        }
+        let actor = self.actor(warp);
+        let at = (Some(access.lane), Some(address));
+        self.report(FindingKind::Misaligned, instr.line, actor, at, || message);
+        Ok(())
+    }
+
+    #[cold]
+    fn outside(&mut self, warp: &Warp, instr: &Instr, access: Access, space: Space, offset: u64) -> Result<(), Error> {
+        let Access { bytes, .. } = access;
+        let mut kind = FindingKind::OutOfBounds;
+        let place = match space {
+            Space::Global | Space::Const | Space::Generic => match self.ctx.view.explain(offset, bytes) {
+                Outside::Freed(base, len) => {
+                    kind = FindingKind::UseAfterFree;
+                    format!("global memory at {offset:#x}, in {len} bytes at {base:#x} that were freed")
+                }
+                Outside::Unmapped(text) => format!("global memory at {offset:#x}: {text}"),
+            },
+            Space::Shared | Space::SharedCluster => format!(
+                "shared memory at {offset:#x}; the block has {:#x} to {:#x}",
+                window::SHARED_BASE,
+                self.ctas[warp.cta].shared.len()
+            ),
+            Space::Local => format!(
+                "local memory at {offset:#x}; the thread has {} bytes",
+                warp.local.len(access.lane)
+            ),
+            Space::Param => format!(
+                "kernel parameters at {offset:#x}, of which there are {} bytes",
+                self.ctx.launch.params.len()
+            ),
+        };
+        let message = format!("{} of {bytes} bytes of {place}", verb(access.write));
+        if !self.ctx.checks.bounds {
+            return Err(self.fault(warp, instr.line, format!("illegal address: {message}")));
+        }
+        let actor = self.actor(warp);
+        let at = (Some(access.lane), Some(access.address));
+        self.report(kind, instr.line, actor, at, || message);
+        Ok(())
+    }
+
+    /// The checks on an access whose memory was found: initialised, and not racing.
+    #[inline]
+    pub fn observe(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target, order: Order, site: Site) {
+        let checks = self.ctx.checks;
+        if !access.write && checks.uninitialized {
+            self.check_initialized(warp, instr, access, target);
+        }
+        match target {
+            Target::Shared { cta, at } if checks.shared_races => {
+                if order == Order::Strong {
+                    self.acquire_shared(warp.id, cta, at as u64);
+                }
+                let agent = Engine::Warp.agent(warp.id);
+                let actor = self.actor(warp);
+                let range = (at, access.bytes);
+                let lane = Some(access.lane);
+                self.watch_shared(warp.id, agent, actor, site, cta, range, access.write, lane);
+                if order == Order::Strong {
+                    self.release_shared(warp.id, cta, at as u64);
+                }
+            }
+            Target::Global { allocation, at } if checks.global_races => {
+                let range = (allocation, at);
+                self.watch_global(warp, instr, access, range, order, false);
+            }
+            _ => {}
+        }
+    }
+
+    /// Records a global access with the race detector.
+    pub fn watch_global(
+        &mut self,
+        warp: &Warp,
+        instr: &Instr,
+        access: Access,
+        range: (usize, usize),
+        order: Order,
+        atomic: bool,
+    ) {
+        let Some(shadow) = &self.ctx.shadow else {
+            return;
+        };
+        let (allocation, at) = range;
+        let cta = &mut self.ctas[warp.cta];
+        let mut epoch = cta.epoch;
+        if order == Order::Strong {
+            epoch = shadow.synchronize(cta.linear, access.address);
+            cta.epoch = epoch + 1;
+        }
+        let who = Who {
+            block: cta.linear,
+            epoch,
+            line: instr.line,
+            atomic: atomic || order == Order::Strong,
+        };
+        let conflict = shadow.access(allocation, at, access.bytes, access.write, who);
+        if let Some(conflict) = conflict {
+            let actor = self.actor(warp);
+            let place = (Some(access.lane), Some(access.address));
+            let earlier = self.ctx.launch.block_coordinates(conflict.block);
+            self.report(FindingKind::GlobalRace, instr.line, actor, place, || {
+                let [x, y, z] = earlier;
+                format!(
+                    "{} of {} bytes after a {} by block {x},{y},{z} at line {}, which nothing orders before it",
+                    verb(access.write),
+                    access.bytes,
+                    verb(conflict.was_write),
+                    conflict.line
+                )
+            });
+        }
+    }
+
+    fn check_initialized(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target) {
+        let bytes = access.bytes;
+        let (space, missing) = match target {
+            Target::Global { allocation, at } => {
+                let memory = &self.ctx.view.allocations[allocation];
+                ("global", memory.first_uninitialized(at, bytes).map(|m| m - at))
+            }
+            Target::Shared { cta, at } => {
+                let memory = &self.ctas[cta].shared;
+                ("shared", memory.first_uninitialized(at, bytes).map(|m| m - at))
+            }
+            Target::Local { at } => {
+                let untouched = warp.local.untouched(access.lane, at, bytes);
+                ("local", untouched.then_some(0))
+            }
+            Target::Param { .. } => return,
+        };
+        if let Some(missing) = missing {
+            let actor = self.actor(warp);
+            let at = (Some(access.lane), Some(access.address));
+            self.report(FindingKind::Uninitialized, instr.line, actor, at, || {
+                format!("read of {bytes} bytes of {space} memory, of which byte {missing} was never written")
+            });
+        }
+    }
+}
+
+fn verb(write: bool) -> &'static str {
+    if write { "write" } else { "read" }
+}

@@ -1,0 +1,206 @@
+//! Loads, stores and fences.
+
+use super::access::{Access, Target, effective};
+use super::alu::truncate;
+use super::warp::{Warp, lanes};
+use super::{Cluster, Flow, Step};
+use crate::counters::{sectors, wavefronts};
+use crate::decode::op::{Instr, Memory};
+use crate::decode::types::{Addr, Order, Slot, Space};
+
+/// Addresses of one instruction in one space, for the counters.
+#[derive(Default)]
+pub(crate) struct Touched {
+    global: Vec<u64>,
+    shared: Vec<u64>,
+}
+
+impl Touched {
+    #[inline]
+    pub fn add(&mut self, target: Target, address: u64) {
+        match target {
+            Target::Global { .. } => self.global.push(address),
+            Target::Shared { at, .. } => self.shared.push(at as u64),
+            Target::Local { .. } | Target::Param { .. } => {}
+        }
+    }
+}
+
+impl<'m> Cluster<'m> {
+    pub fn memory(&mut self, warp: &mut Warp, instr: &Instr, op: &Memory, mask: u32) -> Step {
+        match op {
+            Memory::Load {
+                addr,
+                order,
+                bytes,
+                signed,
+                dst_bits,
+                dsts,
+            } => {
+                let extend = signed.then_some(*dst_bits);
+                self.load(warp, instr, mask, addr, *order, *bytes, extend, dsts)
+            }
+            Memory::Store {
+                addr,
+                order,
+                bytes,
+                srcs,
+            } => self.store(warp, instr, mask, addr, *order, *bytes, srcs),
+            Memory::Atomic { .. } => self.atomic(warp, instr, op, mask),
+            Memory::Fence { async_proxy } => {
+                if *async_proxy {
+                    let known = self.known[warp.id].generic.clone();
+                    self.known[warp.id].fenced.join(&known);
+                }
+                Ok(Flow::Next)
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a load is all of these")]
+    fn load(
+        &mut self,
+        warp: &mut Warp,
+        instr: &Instr,
+        mask: u32,
+        addr: &Addr,
+        order: Order,
+        bytes: u32,
+        extend: Option<u32>,
+        dsts: &[Slot],
+    ) -> Step {
+        let base = *warp.frame().row(addr.base);
+        let size = bytes as usize;
+        let total = size * dsts.len();
+        let site = self.site(warp);
+        let mut touched = Touched::default();
+        for lane in lanes(mask) {
+            let access = Access {
+                lane,
+                address: effective(addr, base[lane]),
+                space: addr.space,
+                bytes: total,
+                align: total.next_power_of_two() as u64,
+                write: false,
+            };
+            let Some(target) = self.locate(warp, instr, access)? else {
+                for dst in dsts {
+                    warp.frame_mut().row_mut(*dst)[lane] = 0;
+                }
+                continue;
+            };
+            self.observe(warp, instr, access, target, order, site);
+            touched.add(target, access.address);
+            for (index, dst) in dsts.iter().enumerate() {
+                let mut value = self.peek(warp, lane, target, index * size, size);
+                if let Some(bits) = extend {
+                    let shift = 64 - bytes * 8;
+                    value = truncate(bits, ((value << shift) as i64 >> shift) as u64);
+                }
+                warp.frame_mut().row_mut(*dst)[lane] = value;
+            }
+        }
+        self.count_access(&touched, total as u64, false);
+        Ok(Flow::Next)
+    }
+
+    /// Reads up to 8 bytes at an offset from where an access landed.
+    #[inline]
+    pub fn peek(&self, warp: &Warp, lane: usize, target: Target, offset: usize, bytes: usize) -> u64 {
+        match target {
+            Target::Global { allocation, at } => self.ctx.view.allocations[allocation].load(at + offset, bytes),
+            Target::Shared { cta, at } => self.ctas[cta].shared.load(at + offset, bytes),
+            Target::Local { at } => warp.local.load(lane, at + offset, bytes),
+            Target::Param { at } => {
+                let from = at + offset;
+                crate::memory::shared::load(&self.ctx.launch.params[from..from + bytes])
+            }
+        }
+    }
+
+    /// Writes up to 8 bytes at an offset from where an access landed.
+    #[inline]
+    pub fn poke(&mut self, warp: &mut Warp, lane: usize, target: Target, offset: usize, bytes: usize, value: u64) {
+        match target {
+            Target::Global { allocation, at } => {
+                let memory = &self.ctx.view.allocations[allocation];
+                memory.store(at + offset, bytes, value);
+                memory.mark(at + offset, bytes);
+            }
+            Target::Shared { cta, at } => self.ctas[cta].shared.store(at + offset, bytes, value),
+            Target::Local { at } => warp.local.store(lane, at + offset, bytes, value),
+            Target::Param { .. } => {}
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a store is all of these")]
+    fn store(
+        &mut self,
+        warp: &mut Warp,
+        instr: &Instr,
+        mask: u32,
+        addr: &Addr,
+        order: Order,
+        bytes: u32,
+        srcs: &[Slot],
+    ) -> Step {
+        let base = *warp.frame().row(addr.base);
+        let size = bytes as usize;
+        let total = size * srcs.len();
+        let site = self.site(warp);
+        let mut touched = Touched::default();
+        for lane in lanes(mask) {
+            let access = Access {
+                lane,
+                address: effective(addr, base[lane]),
+                space: addr.space,
+                bytes: total,
+                align: total.next_power_of_two() as u64,
+                write: true,
+            };
+            let Some(target) = self.locate(warp, instr, access)? else {
+                continue;
+            };
+            self.observe(warp, instr, access, target, order, site);
+            touched.add(target, access.address);
+            for (index, src) in srcs.iter().enumerate() {
+                let value = warp.frame().row(*src)[lane];
+                self.poke(warp, lane, target, index * size, size, value);
+            }
+        }
+        self.count_access(&touched, total as u64, true);
+        Ok(Flow::Next)
+    }
+
+    /// Adds a warp's access to the counters.
+    pub fn count_access(&mut self, touched: &Touched, bytes: u64, write: bool) {
+        let counters = &mut self.counters;
+        if !touched.global.is_empty() {
+            let n = touched.global.len() as u64 * bytes;
+            let sectors = sectors(&touched.global, bytes);
+            if write {
+                counters.global_written_bytes += n;
+                counters.global_written_sectors += sectors;
+            } else {
+                counters.global_read_bytes += n;
+                counters.global_read_sectors += sectors;
+            }
+        }
+        if !touched.shared.is_empty() {
+            let n = touched.shared.len() as u64 * bytes;
+            if write {
+                counters.shared_written_bytes += n;
+            } else {
+                counters.shared_read_bytes += n;
+            }
+            let (passes, least) = wavefronts(&touched.shared, bytes);
+            counters.shared_wavefronts += passes;
+            counters.shared_bank_conflicts += passes - least;
+        }
+    }
+}
+
+/// Whether an access in `space` may reach global memory.
+pub(crate) fn may_be_global(space: Space) -> bool {
+    matches!(space, Space::Global | Space::Generic)
+}

@@ -1,0 +1,507 @@
+//! The executor: blocks of a cluster, their warps, and one instruction after another.
+//!
+//! A [`Cluster`] is the unit that runs on one host thread: its blocks share memory and barriers. Warps are stepped
+//! by [`run`], which draws from the seed; what an instruction does is in the module named after its family.
+
+mod access;
+mod alu;
+pub(crate) mod async_copy;
+mod atomics;
+mod barrier;
+mod bulk;
+mod control;
+mod float;
+mod mbarrier;
+mod memory_ops;
+mod run;
+pub(crate) mod tensor;
+pub(crate) mod warp;
+mod warp_ops;
+pub(crate) mod wgmma;
+mod wmma;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::check::Checks;
+use crate::check::clock::{Clock, Knowledge};
+use crate::check::global_race::GlobalShadow;
+use crate::check::shared_race::{Accessor, ENGINES, Engine, SharedShadow, Site};
+use crate::counters::Counters;
+use crate::decode::op::{Alu, Counter, Instr, Op};
+use crate::decode::types::Space;
+use crate::error::Error;
+use crate::launch::Launch;
+use crate::memory::global::View;
+use crate::memory::shared::SharedMemory;
+use crate::memory::window;
+use crate::module::Module;
+use crate::report::{Finding, FindingKind, Findings};
+use crate::schedule::{Rng, Temper};
+
+pub(crate) use barrier::BARRIERS;
+use barrier::{BlockBarrier, ClusterBarrier};
+use bulk::BulkQueue;
+pub(crate) use control::function_address;
+use mbarrier::Mbarrier;
+pub(crate) use memory_ops::may_be_global;
+use warp::Warp;
+pub(crate) use wmma::operand_named;
+
+/// What all blocks of a launch share.
+pub(crate) struct Context<'m> {
+    pub module: &'m Module,
+    pub launch: &'m Launch<'m>,
+    pub entry: u32,
+    pub checks: Checks,
+    pub max_findings: usize,
+    pub seed: u64,
+    pub view: View,
+    pub shadow: Option<GlobalShadow>,
+    /// Address of each module variable, in its own space.
+    pub variables: Vec<u64>,
+    /// End of the block's shared memory.
+    pub shared_end: u64,
+    /// Registers a thread has at the start, where the kernel says so.
+    pub registers: Option<u32>,
+    pub limit: Option<u64>,
+    pub executed: AtomicU64,
+    /// Whether the kernel uses `wgmma`: then writes of registers are timed.
+    pub uses_wgmma: bool,
+}
+
+/// A block.
+pub(crate) struct Cta {
+    pub coordinates: [u32; 3],
+    /// Number within the grid.
+    pub linear: u32,
+    pub shared: SharedMemory,
+    pub shadow: Option<SharedShadow>,
+    pub barriers: Vec<BlockBarrier>,
+    pub mbarriers: HashMap<u32, Mbarrier>,
+    /// Registers given back by `setmaxnreg.dec`.
+    pub pool: u32,
+    pub threads: u32,
+    pub live_threads: u32,
+    /// Epoch for races between blocks.
+    pub epoch: u32,
+}
+
+/// The blocks of a cluster and everything that happens between their warps.
+pub(crate) struct Cluster<'m> {
+    pub ctx: &'m Context<'m>,
+    pub ctas: Vec<Cta>,
+    pub rng: Rng,
+    pub temper: Temper,
+    pub tick: u64,
+    pub findings: Findings,
+    pub counters: Counters,
+    /// Executions by function and instruction: by warps, by lanes.
+    pub counts: Vec<Vec<[u64; 2]>>,
+    pub known: Vec<Knowledge>,
+    /// Step of every agent.
+    pub steps: Vec<u32>,
+    /// What strong operations left at shared addresses.
+    pub released: HashMap<(usize, u64), Knowledge>,
+    pub barrier: ClusterBarrier,
+    pub bulk: BulkQueue,
+    pub warps_per_cta: usize,
+    /// Thread instructions not yet added to the launch's total.
+    pub pending: u64,
+    /// Something happened that may let a waiting warp go on.
+    pub progress: u64,
+}
+
+/// Where the group goes after an instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flow {
+    /// To the next instruction.
+    Next,
+    /// Nowhere: it waits, or was moved already.
+    Moved,
+}
+
+pub(crate) type Step = Result<Flow, Error>;
+
+/// Who made an access, for messages: block and warp.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Actor {
+    pub cta: usize,
+    pub warp: u32,
+}
+
+impl<'m> Cluster<'m> {
+    /// Executes one instruction of the warp's current group.
+    #[inline]
+    pub fn step(&mut self, warp: &mut Warp) -> Result<(), Error> {
+        let ctx = self.ctx;
+        let group = warp.groups[warp.current];
+        let frame = warp.frame();
+        let function = frame.function as usize;
+        let instr: &'m Instr = &ctx.module.functions[function].code[group.pc as usize];
+        let mut mask = group.mask;
+        if let Some(guard) = instr.guard {
+            mask &= frame.pred(guard);
+            if mask == 0 {
+                self.counts[function][group.pc as usize][0] += 1;
+                warp.group().pc += 1;
+                return Ok(());
+            }
+        }
+        if let Some(required) = tensor::required_lanes(warp, &instr.op, mask)
+            && !self.converged(warp, instr, required, mask)
+        {
+            return Ok(());
+        }
+        let count = &mut self.counts[function][group.pc as usize];
+        count[0] += 1;
+        count[1] += u64::from(mask.count_ones());
+        self.pending += u64::from(mask.count_ones());
+        if ctx.uses_wgmma {
+            self.track_registers(warp, instr);
+        }
+        let flow = self.dispatch(warp, instr, mask)?;
+        if flow == Flow::Next {
+            warp.group().pc += 1;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn dispatch(&mut self, warp: &mut Warp, instr: &'m Instr, mask: u32) -> Step {
+        match &instr.op {
+            Op::Alu(alu) => {
+                match alu {
+                    Alu::Clock { .. }
+                    | Alu::Cvta { .. }
+                    | Alu::Isspacep { .. }
+                    | Alu::Mapa { .. }
+                    | Alu::CtaRank { .. } => self.address_alu(warp, alu, mask),
+                    _ => alu::execute(warp.frame_mut(), mask, alu),
+                }
+                Ok(Flow::Next)
+            }
+            Op::Control(op) => self.control(warp, instr, op, mask),
+            Op::Memory(op) => self.memory(warp, instr, op, mask),
+            Op::Warp(op) => self.warp_op(warp, instr, op, mask),
+            Op::Barrier(op) => self.block_barrier(warp, instr, op, mask),
+            Op::Mbarrier(op) => self.mbarrier(warp, instr, op, mask),
+            Op::Async(op) => self.asynchronous(warp, instr, op, mask),
+            Op::Tensor(op) => self.tensor(warp, instr, op, mask),
+            Op::Wmma(op) => self.wmma(warp, instr, op, mask),
+            Op::Wgmma(op) => self.wgmma(warp, instr, op, mask),
+            Op::Nop => Ok(Flow::Next),
+        }
+    }
+
+    /// Address conversions and clocks.
+    fn address_alu(&mut self, warp: &mut Warp, alu: &Alu, mask: u32) {
+        let rank = warp.cta as u32;
+        let tick = self.tick;
+        let f = warp.frame_mut();
+        match alu {
+            Alu::Clock { dst, counter } => {
+                let value = match counter {
+                    Counter::Clock => tick & 0xffff_ffff,
+                    Counter::ClockHi => tick >> 32,
+                    Counter::Clock64 | Counter::GlobalTimer => tick,
+                    Counter::GlobalTimerLo => tick & 0xffff_ffff,
+                    Counter::GlobalTimerHi => tick >> 32,
+                };
+                for lane in warp::lanes(mask) {
+                    f.row_mut(*dst)[lane] = value;
+                }
+            }
+            Alu::Cvta {
+                dst,
+                src,
+                space,
+                to_space,
+                bits,
+            } => {
+                let base = window::base(*space).unwrap_or(0);
+                let (to_space, bits) = (*to_space, *bits);
+                alu::map(f, mask, *dst, *src, |a| {
+                    let moved = if to_space {
+                        a.wrapping_sub(base)
+                    } else {
+                        a.wrapping_add(base)
+                    };
+                    alu::truncate(bits, moved)
+                });
+            }
+            Alu::Isspacep { space, dst, src } => {
+                let row = *f.row(*src);
+                let mut value = 0;
+                for (lane, address) in row.iter().enumerate() {
+                    value |= u32::from(window::contains(*space, *address, rank)) << lane;
+                }
+                f.set_pred(*dst, mask, value);
+            }
+            Alu::Mapa {
+                dst,
+                src,
+                rank,
+                generic,
+            } => {
+                let base = if *generic { window::SHARED } else { 0 };
+                alu::map2(f, mask, *dst, [*src, *rank], |a, r| {
+                    let offset = a.wrapping_sub(base) & window::OFFSET_MASK;
+                    base + (((r & 0xff) + 1) << window::RANK_SHIFT | offset)
+                });
+            }
+            Alu::CtaRank { dst, src, generic } => {
+                let base = if *generic { window::SHARED } else { 0 };
+                alu::map(f, mask, *dst, *src, |a| {
+                    let field = a.wrapping_sub(base) >> window::RANK_SHIFT & 0xff;
+                    field.checked_sub(1).unwrap_or(u64::from(rank))
+                });
+            }
+            _ => {}
+        }
+    }
+
+    /// The present place, for the race detector and for messages.
+    pub fn site(&self, warp: &Warp) -> Site {
+        Site {
+            function: warp.frame().function,
+            pc: warp.groups[warp.current].pc,
+        }
+    }
+
+    pub fn line_at(&self, site: Site) -> u32 {
+        let function = self.ctx.module.functions.get(site.function as usize);
+        let instr = function.and_then(|f| f.code.get(site.pc as usize));
+        instr.map_or(0, |i| i.line)
+    }
+
+    /// Adds a finding made by `actor` at `line`.
+    pub fn report(
+        &mut self,
+        kind: FindingKind,
+        line: u32,
+        actor: Actor,
+        at: (Option<usize>, Option<u64>),
+        message: impl FnOnce() -> String,
+    ) {
+        let module = self.ctx.module;
+        let block = self.ctas[actor.cta].coordinates;
+        self.findings.add(kind, line, || Finding {
+            kind,
+            file: module.file().to_owned(),
+            line,
+            text: module.line(line),
+            block,
+            warp: actor.warp,
+            lane: at.0.map(|lane| lane as u32),
+            address: at.1,
+            message: message(),
+        });
+    }
+
+    pub fn actor(&self, warp: &Warp) -> Actor {
+        Actor {
+            cta: warp.cta,
+            warp: warp.index,
+        }
+    }
+
+    /// Ends the launch: there is no sensible way to go on.
+    pub fn fault(&self, warp: &Warp, line: u32, message: impl Into<String>) -> Error {
+        Error::Fault {
+            file: self.ctx.module.file().to_owned(),
+            line,
+            message: message.into(),
+            block: self.block_name(warp.cta),
+            warp: warp.index,
+        }
+    }
+
+    pub fn block_name(&self, cta: usize) -> String {
+        let [x, y, z] = self.ctas[cta].coordinates;
+        format!("{x},{y},{z}")
+    }
+
+    /// The actor behind an agent of the race detector.
+    pub fn describe_agent(&self, agent: u32) -> String {
+        let id = agent as usize / ENGINES;
+        let warp = id % self.warps_per_cta;
+        let block = self.block_name((id / self.warps_per_cta).min(self.ctas.len() - 1));
+        let what = match Engine::of(agent) {
+            Engine::Warp => "",
+            Engine::CpAsync => "an asynchronous copy (cp.async) of ",
+            Engine::Bulk => "a bulk copy of ",
+            Engine::Wgmma => "a wgmma of ",
+        };
+        if self.ctas.len() > 1 {
+            format!("{what}warp {warp} of block {block}")
+        } else {
+            format!("{what}warp {warp}")
+        }
+    }
+
+    /// Whether shared-memory races are watched.
+    #[inline]
+    pub fn watches_shared(&self) -> bool {
+        self.ctx.checks.shared_races
+    }
+
+    /// What a warp knows, to be left at a synchronisation object; begins its next step.
+    pub fn release(&mut self, id: usize) -> Knowledge {
+        let known = self.known[id].clone();
+        let agent = Engine::Warp.agent(id);
+        self.steps[agent as usize] += 1;
+        let step = self.steps[agent as usize];
+        self.known[id].generic.set(agent, step);
+        known
+    }
+
+    /// A warp learns what was left at a synchronisation object.
+    pub fn acquire(&mut self, id: usize, left: &Knowledge) {
+        self.known[id].join(left);
+    }
+
+    /// A new step of one of a warp's engines, beginning with what the warp knows.
+    pub fn engine_step(&mut self, id: usize, engine: Engine) -> u32 {
+        let agent = engine.agent(id) as usize;
+        self.steps[agent] += 1;
+        self.steps[agent]
+    }
+
+    /// Records a shared-memory access with the race detector.
+    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
+    pub fn watch_shared(
+        &mut self,
+        warp_id: usize,
+        agent: u32,
+        actor: Actor,
+        site: Site,
+        cta: usize,
+        range: (usize, usize),
+        write: bool,
+        lane: Option<usize>,
+    ) {
+        let (at, bytes) = range;
+        let who = Accessor {
+            agent,
+            step: self.steps[agent as usize],
+            known: &self.known[warp_id],
+            site,
+        };
+        let Some(shadow) = &mut self.ctas[cta].shadow else {
+            return;
+        };
+        let conflict = if write {
+            shadow.write(at, bytes, who)
+        } else {
+            shadow.read(at, bytes, who)
+        };
+        if let Some(conflict) = conflict {
+            self.report_conflict(conflict, actor, site, (at, bytes), write, lane, agent);
+        }
+    }
+
+    #[cold]
+    #[expect(clippy::too_many_arguments, reason = "a conflict is all of these")]
+    fn report_conflict(
+        &mut self,
+        conflict: crate::check::shared_race::Conflict,
+        actor: Actor,
+        site: Site,
+        range: (usize, usize),
+        write: bool,
+        lane: Option<usize>,
+        agent: u32,
+    ) {
+        let earlier = self.describe_agent(conflict.agent);
+        let earlier_line = self.line_at(conflict.site);
+        let line = self.line_at(site);
+        let verb = |w: bool| if w { "write" } else { "read" };
+        let (at, bytes) = range;
+        let kind = if conflict.only_proxy {
+            FindingKind::MissingProxyFence
+        } else if Engine::of(conflict.agent) != Engine::Warp {
+            FindingKind::UnawaitedAsync
+        } else {
+            FindingKind::SharedRace
+        };
+        let own = match Engine::of(agent) {
+            Engine::Warp => "",
+            Engine::CpAsync => "asynchronous copy: ",
+            Engine::Bulk => "bulk copy: ",
+            Engine::Wgmma => "wgmma: ",
+        };
+        self.report(kind, line, actor, (lane, Some(at as u64)), || {
+            let why = match kind {
+                FindingKind::MissingProxyFence => {
+                    "which no fence.proxy.async made visible to the async proxy"
+                }
+                FindingKind::UnawaitedAsync => "which was not waited for",
+                _ => "which nothing orders before it",
+            };
+            format!(
+                "{own}{} of {bytes} bytes of shared memory at {at:#x} after a {} by {earlier} at line {earlier_line}, {why}",
+                verb(write),
+                verb(conflict.was_write),
+            )
+        });
+    }
+
+    /// Before a strong operation on shared memory: the warp learns what earlier ones left at the address.
+    pub fn acquire_shared(&mut self, id: usize, cta: usize, at: u64) {
+        if let Some(left) = self.released.get(&(cta, at / 4)) {
+            let left = left.clone();
+            self.acquire(id, &left);
+        }
+    }
+
+    /// After it: the warp leaves what it knows, the operation itself included.
+    pub fn release_shared(&mut self, id: usize, cta: usize, at: u64) {
+        let known = self.release(id);
+        self.released.entry((cta, at / 4)).or_default().join(&known);
+    }
+
+    /// Adds the instructions since the last call to the launch's total, and checks its limit.
+    pub fn charge(&mut self, warp: &Warp) -> Result<(), Error> {
+        let executed = self.ctx.executed.fetch_add(self.pending, Ordering::Relaxed) + self.pending;
+        self.pending = 0;
+        match self.ctx.limit {
+            Some(limit) if executed > limit => {
+                let line = warp.groups.first().map_or(0, |g| {
+                    let function = warp.frame_at(g.frame).function;
+                    self.line_at(Site { function, pc: g.pc })
+                });
+                Err(Error::Runaway {
+                    limit,
+                    executed,
+                    file: self.ctx.module.file().to_owned(),
+                    line,
+                    block: self.block_name(warp.cta),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Knowledge of a cluster whose warps have done nothing yet: each knows its own first step.
+    pub fn initial_knowledge(warps: usize) -> (Vec<Knowledge>, Vec<u32>) {
+        let agents = warps * ENGINES;
+        let known = (0..warps).map(|id| {
+            let mut generic = Clock::new(agents);
+            generic.set(Engine::Warp.agent(id), 1);
+            Knowledge {
+                generic,
+                fenced: Clock::new(agents),
+            }
+        });
+        (known.collect(), vec![1; agents])
+    }
+}
+
+/// Whether `space` holds 32-bit addresses.
+pub(crate) fn is_narrow(space: Space) -> bool {
+    matches!(
+        space,
+        Space::Shared | Space::SharedCluster | Space::Local | Space::Param
+    )
+}

@@ -1,0 +1,189 @@
+//! `mma.sync`, `ldmatrix` and their kin: instructions of a whole warp.
+
+use super::access::{Access, Target, effective};
+use super::memory_ops::Touched;
+use super::warp::{FULL, Warp, lanes};
+use super::wmma::gather;
+use super::{Cluster, Flow, Step, warp_ops};
+use crate::decode::op::{BarrierOp, Instr, Op, TensorOp, WarpOp};
+use crate::decode::types::{Addr, Order, Slot};
+use crate::report::FindingKind;
+use crate::tensor::matrix::{self, Matrix};
+
+/// The lanes that must execute `op` together, if it is an instruction of that kind.
+#[inline]
+pub(crate) fn required_lanes(warp: &Warp, op: &Op, mask: u32) -> Option<u32> {
+    match op {
+        Op::Tensor(_) | Op::Wmma(_) | Op::Wgmma(_) => Some(warp.live),
+        Op::Barrier(
+            BarrierOp::Sync { aligned, .. }
+            | BarrierOp::Arrive { aligned, .. }
+            | BarrierOp::Red { aligned, .. }
+            | BarrierOp::ClusterArrive { aligned }
+            | BarrierOp::ClusterWait { aligned },
+        ) => aligned.then_some(warp.live),
+        Op::Barrier(BarrierOp::SetMaxReg { .. }) => Some(warp.live),
+        Op::Warp(op) => {
+            let slot = warp_ops::members_of(op)?;
+            let members = warp.frame().row(slot)[mask.trailing_zeros() as usize] as u32;
+            Some(warp.expected(members))
+        }
+        Op::Alu(_) | Op::Control(_) | Op::Memory(_) | Op::Mbarrier(_) | Op::Async(_) | Op::Nop => None,
+    }
+}
+
+impl<'m> Cluster<'m> {
+    /// Whether the lanes an instruction needs are all here; if not, the group waits for them.
+    pub(super) fn converged(&mut self, warp: &mut Warp, instr: &Instr, required: u32, mask: u32) -> bool {
+        let group = *warp.group();
+        let is_sync = matches!(instr.op, Op::Warp(WarpOp::Sync { .. }));
+        let missing = required & !group.mask;
+        if missing != 0 && !group.forced {
+            let wait = if is_sync {
+                super::warp::Wait::WarpSync { members: required }
+            } else {
+                super::warp::Wait::Converge { required }
+            };
+            warp.group().wait = wait;
+            return false;
+        }
+        warp.group().forced = false;
+        let aligned = !matches!(instr.op, Op::Warp(_));
+        let absent = required & !mask;
+        if aligned && absent != 0 && self.ctx.checks.barriers {
+            let actor = self.actor(warp);
+            let lane = absent.trailing_zeros() as usize;
+            let elsewhere = warp
+                .groups
+                .iter()
+                .find(|g| g.mask & absent != 0 && g.mask != group.mask);
+            let place = elsewhere.map(|g| {
+                let function = warp.frame_at(g.frame).function;
+                let pc = g.pc;
+                self.line_at(crate::check::shared_race::Site { function, pc })
+            });
+            self.report(
+                FindingKind::BarrierDivergence,
+                instr.line,
+                actor,
+                (Some(lane), None),
+                || {
+                    let place = place.map_or(String::new(), |line| format!(", which are at line {line}"));
+                    format!(
+                        "an aligned instruction is executed by lanes {mask:#010x} without lanes {absent:#010x}{place}"
+                    )
+                },
+            );
+        }
+        true
+    }
+
+    pub(super) fn tensor(&mut self, warp: &mut Warp, instr: &Instr, op: &TensorOp, mask: u32) -> Step {
+        match op {
+            TensorOp::Mma { mma, d, a, b, c } => {
+                let [a, b, c] = [a, b, c].map(|slots| gather(warp, slots));
+                let result = mma.execute(&a, &b, &c);
+                let result = result.map_err(|e| self.fault(warp, instr.line, e.to_string()))?;
+                self.counters.tensor_flops += mma.flops();
+                let f = warp.frame_mut();
+                for (index, slot) in d.iter().enumerate() {
+                    let row = f.row_mut(*slot);
+                    for lane in lanes(mask) {
+                        row[lane] = result[lane][index];
+                    }
+                }
+                Ok(Flow::Next)
+            }
+            TensorOp::Ldmatrix { addr, trans, dsts } => self.ldmatrix(warp, instr, mask, addr, *trans, dsts),
+            TensorOp::Stmatrix { addr, trans, srcs } => self.stmatrix(warp, instr, mask, addr, *trans, srcs),
+            TensorOp::Movmatrix { dst, src } => {
+                let source = warp.frame().row(*src).map(|v| v as u32);
+                *warp.frame_mut().row_mut(*dst) = matrix::transpose(&source).map(u64::from);
+                Ok(Flow::Next)
+            }
+        }
+    }
+
+    /// The row of 16 bytes a lane's address names.
+    fn matrix_row(
+        &mut self,
+        warp: &mut Warp,
+        instr: &Instr,
+        addr: &Addr,
+        lane: usize,
+        write: bool,
+        touched: &mut Touched,
+    ) -> Result<Option<Target>, crate::error::Error> {
+        let access = Access {
+            lane,
+            address: effective(addr, warp.frame().row(addr.base)[lane]),
+            space: addr.space,
+            bytes: 16,
+            align: 16,
+            write,
+        };
+        let site = self.site(warp);
+        let target = self.locate(warp, instr, access)?;
+        if let Some(target) = target {
+            self.observe(warp, instr, access, target, Order::Weak, site);
+            touched.add(target, access.address);
+        }
+        Ok(target)
+    }
+
+    fn ldmatrix(&mut self, warp: &mut Warp, instr: &Instr, mask: u32, addr: &Addr, trans: bool, dsts: &[Slot]) -> Step {
+        let mut touched = Touched::default();
+        let mut results = [[0u32; 32]; 4];
+        for (index, result) in results.iter_mut().enumerate().take(dsts.len()) {
+            let mut tile = Matrix::default();
+            for (row, out) in tile.iter_mut().enumerate() {
+                let lane = matrix::address_lane(index, row);
+                let target = self.matrix_row(warp, instr, addr, lane, false, &mut touched)?;
+                let Some(target) = target else { continue };
+                for (word, out) in out.chunks_exact_mut(4).enumerate() {
+                    let value = self.peek(warp, lane, target, word * 8, 8);
+                    for (part, out) in out.iter_mut().enumerate() {
+                        *out = (value >> (16 * part)) as u16;
+                    }
+                }
+            }
+            *result = matrix::distribute(&tile, trans);
+        }
+        for (dst, result) in dsts.iter().zip(&results) {
+            let row = warp.frame_mut().row_mut(*dst);
+            for lane in lanes(mask & FULL) {
+                row[lane] = u64::from(result[lane]);
+            }
+        }
+        self.count_access(&touched, 16, false);
+        Ok(Flow::Next)
+    }
+
+    fn stmatrix(
+        &mut self,
+        warp: &mut Warp,
+        instr: &Instr,
+        _mask: u32,
+        addr: &Addr,
+        trans: bool,
+        srcs: &[Slot],
+    ) -> Step {
+        let mut touched = Touched::default();
+        for (index, src) in srcs.iter().enumerate() {
+            let registers = warp.frame().row(*src).map(|v| v as u32);
+            let tile = matrix::collect(&registers, trans);
+            for (row, values) in tile.iter().enumerate() {
+                let lane = matrix::address_lane(index, row);
+                let target = self.matrix_row(warp, instr, addr, lane, true, &mut touched)?;
+                let Some(target) = target else { continue };
+                for (word, parts) in values.chunks_exact(4).enumerate() {
+                    let parts = parts.iter().rev();
+                    let value = parts.fold(0u64, |acc, v| acc << 16 | u64::from(*v));
+                    self.poke(warp, lane, target, word * 8, 8, value);
+                }
+            }
+        }
+        self.count_access(&touched, 16, true);
+        Ok(Flow::Next)
+    }
+}

@@ -1,0 +1,111 @@
+//! `wmma`: the older matrix instructions, whose fragments only themselves can read.
+
+use super::access::{Access, effective};
+use super::memory_ops::Touched;
+use super::warp::{Warp, lanes};
+use super::{Cluster, Flow, Step};
+use crate::decode::op::{Instr, WmmaOp};
+use crate::decode::types::{Order, Slot};
+use crate::tensor::mma::{Fragment, MAX_REGISTERS};
+use crate::tensor::wmma::{Operand, Wmma};
+
+impl<'m> Cluster<'m> {
+    pub(super) fn wmma(&mut self, warp: &mut Warp, instr: &Instr, op: &WmmaOp, mask: u32) -> Step {
+        match op {
+            WmmaOp::Mma { wmma, d, a, b, c } => {
+                let [a, b, c] = [a, b, c].map(|slots| gather(warp, slots));
+                let result = wmma.execute(&a, &b, &c);
+                let result = result.map_err(|e| self.fault(warp, instr.line, e.to_string()))?;
+                let shape = wmma.shape;
+                self.counters.tensor_flops += (2 * shape.m * shape.n * shape.k) as u64;
+                for (index, slot) in d.iter().enumerate() {
+                    let row = warp.frame_mut().row_mut(*slot);
+                    for lane in lanes(mask) {
+                        row[lane] = result[lane][index];
+                    }
+                }
+                Ok(Flow::Next)
+            }
+            WmmaOp::Move { .. } => self.wmma_move(warp, instr, op, mask),
+        }
+    }
+
+    /// `wmma.load` and `wmma.store`: element by element between memory and the fragment.
+    fn wmma_move(&mut self, warp: &mut Warp, instr: &Instr, op: &WmmaOp, mask: u32) -> Step {
+        let WmmaOp::Move {
+            wmma,
+            operand,
+            column_major,
+            addr,
+            stride,
+            rows,
+            store,
+        } = op
+        else {
+            return Ok(Flow::Next);
+        };
+        let bytes = wmma.bits(*operand) / 8;
+        let pack = wmma.pack(*operand);
+        let (height, width) = wmma.size(*operand);
+        let default = if *column_major { height } else { width };
+        let site = self.site(warp);
+        let mut touched = Touched::default();
+        for lane in lanes(mask) {
+            let base = effective(addr, warp.frame().row(addr.base)[lane]);
+            let stride = stride.map_or(default, |s| warp.frame().row(s)[lane] as u32 as usize);
+            for (register, row) in rows.iter().enumerate() {
+                let mut value = if *store { warp.frame().row(*row)[lane] } else { 0 };
+                for part in 0..pack {
+                    let (r, c) = wmma.element(*operand, lane, register * pack + part);
+                    let index = Wmma::memory_index(*column_major, stride, r, c);
+                    let access = Access {
+                        lane,
+                        address: base.wrapping_add((index * bytes) as u64),
+                        space: addr.space,
+                        bytes,
+                        align: bytes as u64,
+                        write: *store,
+                    };
+                    let Some(target) = self.locate(warp, instr, access)? else {
+                        continue;
+                    };
+                    self.observe(warp, instr, access, target, Order::Weak, site);
+                    touched.add(target, access.address);
+                    let shift = part * bytes * 8;
+                    if *store {
+                        self.poke(warp, lane, target, 0, bytes, value >> shift);
+                    } else {
+                        value |= self.peek(warp, lane, target, 0, bytes) << shift;
+                    }
+                }
+                if !store {
+                    warp.frame_mut().row_mut(*row)[lane] = value;
+                }
+            }
+        }
+        self.count_access(&touched, bytes as u64, *store);
+        Ok(Flow::Next)
+    }
+}
+
+/// Registers of all lanes as a fragment.
+pub(super) fn gather(warp: &Warp, slots: &[Slot]) -> Fragment {
+    let mut fragment: Fragment = [[0; MAX_REGISTERS]; 32];
+    for (index, slot) in slots.iter().enumerate().take(MAX_REGISTERS) {
+        for (lane, value) in warp.frame().row(*slot).iter().enumerate() {
+            fragment[lane][index] = *value;
+        }
+    }
+    fragment
+}
+
+/// The operand a `wmma.load` names, or `wmma.store`'s.
+pub(crate) fn operand_named(word: &str) -> Option<Operand> {
+    match word {
+        "a" => Some(Operand::A),
+        "b" => Some(Operand::B),
+        "c" => Some(Operand::C),
+        "d" => Some(Operand::D),
+        _ => None,
+    }
+}

@@ -1,0 +1,566 @@
+//! Launching an entry: validating the launch, laying out shared memory, and running the blocks on the host's cores.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::check::Checks;
+use crate::check::global_race::{self, GlobalShadow};
+use crate::check::shared_race::SharedShadow;
+use crate::counters::Counters;
+use crate::decode::op::{AtomicTy, Memory, Op, WgmmaOp};
+use crate::decode::types::Order;
+use crate::error::Error;
+use crate::exec::warp::Warp;
+use crate::exec::{Cluster, Context, Cta};
+use crate::memory::shared::SharedMemory;
+use crate::memory::{DeviceMemory, window};
+use crate::module::{Entry, Module, Relocation, VariableSpace};
+use crate::report::{Findings, Report};
+use crate::schedule::{Rng, Temper};
+
+/// What to launch.
+#[derive(Debug, Clone)]
+pub struct Launch<'a> {
+    /// Name of the kernel.
+    pub entry: &'a str,
+    /// Blocks in x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block in x, y, z.
+    pub block: [u32; 3],
+    /// Blocks of a cluster in x, y, z; `[1, 1, 1]` for none.
+    pub cluster: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: u32,
+    /// The parameter buffer, each parameter at its offset (see [`Entry::params`]).
+    pub params: &'a [u8],
+}
+
+impl Launch<'_> {
+    /// Coordinates of a block by its number.
+    pub(crate) fn block_coordinates(&self, linear: u32) -> [u32; 3] {
+        let [x, y, _] = self.grid;
+        [linear % x, linear / x % y, linear / x / y]
+    }
+}
+
+/// How to run it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Decides the order of warps and the moments at which asynchronous work lands.
+    pub seed: u64,
+    /// Which checks are on.
+    pub checks: Checks,
+    /// Thread instructions after which the launch is stopped with [`Error::Runaway`].
+    pub max_instructions: Option<u64>,
+    /// Host threads to use; all cores if `None`. Results do not depend on it.
+    pub threads: Option<usize>,
+    /// Findings that are kept; the rest are counted.
+    pub max_findings: usize,
+    /// Most bytes of shared memory a block may have; what the module's target has if `None` (163 KiB for sm_80, 227 KiB
+    /// for sm_90).
+    pub max_shared_bytes: Option<u32>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            checks: Checks::all(),
+            max_instructions: Some(1 << 36),
+            threads: None,
+            max_findings: 64,
+            max_shared_bytes: None,
+        }
+    }
+}
+
+impl Module {
+    /// Runs a kernel to its end.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoEntry`] and [`Error::Launch`] before anything runs, [`Error::UnknownInstruction`] if the entry can
+    /// reach an instruction that is not known, and [`Error::Trap`], [`Error::Fault`] or [`Error::Runaway`] from the run.
+    pub fn launch(&self, memory: &DeviceMemory, launch: &Launch<'_>, options: &Options) -> Result<Report, Error> {
+        let Some(entry) = self.entry(launch.entry) else {
+            let names: Vec<&str> = self.entries().iter().map(|e| e.name.as_str()).collect();
+            return Err(Error::NoEntry {
+                name: launch.entry.to_owned(),
+                file: self.file().to_owned(),
+                available: if names.is_empty() {
+                    "none".into()
+                } else {
+                    names.join(", ")
+                },
+            });
+        };
+        let reachable = self.reachable(entry.function);
+        self.refuse_unknown(&reachable)?;
+        validate(entry, launch)?;
+        let addresses = memory.module_variables(self.id, || self.place_variables(memory))?;
+        let (variables, shared_end) = self.shared_layout(&reachable, &addresses, launch.shared_bytes);
+        let used = shared_end - window::SHARED_BASE;
+        let most = options.max_shared_bytes.unwrap_or_else(|| shared_limit(self.target()));
+        if used > u64::from(most) {
+            return Err(refused(
+                launch,
+                "shared memory",
+                format!("{used} bytes"),
+                format!("a block of {} has at most {most}", self.target()),
+            ));
+        }
+        let view = memory.snapshot();
+        let blocks: u64 = launch.grid.iter().map(|n| u64::from(*n)).product();
+        let watch = options.checks.global_races && blocks > 1 && blocks <= global_race::MAX_BLOCKS;
+        let shadow = watch.then(|| GlobalShadow::new(view.allocations.iter().map(|a| a.len())));
+        let traits = self.traits(&reachable);
+        let context = Context {
+            module: self,
+            launch,
+            entry: entry.function,
+            checks: options.checks,
+            max_findings: options.max_findings,
+            seed: options.seed,
+            view,
+            shadow,
+            variables,
+            shared_end,
+            registers: registers_per_thread(entry),
+            limit: options.max_instructions,
+            executed: AtomicU64::new(0),
+            uses_wgmma: traits.wgmma,
+        };
+        let size: u64 = launch.cluster.iter().map(|n| u64::from(*n)).product();
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = if traits.ordered {
+            1
+        } else {
+            options.threads.unwrap_or(cores).max(1)
+        };
+        run_clusters(&context, blocks / size, threads, traits.ordered)
+    }
+
+    fn refuse_unknown(&self, reachable: &[u32]) -> Result<(), Error> {
+        let first = reachable
+            .iter()
+            .find_map(|f| self.functions[*f as usize].unknown.first());
+        match first {
+            None => Ok(()),
+            Some(unknown) => Err(Error::UnknownInstruction {
+                file: self.file().to_owned(),
+                line: unknown.line,
+                message: unknown.message.clone(),
+                text: self.line(unknown.line),
+            }),
+        }
+    }
+
+    /// Allocates and initialises the module's global and constant variables.
+    fn place_variables(&self, memory: &DeviceMemory) -> Result<Vec<u64>, Error> {
+        let mut addresses = vec![0; self.variables.len()];
+        for (address, variable) in addresses.iter_mut().zip(&self.variables) {
+            if variable.space == VariableSpace::Shared || variable.is_extern {
+                continue;
+            }
+            let size = variable.size as usize;
+            let ptr = memory.alloc_named(size, Some(variable.name.clone()))?;
+            *address = ptr.0;
+            // Variables without an initialiser start as zero.
+            let mut bytes = variable.init.clone();
+            bytes.resize(size, 0);
+            memory.write(ptr, &bytes)?;
+        }
+        for (address, variable) in addresses.iter().zip(&self.variables) {
+            for (offset, symbol, addend) in &variable.relocations {
+                let target = match symbol {
+                    Relocation::Variable(index) => addresses[*index as usize],
+                    Relocation::Function(index) => crate::exec::function_address(*index),
+                };
+                let value = target.wrapping_add(*addend).to_le_bytes();
+                memory.write(crate::memory::DevicePtr(address + offset), &value)?;
+            }
+        }
+        Ok(addresses)
+    }
+
+    /// Adds to the addresses those of shared variables; returns also the end of the block's shared memory.
+    fn shared_layout(&self, reachable: &[u32], addresses: &[u64], dynamic: u32) -> (Vec<u64>, u64) {
+        let named = reachable.iter().flat_map(|f| &self.functions[*f as usize].variables);
+        let named: BTreeSet<u32> = named.copied().collect();
+        let mut out = addresses.to_vec();
+        let mut at = window::SHARED_BASE;
+        let shared = |index: &&u32| self.variables[**index as usize].space == VariableSpace::Shared;
+        let mut dynamic_align = 16;
+        for index in named.iter().filter(shared) {
+            let variable = &self.variables[*index as usize];
+            if variable.is_extern {
+                dynamic_align = dynamic_align.max(variable.align);
+                continue;
+            }
+            at = at.next_multiple_of(variable.align.max(1));
+            out[*index as usize] = at;
+            at += variable.size;
+        }
+        if dynamic > 0
+            || named
+                .iter()
+                .filter(shared)
+                .any(|i| self.variables[*i as usize].is_extern)
+        {
+            at = at.next_multiple_of(dynamic_align);
+        }
+        for index in named.iter().filter(shared) {
+            if self.variables[*index as usize].is_extern {
+                out[*index as usize] = at;
+            }
+        }
+        (out, at + u64::from(dynamic))
+    }
+
+    fn traits(&self, reachable: &[u32]) -> Traits {
+        let mut traits = Traits::default();
+        for function in reachable {
+            for instr in &self.functions[*function as usize].code {
+                match &instr.op {
+                    Op::Wgmma(WgmmaOp::Mma(_)) => traits.wgmma = true,
+                    Op::Memory(Memory::Atomic { dsts, ty, addr, .. }) => {
+                        let global = crate::exec::may_be_global(addr.space);
+                        let order_matters = dsts.is_some() || !matches!(ty, AtomicTy::Int(_));
+                        traits.ordered |= global && order_matters;
+                    }
+                    Op::Memory(Memory::Load { addr, order, .. } | Memory::Store { addr, order, .. }) => {
+                        let global = crate::exec::may_be_global(addr.space);
+                        traits.ordered |= global && *order == Order::Strong;
+                    }
+                    Op::Async(op) => traits.ordered |= op.reduces_floats(),
+                    _ => {}
+                }
+            }
+        }
+        traits
+    }
+}
+
+/// What about a kernel decides how it is run.
+#[derive(Default)]
+struct Traits {
+    wgmma: bool,
+    /// The order of blocks may show in results (sums of floats, tickets, flags): they run one after another.
+    ordered: bool,
+}
+
+fn refused(launch: &Launch<'_>, argument: &'static str, value: String, limit: String) -> Error {
+    Error::Launch {
+        entry: launch.entry.to_owned(),
+        argument,
+        value,
+        limit,
+    }
+}
+
+fn validate(entry: &Entry, launch: &Launch<'_>) -> Result<(), Error> {
+    let show = |v: [u32; 3]| format!("{},{},{}", v[0], v[1], v[2]);
+    let threads: u64 = launch.block.iter().map(|n| u64::from(*n)).product();
+    if threads == 0 || threads > 1024 || launch.block[2] > 64 {
+        let limit = "a block has 1 to 1024 threads, at most 64 in z".into();
+        return Err(refused(launch, "block", show(launch.block), limit));
+    }
+    if launch.grid.contains(&0) || launch.grid[0] > i32::MAX as u32 || launch.grid[1..].iter().any(|n| *n > 65535) {
+        let limit = "a grid has 1 to 2147483647 blocks in x and 1 to 65535 in y and z".into();
+        return Err(refused(launch, "grid", show(launch.grid), limit));
+    }
+    let blocks: u64 = launch.grid.iter().map(|n| u64::from(*n)).product();
+    if blocks > u64::from(u32::MAX) {
+        let limit = "the emulator numbers blocks in 32 bits".into();
+        return Err(refused(launch, "grid", show(launch.grid), limit));
+    }
+    let cluster: u64 = launch.cluster.iter().map(|n| u64::from(*n)).product();
+    let divides = launch
+        .grid
+        .iter()
+        .zip(launch.cluster)
+        .all(|(g, c)| c != 0 && g % c == 0);
+    if cluster == 0 || cluster > 16 || !divides {
+        let limit = "a cluster has 1 to 16 blocks and divides the grid".into();
+        return Err(refused(launch, "cluster", show(launch.cluster), limit));
+    }
+    if let Some(max) = entry.max_threads {
+        let most: u64 = max.iter().map(|n| u64::from(*n)).product();
+        if threads > most {
+            let limit = format!("`.maxntid` allows {most} threads");
+            return Err(refused(launch, "block", show(launch.block), limit));
+        }
+    }
+    if let Some(required) = entry.required_threads
+        && required != launch.block
+    {
+        let limit = format!("`.reqntid` demands {}", show(required));
+        return Err(refused(launch, "block", show(launch.block), limit));
+    }
+    if let Some(required) = entry.required_cluster
+        && required != launch.cluster
+    {
+        let limit = format!("`.reqnctapercluster` demands {}", show(required));
+        return Err(refused(launch, "cluster", show(launch.cluster), limit));
+    }
+    if launch.params.len() != entry.param_bytes as usize {
+        let limit = format!("the kernel's parameters are {} bytes", entry.param_bytes);
+        return Err(refused(
+            launch,
+            "params",
+            format!("{} bytes", launch.params.len()),
+            limit,
+        ));
+    }
+    Ok(())
+}
+
+/// Bytes of shared memory a block may have on a target (CUDA programming guide, "Compute Capabilities").
+fn shared_limit(target: &str) -> u32 {
+    let digits: String = target.chars().filter(char::is_ascii_digit).collect();
+    match digits.parse().unwrap_or(0) {
+        0..=69 => 48 << 10,
+        70..=72 => 96 << 10,
+        75 => 64 << 10,
+        86 | 89 | 120..=129 => 99 << 10,
+        80..=88 => 163 << 10,
+        _ => 227 << 10,
+    }
+}
+
+/// Registers a thread starts with, where the entry's directives determine it (65,536 in a multiprocessor).
+fn registers_per_thread(entry: &Entry) -> Option<u32> {
+    let threads = entry.required_threads.or(entry.max_threads);
+    let by_threads = threads.map(|t| {
+        let threads: u32 = t.iter().product::<u32>().clamp(1, 1024).next_multiple_of(32);
+        (65536 / threads / 8 * 8).min(255)
+    });
+    match (entry.max_registers, by_threads) {
+        (Some(max), _) => Some(max),
+        (None, by_threads) => by_threads,
+    }
+}
+
+/// What a cluster's run leaves.
+struct Outcome {
+    findings: Findings,
+    counters: Counters,
+    counts: Vec<Vec<[u64; 2]>>,
+    result: Result<(), Error>,
+}
+
+/// Runs all clusters; the outcome is put together in their order, whoever ran them.
+fn run_clusters(context: &Context<'_>, clusters: u64, threads: usize, ordered: bool) -> Result<Report, Error> {
+    let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let merged = Mutex::new(Merge::new(context));
+    // Blocks that may wait for each other take turns; the others run to their end.
+    let (budget, most) = if ordered { (TURN, MAX_RESIDENT) } else { (u64::MAX, 1) };
+    let work = || {
+        let mut resident: VecDeque<Resident<'_>> = VecDeque::new();
+        while !stop.load(Ordering::Relaxed) {
+            let mut fresh = None;
+            if resident.len() < most {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                fresh = (index as u64 <= clusters.saturating_sub(1)).then_some(index);
+            }
+            let now = match fresh {
+                Some(index) => Ok(Resident::start(context, index)),
+                None => resident.pop_front().ok_or(()),
+            };
+            let Ok(mut now) = now else {
+                return;
+            };
+            let result = now.run(budget);
+            if let Ok(false) = result {
+                resident.push_back(now);
+                continue;
+            }
+            let outcome = now.end(result.map(|_| ()));
+            if outcome.1.result.is_err() {
+                stop.store(true, Ordering::Relaxed);
+            }
+            let mut merged = merged.lock().unwrap_or_else(PoisonError::into_inner);
+            merged.add(outcome.0, outcome.1);
+        }
+    };
+    let helpers = threads.min(clusters as usize).saturating_sub(1);
+    std::thread::scope(|scope| {
+        for _ in 0..helpers {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let merged = merged.into_inner().unwrap_or_else(PoisonError::into_inner);
+    merged.finish(context)
+}
+
+/// Puts outcomes together in the order of clusters, holding back those that came early.
+struct Merge {
+    findings: Findings,
+    counters: Counters,
+    counts: Vec<Vec<[u64; 2]>>,
+    early: HashMap<usize, Findings>,
+    next: usize,
+    error: Option<(usize, Error)>,
+}
+
+impl Merge {
+    fn new(context: &Context<'_>) -> Self {
+        Self {
+            findings: Findings::new(context.max_findings),
+            counters: Counters::default(),
+            counts: blank_counts(context.module),
+            early: HashMap::new(),
+            next: 0,
+            error: None,
+        }
+    }
+
+    fn add(&mut self, index: usize, outcome: Outcome) {
+        self.counters.add(&outcome.counters);
+        for (mine, theirs) in self.counts.iter_mut().flatten().zip(outcome.counts.iter().flatten()) {
+            mine[0] += theirs[0];
+            mine[1] += theirs[1];
+        }
+        if let Err(error) = outcome.result
+            && self.error.as_ref().is_none_or(|(at, _)| *at > index)
+        {
+            self.error = Some((index, error));
+        }
+        self.early.insert(index, outcome.findings);
+        while let Some(findings) = self.early.remove(&self.next) {
+            self.findings.merge(findings);
+            self.next += 1;
+        }
+    }
+
+    fn finish(mut self, context: &Context<'_>) -> Result<Report, Error> {
+        if let Some((_, error)) = self.error {
+            return Err(error);
+        }
+        let module = context.module;
+        for (function, counts) in module.functions.iter().zip(&self.counts) {
+            for (instr, [warps, lanes]) in function.code.iter().zip(counts) {
+                if *warps == 0 {
+                    continue;
+                }
+                let name = &module.names[instr.name as usize];
+                let entry = self.counters.opcodes.entry(name.clone()).or_default();
+                entry.warp += warps;
+                entry.thread += lanes;
+                self.counters.warp_instructions += warps;
+                self.counters.thread_instructions += lanes;
+                self.counters.flops += lanes * u64::from(instr.flops);
+            }
+        }
+        Ok(Report {
+            findings: self.findings.kept,
+            total_findings: self.findings.total,
+            counters: self.counters,
+        })
+    }
+}
+
+fn blank_counts(module: &Module) -> Vec<Vec<[u64; 2]>> {
+    module.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
+}
+
+/// Steps a cluster runs before another gets a turn, where blocks may wait for each other.
+const TURN: u64 = 1 << 16;
+/// Clusters that take turns.
+const MAX_RESIDENT: usize = 160;
+
+/// A cluster that was started and has not ended.
+struct Resident<'m> {
+    index: usize,
+    cluster: Cluster<'m>,
+    warps: Result<Vec<Warp>, Error>,
+}
+
+impl<'m> Resident<'m> {
+    fn start(context: &'m Context<'m>, index: usize) -> Self {
+        let mut cluster = new_cluster(context, index as u32);
+        let warps = cluster.warps();
+        Self { index, cluster, warps }
+    }
+
+    /// Runs for a while; true if it came to its end.
+    fn run(&mut self, budget: u64) -> Result<bool, Error> {
+        match &mut self.warps {
+            Ok(warps) => self.cluster.run(warps, budget),
+            Err(error) => Err(error.clone()),
+        }
+    }
+
+    fn end(self, result: Result<(), Error>) -> (usize, Outcome) {
+        let outcome = Outcome {
+            findings: self.cluster.findings,
+            counters: self.cluster.counters,
+            counts: self.cluster.counts,
+            result,
+        };
+        (self.index, outcome)
+    }
+}
+
+fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
+    let launch = context.launch;
+    let threads: u32 = launch.block.iter().product();
+    let warps_per_cta = threads.div_ceil(32) as usize;
+    let size: u32 = launch.cluster.iter().product();
+    let agents = size as usize * warps_per_cta * crate::check::shared_race::ENGINES;
+    let mut rng = Rng::new(context.seed, u64::from(index));
+    let temper = Temper::draw(&mut rng);
+    let ctas = (0..size).map(|rank| {
+        let coordinates = coordinates(launch, index, rank);
+        let [gx, gy, _] = launch.grid;
+        let linear = coordinates[0] + gx * (coordinates[1] + gy * coordinates[2]);
+        let shared = SharedMemory::new(context.shared_end as usize);
+        let shadow = context
+            .checks
+            .shared_races
+            .then(|| SharedShadow::new(shared.len(), agents));
+        Cta {
+            coordinates,
+            linear,
+            shared,
+            shadow,
+            barriers: (0..crate::exec::BARRIERS).map(|_| Default::default()).collect(),
+            mbarriers: HashMap::new(),
+            pool: 0,
+            threads,
+            live_threads: threads,
+            epoch: 0,
+        }
+    });
+    let (known, steps) = Cluster::initial_knowledge(size as usize * warps_per_cta);
+    Cluster {
+        ctx: context,
+        ctas: ctas.collect(),
+        rng,
+        temper,
+        tick: 0,
+        findings: Findings::new(context.max_findings),
+        counters: Counters::default(),
+        counts: blank_counts(context.module),
+        known,
+        steps,
+        released: HashMap::new(),
+        barrier: Default::default(),
+        bulk: Default::default(),
+        warps_per_cta,
+        pending: 0,
+        progress: 0,
+    }
+}
+
+/// Coordinates of the block of `rank` in a cluster.
+fn coordinates(launch: &Launch<'_>, index: u32, rank: u32) -> [u32; 3] {
+    let [cx, cy, _] = launch.cluster;
+    let [gx, gy, _] = [0, 1, 2].map(|axis| launch.grid[axis] / launch.cluster[axis]);
+    let cluster = [index % gx, index / gx % gy, index / gx / gy];
+    let within = [rank % cx, rank / cx % cy, rank / cx / cy];
+    std::array::from_fn(|axis| cluster[axis] * launch.cluster[axis] + within[axis])
+}

@@ -1,0 +1,87 @@
+//! Local memory: one growing stack a lane, holding frames, their variables and the parameters of calls.
+
+use super::global::for_words;
+use super::shared;
+
+/// Most bytes of local memory a thread may have (512 KiB, as on hardware).
+pub(crate) const LIMIT: u64 = 512 << 10;
+
+/// Local memory of a warp's lanes.
+#[derive(Debug)]
+pub(crate) struct LocalMemory {
+    lanes: Vec<Stack>,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Stack {
+    bytes: Vec<u8>,
+    init: Vec<u64>,
+}
+
+impl LocalMemory {
+    pub fn new() -> Self {
+        Self {
+            lanes: vec![Stack::default(); 32],
+        }
+    }
+
+    /// Makes a lane's memory at least `len` bytes; what is newly covered from `from` counts as uninitialised.
+    pub fn grow(&mut self, lane: usize, from: u64, len: u64) {
+        let stack = &mut self.lanes[lane];
+        let len = len.min(LIMIT) as usize;
+        if stack.bytes.len() < len {
+            stack.bytes.resize(len, 0xcd);
+            stack.init.resize(len.div_ceil(64), 0);
+        }
+        let from = (from as usize).min(len);
+        for_words(from, len - from, |word, mask| {
+            stack.init[word] &= !mask;
+            true
+        });
+    }
+
+    pub fn len(&self, lane: usize) -> usize {
+        self.lanes[lane].bytes.len()
+    }
+
+    #[inline]
+    pub fn load(&self, lane: usize, at: usize, bytes: usize) -> u64 {
+        shared::load(&self.lanes[lane].bytes[at..at + bytes])
+    }
+
+    #[inline]
+    pub fn store(&mut self, lane: usize, at: usize, bytes: usize, value: u64) {
+        let stack = &mut self.lanes[lane];
+        stack.bytes[at..at + bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
+        for_words(at, bytes, |word, mask| {
+            stack.init[word] |= mask;
+            true
+        });
+    }
+
+    /// Copies bytes within a lane, initialised or not.
+    pub fn copy(&mut self, lane: usize, from: usize, to: usize, len: usize) {
+        let stack = &mut self.lanes[lane];
+        if from.max(to) + len > stack.bytes.len() {
+            return;
+        }
+        stack.bytes.copy_within(from..from + len, to);
+        for at in 0..len {
+            let (source, target) = (from + at, to + at);
+            let set = stack.init[source / 64] >> (source % 64) & 1;
+            stack.init[target / 64] &= !(1 << (target % 64));
+            stack.init[target / 64] |= set << (target % 64);
+        }
+    }
+
+    /// Whether no byte of a range was ever written. A range written in part may be padding, which compilers do copy.
+    #[inline]
+    pub fn untouched(&self, lane: usize, at: usize, bytes: usize) -> bool {
+        let mut any = false;
+        for_words(at, bytes, |word, mask| {
+            any |= self.lanes[lane].init[word] & mask != 0;
+            true
+        });
+        !any
+    }
+}

@@ -1,0 +1,72 @@
+//! Shared memory of one block: bytes and their initialised bits.
+
+use super::global::for_words;
+
+/// Shared memory of a block, addressed from zero; what lies below the first variable is never used.
+#[derive(Debug)]
+pub(crate) struct SharedMemory {
+    bytes: Vec<u8>,
+    init: Vec<u64>,
+}
+
+impl SharedMemory {
+    pub fn new(len: usize) -> Self {
+        Self {
+            bytes: vec![0xcd; len],
+            init: vec![0; len.div_ceil(64)],
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    #[inline]
+    pub fn bytes(&self, at: usize, len: usize) -> &[u8] {
+        &self.bytes[at..at + len]
+    }
+
+    /// Little-endian value of up to 8 bytes.
+    #[inline]
+    pub fn load(&self, at: usize, bytes: usize) -> u64 {
+        load(&self.bytes[at..at + bytes])
+    }
+
+    /// Stores and marks up to 8 bytes.
+    #[inline]
+    pub fn store(&mut self, at: usize, bytes: usize, value: u64) {
+        self.write(at, &value.to_le_bytes()[..bytes]);
+    }
+
+    /// Stores and marks bytes.
+    #[inline]
+    pub fn write(&mut self, at: usize, bytes: &[u8]) {
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        for_words(at, bytes.len(), |word, mask| {
+            self.init[word] |= mask;
+            true
+        });
+    }
+
+    /// Offset of the first byte of a range that was never written.
+    #[inline]
+    pub fn first_uninitialized(&self, at: usize, bytes: usize) -> Option<usize> {
+        let mut first = None;
+        for_words(at, bytes, |word, mask| {
+            let missing = !self.init[word] & mask;
+            if missing != 0 {
+                first = Some(word * 64 + missing.trailing_zeros() as usize);
+            }
+            first.is_none()
+        });
+        first
+    }
+}
+
+/// Little-endian value of up to 8 bytes.
+#[inline]
+pub(crate) fn load(bytes: &[u8]) -> u64 {
+    let mut value = [0; 8];
+    value[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(value)
+}

@@ -1,0 +1,156 @@
+//! What a launch found: findings, bounded in number, and counters.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use crate::counters::Counters;
+
+/// What was wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum FindingKind {
+    /// An access outside every allocation, or outside the shared, local or parameter memory there is.
+    OutOfBounds,
+    /// An address that is not a multiple of what the instruction needs.
+    Misaligned,
+    /// An access to memory that was freed.
+    UseAfterFree,
+    /// A read of bytes that nobody wrote.
+    Uninitialized,
+    /// Two accesses to shared memory that nothing orders.
+    SharedRace,
+    /// Accesses of two blocks to global memory that nothing orders.
+    GlobalRace,
+    /// Data written through the generic proxy and used by the async proxy without `fence.proxy.async`.
+    MissingProxyFence,
+    /// A register or memory that belongs to an asynchronous operation that was not waited for.
+    UnawaitedAsync,
+    /// Threads that had to arrive together did not.
+    BarrierDivergence,
+    /// Nobody can go on.
+    Deadlock,
+    /// An mbarrier used against its rules.
+    Mbarrier,
+    /// A limit of the device or of the launch was passed.
+    Limit,
+    /// An operand the instruction gives no meaning to.
+    InvalidOperand,
+}
+
+impl FindingKind {
+    /// A short name, as printed.
+    pub fn name(self) -> &'static str {
+        match self {
+            FindingKind::OutOfBounds => "out of bounds",
+            FindingKind::Misaligned => "misaligned",
+            FindingKind::UseAfterFree => "use after free",
+            FindingKind::Uninitialized => "uninitialised read",
+            FindingKind::SharedRace => "shared-memory race",
+            FindingKind::GlobalRace => "global-memory race",
+            FindingKind::MissingProxyFence => "missing proxy fence",
+            FindingKind::UnawaitedAsync => "unawaited async operation",
+            FindingKind::BarrierDivergence => "barrier divergence",
+            FindingKind::Deadlock => "deadlock",
+            FindingKind::Mbarrier => "mbarrier misuse",
+            FindingKind::Limit => "limit exceeded",
+            FindingKind::InvalidOperand => "invalid operand",
+        }
+    }
+}
+
+/// One thing that was wrong, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// What.
+    pub kind: FindingKind,
+    /// Name of the module's file.
+    pub file: String,
+    /// Line of the instruction.
+    pub line: u32,
+    /// Its text.
+    pub text: String,
+    /// Block coordinates.
+    pub block: [u32; 3],
+    /// Warp within the block.
+    pub warp: u32,
+    /// Lane within the warp, where one is to blame.
+    pub lane: Option<u32>,
+    /// The address in its state space.
+    pub address: Option<u64>,
+    /// The rest of the sentence, the earlier conflicting access included.
+    pub message: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [x, y, z] = self.block;
+        write!(f, "{}: {}:{}: {}", self.kind.name(), self.file, self.line, self.message)?;
+        write!(f, "\n    block {x},{y},{z} warp {}", self.warp)?;
+        if let Some(lane) = self.lane {
+            write!(f, " lane {lane}")?;
+        }
+        if let Some(address) = self.address {
+            write!(f, " address {address:#x}")?;
+        }
+        write!(f, "\n    {}", self.text)
+    }
+}
+
+/// The outcome of a launch that ran to its end.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The first findings, in order of block; see [`Options::max_findings`](crate::Options).
+    pub findings: Vec<Finding>,
+    /// How many there were in all.
+    pub total_findings: u64,
+    /// What was executed and moved.
+    pub counters: Counters,
+}
+
+impl Report {
+    /// True if no check found anything.
+    pub fn is_clean(&self) -> bool {
+        self.total_findings == 0
+    }
+}
+
+/// Findings of one kind at one line that are kept, so that one loop does not crowd out the rest.
+const PER_LINE: u32 = 4;
+
+/// A bounded list of findings.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    pub kept: Vec<Finding>,
+    pub total: u64,
+    max: usize,
+    seen: HashMap<(FindingKind, u32), u32>,
+}
+
+impl Findings {
+    pub fn new(max: usize) -> Self {
+        Self { max, ..Self::default() }
+    }
+
+    /// Counts a finding; keeps what `make` returns if there is room.
+    pub fn add(&mut self, kind: FindingKind, line: u32, make: impl FnOnce() -> Finding) {
+        self.total += 1;
+        if self.kept.len() >= self.max {
+            return;
+        }
+        let seen = self.seen.entry((kind, line)).or_insert(0);
+        *seen += 1;
+        if *seen <= PER_LINE {
+            self.kept.push(make());
+        }
+    }
+
+    /// Appends the findings of a later block.
+    pub fn merge(&mut self, other: Findings) {
+        let kept = other.kept.len() as u64;
+        self.total += other.total - kept;
+        for finding in other.kept {
+            let (kind, line) = (finding.kind, finding.line);
+            self.add(kind, line, || finding);
+        }
+    }
+}

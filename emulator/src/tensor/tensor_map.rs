@@ -1,0 +1,302 @@
+//! Tensor maps: the 128 opaque bytes that `cp.async.bulk.tensor` takes (manual section "Tensors"; driver function
+//! `cuTensorMapEncodeTiled`).
+//!
+//! The hardware's encoding is secret, so this one is the emulator's own; its first bytes are a mark, and a map made by
+//! a driver is recognised as foreign instead of being misread. What is checked, and with which limits, is what the
+//! driver's documentation demands; each broken rule is an error that names the argument, the value and the limit.
+//! What a copy through a map moves is in [`super::tile_copy`].
+//!
+//! Dimension 0 is the innermost: its elements are contiguous, and `strides` starts with dimension 1.
+
+use super::swizzle::Swizzle;
+
+pub use super::tensor_map_types::{ElementType, Fill, Interleave, L2Promotion, TensorMapError, swizzle_from_number};
+
+/// Size of a tensor map in bytes.
+pub const TENSOR_MAP_BYTES: usize = 128;
+/// Alignment of a tensor map in memory.
+pub const TENSOR_MAP_ALIGNMENT: usize = 64;
+/// Alignment that a tile's shared-memory address must have.
+pub const TILE_ALIGNMENT: u32 = 128;
+/// Most dimensions of a tensor.
+pub const MAX_RANK: usize = 5;
+
+const MARK: [u8; 8] = *b"\x7fptxTMA1";
+
+/// What [`TensorMap::tiled`] takes: the arguments of `cuTensorMapEncodeTiled`.
+#[derive(Clone, Copy, Debug)]
+pub struct Tiled<'a> {
+    /// Element type.
+    pub element: ElementType,
+    /// Global address of element (0, 0, …).
+    pub address: u64,
+    /// Elements in each dimension, innermost first; the length is the rank.
+    pub dims: &'a [u64],
+    /// Bytes from one index to the next, of dimensions 1 and up.
+    pub strides: &'a [u64],
+    /// The box in elements, innermost first.
+    pub box_dims: &'a [u32],
+    /// Steps within the box, innermost first; all 1 usually. Entry 0 is ignored without interleave.
+    pub element_strides: &'a [u32],
+    /// Interleaved layout.
+    pub interleave: Interleave,
+    /// Shared-memory swizzle.
+    pub swizzle: Swizzle,
+    /// L2 promotion.
+    pub l2_promotion: L2Promotion,
+    /// Out-of-bounds fill.
+    pub fill: Fill,
+}
+
+/// A checked tensor map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap {
+    pub(super) element: ElementType,
+    pub(super) rank: usize,
+    pub(super) address: u64,
+    pub(super) dims: [u64; MAX_RANK],
+    pub(super) strides: [u64; MAX_RANK],
+    pub(super) box_dims: [u32; MAX_RANK],
+    pub(super) element_strides: [u32; MAX_RANK],
+    pub(super) interleave: Interleave,
+    pub(super) swizzle: Swizzle,
+    l2_promotion: L2Promotion,
+    pub(super) fill: Fill,
+}
+
+fn check_length(argument: &'static str, length: usize, expected: usize) -> Result<(), TensorMapError> {
+    if length == expected {
+        Ok(())
+    } else {
+        Err(TensorMapError::Length {
+            argument,
+            length,
+            expected,
+        })
+    }
+}
+
+fn check_range(
+    argument: &'static str,
+    values: impl Iterator<Item = u64>,
+    min: u64,
+    max: u64,
+) -> Result<(), TensorMapError> {
+    for (index, value) in values.enumerate() {
+        if !(min..=max).contains(&value) {
+            return Err(TensorMapError::Range {
+                argument,
+                index,
+                value,
+                min,
+                max,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_multiple(
+    argument: &'static str,
+    values: impl Iterator<Item = u64>,
+    multiple: u64,
+) -> Result<(), TensorMapError> {
+    for (index, value) in values.enumerate() {
+        if !value.is_multiple_of(multiple) {
+            return Err(TensorMapError::Multiple {
+                argument,
+                index,
+                value,
+                multiple,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// `values` in the first entries, `rest` in the others.
+fn padded<T: Copy>(values: &[T], rest: T) -> [T; MAX_RANK] {
+    let mut out = [rest; MAX_RANK];
+    out[..values.len()].copy_from_slice(values);
+    out
+}
+
+impl TensorMap {
+    /// A map for tile mode, or the first rule broken. (A map for im2col mode cannot be made.)
+    ///
+    /// # Errors
+    ///
+    /// A [`TensorMapError`] that names the argument, its value and the limit.
+    pub fn tiled(arguments: &Tiled<'_>) -> Result<TensorMap, TensorMapError> {
+        let Tiled {
+            element,
+            address,
+            dims,
+            strides,
+            box_dims,
+            element_strides,
+            interleave,
+            swizzle,
+            ..
+        } = *arguments;
+        let rank = dims.len();
+        let min = if interleave == Interleave::None { 1 } else { 3 };
+        if !(min..=MAX_RANK).contains(&rank) {
+            return Err(TensorMapError::Rank { rank, min });
+        }
+        check_length("globalStrides", strides.len(), rank - 1)?;
+        check_length("boxDim", box_dims.len(), rank)?;
+        check_length("elementStrides", element_strides.len(), rank)?;
+        let alignment = if interleave == Interleave::B32 { 32 } else { 16 };
+        check_multiple("globalAddress", [address].into_iter(), alignment)?;
+        check_range("globalDim", dims.iter().copied(), 1, 1 << 32)?;
+        check_multiple("globalStrides", strides.iter().copied(), alignment)?;
+        check_range("globalStrides", strides.iter().copied(), 0, (1 << 40) - 1)?;
+        check_range("boxDim", box_dims.iter().map(|&x| x.into()), 1, 256)?;
+        let bytes = u64::from(box_dims[0]) * u64::from(element.bytes());
+        if interleave == Interleave::None {
+            if !bytes.is_multiple_of(16) {
+                return Err(TensorMapError::InnerBytes { bytes });
+            }
+            let span = u64::from(swizzle.span());
+            if swizzle != Swizzle::None && bytes > span {
+                return Err(TensorMapError::InnerExceedsSwizzle { bytes, span });
+            }
+        }
+        check_range("elementStrides", element_strides.iter().map(|&x| x.into()), 1, 8)?;
+        if interleave == Interleave::B32 && swizzle != Swizzle::B32 {
+            return Err(TensorMapError::InterleaveSwizzle { swizzle });
+        }
+        if arguments.fill == Fill::Nan && !element.is_float() {
+            return Err(TensorMapError::NanFill { element });
+        }
+        let mut all_strides = [0; MAX_RANK];
+        all_strides[0] = element.bytes().into();
+        all_strides[1..rank].copy_from_slice(strides);
+        let mut steps = padded(element_strides, 1);
+        if interleave == Interleave::None {
+            steps[0] = 1;
+        }
+        Ok(TensorMap {
+            element,
+            rank,
+            address,
+            dims: padded(dims, 1),
+            strides: all_strides,
+            box_dims: padded(box_dims, 1),
+            element_strides: steps,
+            interleave,
+            swizzle,
+            l2_promotion: arguments.l2_promotion,
+            fill: arguments.fill,
+        })
+    }
+
+    /// The 128 bytes.
+    pub fn encode(&self) -> [u8; TENSOR_MAP_BYTES] {
+        let mut out = Vec::with_capacity(TENSOR_MAP_BYTES);
+        out.extend(MARK);
+        let swizzle = match self.swizzle {
+            Swizzle::None => 0,
+            Swizzle::B32 => 1,
+            Swizzle::B64 => 2,
+            Swizzle::B128 => 3,
+        };
+        let modes = [self.interleave as u8, swizzle, self.l2_promotion as u8, self.fill as u8];
+        out.extend([
+            self.rank as u8,
+            self.element as u8,
+            modes[0],
+            modes[1],
+            modes[2],
+            modes[3],
+            0,
+            0,
+        ]);
+        out.extend(self.address.to_le_bytes());
+        out.extend(self.dims.iter().flat_map(|d| ((d - 1) as u32).to_le_bytes()));
+        out.extend(self.strides[1..].iter().flat_map(|s| s.to_le_bytes()));
+        out.extend(self.box_dims.iter().flat_map(|b| (*b as u16).to_le_bytes()));
+        out.extend(self.element_strides.iter().map(|s| *s as u8));
+        let mut bytes = [0; TENSOR_MAP_BYTES];
+        bytes[..out.len()].copy_from_slice(&out);
+        bytes
+    }
+
+    /// Reads the 128 bytes back, and checks them by every rule again, since a program may have changed them.
+    ///
+    /// # Errors
+    ///
+    /// [`TensorMapError::Foreign`] if the mark or an enumerated field is not this emulator's, else the rule broken.
+    pub fn decode(bytes: &[u8; TENSOR_MAP_BYTES]) -> Result<TensorMap, TensorMapError> {
+        let foreign = TensorMapError::Foreign;
+        if bytes[..8] != MARK {
+            return Err(foreign);
+        }
+        let rank = usize::from(bytes[8]);
+        if !(1..=MAX_RANK).contains(&rank) {
+            return Err(foreign);
+        }
+        let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let dims: [u64; 5] = std::array::from_fn(|i| (word(24 + 4 * i) & 0xffff_ffff) + 1);
+        let strides: [u64; 4] = std::array::from_fn(|i| word(44 + 8 * i));
+        let box_dims: [u32; 5] = std::array::from_fn(|i| (word(76 + 2 * i) & 0xffff) as u32);
+        let element_strides: [u32; 5] = std::array::from_fn(|i| bytes[86 + i].into());
+        TensorMap::tiled(&Tiled {
+            element: ElementType::from_number(bytes[9].into()).map_err(|_| foreign)?,
+            address: word(16),
+            dims: &dims[..rank],
+            strides: &strides[..rank - 1],
+            box_dims: &box_dims[..rank],
+            element_strides: &element_strides[..rank],
+            interleave: *[Interleave::None, Interleave::B16, Interleave::B32]
+                .get(usize::from(bytes[10]))
+                .ok_or(foreign)?,
+            swizzle: swizzle_from_number(bytes[11].into()).map_err(|_| foreign)?,
+            l2_promotion: *[
+                L2Promotion::None,
+                L2Promotion::B64,
+                L2Promotion::B128,
+                L2Promotion::B256,
+            ]
+            .get(usize::from(bytes[12]))
+            .ok_or(foreign)?,
+            fill: *[Fill::Zero, Fill::Nan].get(usize::from(bytes[13])).ok_or(foreign)?,
+        })
+    }
+
+    /// The number of dimensions.
+    pub const fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The element type.
+    pub const fn element(&self) -> ElementType {
+        self.element
+    }
+
+    /// The out-of-bounds fill.
+    pub const fn fill(&self) -> Fill {
+        self.fill
+    }
+
+    /// The swizzle.
+    pub const fn swizzle(&self) -> Swizzle {
+        self.swizzle
+    }
+
+    /// The same map over another address (`cuTensorMapReplaceAddress`).
+    ///
+    /// # Errors
+    ///
+    /// [`TensorMapError::Multiple`] if the address is not aligned as the map needs.
+    pub fn with_address(self, address: u64) -> Result<TensorMap, TensorMapError> {
+        let alignment = if self.interleave == Interleave::B32 { 32 } else { 16 };
+        check_multiple("globalAddress", [address].into_iter(), alignment)?;
+        Ok(TensorMap { address, ..self })
+    }
+}
+
+#[cfg(test)]
+#[path = "tensor_map_tests.rs"]
+mod tests;

@@ -1,0 +1,156 @@
+//! What crosses the bus: the structs a kernel takes by value.
+//!
+//! Both sides compile this file, so a field can not mean one thing to the host and another to the kernel. Every
+//! struct is `repr(C)`, holds only 4- and 8-byte scalars, and has no padding: its bytes are the parameter buffer.
+
+use core::num::NonZeroU32;
+
+/// A `[batch, heads, seqlen, head_dim]` tensor in device memory, its last axis contiguous.
+///
+/// Strides count elements and are 64-bit: a tensor may pass 2^31 elements.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StridedTensor {
+    /// Device address of element `[0, 0, 0, 0]`.
+    pub address: u64,
+    /// Elements from one batch entry to the next.
+    pub batch_stride: u64,
+    /// Elements from one head to the next.
+    pub head_stride: u64,
+    /// Elements from one position of the sequence to the next.
+    pub row_stride: u64,
+}
+
+/// Parameters of every forward kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardParams {
+    /// Queries, `[batch, heads_q, seqlen_q, head_dim]`.
+    pub q: StridedTensor,
+    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
+    pub k: StridedTensor,
+    /// Values, `[batch, heads_kv, seqlen_k, head_dim]`.
+    pub v: StridedTensor,
+    /// Output, `[batch, heads_q, seqlen_q, head_dim]`.
+    pub out: StridedTensor,
+    /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
+    pub lse: u64,
+    /// Query heads.
+    pub heads_q: NonZeroU32,
+    /// Query heads that share one key/value head.
+    pub heads_q_per_kv: NonZeroU32,
+    /// Length of the query sequence.
+    pub seqlen_q: u32,
+    /// Length of the key sequence.
+    pub seqlen_k: u32,
+    /// Query tiles a head has, `ceil(seqlen_q / block_m)`.
+    pub query_tiles: NonZeroU32,
+    /// `|softmax_scale| * log2(e)`, or 1 where the scale is 0.
+    pub scale_log2: f32,
+    /// Sign of `softmax_scale`: -1, 0 or 1. The kernel multiplies Q by it, so that the running maximum stays a maximum.
+    pub scale_sign: f32,
+    /// What the tensors have in common.
+    pub layout: Layout,
+    /// `|softmax_scale|`, or 1 where the scale is 0: for standard attention, which scales before the softmax.
+    pub scale: f32,
+}
+
+/// Parameters of the three kernels of standard attention.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct StandardParams {
+    /// What is computed.
+    pub forward: ForwardParams,
+    /// Device address of the scores, then probabilities: f32, contiguous `[batch, heads_q, seqlen_q, seqlen_k]`.
+    pub scores: u64,
+    /// Key tiles of a head, `ceil(seqlen_k / block_n)`.
+    pub key_tiles: NonZeroU32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+/// Parameters of every backward kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardParams {
+    /// Queries, `[batch, heads_q, seqlen_q, head_dim]`.
+    pub q: StridedTensor,
+    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
+    pub k: StridedTensor,
+    /// Values, `[batch, heads_kv, seqlen_k, head_dim]`.
+    pub v: StridedTensor,
+    /// Forward's output, as q.
+    pub out: StridedTensor,
+    /// Gradient of the output, as q.
+    pub dout: StridedTensor,
+    /// Gradient of q, as q.
+    pub dq: StridedTensor,
+    /// Gradient of k, as k.
+    pub dk: StridedTensor,
+    /// Gradient of v, as v.
+    pub dv: StridedTensor,
+    /// Device address of forward's log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`.
+    pub lse: u64,
+    /// Device address of rowsum(dO * O), f32, contiguous `[batch, heads_q, seqlen_q]`.
+    pub delta: u64,
+    /// Query heads.
+    pub heads_q: NonZeroU32,
+    /// Key/value heads.
+    pub heads_kv: NonZeroU32,
+    /// Query heads that share one key/value head.
+    pub heads_q_per_kv: NonZeroU32,
+    /// Length of the query sequence.
+    pub seqlen_q: u32,
+    /// Length of the key sequence.
+    pub seqlen_k: u32,
+    /// Tiles that the sequence which a block of the kernel owns has: queries, or keys in `backward_keys`.
+    pub tiles: NonZeroU32,
+    /// `softmax_scale`, of either sign: no maximum is taken here.
+    pub softmax_scale: f32,
+    /// `softmax_scale * log2(e)`.
+    pub scale_log2: f32,
+    /// What the tensors have in common.
+    pub layout: Layout,
+}
+
+/// What the tensors of a call have in common.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// Elements of a head that exist; the compiled tile may be wider.
+    pub head_dim: u32,
+    /// 1 if every address and every stride of every `StridedTensor` of the call is a multiple of 16 bytes, so that
+    /// 16-byte accesses are legal.
+    pub aligned: u32,
+}
+
+/// The bytes of a parameter struct, as a launch takes them.
+///
+/// # Safety of implementors
+/// `repr(C)`, no padding, no pointers that the host must keep alive: upheld by `const` assertions below.
+pub trait Params: Copy {
+    /// The struct as bytes.
+    fn as_bytes(&self) -> &[u8];
+}
+
+macro_rules! params {
+    ($type:ident) => {
+        impl Params for $type {
+            fn as_bytes(&self) -> &[u8] {
+                // SAFETY: repr(C) without padding (asserted below), so every byte is initialised; the slice borrows self.
+                unsafe { core::slice::from_raw_parts((&raw const *self).cast(), size_of::<Self>()) }
+            }
+        }
+    };
+}
+
+params!(ForwardParams);
+params!(BackwardParams);
+params!(StandardParams);
+
+const _: () = {
+    assert!(size_of::<StridedTensor>() == 4 * 8);
+    assert!(size_of::<ForwardParams>() == 4 * 32 + 8 + 10 * 4);
+    assert!(size_of::<StandardParams>() == size_of::<ForwardParams>() + 8 + 2 * 4);
+    assert!(size_of::<BackwardParams>() == 8 * 32 + 2 * 8 + 10 * 4);
+};

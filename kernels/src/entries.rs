@@ -1,0 +1,270 @@
+//! THE table of compiled kernels. The kernels are emitted from it, the host chooses from it, the tests sweep it, and
+//! `cargo xtask ptx` takes the launch bounds from it. A shape that is not here can not be planned.
+
+use crate::shape::*;
+
+/// The least capable card a kernel runs on, and the target it is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Arch {
+    /// sm_80: A100 and every later card.
+    Sm80,
+}
+
+impl Arch {
+    /// Every target kernels are compiled for.
+    pub const ALL: &[Self] = &[Self::Sm80];
+
+    /// The target's name as PTX and ptxas spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sm80 => "sm_80",
+        }
+    }
+}
+
+/// Element type of q, k, v and out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dtype {
+    /// IEEE binary32, computed in true f32 arithmetic.
+    F32,
+    /// IEEE binary16, accumulated in f32.
+    F16,
+    /// bfloat16, accumulated in f32.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// The name users type and kernels carry.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// What a kernel computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Pass {
+    /// out and lse from q, k, v.
+    Forward,
+    /// delta = rowsum(dO * O), which the other two backward kernels need.
+    BackwardDelta,
+    /// dQ.
+    BackwardQueries,
+    /// dK and dV.
+    BackwardKeys,
+    /// Forward with another amount of SRAM than `Forward` would take, for the study of IO.
+    Study,
+    /// Standard attention, first kernel: S = scale * Q K^T.
+    StandardScores,
+    /// Standard attention, second kernel: P = softmax(S).
+    StandardSoftmax,
+    /// Standard attention, third kernel: O = P V.
+    StandardOutput,
+}
+
+/// One compiled kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Name of the `.entry` and of its file.
+    pub name: &'static str,
+    /// What it computes.
+    pub pass: Pass,
+    /// What it runs on.
+    pub arch: Arch,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Whether it masks causally.
+    pub causal: bool,
+    /// Widest head it serves.
+    pub head_dim: u32,
+    /// Queries in a tile. A block owns one such tile, or in `BackwardKeys` streams them.
+    pub block_m: u32,
+    /// Keys in a tile. A block streams them, or in `BackwardKeys` owns one.
+    pub block_n: u32,
+    /// Threads in a block.
+    pub threads: u32,
+    /// Blocks that are to fit a multiprocessor at once; bounds the registers ptxas may use.
+    pub min_blocks: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Whether the kernel streams the queries twice, once for dK and once for dV.
+    pub two_walks: bool,
+    /// The compiled module.
+    #[cfg(feature = "embedded")]
+    pub ptx: &'static str,
+}
+
+/// The kernel of `pass` that serves this head_dim with the least waste.
+pub fn find(pass: Pass, arch: Arch, dtype: Dtype, causal: bool, head_dim: u32) -> Option<&'static Entry> {
+    ENTRIES
+        .iter()
+        .filter(|e| (e.pass, e.arch, e.dtype, e.causal) == (pass, arch, dtype, causal) && e.head_dim >= head_dim)
+        .min_by_key(|e| e.head_dim)
+}
+
+macro_rules! entry {
+    ($name:expr, $arch:ident $pass:ident $dtype:ident, $shape:ty, $shared:ident, $min_blocks:literal, $causal:literal) => {
+        Entry {
+            name: $name,
+            pass: Pass::$pass,
+            arch: Arch::$arch,
+            dtype: Dtype::$dtype,
+            causal: $causal,
+            head_dim: <$shape>::HEAD_DIM,
+            block_m: if matches!(Pass::$pass, Pass::BackwardKeys) {
+                <$shape>::COLUMNS
+            } else {
+                <$shape>::ROWS
+            },
+            block_n: if matches!(Pass::$pass, Pass::BackwardKeys) {
+                <$shape>::ROWS
+            } else {
+                <$shape>::COLUMNS
+            },
+            threads: <$shape>::THREADS,
+            min_blocks: $min_blocks,
+            shared_bytes: <$shape>::$shared,
+            two_walks: matches!(Pass::$pass, Pass::BackwardKeys) && <$shape>::TWO_WALKS,
+            #[cfg(feature = "embedded")]
+            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_80/", $name, ".ptx")),
+        }
+    };
+}
+
+/// Compiles one kernel of the table.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! kernel {
+    ($name:expr, $module:ident::$function:ident, $params:ident, $($argument:tt)*) => {
+        const _: () = {
+            #[unsafe(export_name = $name)]
+            unsafe extern "ptx-kernel" fn kernel(params: crate::abi::$params) {
+                // SAFETY: the host launches a row of the table as the row says.
+                unsafe { crate::$module::$function::<$($argument)*>(&params) }
+            }
+        };
+    };
+}
+
+macro_rules! entries {
+    (
+        tiles { $($name:literal: $pass:ident $arch:ident $dtype:ident, $shape:ty, $shared:ident,
+                  $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
+        delta { $($delta:literal: $delta_arch:ident $delta_dtype:ident;)* }
+    ) => {
+        /// Every compiled kernel: each row of tiles below, full and causal, and the row sums of backward.
+        pub const ENTRIES: &[Entry] = &[
+            $(
+                entry!($name, $arch $pass $dtype, $shape, $shared, $min, false),
+                entry!(concat!($name, "_causal"), $arch $pass $dtype, $shape, $shared, $min, true),
+            )*
+            $(Entry {
+                name: $delta,
+                pass: Pass::BackwardDelta,
+                arch: Arch::$delta_arch,
+                dtype: Dtype::$delta_dtype,
+                causal: false,
+                head_dim: 256,
+                block_m: DELTA_ROWS,
+                block_n: 0,
+                threads: DELTA_ROWS * 8,
+                min_blocks: 8,
+                shared_bytes: 0,
+                two_walks: false,
+                #[cfg(feature = "embedded")]
+                ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_80/", $delta, ".ptx")),
+            },)*
+        ];
+        $(
+            #[cfg(target_arch = "nvptx64")]
+            kernel!($name, $module::$function, $params, $shape, false);
+            #[cfg(target_arch = "nvptx64")]
+            kernel!(concat!($name, "_causal"), $module::$function, $params, $shape, true);
+        )*
+        $(
+            #[cfg(target_arch = "nvptx64")]
+            kernel!($delta, backward::delta, BackwardParams, crate::tile::element::$delta_dtype);
+        )*
+    };
+}
+
+entries! {
+    tiles {
+        "forward_f32_d32": Forward Sm80 F32, ForwardF32D32, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f32_d64": Forward Sm80 F32, ForwardF32D64, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f32_d96": Forward Sm80 F32, ForwardF32D96, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f32_d128": Forward Sm80 F32, ForwardF32D128, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f32_d192": Forward Sm80 F32, ForwardF32D192, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "forward_f32_d256": Forward Sm80 F32, ForwardF32D256, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f16_d32": Forward Sm80 F16, ForwardD32<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f16_d64": Forward Sm80 F16, ForwardD64<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f16_d96": Forward Sm80 F16, ForwardD96<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f16_d128": Forward Sm80 F16, ForwardD128<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f16_d192": Forward Sm80 F16, ForwardD192<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "forward_f16_d256": Forward Sm80 F16, ForwardD256<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "forward_bf16_d32": Forward Sm80 Bf16, ForwardD32<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_bf16_d64": Forward Sm80 Bf16, ForwardD64<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_bf16_d96": Forward Sm80 Bf16, ForwardD96<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_bf16_d128": Forward Sm80 Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_bf16_d192": Forward Sm80 Bf16, ForwardD192<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "forward_bf16_d256": Forward Sm80 Bf16, ForwardD256<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "backward_queries_f32_d32": BackwardQueries Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 2;
+        "backward_queries_f32_d64": BackwardQueries Sm80 F32, BackwardF32D64, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 2;
+        "backward_queries_f32_d96": BackwardQueries Sm80 F32, BackwardF32D96, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f32_d128": BackwardQueries Sm80 F32, BackwardF32D128, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f32_d192": BackwardQueries Sm80 F32, BackwardF32D192, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f32_d256": BackwardQueries Sm80 F32, BackwardF32D256, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f16_d32": BackwardQueries Sm80 F16, BackwardD32<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f16_d64": BackwardQueries Sm80 F16, BackwardD64<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f16_d96": BackwardQueries Sm80 F16, BackwardD96<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f16_d128": BackwardQueries Sm80 F16, BackwardD128<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f16_d192": BackwardQueries Sm80 F16, BackwardD192<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f16_d256": BackwardQueries Sm80 F16, BackwardD256<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_bf16_d32": BackwardQueries Sm80 Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_bf16_d64": BackwardQueries Sm80 Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_bf16_d96": BackwardQueries Sm80 Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_bf16_d128": BackwardQueries Sm80 Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_bf16_d192": BackwardQueries Sm80 Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_bf16_d256": BackwardQueries Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_keys_f32_d32": BackwardKeys Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 2;
+        "backward_keys_f32_d64": BackwardKeys Sm80 F32, BackwardF32D64, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 2;
+        "backward_keys_f32_d96": BackwardKeys Sm80 F32, BackwardF32D96, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f32_d128": BackwardKeys Sm80 F32, BackwardF32D128, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f32_d192": BackwardKeys Sm80 F32, BackwardF32D192, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f32_d256": BackwardKeys Sm80 F32, BackwardF32D256, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f16_d32": BackwardKeys Sm80 F16, BackwardD32<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f16_d64": BackwardKeys Sm80 F16, BackwardD64<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f16_d96": BackwardKeys Sm80 F16, BackwardD96<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f16_d128": BackwardKeys Sm80 F16, BackwardD128<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f16_d192": BackwardKeys Sm80 F16, BackwardD192<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f16_d256": BackwardKeys Sm80 F16, BackwardD256<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_bf16_d32": BackwardKeys Sm80 Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_bf16_d64": BackwardKeys Sm80 Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_bf16_d96": BackwardKeys Sm80 Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_bf16_d128": BackwardKeys Sm80 Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_bf16_d192": BackwardKeys Sm80 Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_bf16_d256": BackwardKeys Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "study_f32_d64_m16": Study Sm80 F32, StudyM16, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "study_f32_d64_m32": Study Sm80 F32, StudyM32, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "study_f32_d64_m64": Study Sm80 F32, StudyM64, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "study_f32_d64_m128": Study Sm80 F32, StudyM128, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
+        "standard_scores_f32_d64": StandardScores Sm80 F32, ForwardF32D64, STANDARD_BYTES, standard::scores(StandardParams), min_blocks 1;
+        "standard_softmax_f32_d64": StandardSoftmax Sm80 F32, ForwardF32D64, STANDARD_BYTES, standard::softmax(StandardParams), min_blocks 1;
+        "standard_output_f32_d64": StandardOutput Sm80 F32, ForwardF32D64, STANDARD_BYTES, standard::output(StandardParams), min_blocks 1;
+    }
+    delta {
+        "backward_delta_f32": Sm80 F32;
+        "backward_delta_f16": Sm80 F16;
+        "backward_delta_bf16": Sm80 Bf16;
+    }
+}

@@ -1,0 +1,60 @@
+//! FlashAttention's kernels in Rust: `no_std`, compiled to PTX by rustc's own `nvptx64-nvidia-cuda` target.
+//!
+//! The crate compiles twice. For `nvptx64` it is the code that a GPU runs. For the host it is the contract: the
+//! parameter structs ([`abi`]), the tile shapes ([`shape`]), the mask ([`mask`]) and the table of what was compiled
+//! ([`entries`]), so that nothing is declared on both sides.
+//!
+//! # The algorithm
+//!
+//! `out = softmax(scale * Q K^T) V` without ever holding the N x N scores. A block owns `block_m` queries of one head.
+//! It walks the keys in tiles of `block_n`, keeping for every query the largest score so far (`row_max`) and the sum of
+//! exponentials relative to it (`row_sum`). A tile that raises the maximum rescales what was summed before by
+//! `exp(old - new)`, which is exact: at the end the output has only to be divided by `row_sum`, and
+//! `lse = row_max + ln(row_sum)` is all that the backward pass needs to recompute any score.
+//!
+//! # Who owns what
+//!
+//! | level | owns | lives in |
+//! | --- | --- | --- |
+//! | block | `block_m` queries of one (batch, head); a ring of K and V tiles | shared memory |
+//! | warp | `block_m / warps` of those queries, from load to store: softmax never crosses a warp | registers |
+//! | lane | some columns of some rows: two rows of each 16 with `mma.sync`, four rows of 8 with plain FMA | registers |
+//!
+//! Scores are accumulators; probabilities become the next product's operand in the same registers. K and V are read
+//! once per query block, Q once, the output is written once: N^2 d / block_m elements of traffic instead of N^2.
+//!
+//! # The rooms
+//!
+//! `asm!` lives in `ptx`, a lane's coordinates in `tile::fragment`, bank conflicts in `tile::swizzle`, minus infinity in
+//! `softmax`, sequence lengths in [`mask`], waiting in `pipeline`; `forward` and `backward` read like the paper.
+
+#![no_std]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
+
+pub mod abi;
+pub mod entries;
+pub mod mask;
+pub mod shape;
+pub mod tile;
+
+#[cfg(target_arch = "nvptx64")]
+mod backward;
+#[cfg(target_arch = "nvptx64")]
+mod block;
+#[cfg(target_arch = "nvptx64")]
+mod forward;
+#[cfg(target_arch = "nvptx64")]
+mod pipeline;
+#[cfg(target_arch = "nvptx64")]
+mod ptx;
+#[cfg(target_arch = "nvptx64")]
+mod softmax;
+#[cfg(target_arch = "nvptx64")]
+mod standard;
+
+/// Never reached: a test proves that no kernel's PTX calls or traps.
+#[cfg(target_arch = "nvptx64")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}

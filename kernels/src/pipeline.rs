@@ -1,0 +1,227 @@
+//! Streamed tiles in flight.
+//!
+//! While tiles are multiplied, the next ones are on their way by `cp.async`; a slot is refilled once every warp is done
+//! with what it held. Forward needs one tile at a time and has a ring of single tiles; backward needs two together.
+
+use crate::block::split;
+use crate::ptx::{copy, sreg, sync};
+use crate::shape::TileShape;
+use crate::tile::{
+    global::{GlobalTile, Walk},
+    shared::SharedTile,
+};
+use core::marker::PhantomData;
+
+/// The tiles K0 V0 K1 V1 … in a ring of `STAGES` slots.
+pub struct KeyValueRing<S> {
+    base: u32,
+    k: Walk,
+    v: Walk,
+    shape: PhantomData<S>,
+}
+
+impl<S: TileShape> KeyValueRing<S> {
+    /// Starts to load the first tiles of `k` and `v` into the slots at shared address `base`. Copies that the caller started
+    /// before (the query tile) are awaited together with the first key tile.
+    ///
+    /// # Safety
+    /// The slots are this ring's alone; `k` and `v` are readable. Every thread of the block calls this, and each `acquire`.
+    #[inline(always)]
+    pub unsafe fn start(base: u32, k: GlobalTile, v: GlobalTile) -> Self {
+        let walk = |window| Walk::new(window, split::<S>());
+        let mut ring = Self {
+            base,
+            k: walk(k),
+            v: walk(v),
+            shape: PhantomData,
+        };
+        for tile in 0..S::STAGES - 1 {
+            // SAFETY: the slots are fresh.
+            unsafe { ring.fetch(tile, tile % 2 == 0) }
+        }
+        ring
+    }
+
+    /// Waits for key tile `n`. It is valid until the next `acquire`.
+    ///
+    /// # Safety
+    /// Called in the order K0 V0 K1 V1 … by every thread of the block.
+    #[inline(always)]
+    pub unsafe fn acquire_key(&mut self, n: u32) -> SharedTile {
+        // SAFETY: the caller's contract.
+        unsafe { self.acquire(n * 2, false) }
+    }
+
+    /// Waits for value tile `n`. It is valid until the next `acquire`.
+    ///
+    /// # Safety
+    /// As [`KeyValueRing::acquire_key`].
+    #[inline(always)]
+    pub unsafe fn acquire_value(&mut self, n: u32) -> SharedTile {
+        // SAFETY: the caller's contract.
+        unsafe { self.acquire(n * 2 + 1, true) }
+    }
+
+    /// Waits until nothing is in flight and every warp is done: shared memory is free for other uses.
+    #[inline(always)]
+    pub fn drain(&self) {
+        drain();
+    }
+
+    /// STAGES is even, so a key tile makes room for a value tile, and a value tile for a key tile.
+    #[inline(always)]
+    unsafe fn acquire(&mut self, tile: u32, fetch_key: bool) -> SharedTile {
+        // This thread's part of `tile` has landed once at most STAGES - 2 younger groups are in flight.
+        if S::STAGES == 4 {
+            copy::cp_async_wait::<2>();
+        } else {
+            copy::cp_async_wait::<0>();
+        }
+        // Closes two hazards: the others' parts of `tile` have landed, and they no longer read `tile - 1`, whose slot is
+        // the one that `tile + STAGES - 1` goes to.
+        sync::sync_threads();
+        // SAFETY: the barrier above.
+        unsafe { self.fetch(tile + S::STAGES - 1, fetch_key) }
+        self.slot(tile)
+    }
+
+    /// Starts to load `tile` and closes its group. Past the end of the windows nothing is read, and the slot becomes zeros
+    /// that nobody asks for.
+    #[inline(always)]
+    unsafe fn fetch(&mut self, tile: u32, key: bool) {
+        let slot = self.slot(tile);
+        let source = if key { &mut self.k } else { &mut self.v };
+        // SAFETY: `start`'s and `acquire`'s contracts.
+        unsafe { slot.load_async(source, S::COLUMNS) }
+        copy::cp_async_commit();
+    }
+
+    #[inline(always)]
+    fn slot(&self, tile: u32) -> SharedTile {
+        SharedTile::new(self.base + tile % S::STAGES * S::STREAMED_BYTES, S::ROW_BYTES)
+    }
+}
+
+/// Two tiles of the same rows, and two f32 a row: what backward streams past the rows it owns.
+#[derive(Clone, Copy)]
+pub struct Stage {
+    /// K or Q.
+    pub first: SharedTile,
+    /// V or dO.
+    pub second: SharedTile,
+    /// Shared address of each row's lse, where queries are streamed.
+    pub lse: u32,
+    /// Shared address of each row's delta, where queries are streamed.
+    pub delta: u32,
+}
+
+/// The per-row statistics that go with streamed queries.
+#[derive(Clone, Copy)]
+pub struct StreamedRows {
+    /// Device address of the lse of row 0.
+    pub lse: u64,
+    /// Device address of the delta of row 0.
+    pub delta: u64,
+    /// Rows that exist.
+    pub rows: u32,
+}
+
+/// Pairs of tiles in two alternating stages.
+pub struct PairRing<S> {
+    base: u32,
+    first: Walk,
+    second: Walk,
+    statistics: Option<StreamedRows>,
+    shape: PhantomData<S>,
+}
+
+impl<S: TileShape> PairRing<S> {
+    /// Bytes of one stage: two tiles and two f32 a row.
+    const STAGE_BYTES: u32 = 2 * S::STREAMED_BYTES + 2 * 4 * S::COLUMNS;
+
+    /// Starts to load pair `n` into the stages at shared address `base`; `first` and `second` begin at that pair's rows.
+    /// Copies that the caller started before (the owned tiles) are awaited together with it.
+    ///
+    /// # Safety
+    /// The stages are this ring's alone; the windows are readable. Every thread of the block calls this, and each `acquire`.
+    #[inline(always)]
+    pub unsafe fn start(
+        base: u32,
+        n: u32,
+        first: GlobalTile,
+        second: GlobalTile,
+        statistics: Option<StreamedRows>,
+    ) -> Self {
+        let walk = |window| Walk::new(window, split::<S>());
+        let mut ring = Self {
+            base,
+            first: walk(first),
+            second: walk(second),
+            statistics,
+            shape: PhantomData,
+        };
+        // SAFETY: the stages are fresh.
+        unsafe { ring.fetch(n) }
+        ring
+    }
+
+    /// Waits for pair `n` and starts to load the next. It is valid until the next `acquire`.
+    ///
+    /// # Safety
+    /// Called in order, from `start`'s `n` on, by every thread of the block.
+    #[inline(always)]
+    pub unsafe fn acquire(&mut self, n: u32) -> Stage {
+        copy::cp_async_wait::<0>();
+        // Closes two hazards: the others' parts of pair `n` have landed, and they no longer read pair `n - 1`, whose stage
+        // is the one that pair `n + 1` goes to.
+        sync::sync_threads();
+        // SAFETY: the barrier above.
+        unsafe { self.fetch(n + 1) }
+        self.stage(n)
+    }
+
+    /// Waits until nothing is in flight and every warp is done: shared memory is free for other uses.
+    #[inline(always)]
+    pub fn drain(&self) {
+        drain();
+    }
+
+    /// Starts to load pair `n` and closes its group. Past the end nothing is read, and the stage becomes zeros.
+    #[inline(always)]
+    unsafe fn fetch(&mut self, n: u32) {
+        let stage = self.stage(n);
+        // SAFETY: `start`'s and `acquire`'s contracts; statistics are read where their row exists.
+        unsafe {
+            stage.first.load_async(&mut self.first, S::COLUMNS);
+            stage.second.load_async(&mut self.second, S::COLUMNS);
+            if let Some(statistics) = self.statistics {
+                let thread = sreg::thread_idx_x();
+                if thread < S::COLUMNS {
+                    let row = n * S::COLUMNS + thread;
+                    let bytes = if row < statistics.rows { 4 } else { 0 };
+                    copy::cp_async_4(stage.lse + thread * 4, statistics.lse + row as u64 * 4, bytes);
+                    copy::cp_async_4(stage.delta + thread * 4, statistics.delta + row as u64 * 4, bytes);
+                }
+            }
+        }
+        copy::cp_async_commit();
+    }
+
+    #[inline(always)]
+    fn stage(&self, n: u32) -> Stage {
+        let base = self.base + n % 2 * Self::STAGE_BYTES;
+        let lse = base + 2 * S::STREAMED_BYTES;
+        Stage {
+            first: SharedTile::new(base, S::ROW_BYTES),
+            second: SharedTile::new(base + S::STREAMED_BYTES, S::ROW_BYTES),
+            lse,
+            delta: lse + 4 * S::COLUMNS,
+        }
+    }
+}
+
+#[inline(always)]
+fn drain() {
+    copy::cp_async_wait::<0>();
+    sync::sync_threads();
+}

@@ -1,0 +1,152 @@
+//! Loads and stores whose state space is said, not guessed. PTX ISA, "ld", "st".
+//!
+//! A pointer that comes out of a parameter struct is generic to LLVM; naming the space saves the lookup.
+
+use core::arch::asm;
+
+/// `ld.shared.v4.f32` — four f32 from 16-byte aligned shared memory.
+///
+/// # Safety
+/// `address` is a 16-byte aligned shared-window address of initialised memory that no other thread writes meanwhile.
+#[inline(always)]
+pub unsafe fn ld_shared_v4(address: u32) -> [f32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.v4.f32 {{{a}, {b}, {c}, {d}}}, [{p}];", a = out(reg32) a, b = out(reg32) b,
+            c = out(reg32) c, d = out(reg32) d, p = in(reg32) address, options(nostack, readonly));
+    }
+    [a, b, c, d]
+}
+
+/// `ld.shared.v2.f32` — two f32 from 8-byte aligned shared memory.
+///
+/// # Safety
+/// `address` is an 8-byte aligned shared-window address of initialised memory that no other thread writes meanwhile.
+#[inline(always)]
+pub unsafe fn ld_shared_v2(address: u32) -> [f32; 2] {
+    let (a, b);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.v2.f32 {{{a}, {b}}}, [{p}];", a = out(reg32) a, b = out(reg32) b, p = in(reg32) address,
+            options(nostack, readonly));
+    }
+    [a, b]
+}
+
+/// `ld.shared.f32` — one f32 from shared memory.
+///
+/// # Safety
+/// `address` is a 4-byte aligned shared-window address of initialised memory that no other thread writes meanwhile.
+#[inline(always)]
+pub unsafe fn ld_shared(address: u32) -> f32 {
+    let value;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.f32 {v}, [{p}];", v = out(reg32) value, p = in(reg32) address, options(nostack, readonly));
+    }
+    value
+}
+
+/// `ld.shared.v4.b32` — 16 bytes as four words.
+///
+/// # Safety
+/// As [`ld_shared_v4`].
+#[inline(always)]
+pub unsafe fn ld_shared_words(address: u32) -> [u32; 4] {
+    // SAFETY: the caller's contract.
+    unsafe { ld_shared_v4(address) }.map(f32::to_bits)
+}
+
+/// `st.shared.v4.b32` — 16 bytes to 16-byte aligned shared memory.
+///
+/// # Safety
+/// `address` is a 16-byte aligned shared-window address of this block that no other thread touches meanwhile.
+#[inline(always)]
+pub unsafe fn st_shared_words(address: u32, words: [u32; 4]) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.shared.v4.b32 [{p}], {{{a}, {b}, {c}, {d}}};", p = in(reg32) address, a = in(reg32) words[0],
+            b = in(reg32) words[1], c = in(reg32) words[2], d = in(reg32) words[3], options(nostack));
+    }
+}
+
+/// `st.shared.b32` — one word to 4-byte aligned shared memory.
+///
+/// # Safety
+/// `address` is a 4-byte aligned shared-window address of this block that no other thread touches meanwhile.
+#[inline(always)]
+pub unsafe fn st_shared_word(address: u32, word: u32) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("st.shared.b32 [{p}], {w};", p = in(reg32) address, w = in(reg32) word, options(nostack)) }
+}
+
+macro_rules! global_access {
+    ($load:ident, $store:ident, $type:ident, $class:ident, $space_type:literal) => {
+        #[doc = concat!("`ld.global.", $space_type, "`.\n\n# Safety\n`address` is readable and aligned to the access.")]
+        #[inline(always)]
+        pub unsafe fn $load(address: u64) -> $type {
+            let value;
+            // SAFETY: the caller's contract.
+            unsafe {
+                asm!(concat!("ld.global.", $space_type, " {v}, [{p}];"), v = out($class) value, p = in(reg64) address,
+                    options(nostack, readonly));
+            }
+            value
+        }
+
+        #[doc = concat!("`st.global.", $space_type, "`.\n\n# Safety\n`address` is writable, aligned to the access, and no other thread touches it.")]
+        #[inline(always)]
+        pub unsafe fn $store(address: u64, value: $type) {
+            // SAFETY: the caller's contract.
+            unsafe {
+                asm!(concat!("st.global.", $space_type, " [{p}], {v};"), p = in(reg64) address, v = in($class) value,
+                    options(nostack));
+            }
+        }
+    };
+}
+
+global_access!(ld_global_u16, st_global_u16, u16, reg16, "b16");
+global_access!(ld_global_u32, st_global_u32, u32, reg32, "b32");
+
+/// `ld.global.v4.b32` — 16 bytes from 16-byte aligned global memory.
+///
+/// # Safety
+/// `address` is readable and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn ld_global_words(address: u64) -> [u32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.global.v4.b32 {{{a}, {b}, {c}, {d}}}, [{p}];", a = out(reg32) a, b = out(reg32) b, c = out(reg32) c,
+            d = out(reg32) d, p = in(reg64) address, options(nostack, readonly));
+    }
+    [a, b, c, d]
+}
+
+/// `st.global.v2.f32` — two f32 to 8-byte aligned global memory.
+///
+/// # Safety
+/// `address` is writable, 8-byte aligned, and no other thread touches it.
+#[inline(always)]
+pub unsafe fn st_global_v2(address: u64, values: [f32; 2]) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.global.v2.f32 [{p}], {{{a}, {b}}};", p = in(reg64) address, a = in(reg32) values[0],
+            b = in(reg32) values[1], options(nostack));
+    }
+}
+
+/// `st.global.v4.b32` — 16 bytes to 16-byte aligned global memory.
+///
+/// # Safety
+/// `address` is writable, 16-byte aligned, and no other thread touches it.
+#[inline(always)]
+pub unsafe fn st_global_words(address: u64, words: [u32; 4]) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.global.v4.b32 [{p}], {{{a}, {b}, {c}, {d}}};", p = in(reg64) address, a = in(reg32) words[0],
+            b = in(reg32) words[1], c = in(reg32) words[2], d = in(reg32) words[3], options(nostack));
+    }
+}

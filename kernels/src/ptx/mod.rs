@@ -1,0 +1,12 @@
+//! The only `asm!` in the project: one PTX instruction, one function.
+//!
+//! Options tell the truth. Arithmetic on one lane's values is `pure, nomem`. What reads or writes memory, or orders it,
+//! keeps the default clobber. What a whole warp executes together (`mma`, `ldmatrix`, `shfl`, `bar`) is never `pure`:
+//! rustc does not mark inline assembly `convergent`, so a pure one could be sunk into a divergent branch.
+
+pub mod copy;
+pub mod math;
+pub mod matrix;
+pub mod memory;
+pub mod sreg;
+pub mod sync;

@@ -1,0 +1,38 @@
+//! Special registers: who am I. PTX ISA, "Special Registers".
+
+use core::arch::{asm, global_asm};
+
+// One dynamic array serves every kernel; 1024 bytes is the strictest alignment a swizzle asks for.
+global_asm!(".extern .shared .align 1024 .b8 smem[];");
+
+macro_rules! special_register {
+    ($(#[$doc:meta])* $name:ident, $register:literal) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name() -> u32 {
+            let value: u32;
+            // SAFETY: reads a register that is constant for the life of the lane.
+            unsafe { asm!(concat!("mov.u32 {v}, ", $register, ";"), v = out(reg32) value, options(pure, nomem, nostack)) }
+            value
+        }
+    };
+}
+
+special_register!(
+    /// Index of the thread in its block.
+    thread_idx_x, "%tid.x");
+special_register!(
+    /// Index of the block in its grid.
+    block_idx_x, "%ctaid.x");
+special_register!(
+    /// Index of the lane in its warp.
+    lane_id, "%laneid");
+special_register!(
+    /// Shared-window address of the dynamic shared memory.
+    dynamic_shared_mem, "smem");
+
+/// Index of the warp in its block.
+#[inline(always)]
+pub fn warp_id() -> u32 {
+    thread_idx_x() / 32
+}

@@ -1,0 +1,59 @@
+//! Barriers and shuffles. PTX ISA, "Parallel Synchronization and Communication Instructions".
+
+use core::arch::asm;
+
+/// `bar.sync 0;` — every thread of the block arrives, and sees what the others wrote before.
+#[inline(always)]
+pub fn sync_threads() {
+    // SAFETY: the kernels call it where control is uniform over the block.
+    unsafe { asm!("bar.sync 0;", options(nostack)) }
+}
+
+/// `bar.warp.sync -1;` — every lane of the warp arrives, and sees what the others wrote before.
+#[inline(always)]
+pub fn sync_warp() {
+    // SAFETY: the kernels call it where control is uniform over the warp.
+    unsafe { asm!("bar.warp.sync -1;", options(nostack)) }
+}
+
+/// `shfl.sync.bfly.b32` — the value of lane `lane_id ^ mask`.
+#[inline(always)]
+pub fn shuffle_xor(value: f32, mask: u32) -> f32 {
+    let result;
+    // SAFETY: the kernels call it where control is uniform over the warp.
+    unsafe {
+        asm!("shfl.sync.bfly.b32 {r}, {v}, {m}, 31, -1;", r = out(reg32) result, v = in(reg32) value,
+            m = in(reg32) mask, options(nomem, nostack));
+    }
+    result
+}
+
+/// `shfl.sync.idx.b32` — the value of lane `lane`.
+#[inline(always)]
+pub fn shuffle(value: f32, lane: u32) -> f32 {
+    let result;
+    // SAFETY: the kernels call it where control is uniform over the warp.
+    unsafe {
+        asm!("shfl.sync.idx.b32 {r}, {v}, {l}, 31, -1;", r = out(reg32) result, v = in(reg32) value,
+            l = in(reg32) lane, options(nomem, nostack));
+    }
+    result
+}
+
+/// The same number, but the optimiser can not know it: keeps a loop with this trip count rolled.
+#[inline(always)]
+pub fn opaque(value: u32) -> u32 {
+    let result;
+    // SAFETY: a register move.
+    unsafe { asm!("mov.u32 {r}, {v};", r = out(reg32) result, v = in(reg32) value, options(pure, nomem, nostack)) }
+    result
+}
+
+/// The same number, but what follows from it is worked out anew: not kept in registers since the last time.
+#[inline(always)]
+pub fn renew(value: u32) -> u32 {
+    let result;
+    // SAFETY: a register move; not `pure`, so that two of them stay two.
+    unsafe { asm!("mov.u32 {r}, {v};", r = out(reg32) result, v = in(reg32) value, options(nomem, nostack)) }
+    result
+}

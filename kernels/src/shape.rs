@@ -1,0 +1,190 @@
+//! The compiled tile shapes: what a block of threads holds, and in whose registers it lies.
+//!
+//! One type a shape, so that a kernel's body names no numbers. The numbers are for the host too, which plans with
+//! them; the tile types exist only where a kernel is compiled.
+//!
+//! A block owns `ROWS` rows of its result and streams the other sequence past them in tiles of `COLUMNS`. Forward and
+//! dQ own queries and stream keys; dK and dV own keys and stream queries.
+//!
+//! Shared memory stays within 99 KiB a block, the least that any card from sm_80 on grants (sm_86, sm_89 and sm_120;
+//! A100 has 163 KiB, H100 227 KiB), so the portable kernels are portable.
+
+#[cfg(target_arch = "nvptx64")]
+use crate::tile::{fragments::Fragments, lanes::LaneRows, register::*};
+use core::marker::PhantomData;
+
+/// Shared memory that every card from sm_80 on grants a block.
+pub const PORTABLE_SHARED_BYTES: u32 = 99 * 1024;
+
+/// Queries in a block of the delta kernel, 8 threads each.
+pub const DELTA_ROWS: u32 = 16;
+
+/// IEEE binary16.
+#[derive(Clone, Copy)]
+pub struct F16;
+
+/// bfloat16.
+#[derive(Clone, Copy)]
+pub struct Bf16;
+
+/// A compiled tile shape.
+pub trait TileShape {
+    /// Widest head the tile holds; a narrower head is masked by the loader.
+    const HEAD_DIM: u32;
+    /// Rows of the result that a block owns.
+    const ROWS: u32;
+    /// Rows of the other sequence in a streamed tile.
+    const COLUMNS: u32;
+    /// Warps in a block; each owns `ROWS / WARPS` rows from load to store.
+    const WARPS: u32;
+    /// Streamed tiles in flight or in use, together: 2 or 4.
+    const STAGES: u32;
+    /// Bytes of one element.
+    const ELEMENT_BYTES: u32;
+    /// Whether dK and dV are two walks over the queries, because their accumulators do not fit the registers together.
+    const TWO_WALKS: bool;
+
+    /// Threads in a block.
+    const THREADS: u32 = Self::WARPS * 32;
+    /// Rows that one warp owns.
+    const WARP_ROWS: u32 = Self::ROWS / Self::WARPS;
+    /// Bytes of a row in shared memory.
+    const ROW_BYTES: u32 = Self::HEAD_DIM * Self::ELEMENT_BYTES;
+    /// Bytes of an owned tile in shared memory.
+    const OWNED_BYTES: u32 = Self::ROWS * Self::ROW_BYTES;
+    /// Bytes of a streamed tile in shared memory.
+    const STREAMED_BYTES: u32 = Self::COLUMNS * Self::ROW_BYTES;
+    /// Dynamic shared memory of a forward block: the query tile and the ring.
+    const FORWARD_BYTES: u32 = Self::OWNED_BYTES + Self::STAGES * Self::STREAMED_BYTES;
+    /// Dynamic shared memory of a block of standard attention: one tile of each side.
+    const STANDARD_BYTES: u32 = Self::OWNED_BYTES + Self::STREAMED_BYTES;
+    /// Dynamic shared memory of a backward block: two owned tiles, and two stages of two streamed tiles with an lse and a
+    /// delta a row.
+    const BACKWARD_BYTES: u32 = 2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + 2 * 4 * Self::COLUMNS);
+
+    /// The scores of one warp: `WARP_ROWS` x `COLUMNS`, f32.
+    #[cfg(target_arch = "nvptx64")]
+    type Scores: ScoreTile;
+    /// The result of one warp: `WARP_ROWS` x `HEAD_DIM`, f32.
+    #[cfg(target_arch = "nvptx64")]
+    type Output: OutputTile<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
+}
+
+/// Whether the threads of a block, side by side along the rows, cover a tile in whole steps.
+const fn loads_evenly<S: TileShape>() -> bool {
+    let rows = S::THREADS / neighbours(S::ROW_BYTES);
+    S::ROWS.is_multiple_of(rows) && S::COLUMNS.is_multiple_of(rows)
+}
+
+/// Threads that load neighbouring chunks of a row: 8, a full line of 128 bytes, where rows are whole lines.
+pub const fn neighbours(row_bytes: u32) -> u32 {
+    if row_bytes.is_multiple_of(128) { 8 } else { 4 }
+}
+
+/// A shape for the tensor cores: accumulators of m16n8 fragments, 16 rows each, `WARP_ROWS / 16` of them high.
+macro_rules! ampere_shape {
+    ($name:ident, $bytes:ident: $rows:literal x $columns:literal, head_dim $d:literal, warps $warps:literal, stages $stages:literal
+     $(, $two_walks:ident)?) => {
+        #[doc = concat!(stringify!($rows), " x ", stringify!($columns), ", head_dim ", stringify!($d), ", f16 or bf16, mma.sync.")]
+        pub struct $name<T>(PhantomData<T>);
+
+        #[cfg(target_arch = "nvptx64")]
+        impl<T: crate::ptx::matrix::Half> TileShape for $name<T> {
+            ampere_shape!(numbers $rows, $columns, $d, $warps, $stages $(, $two_walks)?);
+            type Scores = Fragments<T, { $rows / $warps / 16 }, { $columns / 8 }>;
+            type Output = Fragments<T, { $rows / $warps / 16 }, { $d / 8 }>;
+        }
+
+        #[cfg(not(target_arch = "nvptx64"))]
+        impl<T> TileShape for $name<T> {
+            ampere_shape!(numbers $rows, $columns, $d, $warps, $stages $(, $two_walks)?);
+        }
+
+        const _: () = {
+            assert!($rows % ($warps * 16) == 0 && $columns % 16 == 0 && $d % 16 == 0);
+            assert!(matches!($stages, 2 | 4));
+            assert!(loads_evenly::<$name<F16>>() && <$name<F16> as TileShape>::$bytes <= PORTABLE_SHARED_BYTES);
+        };
+    };
+    (numbers $rows:literal, $columns:literal, $d:literal, $warps:literal, $stages:literal $(, $two_walks:ident)?) => {
+        const HEAD_DIM: u32 = $d;
+        const ROWS: u32 = $rows;
+        const COLUMNS: u32 = $columns;
+        const WARPS: u32 = $warps;
+        const STAGES: u32 = $stages;
+        const ELEMENT_BYTES: u32 = 2;
+        const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
+    };
+}
+
+/// A shape for plain FMA: a warp owns 8 rows, a lane 4 of them by every 16th column.
+macro_rules! simt_shape {
+    ($name:ident, $bytes:ident: $rows:literal x $columns:literal, head_dim $d:literal, warps $warps:literal, stages $stages:literal
+     $(, $two_walks:ident)?) => {
+        #[doc = concat!(stringify!($rows), " x ", stringify!($columns), ", head_dim ", stringify!($d), ", f32, FMA.")]
+        pub struct $name;
+
+        impl TileShape for $name {
+            const HEAD_DIM: u32 = $d;
+            const ROWS: u32 = $rows;
+            const COLUMNS: u32 = $columns;
+            const WARPS: u32 = $warps;
+            const STAGES: u32 = $stages;
+            const ELEMENT_BYTES: u32 = 4;
+            const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
+            #[cfg(target_arch = "nvptx64")]
+            type Scores = LaneRows<{ $columns / 16 }, 1>;
+            #[cfg(target_arch = "nvptx64")]
+            type Output = LaneRows<{ $d / 16 }, 2>;
+        }
+
+        const _: () = {
+            assert!($rows == $warps * 8 && $columns % 16 == 0 && $d % 32 == 0);
+            assert!(matches!($stages, 2 | 4));
+            assert!(loads_evenly::<$name>() && <$name as TileShape>::$bytes <= PORTABLE_SHARED_BYTES);
+        };
+    };
+}
+
+// Forward. 32 rows a warp up to head_dim 128: each key fragment read from shared memory then feeds two mma's, and shared
+// memory reads (128 bytes a clock) fall to half of what the tensor cores need. Past 128 the output alone would take 192
+// registers a lane, so a warp owns 16 rows and the block gets 8 warps. 32 keys a tile at 96 and 128, since the scores of
+// 64 spill there with ptxas 13.5. Four stages where tiles are so small that the arithmetic on one does not cover the
+// latency of a load.
+ampere_shape!(ForwardD32, FORWARD_BYTES: 128 x 64, head_dim 32, warps 4, stages 4);
+ampere_shape!(ForwardD64, FORWARD_BYTES: 128 x 64, head_dim 64, warps 4, stages 4);
+ampere_shape!(ForwardD96, FORWARD_BYTES: 128 x 32, head_dim 96, warps 4, stages 4);
+ampere_shape!(ForwardD128, FORWARD_BYTES: 128 x 32, head_dim 128, warps 4, stages 2);
+ampere_shape!(ForwardD192, FORWARD_BYTES: 128 x 64, head_dim 192, warps 8, stages 2);
+ampere_shape!(ForwardD256, FORWARD_BYTES: 128 x 32, head_dim 256, warps 8, stages 2);
+
+simt_shape!(ForwardF32D32, FORWARD_BYTES: 64 x 64, head_dim 32, warps 8, stages 2);
+simt_shape!(ForwardF32D64, FORWARD_BYTES: 64 x 64, head_dim 64, warps 8, stages 2);
+simt_shape!(ForwardF32D96, FORWARD_BYTES: 64 x 64, head_dim 96, warps 8, stages 2);
+simt_shape!(ForwardF32D128, FORWARD_BYTES: 64 x 64, head_dim 128, warps 8, stages 2);
+simt_shape!(ForwardF32D192, FORWARD_BYTES: 64 x 32, head_dim 192, warps 8, stages 2);
+simt_shape!(ForwardF32D256, FORWARD_BYTES: 32 x 32, head_dim 256, warps 4, stages 2);
+
+// The study of IO: one head_dim, ever more queries a block, so ever more SRAM and ever less traffic.
+simt_shape!(StudyM16, FORWARD_BYTES: 16 x 64, head_dim 64, warps 2, stages 2);
+simt_shape!(StudyM32, FORWARD_BYTES: 32 x 64, head_dim 64, warps 4, stages 2);
+simt_shape!(StudyM64, FORWARD_BYTES: 64 x 64, head_dim 64, warps 8, stages 2);
+simt_shape!(StudyM128, FORWARD_BYTES: 128 x 64, head_dim 64, warps 16, stages 2);
+
+// Backward. A block holds two owned tiles and two stages of two streamed ones, so 99 KiB bind sooner; a lane holds two
+// score tiles beside the gradients, so a warp owns 16 rows (32 spill with ptxas 13.5). One shape serves dQ and, with two
+// accumulators, dK and dV; where those two take more than 128 registers a lane, dK and dV are two walks: five products
+// instead of four, no spill.
+ampere_shape!(BackwardD32, BACKWARD_BYTES: 128 x 64, head_dim 32, warps 8, stages 2);
+ampere_shape!(BackwardD64, BACKWARD_BYTES: 128 x 64, head_dim 64, warps 8, stages 2);
+ampere_shape!(BackwardD96, BACKWARD_BYTES: 128 x 64, head_dim 96, warps 8, stages 2);
+ampere_shape!(BackwardD128, BACKWARD_BYTES: 128 x 32, head_dim 128, warps 8, stages 2);
+ampere_shape!(BackwardD192, BACKWARD_BYTES: 64 x 32, head_dim 192, warps 4, stages 2, two_walks);
+ampere_shape!(BackwardD256, BACKWARD_BYTES: 64 x 16, head_dim 256, warps 4, stages 2, two_walks);
+
+simt_shape!(BackwardF32D32, BACKWARD_BYTES: 64 x 32, head_dim 32, warps 8, stages 2);
+simt_shape!(BackwardF32D64, BACKWARD_BYTES: 64 x 32, head_dim 64, warps 8, stages 2);
+simt_shape!(BackwardF32D96, BACKWARD_BYTES: 64 x 32, head_dim 96, warps 8, stages 2);
+simt_shape!(BackwardF32D128, BACKWARD_BYTES: 32 x 32, head_dim 128, warps 4, stages 2);
+simt_shape!(BackwardF32D192, BACKWARD_BYTES: 32 x 16, head_dim 192, warps 4, stages 2);
+simt_shape!(BackwardF32D256, BACKWARD_BYTES: 16 x 16, head_dim 256, warps 2, stages 2, two_walks);

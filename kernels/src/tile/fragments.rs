@@ -1,0 +1,193 @@
+//! Register tiles of the tensor cores: m16n8 accumulators of `mma.sync`.
+
+use super::register::{Accumulator, OutputTile, RowValues, Rows, ScoreTile};
+use super::{fragment, global::GlobalTile, shared::SharedTile};
+use crate::ptx::{matrix::Half, memory, sreg, sync};
+use core::marker::PhantomData;
+
+/// `M` x `N` accumulators of m16n8: `16 M` rows, `8 N` columns; operands are `T`.
+#[derive(Clone, Copy)]
+pub struct Fragments<T, const M: usize, const N: usize>([[[f32; 4]; N]; M], PhantomData<T>);
+
+/// `16 M` x `8 N` elements of 16 bits. The accumulators of two neighbouring m16n8 are laid out as one A operand is.
+#[derive(Clone, Copy)]
+pub struct Packed<const M: usize, const N: usize>([[[u32; 2]; N]; M]);
+
+impl<const M: usize, const N: usize> Packed<M, N> {
+    /// The A operand of rows `16 m`, k block `k`.
+    #[inline(always)]
+    fn fragment(&self, m: usize, k: usize) -> [u32; 4] {
+        let (left, right) = (self.0[m][k * 2], self.0[m][k * 2 + 1]);
+        [left[0], left[1], right[0], right[1]]
+    }
+}
+
+impl<T: Half, const M: usize, const N: usize> ScoreTile for Fragments<T, M, N> {
+    type Element = T;
+    type Operand = Packed<M, N>;
+
+    #[inline(always)]
+    unsafe fn add_abt(&mut self, a: SharedTile, b: SharedTile) {
+        for k in 0..a.k_blocks() {
+            let mut rows = [[0; 4]; M];
+            for m in 0..M {
+                // SAFETY: the caller's contract.
+                rows[m] = unsafe { a.operand_a(m as u32 * 16, k) };
+            }
+            for n in 0..N / 2 {
+                // SAFETY: the caller's contract.
+                let columns = unsafe { b.operand_b_transposed(n as u32 * 16, k) };
+                for m in 0..M {
+                    T::mma(&mut self.0[m][n * 2], rows[m], columns[0]);
+                    T::mma(&mut self.0[m][n * 2 + 1], rows[m], columns[1]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn operand(&self) -> Packed<M, N> {
+        Packed(
+            self.0
+                .map(|rows| rows.map(|x| [T::pack(x[0], x[1]), T::pack(x[2], x[3])])),
+        )
+    }
+}
+
+impl<T: Half, const M: usize, const N: usize, const K: usize> OutputTile<Packed<M, K>> for Fragments<T, M, N> {
+    #[inline(always)]
+    unsafe fn add_ab(&mut self, a: &Packed<M, K>, b: SharedTile) {
+        for k in 0..K / 2 {
+            for n in 0..N / 2 {
+                // SAFETY: the caller's contract.
+                let columns = unsafe { b.operand_b(k as u32, n as u32) };
+                for m in 0..M {
+                    T::mma(&mut self.0[m][n * 2], a.fragment(m, k), columns[0]);
+                    T::mma(&mut self.0[m][n * 2 + 1], a.fragment(m, k), columns[1]);
+                }
+            }
+        }
+    }
+
+    /// Through shared memory, so that global memory is written in whole 16-byte chunks and 64- or 128-byte rows of them.
+    #[inline(always)]
+    unsafe fn store(&self, staging: SharedTile, target: &GlobalTile) {
+        let packed = self.operand();
+        for m in 0..M {
+            for n in 0..N {
+                for half in 0..2 {
+                    let (row, column) = fragment::accumulator(sreg::lane_id(), half as u32 * 2);
+                    let address = staging.address(m as u32 * 16 + row, n as u32) + column * 2;
+                    // SAFETY: the caller's contract; chunk n holds the 8 columns of fragment n.
+                    unsafe { memory::st_shared_word(address, packed.0[m][n][half]) }
+                }
+            }
+        }
+        sync::sync_warp();
+        // SAFETY: the caller's contract; the warp wrote all of it.
+        unsafe { staging.store(target, M as u32 * 16) }
+    }
+}
+
+impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N> {
+    type Rows = Rows<M, 2>;
+    type Columns = [[f32; 2]; N];
+    const ROW_LANES: u32 = 4;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        Self([[[0.0; 4]; N]; M], PhantomData)
+    }
+
+    #[inline(always)]
+    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
+        for m in 0..M {
+            for n in 0..N {
+                for e in 0..4 {
+                    self.0[m][n][e] = f(rows.0[m][e / 2], self.0[m][n][e]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn map_columns(&mut self, columns: Self::Columns, f: impl Fn(f32, f32) -> f32) {
+        for m in 0..M {
+            for n in 0..N {
+                for e in 0..4 {
+                    self.0[m][n][e] = f(columns[n][e % 2], self.0[m][n][e]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn map_coordinates(&mut self, f: impl Fn(u32, u32, f32) -> f32) {
+        let lane = sreg::lane_id();
+        for m in 0..M {
+            for n in 0..N {
+                for e in 0..4 {
+                    let (row, column) = fragment::accumulator(lane, e as u32);
+                    self.0[m][n][e] = f(m as u32 * 16 + row, n as u32 * 8 + column, self.0[m][n][e]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn zip(&mut self, other: &Self, f: impl Fn(f32, f32) -> f32) {
+        for m in 0..M {
+            for n in 0..N {
+                for e in 0..4 {
+                    self.0[m][n][e] = f(other.0[m][n][e], self.0[m][n][e]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn fold_rows(&self, mut rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows {
+        for m in 0..M {
+            for n in 0..N {
+                for e in 0..4 {
+                    rows.0[m][e / 2] = f(rows.0[m][e / 2], self.0[m][n][e]);
+                }
+            }
+        }
+        rows
+    }
+
+    #[inline(always)]
+    fn rows_from(f: impl Fn(u32) -> f32) -> Self::Rows {
+        let mut rows = Self::Rows::splat(0.0);
+        for m in 0..M {
+            for half in 0..2 {
+                rows.0[m][half] = f(m as u32 * 16 + fragment::accumulator(sreg::lane_id(), half as u32 * 2).0);
+            }
+        }
+        rows
+    }
+
+    #[inline(always)]
+    unsafe fn load_columns(address: u32) -> Self::Columns {
+        let mut columns = [[0.0; 2]; N];
+        for n in 0..N {
+            let (_, column) = fragment::accumulator(sreg::lane_id(), 0);
+            // SAFETY: the caller's contract; columns come in pairs.
+            columns[n] = unsafe { memory::ld_shared_v2(address + (n as u32 * 8 + column) * 4) };
+        }
+        columns
+    }
+
+    #[inline(always)]
+    fn for_each_row(values: Self::Rows, f: impl Fn(u32, f32)) {
+        for m in 0..M {
+            for half in 0..2 {
+                let (row, column) = fragment::accumulator(sreg::lane_id(), half as u32 * 2);
+                if column == 0 {
+                    f(m as u32 * 16 + row, values.0[m][half]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! A tile in shared memory: rows of swizzled 16-byte chunks.
+
+use super::{
+    fragment,
+    global::{GlobalTile, Walk},
+    swizzle::swizzle,
+};
+use crate::ptx::{copy, matrix, memory, sreg, sync};
+use crate::shape::neighbours;
+
+/// Bytes of the unit that is copied, swizzled and loaded.
+pub const CHUNK: u32 = 16;
+
+/// A tile in shared memory.
+#[derive(Clone, Copy)]
+pub struct SharedTile {
+    base: u32,
+    row_bytes: u32,
+}
+
+impl SharedTile {
+    /// The tile at shared-window address `base` whose rows are `row_bytes` long.
+    #[inline(always)]
+    pub fn new(base: u32, row_bytes: u32) -> Self {
+        Self { base, row_bytes }
+    }
+
+    /// The tile that starts `row` rows further down; `row` is a multiple of 8, so that the swizzle stays in phase.
+    #[inline(always)]
+    pub fn rows_from(self, row: u32) -> Self {
+        Self {
+            base: self.base + row * self.row_bytes,
+            ..self
+        }
+    }
+
+    /// Chunks of a row.
+    #[inline(always)]
+    pub fn chunks(self) -> u32 {
+        self.row_bytes / CHUNK
+    }
+
+    /// Blocks of 16 elements of 16 bits in a row: the k blocks of a product along it.
+    #[inline(always)]
+    pub fn k_blocks(self) -> u32 {
+        self.chunks() / 2
+    }
+
+    /// Address of chunk `chunk` of row `row`.
+    #[inline(always)]
+    pub fn address(self, row: u32, chunk: u32) -> u32 {
+        self.base + row * self.row_bytes + swizzle(row, chunk, self.row_bytes) * CHUNK
+    }
+
+    /// Starts to copy the next `rows` rows of `source`, which walks on. Rows and columns that do not exist become zeros.
+    ///
+    /// # Safety
+    /// - Every thread of the block takes part, and nobody else reads or writes the tile until the copy was awaited
+    ///   (`cp_async_wait`) and a barrier passed.
+    /// - `source` describes readable memory.
+    #[inline(always)]
+    pub unsafe fn load_async(self, source: &mut Walk, rows: u32) {
+        let split = source.split;
+        let chunks = self.chunks() / split.chunks;
+        let slot = |i, j| self.address(split.row + i * split.rows, split.chunk + j * split.chunks);
+        if source.aligned() {
+            for i in 0..rows / split.rows {
+                for j in 0..chunks {
+                    let (address, exists) = source.chunk(j);
+                    // SAFETY: the caller's contract; nothing is read where `source` has no such chunk.
+                    unsafe { copy::cp_async_16(slot(i, j), address, if exists { CHUNK } else { 0 }) }
+                }
+                source.advance();
+            }
+        } else {
+            for i in 0..sync::opaque(rows / split.rows) {
+                for j in 0..sync::opaque(chunks) {
+                    // SAFETY: the caller's contract.
+                    unsafe { memory::st_shared_words(slot(i, j), source.gather(j)) }
+                }
+                source.advance();
+            }
+        }
+    }
+
+    /// Copies the first `rows` rows to `target`, by one warp; rows and columns that do not exist are dropped.
+    ///
+    /// # Safety
+    /// This warp wrote the tile, passed a `sync_warp`, and nobody else touches it; `target` is writable.
+    #[inline(always)]
+    pub unsafe fn store(self, target: &GlobalTile, rows: u32) {
+        let split = Split::new(self.row_bytes, sreg::lane_id(), 32);
+        split.for_each(sync::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
+            if target.contains(row, chunk) {
+                // SAFETY: the caller's contract, and the chunk exists.
+                unsafe { target.store(row, chunk, memory::ld_shared_words(self.address(row, chunk))) }
+            }
+        });
+    }
+
+    /// Replaces every chunk of the first `rows` rows by its image under `f`, by one warp.
+    ///
+    /// # Safety
+    /// The tile is initialised and visible to this warp; nobody else touches these rows. Ends with a `sync_warp`.
+    #[inline(always)]
+    pub unsafe fn map(self, rows: u32, f: impl Fn([u32; 4]) -> [u32; 4]) {
+        let split = Split::new(self.row_bytes, sreg::lane_id(), 32);
+        split.for_each(sync::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
+            let address = self.address(row, chunk);
+            // SAFETY: the caller's contract; each chunk belongs to one lane.
+            unsafe { memory::st_shared_words(address, f(memory::ld_shared_words(address))) }
+        });
+        sync::sync_warp();
+    }
+
+    /// The A operand at rows `row ..+ 16`, k block `k` (16 elements).
+    ///
+    /// # Safety
+    /// The tile is initialised and visible to the whole warp, which calls this together.
+    #[inline(always)]
+    pub unsafe fn operand_a(self, row: u32, k: u32) -> [u32; 4] {
+        let (r, c) = fragment::operand_a(sreg::lane_id());
+        // SAFETY: the caller's contract.
+        unsafe { matrix::ldmatrix_x4(self.address(row + r, k * 2 + c)) }
+    }
+
+    /// Two B operands for the product with this tile's transpose: product columns `row ..+ 16`, k block `k`.
+    ///
+    /// # Safety
+    /// As [`SharedTile::operand_a`].
+    #[inline(always)]
+    pub unsafe fn operand_b_transposed(self, row: u32, k: u32) -> [[u32; 2]; 2] {
+        let (r, c) = fragment::operand_b(sreg::lane_id());
+        // SAFETY: the caller's contract.
+        let [a, b, c, d] = unsafe { matrix::ldmatrix_x4(self.address(row + r, k * 2 + c)) };
+        [[a, b], [c, d]]
+    }
+
+    /// Two B operands for the product with this tile: k block `k` runs down the rows, product columns `column * 16 ..+ 16`.
+    ///
+    /// # Safety
+    /// As [`SharedTile::operand_a`].
+    #[inline(always)]
+    pub unsafe fn operand_b(self, k: u32, column: u32) -> [[u32; 2]; 2] {
+        let (r, c) = fragment::operand_a(sreg::lane_id());
+        // SAFETY: the caller's contract.
+        let [a, b, c, d] = unsafe { matrix::ldmatrix_x4_trans(self.address(k * 16 + r, column * 2 + c)) };
+        [[a, b], [c, d]]
+    }
+}
+
+/// How threads share the chunks of a tile: 8 (or, where rows are no multiple of 128 bytes, 4) neighbours along a row, so that
+/// global memory is read in full 64- or 128-byte pieces, the next ones on the next row.
+#[derive(Clone, Copy)]
+pub struct Split {
+    /// First row of this thread.
+    pub row: u32,
+    /// First chunk of this thread.
+    pub chunk: u32,
+    /// Rows from one of its rows to the next.
+    pub rows: u32,
+    /// Chunks from one of its chunks to the next.
+    pub chunks: u32,
+}
+
+impl Split {
+    /// The share of thread `thread` of `threads`.
+    #[inline(always)]
+    pub fn new(row_bytes: u32, thread: u32, threads: u32) -> Self {
+        let chunks = neighbours(row_bytes);
+        Self {
+            row: thread / chunks,
+            chunk: thread % chunks,
+            rows: threads / chunks,
+            chunks,
+        }
+    }
+
+    /// Visits this thread's (row, chunk) pairs in `steps` steps down the rows.
+    #[inline(always)]
+    fn for_each(&self, steps: u32, row_bytes: u32, visit: impl Fn(u32, u32)) {
+        for i in 0..steps {
+            for j in 0..row_bytes / CHUNK / self.chunks {
+                visit(self.row + i * self.rows, self.chunk + j * self.chunks);
+            }
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Build tasks: `cargo xtask ptx [--check]`, `cargo xtask sass [--output FILE]`.
+
+mod compiler;
+mod module;
+mod ptx;
+mod sass;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask <TASK>
+
+  ptx                   compile kernels/ to kernels/ptx/<arch>/<entry>.ptx
+  ptx --check           compile afresh and fail if a committed file differs
+  sass [--output FILE]  assemble every kernel with ptxas; report registers, spills, stack and tensor-core
+                        instructions; fail on a spill, a stack frame or a warning";
+
+/// What a task returns: nothing, or the sentence to print.
+type Outcome<T = ()> = Result<T, String>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["ptx"] => ptx::write(),
+        ["ptx", "--check"] => ptx::check(),
+        ["sass"] => sass::report(None),
+        ["sass", "--output", file] => sass::report(Some(Path::new(file))),
+        ["help" | "--help" | "-h"] => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        _ => Err(USAGE.to_owned()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the workspace.
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies in the workspace")
+        .to_owned()
+}
+
+/// The folder of the compiled kernels.
+fn ptx_folder() -> PathBuf {
+    workspace().join("kernels/ptx")
+}
+
+/// Reads a file, naming it if that fails.
+fn read(path: &Path) -> Outcome<String> {
+    std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
+}

@@ -1,0 +1,63 @@
+//! One module of many kernels to many modules of one, with launch bounds.
+//!
+//! LLVM knows nothing of launch bounds, but they stand on the line between a kernel's parameters and its body, so they
+//! can be added from the table of entries. Without them ptxas would have to allow for 1024 threads a block.
+
+use crate::Outcome;
+use flash_attention_kernels::entries::Entry;
+
+/// The module that holds `entry` alone, cut out of the compiler's `module`.
+pub fn extract(module: &str, entry: &Entry) -> Outcome<String> {
+    let name = entry.name;
+    let header = lines_between(module, ".version", ".address_size").ok_or("the module has no header")?;
+    let shared = module
+        .lines()
+        .find(|line| line.starts_with(".extern .shared"))
+        .ok_or("the module declares no smem")?;
+    let start = module
+        .find(&format!(".entry {name}("))
+        .ok_or_else(|| format!("the compiler emitted no entry {name}"))?;
+    let text = &module[start..];
+    let body = text.find("\n{\n").ok_or_else(|| format!("{name} has no body"))?;
+    let end = text.find("\n}\n").ok_or_else(|| format!("{name} has no end"))?;
+    let instructions: String = text[body..end]
+        .lines()
+        .filter(|line| is_code(line))
+        .flat_map(|l| [l, "\n"])
+        .collect();
+    if instructions.contains("call") {
+        return Err(format!("{name} calls a function, which its file would lack"));
+    }
+    Ok(format!(
+        "{header}\n\n{shared}\n\n.visible {parameters}\n.maxntid {threads}, 1, 1\n.minnctapersm {blocks}\n{instructions}}}\n",
+        parameters = text[..body].trim_end(),
+        threads = entry.threads,
+        blocks = entry.min_blocks,
+    ))
+}
+
+/// Whether a line is worth keeping: the compiler's remarks around inline assembly double a kernel's length.
+fn is_code(line: &str) -> bool {
+    let line = line.trim_start();
+    !line.is_empty() && !line.starts_with("//")
+}
+
+/// The lines from the first that starts with `from` to the next that starts with `to`.
+fn lines_between(text: &str, from: &str, to: &str) -> Option<String> {
+    let mut lines = text.lines().skip_while(|line| !line.starts_with(from));
+    let mut kept = Vec::new();
+    loop {
+        let line = lines.next()?;
+        kept.push(line);
+        if line.starts_with(to) {
+            return Some(kept.join("\n"));
+        }
+    }
+}
+
+/// The parameter list of the only kernel of a module, to compare what two compilers made of it.
+pub fn signature(module: &str) -> Option<&str> {
+    let start = module.find(".entry ")?;
+    let end = module[start..].find(')')?;
+    Some(&module[start..=start + end])
+}

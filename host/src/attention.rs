@@ -1,0 +1,308 @@
+//! [`Attention`]: the options of a call, and the call.
+
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
+
+use crate::plan::Results;
+use crate::problem::{BackwardInputs, GradientOutputs, Outputs};
+use crate::tensor::Storage;
+use crate::{BackwardProblem, Element, Error, Plan, Problem, Tensor};
+
+/// `softmax(softmax_scale * q k^T) v`, with its options. Cheap to make and to clone.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Attention {
+    causal: bool,
+    softmax_scale: Option<f32>,
+    deterministic: bool,
+}
+
+/// What a forward pass gives.
+#[derive(Clone, Debug)]
+pub struct Output<T: Element> {
+    /// The attention output, `[batch, heads_q, seqlen_q, head_dim]`. A query that sees no key has zeros.
+    pub out: Tensor<T>,
+    /// For each query the natural logarithm of the sum of exponentials of its scaled scores, `[batch, heads_q,
+    /// seqlen_q]`. A query that sees no key has minus infinity. The backward pass needs it, and it is all that is
+    /// needed to merge attention over two sets of keys.
+    pub lse: Tensor<f32>,
+}
+
+/// What a backward pass gives.
+#[derive(Clone, Debug)]
+pub struct Gradients<T: Element> {
+    /// Gradient of q, `[batch, heads_q, seqlen_q, head_dim]`. A query that sees no key has zeros.
+    pub dq: Tensor<T>,
+    /// Gradient of k, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
+    pub dk: Tensor<T>,
+    /// Gradient of v, as that of k.
+    pub dv: Tensor<T>,
+}
+
+impl Attention {
+    /// Full attention, scaled by `1 / sqrt(head_dim)`.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Query i sees key j only if `j <= i + seqlen_k - seqlen_q`: the last query sees every key.
+    #[must_use]
+    pub fn causal(self) -> Self {
+        Self { causal: true, ..self }
+    }
+
+    /// Multiplies scores by `scale` before the softmax, instead of by `1 / sqrt(head_dim)`. Any finite number, negative
+    /// and zero included.
+    #[must_use]
+    pub fn softmax_scale(self, scale: f32) -> Self {
+        Self {
+            softmax_scale: Some(scale),
+            ..self
+        }
+    }
+
+    /// Gradients that are the same bits each time. [`Plan::backward`] says what that costs; forward is always
+    /// reproducible.
+    #[must_use]
+    pub fn deterministic(self) -> Self {
+        Self {
+            deterministic: true,
+            ..self
+        }
+    }
+
+    /// The forward pass, its results in new contiguous tensors on the inputs' device.
+    ///
+    /// q is `[batch, heads_q, seqlen_q, head_dim]`; k and v are `[batch, heads_kv, seqlen_k, head_dim]`, and each of
+    /// their heads serves `heads_q / heads_kv` query heads. All strides but the last are free. On a GPU the call
+    /// returns once the work is launched; reading a result waits for it.
+    ///
+    /// ```compile_fail
+    /// # use flash_attention::{Attention, Device, Tensor};
+    /// # let device = Device::cpu();
+    /// let q = Tensor::from_slice(&device, [1, 1, 1, 8], &[0.0_f32; 8])?;
+    /// let k = Tensor::from_slice(&device, [1, 1, 1, 8], &[half::f16::ZERO; 8])?;
+    /// Attention::new().forward(&q, &k, &k)?; // tensors of two dtypes: does not compile
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and what
+    /// the device says of the launch.
+    pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
+        let plan = self.plan(q, k, v)?;
+        let mut out = Tensor::empty(q.device(), q.shape())?;
+        let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
+        forward(&plan, [q, k, v], &mut out, &mut lse)?;
+        Ok(Output { out, lse })
+    }
+
+    /// The forward pass, its results written to the caller's tensors: `out` with any strides that do not overlap and a
+    /// contiguous last axis, `lse` contiguous. Neither may share memory with an input.
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward); nothing has been written then, unless the device failed.
+    pub fn forward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        out: &mut Tensor<T>,
+        lse: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        let outputs = Outputs {
+            out: out.info(),
+            lse: lse.info(),
+        };
+        let problem = Problem::new(self, q.info(), k.info(), v.info(), Some(outputs))?;
+        let plan = Plan::new(&problem, &q.device().info())?;
+        forward(&plan, [q, k, v], out, lse)
+    }
+
+    /// How [`forward`](Self::forward) would compute this: kernel, tiles, grid, and what it costs. Allocates nothing.
+    ///
+    /// # Errors
+    /// Those of [`Problem::new`] and [`Plan::new`].
+    pub fn plan<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Plan, Error> {
+        Plan::new(
+            &Problem::new(self, q.info(), k.info(), v.info(), None)?,
+            &q.device().info(),
+        )
+    }
+
+    /// The backward pass: gradients of q, k and v, in new contiguous tensors, from what [`forward`](Self::forward) gave
+    /// and the gradient of its output. Scores are computed again from q, k and lse; beside the results it takes an f32 a
+    /// query.
+    ///
+    /// In debug builds an lse that holds a NaN is refused, which on a GPU waits for it; in release builds it makes NaN of
+    /// the gradients that it touches.
+    ///
+    /// # Errors
+    /// Those of [`BackwardProblem::new`] and [`Plan::backward`], before anything is allocated; then
+    /// [`Error::OutOfMemory`] and what the device says of the launch.
+    pub fn backward<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+    ) -> Result<Gradients<T>, Error> {
+        let plan = self.plan_backward(q, k, v, output, dout)?;
+        check_lse(&output.lse)?;
+        let mut gradients = Gradients {
+            dq: Tensor::empty(q.device(), q.shape())?,
+            dk: Tensor::empty(k.device(), k.shape())?,
+            dv: Tensor::empty(v.device(), v.shape())?,
+        };
+        backward(&plan, [q, k, v, &output.out, dout], &output.lse, &mut gradients)?;
+        Ok(gradients)
+    }
+
+    /// The backward pass, its results written to the caller's tensors: any strides that do not overlap, a contiguous last
+    /// axis, no memory shared with an input or with each other.
+    ///
+    /// # Errors
+    /// As for [`backward`](Self::backward); nothing has been written then, unless the device failed.
+    pub fn backward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+    ) -> Result<(), Error> {
+        let outputs = GradientOutputs {
+            dq: gradients.dq.info(),
+            dk: gradients.dk.info(),
+            dv: gradients.dv.info(),
+        };
+        let above = above(output, dout);
+        let problem = BackwardProblem::new(self, q.info(), k.info(), v.info(), above, Some(outputs))?;
+        let plan = Plan::backward(&problem, &q.device().info())?;
+        check_lse(&output.lse)?;
+        backward(&plan, [q, k, v, &output.out, dout], &output.lse, gradients)
+    }
+
+    /// How [`backward`](Self::backward) would compute this. Allocates nothing.
+    ///
+    /// # Errors
+    /// Those of [`BackwardProblem::new`] and [`Plan::backward`].
+    pub fn plan_backward<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+    ) -> Result<Plan, Error> {
+        let above = above(output, dout);
+        let problem = BackwardProblem::new(self, q.info(), k.info(), v.info(), above, None)?;
+        Plan::backward(&problem, &q.device().info())
+    }
+
+    /// Whether the mask is causal.
+    pub fn is_causal(&self) -> bool {
+        self.causal
+    }
+
+    /// What scores are multiplied by at this head_dim.
+    pub fn scale_for(&self, head_dim: usize) -> f32 {
+        self.softmax_scale
+            .unwrap_or_else(|| (1.0 / (head_dim as f64).sqrt()) as f32)
+    }
+}
+
+/// What a backward pass takes beside q, k and v.
+fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> BackwardInputs<'a> {
+    BackwardInputs {
+        out: output.out.info(),
+        lse: output.lse.info(),
+        dout: dout.info(),
+    }
+}
+
+/// In debug builds, refuses an lse that no forward pass over finite numbers gives.
+fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
+    if cfg!(debug_assertions)
+        && let Some(index) = lse.to_vec()?.iter().position(|x| x.is_nan())
+    {
+        return Err(Error::NotANumber { argument: "lse", index });
+    }
+    Ok(())
+}
+
+/// Runs a forward plan that was made for exactly these tensors.
+fn forward<T: Element>(
+    plan: &Plan,
+    inputs: [&Tensor<T>; 3],
+    out: &mut Tensor<T>,
+    lse: &mut Tensor<f32>,
+) -> Result<(), Error> {
+    let _guards = Guards::lock(&inputs.map(Tensor::storage), &[out.storage(), lse.storage()]);
+    let results = Results::Forward {
+        out: out.address(),
+        lse: lse.address(),
+    };
+    // SAFETY: the plan's problem was proven from the inputs' own descriptions, and from the outputs' or, where they are
+    // new, from the contiguous layout they were allocated with. All are borrowed for the call and on one device, the
+    // outputs overlap nothing, and the guards keep other threads out.
+    unsafe { inputs[0].device().backend().run(plan, results) }
+}
+
+/// Runs a backward plan that was made for exactly these tensors.
+fn backward<T: Element>(
+    plan: &Plan,
+    inputs: [&Tensor<T>; 5],
+    lse: &Tensor<f32>,
+    gradients: &mut Gradients<T>,
+) -> Result<(), Error> {
+    let device = inputs[0].device();
+    let delta = Tensor::<f32>::empty(device, lse.shape())?;
+    let [q, k, v, out, dout] = inputs.map(Tensor::storage);
+    let Gradients { dq, dk, dv } = gradients;
+    let _guards = Guards::lock(
+        &[q, k, v, out, dout, lse.storage()],
+        &[dq.storage(), dk.storage(), dv.storage(), delta.storage()],
+    );
+    let results = Results::Backward {
+        dq: dq.address(),
+        dk: dk.address(),
+        dv: dv.address(),
+        delta: delta.address(),
+    };
+    // SAFETY: as in `forward`; delta is contiguous with an f32 a query, as plans take it. It is freed when the call
+    // returns, and a device keeps what is freed until the work launched before has finished.
+    unsafe { device.backend().run(plan, results) }
+}
+
+/// Keeps storages from being written, or read while they are written, by another thread.
+struct Guards<'a> {
+    _read: Vec<RwLockReadGuard<'a, ()>>,
+    _write: Vec<RwLockWriteGuard<'a, ()>>,
+}
+
+impl<'a> Guards<'a> {
+    /// Locks each storage once, for writing if it is an output's; in order of their addresses, so that two calls can
+    /// not wait for each other.
+    fn lock(inputs: &[&'a Storage], outputs: &[&'a Storage]) -> Self {
+        let mut storages: Vec<(&Storage, bool)> = outputs
+            .iter()
+            .map(|&s| (s, true))
+            .chain(inputs.iter().map(|&s| (s, false)))
+            .collect();
+        storages.sort_by_key(|&(storage, written)| (std::ptr::from_ref(storage).addr(), !written));
+        storages.dedup_by(|(later, _), (earlier, _)| std::ptr::eq(*later, *earlier));
+        let mut guards = Self {
+            _read: Vec::new(),
+            _write: Vec::new(),
+        };
+        for (storage, written) in storages {
+            if written {
+                guards._write.push(storage.write());
+            } else {
+                guards._read.push(storage.read());
+            }
+        }
+        guards
+    }
+}

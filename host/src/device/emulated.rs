@@ -1,0 +1,241 @@
+//! The emulator: the same plans and the same PTX as a GPU, executed on the host under memory checks.
+//!
+//! A finding of the checks is an error of the call, so a test that passes here has shown its kernels to be free of what
+//! they look for. What was executed and moved is counted, and added up over the launches of a device.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use flash_attention_kernels::entries::{Arch, Entry};
+use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
+
+use super::{Backend, Device, DeviceInfo, DeviceKind};
+use crate::Error;
+use crate::plan::{Launch, Plan, Results};
+
+/// How an emulated GPU behaves.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct EmulatorOptions {
+    /// The architecture that is emulated.
+    pub arch: Arch,
+    /// Bytes of device memory.
+    pub memory_bytes: u64,
+    /// For every launch: its checks, the seed that decides in what order warps run, its limits, its host threads.
+    pub launch: ptx_emulator::Options,
+}
+
+impl EmulatorOptions {
+    /// All checks on, seed 0, 64 GiB of memory.
+    pub fn new(arch: Arch) -> Self {
+        Self {
+            arch,
+            memory_bytes: 64 << 30,
+            launch: ptx_emulator::Options::default(),
+        }
+    }
+}
+
+/// One emulated GPU.
+pub(super) struct Emulated {
+    options: EmulatorOptions,
+    memory: DeviceMemory,
+    /// Modules by the name of their entry, parsed once.
+    modules: Mutex<HashMap<&'static str, Arc<Module>>>,
+    counters: Mutex<Counters>,
+}
+
+impl Device {
+    /// An emulated GPU that runs the PTX compiled for `arch`, with all checks on.
+    ///
+    /// Every call makes a new device with memory of its own. It is some thousand times slower than a GPU; what it
+    /// gives instead is that a wrong access, a race or a missing wait is an [`Error::Findings`], and that every byte
+    /// and instruction is [counted](Self::counters).
+    pub fn emulator(arch: Arch) -> Self {
+        Self::emulator_with(EmulatorOptions::new(arch))
+    }
+
+    /// An emulated GPU with other options.
+    pub fn emulator_with(options: EmulatorOptions) -> Self {
+        let emulated = Emulated {
+            memory: DeviceMemory::with_capacity(options.memory_bytes),
+            modules: Mutex::new(HashMap::new()),
+            counters: Mutex::new(Counters::default()),
+            options,
+        };
+        Self::new(DeviceKind::Emulator, Box::new(emulated))
+    }
+}
+
+impl Emulated {
+    fn module(&self, entry: &'static Entry) -> Result<Arc<Module>, ptx_emulator::Error> {
+        let mut modules = lock(&self.modules);
+        if let Some(module) = modules.get(entry.name) {
+            return Ok(module.clone());
+        }
+        let module = Arc::new(Module::parse(entry.ptx, &format!("{}.ptx", entry.name))?);
+        modules.insert(entry.name, module.clone());
+        Ok(module)
+    }
+
+    fn launch(&self, launch: &Launch, results: Results) -> Result<(), Error> {
+        let kernel = launch.entry.name;
+        let failed = |error: ptx_emulator::Error| Error::Launch {
+            device: self.spec(),
+            kernel,
+            message: error.to_string(),
+        };
+        let params = launch
+            .params(results)
+            .ok_or_else(|| launch.wrong_results(self.spec()))?;
+        let module = self.module(launch.entry).map_err(failed)?;
+        let launch = ptx_emulator::Launch {
+            entry: kernel,
+            grid: launch.grid,
+            block: [launch.threads, 1, 1],
+            cluster: [1, 1, 1],
+            shared_bytes: launch.shared_bytes,
+            params: params.as_bytes(),
+        };
+        let report = module
+            .launch(&self.memory, &launch, &self.options.launch)
+            .map_err(failed)?;
+        add(&mut lock(&self.counters), &report.counters);
+        if report.is_clean() {
+            Ok(())
+        } else {
+            Err(Error::Findings {
+                device: self.spec(),
+                kernel,
+                report: Box::new(report),
+            })
+        }
+    }
+
+    /// The error of a copy between tensors and memory that is theirs: never seen unless foreign memory was not there.
+    fn failed(&self, call: &'static str) -> impl FnOnce(MemoryError) -> Error + use<> {
+        let device = self.spec();
+        move |error| match error {
+            MemoryError::OutOfMemory { asked, free } => Error::OutOfMemory {
+                device,
+                requested: asked,
+                free: Some(free),
+            },
+            error => Error::Driver {
+                device,
+                call,
+                message: error.to_string(),
+            },
+        }
+    }
+}
+
+impl Backend for Emulated {
+    fn info(&self) -> DeviceInfo {
+        match self.options.arch {
+            Arch::Sm80 => DeviceInfo::gpu((8, 0), 108, 163 * 1024), // A100
+        }
+    }
+
+    fn spec(&self) -> String {
+        format!("emulator:{}", self.options.arch.name())
+    }
+
+    fn name(&self) -> String {
+        format!("PTX emulator, {}", self.options.arch.name())
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        self.memory
+            .alloc(bytes)
+            .map(|address| address.0)
+            .map_err(self.failed("alloc"))
+    }
+
+    unsafe fn free(&self, address: u64, _bytes: usize) {
+        // It only fails for an address that is not an allocation, which the caller excludes.
+        let _ = self.memory.free(DevicePtr(address));
+    }
+
+    unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
+        self.memory
+            .write(DevicePtr(address), data)
+            .map_err(self.failed("write"))
+    }
+
+    unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
+        self.memory.read(DevicePtr(address), data).map_err(self.failed("read"))
+    }
+
+    unsafe fn zero(&self, address: u64, bytes: usize) -> Result<(), Error> {
+        self.memory
+            .write(DevicePtr(address), &vec![0; bytes])
+            .map_err(self.failed("write"))
+    }
+
+    unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
+        plan.launches()
+            .iter()
+            .try_for_each(|launch| self.launch(launch, results))
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        Ok(()) // every launch has finished when it returns
+    }
+
+    fn counters(&self) -> Option<Counters> {
+        Some(lock(&self.counters).clone())
+    }
+
+    fn reset_counters(&self) {
+        *lock(&self.counters) = Counters::default();
+    }
+}
+
+/// Adds the counts of one more launch. Names every field, so that a new one is not forgotten.
+fn add(total: &mut Counters, launch: &Counters) {
+    let Counters {
+        opcodes,
+        warp_instructions,
+        thread_instructions,
+        flops,
+        tensor_flops,
+        global_read_bytes,
+        global_written_bytes,
+        global_read_sectors,
+        global_written_sectors,
+        shared_read_bytes,
+        shared_written_bytes,
+        shared_wavefronts,
+        shared_bank_conflicts,
+        atomics,
+        barrier_waits,
+    } = launch;
+    for (name, count) in opcodes {
+        let sum = total.opcodes.entry(name.clone()).or_default();
+        sum.warp += count.warp;
+        sum.thread += count.thread;
+    }
+    for (sum, count) in [
+        (&mut total.warp_instructions, warp_instructions),
+        (&mut total.thread_instructions, thread_instructions),
+        (&mut total.flops, flops),
+        (&mut total.tensor_flops, tensor_flops),
+        (&mut total.global_read_bytes, global_read_bytes),
+        (&mut total.global_written_bytes, global_written_bytes),
+        (&mut total.global_read_sectors, global_read_sectors),
+        (&mut total.global_written_sectors, global_written_sectors),
+        (&mut total.shared_read_bytes, shared_read_bytes),
+        (&mut total.shared_written_bytes, shared_written_bytes),
+        (&mut total.shared_wavefronts, shared_wavefronts),
+        (&mut total.shared_bank_conflicts, shared_bank_conflicts),
+        (&mut total.atomics, atomics),
+        (&mut total.barrier_waits, barrier_waits),
+    ] {
+        *sum += count;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,319 @@
+//! Devices: where tensors live and problems are solved.
+//!
+//! One small seam, [`Backend`], has three implementations. A GPU and the emulator take a [`Plan`] and launch its
+//! kernels; the CPU takes the same plan and solves the [`Problem`](crate::Problem) in it with native code.
+
+mod cpu;
+mod cuda;
+mod emulated;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+pub use emulated::EmulatorOptions;
+use flash_attention_kernels::entries::Arch;
+use ptx_emulator::Counters;
+
+use crate::Error;
+use crate::plan::{Plan, Results};
+
+/// What every kind of device can do. Addresses are the device's own; on the CPU they are pointers.
+pub(crate) trait Backend: Send + Sync {
+    /// What plans depend on.
+    fn info(&self) -> DeviceInfo;
+
+    /// The text that [`Device::from_str`] makes this device from.
+    fn spec(&self) -> String;
+
+    /// What the device is, for people.
+    fn name(&self) -> String;
+
+    /// Memory for `bytes` > 0, aligned to 64 bytes at least, its content undefined but readable.
+    fn alloc(&self, bytes: usize) -> Result<u64, Error>;
+
+    /// Gives memory back. Work that was launched before may still use it; the backend sees to that.
+    ///
+    /// # Safety
+    /// `address` came from `alloc(bytes)` and was not freed.
+    unsafe fn free(&self, address: u64, bytes: usize);
+
+    /// Copies to the device.
+    ///
+    /// # Safety
+    /// `address .. address + data.len()` is memory of this device that nobody else touches meanwhile.
+    unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error>;
+
+    /// Copies from the device, after all work launched before.
+    ///
+    /// # Safety
+    /// `address .. address + data.len()` is memory of this device that nobody writes meanwhile.
+    unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error>;
+
+    /// Fills memory with zero bytes.
+    ///
+    /// # Safety
+    /// As for [`upload`](Self::upload).
+    unsafe fn zero(&self, address: u64, bytes: usize) -> Result<(), Error>;
+
+    /// Carries out a plan; on a GPU, launches the work and returns.
+    ///
+    /// # Safety
+    /// The tensors lie where the plan says, and `results`, which are those of the plan's pass, are the addresses of memory
+    /// laid out as it says, all of it memory of this device. Nobody writes the inputs or touches the results meanwhile.
+    unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error>;
+
+    /// Waits until everything launched has finished.
+    fn synchronize(&self) -> Result<(), Error>;
+
+    /// What launches executed and moved, on a device that counts it.
+    fn counters(&self) -> Option<Counters> {
+        None
+    }
+
+    /// Lets the counters start from zero.
+    fn reset_counters(&self) {}
+}
+
+/// A device and its memory; a clone is the same device.
+///
+/// Devices are equal if they share their memory: [`Device::cpu`] is always one device, and so is `Device::cuda(n)`.
+/// Every call of [`Device::emulator`] and [`Device::cpu_with_threads`] makes a new one.
+#[derive(Clone)]
+pub struct Device(Arc<Shared>);
+
+struct Shared {
+    kind: DeviceKind,
+    backend: Box<dyn Backend>,
+    in_use: AtomicU64,
+    peak: AtomicU64,
+}
+
+/// The kinds of device there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DeviceKind {
+    /// Native code on the host's cores.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The PTX emulator.
+    Emulator,
+}
+
+/// What a plan depends on, as plain numbers: a plan for a device can be made where there is no such device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceInfo {
+    /// Native code.
+    Cpu {
+        /// Threads that share the work.
+        threads: usize,
+    },
+    /// Compiled kernels, on a GPU or emulated.
+    Gpu {
+        /// Compute capability: major, minor.
+        compute_capability: (u32, u32),
+        /// Streaming multiprocessors.
+        multiprocessors: u32,
+        /// Shared memory that one block may have, in bytes.
+        shared_bytes_per_block: u32,
+    },
+}
+
+impl DeviceInfo {
+    /// A GPU of this compute capability, with so many multiprocessors and bytes of shared memory a block.
+    pub const fn gpu(compute_capability: (u32, u32), multiprocessors: u32, shared_bytes_per_block: u32) -> Self {
+        Self::Gpu {
+            compute_capability,
+            multiprocessors,
+            shared_bytes_per_block,
+        }
+    }
+}
+
+/// Bytes that tensors hold on one device, by the library's own count.
+///
+/// Foreign memory is not counted, and neither are the scratch tiles that the CPU device keeps per thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Bytes held now.
+    pub in_use: u64,
+    /// Most bytes held at one time since the device was made or [`Device::reset_peak_memory`] was called.
+    pub peak: u64,
+}
+
+impl Device {
+    /// The first GPU if there is a driver and a GPU that the kernels run on, else the CPU.
+    ///
+    /// # Errors
+    /// Only if a GPU is there and fails: a machine without one gets the CPU.
+    pub fn best() -> Result<Self, Error> {
+        match Self::cuda(0) {
+            Err(Error::CudaUnavailable { .. }) => Ok(Self::cpu()),
+            result => result,
+        }
+    }
+
+    /// The host's cores, all of them or as many as `RAYON_NUM_THREADS` says. Always the same device.
+    pub fn cpu() -> Self {
+        static CPU: OnceLock<Device> = OnceLock::new();
+        CPU.get_or_init(|| Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::all_cores())))
+            .clone()
+    }
+
+    /// A CPU device with threads and a memory count of its own. Results do not depend on how many threads.
+    ///
+    /// # Errors
+    /// [`Error::Threads`] for 0 threads, or if the threads can not be started.
+    pub fn cpu_with_threads(threads: usize) -> Result<Self, Error> {
+        Ok(Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::with_threads(threads)?)))
+    }
+
+    fn new(kind: DeviceKind, backend: Box<dyn Backend>) -> Self {
+        Self(Arc::new(Shared {
+            kind,
+            backend,
+            in_use: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
+        }))
+    }
+
+    /// Which kind of device it is.
+    pub fn kind(&self) -> DeviceKind {
+        self.0.kind
+    }
+
+    /// What the device is, for people: `NVIDIA H200`, `CPU, 8 threads, AVX-512`.
+    pub fn name(&self) -> String {
+        self.0.backend.name()
+    }
+
+    /// What plans depend on.
+    pub fn info(&self) -> DeviceInfo {
+        self.0.backend.info()
+    }
+
+    /// Bytes that tensors hold on this device.
+    pub fn memory(&self) -> MemoryUse {
+        MemoryUse {
+            in_use: self.0.in_use.load(Ordering::Relaxed),
+            peak: self.0.peak.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Lets [`MemoryUse::peak`] start afresh from what is held now.
+    pub fn reset_peak_memory(&self) {
+        self.0
+            .peak
+            .store(self.0.in_use.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// Waits until everything that was launched on this device has finished.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if a launch that was under way failed.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        self.0.backend.synchronize()
+    }
+
+    /// What the launches of an emulated GPU executed and moved, all together; `None` on other devices.
+    pub fn counters(&self) -> Option<Counters> {
+        self.0.backend.counters()
+    }
+
+    /// Lets [`counters`](Self::counters) start from zero.
+    pub fn reset_counters(&self) {
+        self.0.backend.reset_counters();
+    }
+
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.0.backend
+    }
+
+    /// Memory for `bytes` > 0, counted.
+    pub(crate) fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        let address = self.0.backend.alloc(bytes)?;
+        let in_use = self.0.in_use.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        self.0.peak.fetch_max(in_use, Ordering::Relaxed);
+        Ok(address)
+    }
+
+    /// Gives memory back.
+    ///
+    /// # Safety
+    /// `address` came from `alloc(bytes)` of this device and was not freed.
+    pub(crate) unsafe fn free(&self, address: u64, bytes: usize) {
+        // SAFETY: passed on to the caller.
+        unsafe { self.0.backend.free(address, bytes) };
+        self.0.in_use.fetch_sub(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Device {}
+
+/// The text that [`Device::from_str`] reads: `cpu`, `cuda:0`, `emulator:sm_80`.
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.backend.spec())
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({self})")
+    }
+}
+
+/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`.
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let unknown = || Error::ParseDevice {
+            text: text.to_owned(),
+            archs: Arch::ALL.iter().map(|arch| arch.name()).collect::<Vec<_>>().join(", "),
+        };
+        match text.split_once(':') {
+            None if text == "best" => Self::best(),
+            None if text == "cpu" => Ok(Self::cpu()),
+            None if text == "cuda" => Self::cuda(0),
+            None if text == "emulator" => Ok(Self::emulator(Arch::Sm80)),
+            Some(("cuda", ordinal)) => Self::cuda(ordinal.parse().map_err(|_| unknown())?),
+            Some(("emulator", arch)) => {
+                let arch = Arch::ALL
+                    .iter()
+                    .find(|known| known.name() == arch)
+                    .ok_or_else(unknown)?;
+                Ok(Self::emulator(*arch))
+            }
+            _ => Err(unknown()),
+        }
+    }
+}
+
+/// Runs `work`, which waits for rayon tasks, on a thread that does nothing else while it waits.
+///
+/// A worker of rayon's that waits takes on other tasks meanwhile: the caller's own, if the call came from a parallel
+/// loop. One of those could call us again and wait for the tensor that the first call holds locked, for ever.
+fn outside_rayon<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R, Error> {
+    if rayon::current_thread_index().is_none() {
+        return Ok(work());
+    }
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .spawn_scoped(scope, work)
+            .map_err(|error| Error::Threads {
+                threads: 1,
+                reason: error.to_string(),
+            })?;
+        thread.join().map_err(|panic| std::panic::resume_unwind(panic))
+    })
+}

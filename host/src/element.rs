@@ -1,0 +1,91 @@
+//! The three element types, and their conversions to the f32 that all arithmetic is done in.
+
+use std::fmt::{Debug, Display};
+
+use flash_attention_kernels::entries::Dtype;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// An element type that kernels are compiled for: `f32`, [`half::f16`] or [`half::bf16`].
+///
+/// Every bit pattern of such a type is a value, which is what lets tensors move as bytes.
+pub trait Element:
+    sealed::Sealed + bytemuck::Pod + Default + PartialEq + PartialOrd + Debug + Display + Send + Sync
+{
+    /// The type's name at run time.
+    const DTYPE: Dtype;
+
+    /// The nearest value, ties to even.
+    fn from_f32(value: f32) -> Self;
+    /// The nearest value, ties to even, in one rounding.
+    fn from_f64(value: f64) -> Self;
+    /// The same value, exactly.
+    fn to_f32(self) -> f32;
+    /// The same value, exactly.
+    fn to_f64(self) -> f64;
+
+    /// Widens a run of elements; the slices have one length.
+    fn widen(from: &[Self], to: &mut [f32]);
+    /// Rounds a run of elements; the slices have one length.
+    fn narrow(from: &[f32], to: &mut [Self]);
+}
+
+impl Element for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+    fn widen(from: &[Self], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+}
+
+macro_rules! half_element {
+    ($type:ident, $dtype:ident) => {
+        impl Element for $type {
+            const DTYPE: Dtype = Dtype::$dtype;
+
+            fn from_f32(value: f32) -> Self {
+                $type::from_f32(value)
+            }
+            fn from_f64(value: f64) -> Self {
+                $type::from_f64(value)
+            }
+            fn to_f32(self) -> f32 {
+                self.to_f32()
+            }
+            fn to_f64(self) -> f64 {
+                self.to_f64()
+            }
+            fn widen(from: &[Self], to: &mut [f32]) {
+                from.convert_to_f32_slice(to);
+            }
+            fn narrow(from: &[f32], to: &mut [Self]) {
+                to.convert_from_f32_slice(from);
+            }
+        }
+    };
+}
+
+half_element!(f16, F16);
+half_element!(bf16, Bf16);

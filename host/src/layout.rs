@@ -1,0 +1,311 @@
+//! Where a tensor's elements lie: all that validation and planning need to know of it, and no memory.
+
+use flash_attention_kernels::entries::Dtype;
+
+use crate::{Device, Error};
+
+/// A tensor's device, dtype, shape, strides and address, without the tensor.
+///
+/// [`Problem::new`](crate::Problem::new) takes these, so a problem of any size can be validated and planned without
+/// allocating it. A [`Tensor`](crate::Tensor) gives its own with [`info`](crate::Tensor::info).
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorInfo {
+    device: Device,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    strides: Vec<usize>,
+    address: u64,
+}
+
+/// No tensor spans more bytes than this: offsets then fit a signed 64-bit integer on every device.
+pub(crate) const MAX_BYTES: usize = isize::MAX as usize;
+
+impl TensorInfo {
+    /// Describes a tensor; strides count elements, `address` is that of its first element (0 if it has no memory yet).
+    ///
+    /// # Errors
+    /// [`Error::StridesRank`] if shape and strides differ in length, [`Error::SizeOverflow`] if the elements' bytes can
+    /// not be counted or addressed.
+    pub fn new(
+        device: &Device,
+        dtype: Dtype,
+        shape: impl AsRef<[usize]>,
+        strides: impl AsRef<[usize]>,
+        address: u64,
+    ) -> Result<Self, Error> {
+        let (shape, strides) = (shape.as_ref(), strides.as_ref());
+        if shape.len() != strides.len() {
+            return Err(Error::StridesRank {
+                strides: strides.len(),
+                rank: shape.len(),
+            });
+        }
+        let info = Self {
+            device: device.clone(),
+            dtype,
+            shape: shape.to_vec(),
+            strides: strides.to_vec(),
+            address,
+        };
+        info.check_size()?;
+        Ok(info)
+    }
+
+    /// Describes a tensor whose elements lie in order without gaps.
+    ///
+    /// # Errors
+    /// [`Error::SizeOverflow`] if the elements' bytes can not be counted or addressed.
+    pub fn contiguous(device: &Device, dtype: Dtype, shape: impl AsRef<[usize]>, address: u64) -> Result<Self, Error> {
+        let shape = shape.as_ref();
+        Self::new(device, dtype, shape, contiguous_strides(shape), address)
+    }
+
+    /// Where the tensor is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Its element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Its size along each axis.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Elements from one index to the next, for each axis.
+    pub fn strides(&self) -> &[usize] {
+        &self.strides
+    }
+
+    /// Device address of its first element.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        if self.is_empty() {
+            0
+        } else {
+            self.shape.iter().product()
+        }
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Whether its elements lie in order without gaps. The stride of an axis of one entry does not matter.
+    pub fn is_contiguous(&self) -> bool {
+        let expected = contiguous_strides(&self.shape);
+        self.is_empty()
+            || self
+                .axes()
+                .zip(expected)
+                .all(|((size, stride), expected)| size == 1 || stride == expected)
+    }
+
+    /// Elements from the first to the last, both included: what the memory behind it must hold.
+    pub fn span(&self) -> usize {
+        if self.is_empty() {
+            0
+        } else {
+            1 + self.axes().map(|(size, stride)| (size - 1) * stride).sum::<usize>()
+        }
+    }
+
+    /// Bytes of [`span`](Self::span).
+    pub fn span_bytes(&self) -> usize {
+        self.span() * self.dtype.bytes()
+    }
+
+    /// Whether two of its indices may share an element.
+    ///
+    /// Exact for every tensor that was made from a contiguous one by slicing and reordering axes; a tensor whose axes
+    /// interleave in no order counts as overlapping.
+    pub fn overlaps_itself(&self) -> bool {
+        let mut axes: Vec<_> = self.axes().filter(|&(size, _)| size > 1).collect();
+        axes.sort_unstable_by_key(|&(_, stride)| stride);
+        let mut reach = 0; // the largest offset that the axes so far can make
+        !self.is_empty()
+            && axes.iter().any(|&(size, stride)| {
+                let overlaps = stride <= reach;
+                reach += (size - 1) * stride;
+                overlaps
+            })
+    }
+
+    /// Whether the bytes from first to last element of the two have a byte in common.
+    pub fn shares_bytes_with(&self, other: &Self) -> bool {
+        let end = |info: &Self| u128::from(info.address) + info.span_bytes() as u128;
+        !self.is_empty()
+            && !other.is_empty()
+            && u128::from(self.address) < end(other)
+            && u128::from(other.address) < end(self)
+    }
+
+    /// Size and stride of each axis.
+    fn axes(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.shape.iter().copied().zip(self.strides.iter().copied())
+    }
+
+    /// Both the elements and the memory from the first to the last of them must be countable in bytes. They are not the
+    /// same: strides of 0 make the one larger, gaps the other.
+    fn check_size(&self) -> Result<(), Error> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let elements = self
+            .shape
+            .iter()
+            .try_fold(1_u128, |product, &size| product.checked_mul(size as u128));
+        let span = self.axes().try_fold(1_u128, |sum, (size, stride)| {
+            sum.checked_add((size as u128 - 1).checked_mul(stride as u128)?)
+        });
+        let fits = |count: Option<u128>| {
+            let bytes = count?.checked_mul(self.dtype.bytes() as u128)?;
+            (bytes <= MAX_BYTES as u128).then_some(bytes)
+        };
+        match (fits(elements), fits(span)) {
+            (Some(_), Some(span)) if u128::from(self.address) + span <= u64::MAX.into() => Ok(()),
+            _ => Err(Error::SizeOverflow {
+                argument: "shape",
+                shape: self.shape.clone(),
+                element_bytes: self.dtype.bytes(),
+                limit: MAX_BYTES,
+            }),
+        }
+    }
+
+    /// The same memory seen through other axes; the caller keeps the elements within the old span.
+    pub(crate) fn view(&self, shape: Vec<usize>, strides: Vec<usize>, offset: usize) -> Self {
+        let address = self.address + (offset * self.dtype.bytes()) as u64;
+        Self {
+            device: self.device.clone(),
+            dtype: self.dtype,
+            shape,
+            strides,
+            address,
+        }
+    }
+
+    /// The description of the same tensor at another address.
+    pub(crate) fn at(self, address: u64) -> Self {
+        Self { address, ..self }
+    }
+}
+
+/// Strides of a tensor whose elements lie in order without gaps.
+///
+/// Wraps where the number of elements does; [`TensorInfo::new`] refuses such a shape.
+pub(crate) fn contiguous_strides(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1_usize; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis].wrapping_mul(shape[axis].max(1));
+    }
+    strides
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(shape: &[usize], strides: &[usize]) -> TensorInfo {
+        TensorInfo::new(&Device::cpu(), Dtype::F32, shape, strides, 64).expect("a small tensor")
+    }
+
+    /// Offsets of all elements, in logical order.
+    fn offsets(shape: &[usize], strides: &[usize]) -> Vec<usize> {
+        let mut offsets = vec![0];
+        for (&size, &stride) in shape.iter().zip(strides) {
+            offsets = offsets
+                .iter()
+                .flat_map(|&o| (0..size).map(move |i| o + i * stride))
+                .collect();
+        }
+        offsets
+    }
+
+    #[test]
+    fn span_reaches_the_last_element() {
+        for (shape, strides) in [
+            ([2, 3], [3, 1]),
+            ([2, 3], [1, 2]),
+            ([4, 1], [5, 9]),
+            ([2, 2], [0, 1]),
+            ([0, 3], [3, 1]),
+        ] {
+            let last = offsets(&shape, &strides).into_iter().max();
+            assert_eq!(
+                info(&shape, &strides).span(),
+                last.map_or(0, |last| last + 1),
+                "{shape:?} {strides:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn overlap_is_never_missed() {
+        let mut missed = Vec::new();
+        let mut refused = 0;
+        for code in 0..4_usize.pow(3) * 7_usize.pow(3) {
+            let size = |axis: u32| 1 + code / 4_usize.pow(axis) % 4;
+            let stride = |axis: u32| code / 64 / 7_usize.pow(axis) % 7;
+            let (shape, strides) = ([size(0), size(1), size(2)], [stride(0), stride(1), stride(2)]);
+            let mut all = offsets(&shape, &strides);
+            all.sort_unstable();
+            let count = all.len();
+            all.dedup();
+            let said = info(&shape, &strides).overlaps_itself();
+            if all.len() < count && !said {
+                missed.push((shape, strides));
+            }
+            refused += usize::from(all.len() == count && said);
+        }
+        assert!(missed.is_empty(), "{missed:?}");
+        assert!(refused > 0, "the doc says that interleaved axes are refused");
+    }
+
+    #[test]
+    fn slices_and_transposes_do_not_overlap() {
+        assert!(!info(&[2, 3, 4], &[12, 4, 1]).overlaps_itself());
+        assert!(!info(&[2, 4, 3], &[12, 1, 4]).overlaps_itself());
+        assert!(!info(&[2, 2, 3], &[12, 4, 1]).overlaps_itself());
+        assert!(info(&[2, 3], &[0, 1]).overlaps_itself());
+        assert!(info(&[2, 3], &[2, 1]).overlaps_itself());
+    }
+
+    #[test]
+    fn contiguity_ignores_the_stride_of_a_single_entry() {
+        assert!(info(&[2, 1, 3], &[3, 77, 1]).is_contiguous());
+        assert!(!info(&[2, 2, 3], &[3, 3, 1]).is_contiguous());
+        assert!(!info(&[3, 2], &[1, 3]).is_contiguous());
+    }
+
+    #[test]
+    fn sizes_that_can_not_be_counted_are_refused() {
+        let device = Device::cpu();
+        for shape in [vec![usize::MAX, 2], vec![1 << 62, 1], vec![1 << 40, 1 << 40, 1 << 60]] {
+            let error = TensorInfo::contiguous(&device, Dtype::F32, &shape, 0).expect_err("too large");
+            assert!(matches!(error, Error::SizeOverflow { .. }), "{error}");
+        }
+        // Broadcasting makes the span small and the count large; both must be countable.
+        assert!(TensorInfo::new(&device, Dtype::F32, [1 << 33, 1 << 33], [0, 0], 0).is_err());
+        assert!(TensorInfo::new(&device, Dtype::F16, [2, 8], [usize::MAX, 1], 0).is_err());
+        assert!(TensorInfo::contiguous(&device, Dtype::F32, [16], u64::MAX - 15).is_err());
+        assert!(TensorInfo::contiguous(&device, Dtype::F32, [usize::MAX, 0, usize::MAX], 0).is_ok());
+    }
+
+    #[test]
+    fn neighbours_do_not_share_bytes() {
+        let first = info(&[4], &[1]);
+        let next = first.clone().at(64 + 16);
+        let inside = first.clone().at(64 + 12);
+        assert!(!first.shares_bytes_with(&next) && !next.shares_bytes_with(&first));
+        assert!(first.shares_bytes_with(&inside) && inside.shares_bytes_with(&first));
+    }
+}

@@ -1,0 +1,145 @@
+//! What a plan costs, counted from the tiles and the mask as the kernels walk them.
+
+use flash_attention_kernels::entries::{Entry, Pass};
+use flash_attention_kernels::mask::{Blocks, Mask};
+
+use super::{Launch, Tiles};
+use crate::Problem;
+
+/// What a plan costs, counted exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// Bytes that kernels load from device memory. Forward: Q once; K and V once for every query tile that sees them.
+    /// Backward: that twice over, from the queries' side and from the keys'. On the CPU backward is not counted: 0.
+    pub bytes_read: u128,
+    /// Bytes that kernels store to device memory: each result once, and delta in backward. On the CPU backward is not
+    /// counted: 0.
+    pub bytes_written: u128,
+    /// Multiplications and additions of the products, over visible pairs only: two products in forward, five in
+    /// backward, whatever is computed twice.
+    pub flops: u128,
+}
+
+/// Bytes of lse, or of delta, for one query.
+const STATISTIC: u128 = size_of::<f32>() as u128;
+
+impl Cost {
+    pub(super) fn forward(problem: &Problem, tiles: Tiles) -> Self {
+        let walked = Walked::new(problem);
+        let heads = problem.batch() as u128 * problem.heads_q() as u128;
+        let seqlen_q = u128::from(problem.seqlen_q());
+        let row = row_bytes(problem);
+        Self {
+            bytes_read: heads * (seqlen_q + 2 * (walked.keys)(problem, tiles.block_m, tiles.block_n)) * row,
+            bytes_written: heads * seqlen_q * (row + STATISTIC),
+            flops: 4 * heads * walked.visible_pairs * u128::from(problem.head_dim()),
+        }
+    }
+
+    pub(super) fn backward(problem: &Problem, launches: &[Launch]) -> Self {
+        let walked = Walked::new(problem);
+        let heads = problem.batch() as u128 * problem.heads_q() as u128;
+        let flops = 10 * heads * walked.visible_pairs * u128::from(problem.head_dim());
+        let zero = Self {
+            bytes_read: 0,
+            bytes_written: 0,
+            flops,
+        };
+        launches.iter().fold(zero, |total, launch| {
+            let (read, written) = backward_bytes(problem, &walked, launch.entry);
+            Self {
+                bytes_read: total.bytes_read + read,
+                bytes_written: total.bytes_written + written,
+                flops,
+            }
+        })
+    }
+}
+
+/// (bytes read, bytes written) by one kernel of the backward pass.
+fn backward_bytes(problem: &Problem, walked: &Walked, entry: &Entry) -> (u128, u128) {
+    let batch = problem.batch() as u128;
+    let (heads_q, heads_kv) = (problem.heads_q() as u128, problem.heads_kv() as u128);
+    let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
+    let row = row_bytes(problem);
+    match entry.pass {
+        Pass::BackwardDelta => (
+            batch * heads_q * seqlen_q * 2 * row,
+            batch * heads_q * seqlen_q * STATISTIC,
+        ),
+        Pass::BackwardQueries => {
+            let keys = (walked.keys)(problem, entry.block_m, entry.block_n);
+            let read = heads_q * (seqlen_q * 2 * (row + STATISTIC) + keys * 2 * row);
+            (batch * read, batch * heads_q * seqlen_q * row)
+        }
+        Pass::BackwardKeys => {
+            let walks = if entry.two_walks { 2 } else { 1 };
+            let queries = walks * (walked.queries)(problem, entry.block_m, entry.block_n);
+            let read = heads_kv * seqlen_k * 2 * row + heads_q * queries * 2 * (row + STATISTIC);
+            (batch * read, batch * heads_kv * seqlen_k * 2 * row)
+        }
+        Pass::Forward | Pass::Study | Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => (0, 0),
+    }
+}
+
+fn row_bytes(problem: &Problem) -> u128 {
+    u128::from(problem.head_dim()) * problem.dtype().bytes() as u128
+}
+
+/// What the kernels walk under a mask.
+struct Walked {
+    /// Pairs of a query and a key that it sees, in one head.
+    visible_pairs: u128,
+    /// Rows of K that the query tiles of one head load, all together.
+    keys: fn(&Problem, u32, u32) -> u128,
+    /// Rows of Q that the key tiles of one head load, all together.
+    queries: fn(&Problem, u32, u32) -> u128,
+}
+
+impl Walked {
+    fn new(problem: &Problem) -> Self {
+        let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
+        if problem.causal() {
+            // The last min(seqlen_q, seqlen_k) queries see up to seqlen_k keys, each one more than the query before it.
+            let rows = seqlen_q.min(seqlen_k);
+            Self {
+                visible_pairs: rows * (seqlen_k - rows) + rows * (rows + 1) / 2,
+                keys: keys::<true>,
+                queries: queries::<true>,
+            }
+        } else {
+            Self {
+                visible_pairs: seqlen_q * seqlen_k,
+                keys: keys::<false>,
+                queries: queries::<false>,
+            }
+        }
+    }
+}
+
+/// A query tile loads whole blocks of keys, as far as rows exist.
+fn keys<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) -> u128 {
+    let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
+    tiles(problem.seqlen_q(), block_m)
+        .map(|(first, rows)| rows_of(mask.key_blocks(first, rows, block_n), block_n, problem.seqlen_k()))
+        .sum()
+}
+
+/// A key tile loads whole blocks of queries, as far as rows exist.
+fn queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) -> u128 {
+    let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
+    tiles(problem.seqlen_k(), block_n)
+        .map(|(first, rows)| rows_of(mask.query_blocks(first, rows, block_m), block_m, problem.seqlen_q()))
+        .sum()
+}
+
+/// (first row, rows) of each tile of a sequence.
+fn tiles(seqlen: u32, tile: u32) -> impl Iterator<Item = (u32, u32)> {
+    (0..seqlen.div_ceil(tile)).map(move |index| (index * tile, tile.min(seqlen - index * tile)))
+}
+
+/// Rows of a run of blocks that exist.
+fn rows_of(blocks: Blocks, block: u32, seqlen: u32) -> u128 {
+    let row = |index: u32| (u128::from(index) * u128::from(block)).min(seqlen.into());
+    row(blocks.end) - row(blocks.begin)
+}

@@ -1,0 +1,207 @@
+//! One launch of a compiled kernel: its grid and its parameters.
+
+use std::num::NonZeroU32;
+
+use flash_attention_kernels::abi::{BackwardParams, ForwardParams, Layout, Params, StridedTensor};
+use flash_attention_kernels::entries::{Entry, Pass};
+
+use super::MAX_BLOCKS;
+use crate::{BackwardProblem, Error, Problem};
+
+/// One launch of a compiled kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// The kernel.
+    pub entry: &'static Entry,
+    /// Blocks along x, y and z. All of them lie along x, because y and z end at 65535.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// The parameters, but for the addresses of the results, which are unknown until they are allocated.
+    params: Parameters,
+}
+
+/// The parameters of a kernel, by the kind it takes.
+#[derive(Clone, Copy, Debug)]
+pub enum Parameters {
+    /// Of a forward kernel.
+    Forward(ForwardParams),
+    /// Of a backward kernel.
+    Backward(BackwardParams),
+}
+
+impl Parameters {
+    /// The parameter buffer.
+    pub fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Forward(params) => params.as_bytes(),
+            Self::Backward(params) => params.as_bytes(),
+        }
+    }
+}
+
+/// Device addresses of a call's results, and of its workspace.
+#[derive(Clone, Copy, Debug)]
+pub enum Results {
+    /// Of a forward pass.
+    Forward {
+        /// The output.
+        out: u64,
+        /// The log-sum-exp.
+        lse: u64,
+    },
+    /// Of a backward pass.
+    Backward {
+        /// Gradient of q.
+        dq: u64,
+        /// Gradient of k.
+        dk: u64,
+        /// Gradient of v.
+        dv: u64,
+        /// The workspace, an f32 a query.
+        delta: u64,
+    },
+}
+
+impl Launch {
+    pub(super) fn forward(problem: &Problem, entry: &'static Entry) -> Result<Self, Error> {
+        let (grid, query_tiles) = grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?;
+        let (scale, scale_log2, scale_sign) = kernel_scale(problem.softmax_scale());
+        let params = ForwardParams {
+            q: problem.q(),
+            k: problem.k(),
+            v: problem.v(),
+            out: problem.out(),
+            lse: 0,
+            heads_q: count(problem.heads_q())?,
+            heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
+            seqlen_q: problem.seqlen_q(),
+            seqlen_k: problem.seqlen_k(),
+            query_tiles,
+            scale_log2,
+            scale_sign,
+            layout: unknown_alignment(problem),
+            scale,
+        };
+        Ok(Self::new(entry, grid, Parameters::Forward(params)))
+    }
+
+    pub(super) fn backward(problem: &BackwardProblem, entry: &'static Entry) -> Result<Self, Error> {
+        let (tensors, problem) = (problem.tensors(), problem.forward());
+        let (grid, tiles) = if entry.pass == Pass::BackwardKeys {
+            grid(problem.batch(), problem.heads_kv(), problem.seqlen_k(), entry.block_n)?
+        } else {
+            grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
+        };
+        let scale = problem.softmax_scale();
+        let params = BackwardParams {
+            q: problem.q(),
+            k: problem.k(),
+            v: problem.v(),
+            out: problem.out(),
+            dout: tensors.dout,
+            dq: tensors.dq,
+            dk: tensors.dk,
+            dv: tensors.dv,
+            lse: tensors.lse,
+            delta: 0,
+            heads_q: count(problem.heads_q())?,
+            heads_kv: count(problem.heads_kv())?,
+            heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
+            seqlen_q: problem.seqlen_q(),
+            seqlen_k: problem.seqlen_k(),
+            tiles,
+            softmax_scale: scale,
+            scale_log2: (f64::from(scale) * std::f64::consts::LOG2_E) as f32,
+            layout: unknown_alignment(problem),
+        };
+        Ok(Self::new(entry, grid, Parameters::Backward(params)))
+    }
+
+    fn new(entry: &'static Entry, grid: [u32; 3], params: Parameters) -> Self {
+        Self {
+            entry,
+            grid,
+            threads: entry.threads,
+            shared_bytes: entry.shared_bytes,
+            params,
+        }
+    }
+
+    /// The kernel's parameters, for results at these addresses; `None` if they are those of the other pass.
+    pub fn params(&self, results: Results) -> Option<Parameters> {
+        let bytes = self.entry.dtype.bytes() as u64;
+        let aligned = |tensors: &[StridedTensor]| tensors.iter().all(|tensor| is_aligned(tensor, bytes)).into();
+        let mut params = self.params;
+        match (&mut params, results) {
+            (Parameters::Forward(p), Results::Forward { out, lse }) => {
+                (p.out.address, p.lse) = (out, lse);
+                p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out]);
+            }
+            (Parameters::Backward(p), Results::Backward { dq, dk, dv, delta }) => {
+                (p.dq.address, p.dk.address, p.dv.address, p.delta) = (dq, dk, dv, delta);
+                p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv]);
+            }
+            _ => return None,
+        }
+        Some(params)
+    }
+
+    /// The error of a device that was given the results of the other pass.
+    pub(crate) fn wrong_results(&self, device: String) -> Error {
+        Error::Launch {
+            device,
+            kernel: self.entry.name,
+            message: "the plan and the results are of different passes".to_owned(),
+        }
+    }
+}
+
+/// The grid of a kernel whose blocks each own `tile` of `seqlen` rows of one head, and how many tiles a head has.
+fn grid(batch: usize, heads: usize, seqlen: u32, tile: u32) -> Result<([u32; 3], NonZeroU32), Error> {
+    let tiles = seqlen.div_ceil(tile);
+    let blocks = u128::from(tiles) * heads as u128 * batch as u128;
+    let limit = MAX_BLOCKS;
+    match (u32::try_from(blocks), NonZeroU32::new(tiles)) {
+        (Ok(x), Some(tiles)) if x <= limit => Ok(([x, 1, 1], tiles)),
+        _ => Err(Error::GridTooLarge { blocks, limit }),
+    }
+}
+
+/// A number of heads. No problem has none, and one with more than a launch has blocks was refused by its grid.
+fn count(n: usize) -> Result<NonZeroU32, Error> {
+    u32::try_from(n)
+        .ok()
+        .and_then(NonZeroU32::new)
+        .ok_or(Error::GridTooLarge {
+            blocks: n as u128,
+            limit: MAX_BLOCKS,
+        })
+}
+
+/// The layout of a problem whose results have no address yet.
+fn unknown_alignment(problem: &Problem) -> Layout {
+    Layout {
+        head_dim: problem.head_dim(),
+        aligned: 0,
+    }
+}
+
+/// Whether every row of a tensor starts at a multiple of 16 bytes.
+fn is_aligned(tensor: &StridedTensor, element_bytes: u64) -> bool {
+    let strides = [tensor.batch_stride, tensor.head_stride, tensor.row_stride];
+    tensor.address.is_multiple_of(16) && strides.iter().all(|stride| (stride * element_bytes).is_multiple_of(16))
+}
+
+/// A scale as the forward kernels take it: the magnitude, the same for exponents to base 2, and the sign, which goes into
+/// q so that the largest score stays the largest.
+pub(crate) fn kernel_scale(scale: f32) -> (f32, f32, f32) {
+    if scale == 0.0 {
+        return (1.0, 1.0, 0.0);
+    }
+    let magnitude = scale.abs();
+    let log2 = (f64::from(magnitude) * std::f64::consts::LOG2_E) as f32;
+    (magnitude, log2, scale.signum())
+}

@@ -1,0 +1,264 @@
+//! How a problem is solved on a device: which kernel, what tiles, how many blocks, and what that costs.
+//!
+//! A plan is a pure function of a [`Problem`] and a [`DeviceInfo`]: it can be made, printed and tested where there is no
+//! such device. Nothing else chooses anything.
+
+mod cost;
+mod launch;
+
+use std::fmt;
+
+use flash_attention_kernels::entries::{self, Arch, Entry, Pass};
+
+pub use cost::Cost;
+pub(crate) use launch::kernel_scale;
+pub use launch::{Launch, Parameters, Results};
+
+use crate::device::DeviceInfo;
+use crate::problem::BackwardTensors;
+use crate::{BackwardProblem, Error, Problem};
+
+/// Blocks that one launch can have along x.
+pub const MAX_BLOCKS: u32 = i32::MAX as u32;
+
+/// The oldest compute capability that kernels are compiled for.
+pub(crate) const MIN_COMPUTE_CAPABILITY: (u32, u32) = (8, 0);
+
+/// How one problem is solved on one device.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    problem: Problem,
+    backward: Option<BackwardTensors>,
+    device: DeviceInfo,
+    tiles: Tiles,
+    launches: Vec<Launch>,
+    workspace_bytes: u64,
+    cost: Cost,
+}
+
+/// What a block holds at a time: the unit in which memory is read and the mask is applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Queries that one block, or one task of the CPU, owns.
+    pub block_m: u32,
+    /// Keys that it takes in at a time.
+    pub block_n: u32,
+}
+
+impl Plan {
+    /// Plans a forward pass for a device.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`].
+    pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
+        let (tiles, launches) = match *device {
+            DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
+            DeviceInfo::Gpu { .. } => {
+                let entry = choose(problem, Pass::Forward, device)?;
+                (Tiles::of(entry), vec![Launch::forward(problem, entry)?])
+            }
+        };
+        Ok(Self {
+            problem: problem.clone(),
+            backward: None,
+            device: *device,
+            tiles,
+            cost: Cost::forward(problem, tiles),
+            launches,
+            workspace_bytes: 0,
+        })
+    }
+
+    /// Plans a backward pass for a device: delta, then dQ, then dK and dV.
+    ///
+    /// `.deterministic()` and the default are the same kernels so far. Each gradient is written once by the block that
+    /// owns it, in a fixed order: seven products where a kernel that adds dQ up with atomics needs five. That one would
+    /// save 2/7 of the arithmetic, and pay with an f32 copy of dQ that is written and read once for every tile of keys
+    /// (`4 * seqlen_q * seqlen_k * head_dim / block_n` bytes a head each way) and with bits that differ from run to run.
+    /// Which is faster has to be measured on a GPU before there are two.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
+        let forward = problem.forward();
+        let (tiles, launches) = match *device {
+            DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
+            DeviceInfo::Gpu { .. } => {
+                let passes = [Pass::BackwardDelta, Pass::BackwardQueries, Pass::BackwardKeys];
+                let launches = passes
+                    .iter()
+                    .map(|&pass| Launch::backward(problem, choose(forward, pass, device)?))
+                    .collect::<Result<Vec<_>, Error>>()?;
+                (Tiles::of(launches[1].entry), launches)
+            }
+        };
+        Ok(Self {
+            problem: forward.clone(),
+            backward: Some(*problem.tensors()),
+            device: *device,
+            tiles,
+            cost: Cost::backward(forward, &launches),
+            launches,
+            workspace_bytes: problem.delta_bytes(),
+        })
+    }
+
+    /// What is solved.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// Where the tensors of a backward pass lie; `None` if the plan is for a forward pass.
+    pub(crate) fn backward_tensors(&self) -> Option<&BackwardTensors> {
+        self.backward.as_ref()
+    }
+
+    /// Device memory that is needed while the plan runs, beside inputs and results: an f32 a query in backward.
+    pub fn workspace_bytes(&self) -> u64 {
+        self.workspace_bytes
+    }
+
+    /// What it is solved on.
+    pub fn device(&self) -> &DeviceInfo {
+        &self.device
+    }
+
+    /// What a block holds at a time.
+    pub fn tiles(&self) -> Tiles {
+        self.tiles
+    }
+
+    /// The kernels to launch, in order; none on the CPU.
+    pub fn launches(&self) -> &[Launch] {
+        &self.launches
+    }
+
+    /// Bytes and operations, counted exactly.
+    pub fn cost(&self) -> Cost {
+        self.cost
+    }
+}
+
+/// The tiles of the CPU device.
+///
+/// The tiles of a task (Q, K, V, scores, output; at most 416 KiB at head_dim 256) stay in a core's L2 cache, and 128
+/// queries share the work of transposing a tile of keys, which is then 1/128 of the multiplications.
+const CPU_TILES: Tiles = Tiles {
+    block_m: 128,
+    block_n: 64,
+};
+
+impl Tiles {
+    fn of(entry: &Entry) -> Self {
+        Self {
+            block_m: entry.block_m,
+            block_n: entry.block_n,
+        }
+    }
+}
+
+/// The compiled kernel of a pass for a problem on a GPU.
+fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo) -> Result<&'static Entry, Error> {
+    let DeviceInfo::Gpu {
+        compute_capability: (major, minor),
+        shared_bytes_per_block,
+        ..
+    } = *device
+    else {
+        unreachable!("the CPU runs native code, which is not chosen")
+    };
+    let refuse = |reason: String| Error::NoKernel {
+        device: format!("a GPU of compute capability {major}.{minor}"),
+        wanted: format!(
+            "{pass:?} attention, {}, head_dim {}",
+            problem.dtype().name(),
+            problem.head_dim()
+        ),
+        reason,
+    };
+    if (major, minor) < MIN_COMPUTE_CAPABILITY {
+        let (major, minor) = MIN_COMPUTE_CAPABILITY;
+        return Err(refuse(format!(
+            "kernels need compute capability {major}.{minor} or newer"
+        )));
+    }
+    // sm_80 code runs on every later GPU and is all there is so far. The sums of dO * O know no mask.
+    let causal = problem.causal() && pass != Pass::BackwardDelta;
+    let entry = entries::find(pass, Arch::Sm80, problem.dtype(), causal, problem.head_dim())
+        .ok_or_else(|| refuse("none is compiled for this head_dim".to_owned()))?;
+    if entry.shared_bytes > shared_bytes_per_block {
+        let needed = entry.shared_bytes;
+        return Err(refuse(format!(
+            "a block needs {needed} bytes of shared memory, the device grants {shared_bytes_per_block}"
+        )));
+    }
+    Ok(entry)
+}
+
+/// A table to read: what is solved, by which kernel in which tiles, and what it costs.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let p = &self.problem;
+        let mask = if p.causal() { "causal" } else { "full" };
+        let pass = if self.backward.is_some() { "backward" } else { "forward" };
+        writeln!(
+            f,
+            "problem   {pass}, {mask}, {}, softmax_scale {}",
+            p.dtype().name(),
+            p.softmax_scale()
+        )?;
+        writeln!(
+            f,
+            "shape     batch {}, heads {} (kv {}), seqlen {} x {}, head_dim {}",
+            p.batch(),
+            p.heads_q(),
+            p.heads_kv(),
+            p.seqlen_q(),
+            p.seqlen_k(),
+            p.head_dim()
+        )?;
+        match self.device {
+            DeviceInfo::Cpu { threads } => writeln!(f, "kernel    native code on {threads} threads")?,
+            DeviceInfo::Gpu { .. } => {
+                for launch in &self.launches {
+                    let entry = launch.entry;
+                    let (name, arch, head_dim) = (entry.name, entry.arch.name(), entry.head_dim);
+                    writeln!(f, "kernel    {name} ({arch}, head_dim {head_dim})")?;
+                    let [x, y, z] = launch.grid;
+                    writeln!(f, "grid      {x} x {y} x {z} blocks of {} threads", launch.threads)?;
+                    writeln!(f, "SRAM      {} a block", Bytes(launch.shared_bytes.into()))?;
+                }
+            }
+        }
+        writeln!(
+            f,
+            "tiles     {} queries x {} keys",
+            self.tiles.block_m, self.tiles.block_n
+        )?;
+        if self.workspace_bytes > 0 {
+            writeln!(f, "workspace {}", Bytes(self.workspace_bytes.into()))?;
+        }
+        writeln!(f, "HBM read  {}", Bytes(self.cost.bytes_read))?;
+        writeln!(f, "HBM write {}", Bytes(self.cost.bytes_written))?;
+        write!(f, "FLOPs     {:.3} G", self.cost.flops as f64 / 1e9)
+    }
+}
+
+/// A number of bytes, exact and in the unit that suits it.
+struct Bytes(u128);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = ["KiB", "MiB", "GiB", "TiB"];
+        let Some(unit) = (1..=units.len()).rev().find(|&power| self.0 >> (10 * power) > 0) else {
+            return write!(f, "{} bytes", self.0);
+        };
+        write!(
+            f,
+            "{:.2} {} ({} bytes)",
+            self.0 as f64 / (1_u128 << (10 * unit)) as f64,
+            units[unit - 1],
+            self.0
+        )
+    }
+}

@@ -1,0 +1,130 @@
+//! A backward problem: a forward problem, what forward made of it, and the gradient that comes in.
+
+use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
+
+use super::*;
+
+/// A valid backward problem.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackwardProblem {
+    forward: Problem,
+    tensors: BackwardTensors,
+}
+
+/// Where the tensors lie that only a backward pass has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct BackwardTensors {
+    /// Gradient of the output.
+    pub dout: StridedTensor,
+    /// Gradient of q; its address is 0 until it is allocated, and so are those of the other two.
+    pub dq: StridedTensor,
+    /// Gradient of k.
+    pub dk: StridedTensor,
+    /// Gradient of v.
+    pub dv: StridedTensor,
+    /// Address of forward's lse.
+    pub lse: u64,
+}
+
+/// What a backward pass takes from the forward pass and from the layers above.
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardInputs<'a> {
+    /// Forward's output, as q.
+    pub out: &'a TensorInfo,
+    /// Forward's log-sum-exp, f32 `[batch, heads_q, seqlen_q]`, contiguous.
+    pub lse: &'a TensorInfo,
+    /// Gradient of the output, as q.
+    pub dout: &'a TensorInfo,
+}
+
+/// The caller's own memory for gradients, each shaped as what it is the gradient of, with any strides that do not
+/// overlap and a contiguous last axis.
+#[derive(Clone, Copy, Debug)]
+pub struct GradientOutputs<'a> {
+    /// Gradient of q.
+    pub dq: &'a TensorInfo,
+    /// Gradient of k.
+    pub dk: &'a TensorInfo,
+    /// Gradient of v.
+    pub dv: &'a TensorInfo,
+}
+
+impl BackwardProblem {
+    /// Checks a backward problem; `gradients` are the caller's tensors, or `None` for new contiguous ones.
+    ///
+    /// That out and lse came from a forward pass over these q, k and v with these options can not be seen from their
+    /// layouts: where they did not, the gradients are finite but meaningless, or not finite, and nothing worse.
+    ///
+    /// # Errors
+    /// Those of [`Problem::new`] for q, k and v; then, in the same order, the same for out, lse and dout; then, for the
+    /// caller's gradients, also [`Error::OverlappingStrides`] and [`Error::Aliased`].
+    pub fn new(
+        attention: &Attention,
+        q: &TensorInfo,
+        k: &TensorInfo,
+        v: &TensorInfo,
+        from_above: BackwardInputs<'_>,
+        gradients: Option<GradientOutputs<'_>>,
+    ) -> Result<Self, Error> {
+        let forward = Problem::new(attention, q, k, v, None)?;
+        let BackwardInputs { out, lse, dout } = from_above;
+        let (lse_named, q_named) = (("lse", lse), ("q", q));
+        let shaped_like = [("out", out, q_named), ("dout", dout, q_named)];
+        let results: Vec<_> = gradients.map_or(Vec::new(), |g| {
+            vec![("dq", g.dq, q_named), ("dk", g.dk, ("k", k)), ("dv", g.dv, ("v", v))]
+        });
+        let rows: Vec<_> = shaped_like.into_iter().chain(results.iter().copied()).collect();
+        let named: Vec<Named<'_>> = rows.iter().map(|&(name, tensor, _)| (name, tensor)).collect();
+        let all: Vec<Named<'_>> = [q_named]
+            .into_iter()
+            .chain(named.iter().copied())
+            .chain([lse_named])
+            .collect();
+
+        check_rank_and_sizes(&all)?;
+        for &(name, tensor, model) in &rows {
+            agree((name, tensor), model, &[0, 1, 2, 3])?;
+        }
+        agree(lse_named, q_named, &[0, 1, 2])?;
+        check_dtypes_and_devices(&all)?;
+        named.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
+        check_contiguous(lse_named)?;
+        let written: Vec<Named<'_>> = results.iter().map(|&(name, tensor, _)| (name, tensor)).collect();
+        let read = [q_named, ("k", k), ("v", v), ("out", out), lse_named, ("dout", dout)];
+        check_written(&read, &written)?;
+
+        let new = |like: &TensorInfo| TensorInfo::contiguous(like.device(), like.dtype(), like.shape(), 0);
+        let (new_q, new_k) = (new(q)?, new(k)?);
+        let (dq, dk, dv) = gradients.map_or((&new_q, &new_k, &new_k), |g| (g.dq, g.dk, g.dv));
+        let tensors = BackwardTensors {
+            dout: strided(dout),
+            dq: strided(dq),
+            dk: strided(dk),
+            dv: strided(dv),
+            lse: lse.address(),
+        };
+        Ok(Self {
+            forward: Problem {
+                out: strided(out),
+                ..forward
+            },
+            tensors,
+        })
+    }
+
+    /// The forward problem; its `out` is forward's output.
+    pub fn forward(&self) -> &Problem {
+        &self.forward
+    }
+
+    pub(crate) fn tensors(&self) -> &BackwardTensors {
+        &self.tensors
+    }
+
+    /// Bytes of delta, the workspace: an f32 a query.
+    pub(crate) fn delta_bytes(&self) -> u64 {
+        let rows = self.forward.batch * self.forward.heads_q * self.forward.seqlen_q as usize;
+        (rows * Dtype::F32.bytes()) as u64
+    }
+}

@@ -1,0 +1,346 @@
+//! One attention problem, proven sane: the only validation there is.
+//!
+//! Everything after [`Problem::new`] relies on it: plans compute without overflow, devices index without checks.
+
+mod backward;
+
+pub(crate) use backward::BackwardTensors;
+pub use backward::{BackwardInputs, BackwardProblem, GradientOutputs};
+use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
+use flash_attention_kernels::mask::MAX_SEQLEN;
+
+use crate::layout::TensorInfo;
+use crate::{Attention, Error};
+
+/// The widest head that kernels are compiled for.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// What a head_dim must be a multiple of: 16 bytes of f16, one copy instruction.
+pub const HEAD_DIM_MULTIPLE: usize = 8;
+
+/// Names of the axes of q, k, v and out; lse has the first three.
+const AXES: [&str; 4] = ["batch", "heads", "seqlen", "head_dim"];
+
+/// A valid attention problem: sizes, options, and where its tensors lie.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Problem {
+    batch: usize,
+    heads_q: usize,
+    heads_kv: usize,
+    seqlen_q: u32,
+    seqlen_k: u32,
+    head_dim: u32,
+    dtype: Dtype,
+    causal: bool,
+    softmax_scale: f32,
+    q: StridedTensor,
+    k: StridedTensor,
+    v: StridedTensor,
+    out: StridedTensor,
+}
+
+/// The caller's own memory for the results of a forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Outputs<'a> {
+    /// `[batch, heads_q, seqlen_q, head_dim]`, any strides that do not overlap, contiguous last axis.
+    pub out: &'a TensorInfo,
+    /// f32 `[batch, heads_q, seqlen_q]`, contiguous.
+    pub lse: &'a TensorInfo,
+}
+
+/// A tensor with the name it has in error messages.
+type Named<'a> = (&'static str, &'a TensorInfo);
+
+impl Problem {
+    /// Checks a forward problem; `outputs` are the caller's tensors, or `None` for new contiguous ones.
+    ///
+    /// q is `[batch, heads_q, seqlen_q, head_dim]`, k and v are `[batch, heads_kv, seqlen_k, head_dim]`.
+    ///
+    /// # Errors
+    /// In this order: [`Error::Rank`]; [`Error::ZeroSize`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
+    /// [`Error::DeviceMismatch`]; [`Error::HeadsNotDivisible`]; [`Error::HeadDim`]; [`Error::LastAxisStride`];
+    /// [`Error::SequenceTooLong`]; [`Error::NotContiguous`] for lse; [`Error::OverlappingStrides`] and
+    /// [`Error::Aliased`] for outputs; [`Error::SoftmaxScale`]. Sizes that overflow are refused earlier, where a
+    /// [`TensorInfo`] or a tensor is made.
+    pub fn new(
+        attention: &Attention,
+        q: &TensorInfo,
+        k: &TensorInfo,
+        v: &TensorInfo,
+        outputs: Option<Outputs<'_>>,
+    ) -> Result<Self, Error> {
+        let inputs = [("q", q), ("k", k), ("v", v)];
+        let out = outputs.map(|outputs| ("out", outputs.out));
+        let lse = outputs.map(|outputs| ("lse", outputs.lse));
+        let all: Vec<Named<'_>> = inputs.into_iter().chain(out).chain(lse).collect();
+        let rows: Vec<Named<'_>> = inputs.into_iter().chain(out).collect(); // those with a head_dim
+
+        check_rank_and_sizes(&all)?;
+        check_shapes_agree(&inputs, out, lse)?;
+        check_dtypes_and_devices(&all)?;
+        check_heads(q, k)?;
+        check_head_dim(("q", q))?;
+        rows.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
+        inputs.iter().try_for_each(|&tensor| check_seqlen(tensor))?;
+        let new_out = TensorInfo::contiguous(q.device(), q.dtype(), q.shape(), 0)?;
+        if let (Some(out), Some(lse)) = (out, lse) {
+            check_contiguous(lse)?;
+            check_written(&inputs, &[out, lse])?;
+        }
+        let softmax_scale = attention.scale_for(q.shape()[3]);
+        if !softmax_scale.is_finite() {
+            return Err(Error::SoftmaxScale { value: softmax_scale });
+        }
+
+        Ok(Self {
+            batch: q.shape()[0],
+            heads_q: q.shape()[1],
+            heads_kv: k.shape()[1],
+            seqlen_q: q.shape()[2] as u32,
+            seqlen_k: k.shape()[2] as u32,
+            head_dim: q.shape()[3] as u32,
+            dtype: q.dtype(),
+            causal: attention.is_causal(),
+            softmax_scale,
+            q: strided(q),
+            k: strided(k),
+            v: strided(v),
+            out: strided(out.map_or(&new_out, |(_, out)| out)),
+        })
+    }
+
+    /// Independent sequences.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Query heads.
+    pub fn heads_q(&self) -> usize {
+        self.heads_q
+    }
+
+    /// Key and value heads; each serves `heads_q / heads_kv` query heads.
+    pub fn heads_kv(&self) -> usize {
+        self.heads_kv
+    }
+
+    /// Length of the query sequence.
+    pub fn seqlen_q(&self) -> u32 {
+        self.seqlen_q
+    }
+
+    /// Length of the key sequence.
+    pub fn seqlen_k(&self) -> u32 {
+        self.seqlen_k
+    }
+
+    /// Elements of a head.
+    pub fn head_dim(&self) -> u32 {
+        self.head_dim
+    }
+
+    /// Element type of q, k, v and out.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Whether query i sees only the keys up to `i + seqlen_k - seqlen_q`.
+    pub fn causal(&self) -> bool {
+        self.causal
+    }
+
+    /// What scores are multiplied by before the softmax.
+    pub fn softmax_scale(&self) -> f32 {
+        self.softmax_scale
+    }
+
+    /// Queries.
+    pub fn q(&self) -> StridedTensor {
+        self.q
+    }
+
+    /// Keys.
+    pub fn k(&self) -> StridedTensor {
+        self.k
+    }
+
+    /// Values.
+    pub fn v(&self) -> StridedTensor {
+        self.v
+    }
+
+    /// The output; its address is 0 until it is allocated.
+    pub fn out(&self) -> StridedTensor {
+        self.out
+    }
+}
+
+fn check_rank_and_sizes(tensors: &[Named<'_>]) -> Result<(), Error> {
+    for &(argument, tensor) in tensors {
+        let (rank, expected) = (tensor.shape().len(), if argument == "lse" { 3 } else { 4 });
+        if rank != expected {
+            return Err(Error::Rank {
+                argument,
+                shape: tensor.shape().to_vec(),
+                rank,
+                expected,
+            });
+        }
+    }
+    for &(argument, tensor) in tensors {
+        if let Some(axis) = tensor.shape().iter().position(|&size| size == 0) {
+            return Err(Error::ZeroSize {
+                argument,
+                axis: AXES[axis],
+                shape: tensor.shape().to_vec(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_shapes_agree(
+    &[q, k, v]: &[Named<'_>; 3],
+    out: Option<Named<'_>>,
+    lse: Option<Named<'_>>,
+) -> Result<(), Error> {
+    agree(k, q, &[0, 3])?; // heads and seqlen are k's own
+    agree(v, k, &[0, 1, 2, 3])?;
+    out.map_or(Ok(()), |out| agree(out, q, &[0, 1, 2, 3]))?;
+    lse.map_or(Ok(()), |lse| agree(lse, q, &[0, 1, 2]))
+}
+
+/// Whether `argument` has the size of `model` along these axes.
+fn agree((argument, tensor): Named<'_>, (other, model): Named<'_>, axes: &[usize]) -> Result<(), Error> {
+    for &axis in axes {
+        let (got, expected) = (tensor.shape()[axis], model.shape()[axis]);
+        if got != expected {
+            return Err(Error::ShapeMismatch {
+                argument,
+                axis: AXES[axis],
+                got,
+                other,
+                expected,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_dtypes_and_devices(tensors: &[Named<'_>]) -> Result<(), Error> {
+    let q = tensors[0].1;
+    for &(argument, tensor) in tensors {
+        let expected = if argument == "lse" { Dtype::F32 } else { q.dtype() };
+        if tensor.dtype() != expected {
+            return Err(Error::DtypeMismatch {
+                argument,
+                got: tensor.dtype(),
+                expected,
+            });
+        }
+    }
+    for &(argument, tensor) in tensors {
+        if tensor.device() != q.device() {
+            let (got, expected) = (tensor.device().to_string(), q.device().to_string());
+            return Err(Error::DeviceMismatch {
+                argument,
+                got,
+                expected,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_heads(q: &TensorInfo, k: &TensorInfo) -> Result<(), Error> {
+    let (heads_q, heads_kv) = (q.shape()[1], k.shape()[1]);
+    if heads_q.is_multiple_of(heads_kv) {
+        Ok(())
+    } else {
+        Err(Error::HeadsNotDivisible { heads_q, heads_kv })
+    }
+}
+
+fn check_head_dim((argument, tensor): Named<'_>) -> Result<(), Error> {
+    let head_dim = tensor.shape()[3];
+    if head_dim <= MAX_HEAD_DIM && head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
+        Ok(())
+    } else {
+        Err(Error::HeadDim {
+            argument,
+            head_dim,
+            multiple_of: HEAD_DIM_MULTIPLE,
+            max: MAX_HEAD_DIM,
+        })
+    }
+}
+
+fn check_last_axis((argument, tensor): Named<'_>) -> Result<(), Error> {
+    match tensor.strides()[3] {
+        1 => Ok(()),
+        stride => Err(Error::LastAxisStride {
+            argument,
+            stride,
+            strides: tensor.strides().to_vec(),
+        }),
+    }
+}
+
+fn check_seqlen((argument, tensor): Named<'_>) -> Result<(), Error> {
+    let (seqlen, max) = (tensor.shape()[2], MAX_SEQLEN as usize);
+    if seqlen <= max {
+        Ok(())
+    } else {
+        Err(Error::SequenceTooLong { argument, seqlen, max })
+    }
+}
+
+fn check_contiguous((argument, tensor): Named<'_>) -> Result<(), Error> {
+    if tensor.is_contiguous() {
+        return Ok(());
+    }
+    Err(Error::NotContiguous {
+        argument,
+        strides: tensor.strides().to_vec(),
+        expected: crate::layout::contiguous_strides(tensor.shape()),
+    })
+}
+
+/// Every element that is written has memory of its own.
+fn check_written(inputs: &[Named<'_>], outputs: &[Named<'_>]) -> Result<(), Error> {
+    for &(argument, output) in outputs {
+        if output.overlaps_itself() {
+            return Err(Error::OverlappingStrides {
+                argument,
+                shape: output.shape().to_vec(),
+                strides: output.strides().to_vec(),
+            });
+        }
+    }
+    for (index, &(argument, output)) in outputs.iter().enumerate() {
+        let others = inputs.iter().chain(&outputs[..index]);
+        if let Some(&(other, _)) = others.into_iter().find(|(_, other)| output.shares_bytes_with(other)) {
+            return Err(Error::Aliased { argument, other });
+        }
+    }
+    Ok(())
+}
+
+/// A `[batch, heads, seqlen, head_dim]` tensor as kernels take it. The stride of an axis of one entry is never used,
+/// and is set to 0 so that it can not spoil the alignment.
+fn strided(tensor: &TensorInfo) -> StridedTensor {
+    let stride = |axis: usize| {
+        if tensor.shape()[axis] == 1 {
+            0
+        } else {
+            tensor.strides()[axis] as u64
+        }
+    };
+    StridedTensor {
+        address: tensor.address(),
+        batch_stride: stride(0),
+        head_stride: stride(1),
+        row_stride: stride(2),
+    }
+}

@@ -1,0 +1,361 @@
+//! Tensors: memory of a device, seen through a shape and strides.
+//!
+//! A tensor is cheap to clone and its views share its memory, as in candle: `transpose`, `narrow` and `select` move no
+//! data, so `[batch, seqlen, heads, head_dim]` memory and packed QKV are used in place.
+
+use std::any::Any;
+use std::marker::PhantomData;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use flash_attention_kernels::entries::Dtype;
+
+use crate::layout::{TensorInfo, contiguous_strides};
+use crate::{Device, Element, Error};
+
+/// A tensor of `T` in a device's memory.
+///
+/// Attention takes `[batch, heads, seqlen, head_dim]` with a contiguous last axis and any other strides.
+pub struct Tensor<T: Element> {
+    info: TensorInfo,
+    storage: Arc<Storage>,
+    element: PhantomData<T>,
+}
+
+/// A run of device memory, freed with the last tensor that looks at it.
+pub(crate) struct Storage {
+    device: Device,
+    address: u64,
+    bytes: usize,
+    ownership: Ownership,
+    /// Held for reading while a device reads the memory, for writing while it writes: two threads with clones of one
+    /// tensor can then not race, although on the CPU the memory is reached through plain pointers.
+    lock: RwLock<()>,
+}
+
+enum Ownership {
+    /// Ours to free.
+    Ours,
+    /// Somebody else's; the owner, if given, is dropped with the storage.
+    Foreign(Option<Arc<dyn Any + Send + Sync>>),
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        match &self.ownership {
+            Ownership::Ours if self.bytes > 0 => {
+                // SAFETY: `Storage::new` got the address from `alloc(bytes)`, and this is the only free of it.
+                unsafe { self.device.free(self.address, self.bytes) };
+            }
+            // Its owner may free the memory at once, so work on it has to be over. An error of that work will be met
+            // again by whoever reads its result.
+            Ownership::Foreign(Some(_)) => drop(self.device.synchronize()),
+            Ownership::Ours | Ownership::Foreign(None) => {}
+        }
+    }
+}
+
+impl Storage {
+    fn new(device: &Device, bytes: usize) -> Result<Self, Error> {
+        let address = if bytes == 0 { 0 } else { device.alloc(bytes)? };
+        Ok(Self {
+            device: device.clone(),
+            address,
+            bytes,
+            ownership: Ownership::Ours,
+            lock: RwLock::new(()),
+        })
+    }
+
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, ()> {
+        self.lock.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn write(&self) -> RwLockWriteGuard<'_, ()> {
+        self.lock.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T: Element> Tensor<T> {
+    /// A contiguous tensor with a copy of `data`, its last axis fastest.
+    ///
+    /// # Errors
+    /// [`Error::DataLength`] if `data` does not have exactly the shape's elements, [`Error::SizeOverflow`],
+    /// [`Error::OutOfMemory`], or what the device's driver says.
+    pub fn from_slice(device: &Device, shape: impl AsRef<[usize]>, data: &[T]) -> Result<Self, Error> {
+        let info = TensorInfo::contiguous(device, T::DTYPE, shape, 0)?;
+        if data.len() != info.len() {
+            return Err(Error::DataLength {
+                len: data.len(),
+                expected: info.len(),
+                shape: info.shape().to_vec(),
+            });
+        }
+        Self::uploaded(info, data)
+    }
+
+    /// A tensor over a copy of `data`, element `[i, j, …]` at `i * strides[0] + j * strides[1] + …`.
+    ///
+    /// Strides count elements. A stride of 0 repeats one entry along its axis, without repeating it in memory.
+    ///
+    /// # Errors
+    /// [`Error::StridesRank`], [`Error::DataLength`] if `data` ends before the last element, [`Error::SizeOverflow`],
+    /// [`Error::OutOfMemory`], or what the device's driver says.
+    pub fn from_slice_strided(
+        device: &Device,
+        shape: impl AsRef<[usize]>,
+        strides: impl AsRef<[usize]>,
+        data: &[T],
+    ) -> Result<Self, Error> {
+        let info = TensorInfo::new(device, T::DTYPE, shape, strides, 0)?;
+        match data.get(..info.span()) {
+            Some(data) => Self::uploaded(info, data),
+            None => Err(Error::DataLength {
+                len: data.len(),
+                expected: info.span(),
+                shape: info.shape().to_vec(),
+            }),
+        }
+    }
+
+    /// A contiguous tensor with undefined content, to be written before it is read.
+    ///
+    /// # Errors
+    /// [`Error::SizeOverflow`], [`Error::OutOfMemory`], or what the device's driver says.
+    pub fn empty(device: &Device, shape: impl AsRef<[usize]>) -> Result<Self, Error> {
+        Self::allocated(TensorInfo::contiguous(device, T::DTYPE, shape, 0)?)
+    }
+
+    /// A contiguous tensor of zeros.
+    ///
+    /// # Errors
+    /// As for [`empty`](Self::empty).
+    pub fn zeros(device: &Device, shape: impl AsRef<[usize]>) -> Result<Self, Error> {
+        let tensor = Self::empty(device, shape)?;
+        if tensor.storage.bytes > 0 {
+            let _guard = tensor.storage.write();
+            // SAFETY: the storage was just allocated with these bytes and nobody else has it.
+            unsafe { device.backend().zero(tensor.storage.address, tensor.storage.bytes)? };
+        }
+        Ok(tensor)
+    }
+
+    /// A tensor over device memory that belongs to somebody else, which is used in place and never freed.
+    ///
+    /// `address` is a device address on a GPU, a pointer on the CPU. `owner`, if given, is dropped once nothing uses
+    /// the memory any more: hand over the buffer's handle and it lives as long as it must.
+    ///
+    /// # Errors
+    /// [`Error::StridesRank`], [`Error::SizeOverflow`], or [`Error::Address`] if the address is null or not a multiple
+    /// of the element's size.
+    ///
+    /// # Safety
+    /// - All of the tensor's elements lie in memory of `device` that is initialised, and stays allocated until `owner`
+    ///   is dropped; without an owner, until the tensor, all its clones and views are dropped and
+    ///   [`Device::synchronize`] has returned.
+    /// - Whoever else writes the memory, or reads what is written through this tensor, waits for this device, and this
+    ///   device's work is launched only after theirs has finished.
+    pub unsafe fn from_raw_parts(
+        device: &Device,
+        address: u64,
+        shape: impl AsRef<[usize]>,
+        strides: impl AsRef<[usize]>,
+        owner: Option<Arc<dyn Any + Send + Sync>>,
+    ) -> Result<Self, Error> {
+        let info = TensorInfo::new(device, T::DTYPE, shape, strides, address)?;
+        let align = T::DTYPE.bytes();
+        if address == 0 || !address.is_multiple_of(align as u64) {
+            return Err(Error::Address { address, align });
+        }
+        let storage = Storage {
+            device: device.clone(),
+            address,
+            bytes: info.span_bytes(),
+            ownership: Ownership::Foreign(owner),
+            lock: RwLock::new(()),
+        };
+        Ok(Self {
+            info,
+            storage: Arc::new(storage),
+            element: PhantomData,
+        })
+    }
+
+    /// All elements in logical order, the last axis fastest. Waits for the work that produces them.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] or [`Error::Launch`] if that work failed.
+    pub fn to_vec(&self) -> Result<Vec<T>, Error> {
+        let mut span = vec![T::zeroed(); self.info.span()];
+        if !span.is_empty() {
+            let _guard = self.storage.read();
+            // SAFETY: every view keeps its span within its storage, and the guard keeps writers out.
+            unsafe {
+                self.device()
+                    .backend()
+                    .download(self.info.address(), bytemuck::cast_slice_mut(&mut span))?
+            };
+        }
+        if self.info.is_contiguous() {
+            return Ok(span);
+        }
+        let mut elements = Vec::with_capacity(self.info.len());
+        let mut index = vec![0; self.shape().len()];
+        for _ in 0..self.info.len() {
+            let offset: usize = index.iter().zip(self.strides()).map(|(i, stride)| i * stride).sum();
+            elements.push(span[offset]);
+            for axis in (0..index.len()).rev() {
+                index[axis] += 1;
+                if index[axis] < self.shape()[axis] {
+                    break;
+                }
+                index[axis] = 0;
+            }
+        }
+        Ok(elements)
+    }
+
+    /// The same elements with two axes exchanged: `transpose(1, 2)` turns `[batch, seqlen, heads, head_dim]` into
+    /// `[batch, heads, seqlen, head_dim]` without moving data.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if there is no such axis.
+    pub fn transpose(&self, first: usize, second: usize) -> Result<Self, Error> {
+        self.check_axis(first)?;
+        self.check_axis(second)?;
+        let (mut shape, mut strides) = (self.shape().to_vec(), self.strides().to_vec());
+        shape.swap(first, second);
+        strides.swap(first, second);
+        Ok(self.view(shape, strides, 0))
+    }
+
+    /// The entries `start .. start + len` of an axis.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if there is no such axis, [`Error::Range`] if it is shorter.
+    pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Self, Error> {
+        self.check_axis(axis)?;
+        let size = self.shape()[axis];
+        if start.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::Range { axis, start, len, size });
+        }
+        let mut shape = self.shape().to_vec();
+        shape[axis] = len;
+        let empty = shape.contains(&0);
+        Ok(self.view(
+            shape,
+            self.strides().to_vec(),
+            if empty { 0 } else { start * self.strides()[axis] },
+        ))
+    }
+
+    /// Entry `index` of an axis, which disappears: `select(2, 0)` takes q out of `[batch, seqlen, 3, heads, head_dim]`.
+    ///
+    /// # Errors
+    /// As for [`narrow`](Self::narrow).
+    pub fn select(&self, axis: usize, index: usize) -> Result<Self, Error> {
+        let one = self.narrow(axis, index, 1)?;
+        let (mut shape, mut strides) = (one.shape().to_vec(), one.strides().to_vec());
+        shape.remove(axis);
+        strides.remove(axis);
+        Ok(one.view(shape, strides, 0))
+    }
+
+    /// Where the tensor is.
+    pub fn device(&self) -> &Device {
+        self.info.device()
+    }
+
+    /// Its element type at run time.
+    pub fn dtype(&self) -> Dtype {
+        T::DTYPE
+    }
+
+    /// Its size along each axis.
+    pub fn shape(&self) -> &[usize] {
+        self.info.shape()
+    }
+
+    /// Elements from one index to the next, for each axis.
+    pub fn strides(&self) -> &[usize] {
+        self.info.strides()
+    }
+
+    /// Device address of its first element, for code that shares the memory. A pointer on the CPU.
+    pub fn address(&self) -> u64 {
+        self.info.address()
+    }
+
+    /// Everything about the tensor but its memory.
+    pub fn info(&self) -> &TensorInfo {
+        &self.info
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Memory for a tensor described at address 0.
+    pub(crate) fn allocated(info: TensorInfo) -> Result<Self, Error> {
+        let storage = Storage::new(info.device(), info.span_bytes())?;
+        let info = info.at(storage.address);
+        Ok(Self {
+            info,
+            storage: Arc::new(storage),
+            element: PhantomData,
+        })
+    }
+
+    /// Memory for a tensor described at address 0, filled from first to last element.
+    fn uploaded(info: TensorInfo, span: &[T]) -> Result<Self, Error> {
+        let tensor = Self::allocated(info)?;
+        if !span.is_empty() {
+            let _guard = tensor.storage.write();
+            // SAFETY: the storage was just allocated with as many bytes and nobody else has it.
+            unsafe {
+                tensor
+                    .device()
+                    .backend()
+                    .upload(tensor.storage.address, bytemuck::cast_slice(span))?
+            };
+        }
+        Ok(tensor)
+    }
+
+    fn view(&self, shape: Vec<usize>, strides: Vec<usize>, offset: usize) -> Self {
+        Self {
+            info: self.info.view(shape, strides, offset),
+            storage: self.storage.clone(),
+            element: PhantomData,
+        }
+    }
+
+    fn check_axis(&self, axis: usize) -> Result<(), Error> {
+        let rank = self.shape().len();
+        if axis < rank {
+            Ok(())
+        } else {
+            Err(Error::Axis { axis, rank })
+        }
+    }
+}
+
+/// The same memory, not a copy of it.
+impl<T: Element> Clone for Tensor<T> {
+    fn clone(&self) -> Self {
+        Self {
+            info: self.info.clone(),
+            storage: self.storage.clone(),
+            element: PhantomData,
+        }
+    }
+}
+
+impl<T: Element> std::fmt::Debug for Tensor<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor<{}>({:?} on {}", T::DTYPE.name(), self.shape(), self.device())?;
+        if self.strides() != contiguous_strides(self.shape()) {
+            write!(f, ", strides {:?}", self.strides())?;
+        }
+        f.write_str(")")
+    }
+}

@@ -1,0 +1,129 @@
+//! What the tests of every device share.
+#![allow(dead_code, reason = "a test binary uses a part of it")]
+
+use flash_attention::reference::{self, Dims};
+use flash_attention::{Attention, Device, Element, Gradients, Tensor};
+
+/// Numbers in -1 .. 1 that look random and are the same on every run.
+pub fn noise(len: usize, seed: u64) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+pub fn largest_error<T: Element>(got: &[T], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    got.iter().zip(want).fold(0.0, |worst: f64, (got, want)| {
+        // Equal infinities have no error; a NaN on one side only has an infinite one.
+        let (got, want) = (got.to_f64(), *want);
+        let same = got == want || (got.is_nan() && want.is_nan());
+        let error = if same { 0.0 } else { (got - want).abs() };
+        worst.max(if error.is_nan() { f64::INFINITY } else { error })
+    })
+}
+
+/// Runs a problem on a device and holds it to twice the error of standard attention in the same dtype.
+pub fn check<T: Element>(device: &Device, attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
+    let dims = Dims::new(&attention, q_shape, k_shape);
+    let size = |shape: [usize; 4]| shape.iter().product::<usize>();
+    let draw = |len, seed| {
+        noise(len, seed)
+            .into_iter()
+            .map(|x| T::from_f64(2.0 * x))
+            .collect::<Vec<T>>()
+    };
+    let (q, k, v) = (draw(size(q_shape), 1), draw(size(k_shape), 2), draw(size(k_shape), 3));
+
+    let widen = |data: &[T]| data.iter().map(|x| x.to_f64()).collect::<Vec<f64>>();
+    let (want_out, want_lse) = reference::forward(&dims, &widen(&q), &widen(&k), &widen(&v));
+    let (standard_out, standard_lse) = reference::standard(&dims, &q, &k, &v);
+
+    let tensor = |shape: [usize; 4], data: &[T]| Tensor::from_slice(device, shape, data).expect("small");
+    let output = attention
+        .forward(&tensor(q_shape, &q), &tensor(k_shape, &k), &tensor(k_shape, &v))
+        .unwrap_or_else(|error| panic!("{attention:?} q {q_shape:?} k {k_shape:?}: {error}"));
+    let (out, lse) = (
+        output.out.to_vec().expect("the device works"),
+        output.lse.to_vec().expect("the device works"),
+    );
+
+    let case = format!(
+        "{device}, {attention:?} q {q_shape:?} k {k_shape:?} {}",
+        T::DTYPE.name()
+    );
+    let (error, bound) = (
+        largest_error(&out, &want_out),
+        2.0 * largest_error(&standard_out, &want_out) + 1e-5,
+    );
+    assert!(error <= bound, "{case}: out is off by {error:e}, allowed {bound:e}");
+    let (error, bound) = (
+        largest_error(&lse, &want_lse),
+        2.0 * largest_error(&standard_lse, &want_lse) + 1e-5,
+    );
+    assert!(error <= bound, "{case}: lse is off by {error:e}, allowed {bound:e}");
+}
+
+/// Runs a backward problem on a device, into gradients that were not numbers before, and holds it to twice the error of
+/// standard attention's gradients in the same dtype.
+pub fn check_backward<T: Element>(device: &Device, attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
+    let size = |shape: [usize; 4]| shape.iter().product::<usize>();
+    let draw = |len, seed, scale: f64| {
+        noise(len, seed)
+            .into_iter()
+            .map(|x| T::from_f64(scale * x))
+            .collect::<Vec<T>>()
+    };
+    let [q, k, v, dout] = [
+        draw(size(q_shape), 1, 2.0),
+        draw(size(k_shape), 2, 2.0),
+        draw(size(k_shape), 3, 2.0),
+        draw(size(q_shape), 4, 1.0),
+    ];
+
+    let dims = Dims::new(&attention, q_shape, k_shape);
+    let widen = |data: &[T]| data.iter().map(|x| x.to_f64()).collect::<Vec<f64>>();
+    let want = reference::backward(&dims, &widen(&q), &widen(&k), &widen(&v), &widen(&dout));
+    let standard = reference::standard_backward(&dims, &q, &k, &v, &dout);
+    let got = gradients(device, attention, [q_shape, k_shape], [&q, &k, &v, &dout]);
+
+    for ((name, got), (standard, want)) in ["dq", "dk", "dv"].iter().zip(&got).zip(standard.iter().zip(&want)) {
+        let (error, bound) = (largest_error(got, want), 2.0 * largest_error(standard, want) + 1e-5);
+        assert!(
+            error <= bound,
+            "{device}, {attention:?} q {q_shape:?} k {k_shape:?} {}: {name} is off by {error:e}, allowed {bound:e}",
+            T::DTYPE.name()
+        );
+    }
+}
+
+/// Forward and backward on a device: dq, dk and dv, into memory that was not a number before.
+pub fn gradients<T: Element>(
+    device: &Device,
+    attention: Attention,
+    [q_shape, k_shape]: [[usize; 4]; 2],
+    [q, k, v, dout]: [&[T]; 4],
+) -> [Vec<T>; 3] {
+    let tensor = |shape: [usize; 4], data: &[T]| Tensor::from_slice(device, shape, data).expect("small");
+    let poisoned = |shape: [usize; 4]| tensor(shape, &vec![T::from_f32(f32::NAN); shape.iter().product()]);
+    let (q, k, v, dout) = (
+        tensor(q_shape, q),
+        tensor(k_shape, k),
+        tensor(k_shape, v),
+        tensor(q_shape, dout),
+    );
+    let output = attention.forward(&q, &k, &v).expect("valid");
+    let mut gradients = Gradients {
+        dq: poisoned(q_shape),
+        dk: poisoned(k_shape),
+        dv: poisoned(k_shape),
+    };
+    attention
+        .backward_into(&q, &k, &v, &output, &dout, &mut gradients)
+        .unwrap_or_else(|error| panic!("{attention:?} q {q_shape:?} k {k_shape:?}: {error}"));
+    [gradients.dq, gradients.dk, gradients.dv].map(|gradient| gradient.to_vec().expect("the device works"))
+}

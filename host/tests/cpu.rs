@@ -1,0 +1,197 @@
+//! The CPU device against the f64 oracle: tile edges, masks, strides, dtypes, and what is not a number.
+
+mod common;
+
+use common::{largest_error, noise};
+use flash_attention::reference::{self, Dims};
+use flash_attention::{Attention, Device, Element, Tensor};
+use half::{bf16, f16};
+
+/// Runs a problem on the CPU and holds it to twice the error of standard attention in the same dtype.
+fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
+    common::check::<T>(&Device::cpu(), attention, q_shape, k_shape);
+}
+
+#[test]
+fn lengths_around_the_tiles() {
+    for (seqlen_q, seqlen_k) in [
+        (1, 1),
+        (113, 203),
+        (239, 1),
+        (1, 799),
+        (64, 64),
+        (65, 63),
+        (128, 129),
+        (203, 113),
+    ] {
+        for attention in [Attention::new(), Attention::new().causal()] {
+            check::<f32>(attention, [1, 2, seqlen_q, 32], [1, 2, seqlen_k, 32]);
+            check::<f16>(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
+            check::<bf16>(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
+        }
+    }
+}
+
+#[test]
+fn every_head_dim() {
+    for head_dim in (8..=256).step_by(8) {
+        check::<f32>(Attention::new().causal(), [1, 1, 37, head_dim], [1, 1, 71, head_dim]);
+        check::<f16>(Attention::new(), [1, 1, 37, head_dim], [1, 1, 71, head_dim]);
+    }
+}
+
+#[test]
+fn heads_share_keys_and_batches_do_not() {
+    check::<f32>(Attention::new(), [3, 6, 17, 16], [3, 2, 19, 16]);
+    check::<f32>(Attention::new().causal(), [2, 4, 70, 24], [2, 1, 70, 24]);
+}
+
+#[test]
+fn any_finite_scale() {
+    for scale in [0.0, -0.0, -0.7, 3.0, 1e-20, -1e4] {
+        check::<f32>(Attention::new().softmax_scale(scale), [1, 1, 9, 16], [1, 1, 90, 16]);
+        check::<f32>(
+            Attention::new().softmax_scale(scale).causal(),
+            [1, 1, 9, 16],
+            [1, 1, 5, 16],
+        );
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_threads() {
+    let data: Vec<f32> = noise(2 * 3 * 200 * 40, 5).into_iter().map(|x| x as f32).collect();
+    let run = |threads| {
+        let device = Device::cpu_with_threads(threads).expect("threads");
+        let q = Tensor::from_slice(&device, [2, 3, 200, 40], &data).expect("small");
+        let output = Attention::new().causal().forward(&q, &q, &q).expect("valid");
+        (output.out.to_vec().expect("cpu"), output.lse.to_vec().expect("cpu"))
+    };
+    let one = run(1);
+    assert!(run(2) == one && run(5) == one);
+}
+
+#[test]
+fn memory_of_another_layout_is_used_in_place() {
+    let device = Device::cpu();
+    // Packed [batch, seqlen, 3, heads, head_dim], as a fused projection leaves it.
+    let (batch, seqlen, heads, head_dim) = (2, 33, 3, 16);
+    let packed: Vec<f32> = noise(batch * seqlen * 3 * heads * head_dim, 7)
+        .into_iter()
+        .map(|x| x as f32)
+        .collect();
+    let qkv = Tensor::from_slice(&device, [batch, seqlen, 3, heads, head_dim], &packed).expect("small");
+    let part = |index| {
+        qkv.select(2, index)
+            .and_then(|part| part.transpose(1, 2))
+            .expect("valid axes")
+    };
+    let (q, k, v) = (part(0), part(1), part(2));
+    let attention = Attention::new().causal();
+    let strided = attention.forward(&q, &k, &v).expect("valid");
+
+    let copy = |tensor: &Tensor<f32>| {
+        Tensor::from_slice(&device, tensor.shape(), &tensor.to_vec().expect("cpu")).expect("small")
+    };
+    let contiguous = attention.forward(&copy(&q), &copy(&k), &copy(&v)).expect("valid");
+    assert_eq!(
+        strided.out.to_vec().expect("cpu"),
+        contiguous.out.to_vec().expect("cpu")
+    );
+
+    // And written to memory of the other order.
+    let memory = Tensor::<f32>::zeros(&device, [batch, seqlen, heads, head_dim]).expect("small");
+    let mut out = memory.transpose(1, 2).expect("valid axes");
+    let mut lse = Tensor::zeros(&device, [batch, heads, seqlen]).expect("small");
+    attention.forward_into(&q, &k, &v, &mut out, &mut lse).expect("valid");
+    assert_eq!(out.to_vec().expect("cpu"), contiguous.out.to_vec().expect("cpu"));
+    assert_eq!(lse.to_vec().expect("cpu"), contiguous.lse.to_vec().expect("cpu"));
+    assert_eq!(
+        memory.transpose(1, 2).expect("axes").to_vec().expect("cpu"),
+        out.to_vec().expect("cpu")
+    );
+}
+
+#[test]
+fn a_stride_of_zero_repeats_an_input() {
+    let device = Device::cpu();
+    let row: Vec<f32> = noise(40 * 8, 9).into_iter().map(|x| x as f32).collect();
+    let repeated = Tensor::from_slice_strided(&device, [2, 3, 40, 8], [0, 0, 8, 1], &row).expect("small");
+    let copied = Tensor::from_slice(&device, [2, 3, 40, 8], &row.repeat(6)).expect("small");
+    let run = |x| {
+        Attention::new()
+            .forward(x, x, x)
+            .expect("valid")
+            .out
+            .to_vec()
+            .expect("cpu")
+    };
+    assert_eq!(run(&repeated), run(&copied));
+}
+
+#[test]
+fn calls_from_a_parallel_loop_do_not_wait_for_each_other() {
+    use rayon::prelude::*;
+    let device = Device::cpu();
+    let data: Vec<f32> = noise(16 * 300 * 16, 13).into_iter().map(|x| x as f32).collect();
+    let q = Tensor::from_slice(&device, [1, 16, 300, 16], &data).expect("small");
+    let whole = Attention::new().forward(&q, &q, &q).expect("valid");
+    // Every head on its own, all written to one tensor: each call locks the memory that all of them share.
+    let out = Tensor::<f32>::zeros(&device, [1, 16, 300, 16]).expect("small");
+    let lse = Tensor::<f32>::zeros(&device, [1, 16, 300]).expect("small");
+    (0..16).into_par_iter().for_each(|head| {
+        let q = q.narrow(1, head, 1).expect("in range");
+        let mut out = out.narrow(1, head, 1).expect("in range");
+        let mut lse = lse.narrow(1, head, 1).expect("in range");
+        Attention::new()
+            .forward_into(&q, &q, &q, &mut out, &mut lse)
+            .expect("valid");
+    });
+    assert_eq!(out.to_vec().expect("cpu"), whole.out.to_vec().expect("cpu"));
+    assert_eq!(lse.to_vec().expect("cpu"), whole.lse.to_vec().expect("cpu"));
+}
+
+/// Runs one head of f32 on the CPU and by the oracle.
+fn both(attention: Attention, shape: [usize; 4], q: &[f32], k: &[f32], v: &[f32]) -> [(Vec<f32>, Vec<f64>); 2] {
+    let device = Device::cpu();
+    let tensor = |data: &[f32]| Tensor::from_slice(&device, shape, data).expect("small");
+    let output = attention.forward(&tensor(q), &tensor(k), &tensor(v)).expect("valid");
+    let widen = |data: &[f32]| data.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+    let (out, lse) = reference::forward(&Dims::new(&attention, shape, shape), &widen(q), &widen(k), &widen(v));
+    [
+        (output.out.to_vec().expect("cpu"), out),
+        (output.lse.to_vec().expect("cpu"), lse),
+    ]
+}
+
+#[test]
+fn what_is_not_finite_goes_where_arithmetic_takes_it() {
+    let shape = [1, 1, 150, 8];
+    let base: Vec<f32> = noise(150 * 8, 11).into_iter().map(|x| x as f32).collect();
+    let with = |place: usize, value: f32| {
+        let mut data = base.clone();
+        data[place] = value;
+        data
+    };
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for row in [0, 70, 149] {
+            let odd = with(row * 8 + 3, value);
+            for attention in [Attention::new(), Attention::new().causal()] {
+                for (q, k, v) in [(&odd, &base, &base), (&base, &odd, &base), (&base, &base, &odd)] {
+                    for (got, want) in both(attention, shape, q, k, v) {
+                        assert!(largest_error(&got, &want) < 1e-5, "{value} in row {row}, {attention:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_that_are_all_minus_infinity_divide_zero_by_zero() {
+    let shape = [1, 1, 3, 8];
+    let (q, k) = (vec![1.0; 24], vec![f32::NEG_INFINITY; 24]);
+    let [(out, want_out), (lse, want_lse)] = both(Attention::new(), shape, &q, &k, &q);
+    assert!(out.iter().all(|x| x.is_nan()) && want_out.iter().all(|x| x.is_nan()));
+    assert!(lse == [f32::NEG_INFINITY; 3] && want_lse == [f64::NEG_INFINITY; 3]);
+}

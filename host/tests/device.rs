@@ -1,0 +1,72 @@
+//! Devices: their names, who is whose equal, and what a machine without one says.
+
+use flash_attention::{CudaUnavailable, Device, DeviceKind, Error};
+
+#[test]
+fn names_make_devices_and_devices_tell_their_names() {
+    let cpu: Device = "cpu".parse().expect("always there");
+    assert_eq!((cpu.kind(), cpu.to_string()), (DeviceKind::Cpu, "cpu".to_owned()));
+    assert!(cpu.name().contains("threads"), "{}", cpu.name());
+    let best: Device = "best".parse().expect("at least the CPU");
+    assert_eq!(best.to_string().parse::<Device>().expect("its own name"), best);
+    for wrong in [
+        "",
+        "gpu",
+        "CPU",
+        "cpu:0",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "emulator:sm_10",
+        "best:1",
+    ] {
+        let error = wrong.parse::<Device>().expect_err(wrong);
+        assert!(
+            matches!(&error, Error::ParseDevice { text, .. } if text == wrong),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn devices_are_equal_if_their_memory_is() {
+    assert_eq!(Device::cpu(), Device::cpu());
+    let own = Device::cpu_with_threads(2).expect("two threads");
+    assert_eq!(own, own.clone());
+    assert_ne!(own, Device::cpu());
+}
+
+#[test]
+fn no_threads_are_refused() {
+    assert!(matches!(
+        Device::cpu_with_threads(0),
+        Err(Error::Threads { threads: 0, .. })
+    ));
+}
+
+#[test]
+fn a_gpu_is_there_or_the_error_says_what_is_missing() {
+    match Device::cuda(0) {
+        Ok(gpu) => {
+            assert_eq!((gpu.to_string(), gpu.kind()), ("cuda:0".to_owned(), DeviceKind::Cuda));
+            assert_eq!(Device::cuda(0).expect("it was there"), gpu);
+            assert!(matches!(
+                Device::cuda(4096),
+                Err(Error::UnknownDevice {
+                    ordinal: 4096,
+                    count: 1..
+                })
+            ));
+        }
+        Err(Error::CudaUnavailable { reason }) => {
+            let again = Device::cuda(4096).expect_err("no CUDA");
+            assert!(matches!(again, Error::CudaUnavailable { reason: r } if r == reason));
+            if reason == CudaUnavailable::NoDriver {
+                let message = "no NVIDIA driver is installed (libcuda was not found)";
+                assert_eq!(reason.to_string(), message);
+            }
+            assert_eq!(Device::best().expect("the CPU"), Device::cpu());
+        }
+        Err(error) => panic!("{error}"),
+    }
+}

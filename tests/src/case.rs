@@ -1,0 +1,237 @@
+//! [`Case`]: one attention problem, solved on a device and held to the oracle.
+
+use std::fmt::Debug;
+
+use flash_attention::reference::{self, Dims};
+use flash_attention::{Attention, Device, Dtype, Element};
+
+use crate::layout::{Input, Layout, Poisoned};
+use crate::{compare, devices, files, largest_error};
+
+/// One attention problem, with everything that may vary.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Mask and scale.
+    pub attention: Attention,
+    /// `[batch, heads_q, seqlen_q, head_dim]`.
+    pub q: [usize; 4],
+    /// `[batch, heads_kv, seqlen_k, head_dim]`.
+    pub kv: [usize; 4],
+    /// Memory of q, k, v and out.
+    pub layouts: [Layout; 4],
+    /// Inputs are drawn from the normal distribution with this deviation.
+    pub deviation: f32,
+    /// What they are drawn with.
+    pub seed: u64,
+}
+
+/// The inputs of a case in logical order, each contiguous.
+#[derive(Clone, Debug)]
+pub struct Inputs<T> {
+    /// Queries.
+    pub q: Vec<T>,
+    /// Keys.
+    pub k: Vec<T>,
+    /// Values.
+    pub v: Vec<T>,
+}
+
+/// What a device gave, in logical order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome<T> {
+    /// The attention output.
+    pub out: Vec<T>,
+    /// The log-sum-exp.
+    pub lse: Vec<f32>,
+}
+
+/// What a result is held to.
+struct Expected {
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    /// How far out may be, and lse.
+    bounds: [f64; 2],
+}
+
+/// Runs an expression for the element type that a dtype names: `for_dtype!(case.dtype, T => solve::<T>(&case))`.
+#[macro_export]
+macro_rules! for_dtype {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            ::flash_attention::Dtype::F32 => {
+                type $T = f32;
+                $body
+            }
+            ::flash_attention::Dtype::F16 => {
+                type $T = ::flash_attention::half::f16;
+                $body
+            }
+            ::flash_attention::Dtype::Bf16 => {
+                type $T = ::flash_attention::half::bf16;
+                $body
+            }
+        }
+    };
+}
+
+impl Case {
+    /// Full attention with the default scale over contiguous tensors of normal numbers.
+    pub fn new(dtype: Dtype, q: [usize; 4], kv: [usize; 4]) -> Self {
+        Self {
+            dtype,
+            attention: Attention::new(),
+            q,
+            kv,
+            layouts: [Layout::default(); 4],
+            deviation: 1.0,
+            seed: 1,
+        }
+    }
+
+    /// One batch entry and one head.
+    pub fn one_head(dtype: Dtype, seqlen_q: usize, seqlen_k: usize, head_dim: usize) -> Self {
+        Self::new(dtype, [1, 1, seqlen_q, head_dim], [1, 1, seqlen_k, head_dim])
+    }
+
+    /// The same case with these options.
+    #[must_use]
+    pub fn with(self, attention: Attention) -> Self {
+        Self { attention, ..self }
+    }
+
+    /// The case with the mask on or off.
+    #[must_use]
+    pub fn masked(self, causal: bool) -> Self {
+        if causal {
+            let attention = self.attention.causal();
+            Self { attention, ..self }
+        } else {
+            self
+        }
+    }
+
+    /// The same case in other memory: q, k, v, out.
+    #[must_use]
+    pub fn laid_out(self, layouts: [Layout; 4]) -> Self {
+        Self { layouts, ..self }
+    }
+
+    /// Solves the case on every device and holds each result to the rule.
+    ///
+    /// # Panics
+    /// If a device fails, or is further off than the rule allows: index, got and want are in the message.
+    pub fn check(&self) {
+        self.check_on(devices().all());
+    }
+
+    /// As [`check`](Self::check), on some devices.
+    ///
+    /// # Panics
+    /// As [`check`](Self::check).
+    pub fn check_on<'a>(&self, devices: impl IntoIterator<Item = &'a Device>) {
+        for_dtype!(self.dtype, T => self.check_as::<T>(devices.into_iter()));
+    }
+
+    fn check_as<'a, T: Element>(&self, devices: impl Iterator<Item = &'a Device>) {
+        let inputs = self.inputs::<T>();
+        let mut expected = None;
+        for device in devices {
+            let (placed, outcome) = self.run(device, &inputs);
+            // Broadcasting makes other elements than were drawn; all devices make the same.
+            let expected = expected.get_or_insert_with(|| Expected::of(self, &placed));
+            expected.check(&format!("{self:?} on {device}"), self, &outcome);
+        }
+    }
+
+    /// The inputs, drawn from the seed.
+    pub fn inputs<T: Element>(&self) -> Inputs<T> {
+        let draw = |shape: [usize; 4], salt| {
+            files::normal(shape.iter().product(), self.deviation, self.seed * 3 + salt)
+                .into_iter()
+                .map(T::from_f32)
+                .collect()
+        };
+        Inputs {
+            q: draw(self.q, 0),
+            k: draw(self.kv, 1),
+            v: draw(self.kv, 2),
+        }
+    }
+
+    /// Solves the case on one device. Gives the inputs as placed (broadcast ones repeat) and the result.
+    ///
+    /// # Panics
+    /// If the device fails, or memory next to an output was written to.
+    pub fn run<T: Element>(&self, device: &Device, inputs: &Inputs<T>) -> (Inputs<T>, Outcome<T>) {
+        fn must<V, E: Debug>(case: &Case, device: &Device, result: Result<V, E>) -> V {
+            result.unwrap_or_else(|error| panic!("{case:?} on {device}: {error:#?}"))
+        }
+        let [q, k, v] = [(self.q, &inputs.q), (self.kv, &inputs.k), (self.kv, &inputs.v)];
+        let place = |layout: Layout, (shape, elements): ([usize; 4], &Vec<T>)| -> Input<T> {
+            must(self, device, layout.input(device, shape, elements))
+        };
+        let (q, k, v) = (
+            place(self.layouts[0], q),
+            place(self.layouts[1], k),
+            place(self.layouts[2], v),
+        );
+        let mut out: Poisoned<T> = must(self, device, self.layouts[3].output(device, self.q));
+        let mut lse: Poisoned<f32> = must(self, device, Poisoned::contiguous(device, &self.q[..3]));
+        let result = self
+            .attention
+            .forward_into(&q.tensor, &k.tensor, &v.tensor, &mut out.tensor, &mut lse.tensor);
+        must(self, device, result);
+        let outcome = Outcome {
+            out: must(self, device, out.read()),
+            lse: must(self, device, lse.read()),
+        };
+        let placed = Inputs {
+            q: q.elements,
+            k: k.elements,
+            v: v.elements,
+        };
+        (placed, outcome)
+    }
+
+    /// The sizes and options of the reference.
+    pub fn dims(&self) -> Dims {
+        Dims::new(&self.attention, self.q, self.kv)
+    }
+}
+
+impl<T: Element> Inputs<T> {
+    /// The f64 oracle's answer, `(out, lse)`.
+    pub fn oracle(&self, dims: &Dims) -> (Vec<f64>, Vec<f64>) {
+        let widen = |elements: &[T]| elements.iter().map(|x| x.to_f64()).collect::<Vec<_>>();
+        reference::forward(dims, &widen(&self.q), &widen(&self.k), &widen(&self.v))
+    }
+
+    /// Twice the error of standard attention in the same dtype, plus 1e-5: what out and lse may be off by.
+    pub fn bounds(&self, dims: &Dims, out: &[f64], lse: &[f64]) -> [f64; 2] {
+        let (standard_out, standard_lse) = reference::standard(dims, &self.q, &self.k, &self.v);
+        [
+            2.0 * largest_error(&standard_out, out) + 1e-5,
+            2.0 * largest_error(&standard_lse, lse) + 1e-5,
+        ]
+    }
+}
+
+impl Expected {
+    fn of<T: Element>(case: &Case, inputs: &Inputs<T>) -> Self {
+        let dims = case.dims();
+        let (out, lse) = inputs.oracle(&dims);
+        let bounds = inputs.bounds(&dims, &out, &lse);
+        Self { out, lse, bounds }
+    }
+
+    fn check<T: Element>(&self, name: &str, case: &Case, outcome: &Outcome<T>) {
+        let [out_bound, lse_bound] = self.bounds;
+        let out = compare("out", &case.q, &outcome.out, &self.out, out_bound);
+        let lse = compare("lse", &case.q[..3], &outcome.lse, &self.lse, lse_bound);
+        if let Some(mismatch) = out.err().or(lse.err()) {
+            panic!("{name}\n{mismatch}");
+        }
+    }
+}

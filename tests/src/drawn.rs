@@ -1,0 +1,99 @@
+//! Cases that proptest draws: sizes, dtypes, masks, scales, heads and memory, all at once.
+
+use flash_attention::{Attention, Dtype};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngSeed};
+
+use crate::{Case, Layout, Order};
+
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+
+/// What one case may cost: products of tiles, in multiplications. The emulator does about 100 million a second.
+pub const SMALL: usize = 12_000_000;
+
+fn layout(broadcast: bool) -> impl Strategy<Value = Layout> {
+    let order = prop_oneof![Just(Order::Bhsd), Just(Order::Bshd)];
+    let gap = prop_oneof![3 => Just(0), 1 => Just(8), 2 => 1_usize..12];
+    let axis = if broadcast {
+        prop_oneof![5 => Just(None), 1 => (0_usize..3).prop_map(Some)].boxed()
+    } else {
+        Just(None).boxed()
+    };
+    (order, gap, 0_usize..12, axis).prop_map(|(order, gap, lead, broadcast)| Layout {
+        order,
+        gap,
+        lead: lead.min(gap),
+        broadcast,
+    })
+}
+
+fn attention() -> impl Strategy<Value = Attention> {
+    let scale = prop_oneof![
+        4 => Just(None),
+        2 => (-2.0_f32..2.0).prop_map(Some),
+        1 => Just(Some(0.0)),
+        1 => (4.0_f32..16.0).prop_map(Some),
+    ];
+    (any::<bool>(), scale).prop_map(|(causal, scale)| {
+        let attention = scale.map_or(Attention::new(), |scale| Attention::new().softmax_scale(scale));
+        if causal { attention.causal() } else { attention }
+    })
+}
+
+/// A length, more often a short one.
+fn seqlen(longest: usize) -> impl Strategy<Value = usize> {
+    prop_oneof![1..=9_usize, 1..=longest / 4, 1..=longest]
+}
+
+/// A case of sequences up to `longest`, with as many heads as `budget` multiplications allow.
+pub fn case(longest: usize, budget: usize) -> impl Strategy<Value = Case> {
+    let head_dim = prop_oneof![3 => 1..=8_usize, 1 => 1..=32_usize].prop_map(|n| 8 * n);
+    let heads = (1..=2_usize, 1..=3_usize, 1..=3_usize); // batch, heads_kv, heads_q of each
+    let layouts = [layout(true), layout(true), layout(true), layout(false)];
+    (
+        (0..3_usize, attention(), head_dim, heads),
+        (seqlen(longest), seqlen(longest), layouts, any::<u32>()),
+    )
+        .prop_map(
+            move |((dtype, attention, head_dim, heads), (seqlen_q, seqlen_k, layouts, seed))| {
+                let (mut batch, mut heads_kv, mut group) = heads;
+                // Fewer heads where they are long: work is padded to tiles.
+                let padded = |seqlen: usize| seqlen.next_multiple_of(64);
+                let head = 2 * padded(seqlen_q).max(128) * padded(seqlen_k) * head_dim.next_multiple_of(32);
+                while batch * heads_kv * group > 1 && batch * heads_kv * group * head > budget {
+                    let largest = batch.max(heads_kv).max(group);
+                    if group == largest {
+                        group -= 1;
+                    } else if heads_kv == largest {
+                        heads_kv -= 1;
+                    } else {
+                        batch -= 1;
+                    }
+                }
+                let q = [batch, heads_kv * group, seqlen_q, head_dim];
+                Case {
+                    attention,
+                    layouts,
+                    seed: seed.into(),
+                    ..Case::new(DTYPES[dtype], q, [batch, heads_kv, seqlen_k, head_dim])
+                }
+            },
+        )
+}
+
+/// The same cases on every run; `PROPTEST_RNG_SEED` draws others and `PROPTEST_CASES` more.
+pub fn config(cases: u32) -> Config {
+    let chosen = |name| std::env::var_os(name).is_some();
+    let default = Config::default();
+    Config {
+        cases: if chosen("PROPTEST_CASES") { default.cases } else { cases },
+        rng_seed: if chosen("PROPTEST_RNG_SEED") {
+            default.rng_seed
+        } else {
+            RngSeed::Fixed(1)
+        },
+        failure_persistence: None,
+        max_shrink_time: 60_000,
+        ..default
+    }
+}

@@ -1,0 +1,93 @@
+//! Numbers to compute with: drawn from a seed, or recorded from a real model.
+
+use std::path::{Path, PathBuf};
+
+use flash_attention::half::f16;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use rand_distr::{Distribution as _, Normal};
+use safetensors::{Dtype, SafeTensors};
+
+/// Normal numbers, the same on every run.
+///
+/// # Panics
+/// If the deviation is not finite.
+pub fn normal(len: usize, deviation: f32, seed: u64) -> Vec<f32> {
+    let normal = Normal::new(0.0, deviation).expect("a finite deviation");
+    normal.sample_iter(StdRng::seed_from_u64(seed)).take(len).collect()
+}
+
+/// One attention layer of a pretrained sentence encoder (all-MiniLM-L6-v2) on a real text: what its heads were given in
+/// f16, and the answer as computed in f64.
+#[derive(Clone, Debug)]
+pub struct RealLayer {
+    /// Shape of q, k, v and out.
+    pub shape: [usize; 4],
+    /// What the model multiplies scores by.
+    pub softmax_scale: f32,
+    /// Queries.
+    pub q: Vec<f16>,
+    /// Keys.
+    pub k: Vec<f16>,
+    /// Values.
+    pub v: Vec<f16>,
+    /// The right output.
+    pub out: Vec<f64>,
+    /// The right log-sum-exp.
+    pub lse: Vec<f64>,
+    /// The gradient of the output.
+    pub dout: Vec<f16>,
+    /// The right gradients of q, k and v.
+    pub gradients: [Vec<f64>; 3],
+}
+
+/// The root of the workspace.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// Layer 0 or 5 of the model.
+///
+/// # Panics
+/// If the file is not what it was.
+pub fn real_layer(layer: usize) -> RealLayer {
+    let path = workspace().join(format!("examples/data/minilm_layer{layer}.safetensors"));
+    let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("a safetensors file");
+    let scale = header
+        .metadata()
+        .as_ref()
+        .and_then(|fields| fields.get("softmax_scale"));
+    let halves = |name: &str| -> Vec<f16> { elements(&file, name, Dtype::F16, f16::from_le_bytes) };
+    let floats = |name: &str| -> Vec<f64> { elements(&file, name, Dtype::F32, |b| f32::from_le_bytes(b).into()) };
+    RealLayer {
+        shape: file
+            .tensor("q")
+            .expect("it has queries")
+            .shape()
+            .try_into()
+            .expect("rank 4"),
+        softmax_scale: scale.expect("it names the scale").parse().expect("a number"),
+        q: halves("q"),
+        k: halves("k"),
+        v: halves("v"),
+        out: floats("out"),
+        lse: floats("lse"),
+        dout: halves("dout"),
+        gradients: ["dq", "dk", "dv"].map(floats),
+    }
+}
+
+fn elements<const N: usize, T>(
+    file: &SafeTensors<'_>,
+    name: &str,
+    dtype: Dtype,
+    from_le_bytes: impl Fn([u8; N]) -> T,
+) -> Vec<T> {
+    let tensor = file.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+    assert_eq!(tensor.dtype(), dtype, "{name}");
+    let (elements, rest) = tensor.data().as_chunks::<N>();
+    assert!(rest.is_empty(), "{name}");
+    elements.iter().map(|&bytes| from_le_bytes(bytes)).collect()
+}

@@ -1,0 +1,173 @@
+//! Where a tensor's elements lie: every way a caller may hold them, with NaN all around.
+
+use flash_attention::{Device, Element, Error, Tensor};
+
+/// Which axis of a `[batch, heads, seqlen, head_dim]` tensor follows head_dim in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// The sequence: `[batch, heads, seqlen, head_dim]` memory.
+    #[default]
+    Bhsd,
+    /// The heads: `[batch, seqlen, heads, head_dim]` memory.
+    Bshd,
+}
+
+/// Memory of a `[batch, heads, seqlen, head_dim]` tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// Order of the axes in memory.
+    pub order: Order,
+    /// Elements of each row of memory that do not belong to the tensor.
+    pub gap: usize,
+    /// How many of those lie before the row's own; what is not a multiple of 16 bytes forbids copies of 16 bytes.
+    pub lead: usize,
+    /// An axis, batch or heads, whose entries are all the same memory (stride 0). Inputs only.
+    pub broadcast: Option<usize>,
+}
+
+/// An input as a device has it, and its elements in logical order.
+#[derive(Debug)]
+pub struct Input<T: Element> {
+    /// The tensor.
+    pub tensor: Tensor<T>,
+    /// Its elements.
+    pub elements: Vec<T>,
+}
+
+/// An output that holds NaN, with NaN before and after it and in its gaps.
+#[derive(Debug)]
+pub struct Poisoned<T: Element> {
+    /// The tensor to write to.
+    pub tensor: Tensor<T>,
+    /// The memory it is a view of: one entry of the first axis before it, one after it.
+    memory: Tensor<T>,
+    /// The columns that belong to the tensor, in each row of the memory.
+    columns: std::ops::Range<usize>,
+}
+
+impl Layout {
+    /// Memory of these orders, gaps and leads.
+    pub const fn new(order: Order, gap: usize, lead: usize) -> Self {
+        Self {
+            order,
+            gap,
+            lead,
+            broadcast: None,
+        }
+    }
+
+    /// The same memory for every entry of an axis.
+    #[must_use]
+    pub const fn broadcast(self, axis: usize) -> Self {
+        Self {
+            broadcast: Some(axis),
+            ..self
+        }
+    }
+
+    fn strides(&self, [_, heads, seqlen, _]: [usize; 4], pitch: usize) -> [usize; 4] {
+        let mut strides = match self.order {
+            Order::Bhsd => [heads * seqlen * pitch, seqlen * pitch, pitch, 1],
+            Order::Bshd => [heads * seqlen * pitch, pitch, heads * pitch, 1],
+        };
+        if let Some(axis) = self.broadcast {
+            strides[axis] = 0;
+        }
+        strides
+    }
+
+    /// An input with these elements, given in logical order; where an axis is broadcast, those of its last entry.
+    ///
+    /// # Errors
+    /// What the device says of the memory.
+    pub fn input<T: Element>(&self, device: &Device, shape: [usize; 4], elements: &[T]) -> Result<Input<T>, Error> {
+        let [batch, heads, seqlen, head_dim] = shape;
+        let pitch = head_dim + self.gap;
+        let strides = self.strides(shape, pitch);
+        let rows = || {
+            (0..batch * heads * seqlen).map(move |row| {
+                let (i, j, k) = (row / seqlen / heads, row / seqlen % heads, row % seqlen);
+                self.lead + i * strides[0] + j * strides[1] + k * strides[2]
+            })
+        };
+        let end = rows().max().unwrap_or(0) - self.lead + pitch;
+        let mut memory = vec![T::from_f32(f32::NAN); end];
+        for (first, row) in rows().zip(elements.chunks(head_dim)) {
+            memory[first..first + head_dim].copy_from_slice(row);
+        }
+        let whole = Tensor::from_slice_strided(device, [batch, heads, seqlen, pitch], strides, &memory)?;
+        Ok(Input {
+            tensor: whole.narrow(3, self.lead, head_dim)?,
+            elements: rows()
+                .flat_map(|first| &memory[first..first + head_dim])
+                .copied()
+                .collect(),
+        })
+    }
+
+    /// An output of this shape that holds NaN.
+    ///
+    /// # Errors
+    /// What the device says of the memory.
+    pub fn output<T: Element>(&self, device: &Device, shape: [usize; 4]) -> Result<Poisoned<T>, Error> {
+        let [batch, heads, seqlen, head_dim] = shape;
+        let pitch = head_dim + self.gap;
+        let guarded = [batch + 2, heads, seqlen, pitch];
+        let nan = vec![T::from_f32(f32::NAN); guarded.iter().product()];
+        let memory = Tensor::from_slice_strided(device, guarded, self.strides(shape, pitch), &nan)?;
+        let tensor = memory.narrow(0, 1, batch)?.narrow(3, self.lead, head_dim)?;
+        let columns = self.lead..self.lead + head_dim;
+        Ok(Poisoned {
+            tensor,
+            memory,
+            columns,
+        })
+    }
+}
+
+impl<T: Element> Poisoned<T> {
+    /// A contiguous output of any rank that holds NaN.
+    ///
+    /// # Errors
+    /// What the device says of the memory.
+    pub fn contiguous(device: &Device, shape: &[usize]) -> Result<Self, Error> {
+        let mut guarded = shape.to_vec();
+        guarded[0] += 2;
+        let nan = vec![T::from_f32(f32::NAN); guarded.iter().product()];
+        let memory = Tensor::from_slice(device, &guarded, &nan)?;
+        let tensor = memory.narrow(0, 1, shape[0])?;
+        let columns = 0..shape[shape.len() - 1];
+        Ok(Self {
+            tensor,
+            memory,
+            columns,
+        })
+    }
+
+    /// The tensor's elements in logical order.
+    ///
+    /// # Errors
+    /// What the device says of reading.
+    ///
+    /// # Panics
+    /// If memory around the tensor was written to.
+    pub fn read(&self) -> Result<Vec<T>, Error> {
+        let shape = self.memory.shape();
+        let pitch = shape[shape.len() - 1];
+        let rows_per_entry: usize = shape[1..shape.len() - 1].iter().product();
+        let memory = self.memory.to_vec()?;
+        for (place, element) in memory.iter().enumerate() {
+            let (row, column) = (place / pitch, place % pitch);
+            let entry = row / rows_per_entry;
+            let inside = (1..shape[0] - 1).contains(&entry) && self.columns.contains(&column);
+            assert!(
+                inside || element.to_f64().is_nan(),
+                "memory next to an output of shape {:?} was written to: {element} in column {column} of row {} of entry {}",
+                self.tensor.shape(),
+                row % rows_per_entry,
+                entry as i64 - 1,
+            );
+        }
+        self.tensor.to_vec()
+    }
+}

@@ -1,0 +1,541 @@
+//! What is wrong with a call is a typed error that names the argument, its value and what is allowed, before anything is
+//! allocated or launched. On every device.
+
+use flash_attention::half::f16;
+use flash_attention::{Arch, Attention, CudaUnavailable, Device, DeviceKind, Element, EmulatorOptions, Error, Tensor};
+use flash_attention_tests::refusals::{alone, refused};
+use flash_attention_tests::{assert_error, devices};
+
+fn zeros<T: Element>(device: &Device, shape: &[usize]) -> Tensor<T> {
+    Tensor::zeros(device, shape).expect("a small tensor")
+}
+
+/// q, k and v of these shapes.
+fn inputs(shapes: [&'static [usize]; 3]) -> impl Fn(&Device) -> [Tensor<f16>; 3] {
+    move |device| shapes.map(|shape| zeros(device, shape))
+}
+
+fn forward([q, k, v]: &[Tensor<f16>; 3]) -> Result<(), Error> {
+    Attention::new().forward(q, k, v).map(drop)
+}
+
+const SHAPE: &[usize] = &[2, 4, 6, 16];
+
+#[test]
+fn ranks() {
+    let flat: &[usize] = &[4, 6, 16];
+    for (shapes, name) in [
+        ([flat, SHAPE, SHAPE], "q"),
+        ([SHAPE, flat, SHAPE], "k"),
+        ([SHAPE, SHAPE, flat], "v"),
+    ] {
+        refused(inputs(shapes), forward, |device, error| {
+            assert_error!(device, error, Error::Rank { argument, rank: 3, expected: 4, .. } if *argument == name, "`", "rank 3", "expected 4");
+        });
+    }
+}
+
+#[test]
+fn sizes_of_zero() {
+    let shapes: [(&[usize], &str); 4] = [
+        (&[0, 4, 6, 16], "batch"),
+        (&[2, 0, 6, 16], "heads"),
+        (&[2, 4, 0, 16], "seqlen"),
+        (&[2, 4, 6, 0], "head_dim"),
+    ];
+    for (shape, name) in shapes {
+        refused(inputs([shape, SHAPE, SHAPE]), forward, |device, error| {
+            assert_error!(device, error, Error::ZeroSize { argument: "q", axis, .. } if *axis == name, "`q`", name, "at least 1");
+        });
+        refused(inputs([SHAPE, SHAPE, shape]), forward, |device, error| {
+            assert_error!(device, error, Error::ZeroSize { argument: "v", axis, .. } if *axis == name, "`v`", name);
+        });
+    }
+}
+
+#[test]
+fn shapes_that_disagree() {
+    /// Shapes of q, k and v; the argument and axis that disagree; the axis' size there and where it should be the same.
+    type Disagreement<'a> = ([&'a [usize]; 3], &'a str, &'a str, usize, usize);
+    let cases: [Disagreement<'_>; 6] = [
+        ([SHAPE, &[3, 4, 6, 16], &[3, 4, 6, 16]], "k", "batch", 3, 2),
+        ([SHAPE, &[2, 4, 6, 24], &[2, 4, 6, 24]], "k", "head_dim", 24, 16),
+        ([SHAPE, SHAPE, &[1, 4, 6, 16]], "v", "batch", 1, 2),
+        ([SHAPE, SHAPE, &[2, 2, 6, 16]], "v", "heads", 2, 4),
+        ([SHAPE, SHAPE, &[2, 4, 7, 16]], "v", "seqlen", 7, 6),
+        ([SHAPE, SHAPE, &[2, 4, 6, 8]], "v", "head_dim", 8, 16),
+    ];
+    for (shapes, name, name_of_axis, size, other_size) in cases {
+        refused(inputs(shapes), forward, |device, error| {
+            assert_error!(
+                device, error,
+                Error::ShapeMismatch { argument, axis, got, expected, .. }
+                    if (*argument, *axis, *got, *expected) == (name, name_of_axis, size, other_size),
+                &format!("`{name}` has {name_of_axis} = {size}, expected {other_size}")
+            );
+        });
+    }
+}
+
+#[test]
+fn heads_that_can_not_be_shared() {
+    let (q, kv): (&[usize], &[usize]) = (&[1, 6, 5, 8], &[1, 4, 5, 8]);
+    refused(inputs([q, kv, kv]), forward, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::HeadsNotDivisible {
+                heads_q: 6,
+                heads_kv: 4
+            },
+            "6 heads",
+            "multiple of the 4"
+        );
+    });
+    refused(inputs([kv, q, q]), forward, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::HeadsNotDivisible {
+                heads_q: 4,
+                heads_kv: 6
+            },
+            "4 heads",
+            "6"
+        );
+    });
+}
+
+#[test]
+fn head_dims() {
+    for (head_dim, shape) in [
+        (4_usize, &[1_usize, 1, 3, 4]),
+        (12, &[1, 1, 3, 12]),
+        (257, &[1, 1, 3, 257]),
+        (264, &[1, 1, 3, 264]),
+    ] {
+        let shape: &'static [usize] = shape;
+        refused(inputs([shape; 3]), forward, |device, error| {
+            assert_error!(
+                device, error,
+                Error::HeadDim { argument: "q", head_dim: got, multiple_of: 8, max: 256 } if *got == head_dim,
+                &format!("head_dim = {head_dim}"), "multiple of 8 up to 256"
+            );
+        });
+    }
+}
+
+#[test]
+fn last_axes_that_are_not_contiguous() {
+    let prepare = |device: &Device| {
+        let good = zeros::<f16>(device, &[1, 2, 8, 8]);
+        let across = good.transpose(2, 3).expect("there are four axes");
+        [good.clone(), good, across]
+    };
+    refused(prepare, forward, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::LastAxisStride {
+                argument: "v",
+                stride: 8,
+                ..
+            },
+            "`v`",
+            "stride 8",
+            "expected 1"
+        );
+    });
+}
+
+#[test]
+fn sequences_too_long_to_count() {
+    let max = flash_attention::MAX_SEQLEN as usize;
+    let prepare = |device: &Device| {
+        let row = [f16::ZERO; 8];
+        let long = |len| Tensor::from_slice_strided(device, [1, 1, len, 8], [0, 0, 0, 1], &row).expect("one row");
+        [long(1), long(max + 1), long(max + 1)]
+    };
+    refused(prepare, forward, |device, error| {
+        assert_error!(
+            device, error,
+            Error::SequenceTooLong { argument: "k", seqlen, max: limit } if (*seqlen, *limit) == (max + 1, max),
+            "`k`", &(max + 1).to_string(), &max.to_string()
+        );
+    });
+}
+
+/// More blocks than a launch can have. The CPU has no launches.
+#[test]
+fn grids_too_large_to_launch() {
+    let _alone = alone();
+    for device in devices().all().filter(|device| device.kind() != DeviceKind::Cpu) {
+        let row = [f16::ZERO; 8];
+        let many = Tensor::from_slice_strided(device, [1, 1 << 31, 1, 8], [0, 0, 0, 1], &row).expect("one row");
+        let one = zeros::<f16>(device, &[1, 1, 1, 8]);
+        device.reset_peak_memory();
+        let before = device.memory();
+        let error = Attention::new().forward(&many, &one, &one).expect_err("too many");
+        assert_eq!(device.memory(), before);
+        assert_error!(
+            device, error,
+            Error::GridTooLarge { blocks, limit } if (*blocks, *limit) == (1 << 31, flash_attention::MAX_BLOCKS),
+            "`q`", "2147483648", "2147483647"
+        );
+    }
+}
+
+#[test]
+fn scales_that_are_not_finite() {
+    for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let call = |[q, k, v]: &[Tensor<f16>; 3]| Attention::new().softmax_scale(scale).forward(q, k, v).map(drop);
+        refused(inputs([SHAPE; 3]), call, |device, error| {
+            assert_error!(
+                device, error,
+                Error::SoftmaxScale { value } if value.to_bits() == scale.to_bits(),
+                "`softmax_scale`", &scale.to_string(), "finite"
+            );
+        });
+    }
+}
+
+#[test]
+fn tensors_on_two_devices() {
+    let elsewhere = Device::emulator(Arch::Sm80);
+    let stray = zeros::<f16>(&elsewhere, SHAPE);
+    let prepare = |device: &Device| [zeros(device, SHAPE), stray.clone(), stray.clone()];
+    refused(prepare, forward, |device, error| {
+        assert_error!(
+            device, error,
+            Error::DeviceMismatch { argument: "k", got, expected }
+                if *got == elsewhere.to_string() && *expected == device.to_string(),
+            "`k`", "`q`"
+        );
+    });
+}
+
+/// q, k, v, and the caller's own out and lse.
+type Call = ([Tensor<f16>; 3], Tensor<f16>, Tensor<f32>);
+
+fn forward_into((inputs, out, lse): &Call) -> Result<(), Error> {
+    let [q, k, v] = inputs;
+    Attention::new().forward_into(q, k, v, &mut out.clone(), &mut lse.clone())
+}
+
+fn call(device: &Device) -> Call {
+    (
+        inputs([SHAPE; 3])(device),
+        zeros(device, SHAPE),
+        zeros(device, &SHAPE[..3]),
+    )
+}
+
+#[test]
+fn outputs_of_the_wrong_shape() {
+    let prepare = |device: &Device| {
+        (
+            call(device).0,
+            zeros(device, &[2, 4, 5, 16]),
+            zeros(device, &SHAPE[..3]),
+        )
+    };
+    refused(prepare, forward_into, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::ShapeMismatch {
+                argument: "out",
+                axis: "seqlen",
+                got: 5,
+                other: "q",
+                expected: 6
+            },
+            "`out` has seqlen = 5, expected 6 as in `q`"
+        );
+    });
+    let prepare = |device: &Device| (call(device).0, zeros(device, SHAPE), zeros(device, &[2, 3, 6]));
+    refused(prepare, forward_into, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::ShapeMismatch {
+                argument: "lse",
+                axis: "heads",
+                got: 3,
+                other: "q",
+                expected: 4
+            },
+            "`lse` has heads = 3, expected 4 as in `q`"
+        );
+    });
+    let prepare = |device: &Device| (call(device).0, zeros(device, SHAPE), zeros(device, SHAPE));
+    refused(prepare, forward_into, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::Rank {
+                argument: "lse",
+                rank: 4,
+                expected: 3,
+                ..
+            },
+            "`lse`",
+            "rank 4"
+        );
+    });
+}
+
+#[test]
+fn outputs_whose_elements_share_memory() {
+    let prepare = |device: &Device| {
+        let row = [f16::ZERO; 6 * 16];
+        let repeated = Tensor::from_slice_strided(device, SHAPE, [0, 0, 16, 1], &row).expect("one head");
+        (call(device).0, repeated, zeros(device, &SHAPE[..3]))
+    };
+    refused(prepare, forward_into, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::OverlappingStrides { argument: "out", .. },
+            "`out`",
+            "overlap",
+            "[0, 0, 16, 1]"
+        );
+    });
+}
+
+#[test]
+fn an_lse_with_gaps() {
+    let prepare = |device: &Device| {
+        let wide = zeros::<f32>(device, &[2, 4, 12]);
+        (
+            call(device).0,
+            zeros(device, SHAPE),
+            wide.narrow(2, 0, 6).expect("half of it"),
+        )
+    };
+    refused(prepare, forward_into, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::NotContiguous { argument: "lse", .. },
+            "`lse`",
+            "[48, 12, 1]",
+            "[24, 6, 1]"
+        );
+    });
+}
+
+#[test]
+fn outputs_that_are_inputs() {
+    let prepare = |device: &Device| {
+        let (inputs, _, lse) = call(device);
+        let out = inputs[1].clone();
+        (inputs, out, lse)
+    };
+    refused(prepare, forward_into, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::Aliased {
+                argument: "out",
+                other: "k"
+            },
+            "`out` shares memory with `k`"
+        );
+    });
+}
+
+#[test]
+fn sizes_that_overflow() {
+    for shape in [[1 << 40, 1 << 20, 1, 8], [usize::MAX, 1, 1, 8]] {
+        refused(
+            Device::clone,
+            |device| Tensor::<f16>::empty(device, shape),
+            |device, error| {
+                assert_error!(
+                    device, error,
+                    Error::SizeOverflow { shape: got, element_bytes: 2, limit, .. }
+                        if got[..] == shape && *limit == isize::MAX as usize,
+                    &shape[0].to_string(), &isize::MAX.to_string()
+                );
+            },
+        );
+    }
+}
+
+#[test]
+fn memory_that_is_not_there() {
+    let bytes = 1_u64 << 60;
+    refused(
+        Device::clone,
+        |device| Tensor::<f32>::empty(device, [1 << 58]),
+        |device, error| {
+            assert_error!(
+                device, error,
+                Error::OutOfMemory { requested, free: Some(free), .. } if *requested == bytes && *free < bytes,
+                "out of memory", &bytes.to_string(), "free"
+            );
+        },
+    );
+}
+
+/// The results of a call need memory too; nothing stays behind when there is none.
+#[test]
+fn results_that_do_not_fit() {
+    let mut options = EmulatorOptions::new(Arch::Sm80);
+    options.memory_bytes = 8 << 10;
+    let device = Device::emulator_with(options);
+    let [q, k, v] = inputs([SHAPE; 3])(&device); // 1536 bytes each
+    let mut held = Vec::new();
+    while let Ok(more) = Tensor::<f16>::zeros(&device, [256]) {
+        held.push(more);
+    }
+    let before = device.memory();
+    let error = Attention::new().forward(&q, &k, &v).expect_err("no room for out");
+    assert_error!(
+        device,
+        error,
+        Error::OutOfMemory {
+            requested: 1536,
+            free: Some(_),
+            ..
+        },
+        "1536 bytes asked"
+    );
+    assert_eq!(device.memory().in_use, before.in_use);
+    drop(held);
+    Attention::new()
+        .forward(&q, &k, &v)
+        .map(drop)
+        .expect("there is room now");
+}
+
+#[test]
+fn data_that_is_not_the_shape() {
+    refused(
+        Device::clone,
+        |device| Tensor::from_slice(device, [2, 3], &[0.0_f32; 5]),
+        |device, error| {
+            assert_error!(
+                device, error,
+                Error::DataLength { len: 5, expected: 6, shape } if shape[..] == [2, 3],
+                "5 elements", "6"
+            );
+        },
+    );
+    refused(
+        Device::clone,
+        |device| Tensor::from_slice_strided(device, [2, 3], [4, 1], &[0.0_f32; 6]),
+        |device, error| {
+            assert_error!(
+                device,
+                error,
+                Error::DataLength {
+                    len: 6,
+                    expected: 7,
+                    ..
+                },
+                "6 elements",
+                "7"
+            );
+        },
+    );
+    refused(
+        Device::clone,
+        |device| Tensor::from_slice_strided(device, [2, 3], [3], &[0.0_f32; 6]),
+        |device, error| {
+            assert_error!(
+                device,
+                error,
+                Error::StridesRank { strides: 1, rank: 2 },
+                "`strides` has 1",
+                "2"
+            );
+        },
+    );
+}
+
+#[test]
+fn views_of_what_is_not_there() {
+    let prepare = |device: &Device| zeros::<f16>(device, SHAPE);
+    refused(
+        prepare,
+        |t| t.transpose(1, 4),
+        |device, error| {
+            assert_error!(device, error, Error::Axis { axis: 4, rank: 4 }, "`axis` is 4", "4 axes");
+        },
+    );
+    refused(
+        prepare,
+        |t| t.narrow(2, 5, 2),
+        |device, error| {
+            assert_error!(
+                device,
+                error,
+                Error::Range {
+                    axis: 2,
+                    start: 5,
+                    len: 2,
+                    size: 6
+                },
+                "`start` 5",
+                "`len` 2",
+                "6 entries"
+            );
+        },
+    );
+    refused(
+        prepare,
+        |t| t.select(7, 0),
+        |device, error| {
+            assert_error!(device, error, Error::Axis { axis: 7, rank: 4 }, "`axis` is 7");
+        },
+    );
+}
+
+#[test]
+fn devices_that_are_not_there() {
+    for text in [
+        "",
+        "tpu",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "emulator:",
+        "emulator:sm_50",
+        "cpu:0",
+        "CPU",
+    ] {
+        let error = text.parse::<Device>().expect_err(text);
+        assert!(
+            matches!(&error, Error::ParseDevice { text: got, .. } if got == text),
+            "{error}"
+        );
+        assert!(
+            error.to_string().contains("emulator") && error.to_string().contains("sm_80"),
+            "{error}"
+        );
+    }
+    let error = Device::cpu_with_threads(0).expect_err("no threads");
+    assert!(matches!(error, Error::Threads { threads: 0, .. }), "{error}");
+}
+
+/// With a driver and a GPU an ordinal too large is named with how many there are; without, what is missing is named, and
+/// `best` is the CPU.
+#[test]
+fn gpus_that_are_not_there() {
+    match Device::cuda(4096) {
+        Err(Error::UnknownDevice { ordinal: 4096, count }) => assert!(count > 0),
+        Err(Error::CudaUnavailable { reason }) => {
+            let named = match reason {
+                CudaUnavailable::NoDriver => "libcuda",
+                CudaUnavailable::NoGpu => "no GPU",
+                _ => "driver",
+            };
+            assert!(reason.to_string().contains(named), "{reason}");
+            assert_eq!(Device::best().expect("the CPU"), Device::cpu());
+        }
+        other => panic!("{other:?}"),
+    }
+}

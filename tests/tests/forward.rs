@@ -1,0 +1,187 @@
+//! Forward attention on every device against the f64 oracle: tile edges, every compiled kernel, every memory layout.
+
+use flash_attention::{Attention, Dtype};
+use flash_attention_kernels::entries::{ENTRIES, Pass};
+use flash_attention_tests::{Case, Layout, Order, devices};
+
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+
+/// The lengths that FlashAttention's own tests break tiles with.
+#[test]
+fn lengths_that_break_tiles() {
+    for (i, (seqlen_q, seqlen_k)) in [(1, 1), (113, 203), (239, 1), (1, 799)].into_iter().enumerate() {
+        for causal in [false, true] {
+            let dtype = DTYPES[(i + usize::from(causal)) % 3];
+            Case::one_head(dtype, seqlen_q, seqlen_k, 32).masked(causal).check();
+        }
+    }
+}
+
+/// Everywhere but on the emulator, whose time is better spent on more and smaller shapes.
+#[test]
+fn long_lengths_that_break_tiles() {
+    for dtype in DTYPES {
+        for causal in [false, true] {
+            for (seqlen_q, seqlen_k) in [
+                (1, 1),
+                (113, 203),
+                (239, 1),
+                (1, 799),
+                (799, 1),
+                (1023, 1024),
+                (1024, 1023),
+            ] {
+                Case::one_head(dtype, seqlen_q, seqlen_k, 32)
+                    .masked(causal)
+                    .check_on(devices().native());
+            }
+        }
+    }
+}
+
+/// Lengths one less, equal and one more than the tiles of the kernel that serves them.
+#[test]
+fn lengths_around_the_tiles() {
+    for (i, dtype) in DTYPES.into_iter().enumerate() {
+        let entry = ENTRIES
+            .iter()
+            .find(|e| e.pass == Pass::Forward && e.dtype == dtype && e.head_dim == 32)
+            .expect("every dtype has a kernel of head_dim 32");
+        let (m, n) = (entry.block_m as usize, entry.block_n as usize);
+        for (j, (seqlen_q, seqlen_k)) in [(m - 1, n + 1), (m, n), (m + 1, n - 1), (m, 2 * n)]
+            .into_iter()
+            .enumerate()
+        {
+            Case::one_head(dtype, seqlen_q, seqlen_k, 32)
+                .masked((i + j) % 2 == 0)
+                .check();
+        }
+    }
+}
+
+/// The first queries see no key: out is 0, lse minus infinity, for whole tiles and for parts of them.
+#[test]
+fn more_queries_than_keys_under_a_causal_mask() {
+    for (dtype, seqlen_q, seqlen_k) in [
+        (Dtype::F32, 150, 20),
+        (Dtype::F32, 65, 64),
+        (Dtype::F16, 300, 30),
+        (Dtype::Bf16, 129, 1),
+    ] {
+        Case::one_head(dtype, seqlen_q, seqlen_k, 40)
+            .with(Attention::new().causal())
+            .check();
+    }
+}
+
+/// Every multiple of 8, each in another dtype and mask than the one before, so that none needs a kernel of its own.
+#[test]
+fn every_head_dim() {
+    for (i, head_dim) in (8..=256).step_by(8).enumerate() {
+        Case::one_head(DTYPES[i % 3], 5, 37, head_dim)
+            .masked(i / 3 % 2 == 0)
+            .check();
+    }
+}
+
+/// Every row of the table of compiled kernels, at its own width and one step below, with more than one key block.
+#[test]
+fn every_compiled_kernel() {
+    for entry in ENTRIES.iter().filter(|entry| entry.pass == Pass::Forward) {
+        let seqlen_k = entry.block_n as usize + 9;
+        for head_dim in [entry.head_dim as usize, entry.head_dim as usize - 8] {
+            let case = Case::one_head(entry.dtype, 18, seqlen_k, head_dim).masked(entry.causal);
+            case.check();
+        }
+    }
+}
+
+#[test]
+fn query_heads_share_key_heads() {
+    for (dtype, heads_q, heads_kv) in [(Dtype::F32, 6, 2), (Dtype::F16, 4, 1), (Dtype::Bf16, 3, 3)] {
+        Case::new(dtype, [2, heads_q, 9, 16], [2, heads_kv, 21, 16]).check();
+        Case::new(dtype, [2, heads_q, 9, 16], [2, heads_kv, 21, 16])
+            .masked(true)
+            .check();
+    }
+}
+
+/// The shapes of models: grouped heads, both masks, all dtypes, several tiles each way.
+#[test]
+fn heads_of_models() {
+    for dtype in DTYPES {
+        for (head_dim, causal) in [(64, false), (80, true), (128, true)] {
+            Case::new(dtype, [1, 4, 300, head_dim], [1, 2, 333, head_dim])
+                .masked(causal)
+                .check_on(devices().native());
+        }
+    }
+}
+
+#[test]
+fn scales_of_every_sign_and_size() {
+    for dtype in DTYPES {
+        for scale in [-0.5, 0.0, -0.0, 1e-3, 8.0, -8.0, f32::MIN_POSITIVE] {
+            Case::one_head(dtype, 19, 70, 24)
+                .with(Attention::new().softmax_scale(scale))
+                .check();
+            Case::one_head(dtype, 19, 70, 24)
+                .with(Attention::new().causal().softmax_scale(scale))
+                .check();
+        }
+    }
+}
+
+/// Scores in the hundreds: one key takes all the weight, and a maximum that comes late rescales by nearly nothing.
+#[test]
+fn scores_that_overflow_without_their_maximum() {
+    for dtype in DTYPES {
+        let mut case = Case::one_head(dtype, 33, 150, 32);
+        case.deviation = 6.0;
+        case.check();
+        case.masked(true).check();
+    }
+}
+
+/// Where the caller's memory lies must not matter: 16-byte copies, copies element by element, gaps, repeats.
+#[test]
+fn every_layout() {
+    let layouts = [
+        Layout::new(Order::Bshd, 0, 0),
+        Layout::new(Order::Bhsd, 8, 0),
+        Layout::new(Order::Bshd, 8, 8),
+        Layout::new(Order::Bhsd, 8, 4),
+        Layout::new(Order::Bhsd, 1, 0),
+        Layout::new(Order::Bshd, 3, 1),
+    ];
+    for (i, layout) in layouts.into_iter().enumerate() {
+        for (j, dtype) in DTYPES.into_iter().enumerate() {
+            Case::new(dtype, [2, 2, 20, 40], [2, 1, 67, 40])
+                .masked((i + j) % 2 == 0)
+                .laid_out([layout; 4])
+                .check();
+        }
+    }
+}
+
+#[test]
+fn one_odd_tensor_among_aligned_ones() {
+    let odd = Layout::new(Order::Bhsd, 5, 3);
+    for which in 0..4 {
+        let mut layouts = [Layout::default(); 4];
+        layouts[which] = odd;
+        Case::new(DTYPES[which % 3], [1, 2, 20, 24], [1, 2, 40, 24])
+            .laid_out(layouts)
+            .check();
+    }
+}
+
+#[test]
+fn inputs_that_repeat_in_memory() {
+    for (axis, dtype) in [(0, Dtype::F16), (1, Dtype::F32), (2, Dtype::Bf16), (1, Dtype::F16)] {
+        let repeat = Layout::default().broadcast(axis);
+        Case::new(dtype, [2, 4, 12, 16], [2, 2, 30, 16])
+            .laid_out([repeat, repeat, repeat, Layout::default()])
+            .check();
+    }
+}

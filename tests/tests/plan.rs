@@ -1,0 +1,131 @@
+//! Plans: a function of problem and device description alone, whose numbers are those that counting gives.
+
+use flash_attention::{Attention, Device, DeviceInfo, Dtype, Parameters, Plan, Problem, Results, TensorInfo};
+use flash_attention_tests::{Case, drawn};
+use proptest::prelude::*;
+
+/// Cards that are not here: A100, RTX 3090, H100.
+const CARDS: [DeviceInfo; 3] = [
+    DeviceInfo::gpu((8, 0), 108, 163 * 1024),
+    DeviceInfo::gpu((8, 6), 82, 99 * 1024),
+    DeviceInfo::gpu((9, 0), 132, 227 * 1024),
+];
+
+/// The problem of a case, over tensors that have no memory.
+fn problem(case: &Case) -> Problem {
+    let info = |shape: [usize; 4]| {
+        TensorInfo::contiguous(&Device::cpu(), case.dtype, shape, 4096).expect("a size that can be counted")
+    };
+    Problem::new(&case.attention, &info(case.q), &info(case.kv), &info(case.kv), None).expect("valid")
+}
+
+/// Bytes read and written and operations, by walking every query tile, key block and pair.
+fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
+    let ([batch, heads, seqlen_q, head_dim], seqlen_k) = (case.q, case.kv[2]);
+    let (block_m, block_n) = (plan.tiles().block_m as usize, plan.tiles().block_n as usize);
+    let row_bytes = (head_dim * case.dtype.bytes()) as u128;
+    let (mut rows_read, mut pairs) = (0, 0);
+    for first in (0..seqlen_q).step_by(block_m) {
+        let rows = first..(first + block_m).min(seqlen_q);
+        rows_read += rows.len();
+        for first_key in (0..seqlen_k).step_by(block_n) {
+            let keys = first_key..(first_key + block_n).min(seqlen_k);
+            let visible = |row: usize| {
+                let sees = |key: usize| !case.attention.is_causal() || key + seqlen_q <= row + seqlen_k;
+                keys.clone().filter(|&key| sees(key)).count()
+            };
+            let seen: usize = rows.clone().map(visible).sum();
+            pairs += seen;
+            rows_read += if seen > 0 { 2 * keys.len() } else { 0 };
+        }
+    }
+    let heads = (batch * heads) as u128;
+    (
+        heads * rows_read as u128 * row_bytes,
+        heads * seqlen_q as u128 * (row_bytes + 4),
+        heads * 4 * (pairs * head_dim) as u128,
+    )
+}
+
+proptest! {
+    #![proptest_config(drawn::config(200))]
+
+    #[test]
+    fn plans_are_functions_and_count_exactly(case in drawn::case(300, usize::MAX)) {
+        let problem = problem(&case);
+        for device in CARDS.into_iter().chain([Device::cpu().info()]) {
+            let plan = Plan::new(&problem, &device).expect("every card has a kernel");
+            let again = Plan::new(&problem.clone(), &device).expect("every card has a kernel");
+            prop_assert_eq!(plan.to_string(), again.to_string());
+            prop_assert_eq!((plan.cost(), plan.tiles()), (again.cost(), again.tiles()));
+            for (launch, same) in plan.launches().iter().zip(again.launches()) {
+                let results = Results::Forward { out: 1 << 20, lse: 1 << 21 };
+                let (params, same_params) = (launch.params(results), same.params(results));
+                prop_assert!(params.is_some());
+                let bytes = |params: &Option<Parameters>| params.as_ref().map(|params| params.as_bytes().to_vec());
+                prop_assert_eq!(bytes(&params), bytes(&same_params));
+                prop_assert_eq!((launch.entry.name, launch.grid), (same.entry.name, same.grid));
+            }
+            let cost = plan.cost();
+            prop_assert_eq!((cost.bytes_read, cost.bytes_written, cost.flops), count(&case, &plan));
+        }
+    }
+
+    /// A kernel is wide enough, of the right type and mask, and has a block for every query tile of every head.
+    #[test]
+    fn plans_launch_what_the_problem_needs(case in drawn::case(300, usize::MAX)) {
+        for device in CARDS {
+            let plan = Plan::new(&problem(&case), &device).expect("every card has a kernel");
+            prop_assert_eq!(plan.launches().len(), 1);
+            let launch = &plan.launches()[0];
+            let entry = launch.entry;
+            prop_assert_eq!((entry.dtype, entry.causal), (case.dtype, case.attention.is_causal()));
+            prop_assert!((case.q[3]..case.q[3].next_multiple_of(32).max(192) + 64).contains(&(entry.head_dim as usize)));
+            let tiles = case.q[2].div_ceil(entry.block_m as usize);
+            prop_assert_eq!(launch.grid, [(case.q[0] * case.q[1] * tiles) as u32, 1, 1]);
+            prop_assert_eq!((launch.threads, launch.shared_bytes), (entry.threads, entry.shared_bytes));
+        }
+    }
+}
+
+/// The paper's claim, in numbers of the plan: traffic grows with seqlen^2 / block_m, never with the N x N scores, and the
+/// memory that is written with seqlen alone.
+#[test]
+fn traffic_grows_as_the_paper_says() {
+    let cost = |seqlen: usize| {
+        let case = Case::one_head(Dtype::F16, seqlen, seqlen, 64);
+        Plan::new(&problem(&case), &CARDS[0]).expect("a kernel").cost()
+    };
+    let (short, long) = (cost(1024), cost(4096));
+    assert_eq!(long.bytes_written, 4 * short.bytes_written);
+    assert_eq!(long.flops, 16 * short.flops);
+    // Standard attention writes scores, reads them, writes probabilities, reads those.
+    let standard = 4 * 4096_u128 * 4096 * 2;
+    assert!(3 * (long.bytes_read + long.bytes_written) < standard);
+    // Q once, K and V once for each of the 32 tiles of 128 queries.
+    assert_eq!(long.bytes_read, (1 + 2 * 32) * 4096 * 64 * 2);
+}
+
+/// Half the pairs are hidden, and so is nearly half of the traffic.
+#[test]
+fn blocks_that_no_query_sees_are_never_read() {
+    let case = Case::one_head(Dtype::F16, 4096, 4096, 64);
+    let cost = |attention| {
+        let problem = problem(&case.clone().with(attention));
+        Plan::new(&problem, &CARDS[0]).expect("a kernel").cost()
+    };
+    let (full, causal) = (cost(Attention::new()), cost(Attention::new().causal()));
+    assert!(causal.bytes_read * 100 < full.bytes_read * 54);
+    assert_eq!(causal.bytes_written, full.bytes_written);
+}
+
+/// Problems far larger than any memory are planned without allocating.
+#[test]
+fn plans_need_no_memory() {
+    let case = Case::new(Dtype::Bf16, [8, 32, 1 << 20, 128], [8, 8, 1 << 20, 128]);
+    let device = Device::cpu();
+    let plan = Plan::new(&problem(&case), &CARDS[2]).expect("a kernel");
+    assert_eq!(plan.launches()[0].grid[0], 8 * 32 * (1 << 20) / plan.tiles().block_m);
+    assert!(plan.to_string().contains("TiB"), "{plan}");
+    assert_eq!(device.memory().in_use, 0);
+}

@@ -1,0 +1,202 @@
+//! What the committed kernels must be, read from their text: registers only, no calls, the products that their tiles
+//! take and no more, and the bounds of the table.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use flash_attention_kernels::abi::{BackwardParams, ForwardParams, StandardParams};
+use flash_attention_kernels::entries::{Dtype, ENTRIES, Entry, Pass};
+use flash_attention_tests::files::workspace;
+
+/// The instructions of a kernel, without comments and directives.
+fn instructions(entry: &Entry) -> impl Iterator<Item = &str> {
+    let lines = entry.ptx.lines().map(str::trim);
+    lines.filter(|line| !line.is_empty() && !line.starts_with("//") && !line.starts_with('.'))
+}
+
+fn files_below(folder: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for item in std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
+        let path = item.expect("a readable folder").path();
+        if path.is_dir() {
+            found.extend(files_below(&path, extension));
+        } else if path.extension().is_some_and(|e| e == extension) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[test]
+fn nothing_leaves_the_registers_and_nothing_is_called() {
+    for entry in ENTRIES {
+        for line in instructions(entry) {
+            for word in [".local", "call", "trap", ".func", "brx", ".f64"] {
+                assert!(!line.contains(word), "{}: {line}", entry.name);
+            }
+        }
+        for word in [".local", ".func", "__assert", "panic"] {
+            assert!(!entry.ptx.contains(word), "{}: {word}", entry.name);
+        }
+    }
+}
+
+/// `mma.sync` m16n8k16 that one warp issues for one product of its rows, a streamed tile and head_dim.
+fn mma_of_one_product(entry: &Entry) -> u32 {
+    let (owned, streamed) = match entry.pass {
+        Pass::BackwardKeys => (entry.block_n, entry.block_m),
+        _ => (entry.block_m, entry.block_n),
+    };
+    let rows = owned / (entry.threads / 32);
+    (rows / 16) * (streamed / 8) * (entry.head_dim / 16)
+}
+
+/// Two loops, one body each, masked and not; every product fully unrolled.
+#[test]
+fn tensor_core_instructions_are_those_of_the_tiles() {
+    for entry in ENTRIES {
+        let products = match (entry.pass, entry.two_walks) {
+            (Pass::BackwardDelta, _) => 0,
+            (Pass::Forward | Pass::Study, _) => 2, // Q K^T, P V
+            (Pass::StandardSoftmax, _) => 0,
+            (Pass::StandardScores | Pass::StandardOutput, _) => 1,
+            (Pass::BackwardQueries, _) => 3,  // Q K^T, dO V^T, dS K
+            (Pass::BackwardKeys, false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
+            (Pass::BackwardKeys, true) => 5,  // K Q^T twice
+        };
+        let bodies = 2;
+        let expected = match entry.dtype {
+            Dtype::F32 => 0,
+            Dtype::F16 | Dtype::Bf16 => bodies * products * mma_of_one_product(entry),
+        };
+        let found: Vec<_> = instructions(entry).filter(|line| line.contains("mma.")).collect();
+        assert_eq!(found.len() as u32, expected, "{}", entry.name);
+        let kind = match entry.dtype {
+            Dtype::Bf16 => "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+            Dtype::F32 | Dtype::F16 => "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        };
+        assert!(
+            found.iter().all(|line| line.contains(kind)),
+            "{}: not all are {kind}",
+            entry.name
+        );
+    }
+}
+
+/// f32 is true f32: fused multiply-adds, and no type that is narrower.
+#[test]
+fn f32_kernels_compute_in_f32() {
+    for entry in ENTRIES.iter().filter(|entry| entry.dtype == Dtype::F32) {
+        assert!(entry.ptx.contains("fma.rn.f32"), "{}", entry.name);
+        for word in [
+            "tf32",
+            "f16",
+            "bf16",
+            "fma.rn.ftz",
+            "mul.ftz",
+            "mul.rn.ftz",
+            "add.ftz",
+            "add.rn.ftz",
+        ] {
+            assert!(!entry.ptx.contains(word), "{}: {word}", entry.name);
+        }
+    }
+}
+
+#[test]
+fn the_header_is_the_table() {
+    for entry in ENTRIES {
+        let has = |line: &str| {
+            let lines = entry.ptx.lines().filter(|l| l.trim() == line).count();
+            assert_eq!(lines, 1, "{}: {lines} lines are `{line}`", entry.name);
+        };
+        has(&format!(".target {}", entry.arch.name()));
+        has(".address_size 64");
+        has(&format!(".visible .entry {}(", entry.name));
+        has(&format!(".maxntid {}, 1, 1", entry.threads));
+        has(&format!(".minnctapersm {}", entry.min_blocks));
+        let bytes = match entry.pass {
+            Pass::Forward | Pass::Study => size_of::<ForwardParams>(),
+            Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => size_of::<StandardParams>(),
+            Pass::BackwardDelta | Pass::BackwardQueries | Pass::BackwardKeys => size_of::<BackwardParams>(),
+        };
+        has(&format!(".param .align 8 .b8 {}_param_0[{bytes}]", entry.name));
+        assert_eq!(entry.ptx.matches(".entry").count(), 1, "{}", entry.name);
+        let field = |name: &str| {
+            entry
+                .ptx
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .unwrap_or_default()
+        };
+        assert!(field("// rustc: ").starts_with("rustc 1."), "{}", entry.name);
+        assert_eq!(field("// source: ").len(), 64, "{}: a SHA-256 in hex", entry.name);
+    }
+}
+
+/// One version for all: any driver from CUDA 12.0 on loads it.
+#[test]
+fn the_version_is_old_enough() {
+    for entry in ENTRIES {
+        let version = entry.ptx.lines().find_map(|line| line.strip_prefix(".version "));
+        assert_eq!(version, Some("7.0"), "{}", entry.name);
+    }
+}
+
+#[test]
+fn one_source_made_them_all() {
+    let sources: BTreeSet<_> = ENTRIES
+        .iter()
+        .flat_map(|entry| entry.ptx.lines().filter(|line| line.starts_with("// source: ")))
+        .collect();
+    assert_eq!(sources.len(), 1, "{sources:?}");
+}
+
+#[test]
+fn files_and_table_are_the_same_set() {
+    let folder = workspace().join("kernels/ptx");
+    let files: BTreeSet<_> = files_below(&folder, "ptx")
+        .iter()
+        .map(|path| path.strip_prefix(&folder).expect("below it").with_extension(""))
+        .collect();
+    let table: BTreeSet<_> = ENTRIES
+        .iter()
+        .map(|entry| Path::new(entry.arch.name()).join(entry.name))
+        .collect();
+    assert_eq!(files, table);
+    assert_eq!(table.len(), ENTRIES.len(), "two entries of one name");
+}
+
+/// 99 KiB of shared memory: what every card from sm_80 on grants.
+#[test]
+fn blocks_fit_every_card() {
+    for entry in ENTRIES {
+        assert!(entry.shared_bytes <= 99 * 1024, "{}", entry.name);
+        assert!(
+            entry.threads.is_multiple_of(32) && entry.threads <= 1024,
+            "{}",
+            entry.name
+        );
+    }
+}
+
+/// `asm!` lives in one room.
+#[test]
+fn inline_assembly_stays_in_its_room() {
+    let root = workspace();
+    let room = root.join("kernels/src/ptx");
+    let mut inside = 0;
+    for folder in ["kernels/src", "host/src", "emulator/src", "examples", "xtask/src"] {
+        for path in files_below(&root.join(folder), "rs") {
+            let text = std::fs::read_to_string(&path).expect("a source file");
+            let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+            let uses = code.filter(|line| line.contains("asm!(")).count();
+            if path.starts_with(&room) {
+                inside += uses;
+            } else {
+                assert_eq!(uses, 0, "{} holds inline assembly", path.display());
+            }
+        }
+    }
+    assert!(inside > 0, "the search finds what it looks for");
+}

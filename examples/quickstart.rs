@@ -1,0 +1,273 @@
+//! Attention on a real input, on the device you choose.
+//!
+//! `cargo run --release --example quickstart` takes the queries, keys and values that layer 5 of a pretrained sentence
+//! encoder (all-MiniLM-L6-v2) computed for the Gettysburg Address, 12 heads of 331 tokens, and prints how far the answer
+//! is from the one computed in f64. `--help` names the options.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::{Parser, ValueEnum};
+use flash_attention::half::{bf16, f16};
+use flash_attention::reference::{self, Dims};
+use flash_attention::{Attention, Device, DeviceKind, Element, Gradients, Output, Plan, Tensor};
+use flash_attention_examples::{Accuracy, AttentionFile, Failure, Stored, write_output};
+
+/// Runs attention over q, k and v of a file, and if asked its backward pass, and compares with the answers stored beside
+/// them, if there are any.
+#[derive(Debug, Parser)]
+#[command(name = "quickstart")]
+struct Options {
+    /// File with the tensors q, k, v and perhaps out, lse, dout, dq, dk, dv [default: a layer of all-MiniLM-L6-v2]
+    #[arg(value_name = "FILE.safetensors")]
+    file: Option<PathBuf>,
+    /// cpu, cuda, cuda:N, emulator, emulator:sm_80, or best: a GPU if there is one, else the CPU
+    #[arg(long, default_value = "best")]
+    device: String,
+    /// Element type to compute with
+    #[arg(long, value_enum, default_value_t = ElementType::F32)]
+    dtype: ElementType,
+    /// Let each query see only the keys up to its own position
+    #[arg(long)]
+    causal: bool,
+    /// Compute the gradients of q, k and v too; the file must have dout, the gradient of out
+    #[arg(long)]
+    backward: bool,
+    /// Write out and lse to this file, and dq, dk and dv if there are any
+    #[arg(long, value_name = "FILE.safetensors")]
+    output: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ElementType {
+    F32,
+    F16,
+    Bf16,
+}
+
+fn main() -> ExitCode {
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) if !error.use_stderr() => error.exit(), // --help
+        Err(error) => return refuse(&first_paragraph(&error.to_string())),
+    };
+    let result = match options.dtype {
+        ElementType::F32 => run::<f32>(&options),
+        ElementType::F16 => run::<f16>(&options),
+        ElementType::Bf16 => run::<bf16>(&options),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(failure) => refuse(&format!("error: {failure}")),
+    }
+}
+
+/// The whole of it. Whether the answer is as good as it has to be.
+fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm_layer5.safetensors");
+    let path = options.file.as_ref().unwrap_or(&bundled);
+    let file = AttentionFile::read(path)?;
+    let dout = dout(options, path, &file)?;
+    let device: Device = options.device.parse()?;
+    if let Some(path) = &options.output {
+        check_writable(path)?; // better now than after the work
+    }
+
+    let [q, k, v] = [
+        file.q.upload::<T>(&device)?,
+        file.k.upload::<T>(&device)?,
+        file.v.upload::<T>(&device)?,
+    ];
+    let dout = dout.map(|dout| dout.upload::<T>(&device)).transpose()?;
+    let attention = attention(options, &file);
+    let plan = attention.plan(&q, &k, &v)?;
+
+    let mut print = std::io::stdout().lock();
+    writeln!(print, "input     {}", path.display())?;
+    writeln!(print, "device    {device} ({})", device.name())?;
+    let output = measured(&device, &plan, &mut print, || attention.forward(&q, &k, &v))?;
+    let gradients = match &dout {
+        Some(dout) => {
+            let plan = attention.plan_backward(&q, &k, &v, &output, dout)?;
+            let backward = || attention.backward(&q, &k, &v, &output, dout);
+            Some(measured(&device, &plan, &mut print, backward)?)
+        }
+        None => None,
+    };
+    if let Some(path) = &options.output {
+        write_output(path, &output, gradients.as_ref(), plan.problem().softmax_scale())?;
+        writeln!(print, "written   {}", path.display())?;
+    }
+
+    let shape = |tensor: &Tensor<T>| <[usize; 4]>::try_from(tensor.shape()).expect("the forward pass took it");
+    let dims = Dims::new(&attention, shape(&q), shape(&k));
+    let out_passes = compare(options, &file, &dims, &output, &mut print)?;
+    let gradients_pass = match &gradients {
+        Some(gradients) => compare_gradients(options, &file, &dims, gradients, &mut print)?,
+        None => true,
+    };
+    Ok(out_passes && gradients_pass)
+}
+
+/// The gradient that backward starts from, if it is asked for.
+fn dout<'a>(options: &Options, path: &Path, file: &'a AttentionFile) -> Result<Option<&'a Stored>, Failure> {
+    match &file.dout {
+        _ if !options.backward => Ok(None),
+        Some(dout) => Ok(Some(dout)),
+        None => Err(Failure(format!(
+            "{}: no tensor `dout`, the gradient of out, which --backward needs",
+            path.display()
+        ))),
+    }
+}
+
+/// Makes a call and prints its plan, how long it took, and what was counted, if anything counts.
+fn measured<R>(
+    device: &Device,
+    plan: &Plan,
+    print: &mut impl Write,
+    call: impl Fn() -> Result<R, flash_attention::Error>,
+) -> Result<R, Failure> {
+    writeln!(print, "{plan}")?;
+    device.reset_counters();
+    let (result, times) = timed(device, call)?;
+    writeln!(print, "time      {times}")?;
+    if let Some(counted) = device.counters() {
+        let (read, written) = (counted.global_read_bytes, counted.global_written_bytes);
+        writeln!(
+            print,
+            "counted   {read} bytes read, {written} written; the checks found nothing"
+        )?;
+    }
+    Ok(result)
+}
+
+fn attention(options: &Options, file: &AttentionFile) -> Attention {
+    let attention = match file.softmax_scale {
+        Some(scale) => Attention::new().softmax_scale(scale),
+        None => Attention::new(),
+    };
+    if options.causal { attention.causal() } else { attention }
+}
+
+/// Opens a file for writing and leaves it as it is.
+fn check_writable(path: &Path) -> Result<(), Failure> {
+    let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
+    opened
+        .map(drop)
+        .map_err(|error| Failure(format!("{}: {error}", path.display())))
+}
+
+/// Holds the output to the stored answer, and prints both errors.
+fn compare<T: Element>(
+    options: &Options,
+    file: &AttentionFile,
+    dims: &Dims,
+    output: &Output<T>,
+    print: &mut impl Write,
+) -> Result<bool, Failure> {
+    let (Some(right_out), Some(right_lse), false) = (&file.out, &file.lse, options.causal) else {
+        return not_compared(options, "answer", "out and lse", print);
+    };
+    let inputs = [&file.q, &file.k, &file.v];
+    let [q, k, v] = inputs.map(Stored::round::<T>);
+    let (standard_out, standard_lse) = reference::standard(dims, &q, &k, &v);
+    let [q, k, v] = inputs.map(Stored::widen);
+    let (exact_out, exact_lse) = reference::forward(dims, &q, &k, &v);
+    let out = Accuracy::of(&output.out.to_vec()?, &right_out.elements, &standard_out, &exact_out);
+    let lse = Accuracy::of(&output.lse.to_vec()?, &right_lse.elements, &standard_lse, &exact_lse);
+    writeln!(print, "out       {out}")?;
+    writeln!(print, "lse       {lse}")?;
+    Ok(out.passes() && lse.passes())
+}
+
+/// Holds the gradients to the stored ones, and prints the error of each.
+fn compare_gradients<T: Element>(
+    options: &Options,
+    file: &AttentionFile,
+    dims: &Dims,
+    gradients: &Gradients<T>,
+    print: &mut impl Write,
+) -> Result<bool, Failure> {
+    let ([Some(dq), Some(dk), Some(dv)], Some(dout), false) = (&file.gradients, &file.dout, options.causal) else {
+        return not_compared(options, "gradients", "dq, dk and dv", print);
+    };
+    let inputs = [&file.q, &file.k, &file.v, dout];
+    let [q, k, v, dout] = inputs.map(Stored::round::<T>);
+    let standard = reference::standard_backward(dims, &q, &k, &v, &dout);
+    let [q, k, v, dout] = inputs.map(Stored::widen);
+    let exact = reference::backward(dims, &q, &k, &v, &dout);
+    let got = [&gradients.dq, &gradients.dk, &gradients.dv];
+    let mut pass = true;
+    for (i, (name, right)) in [("dq", dq), ("dk", dk), ("dv", dv)].into_iter().enumerate() {
+        let accuracy = Accuracy::of(&got[i].to_vec()?, &right.elements, &standard[i], &exact[i]);
+        writeln!(print, "{name}        {accuracy}")?;
+        pass &= accuracy.passes();
+    }
+    Ok(pass)
+}
+
+/// Says why there is nothing to hold a result to, which is no failure.
+fn not_compared(options: &Options, what: &str, missing: &str, print: &mut impl Write) -> Result<bool, Failure> {
+    let reason = if options.causal {
+        "the stored one is for full attention".to_owned()
+    } else {
+        format!("the file stores no {missing}")
+    };
+    writeln!(print, "{what:<9} not compared: {reason}")?;
+    Ok(true)
+}
+
+/// How long a call took: the first, and the median of all that were made.
+struct Times(Vec<Duration>);
+
+impl std::fmt::Display for Times {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut sorted = self.0.clone();
+        sorted.sort_unstable();
+        let milliseconds = |time: Duration| 1e3 * time.as_secs_f64();
+        write!(f, "{:.3} ms", milliseconds(sorted[sorted.len() / 2]))?;
+        match sorted.len() {
+            1 => Ok(()),
+            calls => write!(
+                f,
+                ", median of {calls} calls; the first took {:.3} ms",
+                milliseconds(self.0[0])
+            ),
+        }
+    }
+}
+
+/// The result of a call, made once on the emulator, which counts better than it hurries, else for a fraction of a second.
+fn timed<R>(device: &Device, call: impl Fn() -> Result<R, flash_attention::Error>) -> Result<(R, Times), Failure> {
+    let begin = Instant::now();
+    let mut times = Vec::new();
+    loop {
+        let start = Instant::now();
+        let result = call()?;
+        device.synchronize()?;
+        times.push(start.elapsed());
+        let enough = times.len() == 100 || begin.elapsed() > Duration::from_millis(300);
+        if enough || device.kind() == DeviceKind::Emulator {
+            return Ok((result, Times(times)));
+        }
+    }
+}
+
+/// Says what is wrong, in one sentence.
+fn refuse(sentence: &str) -> ExitCode {
+    eprintln!("{sentence}");
+    ExitCode::from(2)
+}
+
+/// What is wrong and what is allowed, without the usage that follows.
+fn first_paragraph(text: &str) -> String {
+    text.lines()
+        .take_while(|line| !line.is_empty())
+        .map(str::trim)
+        .collect::<Vec<_>>()
+        .join(" ")
+}

@@ -1,0 +1,188 @@
+//! Attention inputs and outputs as safetensors files.
+
+use std::path::Path;
+
+use flash_attention::half::{bf16, f16};
+use flash_attention::{Device, Dtype, Element, Gradients, Output, Tensor};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
+use crate::Failure;
+
+/// The content of a file with the tensors q, k and v, and perhaps the answer.
+#[derive(Clone, Debug)]
+pub struct AttentionFile {
+    /// Queries, `[batch, heads_q, seqlen_q, head_dim]`.
+    pub q: Stored,
+    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
+    pub k: Stored,
+    /// Values, shaped as the keys.
+    pub v: Stored,
+    /// The right output for full attention, shaped as the queries.
+    pub out: Option<Stored>,
+    /// The right log-sum-exp for full attention, `[batch, heads_q, seqlen_q]`.
+    pub lse: Option<Stored>,
+    /// Gradient of the output, shaped as the queries.
+    pub dout: Option<Stored>,
+    /// The right gradients of q, k and v for full attention, each shaped as what it is the gradient of.
+    pub gradients: [Option<Stored>; 3],
+    /// `softmax_scale` of the file's metadata.
+    pub softmax_scale: Option<f32>,
+}
+
+/// A tensor of a file. Files hold f16, bf16 or f32, each of which is exact in f32.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its elements in logical order.
+    pub elements: Vec<f32>,
+}
+
+impl AttentionFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// If the file can not be read, is no safetensors file, lacks q, k or v, holds another type than f16, bf16 and f32, or
+    /// stores an answer or a gradient whose shape does not fit.
+    pub fn read(path: &Path) -> Result<Self, Failure> {
+        let failed = |what: String| Failure(format!("{}: {what}", path.display()));
+        let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let no_file = |error| failed(format!("not a safetensors file ({error})"));
+        let tensors = SafeTensors::deserialize(&bytes).map_err(no_file)?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(no_file)?;
+        let read = |name: &str| match tensors.tensor(name) {
+            Ok(view) => Stored::read(name, &view).map(Some).map_err(failed),
+            Err(_) => Ok(None),
+        };
+        let require = |name: &str| {
+            read(name)?.ok_or_else(|| {
+                let mut names = tensors.names();
+                names.sort_unstable();
+                failed(format!("no tensor `{name}` (there is {})", names.join(", ")))
+            })
+        };
+        let scale = header
+            .metadata()
+            .as_ref()
+            .and_then(|fields| fields.get("softmax_scale"));
+        let file = Self {
+            q: require("q")?,
+            k: require("k")?,
+            v: require("v")?,
+            out: read("out")?,
+            lse: read("lse")?,
+            dout: read("dout")?,
+            gradients: [read("dq")?, read("dk")?, read("dv")?],
+            softmax_scale: scale
+                .map(|text| text.parse())
+                .transpose()
+                .map_err(|_| failed(format!("softmax_scale is {scale:?}, expected a number")))?,
+        };
+        file.check_answer().map_err(failed)?;
+        Ok(file)
+    }
+
+    /// The answer, and what backward needs, must have the shapes that attention over these inputs has.
+    fn check_answer(&self) -> Result<(), String> {
+        let (q, k, v) = (&self.q.shape[..], &self.k.shape[..], &self.v.shape[..]);
+        let [dq, dk, dv] = &self.gradients;
+        for (name, answer, expected, model) in [
+            ("out", &self.out, q, "q"),
+            ("lse", &self.lse, &q[..q.len().min(3)], "q"),
+            ("dout", &self.dout, q, "q"),
+            ("dq", dq, q, "q"),
+            ("dk", dk, k, "k"),
+            ("dv", dv, v, "v"),
+        ] {
+            if let Some(answer) = answer
+                && answer.shape != expected
+            {
+                return Err(format!(
+                    "`{name}` has shape {:?}, expected {expected:?} as `{model}` has",
+                    answer.shape
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Stored {
+    fn read(name: &str, view: &TensorView<'_>) -> Result<Self, String> {
+        fn widen<T: Element>(bytes: &[u8]) -> Vec<f32> {
+            // A file's tensors start anywhere.
+            bytes
+                .chunks_exact(size_of::<T>())
+                .map(|chunk| bytemuck::pod_read_unaligned::<T>(chunk).to_f32())
+                .collect()
+        }
+        let widen = match view.dtype() {
+            safetensors::Dtype::F32 => widen::<f32>,
+            safetensors::Dtype::F16 => widen::<f16>,
+            safetensors::Dtype::BF16 => widen::<bf16>,
+            other => return Err(format!("`{name}` has dtype {other:?}, expected F32, F16 or BF16")),
+        };
+        Ok(Self {
+            shape: view.shape().to_vec(),
+            elements: widen(view.data()),
+        })
+    }
+
+    /// The elements as f64.
+    pub fn widen(&self) -> Vec<f64> {
+        self.elements.iter().map(|&element| element.into()).collect()
+    }
+
+    /// The elements rounded to `T`.
+    pub fn round<T: Element>(&self) -> Vec<T> {
+        self.elements.iter().map(|&element| T::from_f32(element)).collect()
+    }
+
+    /// The tensor on a device, its elements rounded to `T`.
+    ///
+    /// # Errors
+    /// What the device says of the memory.
+    pub fn upload<T: Element>(&self, device: &Device) -> Result<Tensor<T>, Failure> {
+        Ok(Tensor::from_slice(device, &self.shape, &self.round::<T>())?)
+    }
+}
+
+/// Writes out and lse, the scale that made them, and dq, dk and dv if there are gradients.
+///
+/// # Errors
+/// If the device fails or the file can not be written.
+pub fn write_output<T: Element>(
+    path: &Path,
+    output: &Output<T>,
+    gradients: Option<&Gradients<T>>,
+    softmax_scale: f32,
+) -> Result<(), Failure> {
+    let failed = |what: String| Failure(format!("{}: {what}", path.display()));
+    let mut rows = vec![("out", &output.out)];
+    rows.extend(gradients.map_or(Vec::new(), |g| vec![("dq", &g.dq), ("dk", &g.dk), ("dv", &g.dv)]));
+    let lse = output.lse.to_vec()?;
+    let mut contents = vec![(
+        "lse",
+        safetensors::Dtype::F32,
+        output.lse.shape(),
+        bytemuck::cast_slice(&lse).to_vec(),
+    )];
+    let dtype = match T::DTYPE {
+        Dtype::F32 => safetensors::Dtype::F32,
+        Dtype::F16 => safetensors::Dtype::F16,
+        Dtype::Bf16 => safetensors::Dtype::BF16,
+    };
+    for (name, tensor) in rows {
+        let bytes = bytemuck::cast_slice(&tensor.to_vec()?).to_vec();
+        contents.push((name, dtype, tensor.shape(), bytes));
+    }
+    let views = contents
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.to_vec(), bytes)?)))
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
+        .map_err(|error| failed(error.to_string()))?;
+    let metadata = [("softmax_scale".to_owned(), softmax_scale.to_string())].into();
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|error| failed(error.to_string()))?;
+    std::fs::write(path, bytes).map_err(|error| failed(error.to_string()))
+}

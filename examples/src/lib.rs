@@ -1,0 +1,33 @@
+//! What the examples share: attention inputs on disk, and how far an answer is from the right one.
+
+mod accuracy;
+mod file;
+pub mod traffic;
+pub mod train;
+
+pub use accuracy::Accuracy;
+pub use file::{AttentionFile, Stored, write_output};
+
+/// Why an example stopped: one sentence.
+#[derive(Debug)]
+pub struct Failure(pub String);
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<flash_attention::Error> for Failure {
+    fn from(error: flash_attention::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self(error.to_string())
+    }
+}

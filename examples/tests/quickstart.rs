@@ -1,0 +1,303 @@
+//! The quickstart as a user meets it: its output, its exit status, and what it says of wrong input.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use flash_attention::Device;
+use flash_attention_examples::AttentionFile;
+use safetensors::{Dtype, tensor::TensorView};
+
+/// The built example, which lies beside the folder of this test's own program.
+fn quickstart(arguments: &[&str]) -> Output {
+    let test = std::env::current_exe().expect("a running program has a path");
+    let built = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
+    let program = built
+        .join("examples/quickstart")
+        .with_extension(std::env::consts::EXE_EXTENSION);
+    Command::new(&program).args(arguments).output().unwrap_or_else(|error| {
+        panic!(
+            "{}: {error}; `cargo build --example quickstart` makes it",
+            program.display()
+        )
+    })
+}
+
+fn printed(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs with arguments that must be refused: status 2, nothing on standard output, and one sentence, which is returned.
+fn refused(arguments: &[&str]) -> String {
+    let output = quickstart(arguments);
+    let sentence = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {sentence}");
+    assert_eq!(sentence.lines().count(), 1, "{arguments:?}: {sentence}");
+    assert!(output.stdout.is_empty(), "{arguments:?}: {}", printed(&output));
+    sentence
+}
+
+/// A file of this test's own, removed with it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        Self(std::env::temp_dir().join(format!("flash-attention-{}-{name}", std::process::id())))
+    }
+
+    fn with(name: &str, tensors: &[(&str, Dtype, &[usize])]) -> Self {
+        let scratch = Self::new(name);
+        let zeros = vec![0_u8; 1 << 16];
+        let views = tensors.iter().map(|&(name, dtype, shape)| {
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            let view = TensorView::new(dtype, shape.to_vec(), &zeros[..bytes]);
+            (name, view.expect("as many bytes as the shape has"))
+        });
+        let bytes = safetensors::serialize(views, None).expect("a few tensors");
+        std::fs::write(&scratch.0, bytes).expect("a writable temporary folder");
+        scratch
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().expect("a path of letters")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// The number that follows `error` in the line that starts with this word.
+fn error_of(word: &str, text: &str) -> f64 {
+    let line = text.lines().find(|line| line.starts_with(word)).unwrap_or_default();
+    let number = line.split_once("error ").and_then(|(_, rest)| rest.split(',').next());
+    number
+        .and_then(|number| number.parse().ok())
+        .unwrap_or_else(|| panic!("no error of {word} in:\n{text}"))
+}
+
+#[test]
+fn the_bundled_input_gives_the_stored_answer() {
+    for device in ["best", "cpu", "emulator", "emulator:sm_80"] {
+        let output = quickstart(&["--device", device]);
+        let text = printed(&output);
+        assert!(
+            output.status.success(),
+            "{text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        for word in ["out", "lse"] {
+            assert!(error_of(word, &text) <= 2e-6, "{text}");
+        }
+        for word in ["device ", "shape ", "tiles ", "HBM read ", "time "] {
+            assert!(text.lines().any(|line| line.starts_with(word)), "no {word} in:\n{text}");
+        }
+    }
+}
+
+#[test]
+fn halves_are_as_good_as_standard_attention_in_halves() {
+    for (device, dtype) in [
+        ("cpu", "f16"),
+        ("cpu", "bf16"),
+        ("emulator", "f16"),
+        ("emulator", "bf16"),
+    ] {
+        let output = quickstart(&["--device", device, "--dtype", dtype]);
+        let text = printed(&output);
+        assert!(output.status.success(), "{text}");
+        assert_eq!(text.matches("within the bound").count(), 2, "{text}");
+    }
+}
+
+#[test]
+fn a_causal_run_has_no_stored_answer_and_writes_what_it_found() {
+    let file = Scratch::new("causal.safetensors");
+    let output = quickstart(&["--device", "cpu", "--dtype", "f16", "--causal", "--output", file.path()]);
+    let text = printed(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(
+        text.contains("not compared: the stored one is for full attention"),
+        "{text}"
+    );
+
+    let bytes = std::fs::read(file.path()).expect("it was written");
+    let written = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let (out, lse) = (written.tensor("out").expect("out"), written.tensor("lse").expect("lse"));
+    assert_eq!((out.dtype(), out.shape()), (Dtype::F16, [1, 12, 331, 32].as_slice()));
+    assert_eq!((lse.dtype(), lse.shape()), (Dtype::F32, [1, 12, 331].as_slice()));
+
+    // The first query sees the first key only, so its output is the first value.
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm_layer5.safetensors");
+    let input = std::fs::read(data).expect("the bundled input");
+    let input = safetensors::SafeTensors::deserialize(&input).expect("a safetensors file");
+    assert_eq!(out.data()[..64], input.tensor("v").expect("v").data()[..64]);
+}
+
+/// dq, dk and dv beside out and lse: f32 on the CPU, 16-bit on the emulator too, which takes a minute for f32.
+#[test]
+fn backward_gives_the_stored_gradients() {
+    let layer0 = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm_layer0.safetensors");
+    let layer0 = layer0.to_str().expect("a path of letters");
+    for arguments in [
+        &["--device", "cpu"][..],
+        &["--device", "cpu", layer0],
+        &["--device", "cpu", "--dtype", "bf16"],
+        &["--device", "emulator", "--dtype", "f16"],
+    ] {
+        let output = quickstart(&[arguments, &["--backward"]].concat());
+        let text = printed(&output);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {text}{errors}");
+        assert_eq!(text.matches("within the bound").count(), 5, "{text}");
+        assert!(text.contains("problem   backward, full"), "{text}");
+        for word in ["dq", "dk", "dv"] {
+            assert!(error_of(word, &text) <= 1e-1, "{text}");
+        }
+    }
+}
+
+/// Gradients that are not the stored ones fail the run: status 1, and the line says so.
+#[test]
+fn wrong_gradients_fail() {
+    let shape = [1, 1, 4, 8];
+    let ones = |name: &str, tensors: &[&str]| {
+        let scratch = Scratch::new(name);
+        let one = [1.0_f32; 32].map(f32::to_le_bytes).concat();
+        let views = tensors.iter().map(|&name| {
+            let view = TensorView::new(Dtype::F32, shape.to_vec(), &one);
+            (name, view.expect("as many bytes as the shape has"))
+        });
+        let bytes = safetensors::serialize(views, None).expect("a few tensors");
+        std::fs::write(&scratch.0, bytes).expect("a writable temporary folder");
+        scratch
+    };
+    // All values are one value, so q and k have no gradient; every key has a quarter of four queries' gradients, 1.
+    let file = ones("ones", &["q", "k", "v", "dout", "dq", "dk", "dv"]);
+    let output = quickstart(&["--device", "cpu", "--backward", file.path()]);
+    let text = printed(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("the file stores no out and lse"), "{text}");
+    assert_eq!(text.matches("BEYOND THE bound").count(), 2, "{text}");
+    assert!(error_of("dv", &text) <= 1e-6, "{text}");
+
+    let file = ones("no-gradients", &["q", "k", "v", "dout"]);
+    let output = quickstart(&["--device", "cpu", "--backward", file.path()]);
+    assert!(output.status.success(), "{}", printed(&output));
+    assert!(printed(&output).contains("gradients not compared: the file stores no dq, dk and dv"));
+    let file = ones("no-dout", &["q", "k", "v"]);
+    assert!(refused(&["--backward", file.path()]).contains("no tensor `dout`"));
+}
+
+#[test]
+fn gradients_are_written_too() {
+    let file = Scratch::new("gradients.safetensors");
+    let output = quickstart(&[
+        "--device",
+        "cpu",
+        "--dtype",
+        "f16",
+        "--backward",
+        "--output",
+        file.path(),
+    ]);
+    assert!(output.status.success(), "{}", printed(&output));
+    let bytes = std::fs::read(file.path()).expect("it was written");
+    let written = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    for name in ["out", "dq", "dk", "dv"] {
+        let tensor = written.tensor(name).expect(name);
+        assert_eq!(
+            (tensor.dtype(), tensor.shape()),
+            (Dtype::F16, [1, 12, 331, 32].as_slice()),
+            "{name}"
+        );
+        assert!(tensor.data().iter().any(|&byte| byte != 0), "{name}");
+    }
+}
+
+#[test]
+fn what_was_written_can_be_read_again() {
+    let file = Scratch::new("again.safetensors");
+    let output = quickstart(&["--device", "cpu", "--output", file.path()]);
+    assert!(output.status.success(), "{}", printed(&output));
+    let missing = refused(&[file.path()]);
+    assert!(missing.contains("no tensor `q` (there is lse, out)"), "{missing}");
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm_layer5.safetensors");
+    let stored = AttentionFile::read(&bundled).expect("the bundled input");
+    assert_eq!(stored.softmax_scale, Some(0.176_776_69));
+}
+
+#[test]
+fn wrong_files_are_refused() {
+    assert!(refused(&["nowhere.safetensors"]).contains("nowhere.safetensors: "));
+    let no_file = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    let no_file = no_file.to_str().expect("a path of letters");
+    assert!(refused(&[no_file]).contains("not a safetensors file"));
+
+    let (half, shape) = (Dtype::F16, [1, 2, 4, 8]);
+    let whole = Scratch::with(
+        "whole",
+        &[("q", half, &shape), ("k", half, &shape), ("v", half, &shape)],
+    );
+    let output = quickstart(&["--device", "cpu", whole.path()]);
+    assert!(output.status.success());
+    assert!(printed(&output).contains("the file stores no out and lse"));
+
+    let integers = Scratch::with(
+        "integers",
+        &[("q", Dtype::I32, &shape), ("k", half, &shape), ("v", half, &shape)],
+    );
+    assert!(refused(&[integers.path()]).contains("`q` has dtype I32, expected F32, F16 or BF16"));
+    let flat = Scratch::with(
+        "flat",
+        &[("q", half, &[4, 8]), ("k", half, &shape), ("v", half, &shape)],
+    );
+    assert!(refused(&[flat.path()]).contains("`q` has rank 2"));
+    let short = Scratch::with(
+        "short",
+        &[("q", half, &shape), ("k", half, &shape), ("v", half, &[1, 2, 3, 8])],
+    );
+    assert!(refused(&[short.path()]).contains("`v` has seqlen = 3, expected 4 as in `k`"));
+    let answer = Scratch::with(
+        "answer",
+        &[
+            ("q", half, &shape),
+            ("k", half, &shape),
+            ("v", half, &shape),
+            ("out", Dtype::F32, &[4]),
+        ],
+    );
+    assert!(refused(&[answer.path()]).contains("`out` has shape [4], expected [1, 2, 4, 8]"));
+    let gradient = Scratch::with(
+        "gradient",
+        &[
+            ("q", half, &shape),
+            ("k", half, &[1, 2, 6, 8]),
+            ("v", half, &[1, 2, 6, 8]),
+            ("dk", Dtype::F32, &shape),
+        ],
+    );
+    assert!(refused(&[gradient.path()]).contains("`dk` has shape [1, 2, 4, 8], expected [1, 2, 6, 8] as `k` has"));
+}
+
+#[test]
+fn wrong_options_are_refused() {
+    assert!(refused(&["--device", "tpu"]).contains("\"tpu\""));
+    assert!(refused(&["--dtype", "f64"]).contains("f32, f16, bf16"));
+    assert!(refused(&["--colour"]).contains("--colour"));
+    assert!(refused(&["--output"]).contains("--output"));
+    assert!(refused(&["--device", "cpu", "--output", "/nowhere/at/all"]).contains("/nowhere/at/all"));
+    if Device::cuda(0).is_err() {
+        assert!(refused(&["--device", "cuda"]).contains("CUDA is not available"));
+    }
+}
+
+#[test]
+fn help_is_no_error() {
+    let output = quickstart(&["--help"]);
+    assert!(output.status.success());
+    for option in ["--device", "--dtype", "--causal", "--backward", "--output"] {
+        assert!(printed(&output).contains(option));
+    }
+}

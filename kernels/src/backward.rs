@@ -2,7 +2,9 @@
 //!
 //! With P = exp(scale * S - lse) and delta = rowsum(dO * O), which [`delta`] makes first,
 //!
-//!     dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
+//! ```text
+//! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
+//! ```
 //!
 //! Two kernels share one body. [`queries`] owns queries and streams keys past them: dQ. [`keys`] owns keys, streams queries
 //! and works on the transposed tiles throughout, so that P^T and dS^T are left operands in the registers they were computed
@@ -84,7 +86,6 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
 #[inline(always)]
 pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
-    let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
     // SAFETY (whole body): as in `queries`.
     unsafe {
         let k = block
@@ -94,24 +95,26 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
             .window(&p.v, block.head, p.seqlen_k, &p.layout)
             .rows_from(block.first_row);
         let owned = load_owned::<S>(k, v);
-        let dk_rows = block
-            .window(&p.dk, block.head, p.seqlen_k, &p.layout)
-            .rows_from(first_row);
-        let dv_rows = block
-            .window(&p.dv, block.head, p.seqlen_k, &p.layout)
-            .rows_from(first_row);
+        // Worked out again: kept, its addresses would hold registers all through the walk.
+        let target = |tensor| {
+            let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
+            let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
+            block
+                .window(tensor, block.head, p.seqlen_k, &p.layout)
+                .rows_from(first_row)
+        };
 
         let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
         if S::TWO_WALKS {
-            walk_queries::<S, CAUSAL, true, false>(p, &block, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, true, false>(p, owned, &mut dk, &mut dv);
             // V is not needed any more: dV asks for Q, K and dO only.
-            store_gradient::<S>(dk, p.softmax_scale, owned.second, dk_rows);
-            walk_queries::<S, CAUSAL, false, true>(p, &block, owned, &mut dk, &mut dv);
+            store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
+            walk_queries::<S, CAUSAL, false, true>(p, owned, &mut dk, &mut dv);
         } else {
-            walk_queries::<S, CAUSAL, true, true>(p, &block, owned, &mut dk, &mut dv);
-            store_gradient::<S>(dk, p.softmax_scale, owned.second, dk_rows);
+            walk_queries::<S, CAUSAL, true, true>(p, owned, &mut dk, &mut dv);
+            store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
         }
-        store_gradient::<S>(dv, 1.0, owned.first, dv_rows);
+        store_gradient::<S>(dv, 1.0, owned.first, target(&p.dv));
     }
 }
 
@@ -119,12 +122,12 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
 #[inline(always)]
 unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const DV: bool>(
     p: &BackwardParams,
-    block: &RowBlock<S>,
     owned: Owned,
     dk: &mut S::Output,
     dv: &mut S::Output,
 ) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
     let Blocks { begin, boundary, end } = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
     for shared in 0..p.heads_q_per_kv.get() {
@@ -146,7 +149,7 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
                 PairRing::<S>::start(ring_base::<S>(), begin, window(&p.q), window(&p.dout), Some(statistics));
             for m in begin..boundary {
                 let stage = ring.acquire(m);
-                let visible = |row, column| first_row + row < mask.visible_end(m * S::COLUMNS + column);
+                let visible = |row, column| m * S::COLUMNS + column >= mask.visible_begin(first_row + row);
                 add::<S, true, DK, DV>(p, owned, stage, OfColumns, visible, dk, dv);
             }
             for m in boundary..end {

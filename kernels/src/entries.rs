@@ -94,7 +94,8 @@ pub struct Entry {
     pub block_n: u32,
     /// Threads in a block.
     pub threads: u32,
-    /// Blocks that are to fit a multiprocessor at once; bounds the registers ptxas may use.
+    /// Blocks that are to fit a multiprocessor at once; bounds the registers ptxas may use. 0 leaves that to ptxas, which
+    /// then spills less than told 1 or 2 where all 255 registers are taken.
     pub min_blocks: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
@@ -209,13 +210,13 @@ entries! {
         "forward_f16_d32": Forward Sm80 F16, ForwardD32<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_f16_d64": Forward Sm80 F16, ForwardD64<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_f16_d96": Forward Sm80 F16, ForwardD96<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f16_d128": Forward Sm80 F16, ForwardD128<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_f16_d128": Forward Sm80 F16, ForwardD128<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 0;
         "forward_f16_d192": Forward Sm80 F16, ForwardD192<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_f16_d256": Forward Sm80 F16, ForwardD256<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_bf16_d32": Forward Sm80 Bf16, ForwardD32<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_bf16_d64": Forward Sm80 Bf16, ForwardD64<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_bf16_d96": Forward Sm80 Bf16, ForwardD96<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_bf16_d128": Forward Sm80 Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
+        "forward_bf16_d128": Forward Sm80 Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 0;
         "forward_bf16_d192": Forward Sm80 Bf16, ForwardD192<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_bf16_d256": Forward Sm80 Bf16, ForwardD256<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "backward_queries_f32_d32": BackwardQueries Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 2;
@@ -229,15 +230,15 @@ entries! {
         "backward_queries_f16_d96": BackwardQueries Sm80 F16, BackwardD96<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
         "backward_queries_f16_d128": BackwardQueries Sm80 F16, BackwardD128<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
         "backward_queries_f16_d192": BackwardQueries Sm80 F16, BackwardD192<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f16_d256": BackwardQueries Sm80 F16, BackwardD256<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
+        "backward_queries_f16_d256": BackwardQueries Sm80 F16, BackwardD256<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 0;
         "backward_queries_bf16_d32": BackwardQueries Sm80 Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
         "backward_queries_bf16_d64": BackwardQueries Sm80 Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
         "backward_queries_bf16_d96": BackwardQueries Sm80 Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
         "backward_queries_bf16_d128": BackwardQueries Sm80 Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
         "backward_queries_bf16_d192": BackwardQueries Sm80 Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_bf16_d256": BackwardQueries Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_keys_f32_d32": BackwardKeys Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 2;
-        "backward_keys_f32_d64": BackwardKeys Sm80 F32, BackwardF32D64, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 2;
+        "backward_queries_bf16_d256": BackwardQueries Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 0;
+        "backward_keys_f32_d32": BackwardKeys Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "backward_keys_f32_d64": BackwardKeys Sm80 F32, BackwardF32D64, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
         "backward_keys_f32_d96": BackwardKeys Sm80 F32, BackwardF32D96, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
         "backward_keys_f32_d128": BackwardKeys Sm80 F32, BackwardF32D128, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
         "backward_keys_f32_d192": BackwardKeys Sm80 F32, BackwardF32D192, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;

@@ -82,20 +82,15 @@ impl<const CAUSAL: bool> Mask<CAUSAL> {
     /// The query blocks of `block_m` that see keys `first_column .. first_column + columns`, walked top to bottom.
     ///
     /// A block is free of the mask once its first query sees every key of the run. The last blocks may reach past
-    /// `seqlen_q`; their missing rows are the loader's concern, not the mask's.
+    /// `seqlen_q`, and their tiles past the run; what is missing there is the loader's concern and the store's, not the
+    /// mask's.
     #[inline(always)]
     pub const fn query_blocks(&self, first_column: u32, columns: u32, block_m: u32) -> Blocks {
         let end = self.seqlen_q.div_ceil(block_m);
         let begin = self.visible_begin(first_column) / block_m;
         let begin = if begin > end { end } else { begin };
-        if first_column + columns > self.seqlen_k {
-            return Blocks {
-                begin,
-                boundary: end,
-                end,
-            };
-        }
-        let boundary = self.visible_begin(first_column + columns - 1).div_ceil(block_m);
+        let last_column = first_column + columns - 1;
+        let boundary = self.visible_begin(last_column).div_ceil(block_m);
         let boundary = if boundary > end { end } else { boundary };
         Blocks { begin, boundary, end }
     }
@@ -137,8 +132,8 @@ mod tests {
             }
         }
         for tile in 0..seqlen_k.div_ceil(block_n) {
-            let columns = tile * block_n..(tile + 1) * block_n;
-            let blocks = mask.query_blocks(columns.start, block_n, block_m);
+            let columns = tile * block_n..((tile + 1) * block_n).min(seqlen_k);
+            let blocks = mask.query_blocks(columns.start, columns.end - columns.start, block_m);
             for m in 0..seqlen_q.div_ceil(block_m) {
                 let rows = m * block_m..((m + 1) * block_m).min(seqlen_q);
                 let any = rows.clone().any(|i| columns.clone().any(|j| visible(i, j)));

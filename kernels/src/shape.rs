@@ -174,10 +174,11 @@ simt_shape!(StudyM128, FORWARD_BYTES: 128 x 64, head_dim 64, warps 16, stages 2)
 // Backward. A block holds two owned tiles and two stages of two streamed ones, so 99 KiB bind sooner; a lane holds two
 // score tiles beside the gradients, so a warp owns 16 rows (32 spill with ptxas 13.5). One shape serves dQ and, with two
 // accumulators, dK and dV; where those two take more than 128 registers a lane, dK and dV are two walks: five products
-// instead of four, no spill.
+// instead of four, no spill. Smaller blocks at 96: 64 queries a tile spill there on sm_90, and 8 warps load a tile of rows
+// of 192 bytes in no less than 64.
 ampere_shape!(BackwardD32, BACKWARD_BYTES: 128 x 64, head_dim 32, warps 8, stages 2);
 ampere_shape!(BackwardD64, BACKWARD_BYTES: 128 x 64, head_dim 64, warps 8, stages 2);
-ampere_shape!(BackwardD96, BACKWARD_BYTES: 128 x 64, head_dim 96, warps 8, stages 2);
+ampere_shape!(BackwardD96, BACKWARD_BYTES: 64 x 32, head_dim 96, warps 4, stages 2);
 ampere_shape!(BackwardD128, BACKWARD_BYTES: 128 x 32, head_dim 128, warps 8, stages 2);
 ampere_shape!(BackwardD192, BACKWARD_BYTES: 64 x 32, head_dim 192, warps 4, stages 2, two_walks);
 ampere_shape!(BackwardD256, BACKWARD_BYTES: 64 x 16, head_dim 256, warps 4, stages 2, two_walks);

@@ -29,10 +29,13 @@ pub fn extract(module: &str, entry: &Entry) -> Outcome<String> {
         return Err(format!("{name} calls a function, which its file would lack"));
     }
     Ok(format!(
-        "{header}\n\n{shared}\n\n.visible {parameters}\n.maxntid {threads}, 1, 1\n.minnctapersm {blocks}\n{instructions}}}\n",
+        "{header}\n\n{shared}\n\n.visible {parameters}\n.maxntid {threads}, 1, 1\n{blocks}{instructions}}}\n",
         parameters = text[..body].trim_end(),
         threads = entry.threads,
-        blocks = entry.min_blocks,
+        blocks = match entry.min_blocks {
+            0 => String::new(),
+            blocks => format!(".minnctapersm {blocks}\n"),
+        },
     ))
 }
 

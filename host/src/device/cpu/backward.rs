@@ -2,7 +2,9 @@
 //!
 //! With P = exp(scale * S - lse) and delta = rowsum(dO * O), which comes first,
 //!
-//!     dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
+//! ```text
+//! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
+//! ```
 //!
 //! There are two kinds of tasks. One owns queries and streams keys past them: dQ. The other owns keys, streams the queries
 //! of every head that shares them, and works on the transposed tiles: dK and dV. Scores are computed twice, and in return

@@ -23,7 +23,7 @@ struct Options {
     /// File with the tensors q, k, v and perhaps out, lse, dout, dq, dk, dv [default: a layer of all-MiniLM-L6-v2]
     #[arg(value_name = "FILE.safetensors")]
     file: Option<PathBuf>,
-    /// cpu, cuda, cuda:N, emulator, emulator:sm_80, or best: a GPU if there is one, else the CPU
+    /// cpu, cuda, cuda:N, emulator, emulator:sm_80, emulator:sm_90a, or best: a GPU if there is one, else the CPU
     #[arg(long, default_value = "best")]
     device: String,
     /// Element type to compute with

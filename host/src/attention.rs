@@ -5,7 +5,7 @@ use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 use crate::plan::Results;
 use crate::problem::{BackwardInputs, GradientOutputs, Outputs};
 use crate::tensor::Storage;
-use crate::{BackwardProblem, Element, Error, Plan, Problem, Tensor};
+use crate::{Arch, BackwardProblem, Element, Error, Plan, Problem, Tensor};
 
 /// `softmax(softmax_scale * q k^T) v`, with its options. Cheap to make and to clone.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -13,6 +13,7 @@ pub struct Attention {
     causal: bool,
     softmax_scale: Option<f32>,
     deterministic: bool,
+    arch: Option<Arch>,
 }
 
 /// What a forward pass gives.
@@ -47,6 +48,17 @@ impl Attention {
     #[must_use]
     pub fn causal(self) -> Self {
         Self { causal: true, ..self }
+    }
+
+    /// Uses the kernels compiled for `arch` only, instead of the fastest that the device runs: `Arch::Sm80` means the
+    /// portable ones. Where a device runs none of them, a call fails with [`Error::NoKernel`]; the CPU runs native code and
+    /// ignores it.
+    #[must_use]
+    pub fn arch(self, arch: Arch) -> Self {
+        Self {
+            arch: Some(arch),
+            ..self
+        }
     }
 
     /// Multiplies scores by `scale` before the softmax, instead of by `1 / sqrt(head_dim)`. Any finite number, negative
@@ -198,6 +210,11 @@ impl Attention {
         let above = above(output, dout);
         let problem = BackwardProblem::new(self, q.info(), k.info(), v.info(), above, None)?;
         Plan::backward(&problem, &q.device().info())
+    }
+
+    /// The architecture whose kernels are asked for, if one is.
+    pub fn forced_arch(&self) -> Option<Arch> {
+        self.arch
     }
 
     /// Whether the mask is causal.

@@ -56,7 +56,7 @@ pub use flash_attention_kernels::entries::{Arch, Dtype, Entry};
 pub use flash_attention_kernels::mask::MAX_SEQLEN;
 pub use half;
 pub use layout::TensorInfo;
-pub use plan::{Cost, Launch, MAX_BLOCKS, Parameters, Plan, Results, Tiles};
+pub use plan::{Cost, Launch, MAX_BLOCKS, Parameters, Plan, Results, TileMap, Tiles};
 pub use problem::{
     BackwardInputs, BackwardProblem, GradientOutputs, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, Outputs, Problem,
 };

@@ -1,7 +1,7 @@
 //! Plans: bytes and operations against counting one by one, and what reaches the kernel.
 
 use flash_attention::{
-    Attention, Device, DeviceInfo, Dtype, Error, Launch, Parameters, Plan, Problem, Results, TensorInfo,
+    Attention, Device, DeviceInfo, Dtype, Error, Launch, Parameters, Plan, Problem, Results, TensorInfo, TileMap,
 };
 use flash_attention_kernels::abi::ForwardParams;
 
@@ -82,8 +82,9 @@ fn the_grid_has_a_block_for_every_tile_of_every_head() {
 
 /// The parameters of a forward launch, for results at these addresses.
 fn forward_params(launch: &Launch, out: u64, lse: u64) -> ForwardParams {
-    match launch.params(Results::Forward { out, lse }) {
-        Some(Parameters::Forward(params)) => params,
+    let no_map = |map: &TileMap| Err(format!("a tensor map of {map:?}"));
+    match launch.params(Results::Forward { out, lse }, no_map) {
+        Ok(Some(Parameters::Forward(params))) => params,
         other => panic!("{other:?}"),
     }
 }

@@ -113,6 +113,53 @@ pub struct BackwardParams {
     pub layout: Layout,
 }
 
+/// A tensor as the tensor memory accelerator knows it: 128 opaque bytes that the driver makes (`cuTensorMapEncodeTiled`).
+///
+/// Dimensions are head_dim, seqlen, heads, batch, innermost first. The box is 64 columns of as many rows as the kernel
+/// copies at once, swizzled in rows of 128 bytes; what lies outside the tensor reads as zeros.
+///
+/// The hardware wants it at a multiple of 64 bytes, which is where the compiled kernels' parameters start (rustc takes no
+/// more than 16 from a struct, so `cargo xtask ptx` says it).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap(pub [u64; 16]);
+
+/// Parameters of the forward kernels for Hopper.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperForwardParams {
+    /// Queries, `[batch, heads_q, seqlen_q, head_dim]`, in boxes of 64 rows.
+    pub q: TensorMap,
+    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`, in boxes of `block_n` rows.
+    pub k: TensorMap,
+    /// Values, as k.
+    pub v: TensorMap,
+    /// Output, as q.
+    pub out: TensorMap,
+    /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
+    pub lse: u64,
+    /// Query heads.
+    pub heads_q: NonZeroU32,
+    /// Query heads that share one key/value head.
+    pub heads_q_per_kv: NonZeroU32,
+    /// Length of the query sequence.
+    pub seqlen_q: u32,
+    /// Length of the key sequence.
+    pub seqlen_k: u32,
+    /// Query tiles a head has, `ceil(seqlen_q / block_m)`.
+    pub query_tiles: NonZeroU32,
+    /// Heads of all batch entries, `batch * heads_q`.
+    pub heads: u32,
+    /// Heads whose tiles are worked on side by side, longest first.
+    pub heads_per_section: NonZeroU32,
+    /// Tiles of all heads, `heads * query_tiles`. A block takes every `gridDim.x`-th.
+    pub tiles: u32,
+    /// `softmax_scale * log2(e)`; the scale is positive.
+    pub scale_log2: f32,
+    /// Keeps the struct free of padding.
+    pub reserved: [u32; 5],
+}
+
 /// What the tensors of a call have in common.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -147,10 +194,12 @@ macro_rules! params {
 params!(ForwardParams);
 params!(BackwardParams);
 params!(StandardParams);
+params!(HopperForwardParams);
 
 const _: () = {
     assert!(size_of::<StridedTensor>() == 4 * 8);
     assert!(size_of::<ForwardParams>() == 4 * 32 + 8 + 10 * 4);
+    assert!(size_of::<HopperForwardParams>() == 4 * 128 + 8 + 14 * 4);
     assert!(size_of::<StandardParams>() == size_of::<ForwardParams>() + 8 + 2 * 4);
     assert!(size_of::<BackwardParams>() == 8 * 32 + 2 * 8 + 10 * 4);
 };

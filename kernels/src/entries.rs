@@ -8,16 +8,19 @@ use crate::shape::*;
 pub enum Arch {
     /// sm_80: A100 and every later card.
     Sm80,
+    /// sm_90a: Hopper (H100, H200) and no other.
+    Sm90a,
 }
 
 impl Arch {
     /// Every target kernels are compiled for.
-    pub const ALL: &[Self] = &[Self::Sm80];
+    pub const ALL: &[Self] = &[Self::Sm80, Self::Sm90a];
 
     /// The target's name as PTX and ptxas spell it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sm80 => "sm_80",
+            Self::Sm90a => "sm_90a",
         }
     }
 }
@@ -143,8 +146,45 @@ macro_rules! entry {
     };
 }
 
+/// A row of the table for Hopper.
+macro_rules! hopper_entry {
+    ($name:expr, $pass:ident $dtype:ident, $shape:ty, $causal:literal) => {
+        Entry {
+            name: $name,
+            pass: Pass::$pass,
+            arch: Arch::Sm90a,
+            dtype: Dtype::$dtype,
+            causal: $causal,
+            head_dim: <$shape>::HEAD_DIM,
+            block_m: <$shape>::BLOCK_M,
+            block_n: <$shape>::BLOCK_N,
+            threads: <$shape>::THREADS,
+            min_blocks: 1,
+            shared_bytes: <$shape>::SHARED_BYTES,
+            two_walks: false,
+            #[cfg(feature = "embedded")]
+            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_90a/", $name, ".ptx")),
+        }
+    };
+}
+
+/// Compiles one kernel of the table for Hopper, whose parameters hold tensor maps: copies want their address.
+#[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+macro_rules! hopper_kernel {
+    ($name:expr, $module:ident::$function:ident, $params:ident, $($argument:tt)*) => {
+        const _: () = {
+            #[unsafe(export_name = $name)]
+            unsafe extern "ptx-kernel" fn kernel(params: crate::abi::$params) {
+                let maps = crate::ptx::tma::parameter_address!($name);
+                // SAFETY: the host launches a row of the table as the row says.
+                unsafe { crate::$module::$function::<$($argument)*>(&params, maps) }
+            }
+        };
+    };
+}
+
 /// Compiles one kernel of the table.
-#[cfg(target_arch = "nvptx64")]
+#[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
 macro_rules! kernel {
     ($name:expr, $module:ident::$function:ident, $params:ident, $($argument:tt)*) => {
         const _: () = {
@@ -162,6 +202,8 @@ macro_rules! entries {
         tiles { $($name:literal: $pass:ident $arch:ident $dtype:ident, $shape:ty, $shared:ident,
                   $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
         delta { $($delta:literal: $delta_arch:ident $delta_dtype:ident;)* }
+        hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty,
+                   $hopper_module:ident::$hopper_function:ident($hopper_params:ident);)* }
     ) => {
         /// Every compiled kernel: each row of tiles below, full and causal, and the row sums of backward.
         pub const ENTRIES: &[Entry] = &[
@@ -185,15 +227,25 @@ macro_rules! entries {
                 #[cfg(feature = "embedded")]
                 ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_80/", $delta, ".ptx")),
             },)*
+            $(
+                hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
+                hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, $hopper_shape, true),
+            )*
         ];
         $(
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+            hopper_kernel!($hopper, $hopper_module::$hopper_function, $hopper_params, $hopper_shape, false);
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+            hopper_kernel!(concat!($hopper, "_causal"), $hopper_module::$hopper_function, $hopper_params, $hopper_shape, true);
+        )*
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
             kernel!($name, $module::$function, $params, $shape, false);
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
             kernel!(concat!($name, "_causal"), $module::$function, $params, $shape, true);
         )*
         $(
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
             kernel!($delta, backward::delta, BackwardParams, crate::tile::element::$delta_dtype);
         )*
     };
@@ -267,5 +319,15 @@ entries! {
         "backward_delta_f32": Sm80 F32;
         "backward_delta_f16": Sm80 F16;
         "backward_delta_bf16": Sm80 Bf16;
+    }
+    hopper {
+        "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_f16_d128": Forward F16, HopperD128<F16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_f16_d192": Forward F16, HopperD192<F16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_f16_d256": Forward F16, HopperD256<F16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_bf16_d64": Forward Bf16, HopperD64<Bf16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_bf16_d128": Forward Bf16, HopperD128<Bf16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_bf16_d192": Forward Bf16, HopperD192<Bf16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_bf16_d256": Forward Bf16, HopperD256<Bf16>, hopper::forward(HopperForwardParams);
     }
 }

@@ -23,6 +23,9 @@
 //! Scores are accumulators; probabilities become the next product's operand in the same registers. K and V are read
 //! once per query block, Q once, the output is written once: N^2 d / block_m elements of traffic instead of N^2.
 //!
+//! On Hopper a warpgroup of four warps owns 64 queries, multiplies out of shared memory while it does other work, and a
+//! thread that does nothing else loads; `hopper` says how.
+//!
 //! # The rooms
 //!
 //! `asm!` lives in `ptx`, a lane's coordinates in `tile::fragment`, bank conflicts in `tile::swizzle`, minus infinity in
@@ -30,6 +33,8 @@
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
+// Compiled once for each architecture, with the kernels of that one alone.
+#![cfg_attr(target_arch = "nvptx64", allow(dead_code, unused_imports, unused_macros))]
 
 pub mod abi;
 pub mod entries;
@@ -43,6 +48,8 @@ mod backward;
 mod block;
 #[cfg(target_arch = "nvptx64")]
 mod forward;
+#[cfg(target_arch = "nvptx64")]
+mod hopper;
 #[cfg(target_arch = "nvptx64")]
 mod pipeline;
 #[cfg(target_arch = "nvptx64")]

@@ -3,6 +3,8 @@
 //! While tiles are multiplied, the next ones are on their way by `cp.async`; a slot is refilled once every warp is done
 //! with what it held. Forward needs one tile at a time and has a ring of single tiles; backward needs two together.
 
+pub mod bulk;
+
 use crate::block::split;
 use crate::ptx::{copy, sreg, sync};
 use crate::shape::TileShape;

@@ -10,11 +10,17 @@
 //! A100 has 163 KiB, H100 227 KiB), so the portable kernels are portable.
 
 #[cfg(target_arch = "nvptx64")]
-use crate::tile::{fragments::Fragments, lanes::LaneRows, register::*};
+use crate::tile::{fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
 
 /// Shared memory that every card from sm_80 on grants a block.
 pub const PORTABLE_SHARED_BYTES: u32 = 99 * 1024;
+
+/// Shared memory that Hopper grants a block.
+pub const HOPPER_SHARED_BYTES: u32 = 227 * 1024;
+
+/// Registers of a multiprocessor.
+const REGISTERS: u32 = 65536;
 
 /// Queries in a block of the delta kernel, 8 threads each.
 pub const DELTA_ROWS: u32 = 16;
@@ -189,3 +195,91 @@ simt_shape!(BackwardF32D96, BACKWARD_BYTES: 64 x 32, head_dim 96, warps 8, stage
 simt_shape!(BackwardF32D128, BACKWARD_BYTES: 32 x 32, head_dim 128, warps 4, stages 2);
 simt_shape!(BackwardF32D192, BACKWARD_BYTES: 32 x 16, head_dim 192, warps 4, stages 2);
 simt_shape!(BackwardF32D256, BACKWARD_BYTES: 16 x 16, head_dim 256, warps 2, stages 2, two_walks);
+
+/// A compiled tile shape of the forward kernel for Hopper: one warpgroup that loads, and some that compute, each the owner
+/// of 64 queries.
+pub trait HopperShape {
+    /// Widest head the tile holds; a narrower head is masked by the loader.
+    const HEAD_DIM: u32;
+    /// Keys in a tile.
+    const BLOCK_N: u32;
+    /// Warpgroups that compute.
+    const CONSUMERS: u32;
+    /// Registers of a thread that loads.
+    const PRODUCER_REGISTERS: u32;
+    /// Registers of a thread that computes.
+    const CONSUMER_REGISTERS: u32;
+
+    /// Queries that a block owns.
+    const BLOCK_M: u32 = Self::CONSUMERS * HOPPER_ROWS;
+    /// Threads in a block.
+    const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
+    /// Bytes of the queries of one warpgroup.
+    const QUERY_BYTES: u32 = HOPPER_ROWS * Self::HEAD_DIM * 2;
+    /// Bytes of a tile of keys or values.
+    const TILE_BYTES: u32 = Self::BLOCK_N * Self::HEAD_DIM * 2;
+    /// Bytes of all tiles: the queries, and the slots of keys and of values.
+    const TILES_BYTES: u32 = Self::CONSUMERS * Self::QUERY_BYTES + 2 * HOPPER_SLOTS * Self::TILE_BYTES;
+    /// Dynamic shared memory of a block: the tiles, and a pair of barriers for the queries and for each slot.
+    const SHARED_BYTES: u32 = Self::TILES_BYTES + (1 + 2 * HOPPER_SLOTS) * 16;
+
+    /// The scores of one warpgroup, 64 x `BLOCK_N`, f32.
+    #[cfg(target_arch = "nvptx64")]
+    type Scores: WarpgroupScores;
+    /// The output of one warpgroup, 64 x `HEAD_DIM`, f32.
+    #[cfg(target_arch = "nvptx64")]
+    type Output: WarpgroupOutput<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
+}
+
+/// Queries of one warpgroup.
+pub const HOPPER_ROWS: u32 = 64;
+
+/// Slots for tiles of keys, and as many for values: one is multiplied while the next arrives.
+pub const HOPPER_SLOTS: u32 = 2;
+
+macro_rules! hopper_shape {
+    ($name:ident: $columns:literal keys, head_dim $d:literal, consumers $consumers:literal, registers $few:literal and $many:literal) => {
+        #[doc = concat!($columns, " keys a tile, head_dim ", $d, ", f16 or bf16, wgmma.")]
+        pub struct $name<T>(PhantomData<T>);
+
+        #[cfg(target_arch = "nvptx64")]
+        impl<T: crate::ptx::matrix::Half> HopperShape for $name<T>
+        where
+            [[f32; 4]; $columns / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+            [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+        {
+            hopper_shape!(numbers $columns, $d, $consumers, $few, $many);
+            type Scores = Fragments<T, 1, { $columns / 8 }>;
+            type Output = Fragments<T, 1, { $d / 8 }>;
+        }
+
+        #[cfg(not(target_arch = "nvptx64"))]
+        impl<T> HopperShape for $name<T> {
+            hopper_shape!(numbers $columns, $d, $consumers, $few, $many);
+        }
+
+        const _: () = {
+            assert!($columns % 16 == 0 && $d % 64 == 0);
+            // Every panel starts where the swizzle does.
+            assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
+            // What the loading threads give back of a launch's equal shares is all that the others can take.
+            assert!($few + $consumers * $many <= ($consumers + 1) * (REGISTERS / 128 / ($consumers + 1) / 8 * 8));
+            assert!($few % 8 == 0 && $many % 8 == 0);
+        };
+    };
+    (numbers $columns:literal, $d:literal, $consumers:literal, $few:literal, $many:literal) => {
+        const HEAD_DIM: u32 = $d;
+        const BLOCK_N: u32 = $columns;
+        const CONSUMERS: u32 = $consumers;
+        const PRODUCER_REGISTERS: u32 = $few;
+        const CONSUMER_REGISTERS: u32 = $many;
+    };
+}
+
+// Hopper, forward. A lane holds scores, their rounding to 16 bits and the output: (3/4 block_n + 1/2 head_dim) registers
+// and some 40 more. Two consumers of 240 registers hold 128 keys at head_dim 128; at 64, three of 160 do, and share each
+// tile of keys between more queries. At 192 and 256 shared memory is full: 216 and 224 KiB.
+hopper_shape!(HopperD64: 128 keys, head_dim 64, consumers 3, registers 32 and 160);
+hopper_shape!(HopperD128: 128 keys, head_dim 128, consumers 2, registers 24 and 240);
+hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
+hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);

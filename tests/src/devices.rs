@@ -13,7 +13,7 @@ struct Spec {
 }
 
 /// Every device the library has.
-const SPECS: [Spec; 3] = [
+const SPECS: [Spec; 4] = [
     Spec {
         text: "cpu",
         optional: false,
@@ -24,6 +24,10 @@ const SPECS: [Spec; 3] = [
     },
     Spec {
         text: "emulator:sm_80",
+        optional: false,
+    },
+    Spec {
+        text: "emulator:sm_90a",
         optional: false,
     },
 ];
@@ -70,7 +74,7 @@ impl Devices {
         self.all().filter(|device| device.kind() != DeviceKind::Emulator)
     }
 
-    /// The emulator.
+    /// The emulator, of the portable kernels.
     ///
     /// # Panics
     /// If it is missing, which `devices` has ruled out.

@@ -2,16 +2,16 @@
 //! move the bytes that plans predict.
 
 use flash_attention::half::{bf16, f16};
-use flash_attention::{Arch, Device, Dtype, Element, EmulatorOptions, Tensor};
+use flash_attention::{Arch, Attention, Device, Dtype, Element, EmulatorOptions, Plan, Problem, Tensor, TensorInfo};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
 use flash_attention_tests::{Case, Layout, Order, Outcome, drawn};
 use proptest::prelude::*;
 
 /// Orders of execution that are tried.
-const SEEDS: std::ops::Range<u64> = 1..5;
+const SEEDS: std::ops::Range<u64> = 1..16;
 
-fn emulator(seed: u64, threads: usize) -> Device {
-    let mut options = EmulatorOptions::new(Arch::Sm80);
+fn emulator(arch: Arch, seed: u64, threads: usize) -> Device {
+    let mut options = EmulatorOptions::new(arch);
     options.launch.seed = seed;
     options.launch.threads = Some(threads);
     Device::emulator_with(options)
@@ -32,34 +32,50 @@ fn bits<T: Element>(outcome: &Outcome<T>) -> (Vec<u64>, Vec<u32>) {
 }
 
 /// A case gives the same bits for every seed; a finding is an error, which `run` does not forgive.
-fn check_seeds<T: Element>(case: &Case) {
+fn check_seeds<T: Element>(arch: Arch, case: &Case) {
     let inputs = case.inputs::<T>();
-    let first = bits(&case.run(&emulator(0, 2), &inputs).1);
+    let first = bits(&case.run(&emulator(arch, 0, 2), &inputs).1);
     for seed in SEEDS {
-        let outcome = case.run(&emulator(seed, 2), &inputs).1;
+        let outcome = case.run(&emulator(arch, seed, 2), &inputs).1;
         assert_eq!(bits(&outcome), first, "seed {seed}: {case:?}");
     }
 }
 
+/// The kernel that is planned for a case whose tensors are contiguous.
+fn kernel(arch: Arch, case: &Case) -> &'static str {
+    let device = Device::emulator(arch);
+    let info = |shape| TensorInfo::contiguous(&device, case.dtype, shape, 4096).expect("small");
+    let problem = Problem::new(&case.attention, &info(&case.q), &info(&case.kv), &info(&case.kv), None).expect("valid");
+    let plan = Plan::new(&problem, &device.info()).expect("a kernel");
+    plan.launches()[0].entry.name
+}
+
 /// Every forward kernel, with a ring of tiles that goes round, in every order that is tried.
-#[test]
-fn every_kernel_is_clean_in_any_order() {
-    for entry in ENTRIES.iter().filter(|entry| entry.pass == Pass::Forward) {
-        let seqlen_k = 3 * entry.block_n as usize + 9;
-        let case = Case::one_head(
-            entry.dtype,
-            entry.block_m as usize / 2 + 3,
-            seqlen_k,
-            entry.head_dim as usize,
-        )
-        .masked(entry.causal);
+fn check_every_kernel(arch: Arch) {
+    let kernels = ENTRIES
+        .iter()
+        .filter(|entry| entry.pass == Pass::Forward && entry.arch == arch);
+    for entry in kernels {
+        let (m, n) = (entry.block_m as usize, entry.block_n as usize);
+        let case = Case::one_head(entry.dtype, m / 2 + 3, 2 * n + 9, entry.head_dim as usize).masked(entry.causal);
+        assert_eq!(kernel(arch, &case), entry.name);
         for_dtype(
             entry.dtype,
-            || check_seeds::<f32>(&case),
-            || check_seeds::<f16>(&case),
-            || check_seeds::<bf16>(&case),
+            || check_seeds::<f32>(arch, &case),
+            || check_seeds::<f16>(arch, &case),
+            || check_seeds::<bf16>(arch, &case),
         );
     }
+}
+
+#[test]
+fn every_portable_kernel_is_clean_in_any_order() {
+    check_every_kernel(Arch::Sm80);
+}
+
+#[test]
+fn every_kernel_for_hopper_is_clean_in_any_order() {
+    check_every_kernel(Arch::Sm90a);
 }
 
 /// Memory that forbids 16-byte copies takes another way through the loaders.
@@ -72,9 +88,9 @@ fn unaligned_copies_are_clean_in_any_order() {
             .masked(true);
         for_dtype(
             dtype,
-            || check_seeds::<f32>(&case),
-            || check_seeds::<f16>(&case),
-            || check_seeds::<bf16>(&case),
+            || check_seeds::<f32>(Arch::Sm80, &case),
+            || check_seeds::<f16>(Arch::Sm80, &case),
+            || check_seeds::<bf16>(Arch::Sm80, &case),
         );
     }
 }
@@ -84,20 +100,22 @@ fn unaligned_copies_are_clean_in_any_order() {
 fn host_threads_do_not_show() {
     let case = Case::new(Dtype::F16, [2, 3, 150, 32], [2, 3, 90, 32]).masked(true);
     let inputs = case.inputs::<f16>();
-    let run = |threads| {
-        let device = emulator(5, threads);
-        let outcome = case.run(&device, &inputs).1;
-        (bits(&outcome), device.counters().expect("the emulator counts"))
-    };
-    let one = run(1);
-    for threads in [2, 3, 8] {
-        assert_eq!(run(threads), one, "{threads} threads");
+    for &arch in Arch::ALL {
+        let run = |threads| {
+            let device = emulator(arch, 5, threads);
+            let outcome = case.run(&device, &inputs).1;
+            (bits(&outcome), device.counters().expect("the emulator counts"))
+        };
+        let one = run(1);
+        for threads in [2, 3, 8] {
+            assert_eq!(run(threads), one, "{arch:?}, {threads} threads");
+        }
     }
 }
 
 /// Bytes of global memory, predicted and counted: `(read, written)` each.
-fn traffic<T: Element>(case: &Case) -> [(u128, u128); 2] {
-    let device = Device::emulator(Arch::Sm80);
+fn traffic<T: Element>(arch: Arch, case: &Case) -> [(u128, u128); 2] {
+    let device = Device::emulator(arch);
     let inputs = case.inputs::<T>();
     let place = |layout: Layout, shape, elements: &[T]| -> Tensor<T> {
         layout.input(&device, shape, elements).expect("small").tensor
@@ -119,21 +137,25 @@ proptest! {
 
     #[test]
     fn plans_predict_the_bytes_that_move(case in drawn::case(200, drawn::SMALL)) {
-        let [predicted, counted] = for_dtype(
-            case.dtype,
-            || traffic::<f32>(&case),
-            || traffic::<f16>(&case),
-            || traffic::<bf16>(&case),
-        );
-        prop_assert_eq!(predicted, counted);
+        for &arch in Arch::ALL {
+            let [predicted, counted] = for_dtype(
+                case.dtype,
+                || traffic::<f32>(arch, &case),
+                || traffic::<f16>(arch, &case),
+                || traffic::<bf16>(arch, &case),
+            );
+            prop_assert_eq!(predicted, counted);
+        }
     }
 
     #[test]
     fn no_order_changes_a_bit(case in drawn::case(80, drawn::SMALL / 8), seed in any::<u64>()) {
         fn check<T: Element>(case: &Case, seed: u64) -> bool {
             let inputs = case.inputs::<T>();
-            let outcome = |seed| bits(&case.run(&emulator(seed, 1), &inputs).1);
-            outcome(0) == outcome(seed)
+            Arch::ALL.iter().all(|&arch| {
+                let outcome = |seed| bits(&case.run(&emulator(arch, seed, 1), &inputs).1);
+                outcome(0) == outcome(seed)
+            })
         }
         prop_assert!(for_dtype(
             case.dtype,
@@ -147,11 +169,17 @@ proptest! {
 /// Where tiles are full, the tensor cores do exactly the operations that the plan counts.
 #[test]
 fn full_tiles_waste_no_products() {
-    for head_dim in [32, 64, 128] {
-        let device = Device::emulator(Arch::Sm80);
-        let case = Case::one_head(Dtype::F16, 256, 128, head_dim);
+    for (arch, seqlen_q, head_dim) in [
+        (Arch::Sm80, 256, 32),
+        (Arch::Sm80, 256, 64),
+        (Arch::Sm80, 256, 128),
+        (Arch::Sm90a, 384, 64),
+        (Arch::Sm90a, 256, 128),
+    ] {
+        let device = Device::emulator(arch);
+        let case = Case::one_head(Dtype::F16, seqlen_q, 128, head_dim);
         case.run(&device, &case.inputs::<f16>());
-        let flops = 4 * 256 * 128 * head_dim as u64;
+        let flops = 4 * seqlen_q as u64 * 128 * head_dim as u64;
         assert_eq!(device.counters().expect("the emulator counts").tensor_flops, flops);
     }
 }
@@ -163,13 +191,59 @@ fn shared_memory_has_no_bank_conflicts() {
         .iter()
         .filter(|e| e.pass == Pass::Forward && e.dtype == Dtype::F16)
     {
-        let device = Device::emulator(Arch::Sm80);
+        let device = Device::emulator(entry.arch);
         let (m, n) = (entry.block_m as usize, entry.block_n as usize);
         let case = Case::one_head(entry.dtype, m, 2 * n, entry.head_dim as usize).masked(entry.causal);
         case.run(&device, &case.inputs::<f16>());
         let counters = device.counters().expect("the emulator counts");
         assert_eq!(counters.shared_bank_conflicts, 0, "{}", entry.name);
     }
+}
+
+/// More tiles of work than blocks: on Hopper blocks stay, and their rings go on from tile to tile. Heads that share keys,
+/// batch entries, and a causal mask decide what comes next.
+#[test]
+fn blocks_that_stay_take_every_tile() {
+    let device = emulator(Arch::Sm90a, 7, 2);
+    for causal in [false, true] {
+        Case::new(Dtype::Bf16, [9, 20, 70, 64], [9, 4, 40, 64])
+            .masked(causal)
+            .check_on([&device]);
+    }
+}
+
+/// What tensor maps can not describe, and scales that turn the largest product into another score than the largest, go to the
+/// portable kernels; so does everything when asked to. What asks for Hopper's own and can not have them is told why.
+#[test]
+fn hoppers_kernels_are_chosen_where_they_serve() {
+    let device = Device::emulator(Arch::Sm90a);
+    let tensor = |layout: Layout| {
+        let elements = vec![f16::ONE; 2 * 16 * 64];
+        layout.input(&device, [1, 2, 16, 64], &elements).expect("small").tensor
+    };
+    let plain = tensor(Layout::new(Order::Bhsd, 0, 0));
+    let shifted = tensor(Layout::new(Order::Bhsd, 3, 1));
+    let kernel = |attention: Attention, q: &Tensor<f16>| {
+        let plan = attention.plan(q, &plain, &plain)?;
+        Ok::<_, flash_attention::Error>(plan.launches()[0].entry.name)
+    };
+    let attention = Attention::new();
+    assert_eq!(kernel(attention, &plain).expect("a plan"), "hopper_forward_f16_d64");
+    let portable = "forward_f16_d64";
+    assert_eq!(kernel(attention, &shifted).expect("a plan"), portable);
+    assert_eq!(kernel(attention.softmax_scale(-1.0), &plain).expect("a plan"), portable);
+    assert_eq!(kernel(attention.softmax_scale(0.0), &plain).expect("a plan"), portable);
+    assert_eq!(kernel(attention.arch(Arch::Sm80), &plain).expect("a plan"), portable);
+
+    let forced = attention.arch(Arch::Sm90a);
+    assert_eq!(kernel(forced, &plain).expect("a plan"), "hopper_forward_f16_d64");
+    let refused = |result: Result<&str, flash_attention::Error>| result.expect_err("no kernel").to_string();
+    assert!(refused(kernel(forced, &shifted)).contains("16-byte aligned rows"));
+    let older = Device::emulator(Arch::Sm80);
+    let info = TensorInfo::contiguous(&older, Dtype::F16, [1, 2, 16, 64], 4096).expect("small");
+    let problem = Problem::new(&forced, &info, &info, &info, None).expect("valid");
+    let error = Plan::new(&problem, &older.info()).expect_err("no kernel").to_string();
+    assert!(error.contains("compute capability 9.0"), "{error}");
 }
 
 /// The checks are what "clean" rests on, so they must be on wherever the suite runs.

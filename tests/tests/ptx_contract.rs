@@ -4,8 +4,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use flash_attention_kernels::abi::{BackwardParams, ForwardParams, StandardParams};
-use flash_attention_kernels::entries::{Dtype, ENTRIES, Entry, Pass};
+use flash_attention_kernels::abi::{BackwardParams, ForwardParams, HopperForwardParams, StandardParams};
+use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, Pass};
+use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES};
 use flash_attention_tests::files::workspace;
 
 /// The instructions of a kernel, without comments and directives.
@@ -55,7 +56,7 @@ fn mma_of_one_product(entry: &Entry) -> u32 {
 /// masks nothing.
 #[test]
 fn tensor_core_instructions_are_those_of_the_tiles() {
-    for entry in ENTRIES {
+    for entry in ENTRIES.iter().filter(|entry| entry.arch == Arch::Sm80) {
         let products = match (entry.pass, entry.two_walks) {
             (Pass::BackwardDelta, _) => 0,
             (Pass::Forward | Pass::Study, _) => 2, // Q K^T, P V
@@ -82,6 +83,33 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
         assert!(
             found.iter().all(|line| line.contains(kind)),
             "{}: not all are {kind}",
+            entry.name
+        );
+    }
+}
+
+/// On Hopper Q K^T is issued before the loop, P V after it, and both in it; a causal mask takes a loop of its own.
+#[test]
+fn warpgroup_products_are_those_of_the_tiles() {
+    for entry in ENTRIES.iter().filter(|entry| entry.arch == Arch::Sm90a) {
+        let bodies = 2 + u32::from(entry.causal);
+        let expected = bodies * (entry.head_dim / 16 + entry.block_n / 16);
+        let products: Vec<_> = instructions(entry)
+            .filter(|line| line.contains("wgmma.mma_async"))
+            .collect();
+        assert_eq!(products.len() as u32, expected, "{}", entry.name);
+        let dtype = entry.dtype.name();
+        let shape = |n: u32| format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} ");
+        let count = |n: u32| products.iter().filter(|line| line.contains(&shape(n))).count() as u32;
+        if entry.head_dim != entry.block_n {
+            assert_eq!(count(entry.block_n), bodies * entry.head_dim / 16, "{}", entry.name);
+            assert_eq!(count(entry.head_dim), bodies * entry.block_n / 16, "{}", entry.name);
+        } else {
+            assert_eq!(count(entry.head_dim), expected, "{}", entry.name);
+        }
+        assert!(
+            !entry.ptx.contains("mma.sync") && !entry.ptx.contains("cp.async.cg"),
+            "{}",
             entry.name
         );
     }
@@ -123,11 +151,14 @@ fn the_header_is_the_table() {
             blocks => has(&format!(".minnctapersm {blocks}")),
         }
         let bytes = match entry.pass {
+            Pass::Forward if entry.arch == Arch::Sm90a => size_of::<HopperForwardParams>(),
             Pass::Forward | Pass::Study => size_of::<ForwardParams>(),
             Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => size_of::<StandardParams>(),
             Pass::BackwardDelta | Pass::BackwardQueries | Pass::BackwardKeys => size_of::<BackwardParams>(),
         };
-        has(&format!(".param .align 8 .b8 {}_param_0[{bytes}]", entry.name));
+        // Tensor maps, which come first on Hopper, lie at multiples of 64 bytes.
+        let align = if entry.arch == Arch::Sm90a { 64 } else { 8 };
+        has(&format!(".param .align {align} .b8 {}_param_0[{bytes}]", entry.name));
         assert_eq!(entry.ptx.matches(".entry").count(), 1, "{}", entry.name);
         let field = |name: &str| {
             entry
@@ -141,12 +172,16 @@ fn the_header_is_the_table() {
     }
 }
 
-/// One version for all: any driver from CUDA 12.0 on loads it.
+/// Any driver from CUDA 12.0 on loads both versions.
 #[test]
 fn the_version_is_old_enough() {
     for entry in ENTRIES {
         let version = entry.ptx.lines().find_map(|line| line.strip_prefix(".version "));
-        assert_eq!(version, Some("7.0"), "{}", entry.name);
+        let expected = match entry.arch {
+            Arch::Sm80 => "7.0",
+            Arch::Sm90a => "8.0",
+        };
+        assert_eq!(version, Some(expected), "{}", entry.name);
     }
 }
 
@@ -174,11 +209,15 @@ fn files_and_table_are_the_same_set() {
     assert_eq!(table.len(), ENTRIES.len(), "two entries of one name");
 }
 
-/// 99 KiB of shared memory: what every card from sm_80 on grants.
+/// What every card that runs a kernel grants: 99 KiB of shared memory from sm_80 on, 227 on Hopper.
 #[test]
 fn blocks_fit_every_card() {
     for entry in ENTRIES {
-        assert!(entry.shared_bytes <= 99 * 1024, "{}", entry.name);
+        let granted = match entry.arch {
+            Arch::Sm80 => PORTABLE_SHARED_BYTES,
+            Arch::Sm90a => HOPPER_SHARED_BYTES,
+        };
+        assert!(entry.shared_bytes <= granted, "{}", entry.name);
         assert!(
             entry.threads.is_multiple_of(32) && entry.threads <= 1024,
             "{}",

@@ -44,6 +44,7 @@ impl Compiler {
         let status = Command::new(&self.cargo)
             .current_dir(workspace().join("kernels"))
             .args(["rustc", "--quiet", "--release", "--lib", "--crate-type", "cdylib"])
+            .args(["--features", arch.name()])
             .args([
                 "--target",
                 "nvptx64-nvidia-cuda",

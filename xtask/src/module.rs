@@ -4,7 +4,7 @@
 //! can be added from the table of entries. Without them ptxas would have to allow for 1024 threads a block.
 
 use crate::Outcome;
-use flash_attention_kernels::entries::Entry;
+use flash_attention_kernels::entries::{Arch, Entry};
 
 /// The module that holds `entry` alone, cut out of the compiler's `module`.
 pub fn extract(module: &str, entry: &Entry) -> Outcome<String> {
@@ -30,13 +30,21 @@ pub fn extract(module: &str, entry: &Entry) -> Outcome<String> {
     }
     Ok(format!(
         "{header}\n\n{shared}\n\n.visible {parameters}\n.maxntid {threads}, 1, 1\n{blocks}{instructions}}}\n",
-        parameters = text[..body].trim_end(),
+        parameters = parameters(text[..body].trim_end(), entry.arch),
         threads = entry.threads,
         blocks = match entry.min_blocks {
             0 => String::new(),
             blocks => format!(".minnctapersm {blocks}\n"),
         },
     ))
+}
+
+/// The parameter list, which on Hopper starts with tensor maps: those lie at multiples of 64 bytes.
+fn parameters(list: &str, arch: Arch) -> String {
+    match arch {
+        Arch::Sm80 => list.to_owned(),
+        Arch::Sm90a => list.replace(".param .align 8 ", ".param .align 64 "),
+    }
 }
 
 /// Whether a line is worth keeping: the compiler's remarks around inline assembly double a kernel's length.

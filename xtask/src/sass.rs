@@ -14,6 +14,7 @@ use std::process::Command;
 fn targets(arch: Arch) -> &'static [&'static str] {
     match arch {
         Arch::Sm80 => &["sm_80", "sm_90"],
+        Arch::Sm90a => &["sm_90a"],
     }
 }
 

@@ -11,10 +11,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError, ctx, device, function, mem_pool, primary_ctx, stream};
 use cudarc::driver::sys;
-use flash_attention_kernels::entries::Entry;
+use flash_attention_kernels::abi::TensorMap;
+use flash_attention_kernels::entries::{Dtype, Entry};
 
 use super::{Backend, Device, DeviceInfo, DeviceKind};
-use crate::plan::{Launch, MIN_COMPUTE_CAPABILITY, Plan, Results};
+use crate::plan::{Launch, MIN_COMPUTE_CAPABILITY, Plan, Results, TileMap};
 use crate::{CudaUnavailable, Error};
 
 /// Oldest driver that loads the compiled PTX, as CUDA counts: 1000 x major + 10 x minor.
@@ -247,8 +248,14 @@ impl Backend for Cuda {
 
     unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
         for launch in plan.launches() {
+            let refused = |error| Error::Launch {
+                device: self.spec(),
+                kernel: launch.entry.name,
+                message: describe(error),
+            };
             let params = launch
-                .params(results)
+                .params(results, encode)
+                .map_err(refused)?
                 .ok_or_else(|| launch.wrong_results(self.spec()))?;
             // SAFETY: the parameters are the plan's own; the addresses in them are valid, says the caller.
             unsafe { self.launch(launch, params.as_bytes())? };
@@ -344,6 +351,36 @@ fn make_pool(gpu: sys::CUdevice, ordinal: usize) -> Result<Option<sys::CUmemoryP
         mem_pool::set_attribute(pool, threshold, (&raw mut keep).cast())?;
         Ok(Some(pool))
     }
+}
+
+/// The driver's tensor map.
+fn encode(tile: &TileMap) -> Result<TensorMap, DriverError> {
+    let element = match tile.dtype {
+        Dtype::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    };
+    let mut map = sys::CUtensorMap_st { opaque: [0; 16] };
+    // SAFETY: every array has as many entries as the rank asks for, and the map is this function's own; the address is
+    // only written down.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            element,
+            tile.dims.len() as u32,
+            tile.address as *mut c_void,
+            tile.dims.as_ptr(),
+            tile.strides.as_ptr(),
+            tile.box_dims.as_ptr(),
+            [1; 4].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()?;
+    Ok(TensorMap(map.opaque))
 }
 
 /// Hands a kernel's PTX to the driver, which compiles it for this GPU. The context is current.

@@ -6,12 +6,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flash_attention_kernels::entries::{Arch, Entry};
+use flash_attention_kernels::abi::TensorMap;
+use flash_attention_kernels::entries::{Arch, Dtype, Entry};
+use ptx_emulator::tensor::swizzle::Swizzle;
+use ptx_emulator::tensor::tensor_map::{self, ElementType, Fill, Interleave, L2Promotion, TensorMapError, Tiled};
 use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
 
 use super::{Backend, Device, DeviceInfo, DeviceKind};
 use crate::Error;
-use crate::plan::{Launch, Plan, Results};
+use crate::plan::{Launch, Plan, Results, TileMap};
 
 /// How an emulated GPU behaves.
 #[derive(Clone, Debug)]
@@ -85,8 +88,14 @@ impl Emulated {
             kernel,
             message: error.to_string(),
         };
+        let refused = |error: TensorMapError| Error::Launch {
+            device: self.spec(),
+            kernel,
+            message: error.to_string(),
+        };
         let params = launch
-            .params(results)
+            .params(results, encode)
+            .map_err(refused)?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
         let module = self.module(launch.entry).map_err(failed)?;
         let launch = ptx_emulator::Launch {
@@ -133,7 +142,8 @@ impl Emulated {
 impl Backend for Emulated {
     fn info(&self) -> DeviceInfo {
         match self.options.arch {
-            Arch::Sm80 => DeviceInfo::gpu((8, 0), 108, 163 * 1024), // A100
+            Arch::Sm80 => DeviceInfo::gpu((8, 0), 108, 163 * 1024),  // A100
+            Arch::Sm90a => DeviceInfo::gpu((9, 0), 132, 227 * 1024), // H100, H200
         }
     }
 
@@ -190,6 +200,28 @@ impl Backend for Emulated {
     fn reset_counters(&self) {
         *lock(&self.counters) = Counters::default();
     }
+}
+
+/// The emulator's own tensor map.
+fn encode(tile: &TileMap) -> Result<TensorMap, TensorMapError> {
+    let element = match tile.dtype {
+        Dtype::F32 => ElementType::F32,
+        Dtype::F16 => ElementType::F16,
+        Dtype::Bf16 => ElementType::Bf16,
+    };
+    let map = tensor_map::TensorMap::tiled(&Tiled {
+        element,
+        address: tile.address,
+        dims: &tile.dims,
+        strides: &tile.strides,
+        box_dims: &tile.box_dims,
+        element_strides: &[1; 4],
+        interleave: Interleave::None,
+        swizzle: Swizzle::B128,
+        l2_promotion: L2Promotion::B256,
+        fill: Fill::Zero,
+    })?;
+    Ok(TensorMap(bytemuck::cast(map.encode())))
 }
 
 /// Adds the counts of one more launch. Names every field, so that a new one is not forgotten.

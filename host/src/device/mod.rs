@@ -272,7 +272,7 @@ impl fmt::Debug for Device {
     }
 }
 
-/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`.
+/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`, `emulator:sm_90a`.
 impl FromStr for Device {
     type Err = Error;
 

@@ -2,10 +2,14 @@
 
 use std::num::NonZeroU32;
 
-use flash_attention_kernels::abi::{BackwardParams, ForwardParams, Layout, Params, StridedTensor};
+use flash_attention_kernels::abi::{
+    BackwardParams, ForwardParams, HopperForwardParams, Layout, Params, StridedTensor, TensorMap,
+};
 use flash_attention_kernels::entries::{Entry, Pass};
+use flash_attention_kernels::shape::HOPPER_ROWS;
 
 use super::MAX_BLOCKS;
+use super::tile_map::{self, TileMap};
 use crate::{BackwardProblem, Error, Problem};
 
 /// One launch of a compiled kernel.
@@ -21,15 +25,20 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The parameters, but for the addresses of the results, which are unknown until they are allocated.
     params: Parameters,
+    /// What the parameters' tensor maps are made from, in their order; none but on Hopper.
+    maps: Option<[TileMap; 4]>,
 }
 
 /// The parameters of a kernel, by the kind it takes.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a launch holds one, and copies it once")]
 pub enum Parameters {
     /// Of a forward kernel.
     Forward(ForwardParams),
     /// Of a backward kernel.
     Backward(BackwardParams),
+    /// Of a forward kernel for Hopper.
+    HopperForward(HopperForwardParams),
 }
 
 impl Parameters {
@@ -38,6 +47,7 @@ impl Parameters {
         match self {
             Self::Forward(params) => params.as_bytes(),
             Self::Backward(params) => params.as_bytes(),
+            Self::HopperForward(params) => params.as_bytes(),
         }
     }
 }
@@ -88,6 +98,47 @@ impl Launch {
         Ok(Self::new(entry, grid, Parameters::Forward(params)))
     }
 
+    /// A launch whose blocks stay, at most one a multiprocessor, and share the tiles of work out between them.
+    pub(super) fn hopper_forward(
+        problem: &Problem,
+        entry: &'static Entry,
+        multiprocessors: u32,
+    ) -> Result<Self, Error> {
+        let ([tiles, ..], query_tiles) = grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?;
+        let heads_q_per_kv = count(problem.heads_q() / problem.heads_kv())?;
+        let params = HopperForwardParams {
+            q: UNKNOWN_MAP,
+            k: UNKNOWN_MAP,
+            v: UNKNOWN_MAP,
+            out: UNKNOWN_MAP,
+            lse: 0,
+            heads_q: count(problem.heads_q())?,
+            heads_q_per_kv,
+            seqlen_q: problem.seqlen_q(),
+            seqlen_k: problem.seqlen_k(),
+            query_tiles,
+            heads: tiles / query_tiles,
+            heads_per_section: heads_per_section(problem, heads_q_per_kv),
+            tiles,
+            scale_log2: kernel_scale(problem.softmax_scale()).1,
+            reserved: [0; 5],
+        };
+        let (q, k) = tile_map::dims(problem);
+        let map = |tensor, dims, rows| TileMap::new(tensor, dims, problem.dtype(), rows);
+        let maps = [
+            map(&problem.q(), q, HOPPER_ROWS),
+            map(&problem.k(), k, entry.block_n),
+            map(&problem.v(), k, entry.block_n),
+            map(&problem.out(), q, HOPPER_ROWS),
+        ];
+        let grid = [tiles.min(multiprocessors), 1, 1];
+        let launch = Self::new(entry, grid, Parameters::HopperForward(params));
+        Ok(Self {
+            maps: Some(maps),
+            ..launch
+        })
+    }
+
     pub(super) fn backward(problem: &BackwardProblem, entry: &'static Entry) -> Result<Self, Error> {
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let (grid, tiles) = if entry.pass == Pass::BackwardKeys {
@@ -127,11 +178,20 @@ impl Launch {
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             params,
+            maps: None,
         }
     }
 
-    /// The kernel's parameters, for results at these addresses; `None` if they are those of the other pass.
-    pub fn params(&self, results: Results) -> Option<Parameters> {
+    /// The kernel's parameters, for results at these addresses; `None` if they are those of the other pass. `encode` makes
+    /// the device's tensor maps.
+    ///
+    /// # Errors
+    /// Those of `encode`.
+    pub fn params<E>(
+        &self,
+        results: Results,
+        encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
+    ) -> Result<Option<Parameters>, E> {
         let bytes = self.entry.dtype.bytes() as u64;
         let aligned = |tensors: &[StridedTensor]| tensors.iter().all(|tensor| is_aligned(tensor, bytes)).into();
         let mut params = self.params;
@@ -140,13 +200,21 @@ impl Launch {
                 (p.out.address, p.lse) = (out, lse);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out]);
             }
+            (Parameters::HopperForward(p), Results::Forward { out, lse }) => {
+                let Some([q, k, v, result]) = self.maps else {
+                    return Ok(None);
+                };
+                (p.q, p.k, p.v) = (encode(&q)?, encode(&k)?, encode(&v)?);
+                p.out = encode(&TileMap { address: out, ..result })?;
+                p.lse = lse;
+            }
             (Parameters::Backward(p), Results::Backward { dq, dk, dv, delta }) => {
                 (p.dq.address, p.dk.address, p.dv.address, p.delta) = (dq, dk, dv, delta);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv]);
             }
-            _ => return None,
+            _ => return Ok(None),
         }
-        Some(params)
+        Ok(Some(params))
     }
 
     /// The error of a device that was given the results of the other pass.
@@ -169,6 +237,24 @@ fn grid(batch: usize, heads: usize, seqlen: u32, tile: u32) -> Result<([u32; 3],
         _ => Err(Error::GridTooLarge { blocks, limit }),
     }
 }
+
+/// A tensor map that a device makes when the call's results have addresses.
+const UNKNOWN_MAP: TensorMap = TensorMap([0; 16]);
+
+/// Heads whose tiles are worked on side by side: under a causal mask, as many as have keys and values in the L2 cache
+/// together, so that the longest tiles of all of them can come first; else one after the other.
+fn heads_per_section(problem: &Problem, heads_q_per_kv: NonZeroU32) -> NonZeroU32 {
+    if !problem.causal() {
+        return NonZeroU32::MIN;
+    }
+    let row_bytes = u64::from(problem.head_dim()) * problem.dtype().bytes() as u64;
+    let heads_kv = L2_BYTES / (2 * u64::from(problem.seqlen_k()) * row_bytes);
+    let heads_kv = u32::try_from(heads_kv).ok().and_then(NonZeroU32::new);
+    heads_q_per_kv.saturating_mul(heads_kv.unwrap_or(NonZeroU32::MIN))
+}
+
+/// What of Hopper's 50 MB of L2 cache keys and values may take.
+const L2_BYTES: u64 = 32 << 20;
 
 /// A number of heads. No problem has none, and one with more than a launch has blocks was refused by its grid.
 fn count(n: usize) -> Result<NonZeroU32, Error> {

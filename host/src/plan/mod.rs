@@ -5,6 +5,7 @@
 
 mod cost;
 mod launch;
+mod tile_map;
 
 use std::fmt;
 
@@ -13,6 +14,7 @@ use flash_attention_kernels::entries::{self, Arch, Entry, Pass};
 pub use cost::Cost;
 pub(crate) use launch::kernel_scale;
 pub use launch::{Launch, Parameters, Results};
+pub use tile_map::TileMap;
 
 use crate::device::DeviceInfo;
 use crate::problem::BackwardTensors;
@@ -53,9 +55,13 @@ impl Plan {
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
         let (tiles, launches) = match *device {
             DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
-            DeviceInfo::Gpu { .. } => {
+            DeviceInfo::Gpu { multiprocessors, .. } => {
                 let entry = choose(problem, Pass::Forward, device)?;
-                (Tiles::of(entry), vec![Launch::forward(problem, entry)?])
+                let launch = match entry.arch {
+                    Arch::Sm80 => Launch::forward(problem, entry)?,
+                    Arch::Sm90a => Launch::hopper_forward(problem, entry, multiprocessors)?,
+                };
+                (Tiles::of(entry), vec![launch])
             }
         };
         Ok(Self {
@@ -182,9 +188,27 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo) -> Result<&'static
             "kernels need compute capability {major}.{minor} or newer"
         )));
     }
-    // sm_80 code runs on every later GPU and is all there is so far. The sums of dO * O know no mask.
+    // The sums of dO * O know no mask.
     let causal = problem.causal() && pass != Pass::BackwardDelta;
-    let entry = entries::find(pass, Arch::Sm80, problem.dtype(), causal, problem.head_dim())
+    let compiled = |arch| entries::find(pass, arch, problem.dtype(), causal, problem.head_dim());
+    // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too.
+    let hopper = match problem.arch() {
+        Some(Arch::Sm80) => None,
+        Some(Arch::Sm90a) if (major, minor) != (9, 0) => {
+            return Err(refuse("sm_90a kernels need compute capability 9.0".to_owned()));
+        }
+        Some(Arch::Sm90a) if !suits_hopper(problem) => {
+            return Err(refuse(
+                "sm_90a kernels need tensors of 16-byte aligned rows, no broadcast axis, and a positive scale"
+                    .to_owned(),
+            ));
+        }
+        Some(Arch::Sm90a) => compiled(Arch::Sm90a),
+        None => compiled(Arch::Sm90a).filter(|_| (major, minor) == (9, 0) && suits_hopper(problem)),
+    };
+    let portable = || compiled(Arch::Sm80).filter(|_| problem.arch() != Some(Arch::Sm90a));
+    let entry = hopper
+        .or_else(portable)
         .ok_or_else(|| refuse("none is compiled for this head_dim".to_owned()))?;
     if entry.shared_bytes > shared_bytes_per_block {
         let needed = entry.shared_bytes;
@@ -193,6 +217,12 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo) -> Result<&'static
         )));
     }
     Ok(entry)
+}
+
+/// Whether Hopper's own kernels take a problem: its tensors can be copied by the tensor memory accelerator, and the scale is
+/// positive, so that the largest product is the largest score. The portable kernels take all others.
+fn suits_hopper(problem: &Problem) -> bool {
+    problem.softmax_scale() > 0.0 && tile_map::fits(problem)
 }
 
 /// A table to read: what is solved, by which kernel in which tiles, and what it costs.

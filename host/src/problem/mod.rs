@@ -7,7 +7,7 @@ mod backward;
 pub(crate) use backward::BackwardTensors;
 pub use backward::{BackwardInputs, BackwardProblem, GradientOutputs};
 use flash_attention_kernels::abi::StridedTensor;
-use flash_attention_kernels::entries::Dtype;
+use flash_attention_kernels::entries::{Arch, Dtype};
 use flash_attention_kernels::mask::MAX_SEQLEN;
 
 use crate::layout::TensorInfo;
@@ -34,6 +34,7 @@ pub struct Problem {
     dtype: Dtype,
     causal: bool,
     softmax_scale: f32,
+    arch: Option<Arch>,
     q: StridedTensor,
     k: StridedTensor,
     v: StridedTensor,
@@ -103,6 +104,7 @@ impl Problem {
             dtype: q.dtype(),
             causal: attention.is_causal(),
             softmax_scale,
+            arch: attention.forced_arch(),
             q: strided(q),
             k: strided(k),
             v: strided(v),
@@ -153,6 +155,11 @@ impl Problem {
     /// What scores are multiplied by before the softmax.
     pub fn softmax_scale(&self) -> f32 {
         self.softmax_scale
+    }
+
+    /// The architecture whose kernels were asked for; `None` leaves it to the plan.
+    pub fn arch(&self) -> Option<Arch> {
+        self.arch
     }
 
     /// Queries.

@@ -7,6 +7,9 @@
 pub mod copy;
 pub mod math;
 pub mod matrix;
+pub mod mbarrier;
 pub mod memory;
 pub mod sreg;
 pub mod sync;
+pub mod tma;
+pub mod wgmma;

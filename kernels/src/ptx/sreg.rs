@@ -25,6 +25,9 @@ special_register!(
     /// Index of the block in its grid.
     block_idx_x, "%ctaid.x");
 special_register!(
+    /// Blocks of the grid.
+    grid_dim_x, "%nctaid.x");
+special_register!(
     /// Index of the lane in its warp.
     lane_id, "%laneid");
 special_register!(

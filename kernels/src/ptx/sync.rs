@@ -9,6 +9,27 @@ pub fn sync_threads() {
     unsafe { asm!("bar.sync 0;", options(nostack)) }
 }
 
+/// `bar.sync barrier, threads;` — `threads` threads arrive at barrier `barrier`, this one among them, and see what the
+/// others wrote before.
+///
+/// # Safety
+/// Whole warps call it, and barrier 0 is [`sync_threads`]'s.
+#[inline(always)]
+pub unsafe fn sync_some(barrier: u32, threads: u32) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("bar.sync {b}, {n};", b = in(reg32) barrier, n = in(reg32) threads, options(nostack)) }
+}
+
+/// `bar.arrive barrier, threads;` — the same without waiting.
+///
+/// # Safety
+/// As [`sync_some`].
+#[inline(always)]
+pub unsafe fn arrive_some(barrier: u32, threads: u32) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("bar.arrive {b}, {n};", b = in(reg32) barrier, n = in(reg32) threads, options(nostack)) }
+}
+
 /// `bar.warp.sync -1;` — every lane of the warp arrives, and sees what the others wrote before.
 #[inline(always)]
 pub fn sync_warp() {

@@ -7,16 +7,16 @@ use core::marker::PhantomData;
 
 /// `M` x `N` accumulators of m16n8: `16 M` rows, `8 N` columns; operands are `T`.
 #[derive(Clone, Copy)]
-pub struct Fragments<T, const M: usize, const N: usize>([[[f32; 4]; N]; M], PhantomData<T>);
+pub struct Fragments<T, const M: usize, const N: usize>(pub(super) [[[f32; 4]; N]; M], pub(super) PhantomData<T>);
 
 /// `16 M` x `8 N` elements of 16 bits. The accumulators of two neighbouring m16n8 are laid out as one A operand is.
 #[derive(Clone, Copy)]
-pub struct Packed<const M: usize, const N: usize>([[[u32; 2]; N]; M]);
+pub struct Packed<const M: usize, const N: usize>(pub(super) [[[u32; 2]; N]; M]);
 
 impl<const M: usize, const N: usize> Packed<M, N> {
     /// The A operand of rows `16 m`, k block `k`.
     #[inline(always)]
-    fn fragment(&self, m: usize, k: usize) -> [u32; 4] {
+    pub(super) fn fragment(&self, m: usize, k: usize) -> [u32; 4] {
         let (left, right) = (self.0[m][k * 2], self.0[m][k * 2 + 1]);
         [left[0], left[1], right[0], right[1]]
     }

@@ -1,0 +1,74 @@
+//! What the tensor memory accelerator is to know of a tensor.
+
+use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
+
+use crate::Problem;
+
+/// Strides that a tensor map takes, in bytes: a multiple of 16, and less than this.
+const STRIDE_LIMIT: u64 = 1 << 40;
+
+/// A `[batch, heads, seqlen, head_dim]` tensor of 16-bit elements and the box in which a kernel copies it: the arguments of
+/// `cuTensorMapEncodeTiled`, from which a device makes a tensor map.
+///
+/// The box is swizzled in rows of 128 bytes; what lies outside the tensor reads as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TileMap {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Device address of element `[0, 0, 0, 0]`.
+    pub address: u64,
+    /// head_dim, seqlen, heads, batch.
+    pub dims: [u64; 4],
+    /// Bytes from one entry of seqlen, heads, batch to the next.
+    pub strides: [u64; 3],
+    /// The box: head_dim, seqlen, heads, batch.
+    pub box_dims: [u32; 4],
+}
+
+impl TileMap {
+    /// The map of a tensor that [`fits`], copied `rows` rows at a time.
+    pub(super) fn new(tensor: &StridedTensor, dims: [u64; 4], dtype: Dtype, rows: u32) -> Self {
+        let bytes = dtype.bytes() as u64;
+        let strides = [tensor.row_stride, tensor.head_stride, tensor.batch_stride];
+        Self {
+            dtype,
+            address: tensor.address,
+            dims,
+            // The stride of an axis of one entry is 0 here, which a driver may refuse, and is never used.
+            strides: strides.map(|stride| if stride == 0 { 16 } else { stride * bytes }),
+            box_dims: [64, rows, 1, 1],
+        }
+    }
+}
+
+/// Whether tensor maps can describe a problem's tensors: 16-byte aligned rows, no broadcast axis, strides in range.
+pub(super) fn fits(problem: &Problem) -> bool {
+    let bytes = problem.dtype().bytes() as u64;
+    let (q, k) = dims(problem);
+    [(problem.q(), q), (problem.k(), k), (problem.v(), k), (problem.out(), q)]
+        .iter()
+        .all(|(tensor, dims)| {
+            let strides = [tensor.row_stride, tensor.head_stride, tensor.batch_stride];
+            let one_fits = |(&stride, &size): (&u64, &u64)| {
+                size == 1 || (stride > 0 && stride < STRIDE_LIMIT / bytes && (stride * bytes).is_multiple_of(16))
+            };
+            tensor.address.is_multiple_of(16) && strides.iter().zip(&dims[1..]).all(one_fits)
+        })
+}
+
+/// Sizes of q and out, and of k and v: head_dim, seqlen, heads, batch.
+pub(super) fn dims(problem: &Problem) -> ([u64; 4], [u64; 4]) {
+    let dims = |seqlen: u32, heads: usize| {
+        [
+            problem.head_dim().into(),
+            seqlen.into(),
+            heads as u64,
+            problem.batch() as u64,
+        ]
+    };
+    (
+        dims(problem.seqlen_q(), problem.heads_q()),
+        dims(problem.seqlen_k(), problem.heads_kv()),
+    )
+}

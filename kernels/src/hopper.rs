@@ -1,0 +1,472 @@
+//! The forward pass on Hopper: Algorithm 1 on the schedule of FlashAttention-3.
+//!
+//! One thread of the first warpgroup loads: the queries of each tile of work, and keys and values through rings of slots.
+//! The other warpgroups each own 64 queries. While the tensor cores multiply one tile of values, a warpgroup turns the
+//! scores of the next tile of keys into probabilities; and warpgroups take turns at issuing products, so that one's
+//! exponentials fall into another's products. Probabilities never leave the registers.
+//!
+//! Blocks stay for the whole launch and take one tile of work after the other. Keys are walked from the last to the first:
+//! those that need a mask come first, where they are few, and the loop over the others has none.
+
+use crate::abi::HopperForwardParams;
+use crate::mask::Mask;
+use crate::pipeline::bulk::{Cursor, Slots};
+use crate::ptx::{mbarrier, memory, sreg, sync, tma, tma::Corner, wgmma};
+use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperShape};
+use crate::softmax::OnlineSoftmax;
+use crate::tile::panels::Panels;
+use crate::tile::register::{Accumulator, ScoreTile};
+use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
+use core::marker::PhantomData;
+use core::mem::offset_of;
+
+/// Threads of a warpgroup.
+const WARPGROUP: u32 = 128;
+
+/// First of the barriers by which consumers take turns, one each.
+const TURNS: u32 = 1;
+
+/// First of the barriers of a single consumer each.
+const GROUPS: u32 = 4;
+
+/// A block's share of the launch. `maps` is the generic address of `p`, a kernel parameter.
+///
+/// # Safety
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
+#[inline(always)]
+pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, maps: u64) {
+    let shared = Shared::<S>::of_this_block();
+    // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
+    unsafe {
+        if sreg::thread_idx_x() == 0 {
+            shared.query_slots().init(1, S::CONSUMERS);
+            shared.key_slots().init(HOPPER_SLOTS, S::CONSUMERS * 4);
+            shared.value_slots().init(HOPPER_SLOTS, S::CONSUMERS * 4);
+            mbarrier::fence_init();
+        }
+        sync::sync_threads();
+        if sreg::thread_idx_x() < WARPGROUP {
+            wgmma::shrink_registers::<S>();
+            if sreg::thread_idx_x() == 0 {
+                produce::<S, CAUSAL>(p, maps, shared);
+            }
+        } else {
+            wgmma::grow_registers::<S>();
+            Consumer::<S, CAUSAL>::new(p, shared).consume(maps);
+        }
+    }
+}
+
+/// Loads every tile that the block's consumers will ask for, in the order in which they will. One thread.
+#[inline(always)]
+unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, maps: u64, shared: Shared<S>) {
+    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let (mut queries, mut tiles) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
+    let map = |offset: usize| maps + offset as u64;
+    for work in Work::<S>::of_this_block(p) {
+        // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
+        unsafe {
+            let full = shared.query_slots().refill(queries, S::CONSUMERS * S::QUERY_BYTES);
+            for group in 0..S::CONSUMERS {
+                let corner = work.query(p, group);
+                shared
+                    .query(group)
+                    .load(map(offset_of!(HopperForwardParams, q)), corner, full);
+            }
+            queries.advance();
+            // The same for every tile if nothing is masked; but registers are few here.
+            let end = sync::renew(mask.key_blocks(work.first_row, work.rows(p), S::BLOCK_N).end);
+            for n in (0..end).rev() {
+                let corner = work.key(p, n);
+                let full = shared.key_slots().refill(tiles, S::TILE_BYTES);
+                shared
+                    .key(tiles.slot)
+                    .load(map(offset_of!(HopperForwardParams, k)), corner, full);
+                let full = shared.value_slots().refill(tiles, S::TILE_BYTES);
+                shared
+                    .value(tiles.slot)
+                    .load(map(offset_of!(HopperForwardParams, v)), corner, full);
+                tiles.advance();
+            }
+        }
+    }
+}
+
+/// One warpgroup that computes.
+struct Consumer<'a, S: HopperShape, const CAUSAL: bool> {
+    p: &'a HopperForwardParams,
+    mask: Mask<CAUSAL>,
+    shared: Shared<S>,
+    /// Which of the consumers it is.
+    group: u32,
+    queries: Cursor<1>,
+    keys: Cursor<HOPPER_SLOTS>,
+    values: Cursor<HOPPER_SLOTS>,
+}
+
+impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
+    #[inline(always)]
+    fn new(p: &'a HopperForwardParams, shared: Shared<S>) -> Self {
+        Self {
+            p,
+            mask: Mask::new(p.seqlen_q, p.seqlen_k),
+            shared,
+            group: sreg::thread_idx_x() / WARPGROUP - 1,
+            queries: Cursor::start(),
+            keys: Cursor::start(),
+            values: Cursor::start(),
+        }
+    }
+
+    /// Its 64 queries of every tile of work that falls to the block.
+    #[inline(always)]
+    unsafe fn consume(&mut self, maps: u64) {
+        // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's queries and output are its own.
+        unsafe {
+            if self.group == S::CONSUMERS - 1 {
+                self.pass_turn();
+            }
+            for work in Work::<S>::of_this_block(self.p) {
+                self.shared.query_slots().acquire(self.queries);
+                let mut softmax = OnlineSoftmax::new(self.p.scale_log2);
+                let mut output = S::Output::zero();
+                self.attend(&work, &mut softmax, &mut output);
+                self.finish(&work, softmax, output, maps);
+                self.queries.advance();
+            }
+            if self.group == 0 {
+                self.take_turn();
+            }
+        }
+    }
+
+    /// Online softmax over all keys that the tile's queries see.
+    #[inline(always)]
+    unsafe fn attend(&mut self, work: &Work<S>, softmax: &mut OnlineSoftmax<S::Scores>, output: &mut S::Output) {
+        let blocks = self.mask.key_blocks(work.first_row, work.rows(self.p), S::BLOCK_N);
+        if blocks.end == 0 {
+            return;
+        }
+        let last = blocks.end - 1;
+        // SAFETY (whole body): as in `consume`.
+        unsafe {
+            wgmma::fence();
+            let mut scores = self.score();
+            wgmma::wait::<0>();
+            scores.pin();
+            self.release_key();
+            self.hide(work, last, &mut scores);
+            softmax.update(&mut scores);
+            let mut probabilities = scores.pinned_operand();
+            self.shared.value_slots().acquire(self.values);
+            if CAUSAL {
+                for n in (blocks.boundary..last).rev() {
+                    self.step::<true>(work, n, softmax, output, &mut probabilities);
+                }
+            }
+            for n in (0..blocks.boundary.min(last)).rev() {
+                self.step::<false>(work, n, softmax, output, &mut probabilities);
+            }
+            wgmma::fence();
+            self.add_values(&probabilities, output);
+            wgmma::wait::<0>();
+            output.pin();
+            self.release_value();
+        }
+    }
+
+    /// Scores of key block `n`, and meanwhile the product of the previous block's probabilities with its values.
+    #[inline(always)]
+    unsafe fn step<const MASKED: bool>(
+        &mut self,
+        work: &Work<S>,
+        n: u32,
+        softmax: &mut OnlineSoftmax<S::Scores>,
+        output: &mut S::Output,
+        probabilities: &mut <S::Scores as ScoreTile>::Operand,
+    ) {
+        // SAFETY (whole body): as in `consume`.
+        unsafe {
+            self.take_turn();
+            wgmma::fence();
+            let mut scores = self.score();
+            self.add_values(probabilities, output);
+            self.pass_turn();
+            wgmma::wait::<1>();
+            scores.pin();
+            self.release_key();
+            if MASKED {
+                self.hide(work, n, &mut scores);
+            }
+            let rescale = softmax.update(&mut scores);
+            scores.pin();
+            // Awaited here, the next values keep ptxas from moving the wait for the output up, before the exponentials.
+            let mut values = self.values;
+            values.advance();
+            self.shared.value_slots().acquire(values);
+            wgmma::wait::<0>();
+            output.pin();
+            self.release_value();
+            output.map_rows(rescale, |rescale, o| o * rescale);
+            *probabilities = scores.pinned_operand();
+        }
+    }
+
+    /// Issues Q K^T with the next tile of keys.
+    #[inline(always)]
+    unsafe fn score(&mut self) -> S::Scores {
+        // SAFETY: as in `consume`.
+        unsafe {
+            self.shared.key_slots().acquire(self.keys);
+            let scores = S::Scores::product(self.shared.query(self.group), self.shared.key(self.keys.slot));
+            wgmma::commit();
+            scores
+        }
+    }
+
+    /// Issues `output += P V` with the tile of values that was acquired.
+    #[inline(always)]
+    unsafe fn add_values(&mut self, probabilities: &<S::Scores as ScoreTile>::Operand, output: &mut S::Output) {
+        // SAFETY: as in `consume`.
+        unsafe {
+            output.add_product(probabilities, self.shared.value(self.values.slot));
+            wgmma::commit();
+        }
+    }
+
+    /// Minus infinity for the keys of block `n` that a query does not see.
+    #[inline(always)]
+    fn hide(&self, work: &Work<S>, n: u32, scores: &mut S::Scores) {
+        let (first_row, first_key) = (self.first_row(work), n * S::BLOCK_N);
+        scores.map_coordinates(|row, column, score| {
+            let visible = first_key + column < self.mask.visible_end(first_row + row);
+            if visible { score } else { f32::NEG_INFINITY }
+        });
+    }
+
+    /// Normalises and stores the output, by way of the shared memory that held the queries, and lse.
+    #[inline(always)]
+    unsafe fn finish(&mut self, work: &Work<S>, softmax: OnlineSoftmax<S::Scores>, mut output: S::Output, maps: u64) {
+        let first_row = self.first_row(work);
+        let (inverse, lse) = softmax.finish(|row| self.mask.visible_end(first_row + row) > 0);
+        output.map_rows(inverse, |inverse, o| o * inverse);
+        let staging = self.shared.query(self.group);
+        // SAFETY (whole body): the warpgroup's products with these queries were awaited, by each of its warps before it
+        // arrives at the first barrier; lse holds an f32 for each query.
+        unsafe {
+            self.sync_group();
+            output.write(staging, warp_of_group() * 16, sreg::lane_id());
+            tma::fence_async();
+            self.sync_group();
+            if sreg::thread_idx_x() % WARPGROUP == 0 {
+                staging.store(
+                    maps + offset_of!(HopperForwardParams, out) as u64,
+                    work.query(self.p, self.group),
+                );
+                tma::wait_read();
+                self.shared.query_slots().release(self.queries);
+            }
+            let address = self.p.lse + (work.head as u64 * self.p.seqlen_q as u64 + first_row as u64) * 4;
+            S::Scores::for_each_row(lse, |row, lse| {
+                if first_row + row < self.p.seqlen_q {
+                    memory::st_global_u32(address + row as u64 * 4, lse.to_bits());
+                }
+            });
+        }
+    }
+
+    /// First query of this warp.
+    #[inline(always)]
+    fn first_row(&self, work: &Work<S>) -> u32 {
+        work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
+    }
+
+    /// Done with the tile of keys, and on to the next.
+    #[inline(always)]
+    unsafe fn release_key(&mut self) {
+        // SAFETY: as in `consume`.
+        unsafe { self.release(self.shared.key_slots(), self.keys) };
+        self.keys.advance();
+    }
+
+    /// Done with the tile of values, and on to the next.
+    #[inline(always)]
+    unsafe fn release_value(&mut self) {
+        // SAFETY: as in `consume`.
+        unsafe { self.release(self.shared.value_slots(), self.values) };
+        self.values.advance();
+    }
+
+    /// Each warp says so for itself: a wait covers its own part of a product only.
+    #[inline(always)]
+    unsafe fn release(&self, slots: Slots, cursor: Cursor<HOPPER_SLOTS>) {
+        if sreg::lane_id() == 0 {
+            // SAFETY: as in `consume`.
+            unsafe { slots.release(cursor) }
+        }
+    }
+
+    /// Waits until the warpgroup before this one has issued its products.
+    #[inline(always)]
+    fn take_turn(&self) {
+        // SAFETY: a whole warpgroup waits and a whole warpgroup arrives; the ring is started by `consume`, which also
+        // takes the last turn that was passed.
+        unsafe { sync::sync_some(TURNS + self.group, 2 * WARPGROUP) }
+    }
+
+    /// Lets the next warpgroup issue its products.
+    #[inline(always)]
+    fn pass_turn(&self) {
+        let next = if self.group + 1 == S::CONSUMERS {
+            0
+        } else {
+            self.group + 1
+        };
+        // SAFETY: as for `take_turn`.
+        unsafe { sync::arrive_some(TURNS + next, 2 * WARPGROUP) }
+    }
+
+    /// Waits for the whole of this warpgroup.
+    #[inline(always)]
+    fn sync_group(&self) {
+        // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
+        unsafe { sync::sync_some(GROUPS + self.group, WARPGROUP) }
+    }
+}
+
+/// Index of the warp in its warpgroup.
+#[inline(always)]
+fn warp_of_group() -> u32 {
+    sreg::warp_id() % 4
+}
+
+/// The queries of one head that a block takes at a time.
+struct Work<S> {
+    /// Head, all batch entries counted.
+    head: u32,
+    first_row: u32,
+    shape: PhantomData<S>,
+}
+
+impl<S: HopperShape> Work<S> {
+    /// What falls to this block: every `gridDim.x`-th tile of work.
+    #[inline(always)]
+    fn of_this_block(p: &HopperForwardParams) -> impl Iterator<Item = Self> {
+        let mut next = sreg::block_idx_x();
+        core::iter::from_fn(move || {
+            let index = next;
+            next += sreg::grid_dim_x();
+            (index < p.tiles).then(|| Self::new(p, index))
+        })
+    }
+
+    /// Heads are worked on in sections whose keys and values the L2 cache holds; in a section the longest tiles of all
+    /// heads come first, which under a causal mask keeps the last wave short.
+    #[inline(always)]
+    fn new(p: &HopperForwardParams, index: u32) -> Self {
+        let section = index / p.query_tiles / p.heads_per_section;
+        let first_head = section * p.heads_per_section.get();
+        let heads = p.heads_per_section.get().min(p.heads - first_head).max(1);
+        let rest = index - first_head * p.query_tiles.get();
+        Self {
+            head: first_head + rest % heads,
+            first_row: (p.query_tiles.get() - 1 - rest / heads) * S::BLOCK_M,
+            shape: PhantomData,
+        }
+    }
+
+    /// Queries of the tile that exist.
+    #[inline(always)]
+    fn rows(&self, p: &HopperForwardParams) -> u32 {
+        (p.seqlen_q - self.first_row).min(S::BLOCK_M)
+    }
+
+    /// Where warpgroup `group`'s queries start.
+    #[inline(always)]
+    fn query(&self, p: &HopperForwardParams, group: u32) -> Corner {
+        Corner {
+            batch: self.head / p.heads_q,
+            head: self.head % p.heads_q,
+            row: self.first_row + group * HOPPER_ROWS,
+            column: 0,
+        }
+    }
+
+    /// Where key block `n` starts.
+    #[inline(always)]
+    fn key(&self, p: &HopperForwardParams, n: u32) -> Corner {
+        Corner {
+            batch: self.head / p.heads_q,
+            head: self.head % p.heads_q / p.heads_q_per_kv,
+            row: n * S::BLOCK_N,
+            column: 0,
+        }
+    }
+}
+
+/// Where everything lies in shared memory: queries by warpgroup, slots of keys, slots of values, barriers.
+struct Shared<S> {
+    base: u32,
+    shape: PhantomData<S>,
+}
+
+impl<S> Clone for Shared<S> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Shared<S> {}
+
+impl<S: HopperShape> Shared<S> {
+    #[inline(always)]
+    fn of_this_block() -> Self {
+        Self {
+            base: sreg::dynamic_shared_mem(),
+            shape: PhantomData,
+        }
+    }
+
+    /// The queries of warpgroup `group`, later its output.
+    #[inline(always)]
+    fn query(self, group: u32) -> Panels {
+        Panels::new(self.base + group * S::QUERY_BYTES, HOPPER_ROWS, S::HEAD_DIM)
+    }
+
+    /// A slot of keys.
+    #[inline(always)]
+    fn key(self, slot: u32) -> Panels {
+        self.tile(slot)
+    }
+
+    /// A slot of values.
+    #[inline(always)]
+    fn value(self, slot: u32) -> Panels {
+        self.tile(HOPPER_SLOTS + slot)
+    }
+
+    #[inline(always)]
+    fn tile(self, slot: u32) -> Panels {
+        let base = self.base + S::CONSUMERS * S::QUERY_BYTES + slot * S::TILE_BYTES;
+        Panels::new(base, S::BLOCK_N, S::HEAD_DIM)
+    }
+
+    /// Whether the queries are there, and whether their room is free again.
+    #[inline(always)]
+    fn query_slots(self) -> Slots {
+        Slots::new(self.base + S::TILES_BYTES)
+    }
+
+    /// The same for each slot of keys.
+    #[inline(always)]
+    fn key_slots(self) -> Slots {
+        Slots::new(self.base + S::TILES_BYTES + Slots::BYTES)
+    }
+
+    /// The same for each slot of values.
+    #[inline(always)]
+    fn value_slots(self) -> Slots {
+        Slots::new(self.base + S::TILES_BYTES + (1 + HOPPER_SLOTS) * Slots::BYTES)
+    }
+}

@@ -1,0 +1,109 @@
+//! A ring of tiles that one thread fills by asynchronous copies and several warpgroups empty.
+//!
+//! Each slot has two barriers: `full` ends a phase when the tile's bytes have arrived, `empty` when every consumer is done
+//! with them. Producer and consumers walk the slots in the same order, each with a [`Cursor`] of its own.
+
+use crate::ptx::mbarrier;
+
+/// `full` and `empty` of each of some slots, in shared memory.
+#[derive(Clone, Copy)]
+pub struct Slots {
+    barriers: u32,
+}
+
+/// Which slot comes next, and the parity of its phase.
+#[derive(Clone, Copy)]
+pub struct Cursor<const SLOTS: u32> {
+    /// The slot.
+    pub slot: u32,
+    parity: u32,
+}
+
+impl Slots {
+    /// Bytes of the barriers of one slot.
+    pub const BYTES: u32 = 2 * mbarrier::BYTES;
+
+    /// The slots whose barriers start at shared-window address `barriers`.
+    #[inline(always)]
+    pub fn new(barriers: u32) -> Self {
+        Self { barriers }
+    }
+
+    /// Initialises the barriers of `slots` slots, each emptied by `consumers` arrivals.
+    ///
+    /// # Safety
+    /// One thread calls it, once, before anybody uses them.
+    #[inline(always)]
+    pub unsafe fn init(self, slots: u32, consumers: u32) {
+        for slot in 0..slots {
+            // SAFETY: the caller's contract.
+            unsafe {
+                mbarrier::init(self.full(slot), 1);
+                mbarrier::init(self.empty(slot), consumers);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn full(self, slot: u32) -> u32 {
+        self.barriers + slot * Self::BYTES
+    }
+
+    #[inline(always)]
+    fn empty(self, slot: u32) -> u32 {
+        self.full(slot) + mbarrier::BYTES
+    }
+
+    /// Producer: waits until the slot is empty and announces `bytes`; returns the barrier that counts them.
+    ///
+    /// # Safety
+    /// The slots are initialised, and copies of that many bytes follow.
+    #[inline(always)]
+    pub unsafe fn refill<const SLOTS: u32>(self, cursor: Cursor<SLOTS>, bytes: u32) -> u32 {
+        let full = self.full(cursor.slot);
+        // SAFETY: the caller's contract.
+        unsafe {
+            mbarrier::wait(self.empty(cursor.slot), cursor.parity ^ 1);
+            mbarrier::arrive_expecting(full, bytes);
+        }
+        full
+    }
+
+    /// Consumer: waits until the slot is full.
+    ///
+    /// # Safety
+    /// The slots are initialised.
+    #[inline(always)]
+    pub unsafe fn acquire<const SLOTS: u32>(self, cursor: Cursor<SLOTS>) {
+        // SAFETY: the caller's contract.
+        unsafe { mbarrier::wait(self.full(cursor.slot), cursor.parity) }
+    }
+
+    /// Consumer: one of the arrivals that empty the slot.
+    ///
+    /// # Safety
+    /// The slot was acquired, and those for whom this thread arrives are done with it.
+    #[inline(always)]
+    pub unsafe fn release<const SLOTS: u32>(self, cursor: Cursor<SLOTS>) {
+        // SAFETY: the caller's contract.
+        unsafe { mbarrier::arrive(self.empty(cursor.slot)) }
+    }
+}
+
+impl<const SLOTS: u32> Cursor<SLOTS> {
+    /// The first slot, never used.
+    #[inline(always)]
+    pub fn start() -> Self {
+        Self { slot: 0, parity: 0 }
+    }
+
+    /// To the next slot.
+    #[inline(always)]
+    pub fn advance(&mut self) {
+        self.slot += 1;
+        if self.slot == SLOTS {
+            self.slot = 0;
+            self.parity ^= 1;
+        }
+    }
+}

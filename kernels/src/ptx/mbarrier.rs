@@ -1,0 +1,70 @@
+//! Barriers that count arrivals and bytes. PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier".
+//! PTX 8.0, sm_90.
+//!
+//! A barrier goes from phase to phase; a waiter names the parity of the phase whose end it waits for.
+
+use core::arch::asm;
+
+/// Bytes of a barrier.
+pub const BYTES: u32 = 8;
+
+/// `mbarrier.init` — each phase ends with `arrivals` arrivals and the bytes that were announced.
+///
+/// # Safety
+/// `barrier` is an 8-byte aligned shared-window address that nobody uses yet.
+#[inline(always)]
+pub unsafe fn init(barrier: u32, arrivals: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("mbarrier.init.shared::cta.b64 [{b}], {n};", b = in(reg32) barrier, n = in(reg32) arrivals, options(nostack))
+    }
+}
+
+/// `fence.mbarrier_init` — barriers that this thread initialised are so for asynchronous copies as well.
+#[inline(always)]
+pub fn fence_init() {
+    // SAFETY: orders this thread's writes.
+    unsafe { asm!("fence.mbarrier_init.release.cluster;", options(nostack)) }
+}
+
+/// `mbarrier.arrive` — one arrival; what this thread did before is visible to who sees the phase end.
+///
+/// # Safety
+/// `barrier` is initialised, and its phase expects this arrival.
+#[inline(always)]
+pub unsafe fn arrive(barrier: u32) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{b}];", b = in(reg32) barrier, options(nostack)) }
+}
+
+/// `mbarrier.arrive.expect_tx` — one arrival, and `bytes` that copies will bring before the phase ends.
+///
+/// # Safety
+/// As [`arrive`]; the copies are issued.
+#[inline(always)]
+pub unsafe fn arrive_expecting(barrier: u32, bytes: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{b}], {n};", b = in(reg32) barrier, n = in(reg32) bytes,
+            options(nostack));
+    }
+}
+
+/// `mbarrier.try_wait.parity`, until the phase of parity `parity` has ended. Of a fresh barrier, the phase of parity 1 has.
+///
+/// # Safety
+/// `barrier` is initialised.
+#[inline(always)]
+pub unsafe fn wait(barrier: u32, parity: u32) {
+    loop {
+        let ended: u32;
+        // SAFETY: the caller's contract.
+        unsafe {
+            asm!("{{ .reg .pred ended; mbarrier.try_wait.parity.shared::cta.b64 ended, [{b}], {p}; selp.u32 {e}, 1, 0, ended; }}",
+                e = out(reg32) ended, b = in(reg32) barrier, p = in(reg32) parity, options(nostack));
+        }
+        if ended != 0 {
+            return;
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Tensor cores of a warpgroup: four warps multiply together, while they do other work. PTX ISA, "Asynchronous
+//! Warpgroup Level Matrix Multiply-Accumulate Instructions". PTX 8.0, sm_90a.
+//!
+//! A product is issued, committed to a group and awaited. Until then its accumulators belong to the tensor cores: the
+//! compiler knows nothing of that, so what reads them is kept behind the wait by [`WarpgroupMma::pin`].
+
+use crate::shape::{Bf16, F16, HopperShape};
+use core::arch::asm;
+
+/// Accumulators of m64nNk16 as a lane holds them: four of each 8 columns, as in m16n8.
+pub trait WarpgroupMma<T>: Sized {
+    /// `wgmma.mma_async …, [a], [b]`: a new sum, A B^T of two tiles whose rows run along k.
+    ///
+    /// # Safety
+    /// `a` and `b` describe initialised shared memory that was made visible to the async proxy and stays as it is until
+    /// the group was awaited. The whole warpgroup executes it, after [`fence`].
+    unsafe fn product(a: u64, b: u64) -> Self;
+
+    /// The same, added to `self`.
+    ///
+    /// # Safety
+    /// As [`product`](Self::product).
+    unsafe fn add_product(&mut self, a: u64, b: u64);
+
+    /// `wgmma.mma_async …, {a…}, [b]`: adds A B, with A in registers (as of m16n8k16) and B a tile whose rows run along n.
+    ///
+    /// # Safety
+    /// As [`product`](Self::product).
+    unsafe fn add_registers(&mut self, a: [u32; 4], b: u64);
+
+    /// Emits nothing; what comes after uses the values as they are here, so after a [`wait`], their final ones.
+    fn pin(&mut self);
+}
+
+/// Placeholders for the accumulators of 8 more columns.
+macro_rules! four {
+    ($j:literal) => {
+        ", {}, {}, {}, {}"
+    };
+}
+
+macro_rules! wgmma {
+    ($columns:literal: $($j:literal)*) => {
+        wgmma!(F16 "f16" $columns: $($j)*);
+        wgmma!(Bf16 "bf16" $columns: $($j)*);
+    };
+    ($type:ident $name:literal $columns:literal: $($j:literal)*) => {
+        impl WarpgroupMma<$type> for [[f32; 4]; $columns / 8] {
+            #[inline(always)]
+            unsafe fn product(a: u64, b: u64) -> Self {
+                let mut d = [[0.0; 4]; $columns / 8];
+                // SAFETY: the caller's contract. The sum is not read, for the predicate is false.
+                unsafe {
+                    asm!(concat!("{{ .reg .pred add; setp.ne.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
+                        "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, 0, 0; }}"),
+                        out(reg32) d[0][0], out(reg32) d[0][1], out(reg32) d[0][2], out(reg32) d[0][3],
+                        $(out(reg32) d[$j][0], out(reg32) d[$j][1], out(reg32) d[$j][2], out(reg32) d[$j][3],)*
+                        a = in(reg64) a, b = in(reg64) b, options(nostack));
+                }
+                d
+            }
+
+            #[inline(always)]
+            unsafe fn add_product(&mut self, a: u64, b: u64) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    asm!(concat!("{{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
+                        "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, 0, 0; }}"),
+                        inout(reg32) self[0][0], inout(reg32) self[0][1], inout(reg32) self[0][2], inout(reg32) self[0][3],
+                        $(inout(reg32) self[$j][0], inout(reg32) self[$j][1], inout(reg32) self[$j][2],
+                          inout(reg32) self[$j][3],)*
+                        a = in(reg64) a, b = in(reg64) b, options(nostack));
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn add_registers(&mut self, a: [u32; 4], b: u64) {
+                // SAFETY: the caller's contract.
+                unsafe {
+                    asm!(concat!("{{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
+                        "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*,
+                        "}}, {{{a0}, {a1}, {a2}, {a3}}}, {b}, add, 1, 1, 1; }}"),
+                        inout(reg32) self[0][0], inout(reg32) self[0][1], inout(reg32) self[0][2], inout(reg32) self[0][3],
+                        $(inout(reg32) self[$j][0], inout(reg32) self[$j][1], inout(reg32) self[$j][2],
+                          inout(reg32) self[$j][3],)*
+                        a0 = in(reg32) a[0], a1 = in(reg32) a[1], a2 = in(reg32) a[2], a3 = in(reg32) a[3],
+                        b = in(reg64) b, options(nostack));
+                }
+            }
+
+            #[inline(always)]
+            fn pin(&mut self) {
+                for j in 0..$columns / 8 {
+                    let [a, b, c, d] = &mut self[j];
+                    // SAFETY: a comment.
+                    unsafe {
+                        asm!("// {} {} {} {}", inout(reg32) *a, inout(reg32) *b, inout(reg32) *c, inout(reg32) *d,
+                            options(nomem, nostack));
+                    }
+                }
+            }
+        }
+    };
+}
+
+wgmma!(64: 1 2 3 4 5 6 7);
+wgmma!(80: 1 2 3 4 5 6 7 8 9);
+wgmma!(112: 1 2 3 4 5 6 7 8 9 10 11 12 13);
+wgmma!(128: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+wgmma!(192: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
+wgmma!(256: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
+
+/// As [`WarpgroupMma::pin`], for two words of a left operand.
+#[inline(always)]
+pub fn pin_words([a, b]: &mut [u32; 2]) {
+    // SAFETY: a comment.
+    unsafe { asm!("// {} {}", inout(reg32) * a, inout(reg32) * b, options(nomem, nostack)) }
+}
+
+/// `wgmma.fence` — what the warpgroup's registers hold is ready for the products that follow.
+#[inline(always)]
+pub fn fence() {
+    // SAFETY: orders registers; the kernels call it where control is uniform over the warpgroup.
+    unsafe { asm!("wgmma.fence.sync.aligned;", options(nostack)) }
+}
+
+/// `wgmma.commit_group` — closes the current group of products.
+#[inline(always)]
+pub fn commit() {
+    // SAFETY: as for `fence`.
+    unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
+}
+
+/// `wgmma.wait_group PENDING` — waits until at most the newest `PENDING` groups are in flight.
+#[inline(always)]
+pub fn wait<const PENDING: u32>() {
+    // SAFETY: as for `fence`.
+    unsafe { asm!("wgmma.wait_group.sync.aligned {n};", n = const PENDING, options(nostack)) }
+}
+
+/// `setmaxnreg.dec` — gives registers back to the block: a thread that loads keeps few.
+#[inline(always)]
+pub fn shrink_registers<S: HopperShape>() {
+    // SAFETY: the kernels call it once, where control is uniform over the warpgroup; ptxas keeps to the number.
+    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {n};", n = const S::PRODUCER_REGISTERS, options(nostack)) }
+}
+
+/// `setmaxnreg.inc` — takes registers that others gave back, and waits for them: a thread that computes needs many.
+#[inline(always)]
+pub fn grow_registers<S: HopperShape>() {
+    // SAFETY: as for `shrink_registers`; together they are no more than a multiprocessor has (asserted in `shape`).
+    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const S::CONSUMER_REGISTERS, options(nostack)) }
+}

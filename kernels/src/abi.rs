@@ -146,18 +146,69 @@ pub struct HopperForwardParams {
     pub seqlen_q: u32,
     /// Length of the key sequence.
     pub seqlen_k: u32,
-    /// Query tiles a head has, `ceil(seqlen_q / block_m)`.
-    pub query_tiles: NonZeroU32,
-    /// Heads of all batch entries, `batch * heads_q`.
+    /// The query tiles of all heads.
+    pub work: WorkList,
+    /// `softmax_scale * log2(e)`; the scale is positive.
+    pub scale_log2: f32,
+    /// Fills the struct up to a multiple of 64 bytes.
+    pub reserved: [u32; 5],
+}
+
+/// Tiles of work that blocks which stay for the whole launch share out between them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct WorkList {
+    /// Tiles a head has.
+    pub tiles_per_head: NonZeroU32,
+    /// Heads of all batch entries.
     pub heads: u32,
     /// Heads whose tiles are worked on side by side, longest first.
     pub heads_per_section: NonZeroU32,
-    /// Tiles of all heads, `heads * query_tiles`. A block takes every `gridDim.x`-th.
+    /// Tiles of all heads. A block takes every `gridDim.x`-th.
     pub tiles: u32,
-    /// `softmax_scale * log2(e)`; the scale is positive.
+}
+
+/// Parameters of the backward kernels for Hopper. The tensors that a block owns are in boxes of 64 rows, those that it
+/// streams in boxes of `block_n` or `block_m`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperBackwardParams {
+    /// Queries, `[batch, heads_q, seqlen_q, head_dim]`.
+    pub q: TensorMap,
+    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
+    pub k: TensorMap,
+    /// Values, as k.
+    pub v: TensorMap,
+    /// Gradient of the output, as q.
+    pub dout: TensorMap,
+    /// Gradient of q, as q.
+    pub dq: TensorMap,
+    /// Gradient of k, as k.
+    pub dk: TensorMap,
+    /// Gradient of v, as k.
+    pub dv: TensorMap,
+    /// Device address of forward's log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`.
+    pub lse: u64,
+    /// Device address of rowsum(dO * O), as lse.
+    pub delta: u64,
+    /// Query heads.
+    pub heads_q: NonZeroU32,
+    /// Key/value heads.
+    pub heads_kv: NonZeroU32,
+    /// Query heads that share one key/value head.
+    pub heads_q_per_kv: NonZeroU32,
+    /// Length of the query sequence.
+    pub seqlen_q: u32,
+    /// Length of the key sequence.
+    pub seqlen_k: u32,
+    /// `softmax_scale`, of either sign.
+    pub softmax_scale: f32,
+    /// `softmax_scale * log2(e)`.
     pub scale_log2: f32,
-    /// Keeps the struct free of padding.
-    pub reserved: [u32; 5],
+    /// The tiles of all heads: of queries, or of keys where a block owns keys.
+    pub work: WorkList,
+    /// Fills the struct up to a multiple of 64 bytes.
+    pub reserved: u32,
 }
 
 /// What the tensors of a call have in common.
@@ -195,11 +246,13 @@ params!(ForwardParams);
 params!(BackwardParams);
 params!(StandardParams);
 params!(HopperForwardParams);
+params!(HopperBackwardParams);
 
 const _: () = {
     assert!(size_of::<StridedTensor>() == 4 * 8);
     assert!(size_of::<ForwardParams>() == 4 * 32 + 8 + 10 * 4);
     assert!(size_of::<HopperForwardParams>() == 4 * 128 + 8 + 14 * 4);
+    assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 2 * 8 + 12 * 4);
     assert!(size_of::<StandardParams>() == size_of::<ForwardParams>() + 8 + 2 * 4);
     assert!(size_of::<BackwardParams>() == 8 * 32 + 2 * 8 + 10 * 4);
 };

@@ -19,13 +19,13 @@ use crate::pipeline::{PairRing, Stage, StreamedRows};
 use crate::ptx::math::{ex2, fma};
 use crate::ptx::{memory, sreg, sync};
 use crate::shape::{DELTA_ROWS, TileShape};
+use crate::softmax::log2_of;
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
 use crate::tile::{
     element::Element,
     global::{GlobalTile, Walk},
     shared::{CHUNK, SharedTile},
 };
-use core::f32::consts::LOG2_E;
 
 /// dQ of `ROWS` queries of one head.
 ///
@@ -244,16 +244,6 @@ impl<A: Accumulator> Statistics<A> for OfColumns {
         // SAFETY: the caller's contract.
         let delta = unsafe { A::load_columns(stage.delta) };
         dp.map_columns(delta, |delta, x| x - delta);
-    }
-}
-
-/// lse in base 2. A row that saw nothing has minus infinity, which must make every probability 0, not infinite.
-#[inline(always)]
-fn log2_of(lse: f32) -> f32 {
-    if lse == f32::NEG_INFINITY {
-        f32::INFINITY
-    } else {
-        lse * LOG2_E
     }
 }
 

@@ -156,28 +156,36 @@ macro_rules! hopper_entry {
             dtype: Dtype::$dtype,
             causal: $causal,
             head_dim: <$shape>::HEAD_DIM,
-            block_m: <$shape>::BLOCK_M,
-            block_n: <$shape>::BLOCK_N,
+            block_m: hopper_entry!(m $pass $shape),
+            block_n: hopper_entry!(n $pass $shape),
             threads: <$shape>::THREADS,
             min_blocks: 1,
             shared_bytes: <$shape>::SHARED_BYTES,
-            two_walks: false,
+            two_walks: hopper_entry!(two_walks $pass $shape),
             #[cfg(feature = "embedded")]
             ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_90a/", $name, ".ptx")),
         }
     };
+    (m Forward $shape:ty) => { <$shape>::BLOCK_M };
+    (n Forward $shape:ty) => { <$shape>::BLOCK_N };
+    (m BackwardQueries $shape:ty) => { <$shape>::ROWS };
+    (n BackwardQueries $shape:ty) => { <$shape>::COLUMNS };
+    (m BackwardKeys $shape:ty) => { <$shape>::COLUMNS };
+    (n BackwardKeys $shape:ty) => { <$shape>::ROWS };
+    (two_walks BackwardKeys $shape:ty) => { <$shape>::TWO_WALKS };
+    (two_walks $pass:ident $shape:ty) => { false };
 }
 
 /// Compiles one kernel of the table for Hopper, whose parameters hold tensor maps: copies want their address.
 #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
 macro_rules! hopper_kernel {
-    ($name:expr, $module:ident::$function:ident, $params:ident, $($argument:tt)*) => {
+    ($name:expr, $module:ident::$kind:ident::$function:ident, $params:ident, $($argument:tt)*) => {
         const _: () = {
             #[unsafe(export_name = $name)]
             unsafe extern "ptx-kernel" fn kernel(params: crate::abi::$params) {
                 let maps = crate::ptx::tma::parameter_address!($name);
                 // SAFETY: the host launches a row of the table as the row says.
-                unsafe { crate::$module::$function::<$($argument)*>(&params, maps) }
+                unsafe { crate::$module::$kind::$function::<$($argument)*>(&params, maps) }
             }
         };
     };
@@ -203,7 +211,7 @@ macro_rules! entries {
                   $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
         delta { $($delta:literal: $delta_arch:ident $delta_dtype:ident;)* }
         hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty,
-                   $hopper_module:ident::$hopper_function:ident($hopper_params:ident);)* }
+                   $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
     ) => {
         /// Every compiled kernel: each row of tiles below, full and causal, and the row sums of backward.
         pub const ENTRIES: &[Entry] = &[
@@ -234,9 +242,9 @@ macro_rules! entries {
         ];
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            hopper_kernel!($hopper, $hopper_module::$hopper_function, $hopper_params, $hopper_shape, false);
+            hopper_kernel!($hopper, $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, false);
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            hopper_kernel!(concat!($hopper, "_causal"), $hopper_module::$hopper_function, $hopper_params, $hopper_shape, true);
+            hopper_kernel!(concat!($hopper, "_causal"), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, true);
         )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
@@ -321,13 +329,29 @@ entries! {
         "backward_delta_bf16": Sm80 Bf16;
     }
     hopper {
-        "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward(HopperForwardParams);
-        "hopper_forward_f16_d128": Forward F16, HopperD128<F16>, hopper::forward(HopperForwardParams);
-        "hopper_forward_f16_d192": Forward F16, HopperD192<F16>, hopper::forward(HopperForwardParams);
-        "hopper_forward_f16_d256": Forward F16, HopperD256<F16>, hopper::forward(HopperForwardParams);
-        "hopper_forward_bf16_d64": Forward Bf16, HopperD64<Bf16>, hopper::forward(HopperForwardParams);
-        "hopper_forward_bf16_d128": Forward Bf16, HopperD128<Bf16>, hopper::forward(HopperForwardParams);
-        "hopper_forward_bf16_d192": Forward Bf16, HopperD192<Bf16>, hopper::forward(HopperForwardParams);
-        "hopper_forward_bf16_d256": Forward Bf16, HopperD256<Bf16>, hopper::forward(HopperForwardParams);
+        "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_f16_d128": Forward F16, HopperD128<F16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_f16_d192": Forward F16, HopperD192<F16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_f16_d256": Forward F16, HopperD256<F16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_bf16_d64": Forward Bf16, HopperD64<Bf16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_bf16_d128": Forward Bf16, HopperD128<Bf16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_bf16_d192": Forward Bf16, HopperD192<Bf16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_bf16_d256": Forward Bf16, HopperD256<Bf16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_backward_queries_f16_d64": BackwardQueries F16, HopperQueriesD64<F16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries_f16_d128": BackwardQueries F16, HopperQueriesD128<F16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries_f16_d192": BackwardQueries F16, HopperQueriesD192<F16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries_f16_d256": BackwardQueries F16, HopperQueriesD256<F16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries_bf16_d64": BackwardQueries Bf16, HopperQueriesD64<Bf16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries_bf16_d128": BackwardQueries Bf16, HopperQueriesD128<Bf16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries_bf16_d192": BackwardQueries Bf16, HopperQueriesD192<Bf16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries_bf16_d256": BackwardQueries Bf16, HopperQueriesD256<Bf16>, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_keys_f16_d64": BackwardKeys F16, HopperKeysD64<F16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys_f16_d128": BackwardKeys F16, HopperKeysD128<F16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys_f16_d192": BackwardKeys F16, HopperKeysD192<F16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys_f16_d256": BackwardKeys F16, HopperKeysD256<F16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys_bf16_d64": BackwardKeys Bf16, HopperKeysD64<Bf16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys_bf16_d128": BackwardKeys Bf16, HopperKeysD128<Bf16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys_bf16_d192": BackwardKeys Bf16, HopperKeysD192<Bf16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys_bf16_d256": BackwardKeys Bf16, HopperKeysD256<Bf16>, hopper::backward::keys(HopperBackwardParams);
     }
 }

@@ -283,3 +283,84 @@ hopper_shape!(HopperD64: 128 keys, head_dim 64, consumers 3, registers 32 and 16
 hopper_shape!(HopperD128: 128 keys, head_dim 128, consumers 2, registers 24 and 240);
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
+
+/// A compiled tile shape of a backward kernel for Hopper: two warpgroups that compute, each the owner of 64 rows.
+pub trait HopperBackwardShape {
+    /// Widest head the tile holds; a narrower head is masked by the loader.
+    const HEAD_DIM: u32;
+    /// Rows of a streamed tile: keys where the block owns queries, queries where it owns keys.
+    const COLUMNS: u32;
+    /// Whether dK and dV are two walks over the queries, because their accumulators do not fit the registers together.
+    const TWO_WALKS: bool;
+
+    /// Warpgroups that compute.
+    const CONSUMERS: u32 = 2;
+    /// Rows that a block owns.
+    const ROWS: u32 = Self::CONSUMERS * HOPPER_ROWS;
+    /// Threads in a block.
+    const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
+    /// Bytes of one owned tensor's rows of one warpgroup.
+    const OWNED_BYTES: u32 = HOPPER_ROWS * Self::HEAD_DIM * 2;
+    /// Bytes of one streamed tile.
+    const STREAMED_BYTES: u32 = Self::COLUMNS * Self::HEAD_DIM * 2;
+    /// Bytes of all tiles: two owned, and slots of two streamed ones.
+    const TILES_BYTES: u32 = 2 * Self::CONSUMERS * Self::OWNED_BYTES + 2 * HOPPER_SLOTS * Self::STREAMED_BYTES;
+    /// Dynamic shared memory of a block: the tiles, an lse and a delta for each streamed row, and the barriers.
+    const SHARED_BYTES: u32 = Self::TILES_BYTES + HOPPER_SLOTS * 2 * Self::COLUMNS * 4 + (1 + HOPPER_SLOTS) * 16;
+
+    /// Two-operand products of one warpgroup, 64 x `COLUMNS`, f32.
+    #[cfg(target_arch = "nvptx64")]
+    type Scores: WarpgroupScores;
+    /// A gradient of one warpgroup, 64 x `HEAD_DIM`, f32.
+    #[cfg(target_arch = "nvptx64")]
+    type Output: WarpgroupOutput<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
+}
+
+macro_rules! hopper_backward_shape {
+    ($name:ident: $columns:literal streamed, head_dim $d:literal $(, $two_walks:ident)?) => {
+        #[doc = concat!("128 owned rows, ", $columns, " streamed, head_dim ", $d, ", f16 or bf16, wgmma.")]
+        pub struct $name<T>(PhantomData<T>);
+
+        #[cfg(target_arch = "nvptx64")]
+        impl<T: crate::ptx::matrix::Half> HopperBackwardShape for $name<T>
+        where
+            [[f32; 4]; $columns / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+            [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+        {
+            hopper_backward_shape!(numbers $columns, $d $(, $two_walks)?);
+            type Scores = Fragments<T, 1, { $columns / 8 }>;
+            type Output = Fragments<T, 1, { $d / 8 }>;
+        }
+
+        #[cfg(not(target_arch = "nvptx64"))]
+        impl<T> HopperBackwardShape for $name<T> {
+            hopper_backward_shape!(numbers $columns, $d $(, $two_walks)?);
+        }
+
+        const _: () = {
+            assert!($columns % 16 == 0 && $d % 64 == 0);
+            // Every panel starts where the swizzle does.
+            assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperBackwardShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
+        };
+    };
+    (numbers $columns:literal, $d:literal $(, $two_walks:ident)?) => {
+        const HEAD_DIM: u32 = $d;
+        const COLUMNS: u32 = $columns;
+        const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
+    };
+}
+
+/// Registers of a thread that loads and of one that computes, in the backward kernels for Hopper.
+pub const HOPPER_BACKWARD_REGISTERS: (u32, u32) = (40, 232);
+
+// Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter each), and
+// head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it streams less: at 64 and
+// 128, 96 and 64 streamed rows leave ptxas 13.5 so few registers that it waits for each product before the next.
+hopper_backward_shape!(HopperQueriesD64: 128 streamed, head_dim 64);
+hopper_backward_shape!(HopperQueriesD128: 96 streamed, head_dim 128);
+hopper_backward_shape!(HopperQueriesD192: 64 streamed, head_dim 192);
+hopper_backward_shape!(HopperQueriesD256: 48 streamed, head_dim 256);
+hopper_backward_shape!(HopperKeysD64: 64 streamed, head_dim 64);
+hopper_backward_shape!(HopperKeysD128: 48 streamed, head_dim 128);
+hopper_backward_shape!(HopperKeysD192: 64 streamed, head_dim 192, two_walks);
+hopper_backward_shape!(HopperKeysD256: 48 streamed, head_dim 256, two_walks);

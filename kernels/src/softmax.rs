@@ -7,7 +7,7 @@
 //! any maximum. A row that may see no key at all ends with out = 0 and lse = -inf; a row whose every visible score is -inf
 //! ends with out = NaN, as IEEE arithmetic has it.
 
-use core::f32::consts::LN_2;
+use core::f32::consts::{LN_2, LOG2_E};
 
 use crate::ptx::math::{ex2, fma, lg2, rcp};
 use crate::tile::register::{Accumulator, RowValues};
@@ -63,5 +63,15 @@ impl<A: Accumulator> OnlineSoftmax<A> {
             }
         });
         (inverse, lse)
+    }
+}
+
+/// lse in base 2. A row that saw nothing has minus infinity, which must make every probability 0, not infinite.
+#[inline(always)]
+pub fn log2_of(lse: f32) -> f32 {
+    if lse == f32::NEG_INFINITY {
+        f32::INFINITY
+    } else {
+        lse * LOG2_E
     }
 }

@@ -53,8 +53,9 @@ fn every_compiled_kernel() {
     for entry in ENTRIES.iter().filter(|entry| entry.pass == Pass::BackwardQueries) {
         let (short, long) = if entry.dtype == Dtype::F32 { (5, 35) } else { (18, 75) };
         let case = Case::one_head(entry.dtype, short, long, entry.head_dim as usize - 8).masked(entry.causal);
-        case.check_gradients_on([devices().emulator()]);
-        ran.extend(for_dtype!(entry.dtype, T => kernels::<T>(&case)));
+        let device = Device::emulator(entry.arch);
+        case.check_gradients_on([&device]);
+        ran.extend(for_dtype!(entry.dtype, T => kernels::<T>(&case, &device)));
     }
     let backward = [Pass::BackwardDelta, Pass::BackwardQueries, Pass::BackwardKeys];
     for entry in ENTRIES.iter().filter(|entry| backward.contains(&entry.pass)) {
@@ -62,9 +63,9 @@ fn every_compiled_kernel() {
     }
 }
 
-/// The kernels that a case's backward pass launches on the emulator.
-fn kernels<T: Element>(case: &Case) -> Vec<&'static str> {
-    let prepared = case.prepare_backward::<T>(devices().emulator(), &case.inputs(), &case.dout());
+/// The kernels that a case's backward pass launches on a device.
+fn kernels<T: Element>(case: &Case, device: &Device) -> Vec<&'static str> {
+    let prepared = case.prepare_backward::<T>(device, &case.inputs(), &case.dout());
     let [q, k, v] = prepared.inputs.each_ref().map(|input| &input.tensor);
     let plan = case
         .attention
@@ -241,30 +242,65 @@ fn the_number_of_threads_does_not_show() {
     }
 }
 
-/// Whatever the order of the warps, no check finds anything and every bit is the same.
+/// An emulator that runs warps in the order of a seed, on one to three host threads.
+fn emulator(arch: Arch, seed: u64) -> Device {
+    let mut options = EmulatorOptions::new(arch);
+    options.launch.seed = seed;
+    options.launch.threads = Some(1 + seed as usize % 3);
+    Device::emulator_with(options)
+}
+
+/// Whatever the order of the warps, no check finds anything and every bit is the same: every kernel, small.
+fn check_every_kernel(arch: Arch) {
+    let kernels = ENTRIES
+        .iter()
+        .filter(|entry| entry.pass == Pass::BackwardQueries && entry.arch == arch);
+    for entry in kernels {
+        let (short, long) = if entry.dtype == Dtype::F32 { (5, 35) } else { (18, 75) };
+        let case = Case::one_head(entry.dtype, short, long, entry.head_dim as usize).masked(entry.causal);
+        check_same_bits(&case, (0..16).map(|seed| emulator(arch, seed)));
+    }
+}
+
+#[test]
+fn every_portable_kernel_is_clean_in_any_order() {
+    check_every_kernel(Arch::Sm80);
+}
+
+#[test]
+fn every_kernel_for_hopper_is_clean_in_any_order() {
+    check_every_kernel(Arch::Sm90a);
+}
+
+/// The same where rings go round and query heads share keys.
 #[test]
 fn the_order_of_warps_does_not_show() {
-    let emulator = |seed| {
-        let mut options = EmulatorOptions::new(Arch::Sm80);
-        options.launch.seed = seed;
-        options.launch.threads = Some(1 + seed as usize % 3);
-        Device::emulator_with(options)
-    };
-    for (dtype, seqlen_q, seqlen_k, seeds) in [
-        (Dtype::F32, 20, 40, 5),
-        (Dtype::F16, 90, 140, 16),
-        (Dtype::Bf16, 90, 140, 16),
+    for (arch, dtype, seqlen_q, seqlen_k) in [
+        (Arch::Sm80, Dtype::F16, 90, 140),
+        (Arch::Sm80, Dtype::Bf16, 90, 140),
+        (Arch::Sm90a, Dtype::F16, 170, 270),
     ] {
         let case = Case::new(dtype, [1, 2, seqlen_q, 40], [1, 1, seqlen_k, 40]).masked(true);
-        for case in both_modes(&case) {
-            check_same_bits(&case, (0..seeds).map(emulator));
-        }
+        check_same_bits(&case, (0..16).map(|seed| emulator(arch, seed)));
+    }
+    for case in both_modes(&Case::new(Dtype::F32, [1, 2, 20, 40], [1, 1, 40, 40]).masked(true)) {
+        check_same_bits(&case, (0..5).map(|seed| emulator(Arch::Sm80, seed)));
+    }
+}
+
+/// More tiles of work than blocks: on Hopper blocks stay, and their rings go on from tile to tile.
+#[test]
+fn blocks_that_stay_take_every_tile() {
+    for causal in [false, true] {
+        Case::new(Dtype::Bf16, [7, 20, 20, 64], [7, 20, 20, 64])
+            .masked(causal)
+            .check_gradients_on([&emulator(Arch::Sm90a, 3)]);
     }
 }
 
 /// Bytes of global memory of a backward pass, predicted and counted: `(read, written)` each.
-fn traffic<T: Element>(case: &Case) -> [(u128, u128); 2] {
-    let device = Device::emulator(Arch::Sm80);
+fn traffic<T: Element>(case: &Case, arch: Arch) -> [(u128, u128); 2] {
+    let device = Device::emulator(arch);
     let prepared = case.prepare_backward::<T>(&device, &case.inputs(), &case.dout());
     let [q, k, v] = prepared.inputs.each_ref().map(|input| &input.tensor);
     let cost = case
@@ -286,8 +322,10 @@ proptest! {
 
     #[test]
     fn plans_predict_the_bytes_that_move(case in drawn::case(100, drawn::SMALL / 8)) {
-        let [predicted, counted] = for_dtype!(case.dtype, T => traffic::<T>(&case));
-        prop_assert_eq!(predicted, counted);
+        for &arch in Arch::ALL {
+            let [predicted, counted] = for_dtype!(case.dtype, T => traffic::<T>(&case, arch));
+            prop_assert_eq!(predicted, counted);
+        }
     }
 }
 

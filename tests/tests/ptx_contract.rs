@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use flash_attention_kernels::abi::{BackwardParams, ForwardParams, HopperForwardParams, StandardParams};
+use flash_attention_kernels::abi::{
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, StandardParams,
+};
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, Pass};
 use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES};
 use flash_attention_tests::files::workspace;
@@ -88,24 +90,38 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
     }
 }
 
-/// On Hopper Q K^T is issued before the loop, P V after it, and both in it; a causal mask takes a loop of its own.
+/// The same on Hopper, by warpgroups. Forward issues Q K^T before the loop, P V after it, and both in it; a causal mask takes a
+/// loop of its own.
 #[test]
 fn warpgroup_products_are_those_of_the_tiles() {
     for entry in ENTRIES.iter().filter(|entry| entry.arch == Arch::Sm90a) {
-        let bodies = 2 + u32::from(entry.causal);
-        let expected = bodies * (entry.head_dim / 16 + entry.block_n / 16);
+        let streamed = match entry.pass {
+            Pass::BackwardKeys => entry.block_m,
+            _ => entry.block_n,
+        };
+        // Products of tiles in shared memory, along head_dim; and of registers with a tile, along its rows.
+        let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
+            (Pass::Forward, _) => (2 + u32::from(entry.causal), 1, 1),
+            (Pass::BackwardQueries, _) => (2, 2, 1),
+            (Pass::BackwardKeys, false) => (1 + u32::from(entry.causal), 2, 2),
+            (Pass::BackwardKeys, true) => (1 + u32::from(entry.causal), 3, 2),
+            other => panic!("no kernel of {other:?} is compiled for Hopper"),
+        };
         let products: Vec<_> = instructions(entry)
             .filter(|line| line.contains("wgmma.mma_async"))
             .collect();
-        assert_eq!(products.len() as u32, expected, "{}", entry.name);
         let dtype = entry.dtype.name();
         let shape = |n: u32| format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} ");
         let count = |n: u32| products.iter().filter(|line| line.contains(&shape(n))).count() as u32;
-        if entry.head_dim != entry.block_n {
-            assert_eq!(count(entry.block_n), bodies * entry.head_dim / 16, "{}", entry.name);
-            assert_eq!(count(entry.head_dim), bodies * entry.block_n / 16, "{}", entry.name);
+        let expected = [
+            loops * along_rows * entry.head_dim / 16,
+            loops * down_rows * streamed / 16,
+        ];
+        assert_eq!(products.len() as u32, expected[0] + expected[1], "{}", entry.name);
+        if entry.head_dim == streamed {
+            assert_eq!(count(streamed), expected[0] + expected[1], "{}", entry.name);
         } else {
-            assert_eq!(count(entry.head_dim), expected, "{}", entry.name);
+            assert_eq!([count(streamed), count(entry.head_dim)], expected, "{}", entry.name);
         }
         assert!(
             !entry.ptx.contains("mma.sync") && !entry.ptx.contains("cp.async.cg"),
@@ -152,6 +168,9 @@ fn the_header_is_the_table() {
         }
         let bytes = match entry.pass {
             Pass::Forward if entry.arch == Arch::Sm90a => size_of::<HopperForwardParams>(),
+            Pass::BackwardQueries | Pass::BackwardKeys if entry.arch == Arch::Sm90a => {
+                size_of::<HopperBackwardParams>()
+            }
             Pass::Forward | Pass::Study => size_of::<ForwardParams>(),
             Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => size_of::<StandardParams>(),
             Pass::BackwardDelta | Pass::BackwardQueries | Pass::BackwardKeys => size_of::<BackwardParams>(),

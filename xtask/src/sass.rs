@@ -105,7 +105,7 @@ fn assemble(ptxas: &Path, nvdisasm: &Path, entry: &'static Entry, target: &'stat
         tensor_instructions: code.matches(" HMMA.").count() + code.matches(" HGMMA.").count(),
         warnings: log
             .lines()
-            .filter(|line| line.contains("warning"))
+            .filter(|line| line.contains("warning") || line.contains("Performance Loss"))
             .map(str::to_owned)
             .collect(),
     })

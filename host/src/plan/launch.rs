@@ -3,7 +3,8 @@
 use std::num::NonZeroU32;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperForwardParams, Layout, Params, StridedTensor, TensorMap,
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, Layout, Params, StridedTensor, TensorMap,
+    WorkList,
 };
 use flash_attention_kernels::entries::{Entry, Pass};
 use flash_attention_kernels::shape::HOPPER_ROWS;
@@ -25,8 +26,6 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The parameters, but for the addresses of the results, which are unknown until they are allocated.
     params: Parameters,
-    /// What the parameters' tensor maps are made from, in their order; none but on Hopper.
-    maps: Option<[TileMap; 4]>,
 }
 
 /// The parameters of a kernel, by the kind it takes.
@@ -37,8 +36,10 @@ pub enum Parameters {
     Forward(ForwardParams),
     /// Of a backward kernel.
     Backward(BackwardParams),
-    /// Of a forward kernel for Hopper.
-    HopperForward(HopperForwardParams),
+    /// Of a forward kernel for Hopper, with what its tensor maps are made from, in their order.
+    HopperForward(HopperForwardParams, [TileMap; 4]),
+    /// Of a backward kernel for Hopper, the same.
+    HopperBackward(HopperBackwardParams, [TileMap; 7]),
 }
 
 impl Parameters {
@@ -47,7 +48,8 @@ impl Parameters {
         match self {
             Self::Forward(params) => params.as_bytes(),
             Self::Backward(params) => params.as_bytes(),
-            Self::HopperForward(params) => params.as_bytes(),
+            Self::HopperForward(params, _) => params.as_bytes(),
+            Self::HopperBackward(params, _) => params.as_bytes(),
         }
     }
 }
@@ -116,10 +118,12 @@ impl Launch {
             heads_q_per_kv,
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
-            query_tiles,
-            heads: tiles / query_tiles,
-            heads_per_section: heads_per_section(problem, heads_q_per_kv),
-            tiles,
+            work: WorkList {
+                tiles_per_head: query_tiles,
+                heads: tiles / query_tiles,
+                heads_per_section: heads_per_section(problem, problem.seqlen_k(), 1, heads_q_per_kv),
+                tiles,
+            },
             scale_log2: kernel_scale(problem.softmax_scale()).1,
             reserved: [0; 5],
         };
@@ -132,11 +136,73 @@ impl Launch {
             map(&problem.out(), q, HOPPER_ROWS),
         ];
         let grid = [tiles.min(multiprocessors), 1, 1];
-        let launch = Self::new(entry, grid, Parameters::HopperForward(params));
-        Ok(Self {
-            maps: Some(maps),
-            ..launch
-        })
+        Ok(Self::new(entry, grid, Parameters::HopperForward(params, maps)))
+    }
+
+    /// As [`hopper_forward`](Self::hopper_forward), of dQ or of dK and dV.
+    pub(super) fn hopper_backward(
+        problem: &BackwardProblem,
+        entry: &'static Entry,
+        multiprocessors: u32,
+    ) -> Result<Self, Error> {
+        let (tensors, problem) = (problem.tensors(), problem.forward());
+        let (heads_kv, heads_q_per_kv) = (problem.heads_kv(), count(problem.heads_q() / problem.heads_kv())?);
+        let owns_keys = entry.pass == Pass::BackwardKeys;
+        let ([tiles, ..], tiles_per_head) = if owns_keys {
+            grid(problem.batch(), heads_kv, problem.seqlen_k(), entry.block_n)?
+        } else {
+            grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
+        };
+        let heads_per_section = if owns_keys {
+            heads_per_section(problem, problem.seqlen_q(), heads_q_per_kv.get(), NonZeroU32::MIN)
+        } else {
+            heads_per_section(problem, problem.seqlen_k(), 1, heads_q_per_kv)
+        };
+        let scale = problem.softmax_scale();
+        let params = HopperBackwardParams {
+            q: UNKNOWN_MAP,
+            k: UNKNOWN_MAP,
+            v: UNKNOWN_MAP,
+            dout: UNKNOWN_MAP,
+            dq: UNKNOWN_MAP,
+            dk: UNKNOWN_MAP,
+            dv: UNKNOWN_MAP,
+            lse: tensors.lse,
+            delta: 0,
+            heads_q: count(problem.heads_q())?,
+            heads_kv: count(heads_kv)?,
+            heads_q_per_kv,
+            seqlen_q: problem.seqlen_q(),
+            seqlen_k: problem.seqlen_k(),
+            softmax_scale: scale,
+            scale_log2: (f64::from(scale) * std::f64::consts::LOG2_E) as f32,
+            work: WorkList {
+                tiles_per_head,
+                heads: tiles / tiles_per_head,
+                heads_per_section,
+                tiles,
+            },
+            reserved: 0,
+        };
+        let (of_queries, of_keys) = tile_map::dims(problem);
+        let (q_rows, k_rows) = if owns_keys {
+            (entry.block_m, HOPPER_ROWS)
+        } else {
+            (HOPPER_ROWS, entry.block_n)
+        };
+        let query = |tensor| TileMap::new(tensor, of_queries, problem.dtype(), q_rows);
+        let key = |tensor| TileMap::new(tensor, of_keys, problem.dtype(), k_rows);
+        let maps = [
+            query(&problem.q()),
+            key(&problem.k()),
+            key(&problem.v()),
+            query(&tensors.dout),
+            query(&tensors.dq),
+            key(&tensors.dk),
+            key(&tensors.dv),
+        ];
+        let grid = [tiles.min(multiprocessors), 1, 1];
+        Ok(Self::new(entry, grid, Parameters::HopperBackward(params, maps)))
     }
 
     pub(super) fn backward(problem: &BackwardProblem, entry: &'static Entry) -> Result<Self, Error> {
@@ -178,7 +244,6 @@ impl Launch {
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             params,
-            maps: None,
         }
     }
 
@@ -200,13 +265,15 @@ impl Launch {
                 (p.out.address, p.lse) = (out, lse);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out]);
             }
-            (Parameters::HopperForward(p), Results::Forward { out, lse }) => {
-                let Some([q, k, v, result]) = self.maps else {
-                    return Ok(None);
-                };
-                (p.q, p.k, p.v) = (encode(&q)?, encode(&k)?, encode(&v)?);
-                p.out = encode(&TileMap { address: out, ..result })?;
+            (Parameters::HopperForward(p, maps), Results::Forward { out, lse }) => {
+                maps[3].address = out;
+                [p.q, p.k, p.v, p.out] = encode_all(maps, encode)?;
                 p.lse = lse;
+            }
+            (Parameters::HopperBackward(p, maps), Results::Backward { dq, dk, dv, delta }) => {
+                (maps[4].address, maps[5].address, maps[6].address) = (dq, dk, dv);
+                [p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv] = encode_all(maps, encode)?;
+                p.delta = delta;
             }
             (Parameters::Backward(p), Results::Backward { dq, dk, dv, delta }) => {
                 (p.dq.address, p.dk.address, p.dv.address, p.delta) = (dq, dk, dv, delta);
@@ -241,16 +308,29 @@ fn grid(batch: usize, heads: usize, seqlen: u32, tile: u32) -> Result<([u32; 3],
 /// A tensor map that a device makes when the call's results have addresses.
 const UNKNOWN_MAP: TensorMap = TensorMap([0; 16]);
 
-/// Heads whose tiles are worked on side by side: under a causal mask, as many as have keys and values in the L2 cache
-/// together, so that the longest tiles of all of them can come first; else one after the other.
-fn heads_per_section(problem: &Problem, heads_q_per_kv: NonZeroU32) -> NonZeroU32 {
+/// Tensor maps of the tiles, in their order.
+fn encode_all<const N: usize, E>(
+    tiles: &[TileMap; N],
+    encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
+) -> Result<[TensorMap; N], E> {
+    let mut maps = [UNKNOWN_MAP; N];
+    for (map, tile) in maps.iter_mut().zip(tiles) {
+        *map = encode(tile)?;
+    }
+    Ok(maps)
+}
+
+/// Heads whose tiles are worked on side by side: under a causal mask, as many as have what they stream in the L2 cache
+/// together, so that the longest tiles of all of them can come first; else one after the other. They stream two tensors of
+/// `seqlen` rows and `streams` heads; `sharing` of them stream the same.
+fn heads_per_section(problem: &Problem, seqlen: u32, streams: u32, sharing: NonZeroU32) -> NonZeroU32 {
     if !problem.causal() {
         return NonZeroU32::MIN;
     }
     let row_bytes = u64::from(problem.head_dim()) * problem.dtype().bytes() as u64;
-    let heads_kv = L2_BYTES / (2 * u64::from(problem.seqlen_k()) * row_bytes);
-    let heads_kv = u32::try_from(heads_kv).ok().and_then(NonZeroU32::new);
-    heads_q_per_kv.saturating_mul(heads_kv.unwrap_or(NonZeroU32::MIN))
+    let fit = L2_BYTES / (2 * u64::from(seqlen) * row_bytes * u64::from(streams)).max(1);
+    let fit = u32::try_from(fit).ok().and_then(NonZeroU32::new);
+    sharing.saturating_mul(fit.unwrap_or(NonZeroU32::MIN))
 }
 
 /// What of Hopper's 50 MB of L2 cache keys and values may take.

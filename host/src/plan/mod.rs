@@ -56,7 +56,10 @@ impl Plan {
         let (tiles, launches) = match *device {
             DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
-                let entry = choose(problem, Pass::Forward, device)?;
+                // Only of a positive scale the largest product is the largest score.
+                let hopper = problem.softmax_scale() > 0.0
+                    && tile_map::fit(problem, &[problem.q(), problem.out()], &[problem.k(), problem.v()]);
+                let entry = choose(problem, Pass::Forward, device, hopper)?;
                 let launch = match entry.arch {
                     Arch::Sm80 => Launch::forward(problem, entry)?,
                     Arch::Sm90a => Launch::hopper_forward(problem, entry, multiprocessors)?,
@@ -89,12 +92,18 @@ impl Plan {
         let forward = problem.forward();
         let (tiles, launches) = match *device {
             DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
-            DeviceInfo::Gpu { .. } => {
+            DeviceInfo::Gpu { multiprocessors, .. } => {
+                let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
+                let hopper = tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
+                let launch = |&pass| {
+                    let entry = choose(forward, pass, device, hopper)?;
+                    match entry.arch {
+                        Arch::Sm80 => Launch::backward(problem, entry),
+                        Arch::Sm90a => Launch::hopper_backward(problem, entry, multiprocessors),
+                    }
+                };
                 let passes = [Pass::BackwardDelta, Pass::BackwardQueries, Pass::BackwardKeys];
-                let launches = passes
-                    .iter()
-                    .map(|&pass| Launch::backward(problem, choose(forward, pass, device)?))
-                    .collect::<Result<Vec<_>, Error>>()?;
+                let launches = passes.iter().map(launch).collect::<Result<Vec<_>, Error>>()?;
                 (Tiles::of(launches[1].entry), launches)
             }
         };
@@ -163,8 +172,9 @@ impl Tiles {
     }
 }
 
-/// The compiled kernel of a pass for a problem on a GPU.
-fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo) -> Result<&'static Entry, Error> {
+/// The compiled kernel of a pass for a problem on a GPU. `suits_hopper` is whether Hopper's own kernels take it; the portable
+/// ones take everything.
+fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool) -> Result<&'static Entry, Error> {
     let DeviceInfo::Gpu {
         compute_capability: (major, minor),
         shared_bytes_per_block,
@@ -191,25 +201,26 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo) -> Result<&'static
     // The sums of dO * O know no mask.
     let causal = problem.causal() && pass != Pass::BackwardDelta;
     let compiled = |arch| entries::find(pass, arch, problem.dtype(), causal, problem.head_dim());
-    // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too.
-    let hopper = match problem.arch() {
+    // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too. Sums of rows are the same on both.
+    let arch = problem.arch().filter(|_| pass != Pass::BackwardDelta);
+    let hopper = match arch {
         Some(Arch::Sm80) => None,
         Some(Arch::Sm90a) if (major, minor) != (9, 0) => {
             return Err(refuse("sm_90a kernels need compute capability 9.0".to_owned()));
         }
-        Some(Arch::Sm90a) if !suits_hopper(problem) => {
+        Some(Arch::Sm90a) if !suits_hopper => {
             return Err(refuse(
-                "sm_90a kernels need tensors of 16-byte aligned rows, no broadcast axis, and a positive scale"
+                "sm_90a kernels need tensors of 16-byte aligned rows, no broadcast axis, and in forward a positive scale"
                     .to_owned(),
             ));
         }
         Some(Arch::Sm90a) => compiled(Arch::Sm90a),
-        None => compiled(Arch::Sm90a).filter(|_| (major, minor) == (9, 0) && suits_hopper(problem)),
+        None => compiled(Arch::Sm90a).filter(|_| (major, minor) == (9, 0) && suits_hopper),
     };
-    let portable = || compiled(Arch::Sm80).filter(|_| problem.arch() != Some(Arch::Sm90a));
+    let portable = || compiled(Arch::Sm80).filter(|_| arch != Some(Arch::Sm90a));
     let entry = hopper
         .or_else(portable)
-        .ok_or_else(|| refuse("none is compiled for this head_dim".to_owned()))?;
+        .ok_or_else(|| refuse("none is compiled for this dtype and head_dim".to_owned()))?;
     if entry.shared_bytes > shared_bytes_per_block {
         let needed = entry.shared_bytes;
         return Err(refuse(format!(
@@ -217,12 +228,6 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo) -> Result<&'static
         )));
     }
     Ok(entry)
-}
-
-/// Whether Hopper's own kernels take a problem: its tensors can be copied by the tensor memory accelerator, and the scale is
-/// positive, so that the largest product is the largest score. The portable kernels take all others.
-fn suits_hopper(problem: &Problem) -> bool {
-    problem.softmax_scale() > 0.0 && tile_map::fits(problem)
 }
 
 /// A table to read: what is solved, by which kernel in which tiles, and what it costs.

@@ -27,7 +27,7 @@ pub struct TileMap {
 }
 
 impl TileMap {
-    /// The map of a tensor that [`fits`], copied `rows` rows at a time.
+    /// The map of a tensor that [fits](fit), copied `rows` rows at a time.
     pub(super) fn new(tensor: &StridedTensor, dims: [u64; 4], dtype: Dtype, rows: u32) -> Self {
         let bytes = dtype.bytes() as u64;
         let strides = [tensor.row_stride, tensor.head_stride, tensor.batch_stride];
@@ -42,19 +42,19 @@ impl TileMap {
     }
 }
 
-/// Whether tensor maps can describe a problem's tensors: 16-byte aligned rows, no broadcast axis, strides in range.
-pub(super) fn fits(problem: &Problem) -> bool {
+/// Whether tensor maps can describe tensors of q's shape and of k's: 16-byte aligned rows, no broadcast axis, strides in
+/// range.
+pub(super) fn fit(problem: &Problem, like_q: &[StridedTensor], like_k: &[StridedTensor]) -> bool {
     let bytes = problem.dtype().bytes() as u64;
+    let fits = |tensor: &StridedTensor, dims: [u64; 4]| {
+        let strides = [tensor.row_stride, tensor.head_stride, tensor.batch_stride];
+        let one_fits = |(&stride, &size): (&u64, &u64)| {
+            size == 1 || (stride > 0 && stride < STRIDE_LIMIT / bytes && (stride * bytes).is_multiple_of(16))
+        };
+        tensor.address.is_multiple_of(16) && strides.iter().zip(&dims[1..]).all(one_fits)
+    };
     let (q, k) = dims(problem);
-    [(problem.q(), q), (problem.k(), k), (problem.v(), k), (problem.out(), q)]
-        .iter()
-        .all(|(tensor, dims)| {
-            let strides = [tensor.row_stride, tensor.head_stride, tensor.batch_stride];
-            let one_fits = |(&stride, &size): (&u64, &u64)| {
-                size == 1 || (stride > 0 && stride < STRIDE_LIMIT / bytes && (stride * bytes).is_multiple_of(16))
-            };
-            tensor.address.is_multiple_of(16) && strides.iter().zip(&dims[1..]).all(one_fits)
-        })
+    like_q.iter().all(|tensor| fits(tensor, q)) && like_k.iter().all(|tensor| fits(tensor, k))
 }
 
 /// Sizes of q and out, and of k and v: head_dim, seqlen, heads, batch.

@@ -29,16 +29,16 @@ impl Slots {
         Self { barriers }
     }
 
-    /// Initialises the barriers of `slots` slots, each emptied by `consumers` arrivals.
+    /// Initialises the barriers of `slots` slots, each filled by `producers` arrivals and emptied by `consumers`.
     ///
     /// # Safety
     /// One thread calls it, once, before anybody uses them.
     #[inline(always)]
-    pub unsafe fn init(self, slots: u32, consumers: u32) {
+    pub unsafe fn init(self, slots: u32, producers: u32, consumers: u32) {
         for slot in 0..slots {
             // SAFETY: the caller's contract.
             unsafe {
-                mbarrier::init(self.full(slot), 1);
+                mbarrier::init(self.full(slot), producers);
                 mbarrier::init(self.empty(slot), consumers);
             }
         }
@@ -63,10 +63,30 @@ impl Slots {
         let full = self.full(cursor.slot);
         // SAFETY: the caller's contract.
         unsafe {
-            mbarrier::wait(self.empty(cursor.slot), cursor.parity ^ 1);
+            self.wait_empty(cursor);
             mbarrier::arrive_expecting(full, bytes);
         }
         full
+    }
+
+    /// Producer: waits until the slot is empty.
+    ///
+    /// # Safety
+    /// The slots are initialised.
+    #[inline(always)]
+    pub unsafe fn wait_empty<const SLOTS: u32>(self, cursor: Cursor<SLOTS>) {
+        // SAFETY: the caller's contract.
+        unsafe { mbarrier::wait(self.empty(cursor.slot), cursor.parity ^ 1) }
+    }
+
+    /// Producer: one of the arrivals that fill the slot, of what was written without a copy.
+    ///
+    /// # Safety
+    /// The slot was empty, and those for whom this thread arrives have written what they had to.
+    #[inline(always)]
+    pub unsafe fn fill<const SLOTS: u32>(self, cursor: Cursor<SLOTS>) {
+        // SAFETY: the caller's contract.
+        unsafe { mbarrier::arrive(self.full(cursor.slot)) }
     }
 
     /// Consumer: waits until the slot is full.

@@ -4,7 +4,7 @@
 //! A product is issued, committed to a group and awaited. Until then its accumulators belong to the tensor cores: the
 //! compiler knows nothing of that, so what reads them is kept behind the wait by [`WarpgroupMma::pin`].
 
-use crate::shape::{Bf16, F16, HopperShape};
+use crate::shape::{Bf16, F16};
 use core::arch::asm;
 
 /// Accumulators of m64nNk16 as a lane holds them: four of each 8 columns, as in m16n8.
@@ -103,8 +103,10 @@ macro_rules! wgmma {
     };
 }
 
+wgmma!(48: 1 2 3 4 5);
 wgmma!(64: 1 2 3 4 5 6 7);
 wgmma!(80: 1 2 3 4 5 6 7 8 9);
+wgmma!(96: 1 2 3 4 5 6 7 8 9 10 11);
 wgmma!(112: 1 2 3 4 5 6 7 8 9 10 11 12 13);
 wgmma!(128: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
 wgmma!(192: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
@@ -139,15 +141,23 @@ pub fn wait<const PENDING: u32>() {
 }
 
 /// `setmaxnreg.dec` — gives registers back to the block: a thread that loads keeps few.
-#[inline(always)]
-pub fn shrink_registers<S: HopperShape>() {
-    // SAFETY: the kernels call it once, where control is uniform over the warpgroup; ptxas keeps to the number.
-    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {n};", n = const S::PRODUCER_REGISTERS, options(nostack)) }
+///
+/// # Safety
+/// Called once, where control is uniform over the warpgroup.
+macro_rules! shrink_registers {
+    ($registers:expr) => {
+        core::arch::asm!("setmaxnreg.dec.sync.aligned.u32 {n};", n = const $registers, options(nostack))
+    };
 }
+pub(crate) use shrink_registers;
 
 /// `setmaxnreg.inc` — takes registers that others gave back, and waits for them: a thread that computes needs many.
-#[inline(always)]
-pub fn grow_registers<S: HopperShape>() {
-    // SAFETY: as for `shrink_registers`; together they are no more than a multiprocessor has (asserted in `shape`).
-    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const S::CONSUMER_REGISTERS, options(nostack)) }
+///
+/// # Safety
+/// As for `shrink_registers`; together they are no more than the launch got (asserted in `shape`).
+macro_rules! grow_registers {
+    ($registers:expr) => {
+        core::arch::asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const $registers, options(nostack))
+    };
 }
+pub(crate) use grow_registers;

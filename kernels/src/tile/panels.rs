@@ -56,17 +56,14 @@ impl Panels {
     #[inline(always)]
     pub fn along_rows(self, k: u32) -> u64 {
         let steps = PANEL_COLUMNS / K_STEP;
-        descriptor(
-            self.base + k / steps * self.panel_bytes() + k % steps * K_STEP * 2,
-            0,
-            EIGHT_ROWS,
-        )
+        let offset = k / steps * self.panel_bytes() + k % steps * K_STEP * 2;
+        descriptor(self.base, 0) + field(offset)
     }
 
     /// Descriptor of k step `k` where k runs down the rows: V in P V. All panels side by side are the product's columns.
     #[inline(always)]
     pub fn down_rows(self, k: u32) -> u64 {
-        descriptor(self.base + k * K_STEP * ROW_BYTES, self.panel_bytes(), EIGHT_ROWS)
+        descriptor(self.base, self.panel_bytes()) + field(k * K_STEP * ROW_BYTES)
     }
 
     /// Address of the pair of columns `column`, `column + 1` of row `row`; `column` is even.
@@ -109,9 +106,15 @@ impl Panels {
     }
 }
 
-/// A matrix descriptor with the 128-byte swizzle; `leading` and `stride` in bytes, `start` a shared-window address.
+/// A matrix descriptor with the 128-byte swizzle: `start` is a shared-window address, `leading` the bytes from one panel to the
+/// next. Shared memory ends below 2^18, so an offset can be added to the start without spilling into the next field.
 #[inline(always)]
-fn descriptor(start: u32, leading: u32, stride: u32) -> u64 {
-    let field = |bytes: u32| ((bytes & 0x3_ffff) >> 4) as u64;
-    field(start) | field(leading) << 16 | field(stride) << 32 | 1 << 62
+fn descriptor(start: u32, leading: u32) -> u64 {
+    field(start) | field(leading) << 16 | field(EIGHT_ROWS) << 32 | 1 << 62
+}
+
+/// A number of bytes as descriptors hold it.
+#[inline(always)]
+fn field(bytes: u32) -> u64 {
+    (bytes >> 4) as u64
 }

@@ -8,6 +8,7 @@
 //! Blocks stay for the whole launch and take one tile of work after the other. Keys are walked from the last to the first:
 //! those that need a mask come first, where they are few, and the loop over the others has none.
 
+use super::{WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperForwardParams;
 use crate::mask::Mask;
 use crate::pipeline::bulk::{Cursor, Slots};
@@ -19,9 +20,6 @@ use crate::tile::register::{Accumulator, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
 use core::marker::PhantomData;
 use core::mem::offset_of;
-
-/// Threads of a warpgroup.
-const WARPGROUP: u32 = 128;
 
 /// First of the barriers by which consumers take turns, one each.
 const TURNS: u32 = 1;
@@ -39,19 +37,19 @@ pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParam
     // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
     unsafe {
         if sreg::thread_idx_x() == 0 {
-            shared.query_slots().init(1, S::CONSUMERS);
-            shared.key_slots().init(HOPPER_SLOTS, S::CONSUMERS * 4);
-            shared.value_slots().init(HOPPER_SLOTS, S::CONSUMERS * 4);
+            shared.query_slots().init(1, 1, S::CONSUMERS);
+            shared.key_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
+            shared.value_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
             mbarrier::fence_init();
         }
         sync::sync_threads();
         if sreg::thread_idx_x() < WARPGROUP {
-            wgmma::shrink_registers::<S>();
+            wgmma::shrink_registers!(S::PRODUCER_REGISTERS);
             if sreg::thread_idx_x() == 0 {
                 produce::<S, CAUSAL>(p, maps, shared);
             }
         } else {
-            wgmma::grow_registers::<S>();
+            wgmma::grow_registers!(S::CONSUMER_REGISTERS);
             Consumer::<S, CAUSAL>::new(p, shared).consume(maps);
         }
     }
@@ -63,21 +61,26 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut queries, mut tiles) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
     let map = |offset: usize| maps + offset as u64;
-    for work in Work::<S>::of_this_block(p) {
+    for work in Work::of_this_block(&p.work, S::BLOCK_M, true) {
         // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
         unsafe {
             let full = shared.query_slots().refill(queries, S::CONSUMERS * S::QUERY_BYTES);
             for group in 0..S::CONSUMERS {
-                let corner = work.query(p, group);
+                let corner = work.corner(p.heads_q, group);
                 shared
                     .query(group)
                     .load(map(offset_of!(HopperForwardParams, q)), corner, full);
             }
             queries.advance();
             // The same for every tile if nothing is masked; but registers are few here.
-            let end = sync::renew(mask.key_blocks(work.first_row, work.rows(p), S::BLOCK_N).end);
+            let end = sync::renew(mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::BLOCK_N).end);
             for n in (0..end).rev() {
-                let corner = work.key(p, n);
+                let corner = Corner {
+                    batch: work.head / p.heads_q,
+                    head: work.head % p.heads_q / p.heads_q_per_kv,
+                    row: n * S::BLOCK_N,
+                    column: 0,
+                };
                 let full = shared.key_slots().refill(tiles, S::TILE_BYTES);
                 shared
                     .key(tiles.slot)
@@ -126,7 +129,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if self.group == S::CONSUMERS - 1 {
                 self.pass_turn();
             }
-            for work in Work::<S>::of_this_block(self.p) {
+            for work in Work::of_this_block(&self.p.work, S::BLOCK_M, true) {
                 self.shared.query_slots().acquire(self.queries);
                 let mut softmax = OnlineSoftmax::new(self.p.scale_log2);
                 let mut output = S::Output::zero();
@@ -142,8 +145,10 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// Online softmax over all keys that the tile's queries see.
     #[inline(always)]
-    unsafe fn attend(&mut self, work: &Work<S>, softmax: &mut OnlineSoftmax<S::Scores>, output: &mut S::Output) {
-        let blocks = self.mask.key_blocks(work.first_row, work.rows(self.p), S::BLOCK_N);
+    unsafe fn attend(&mut self, work: &Work, softmax: &mut OnlineSoftmax<S::Scores>, output: &mut S::Output) {
+        let blocks = self
+            .mask
+            .key_blocks(work.first_row, work.rows(self.p.seqlen_q), S::BLOCK_N);
         if blocks.end == 0 {
             return;
         }
@@ -179,7 +184,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn step<const MASKED: bool>(
         &mut self,
-        work: &Work<S>,
+        work: &Work,
         n: u32,
         softmax: &mut OnlineSoftmax<S::Scores>,
         output: &mut S::Output,
@@ -236,7 +241,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// Minus infinity for the keys of block `n` that a query does not see.
     #[inline(always)]
-    fn hide(&self, work: &Work<S>, n: u32, scores: &mut S::Scores) {
+    fn hide(&self, work: &Work, n: u32, scores: &mut S::Scores) {
         let (first_row, first_key) = (self.first_row(work), n * S::BLOCK_N);
         scores.map_coordinates(|row, column, score| {
             let visible = first_key + column < self.mask.visible_end(first_row + row);
@@ -246,7 +251,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// Normalises and stores the output, by way of the shared memory that held the queries, and lse.
     #[inline(always)]
-    unsafe fn finish(&mut self, work: &Work<S>, softmax: OnlineSoftmax<S::Scores>, mut output: S::Output, maps: u64) {
+    unsafe fn finish(&mut self, work: &Work, softmax: OnlineSoftmax<S::Scores>, mut output: S::Output, maps: u64) {
         let first_row = self.first_row(work);
         let (inverse, lse) = softmax.finish(|row| self.mask.visible_end(first_row + row) > 0);
         output.map_rows(inverse, |inverse, o| o * inverse);
@@ -261,7 +266,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if sreg::thread_idx_x() % WARPGROUP == 0 {
                 staging.store(
                     maps + offset_of!(HopperForwardParams, out) as u64,
-                    work.query(self.p, self.group),
+                    work.corner(self.p.heads_q, self.group),
                 );
                 tma::wait_read();
                 self.shared.query_slots().release(self.queries);
@@ -277,7 +282,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// First query of this warp.
     #[inline(always)]
-    fn first_row(&self, work: &Work<S>) -> u32 {
+    fn first_row(&self, work: &Work) -> u32 {
         work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
     }
 
@@ -331,76 +336,6 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     fn sync_group(&self) {
         // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
         unsafe { sync::sync_some(GROUPS + self.group, WARPGROUP) }
-    }
-}
-
-/// Index of the warp in its warpgroup.
-#[inline(always)]
-fn warp_of_group() -> u32 {
-    sreg::warp_id() % 4
-}
-
-/// The queries of one head that a block takes at a time.
-struct Work<S> {
-    /// Head, all batch entries counted.
-    head: u32,
-    first_row: u32,
-    shape: PhantomData<S>,
-}
-
-impl<S: HopperShape> Work<S> {
-    /// What falls to this block: every `gridDim.x`-th tile of work.
-    #[inline(always)]
-    fn of_this_block(p: &HopperForwardParams) -> impl Iterator<Item = Self> {
-        let mut next = sreg::block_idx_x();
-        core::iter::from_fn(move || {
-            let index = next;
-            next += sreg::grid_dim_x();
-            (index < p.tiles).then(|| Self::new(p, index))
-        })
-    }
-
-    /// Heads are worked on in sections whose keys and values the L2 cache holds; in a section the longest tiles of all
-    /// heads come first, which under a causal mask keeps the last wave short.
-    #[inline(always)]
-    fn new(p: &HopperForwardParams, index: u32) -> Self {
-        let section = index / p.query_tiles / p.heads_per_section;
-        let first_head = section * p.heads_per_section.get();
-        let heads = p.heads_per_section.get().min(p.heads - first_head).max(1);
-        let rest = index - first_head * p.query_tiles.get();
-        Self {
-            head: first_head + rest % heads,
-            first_row: (p.query_tiles.get() - 1 - rest / heads) * S::BLOCK_M,
-            shape: PhantomData,
-        }
-    }
-
-    /// Queries of the tile that exist.
-    #[inline(always)]
-    fn rows(&self, p: &HopperForwardParams) -> u32 {
-        (p.seqlen_q - self.first_row).min(S::BLOCK_M)
-    }
-
-    /// Where warpgroup `group`'s queries start.
-    #[inline(always)]
-    fn query(&self, p: &HopperForwardParams, group: u32) -> Corner {
-        Corner {
-            batch: self.head / p.heads_q,
-            head: self.head % p.heads_q,
-            row: self.first_row + group * HOPPER_ROWS,
-            column: 0,
-        }
-    }
-
-    /// Where key block `n` starts.
-    #[inline(always)]
-    fn key(&self, p: &HopperForwardParams, n: u32) -> Corner {
-        Corner {
-            batch: self.head / p.heads_q,
-            head: self.head % p.heads_q / p.heads_q_per_kv,
-            row: n * S::BLOCK_N,
-            column: 0,
-        }
     }
 }
 

@@ -1,0 +1,592 @@
+//! The backward pass on Hopper: the two kernels of [`backward`](crate::backward), which own what they write, on
+//! warpgroups.
+//!
+//! As there, [`queries`] owns queries and streams keys for dQ, and [`keys`] owns keys, streams queries and works on the
+//! transposed tiles for dK and dV, so that P^T and dS^T are left operands in the registers they were computed in. No
+//! gradient is touched by two blocks: no atomics, the same bits each time at every head_dim.
+//!
+//! A consumer issues the two products that need no registers, turns the first into probabilities while the second is on its
+//! way, and leaves the sums of gradients to run into the next tile.
+
+use super::{WARPGROUP, warp_of_group, work::Work};
+use crate::abi::{HopperBackwardParams, TensorMap};
+use crate::mask::{Blocks, Mask};
+use crate::pipeline::bulk::{Cursor, Slots};
+use crate::ptx::math::{ex2, fma};
+use crate::ptx::{mbarrier, memory, sreg, sync, tma, tma::Corner, wgmma};
+use crate::shape::{HOPPER_BACKWARD_REGISTERS, HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
+use crate::softmax::log2_of;
+use crate::tile::panels::Panels;
+use crate::tile::register::{Accumulator, RowValues, ScoreTile};
+use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
+use core::marker::PhantomData;
+use core::mem::offset_of;
+
+/// First of the barriers of a single consumer each.
+const GROUPS: u32 = 1;
+
+/// dQ of the queries that fall to this block. `maps` is the generic address of `p`, a kernel parameter.
+///
+/// # Safety
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after the kernel that makes delta.
+#[inline(always)]
+pub unsafe fn queries<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
+    let shared = Shared::<S>::of_this_block();
+    // SAFETY: as in `keys`.
+    unsafe {
+        shared.init(1);
+        if sreg::thread_idx_x() < WARPGROUP {
+            wgmma::shrink_registers!(HOPPER_BACKWARD_REGISTERS.0);
+            if sreg::thread_idx_x() == 0 {
+                load_keys::<S, CAUSAL>(p, maps, shared);
+            }
+        } else {
+            wgmma::grow_registers!(HOPPER_BACKWARD_REGISTERS.1);
+            Consumer::<S, CAUSAL>::new(p, maps, shared).queries();
+        }
+    }
+}
+
+/// dK and dV of the keys that fall to this block.
+///
+/// # Safety
+/// As [`queries`].
+#[inline(always)]
+pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
+    let shared = Shared::<S>::of_this_block();
+    // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
+    unsafe {
+        shared.init(2);
+        if sreg::thread_idx_x() < WARPGROUP {
+            wgmma::shrink_registers!(HOPPER_BACKWARD_REGISTERS.0);
+            if sreg::thread_idx_x() == 0 {
+                load_queries::<S, CAUSAL>(p, maps, shared);
+            } else if sreg::warp_id() == 1 {
+                load_statistics::<S, CAUSAL>(p, shared);
+            }
+        } else {
+            wgmma::grow_registers!(HOPPER_BACKWARD_REGISTERS.1);
+            Consumer::<S, CAUSAL>::new(p, maps, shared).keys();
+        }
+    }
+}
+
+/// The generic address of one of the parameters' tensor maps.
+macro_rules! map {
+    ($maps:expr, $field:ident) => {
+        $maps + offset_of!(HopperBackwardParams, $field) as u64
+    };
+}
+
+/// Loads Q and dO of each tile of work, and the keys and values that they see. One thread.
+#[inline(always)]
+unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
+    p: &HopperBackwardParams,
+    maps: u64,
+    shared: Shared<S>,
+) {
+    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let (mut owned, mut streamed) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
+    for work in Work::of_this_block(&p.work, S::ROWS, true) {
+        // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
+        unsafe {
+            shared.load_owned(&mut owned, [map!(maps, q), map!(maps, dout)], |group| {
+                work.corner(p.heads_q, group)
+            });
+            let end = sync::renew(mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::COLUMNS).end);
+            for n in 0..end {
+                let corner = Corner {
+                    batch: work.head / p.heads_q,
+                    head: work.head % p.heads_q / p.heads_q_per_kv,
+                    row: n * S::COLUMNS,
+                    column: 0,
+                };
+                shared.load_streamed(&mut streamed, [map!(maps, k), map!(maps, v)], corner);
+            }
+        }
+    }
+}
+
+/// Loads K and V of each tile of work, and the queries that see them with their dO. One thread.
+#[inline(always)]
+unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
+    p: &HopperBackwardParams,
+    maps: u64,
+    shared: Shared<S>,
+) {
+    let mut owned = Cursor::<1>::start();
+    let mut streamed = Cursor::<HOPPER_SLOTS>::start();
+    for work in Work::of_this_block(&p.work, S::ROWS, false) {
+        // SAFETY (whole body): as in `load_keys`.
+        unsafe {
+            shared.load_owned(&mut owned, [map!(maps, k), map!(maps, v)], |group| {
+                work.corner(p.heads_kv, group)
+            });
+            for_each_query_tile::<S, CAUSAL>(p, &work, |head, m| {
+                let corner = Corner {
+                    batch: head / p.heads_q,
+                    head: head % p.heads_q,
+                    row: m * S::COLUMNS,
+                    column: 0,
+                };
+                shared.load_streamed(&mut streamed, [map!(maps, q), map!(maps, dout)], corner);
+            });
+        }
+    }
+}
+
+/// Loads lse, in base 2, and delta of the same queries. One warp.
+#[inline(always)]
+unsafe fn load_statistics<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, shared: Shared<S>) {
+    let mut streamed = Cursor::<HOPPER_SLOTS>::start();
+    let lane = sreg::lane_id();
+    for work in Work::of_this_block(&p.work, S::ROWS, false) {
+        for_each_query_tile::<S, CAUSAL>(p, &work, |head, m| {
+            // SAFETY (whole body): the slot is empty; lse and delta hold an f32 for each query.
+            unsafe {
+                shared.streamed_slots().wait_empty(streamed);
+                for i in 0..S::COLUMNS.div_ceil(32) {
+                    let (column, row) = (i * 32 + lane, m * S::COLUMNS + i * 32 + lane);
+                    if column < S::COLUMNS {
+                        // Queries that do not exist weigh 1, and their dO is 0.
+                        let (mut lse, mut delta) = (0.0, 0.0);
+                        if row < p.seqlen_q {
+                            let at = (head as u64 * p.seqlen_q as u64 + row as u64) * 4;
+                            lse = log2_of(f32::from_bits(memory::ld_global_u32(p.lse + at)));
+                            delta = f32::from_bits(memory::ld_global_u32(p.delta + at));
+                        }
+                        memory::st_shared_word(shared.lse(streamed.slot) + column * 4, lse.to_bits());
+                        memory::st_shared_word(shared.delta(streamed.slot) + column * 4, delta.to_bits());
+                    }
+                }
+                sync::sync_warp();
+                if lane == 0 {
+                    shared.streamed_slots().fill(streamed);
+                }
+                streamed.advance();
+            }
+        });
+    }
+}
+
+/// Every (query head, query tile) that sees keys of the tile of work, in the order of the consumers; twice where dK and dV
+/// are two walks.
+#[inline(always)]
+fn for_each_query_tile<S: HopperBackwardShape, const CAUSAL: bool>(
+    p: &HopperBackwardParams,
+    work: &Work,
+    mut visit: impl FnMut(u32, u32),
+) {
+    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let Blocks { begin, end, .. } = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
+    let walks = if S::TWO_WALKS { 2 } else { 1 };
+    for i in 0..walks * p.heads_q_per_kv.get() {
+        let head = work.head * p.heads_q_per_kv.get() + i % p.heads_q_per_kv;
+        for m in begin..sync::renew(end) {
+            visit(head, m);
+        }
+    }
+}
+
+/// One warpgroup that computes.
+struct Consumer<'a, S: HopperBackwardShape, const CAUSAL: bool> {
+    p: &'a HopperBackwardParams,
+    maps: u64,
+    mask: Mask<CAUSAL>,
+    shared: Shared<S>,
+    /// Which of the consumers it is.
+    group: u32,
+    owned: Cursor<1>,
+    /// The streamed tiles it takes next.
+    streamed: Cursor<HOPPER_SLOTS>,
+    /// The streamed tiles it gives back next: sums of gradients still read them.
+    released: Cursor<HOPPER_SLOTS>,
+}
+
+impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
+    #[inline(always)]
+    fn new(p: &'a HopperBackwardParams, maps: u64, shared: Shared<S>) -> Self {
+        Self {
+            p,
+            maps,
+            mask: Mask::new(p.seqlen_q, p.seqlen_k),
+            shared,
+            group: sreg::thread_idx_x() / WARPGROUP - 1,
+            owned: Cursor::start(),
+            streamed: Cursor::start(),
+            released: Cursor::start(),
+        }
+    }
+
+    /// dQ of its 64 queries of every tile of work.
+    #[inline(always)]
+    unsafe fn queries(&mut self) {
+        let mask = self.mask;
+        for work in Work::of_this_block(&self.p.work, S::ROWS, true) {
+            let first_row = self.first_row(&work);
+            // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's owned rows are its own; lse
+            // and delta hold an f32 for each query.
+            unsafe {
+                self.shared.owned_slots().acquire(self.owned);
+                let rows = self.p.seqlen_q.saturating_sub(first_row);
+                let at = (work.head as u64 * self.p.seqlen_q as u64 + first_row as u64) * 4;
+                let statistics = (
+                    S::Scores::load_rows(self.p.lse + at, rows).map(log2_of),
+                    S::Scores::load_rows(self.p.delta + at, rows),
+                );
+                let mut dq = S::Output::zero();
+                let Blocks { begin, boundary, end } =
+                    mask.key_blocks(work.first_row, work.rows(self.p.seqlen_q), S::COLUMNS);
+                for n in begin..boundary {
+                    self.add_to_queries(n > begin, statistics, |_, _| true, &mut dq);
+                }
+                for n in boundary..end {
+                    let visible = |row, column| n * S::COLUMNS + column < mask.visible_end(first_row + row);
+                    self.add_to_queries(n > begin, statistics, visible, &mut dq);
+                }
+                self.await_sums(end > begin);
+                dq.pin();
+                let corner = work.corner(self.p.heads_q, self.group);
+                self.store(dq, self.p.softmax_scale, 0, map!(self.maps, dq), corner);
+                self.finish();
+            }
+        }
+    }
+
+    /// `dQ += dS K` with the next tile of keys and values. `follows` another of the same tile of work.
+    #[inline(always)]
+    unsafe fn add_to_queries(
+        &mut self,
+        follows: bool,
+        (lse_log2, delta): (<S::Scores as Accumulator>::Rows, <S::Scores as Accumulator>::Rows),
+        visible: impl Fn(u32, u32) -> bool,
+        dq: &mut S::Output,
+    ) {
+        // SAFETY (whole body): as in `queries`.
+        unsafe {
+            let (mut p, mut ds) = self.issue_products::<true>();
+            wgmma::wait::<1>();
+            p.pin();
+            if follows {
+                self.release();
+            }
+            p.map_rows(lse_log2, |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
+            p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
+            wgmma::wait::<0>();
+            ds.pin();
+            ds.map_rows(delta, |delta, x| x - delta);
+            ds.zip(&p, |p, x| p * x);
+            let ds = ds.pinned_operand();
+            wgmma::fence();
+            dq.add_product(&ds, self.shared.streamed(0, self.streamed.slot));
+            wgmma::commit();
+            self.streamed.advance();
+        }
+    }
+
+    /// dK and dV of its 64 keys of every tile of work.
+    #[inline(always)]
+    unsafe fn keys(&mut self) {
+        for work in Work::of_this_block(&self.p.work, S::ROWS, false) {
+            let corner = work.corner(self.p.heads_kv, self.group);
+            let (dk_map, dv_map) = (map!(self.maps, dk), map!(self.maps, dv));
+            // SAFETY (whole body): as in `queries`.
+            unsafe {
+                self.shared.owned_slots().acquire(self.owned);
+                let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
+                if S::TWO_WALKS {
+                    self.walk_queries::<true, false>(&work, &mut dk, &mut dv);
+                    // V is not needed any more: dV asks for Q, K and dO only.
+                    self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
+                    self.walk_queries::<false, true>(&work, &mut dk, &mut dv);
+                } else {
+                    self.walk_queries::<true, true>(&work, &mut dk, &mut dv);
+                    self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
+                }
+                self.store(dv, 1.0, 0, dv_map, corner);
+                self.finish();
+            }
+        }
+    }
+
+    /// Every query that sees the tile's keys, head by head of those that share them.
+    #[inline(always)]
+    unsafe fn walk_queries<const DK: bool, const DV: bool>(
+        &mut self,
+        work: &Work,
+        dk: &mut S::Output,
+        dv: &mut S::Output,
+    ) {
+        let (mask, first_row) = (self.mask, self.first_row(work));
+        let Blocks { begin, boundary, end } = mask.query_blocks(work.first_row, work.rows(self.p.seqlen_k), S::COLUMNS);
+        // SAFETY (whole body): as in `queries`.
+        unsafe {
+            let mut follows = false;
+            for _ in 0..self.p.heads_q_per_kv.get() {
+                for m in begin..boundary {
+                    let visible = |row, column| m * S::COLUMNS + column >= mask.visible_begin(first_row + row);
+                    self.add_to_keys::<DK, DV>(follows, visible, dk, dv);
+                    follows = true;
+                }
+                for _ in boundary..end {
+                    self.add_to_keys::<DK, DV>(follows, |_, _| true, dk, dv);
+                    follows = true;
+                }
+            }
+            self.await_sums(follows);
+            if DK {
+                dk.pin();
+            }
+            if DV {
+                dv.pin();
+            }
+        }
+    }
+
+    /// `dK += dS^T Q` and `dV += P^T dO`, or one of them, with the next tile of queries.
+    #[inline(always)]
+    unsafe fn add_to_keys<const DK: bool, const DV: bool>(
+        &mut self,
+        follows: bool,
+        visible: impl Fn(u32, u32) -> bool,
+        dk: &mut S::Output,
+        dv: &mut S::Output,
+    ) {
+        let slot = self.streamed.slot;
+        // SAFETY (whole body): as in `queries`; the slot's statistics came with its tiles.
+        unsafe {
+            let (mut p, mut ds) = self.issue_products::<DK>();
+            if DK {
+                wgmma::wait::<1>();
+            } else {
+                wgmma::wait::<0>();
+            }
+            p.pin();
+            if follows {
+                self.release();
+            }
+            let lse_log2 = S::Scores::load_columns(self.shared.lse(slot));
+            p.map_columns(lse_log2, |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
+            p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
+            if DV {
+                let p = p.pinned_operand();
+                wgmma::fence();
+                dv.add_product(&p, self.shared.streamed(1, slot));
+                wgmma::commit();
+            }
+            if DK {
+                if DV {
+                    wgmma::wait::<1>();
+                } else {
+                    wgmma::wait::<0>();
+                }
+                ds.pin();
+                let delta = S::Scores::load_columns(self.shared.delta(slot));
+                ds.map_columns(delta, |delta, x| x - delta);
+                ds.zip(&p, |p, x| p * x);
+                let ds = ds.pinned_operand();
+                wgmma::fence();
+                dk.add_product(&ds, self.shared.streamed(0, slot));
+                wgmma::commit();
+            }
+            self.streamed.advance();
+        }
+    }
+
+    /// Issues the scores of the next streamed tiles and, in a group of its own, if `DS`, dP; else zeros.
+    #[inline(always)]
+    unsafe fn issue_products<const DS: bool>(&mut self) -> (S::Scores, S::Scores) {
+        let (slot, shared) = (self.streamed.slot, self.shared.renewed());
+        // SAFETY (whole body): as in `queries`.
+        unsafe {
+            shared.streamed_slots().acquire(self.streamed);
+            wgmma::fence();
+            let p = S::Scores::product(shared.owned(0, self.group), shared.streamed(0, slot));
+            wgmma::commit();
+            let mut ds = S::Scores::zero();
+            if DS {
+                ds = S::Scores::product(shared.owned(1, self.group), shared.streamed(1, slot));
+                wgmma::commit();
+            }
+            (p, ds)
+        }
+    }
+
+    /// Waits for the sums that are still under way, if there are `some`, and gives their tiles back.
+    #[inline(always)]
+    unsafe fn await_sums(&mut self, some: bool) {
+        wgmma::wait::<0>();
+        if some {
+            // SAFETY: as in `queries`.
+            unsafe { self.release() }
+        }
+    }
+
+    /// Gives the oldest streamed tiles back. Each warp does so for itself: a wait covers its own part of a product only.
+    #[inline(always)]
+    unsafe fn release(&mut self) {
+        if sreg::lane_id() == 0 {
+            // SAFETY: as in `queries`.
+            unsafe { self.shared.streamed_slots().release(self.released) }
+        }
+        self.released.advance();
+    }
+
+    /// Writes `factor * gradient` to the box of `map` at `corner`, by way of one of the owned tiles, which nobody needs any
+    /// more.
+    #[inline(always)]
+    unsafe fn store(&self, mut gradient: S::Output, factor: f32, owned: u32, map: u64, corner: Corner) {
+        gradient.map_rows(<S::Output as Accumulator>::Rows::splat(factor), |factor, x| x * factor);
+        let staging = self.shared.owned(owned, self.group);
+        // SAFETY (whole body): each warp awaited the products that read the tile before it arrives at the first barrier.
+        unsafe {
+            self.sync_group();
+            gradient.write(staging, warp_of_group() * 16, sreg::lane_id());
+            tma::fence_async();
+            self.sync_group();
+            if sreg::thread_idx_x() % WARPGROUP == 0 {
+                staging.store(map, corner);
+            }
+        }
+    }
+
+    /// Gives the owned tiles back, once what was stored from them has been read.
+    #[inline(always)]
+    unsafe fn finish(&mut self) {
+        if sreg::thread_idx_x() % WARPGROUP == 0 {
+            tma::wait_read();
+            // SAFETY: as in `queries`; the rest of the warpgroup passed the barrier of the last store.
+            unsafe { self.shared.owned_slots().release(self.owned) }
+        }
+        self.owned.advance();
+    }
+
+    /// First owned row of this warp.
+    #[inline(always)]
+    fn first_row(&self, work: &Work) -> u32 {
+        work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
+    }
+
+    /// Waits for the whole of this warpgroup.
+    #[inline(always)]
+    fn sync_group(&self) {
+        // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
+        unsafe { sync::sync_some(GROUPS + self.group, WARPGROUP) }
+    }
+}
+
+/// Where everything lies in shared memory: owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, lse and
+/// delta by slot, barriers.
+struct Shared<S> {
+    base: u32,
+    shape: PhantomData<S>,
+}
+
+impl<S> Clone for Shared<S> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Shared<S> {}
+
+impl<S: HopperBackwardShape> Shared<S> {
+    #[inline(always)]
+    fn of_this_block() -> Self {
+        Self {
+            base: sreg::dynamic_shared_mem(),
+            shape: PhantomData,
+        }
+    }
+
+    /// The same, but addresses that follow from it are worked out anew: kept, the descriptors of owned tiles alone would take
+    /// up to 64 registers.
+    #[inline(always)]
+    fn renewed(self) -> Self {
+        Self {
+            base: sync::renew(self.base),
+            ..self
+        }
+    }
+
+    /// Initialises the barriers, by one thread, before the block goes on; `producers` arrivals fill a streamed slot.
+    #[inline(always)]
+    unsafe fn init(self, producers: u32) {
+        if sreg::thread_idx_x() == 0 {
+            // SAFETY: one thread, and nobody else until the barrier.
+            unsafe {
+                self.owned_slots().init(1, 1, S::CONSUMERS);
+                self.streamed_slots().init(HOPPER_SLOTS, producers, S::CONSUMERS * 4);
+            }
+            mbarrier::fence_init();
+        }
+        sync::sync_threads();
+    }
+
+    /// Starts to fill the owned tiles, each warpgroup's from its own corner.
+    #[inline(always)]
+    unsafe fn load_owned(self, cursor: &mut Cursor<1>, maps: [u64; 2], corner: impl Fn(u32) -> Corner) {
+        // SAFETY: the barrier counts the bytes of all boxes.
+        unsafe {
+            let full = self.owned_slots().refill(*cursor, 2 * S::CONSUMERS * S::OWNED_BYTES);
+            for group in 0..S::CONSUMERS {
+                let corner = corner(group);
+                self.owned(0, group).load(maps[0], corner, full);
+                self.owned(1, group).load(maps[1], corner, full);
+            }
+        }
+        cursor.advance();
+    }
+
+    /// Starts to fill the next pair of streamed tiles.
+    #[inline(always)]
+    unsafe fn load_streamed(self, cursor: &mut Cursor<HOPPER_SLOTS>, maps: [u64; 2], corner: Corner) {
+        // SAFETY: the barrier counts the bytes of both tiles.
+        unsafe {
+            let full = self.streamed_slots().refill(*cursor, 2 * S::STREAMED_BYTES);
+            self.streamed(0, cursor.slot).load(maps[0], corner, full);
+            self.streamed(1, cursor.slot).load(maps[1], corner, full);
+        }
+        cursor.advance();
+    }
+
+    /// Owned tile `which` (Q, dO or K, V) of warpgroup `group`.
+    #[inline(always)]
+    fn owned(self, which: u32, group: u32) -> Panels {
+        let base = self.base + (which * S::CONSUMERS + group) * S::OWNED_BYTES;
+        Panels::new(base, HOPPER_ROWS, S::HEAD_DIM)
+    }
+
+    /// Streamed tile `which` (K, V or Q, dO) of a slot.
+    #[inline(always)]
+    fn streamed(self, which: u32, slot: u32) -> Panels {
+        let owned = 2 * S::CONSUMERS * S::OWNED_BYTES;
+        let base = self.base + owned + (which * HOPPER_SLOTS + slot) * S::STREAMED_BYTES;
+        Panels::new(base, S::COLUMNS, S::HEAD_DIM)
+    }
+
+    /// lse, in base 2, of the queries of a slot.
+    #[inline(always)]
+    fn lse(self, slot: u32) -> u32 {
+        self.base + S::TILES_BYTES + slot * 2 * S::COLUMNS * 4
+    }
+
+    /// delta of the queries of a slot.
+    #[inline(always)]
+    fn delta(self, slot: u32) -> u32 {
+        self.lse(slot) + S::COLUMNS * 4
+    }
+
+    /// Whether the owned tiles are there, and whether their room is free again.
+    #[inline(always)]
+    fn owned_slots(self) -> Slots {
+        Slots::new(self.lse(HOPPER_SLOTS))
+    }
+
+    /// The same for each slot of streamed tiles.
+    #[inline(always)]
+    fn streamed_slots(self) -> Slots {
+        Slots::new(self.lse(HOPPER_SLOTS) + Slots::BYTES)
+    }
+}

@@ -1,0 +1,20 @@
+//! Attention by Hopper's own instructions: tiles copied by the tensor memory accelerator, products of warpgroups.
+//!
+//! Every kernel here has the same cast. The first warpgroup loads, through rings of slots guarded by barriers; it keeps few
+//! registers. The others each own 64 rows of the result and compute. Blocks stay for the whole launch and take one tile of
+//! work after the other, so that the loads of the next overlap the end of the last.
+
+pub mod backward;
+pub mod forward;
+mod work;
+
+use crate::ptx::sreg;
+
+/// Threads of a warpgroup.
+const WARPGROUP: u32 = 128;
+
+/// Index of the warp in its warpgroup.
+#[inline(always)]
+fn warp_of_group() -> u32 {
+    sreg::warp_id() % 4
+}

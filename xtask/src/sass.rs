@@ -6,7 +6,9 @@
 use crate::{Outcome, ptx::path_of, read, workspace};
 use flash_attention_kernels::entries::{Arch, ENTRIES, Entry};
 use rayon::prelude::*;
+use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -26,6 +28,8 @@ struct Assembled {
     spilled: u32,
     stack: u32,
     tensor_instructions: usize,
+    /// Other instructions for each tensor instruction in the main loop, if it has any.
+    others: Option<f64>,
     warnings: Vec<String>,
 }
 
@@ -102,13 +106,61 @@ fn assemble(ptxas: &Path, nvdisasm: &Path, entry: &'static Entry, target: &'stat
         registers: number_before(" registers")?,
         spilled: number_before(" bytes spill stores")? + number_before(" bytes spill loads")?,
         stack: number_before(" bytes stack frame")?,
-        tensor_instructions: code.matches(" HMMA.").count() + code.matches(" HGMMA.").count(),
+        tensor_instructions: code.lines().filter(|line| is_tensor(line)).count(),
+        others: others_per_tensor(&code),
         warnings: log
             .lines()
             .filter(|line| line.contains("warning") || line.contains("Performance Loss"))
             .map(str::to_owned)
             .collect(),
     })
+}
+
+/// Whether a line of machine code multiplies on the tensor cores.
+fn is_tensor(line: &str) -> bool {
+    line.contains(" HMMA.") || line.contains(" HGMMA.")
+}
+
+/// Instructions other than tensor instructions, for each of those, in the leanest innermost loop that has any: the loop over
+/// tiles that need no mask.
+fn others_per_tensor(code: &str) -> Option<f64> {
+    let lines: Vec<&str> = code.lines().collect();
+    let label = |line: &str| line.starts_with(".L_x_").then(|| line.trim_end_matches(':').to_owned());
+    let labels: HashMap<String, usize> = (lines.iter().enumerate())
+        .filter_map(|(at, line)| Some((label(line)?, at)))
+        .collect();
+    // A loop is a branch back to a label.
+    let mut loops: Vec<Range<usize>> = Vec::new();
+    for (at, line) in lines.iter().enumerate().filter(|(_, line)| line.contains(" BRA ")) {
+        let target = line
+            .split('`')
+            .nth(1)
+            .and_then(|rest| rest.strip_prefix('(')?.split(')').next());
+        if let Some(&start) = target
+            .and_then(|target| labels.get(target))
+            .filter(|&&start| start < at)
+        {
+            loops.push(start..at);
+        }
+    }
+    let tensors = |body: &Range<usize>| lines[body.clone()].iter().filter(|line| is_tensor(line)).count();
+    loops.retain(|body| tensors(body) > 0);
+    let encloses = |outer: &Range<usize>, inner: &Range<usize>| {
+        outer != inner && outer.start <= inner.start && inner.end <= outer.end
+    };
+    let innermost = loops
+        .iter()
+        .filter(|outer| !loops.iter().any(|inner| encloses(outer, inner)));
+    innermost
+        .map(|body| {
+            // An instruction starts with its address; what follows in its second word is a comment.
+            let instructions = lines[body.clone()]
+                .iter()
+                .filter(|line| line.trim_end().ends_with(';'))
+                .count();
+            (instructions - tensors(body)) as f64 / tensors(body) as f64
+        })
+        .min_by(f64::total_cmp)
 }
 
 /// Runs a program to its end; its output, both streams.
@@ -124,8 +176,9 @@ fn run(command: &mut Command) -> Outcome<String> {
 
 fn table(assembled: &[Assembled]) -> String {
     let mut table = String::from(
-        "| kernel | for | tile | threads | shared bytes | registers | stack | spilled | tensor instructions |\n\
-         | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+        "| kernel | for | tile | threads | shared bytes | registers | stack | spilled | tensor instructions | others per tensor \
+         instruction, main loop |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     for kernel in assembled {
         let Assembled {
@@ -135,12 +188,14 @@ fn table(assembled: &[Assembled]) -> String {
             spilled,
             stack,
             tensor_instructions,
+            others,
             ..
         } = kernel;
+        let others = others.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.1}"));
         let (m, n, threads, shared) = (entry.block_m, entry.block_n, entry.threads, entry.shared_bytes);
         let _ = writeln!(
             table,
-            "| {} | {target} | {m} x {n} | {threads} | {shared} | {registers} | {stack} | {spilled} | {tensor_instructions} |",
+            "| {} | {target} | {m} x {n} | {threads} | {shared} | {registers} | {stack} | {spilled} | {tensor_instructions} | {others} |",
             entry.name
         );
     }

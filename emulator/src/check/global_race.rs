@@ -63,7 +63,8 @@ pub(crate) struct Who {
 /// Addresses of strong operations that are followed; with more, the check gives up rather than grow.
 const MAX_OBJECTS: usize = 1 << 14;
 
-type Page = Box<[[AtomicU64; 2]]>;
+/// Last write, last read, and what that write left there (see [`left_by`]).
+type Page = Box<[[AtomicU64; 3]]>;
 
 /// An earlier access by another block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +89,18 @@ struct Sync {
     /// What each block knows of the epochs of others, and its own epoch.
     blocks: HashMap<u32, HashMap<u32, u32>>,
     gave_up: bool,
+}
+
+/// What a write of `stored` at `at` leaves in a cell: which bytes, above their values; zero if it is not known.
+fn left_by(stored: &[u8], at: usize, cell: usize) -> u64 {
+    let mut left = 0;
+    for byte in 0..4 {
+        let value = (cell * 4 + byte).checked_sub(at).and_then(|from| stored.get(from));
+        if let Some(value) = value {
+            left |= 1 << (32 + byte) | u64::from(*value) << (8 * byte);
+        }
+    }
+    left
 }
 
 impl GlobalShadow {
@@ -136,7 +149,16 @@ impl GlobalShadow {
     }
 
     /// Records an access of `bytes` at offset `at` of an allocation; returns a conflict.
-    pub fn access(&self, allocation: usize, at: usize, bytes: usize, write: bool, who: Who) -> Option<Conflict> {
+    /// `stored` are the bytes of a write, or nothing. Two blocks that write the same bytes do not race.
+    pub fn access(
+        &self,
+        allocation: usize,
+        at: usize,
+        bytes: usize,
+        write: bool,
+        who: Who,
+        stored: &[u8],
+    ) -> Option<Conflict> {
         let Who { block, epoch, .. } = who;
         let mut found = None;
         let end = at + bytes;
@@ -145,15 +167,16 @@ impl GlobalShadow {
             let high = end.min(cell * 4 + 4) - cell * 4;
             let mask = ((1u16 << high) - (1u16 << low)) as u8;
             let page = self.pages.get(allocation)?.get(cell / PAGE_CELLS)?;
-            let page = page.get_or_init(|| {
-                (0..PAGE_CELLS)
-                    .map(|_| [AtomicU64::new(0), AtomicU64::new(0)])
-                    .collect()
-            });
-            let [written, read] = &page[cell % PAGE_CELLS];
-            let last_write = Packed(written.load(Ordering::Relaxed));
-            found = found.or_else(|| self.conflict(last_write, &who, mask, true));
+            let page = page.get_or_init(|| (0..PAGE_CELLS).map(|_| [0; 3].map(AtomicU64::new)).collect());
+            let [written, read, value] = &page[cell % PAGE_CELLS];
+            let last_write = Packed(written.load(Ordering::Acquire));
+            let left = left_by(stored, at, cell);
+            let same = left != 0 && value.load(Ordering::Relaxed) == left;
+            if !same {
+                found = found.or_else(|| self.conflict(last_write, &who, mask, true));
+            }
             if write {
+                value.store(left, Ordering::Relaxed);
                 let last_read = Packed(read.load(Ordering::Relaxed));
                 found = found.or_else(|| self.conflict(last_read, &who, mask, false));
             }
@@ -162,7 +185,7 @@ impl GlobalShadow {
             let same = old.block() == Some(block) && old.epoch() == epoch.min(0xfff);
             let bytes = if same { old.bytes() | mask } else { mask };
             let new = Packed::new(block, epoch, bytes, &who);
-            slot.store(new.0, Ordering::Relaxed);
+            slot.store(new.0, Ordering::Release);
         }
         found
     }

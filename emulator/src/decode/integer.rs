@@ -5,7 +5,7 @@ use super::op::{Alu, BoolOp, Carry, Cmp, CmpTy, Int1, Int2, Int3, Op, Packed};
 use super::operand::{count, operand};
 use super::types::{FloatTy, IntTy, PRED_SINK, Pred, SINK, Slot, Ty};
 use super::{Decoder, Failure, fail};
-use crate::numeric::integer::Permute;
+use crate::numeric::integer::{Permute, Video, VideoMode};
 use crate::parse::ast::{Instruction, Operand};
 
 const COMPARISONS: &[(&str, Cmp)] = &[
@@ -114,6 +114,7 @@ impl<'a> Decoder<'_, 'a> {
             "lop3" => self.lop3(i, m)?,
             "fns" => self.int3(i, m, Int3::Fns)?,
             "dp4a" | "dp2a" => self.dot(i, m)?,
+            word if word.starts_with('v') && word.ends_with(['2', '4']) => return self.video(i, m).map(Some),
             "setp" => self.setp(i, m)?,
             "set" => self.set(i, m)?,
             "selp" => self.selp(i, m)?,
@@ -378,6 +379,35 @@ impl<'a> Decoder<'_, 'a> {
             Int3::Dp2a(signs[0], signs[1], hi)
         };
         self.int3_of(i, op, Ty::B32, Ty::B32)
+    }
+
+    /// `vadd4.dtype.atype.btype{.sat}{.add} d, a, b, c` and its kin, on whole words.
+    fn video(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
+        let (name, parts) = i.opcode.split_at(i.opcode.len() - 1);
+        let op = match name {
+            "vadd" => Video::Add,
+            "vsub" => Video::Sub,
+            "vabsdiff" => Video::AbsDiff,
+            "vmin" => Video::Min,
+            "vmax" => Video::Max,
+            _ => return fail(format!("opcode `{}` is not known", i.opcode)),
+        };
+        let mut signed = [false; 3];
+        for signed in &mut signed {
+            *signed = match m.ty()? {
+                Ty::U32 => false,
+                Ty::S32 => true,
+                _ => return fail("the types are u32 or s32"),
+            };
+        }
+        let mode = VideoMode {
+            parts: if parts == "2" { 2 } else { 4 },
+            signed,
+            saturate: m.take("sat"),
+            accumulate: m.take("add"),
+        };
+        count(i, 4..=4)?;
+        self.int3_of(i, Int3::Video(op, mode), Ty::B32, Ty::B32)
     }
 
     fn carry(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {

@@ -7,7 +7,8 @@ use super::types::*;
 use crate::numeric::cvt::{CvtMode, Fp8, NarrowMode, PackType, Scalar};
 use crate::numeric::float16::Half;
 use crate::numeric::float32::Property;
-use crate::numeric::integer::Permute;
+use crate::numeric::integer::{Permute, Video, VideoMode};
+use crate::tensor::tensor_map::Field;
 
 /// A decoded instruction.
 #[derive(Debug, Clone)]
@@ -104,6 +105,7 @@ pub(crate) enum Int3 {
     Dp4a(bool, bool),
     /// `dp2a` with signedness of a and b, and `.hi`.
     Dp2a(bool, bool, bool),
+    Video(Video, VideoMode),
 }
 
 /// Packed 16-bit integer operations.
@@ -785,6 +787,17 @@ pub(crate) enum AsyncOp {
         barrier: Addr,
     },
     Commit,
+    /// `tensormap.replace`
+    ReplaceField {
+        addr: Addr,
+        field: Field,
+        value: Slot,
+    },
+    /// `tensormap.cp_fenceproxy`: a warp copies a map from shared to global memory.
+    PublishMap {
+        dst: Addr,
+        src: Addr,
+    },
     /// Waits until at most `left` groups are pending.
     WaitGroup {
         left: u32,
@@ -888,7 +901,7 @@ pub(crate) enum WgmmaOp {
 pub(crate) struct Wgmma {
     pub n: u32,
     pub k: u32,
-    /// Accumulator type: F32 or F16.
+    /// Accumulator type: F32, F16 or S32.
     pub d_ty: Ty,
     pub a_ty: Ty,
     pub b_ty: Ty,
@@ -900,9 +913,20 @@ pub(crate) struct Wgmma {
     pub negate_b: bool,
     pub trans_a: bool,
     pub trans_b: bool,
+    /// Integer sums are clamped instead of wrapped.
+    pub satfinite: bool,
 }
 
 impl AsyncOp {
+    /// Whether it combines with what is at its destination.
+    pub fn reduces(&self) -> bool {
+        match self {
+            AsyncOp::Bulk { reduction, .. } => reduction.is_some(),
+            AsyncOp::TensorStore { reduction, .. } => reduction.is_some(),
+            _ => false,
+        }
+    }
+
     /// Whether it sums floats in global memory, where the order of blocks shows in the last bit.
     pub fn reduces_floats(&self) -> bool {
         match self {

@@ -1,7 +1,7 @@
 //! From an address to the bytes: finding the memory, and the checks every access passes.
 
 use super::warp::Warp;
-use super::{Cluster, is_narrow};
+use super::{Cluster, Write, is_narrow};
 use crate::check::global_race::Who;
 use crate::check::shared_race::{Engine, Site};
 use crate::decode::op::Instr;
@@ -161,6 +161,22 @@ impl<'m> Cluster<'m> {
     /// The checks on an access whose memory was found: initialised, and not racing.
     #[inline]
     pub fn observe(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target, order: Order, site: Site) {
+        self.observe_store(warp, instr, access, target, order, site, &[]);
+    }
+
+    /// The same for a store of `bytes`; nothing if they are not known yet.
+    #[inline]
+    #[expect(clippy::too_many_arguments, reason = "a store is all of these")]
+    pub fn observe_store(
+        &mut self,
+        warp: &Warp,
+        instr: &Instr,
+        access: Access,
+        target: Target,
+        order: Order,
+        site: Site,
+        bytes: &[u8],
+    ) {
         let checks = self.ctx.checks;
         if !access.write && checks.uninitialized {
             self.check_initialized(warp, instr, access, target);
@@ -174,20 +190,23 @@ impl<'m> Cluster<'m> {
                 let actor = self.actor(warp);
                 let range = (at, access.bytes);
                 let lane = Some(access.lane);
-                self.watch_shared(warp.id, agent, actor, site, cta, range, access.write, lane);
+                let silent = !bytes.is_empty() && self.ctas[cta].shared.holds(at, bytes);
+                let write = if silent { Write::Silent } else { access.write.into() };
+                self.watch_shared(warp.id, agent, actor, site, cta, range, write, lane);
                 if order == Order::Strong {
                     self.release_shared(warp.id, cta, at as u64);
                 }
             }
             Target::Global { allocation, at } if checks.global_races => {
                 let range = (allocation, at);
-                self.watch_global(warp, instr, access, range, order, false);
+                self.watch_global(warp, instr, access, range, order, false, bytes);
             }
             _ => {}
         }
     }
 
     /// Records a global access with the race detector.
+    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
     pub fn watch_global(
         &mut self,
         warp: &Warp,
@@ -196,6 +215,7 @@ impl<'m> Cluster<'m> {
         range: (usize, usize),
         order: Order,
         atomic: bool,
+        stored: &[u8],
     ) {
         let Some(shadow) = &self.ctx.shadow else {
             return;
@@ -213,7 +233,7 @@ impl<'m> Cluster<'m> {
             line: instr.line,
             atomic: atomic || order == Order::Strong,
         };
-        let conflict = shadow.access(allocation, at, access.bytes, access.write, who);
+        let conflict = shadow.access(allocation, at, access.bytes, access.write, who, stored);
         if let Some(conflict) = conflict {
             let actor = self.actor(warp);
             let place = (Some(access.lane), Some(access.address));

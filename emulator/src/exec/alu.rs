@@ -465,6 +465,9 @@ fn int3(f: &mut Frame, mask: u32, op: Int3, ty: IntTy, d: Slot, s: [Slot; 3]) {
         Int3::Dp2a(x, y, hi) => map3(f, mask, d, s, |a, b, c| {
             word(integer::dp2a(hi, x, y, a as u32, b as u32, c as u32))
         }),
+        Int3::Video(op, mode) => map3(f, mask, d, s, |a, b, c| {
+            word(integer::video(op, mode, a as u32, b as u32, c as u32))
+        }),
     }
 }
 
@@ -500,7 +503,12 @@ fn carry(f: &mut Frame, mask: u32, alu: &Alu) {
         let flag = *reads_carry && f.carry >> lane & 1 != 0;
         let (value, out) = match op {
             Carry::Add => integer::add_carry(*ty, x[lane], y[lane], flag),
-            Carry::Sub => integer::sub_borrow(*ty, x[lane], y[lane], flag),
+            // The flag is the carry of a + !b + 1, so it is set where nothing was borrowed: ptxas turns `addc` after
+            // `sub.cc` into that, and nvcc's 128-bit division counts on it.
+            Carry::Sub => {
+                let (value, borrowed) = integer::sub_borrow(*ty, x[lane], y[lane], *reads_carry && !flag);
+                (value, !borrowed)
+            }
             Carry::MadLo => integer::mad_carry(MulPart::Lo, *ty, x[lane], y[lane], z[lane], flag),
             Carry::MadHi => integer::mad_carry(MulPart::Hi, *ty, x[lane], y[lane], z[lane], flag),
         };

@@ -169,7 +169,7 @@ impl<'m> Cluster<'m> {
             // A `red` hands nothing to whoever comes next but the sum; an `atom` may be a lock or a ticket.
             let order = if returns { Order::Strong } else { Order::Weak };
             if checks.global_races {
-                self.watch_global(warp, instr, access, (allocation, at), order, true);
+                self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
             }
             let memory = &self.ctx.view.allocations[allocation];
             if checks.uninitialized && memory.first_uninitialized(at, access.bytes).is_some() {

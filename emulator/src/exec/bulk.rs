@@ -11,13 +11,13 @@ use super::warp::{Warp, lanes};
 use super::{Actor, Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{AsyncOp, AtomicOp, AtomicTy, Completion, Instr, Reduction};
+use crate::decode::op::{AsyncOp, AtomicOp, AtomicTy, Completion, Instr, Op, Reduction};
 use crate::decode::types::{Addr, FloatTy, IntTy, Order, Slot, Space};
 use crate::error::Error;
 use crate::memory::window;
 use crate::report::FindingKind;
 use crate::schedule::Landing;
-use crate::tensor::tensor_map::{ElementType, Fill, TENSOR_MAP_BYTES, TILE_ALIGNMENT, TensorMap};
+use crate::tensor::tensor_map::{ElementType, Fill, TILE_ALIGNMENT};
 
 /// One end of a piece.
 #[derive(Debug, Clone, Copy)]
@@ -98,6 +98,12 @@ impl<'m> Cluster<'m> {
                     self.store_async(warp, instr, op, lane)?;
                 }
             }
+            AsyncOp::ReplaceField { addr, field, value } => {
+                for lane in lanes(mask) {
+                    self.replace_field(warp, instr, lane, addr, *field, *value)?;
+                }
+            }
+            AsyncOp::PublishMap { dst, src } => self.publish_map(warp, instr, mask, dst, src)?,
             AsyncOp::BulkCommit => {
                 for lane in lanes(mask) {
                     let groups = self.bulk.groups.entry((warp.id, lane)).or_default();
@@ -264,7 +270,13 @@ impl<'m> Cluster<'m> {
         let (_, site) = step_site;
         match target {
             Target::Global { allocation, at } => {
-                self.observe(warp, instr, access, target, Order::Weak, site);
+                let reduces = matches!(&instr.op, Op::Async(op) if op.reduces());
+                if !(access.write && reduces) {
+                    self.observe(warp, instr, access, target, Order::Weak, site);
+                } else if self.ctx.checks.global_races {
+                    // Each element is updated atomically.
+                    self.watch_global(warp, instr, access, (allocation, at), Order::Weak, true, &[]);
+                }
                 let n = access.bytes as u64;
                 let sectors = (access.address + n - 1) / 32 - access.address / 32 + 1;
                 if access.write {
@@ -310,7 +322,16 @@ impl<'m> Cluster<'m> {
             let agent = Engine::Bulk.agent(warp.id);
             let actor = self.actor(warp);
             let range = (at, access.bytes);
-            self.watch_shared(warp.id, agent, actor, site, cta, range, access.write, Some(access.lane));
+            self.watch_shared(
+                warp.id,
+                agent,
+                actor,
+                site,
+                cta,
+                range,
+                access.write.into(),
+                Some(access.lane),
+            );
         }
     }
 
@@ -525,33 +546,6 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Reads the 128 bytes of a tensor map.
-    fn tensor_map(
-        &mut self,
-        warp: &mut Warp,
-        instr: &Instr,
-        lane: usize,
-        addr: &Addr,
-    ) -> Result<Option<TensorMap>, Error> {
-        let address = effective(addr, warp.frame().row(addr.base)[lane]);
-        let access = Access {
-            align: 64,
-            ..access_of(lane, address, addr.space, TENSOR_MAP_BYTES, false)
-        };
-        let Some(target) = self.locate(warp, instr, access)? else {
-            return Ok(None);
-        };
-        let mut bytes = [0; TENSOR_MAP_BYTES];
-        for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
-            let value = self.peek(warp, lane, target, index * 8, 8);
-            word.copy_from_slice(&value.to_le_bytes());
-        }
-        match TensorMap::decode(&bytes) {
-            Ok(map) => Ok(Some(map)),
-            Err(error) => Err(self.fault(warp, instr.line, error.to_string())),
-        }
-    }
-
     /// `st.async` and `red.async`: values to another block's shared memory, completing a barrier there.
     fn store_async(&mut self, warp: &mut Warp, instr: &Instr, op: &AsyncOp, lane: usize) -> Result<(), Error> {
         let (addr, size, values, barrier) = match op {
@@ -594,7 +588,7 @@ impl<'m> Cluster<'m> {
     }
 }
 
-fn access_of(lane: usize, address: u64, space: Space, bytes: usize, write: bool) -> Access {
+pub(super) fn access_of(lane: usize, address: u64, space: Space, bytes: usize, write: bool) -> Access {
     Access {
         lane,
         address,

@@ -8,6 +8,9 @@ use crate::counters::{sectors, wavefronts};
 use crate::decode::op::{Instr, Memory};
 use crate::decode::types::{Addr, Order, Slot, Space};
 
+/// Bytes of the widest store (`st.v8.b32`, `st.v4.b64`), and then some.
+const MAX_STORE: usize = 64;
+
 /// Addresses of one instruction in one space, for the counters.
 #[derive(Default)]
 pub(crate) struct Touched {
@@ -161,7 +164,12 @@ impl<'m> Cluster<'m> {
             let Some(target) = self.locate(warp, instr, access)? else {
                 continue;
             };
-            self.observe(warp, instr, access, target, order, site);
+            let mut stored = [0u8; MAX_STORE];
+            for (index, src) in srcs.iter().enumerate() {
+                let value = warp.frame().row(*src)[lane].to_le_bytes();
+                stored[index * size..][..size].copy_from_slice(&value[..size]);
+            }
+            self.observe_store(warp, instr, access, target, order, site, &stored[..total]);
             touched.add(target, access.address);
             for (index, src) in srcs.iter().enumerate() {
                 let value = warp.frame().row(*src)[lane];

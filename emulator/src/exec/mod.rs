@@ -15,6 +15,7 @@ mod mbarrier;
 mod memory_ops;
 mod run;
 pub(crate) mod tensor;
+mod tensor_maps;
 pub(crate) mod warp;
 mod warp_ops;
 pub(crate) mod wgmma;
@@ -123,6 +124,23 @@ pub(crate) enum Flow {
 
 pub(crate) type Step = Result<Flow, Error>;
 
+/// What an access does to the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Write {
+    /// It reads them.
+    No,
+    /// It writes, perhaps other bytes than there were.
+    Yes,
+    /// It writes the very bytes that were there.
+    Silent,
+}
+
+impl From<bool> for Write {
+    fn from(write: bool) -> Self {
+        if write { Write::Yes } else { Write::No }
+    }
+}
+
 /// Who made an access, for messages: block and warp.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Actor {
@@ -158,7 +176,7 @@ impl<'m> Cluster<'m> {
         count[1] += u64::from(mask.count_ones());
         self.pending += u64::from(mask.count_ones());
         if ctx.uses_wgmma {
-            self.track_registers(warp, instr);
+            self.track_registers(warp, instr)?;
         }
         let flow = self.dispatch(warp, instr, mask)?;
         if flow == Flow::Next {
@@ -378,7 +396,7 @@ impl<'m> Cluster<'m> {
         site: Site,
         cta: usize,
         range: (usize, usize),
-        write: bool,
+        write: Write,
         lane: Option<usize>,
     ) {
         let (at, bytes) = range;
@@ -391,12 +409,12 @@ impl<'m> Cluster<'m> {
         let Some(shadow) = &mut self.ctas[cta].shadow else {
             return;
         };
-        let conflict = if write {
-            shadow.write(at, bytes, who)
-        } else {
-            shadow.read(at, bytes, who)
+        let conflict = match write {
+            Write::No => shadow.read(at, bytes, who),
+            write => shadow.write(at, bytes, who, write == Write::Silent),
         };
         if let Some(conflict) = conflict {
+            let write = write != Write::No;
             self.report_conflict(conflict, actor, site, (at, bytes), write, lane, agent);
         }
     }

@@ -15,7 +15,7 @@ use crate::exec::warp::Warp;
 use crate::exec::{Cluster, Context, Cta};
 use crate::memory::shared::SharedMemory;
 use crate::memory::{DeviceMemory, window};
-use crate::module::{Entry, Module, Relocation, VariableSpace};
+use crate::module::{Entry, Module, Preload, Relocation, Special, VariableSpace};
 use crate::report::{Findings, Report};
 use crate::schedule::{Rng, Temper};
 
@@ -125,6 +125,11 @@ impl Module {
             view,
             shadow,
             variables,
+            shared_start: if traits.reserved_shared {
+                window::RESERVED_FOR_GROUPS
+            } else {
+                window::SHARED_BASE
+            },
             shared_end,
             registers: registers_per_thread(entry),
             limit: options.max_instructions,
@@ -221,6 +226,8 @@ impl Module {
     fn traits(&self, reachable: &[u32]) -> Traits {
         let mut traits = Traits::default();
         for function in reachable {
+            let reserved = |(_, p): &(_, Preload)| matches!(p, Preload::Special(Special::ReservedSmem(_)));
+            traits.reserved_shared |= self.functions[*function as usize].preloads.iter().any(reserved);
             for instr in &self.functions[*function as usize].code {
                 match &instr.op {
                     Op::Wgmma(WgmmaOp::Mma(_)) => traits.wgmma = true,
@@ -248,6 +255,8 @@ struct Traits {
     wgmma: bool,
     /// The order of blocks may show in results (sums of floats, tickets, flags): they run one after another.
     ordered: bool,
+    /// It uses the shared memory that is kept for cooperative groups.
+    reserved_shared: bool,
 }
 
 fn refused(launch: &Launch<'_>, argument: &'static str, value: String, limit: String) -> Error {

@@ -101,7 +101,7 @@ impl<'m> Cluster<'m> {
         let cta = if rank == 0 { own } else { rank - 1 };
         let at = (address & window::OFFSET_MASK) as usize;
         let shared = &self.ctas.get(cta)?.shared;
-        let inside = at as u64 >= window::SHARED_BASE && at.checked_add(bytes).is_some_and(|end| end <= shared.len());
+        let inside = at as u64 >= self.ctx.shared_start && at.checked_add(bytes).is_some_and(|end| end <= shared.len());
         inside.then_some(Target::Shared { cta, at })
     }
 

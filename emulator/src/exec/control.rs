@@ -391,6 +391,7 @@ impl<'m> Cluster<'m> {
             Special::NsmId => 132,
             Special::TotalSmem => self.ctx.shared_end,
             Special::DynamicSmem => wide(launch.shared_bytes),
+            Special::ReservedSmem(offset) => u64::from(offset),
             _ => 0,
         };
         [value; 32]

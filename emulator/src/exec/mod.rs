@@ -61,6 +61,8 @@ pub(crate) struct Context<'m> {
     pub shadow: Option<GlobalShadow>,
     /// Address of each module variable, in its own space.
     pub variables: Vec<u64>,
+    /// First address of shared memory that the kernel may touch.
+    pub shared_start: u64,
     /// End of the block's shared memory.
     pub shared_end: u64,
     /// Registers a thread has at the start, where the kernel says so.

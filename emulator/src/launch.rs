@@ -1,6 +1,6 @@
 //! Launching an entry: validating the launch, laying out shared memory, and running the blocks on the host's cores.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -9,7 +9,6 @@ use crate::check::global_race::{self, GlobalShadow};
 use crate::check::shared_race::SharedShadow;
 use crate::counters::Counters;
 use crate::decode::op::{AtomicTy, Memory, Op, WgmmaOp};
-use crate::decode::types::Order;
 use crate::error::Error;
 use crate::exec::warp::Warp;
 use crate::exec::{Cluster, Context, Cta};
@@ -17,7 +16,7 @@ use crate::memory::shared::SharedMemory;
 use crate::memory::{DeviceMemory, window};
 use crate::module::{Entry, Module, Preload, Relocation, Special, VariableSpace};
 use crate::report::{Findings, Report};
-use crate::schedule::{Rng, Temper};
+use crate::schedule::{Rng, Temper, Turns};
 
 /// What to launch.
 #[derive(Debug, Clone)]
@@ -238,7 +237,7 @@ impl Module {
                     }
                     Op::Memory(Memory::Load { addr, order, .. } | Memory::Store { addr, order, .. }) => {
                         let global = crate::exec::may_be_global(addr.space);
-                        traits.ordered |= global && *order == Order::Strong;
+                        traits.ordered |= global && order.is_strong();
                     }
                     Op::Async(op) => traits.ordered |= op.reduces_floats(),
                     _ => {}
@@ -365,26 +364,28 @@ fn run_clusters(context: &Context<'_>, clusters: u64, threads: usize, ordered: b
     let stop = AtomicBool::new(false);
     let merged = Mutex::new(Merge::new(context));
     // Blocks that may wait for each other take turns; the others run to their end.
-    let (budget, most) = if ordered { (TURN, MAX_RESIDENT) } else { (u64::MAX, 1) };
     let work = || {
-        let mut resident: VecDeque<Resident<'_>> = VecDeque::new();
+        let mut turns = ordered.then(|| Turns::draw(context.seed, cluster_bytes(context)));
+        let mut resident: Vec<Resident<'_>> = Vec::new();
         while !stop.load(Ordering::Relaxed) {
             let mut fresh = None;
-            if resident.len() < most {
+            if resident.len() < turns.as_ref().map_or(1, Turns::most) {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 fresh = (index as u64 <= clusters.saturating_sub(1)).then_some(index);
             }
-            let now = match fresh {
-                Some(index) => Ok(Resident::start(context, index)),
-                None => resident.pop_front().ok_or(()),
+            let mut now = match fresh {
+                Some(index) => Resident::start(context, index),
+                None if resident.is_empty() => return,
+                None => resident.remove(turns.as_mut().map_or(0, |t| t.choose(resident.len()))),
             };
-            let Ok(mut now) = now else {
-                return;
-            };
+            let budget = turns.as_mut().map_or(u64::MAX, |t| t.length(fresh.is_some()));
             let result = now.run(budget);
             if let Ok(false) = result {
-                resident.push_back(now);
+                resident.push(now);
                 continue;
+            }
+            if let Some(turns) = &mut turns {
+                turns.ended();
             }
             let outcome = now.end(result.map(|_| ()));
             if outcome.1.result.is_err() {
@@ -476,10 +477,14 @@ fn blank_counts(module: &Module) -> Vec<Vec<[u64; 2]>> {
     module.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
 }
 
-/// Steps a cluster runs before another gets a turn, where blocks may wait for each other.
-const TURN: u64 = 1 << 16;
-/// Clusters that take turns.
-const MAX_RESIDENT: usize = 160;
+/// Host memory that a cluster takes while it runs, roughly: its shared memory and the shadow of it.
+fn cluster_bytes(context: &Context<'_>) -> usize {
+    let launch = context.launch;
+    let blocks: u32 = launch.cluster.iter().product();
+    let warps = launch.block.iter().product::<u32>().div_ceil(32) * blocks;
+    let agents = warps as usize * crate::check::shared_race::ENGINES;
+    context.shared_end as usize * blocks as usize * (8 + agents)
+}
 
 /// A cluster that was started and has not ended.
 struct Resident<'m> {
@@ -503,7 +508,8 @@ impl<'m> Resident<'m> {
         }
     }
 
-    fn end(self, result: Result<(), Error>) -> (usize, Outcome) {
+    fn end(mut self, result: Result<(), Error>) -> (usize, Outcome) {
+        self.cluster.report_guesses();
         let outcome = Outcome {
             findings: self.cluster.findings,
             counters: self.cluster.counters,
@@ -542,6 +548,7 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
             threads,
             live_threads: threads,
             epoch: 0,
+            fenced: false,
         }
     });
     let (known, steps) = Cluster::initial_knowledge(size as usize * warps_per_cta);
@@ -557,6 +564,7 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
         known,
         steps,
         released: HashMap::new(),
+        guesses: Vec::new(),
         barrier: Default::default(),
         bulk: Default::default(),
         warps_per_cta,

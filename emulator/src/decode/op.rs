@@ -544,6 +544,7 @@ pub(crate) enum Memory {
     Atomic {
         op: AtomicOp,
         ty: AtomicTy,
+        order: Order,
         addr: Addr,
         /// One per element of a vector form; `None` for `red`.
         dsts: Option<Box<[Slot]>>,
@@ -552,8 +553,8 @@ pub(crate) enum Memory {
         /// Operand c (cas), by 64-bit word.
         c: Box<[Slot]>,
     },
-    /// `fence`, `membar`; with effect on the async proxy if `async_proxy`.
-    Fence { async_proxy: bool },
+    /// `fence`, `membar`; with effect on the async proxy if `async_proxy`, on other blocks if `device`.
+    Fence { async_proxy: bool, device: bool },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -50,7 +50,12 @@ impl<'m> Cluster<'m> {
                 srcs,
             } => self.store(warp, instr, mask, addr, *order, *bytes, srcs),
             Memory::Atomic { .. } => self.atomic(warp, instr, op, mask),
-            Memory::Fence { async_proxy } => {
+            Memory::Fence { async_proxy, device } => {
+                if *device && let Some(shadow) = &self.ctx.shadow {
+                    let cta = &mut self.ctas[warp.cta];
+                    cta.epoch = shadow.fence(cta.linear);
+                    cta.fenced = true;
+                }
                 if *async_proxy {
                     let known = self.known[warp.id].generic.clone();
                     self.known[warp.id].fenced.join(&known);

@@ -88,6 +88,8 @@ pub(crate) struct Cta {
     pub live_threads: u32,
     /// Epoch for races between blocks.
     pub epoch: u32,
+    /// Some thread executed a fence that other blocks may rely on.
+    pub fenced: bool,
 }
 
 /// The blocks of a cluster and everything that happens between their warps.
@@ -106,6 +108,8 @@ pub(crate) struct Cluster<'m> {
     pub steps: Vec<u32>,
     /// What strong operations left at shared addresses.
     pub released: HashMap<(usize, u64), Knowledge>,
+    /// Reads that may turn out to be races.
+    pub guesses: Vec<access::Guess>,
     pub barrier: ClusterBarrier,
     pub bulk: BulkQueue,
     pub warps_per_cta: usize,

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use super::warp::{Frame, Warp};
 use super::{Cluster, Flow, Step, Write};
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{Alu, Instr, Op, Wgmma, WgmmaA, WgmmaOp};
+use crate::decode::op::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA, WgmmaOp};
 use crate::decode::types::{Slot, Ty};
 use crate::error::Error;
 use crate::memory::window;
@@ -117,6 +117,17 @@ fn moves_registers(instr: &Instr) -> bool {
     moves && !instr.reads.is_empty()
 }
 
+/// Whether it only moves bits, as in taking halves out of words and putting them together again.
+fn moves_bits(instr: &Instr) -> bool {
+    match &instr.op {
+        Op::Alu(Alu::Cvt { to, from, .. }) => to.int().is_some() && from.int().is_some(),
+        Op::Alu(Alu::Int2 { op, .. }) => matches!(op, Int2::Shl | Int2::Shr | Int2::And | Int2::Or),
+        Op::Alu(Alu::Int3 { op, .. }) => matches!(op, Int3::Prmt(_) | Int3::Bfe | Int3::Lop3(_)),
+        Op::Alu(Alu::Bfi { .. }) => true,
+        _ => moves_registers(instr),
+    }
+}
+
 fn major(transposed: bool) -> Major {
     if transposed { Major::Mn } else { Major::K }
 }
@@ -128,25 +139,26 @@ impl<'m> Cluster<'m> {
         if matches!(&instr.op, Op::Wgmma(_)) {
             return Ok(());
         }
-        if moves_registers(instr) {
+        let now = warp.wgmma.now;
+        let frame = warp.frame_mut();
+        let renames = moves_registers(instr);
+        let when = instr.reads.iter().map(|row| frame.written[*row as usize]).max();
+        for row in &instr.writes {
+            frame.written[*row as usize] = if renames { when.unwrap_or(now) } else { now };
+        }
+        if warp.wgmma.owned.is_empty() {
+            return Ok(());
+        }
+        if moves_bits(instr) {
             return self.track_move(warp, instr);
         }
-        let now = warp.wgmma.now;
-        for row in &instr.writes {
-            warp.frame_mut().written[*row as usize] = now;
-        }
-        self.check_owned(warp, instr);
+        self.check_owned(warp, instr, 0);
         Ok(())
     }
 
     /// Moves only rename: compilers put them between a product and its wait, and assemblers make them vanish. What is
     /// moved out of an accumulator is the product's result, which nobody may use before the wait.
     fn track_move(&mut self, warp: &mut Warp, instr: &Instr) -> Result<(), Error> {
-        let frame = warp.frame_mut();
-        let when = instr.reads.iter().map(|row| frame.written[*row as usize]).max();
-        for row in &instr.writes {
-            frame.written[*row as usize] = when.unwrap_or(0);
-        }
         let frame = warp.group().frame;
         let moved = |o: &&Owned| {
             o.frame == frame && o.role != Role::Operand && instr.reads.iter().any(|row| o.rows.contains(row))
@@ -160,7 +172,7 @@ impl<'m> Cluster<'m> {
             line: source.line,
         });
         let Some(copy) = copy else {
-            self.check_owned(warp, instr);
+            self.check_owned(warp, instr, 0);
             return Ok(());
         };
         while warp.wgmma.flying.front().is_some_and(|p| p.step <= copy.step) {
@@ -170,19 +182,18 @@ impl<'m> Cluster<'m> {
             reads: Box::default(),
             ..instr.clone()
         };
-        self.check_owned(warp, &only_writes);
+        self.check_owned(warp, &only_writes, copy.step);
         warp.wgmma.owned.push(copy);
         Ok(())
     }
 
-    fn check_owned(&mut self, warp: &mut Warp, instr: &Instr) {
-        if warp.wgmma.owned.is_empty() {
-            return;
-        }
+    /// Accumulators of products up to step `landed` may be written: they get back what was moved out of them.
+    fn check_owned(&mut self, warp: &mut Warp, instr: &Instr, landed: u32) {
         let frame = warp.group().frame;
         let touched = warp.wgmma.owned.iter().find_map(|owned| {
             let mine = |row: &Slot| owned.frame == frame && owned.rows.contains(row);
-            let written = owned.role != Role::Copy && instr.writes.iter().any(mine);
+            let given_back = owned.role == Role::Accumulator && owned.step <= landed;
+            let written = owned.role != Role::Copy && !given_back && instr.writes.iter().any(mine);
             let read = owned.role != Role::Operand && instr.reads.iter().any(mine);
             (written || read).then_some((owned.role, owned.line, written))
         });

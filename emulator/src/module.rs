@@ -101,6 +101,8 @@ pub(crate) enum Special {
     DynamicSmem,
     /// An offset into the shared memory that is kept for the system, and for cooperative groups.
     ReservedSmem(u16),
+    /// Upper (1) or lower (2) half of the address of the workspace in which a grid synchronises.
+    GridWorkspace(u8),
     Zero,
 }
 
@@ -147,6 +149,8 @@ impl Special {
             "reserved_smem_offset_begin" | "reserved_smem_offset_0" => Special::ReservedSmem(0),
             "reserved_smem_offset_1" => Special::ReservedSmem(RESERVED_FOR_GROUPS as u16),
             "reserved_smem_offset_end" | "reserved_smem_offset_cap" => Special::ReservedSmem(SHARED_BASE as u16),
+            "envreg1" => Special::GridWorkspace(1),
+            "envreg2" => Special::GridWorkspace(2),
             "current_graph_exec" => Special::Zero,
             _ => return None,
         })

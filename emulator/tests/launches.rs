@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use ptx_emulator::{DeviceMemory, Error, Launch, Options};
+use ptx_emulator::{DeviceMemory, Error, Launch, Module, Options};
 
 #[test]
 fn traps_and_runaways_are_errors() {
@@ -80,4 +80,25 @@ fn results_do_not_depend_on_the_number_of_threads() {
         let outcome = (sum, report.counters);
         assert_eq!(*seen.get_or_insert(outcome.clone()), outcome);
     }
+}
+
+#[test]
+fn a_grid_synchronises_in_its_workspace() {
+    // As cooperative groups do it: one block adds what makes the others' arrivals flip the upper bit.
+    let body = "mov.u32 %r4, %envreg2;\ncvt.u64.u32 %rd2, %r4;\nmov.u32 %r5, %envreg1;\ncvt.u64.u32 %rd3, %r5;\n\
+                bfi.b64 %rd2, %rd3, %rd2, 32, 32;\nmov.u32 %r6, %ctaid.x;\nadd.u32 %r7, %r6, 1;\nrem.u32 %r7, %r7, 4;\n\
+                mul.wide.u32 %rd4, %r6, 4;\nadd.u64 %rd4, %rd1, %rd4;\nmul.wide.u32 %rd5, %r7, 4;\n\
+                add.u64 %rd5, %rd1, %rd5;\nst.global.u32 [%rd4], %r6;\nbar.sync 0;\n\
+                setp.ne.u32 %p1, %r1, 0;\n@%p1 bra ARRIVED;\n\
+                setp.eq.u32 %p2, %r6, 0;\nselp.u32 %r8, 0x7ffffffd, 1, %p2;\n\
+                atom.add.release.gpu.u32 %r9, [%rd2+4], %r8;\n\
+                WAIT:\nld.acquire.gpu.u32 %r10, [%rd2+4];\nxor.b32 %r10, %r10, %r9;\nsetp.ge.s32 %p3, %r10, 0;\n\
+                @%p3 bra WAIT;\nARRIVED:\nbar.sync 0;\nld.global.u32 %r11, [%rd5];";
+    let (whole, hasty) = (
+        module("sm_80", body),
+        module("sm_80", &body.replace("@%p3 bra WAIT;", "")),
+    );
+    let findings = |module: &Module, seed| run(module, 4, 32, seed).expect("it ends").total_findings;
+    assert!((0..SEEDS).all(|seed| findings(&whole, seed) == 0));
+    assert!((0..SEEDS).any(|seed| findings(&hasty, seed) > 0));
 }

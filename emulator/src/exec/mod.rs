@@ -62,6 +62,8 @@ pub(crate) struct Context<'m> {
     pub shadow: Option<GlobalShadow>,
     /// Address of each module variable, in its own space.
     pub variables: Vec<u64>,
+    /// Address of the workspace in which the grid synchronises; zero if the kernel has no use for one.
+    pub workspace: u64,
     /// First address of shared memory that the kernel may touch.
     pub shared_start: u64,
     /// End of the block's shared memory.

@@ -10,7 +10,7 @@ use crate::check::global_race::{self, GlobalShadow};
 use crate::decode::op::{AtomicTy, Memory, Op, WgmmaOp};
 use crate::error::Error;
 use crate::exec::Context;
-use crate::memory::{DeviceMemory, window};
+use crate::memory::{DeviceMemory, DevicePtr, window};
 use crate::module::{Entry, Module, Preload, Relocation, Special, VariableSpace};
 use crate::report::Report;
 
@@ -105,11 +105,12 @@ impl Module {
                 format!("a block of {} has at most {most}", self.target()),
             ));
         }
+        let traits = self.traits(&reachable);
+        let workspace = traits.grid_workspace.then(|| grid_workspace(memory)).transpose()?;
         let view = memory.snapshot();
         let blocks: u64 = launch.grid.iter().map(|n| u64::from(*n)).product();
         let watch = options.checks.global_races && blocks > 1 && blocks <= global_race::MAX_BLOCKS;
         let shadow = watch.then(|| GlobalShadow::new(view.allocations.iter().map(|a| a.len())));
-        let traits = self.traits(&reachable);
         let context = Context {
             module: self,
             launch,
@@ -120,6 +121,7 @@ impl Module {
             view,
             shadow,
             variables,
+            workspace: workspace.map_or(0, |ptr| ptr.0),
             shared_start: if traits.reserved_shared {
                 window::RESERVED_FOR_GROUPS
             } else {
@@ -138,7 +140,11 @@ impl Module {
         } else {
             options.threads.unwrap_or(cores).max(1)
         };
-        blocks::run_clusters(&context, blocks / size, threads, traits.ordered)
+        let outcome = blocks::run_clusters(&context, blocks / size, threads, traits.ordered);
+        if let Some(ptr) = workspace {
+            memory.free(ptr)?;
+        }
+        outcome
     }
 
     fn refuse_unknown(&self, reachable: &[u32]) -> Result<(), Error> {
@@ -223,6 +229,8 @@ impl Module {
         for function in reachable {
             let reserved = |(_, p): &(_, Preload)| matches!(p, Preload::Special(Special::ReservedSmem(_)));
             traits.reserved_shared |= self.functions[*function as usize].preloads.iter().any(reserved);
+            let workspace = |(_, p): &(_, Preload)| matches!(p, Preload::Special(Special::GridWorkspace(_)));
+            traits.grid_workspace |= self.functions[*function as usize].preloads.iter().any(workspace);
             for instr in &self.functions[*function as usize].code {
                 match &instr.op {
                     Op::Wgmma(WgmmaOp::Mma(_)) => traits.wgmma = true,
@@ -252,6 +260,18 @@ struct Traits {
     ordered: bool,
     /// It uses the shared memory that is kept for cooperative groups.
     reserved_shared: bool,
+    /// It synchronises the grid through the workspace that a driver gives it.
+    grid_workspace: bool,
+}
+
+/// What a driver gives the grid of a cooperative launch: the size of the workspace, and a barrier.
+fn grid_workspace(memory: &DeviceMemory) -> Result<DevicePtr, Error> {
+    const BYTES: u32 = 16;
+    let ptr = memory.alloc_named(BYTES as usize, Some("the grid's workspace".into()))?;
+    let mut bytes = [0; BYTES as usize];
+    bytes[..4].copy_from_slice(&BYTES.to_le_bytes());
+    memory.write(ptr, &bytes)?;
+    Ok(ptr)
 }
 
 fn refused(launch: &Launch<'_>, argument: &'static str, value: String, limit: String) -> Error {

@@ -149,8 +149,13 @@ impl<'a> Lexer<'a> {
 
     fn word(&mut self) -> &'a str {
         let start = self.at;
+        let directive = self.peek(0) == b'.';
         self.at += 1;
         loop {
+            // `.reg.b32` is two words, as `.reg .b32` is.
+            if directive && self.peek(0) == b'.' {
+                return &self.text[start..self.at];
+            }
             if is_word(self.peek(0)) {
                 self.at += 1;
             } else if self.peek(0) == b':' && self.peek(1) == b':' && is_word(self.peek(2)) {

@@ -7,6 +7,7 @@ use crate::decode::op::{Instr, Passed};
 use crate::decode::types::Slot;
 use crate::decode::{self, Symbols};
 use crate::error::Error;
+use crate::memory::window::{RESERVED_FOR_GROUPS, SHARED_BASE};
 use crate::parse::{self, ast};
 
 /// A PTX module: its kernels, functions and variables.
@@ -98,6 +99,10 @@ pub(crate) enum Special {
     LanemaskGt,
     TotalSmem,
     DynamicSmem,
+    /// An offset into the shared memory that is kept for the system, and for cooperative groups.
+    ReservedSmem(u16),
+    /// Upper (1) or lower (2) half of the address of the workspace in which a grid synchronises.
+    GridWorkspace(u8),
     Zero,
 }
 
@@ -141,7 +146,12 @@ impl Special {
             "lanemask_gt" => Special::LanemaskGt,
             "total_smem_size" | "aggr_smem_size" => Special::TotalSmem,
             "dynamic_smem_size" => Special::DynamicSmem,
-            "current_graph_exec" | "reserved_smem_offset_begin" => Special::Zero,
+            "reserved_smem_offset_begin" | "reserved_smem_offset_0" => Special::ReservedSmem(0),
+            "reserved_smem_offset_1" => Special::ReservedSmem(RESERVED_FOR_GROUPS as u16),
+            "reserved_smem_offset_end" | "reserved_smem_offset_cap" => Special::ReservedSmem(SHARED_BASE as u16),
+            "envreg1" => Special::GridWorkspace(1),
+            "envreg2" => Special::GridWorkspace(2),
+            "current_graph_exec" => Special::Zero,
             _ => return None,
         })
     }

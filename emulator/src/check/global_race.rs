@@ -1,9 +1,10 @@
 //! Races between blocks in global memory.
 //!
 //! Each 4-byte cell remembers the block of its last write and of its last read, with that block's epoch. Blocks
-//! that synchronise through strong operations (atomics, volatile, acquire, release) pass on what they know of each
-//! other's epochs; two accesses with no such path between them, one of them a write, race. Accesses within a block
-//! are not looked at.
+//! that synchronise through strong operations pass on what they know of each other's epochs: a release all of it, a
+//! relaxed or volatile operation what the block's last fence covered. Every strong operation learns what it finds; a
+//! fence after a relaxed read is not asked for. Two accesses with no such path between them, one of them a write,
+//! race. Accesses within a block are not looked at.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +15,8 @@ pub(crate) const MAX_BLOCKS: u64 = (1 << 24) - 2;
 
 const PAGE_CELLS: usize = 1024;
 
-/// A cell packs block + 1 (24 bits), epoch (12 bits), bytes (4 bits), whether it was atomic and the line (23 bits).
+/// A cell packs block + 1 (24 bits), epoch (12 bits), bytes (4 bits), whether the access was strong and whether it was
+/// an atomic update, and the line (22 bits).
 #[derive(Clone, Copy)]
 struct Packed(u64);
 
@@ -25,8 +27,9 @@ impl Packed {
             (u64::from(block) + 1) << 40
                 | epoch << 28
                 | u64::from(bytes) << 24
-                | u64::from(who.atomic) << 23
-                | u64::from(who.line.min(0x7f_ffff)),
+                | u64::from(who.strong) << 23
+                | u64::from(who.update) << 22
+                | u64::from(who.line.min(0x3f_ffff)),
         )
     }
 
@@ -42,28 +45,34 @@ impl Packed {
         (self.0 >> 24) as u8 & 0xf
     }
 
-    fn atomic(self) -> bool {
+    fn strong(self) -> bool {
         self.0 >> 23 & 1 != 0
     }
 
+    fn update(self) -> bool {
+        self.0 >> 22 & 1 != 0
+    }
+
     fn line(self) -> u32 {
-        self.0 as u32 & 0x7f_ffff
+        self.0 as u32 & 0x3f_ffff
     }
 }
 
-/// Who accesses: the block, its epoch, the line, and whether the access is atomic.
+/// Who accesses: the block, its epoch, the line, whether the access is strong, and whether it is an atomic update.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Who {
     pub block: u32,
     pub epoch: u32,
     pub line: u32,
-    pub atomic: bool,
+    pub strong: bool,
+    pub update: bool,
 }
 
 /// Addresses of strong operations that are followed; with more, the check gives up rather than grow.
 const MAX_OBJECTS: usize = 1 << 14;
 
-type Page = Box<[[AtomicU64; 2]]>;
+/// Last write, last read, and what that write left there (see [`left_by`]).
+type Page = Box<[[AtomicU64; 3]]>;
 
 /// An earlier access by another block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +80,9 @@ pub(crate) struct Conflict {
     pub block: u32,
     pub line: u32,
     pub was_write: bool,
+    /// An ordinary read of what another block updates atomically: a first guess, if the reader goes on to update the
+    /// location too.
+    pub guess: bool,
 }
 
 /// The shadow of all global memory during one launch.
@@ -85,9 +97,36 @@ pub(crate) struct GlobalShadow {
 struct Sync {
     /// What was released at each address.
     objects: HashMap<u64, HashMap<u32, u32>>,
-    /// What each block knows of the epochs of others, and its own epoch.
-    blocks: HashMap<u32, HashMap<u32, u32>>,
+    blocks: HashMap<u32, Block>,
     gave_up: bool,
+}
+
+/// What a block knows of the epochs of others, and its own epoch.
+#[derive(Debug, Default)]
+struct Block {
+    known: HashMap<u32, u32>,
+    /// What it knew at its last fence.
+    fenced: HashMap<u32, u32>,
+}
+
+/// Adds what `other` knows.
+fn join(mine: &mut HashMap<u32, u32>, other: &HashMap<u32, u32>) {
+    for (block, epoch) in other {
+        let known = mine.entry(*block).or_insert(0);
+        *known = (*known).max(*epoch);
+    }
+}
+
+/// What a write of `stored` at `at` leaves in a cell: which bytes, above their values; zero if it is not known.
+fn left_by(stored: &[u8], at: usize, cell: usize) -> u64 {
+    let mut left = 0;
+    for byte in 0..4 {
+        let value = (cell * 4 + byte).checked_sub(at).and_then(|from| stored.get(from));
+        if let Some(value) = value {
+            left |= 1 << (32 + byte) | u64::from(*value) << (8 * byte);
+        }
+    }
+    left
 }
 
 impl GlobalShadow {
@@ -103,9 +142,9 @@ impl GlobalShadow {
         }
     }
 
-    /// A block's strong operation on an address: it learns what others left there, and leaves what it knows.
-    /// Returns the epoch that it released; the block is in the next one from then on.
-    pub fn synchronize(&self, block: u32, address: u64) -> u32 {
+    /// A block's strong operation on an address: it learns what others left there, and leaves what it knows (if it
+    /// releases) or what its last fence covered. Returns the block's epoch; after a release it is in the next one.
+    pub fn synchronize(&self, block: u32, address: u64, release: bool) -> u32 {
         let mut sync = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
         let Sync {
             objects,
@@ -117,26 +156,46 @@ impl GlobalShadow {
             return 0;
         }
         let object = objects.entry(address / 8).or_default();
-        let known = blocks.entry(block).or_default();
-        for (other, epoch) in object.iter() {
-            let mine = known.entry(*other).or_insert(0);
-            *mine = (*mine).max(*epoch);
+        let Block { known, fenced } = blocks.entry(block).or_default();
+        join(known, object);
+        let epoch = *known.entry(block).or_insert(0);
+        if release {
+            object.clone_from(known);
+            known.insert(block, epoch + 1);
+        } else {
+            join(object, fenced);
         }
-        let released = *known.entry(block).or_insert(0);
-        object.clone_from(known);
-        known.insert(block, released + 1);
-        released
+        epoch
+    }
+
+    /// A fence: what the block did until now may be passed on by relaxed operations. Returns its next epoch.
+    pub fn fence(&self, block: u32) -> u32 {
+        let mut sync = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
+        let Block { known, fenced } = sync.blocks.entry(block).or_default();
+        let epoch = *known.entry(block).or_insert(0);
+        fenced.clone_from(known);
+        known.insert(block, epoch + 1);
+        epoch + 1
     }
 
     fn knows(&self, block: u32, other: u32, epoch: u32) -> bool {
         let sync = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = sync.blocks.get(&block).and_then(|k| k.get(&other));
+        let known = sync.blocks.get(&block).and_then(|b| b.known.get(&other));
         // Epochs that no longer fit in a cell count as known.
         sync.gave_up || epoch == 0xfff || known.is_some_and(|k| *k >= epoch)
     }
 
     /// Records an access of `bytes` at offset `at` of an allocation; returns a conflict.
-    pub fn access(&self, allocation: usize, at: usize, bytes: usize, write: bool, who: Who) -> Option<Conflict> {
+    /// `stored` are the bytes of a write, or nothing. Two blocks that write the same bytes do not race.
+    pub fn access(
+        &self,
+        allocation: usize,
+        at: usize,
+        bytes: usize,
+        write: bool,
+        who: Who,
+        stored: &[u8],
+    ) -> Option<Conflict> {
         let Who { block, epoch, .. } = who;
         let mut found = None;
         let end = at + bytes;
@@ -145,38 +204,42 @@ impl GlobalShadow {
             let high = end.min(cell * 4 + 4) - cell * 4;
             let mask = ((1u16 << high) - (1u16 << low)) as u8;
             let page = self.pages.get(allocation)?.get(cell / PAGE_CELLS)?;
-            let page = page.get_or_init(|| {
-                (0..PAGE_CELLS)
-                    .map(|_| [AtomicU64::new(0), AtomicU64::new(0)])
-                    .collect()
-            });
-            let [written, read] = &page[cell % PAGE_CELLS];
-            let last_write = Packed(written.load(Ordering::Relaxed));
-            found = found.or_else(|| self.conflict(last_write, &who, mask, true));
+            let page = page.get_or_init(|| (0..PAGE_CELLS).map(|_| [0; 3].map(AtomicU64::new)).collect());
+            let [written, read, value] = &page[cell % PAGE_CELLS];
+            let last_write = Packed(written.load(Ordering::Acquire));
+            let left = left_by(stored, at, cell);
+            let same = left != 0 && value.load(Ordering::Relaxed) == left;
+            if !same {
+                found = found.or_else(|| self.conflict(last_write, &who, mask, true, write));
+            }
             if write {
+                value.store(left, Ordering::Relaxed);
                 let last_read = Packed(read.load(Ordering::Relaxed));
-                found = found.or_else(|| self.conflict(last_read, &who, mask, false));
+                found = found.or_else(|| self.conflict(last_read, &who, mask, false, write));
             }
             let slot = if write { written } else { read };
             let old = Packed(slot.load(Ordering::Relaxed));
             let same = old.block() == Some(block) && old.epoch() == epoch.min(0xfff);
             let bytes = if same { old.bytes() | mask } else { mask };
             let new = Packed::new(block, epoch, bytes, &who);
-            slot.store(new.0, Ordering::Relaxed);
+            slot.store(new.0, Ordering::Release);
         }
         found
     }
 
-    fn conflict(&self, old: Packed, who: &Who, mask: u8, was_write: bool) -> Option<Conflict> {
+    fn conflict(&self, old: Packed, who: &Who, mask: u8, was_write: bool, write: bool) -> Option<Conflict> {
         let other = old.block()?;
         let harmless = other == who.block || old.bytes() & mask == 0;
-        if harmless || old.atomic() && who.atomic || self.knows(who.block, other, old.epoch()) {
+        // Whether a read before an update is one of the guesses of a compare-and-swap loop cannot be told from here.
+        let guessed = who.update && !was_write;
+        if harmless || guessed || old.strong() && who.strong || self.knows(who.block, other, old.epoch()) {
             return None;
         }
         Some(Conflict {
             block: other,
             line: old.line(),
             was_write,
+            guess: old.update() && !write,
         })
     }
 }

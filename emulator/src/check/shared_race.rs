@@ -1,13 +1,19 @@
 //! Races in shared memory.
 //!
 //! For each 4-byte cell of a block's shared memory the detector keeps the last write (agent, step, which of the four
-//! bytes, instruction) and, for every agent, the step of its last read. An access races if an earlier one to the
+//! bytes, instruction) and, for every agent, the step and the bytes of its last read. An access races if an earlier one to the
 //! same byte, at least one of the two being a write, is not in the accessing agent's [`Clock`](super::clock::Clock).
+//!
+//! A store that leaves the bytes as they are (several warps writing the same value, as compilers do with replicated
+//! data) cannot be told from no store: it conflicts with nobody, and whoever is ordered after it may read the bytes.
+//! Such stores are kept as echoes of the last write; a store that does change the bytes must be ordered after all.
 //!
 //! Agents are warps and their asynchronous engines. Lanes of one warp count as ordered by the warp: a race between
 //! them is not looked for.
 
-use super::clock::{Agent, Clock, Knowledge};
+use std::collections::HashMap;
+
+use super::clock::{Agent, Knowledge};
 
 /// What an agent is. Each warp has one of each; the last three act for it asynchronously.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +56,9 @@ impl Engine {
     }
 }
 
+/// Bits of a read's record that say which of a cell's bytes it covered.
+const MASK_BITS: u32 = 4;
+
 /// Where an access was made: function and instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Site {
@@ -64,8 +73,16 @@ struct Cell {
     site: Site,
     /// Bytes the write covered; zero if there was none.
     bytes: u8,
-    read_bytes: u8,
     read_site: Site,
+}
+
+/// A store of the very bytes that were there, by an agent that did not know of their writer.
+#[derive(Debug, Clone, Copy)]
+struct Echo {
+    agent: Agent,
+    step: u32,
+    site: Site,
+    bytes: u8,
 }
 
 /// An earlier access that is not ordered before this one.
@@ -82,8 +99,10 @@ pub(crate) struct Conflict {
 #[derive(Debug)]
 pub(crate) struct SharedShadow {
     cells: Vec<Cell>,
-    /// Steps of reads: one row of `agents` a cell.
+    /// Last reads: one row of `agents` a cell, each the step and, in the low bits, the bytes read in it.
     reads: Vec<u32>,
+    /// By cell.
+    echoes: HashMap<usize, Vec<Echo>>,
     agents: usize,
 }
 
@@ -102,6 +121,7 @@ impl SharedShadow {
         Self {
             cells: vec![Cell::default(); cells],
             reads: vec![0; cells * agents],
+            echoes: HashMap::new(),
             agents,
         }
     }
@@ -112,26 +132,49 @@ impl SharedShadow {
         for (index, mask) in cells(at, bytes) {
             let cell = &mut self.cells[index];
             if cell.bytes & mask != 0 && found.is_none() {
-                found = write_conflict(cell, who);
+                found = write_conflict(cell, who).filter(|_| !heard(&self.echoes, index, mask, who));
             }
-            cell.read_bytes |= mask;
             cell.read_site = who.site;
-            self.reads[index * self.agents + who.agent as usize] = who.step;
+            let last = &mut self.reads[index * self.agents + who.agent as usize];
+            let same = *last >> MASK_BITS == who.step;
+            *last = who.step << MASK_BITS | u32::from(mask) | if same { *last & 0xf } else { 0 };
         }
         found
     }
 
-    /// Records a write of a range; returns a conflicting read or write.
-    pub fn write(&mut self, at: usize, bytes: usize, who: Accessor<'_>) -> Option<Conflict> {
+    /// Records a write of a range; returns a conflicting read or write. `silent`: the bytes are what they were.
+    pub fn write(&mut self, at: usize, bytes: usize, who: Accessor<'_>, silent: bool) -> Option<Conflict> {
         let mut found = None;
         for (index, mask) in cells(at, bytes) {
             let cell = &mut self.cells[index];
+            if silent && cell.bytes & mask == mask && echoes(cell, who) {
+                let echo = Echo {
+                    agent: who.agent,
+                    step: who.step,
+                    site: who.site,
+                    bytes: mask,
+                };
+                let all = self.echoes.entry(index).or_default();
+                all.retain(|e| e.agent != echo.agent);
+                all.push(echo);
+                continue;
+            }
             if cell.bytes & mask != 0 && found.is_none() {
                 found = write_conflict(cell, who);
             }
-            if cell.read_bytes & mask != 0 && found.is_none() {
+            if !silent
+                && !self.echoes.is_empty()
+                && let Some(echoes) = self.echoes.remove(&index)
+                && found.is_none()
+            {
+                found = echoes
+                    .iter()
+                    .find(|e| e.bytes & mask != 0)
+                    .and_then(|e| echo_conflict(e, who));
+            }
+            if found.is_none() {
                 let row = &self.reads[index * self.agents..][..self.agents];
-                found = read_conflict(row, &who.known.generic, who.agent).map(|agent| Conflict {
+                found = read_conflict(row, mask, who, silent).map(|agent| Conflict {
                     agent,
                     site: cell.read_site,
                     was_write: false,
@@ -149,6 +192,33 @@ impl SharedShadow {
     }
 }
 
+/// Whether a silent store is one more copy of a write that its agent does not know of.
+fn echoes(cell: &Cell, who: Accessor<'_>) -> bool {
+    let plain = Engine::of(cell.agent) == Engine::Warp && Engine::of(who.agent) == Engine::Warp;
+    plain && cell.agent != who.agent && who.known.generic.get(cell.agent) < cell.step
+}
+
+/// Whether a copy of the bytes was made that is ordered before this access, for every proxy it passes.
+fn heard(echoes: &HashMap<usize, Vec<Echo>>, index: usize, mask: u8, who: Accessor<'_>) -> bool {
+    let covers = |e: &Echo| e.bytes & mask == mask && (e.agent == who.agent || ordered(e, who));
+    echoes.get(&index).is_some_and(|all| all.iter().any(covers))
+}
+
+fn ordered(echo: &Echo, who: Accessor<'_>) -> bool {
+    let fenced = !Engine::of(who.agent).is_async_proxy() || who.known.fenced.get(echo.agent) >= echo.step;
+    who.known.generic.get(echo.agent) >= echo.step && fenced
+}
+
+fn echo_conflict(echo: &Echo, who: Accessor<'_>) -> Option<Conflict> {
+    let unknown = echo.agent != who.agent && who.known.generic.get(echo.agent) < echo.step;
+    unknown.then_some(Conflict {
+        agent: echo.agent,
+        site: echo.site,
+        was_write: true,
+        only_proxy: false,
+    })
+}
+
 fn write_conflict(cell: &Cell, who: Accessor<'_>) -> Option<Conflict> {
     if cell.agent == who.agent {
         return None;
@@ -164,19 +234,24 @@ fn write_conflict(cell: &Cell, who: Accessor<'_>) -> Option<Conflict> {
     if who.known.generic.get(cell.agent) < cell.step {
         return conflict(false);
     }
-    let crosses = Engine::of(who.agent).is_async_proxy() && !Engine::of(cell.agent).is_async_proxy();
+    // What `cp.async` brought is let pass once it was waited for: Triton up to 3.4 feeds it to wgmma without a fence.
+    let crosses = Engine::of(who.agent).is_async_proxy() && Engine::of(cell.agent) == Engine::Warp;
     if crosses && who.known.fenced.get(cell.agent) < cell.step {
         return conflict(true);
     }
     None
 }
 
-/// An agent whose last read is not known of.
-fn read_conflict(row: &[u32], known: &Clock, own: Agent) -> Option<Agent> {
-    let known = known.steps();
-    let late = |(agent, step): (usize, &u32)| {
+/// An agent whose last read of these bytes is not known of. A silent store matters only to reads yet to come, those of
+/// asynchronous engines.
+fn read_conflict(row: &[u32], mask: u8, who: Accessor<'_>, silent: bool) -> Option<Agent> {
+    let known = who.known.generic.steps();
+    let quiet = silent && Engine::of(who.agent) == Engine::Warp;
+    let late = |(agent, read): (usize, &u32)| {
         let seen = known.get(agent).copied().unwrap_or(0);
-        (*step > seen && agent != own as usize).then_some(agent as Agent)
+        let unknown = *read >> MASK_BITS > seen && read & u32::from(mask) != 0 && agent != who.agent as usize;
+        let agent = agent as Agent;
+        (unknown && !(quiet && Engine::of(agent) == Engine::Warp)).then_some(agent)
     };
     row.iter().enumerate().find_map(late)
 }
@@ -203,7 +278,7 @@ mod tests {
             site: Site::default(),
         };
         let found = if write {
-            shadow.write(8, 4, who)
+            shadow.write(8, 4, who, false)
         } else {
             shadow.read(8, 4, who)
         };
@@ -250,7 +325,35 @@ mod tests {
             known: &b,
             site,
         };
-        assert!(shadow.write(8, 1, first).is_none());
-        assert!(shadow.write(9, 1, second).is_none());
+        assert!(shadow.write(8, 1, first, false).is_none());
+        assert!(shadow.write(9, 1, second, false).is_none());
+    }
+
+    #[test]
+    fn copies_of_a_value_conflict_only_with_a_change() {
+        let mut shadow = SharedShadow::new(64, 16);
+        let who = |agent, known| Accessor {
+            agent,
+            step: 1,
+            known,
+            site: Site::default(),
+        };
+        let [a, b] = [0, 4].map(|agent| knowing(&[(agent, 1)]));
+        assert!(shadow.write(8, 4, who(0, &a), false).is_none());
+        assert!(shadow.write(8, 4, who(4, &b), true).is_none());
+        // Each may read what it wrote itself; a third must know of one of them.
+        assert!(shadow.read(8, 4, who(0, &a)).is_none());
+        assert!(shadow.read(8, 4, who(4, &b)).is_none());
+        let (informed, lone) = (knowing(&[(8, 1), (4, 1)]), knowing(&[(8, 1)]));
+        assert!(shadow.read(8, 4, who(8, &informed)).is_none());
+        assert!(shadow.read(8, 4, who(8, &lone)).is_some());
+        // A change must know of both, and of the readers.
+        let all = knowing(&[(0, 1), (4, 1), (8, 1), (12, 1)]);
+        let some = knowing(&[(0, 1), (8, 1), (12, 1)]);
+        let mut twin = SharedShadow::new(64, 16);
+        twin.write(8, 4, who(0, &a), false);
+        twin.write(8, 4, who(4, &b), true);
+        assert!(twin.write(8, 4, who(12, &some), false).is_some());
+        assert!(shadow.write(8, 4, who(12, &all), false).is_none());
     }
 }

@@ -8,6 +8,7 @@ use super::operand::{count, operand};
 use super::types::{Addr, Slot, Space, Ty};
 use super::{Decoder, Failure, fail};
 use crate::parse::ast::{Instruction, Operand};
+use crate::tensor::tensor_map::Field;
 
 type Decoded = Result<Option<Op>, Failure>;
 
@@ -26,6 +27,9 @@ fn is_hinted(i: &Instruction<'_>) -> bool {
 
 impl<'a> Decoder<'_, 'a> {
     pub(super) fn asynchronous(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Decoded {
+        if i.opcode == "tensormap" {
+            return self.tensormap(i, m).map(Some);
+        }
         if i.opcode != "cp" {
             return Ok(None);
         }
@@ -60,6 +64,79 @@ impl<'a> Decoder<'_, 'a> {
             return Ok(Some(Op::Mbarrier(MbarrierOp::CpAsyncArrive { addr, no_increment })));
         }
         self.cp_async(i, m).map(Some)
+    }
+
+    fn tensormap(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
+        if m.take("cp_fenceproxy") {
+            let (to, from) = (next_space(m)?, next_space(m)?);
+            let words = ["tensormap::generic", "release", "sync", "aligned"];
+            if (to, from) != (Space::Global, Space::Shared) || !words.iter().all(|w| m.take(w)) {
+                return fail("this form of `tensormap.cp_fenceproxy` is not known");
+            }
+            for scope in ["cta", "cluster", "gpu", "sys"] {
+                m.take(scope);
+            }
+            count(i, 3..=3)?;
+            if self.literal(operand(i, 2)?)? != 128 {
+                return fail("a tensor map is 128 bytes");
+            }
+            return Ok(Op::Async(AsyncOp::PublishMap {
+                dst: self.addr(operand(i, 0)?, to)?,
+                src: self.addr(operand(i, 1)?, from)?,
+            }));
+        }
+        if !m.take("replace") || !m.take("tile") {
+            return fail("this `tensormap` instruction is not known");
+        }
+        let entries = |name: &str| match name {
+            "box_dim" | "global_dim" | "element_stride" => Some(5),
+            "global_stride" => Some(4),
+            _ => None,
+        };
+        let whole = m.one_of(&[
+            ("global_address", Field::GlobalAddress),
+            ("rank", Field::Rank),
+            ("elemtype", Field::ElementType),
+            ("interleave_layout", Field::Interleave),
+            ("swizzle_mode", Field::Swizzle),
+            ("fill_mode", Field::Fill),
+        ]);
+        let (field, at) = match whole {
+            Some(field) => (field, 1),
+            None => {
+                let found = m.find(|w| entries(w).map(|n| (w.to_owned(), n)));
+                let Some((name, entries)) = found else {
+                    return fail("the field is missing or not known");
+                };
+                let entry = self.literal(operand(i, 1)?)?;
+                if entry >= entries {
+                    return fail(format!("the field has entries 0 to {}", entries - 1));
+                }
+                let entry = entry as u8;
+                let field = match name.as_str() {
+                    "box_dim" => Field::BoxDim(entry),
+                    "global_dim" => Field::GlobalDim(entry),
+                    "global_stride" => Field::GlobalStride(entry),
+                    _ => Field::ElementStride(entry),
+                };
+                (field, 2)
+            }
+        };
+        let space = m.one_of(SPACES).unwrap_or(Space::Generic);
+        if !m.take("b1024") {
+            return fail("`.b1024` is missing");
+        }
+        let ty = m.ty()?;
+        let wide = matches!(field, Field::GlobalAddress | Field::GlobalStride(_));
+        if ty != if wide { Ty::B64 } else { Ty::B32 } {
+            return fail("the type does not fit the field");
+        }
+        count(i, at + 1..=at + 1)?;
+        Ok(Op::Async(AsyncOp::ReplaceField {
+            addr: self.addr(operand(i, 0)?, space)?,
+            field,
+            value: self.src(operand(i, at)?, ty)?,
+        }))
     }
 
     fn group_count(&mut self, i: &Instruction<'a>) -> Result<u32, Failure> {

@@ -1,39 +1,16 @@
 //! Integer, logic, shift, compare and select instructions.
 
 use super::modifiers::Modifiers;
-use super::op::{Alu, BoolOp, Carry, Cmp, CmpTy, Int1, Int2, Int3, Op, Packed};
+use super::op::{Alu, BoolOp, Carry, Int1, Int2, Int3, Op, Packed};
 use super::operand::{count, operand};
-use super::types::{FloatTy, IntTy, PRED_SINK, Pred, SINK, Slot, Ty};
+use super::types::{IntTy, Pred, SINK, Slot, Ty};
 use super::{Decoder, Failure, fail};
-use crate::numeric::integer::Permute;
+use crate::numeric::integer::{Permute, Video, VideoMode};
 use crate::parse::ast::{Instruction, Operand};
-
-const COMPARISONS: &[(&str, Cmp)] = &[
-    ("eq", Cmp::Eq),
-    ("ne", Cmp::Ne),
-    ("lt", Cmp::Lt),
-    ("le", Cmp::Le),
-    ("gt", Cmp::Gt),
-    ("ge", Cmp::Ge),
-    ("lo", Cmp::Lt),
-    ("ls", Cmp::Le),
-    ("hi", Cmp::Gt),
-    ("hs", Cmp::Ge),
-    ("equ", Cmp::Equ),
-    ("neu", Cmp::Neu),
-    ("ltu", Cmp::Ltu),
-    ("leu", Cmp::Leu),
-    ("gtu", Cmp::Gtu),
-    ("geu", Cmp::Geu),
-    ("num", Cmp::Num),
-    ("nan", Cmp::Nan),
-];
-
-const BOOLEANS: &[(&str, BoolOp)] = &[("and", BoolOp::And), ("or", BoolOp::Or), ("xor", BoolOp::Xor)];
 
 type Decoded = Result<Option<Op>, Failure>;
 
-fn int_ty(ty: Ty) -> Result<IntTy, Failure> {
+pub(super) fn int_ty(ty: Ty) -> Result<IntTy, Failure> {
     match ty.int() {
         Some(int) => Ok(int),
         None => fail("the type is not an integer type"),
@@ -114,6 +91,7 @@ impl<'a> Decoder<'_, 'a> {
             "lop3" => self.lop3(i, m)?,
             "fns" => self.int3(i, m, Int3::Fns)?,
             "dp4a" | "dp2a" => self.dot(i, m)?,
+            word if word.starts_with('v') && word.ends_with(['2', '4']) => return self.video(i, m).map(Some),
             "setp" => self.setp(i, m)?,
             "set" => self.set(i, m)?,
             "selp" => self.selp(i, m)?,
@@ -380,6 +358,35 @@ impl<'a> Decoder<'_, 'a> {
         self.int3_of(i, op, Ty::B32, Ty::B32)
     }
 
+    /// `vadd4.dtype.atype.btype{.sat}{.add} d, a, b, c` and its kin, on whole words.
+    fn video(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
+        let (name, parts) = i.opcode.split_at(i.opcode.len() - 1);
+        let op = match name {
+            "vadd" => Video::Add,
+            "vsub" => Video::Sub,
+            "vabsdiff" => Video::AbsDiff,
+            "vmin" => Video::Min,
+            "vmax" => Video::Max,
+            _ => return fail(format!("opcode `{}` is not known", i.opcode)),
+        };
+        let mut signed = [false; 3];
+        for signed in &mut signed {
+            *signed = match m.ty()? {
+                Ty::U32 => false,
+                Ty::S32 => true,
+                _ => return fail("the types are u32 or s32"),
+            };
+        }
+        let mode = VideoMode {
+            parts: if parts == "2" { 2 } else { 4 },
+            signed,
+            saturate: m.take("sat"),
+            accumulate: m.take("add"),
+        };
+        count(i, 4..=4)?;
+        self.int3_of(i, Int3::Video(op, mode), Ty::B32, Ty::B32)
+    }
+
     fn carry(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
         let writes_carry = m.take("cc");
         let reads_carry = i.opcode.ends_with('c');
@@ -406,117 +413,6 @@ impl<'a> Decoder<'_, 'a> {
             a,
             b,
             c,
-        }))
-    }
-
-    /// The comparison, its optional boolean combination, and its type.
-    fn comparison(
-        &mut self,
-        i: &Instruction<'a>,
-        m: &mut Modifiers<'a>,
-    ) -> Result<(Cmp, Option<(BoolOp, Pred)>), Failure> {
-        let cmp = m.need("the comparison", COMPARISONS)?;
-        let combine = match m.one_of(BOOLEANS) {
-            Some(op) => Some((op, self.pred(operand(i, 3)?)?)),
-            None => None,
-        };
-        let n = if combine.is_some() { 4 } else { 3 };
-        count(i, n..=n)?;
-        Ok((cmp, combine))
-    }
-
-    fn compare_ty(&self, ty: Ty, ftz: bool, cmp: Cmp) -> Result<CmpTy, Failure> {
-        if let Some(float) = ty.float() {
-            return Ok(CmpTy::Float(float, ftz));
-        }
-        let float_only = matches!(
-            cmp,
-            Cmp::Equ | Cmp::Neu | Cmp::Ltu | Cmp::Leu | Cmp::Gtu | Cmp::Geu | Cmp::Num | Cmp::Nan
-        );
-        if ftz || float_only {
-            return fail("this comparison needs a floating-point type");
-        }
-        Ok(CmpTy::Int(int_ty(ty)?))
-    }
-
-    fn setp(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
-        let (cmp, combine) = self.comparison(i, m)?;
-        let ftz = m.take("ftz");
-        let ty = m.ty()?;
-        let (p, q) = match operand(i, 0)? {
-            Operand::Pair(p, q) => (self.pred_dst(p)?, self.pred_dst(q)?),
-            p => (self.pred_dst(p)?, PRED_SINK),
-        };
-        let a = self.src(operand(i, 1)?, ty)?;
-        let b = self.src(operand(i, 2)?, ty)?;
-        Ok(Op::Alu(Alu::Setp {
-            cmp,
-            ty: self.compare_ty(ty, ftz, cmp)?,
-            p,
-            q,
-            a,
-            b,
-            combine,
-        }))
-    }
-
-    fn set(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
-        let (cmp, combine) = self.comparison(i, m)?;
-        let ftz = m.take("ftz");
-        let to = m.ty()?;
-        let ty = m.ty()?;
-        let packed = matches!(ty.float(), Some(FloatTy::F16x2 | FloatTy::Bf16x2));
-        let one = match to {
-            Ty::U32 | Ty::S32 => 0xffff_ffff,
-            Ty::U16 | Ty::S16 => 0xffff,
-            Ty::F32 => u64::from(1f32.to_bits()),
-            Ty::F16 | Ty::F16x2 => 0x3c00,
-            Ty::Bf16 | Ty::Bf16x2 => 0x3f80,
-            _ => return fail("this destination type is not known"),
-        };
-        let one = if packed { one & 0xffff } else { one };
-        let dst = self.dst_of(operand(i, 0)?, to)?;
-        let a = self.src(operand(i, 1)?, ty)?;
-        let b = self.src(operand(i, 2)?, ty)?;
-        Ok(Op::Alu(Alu::Set {
-            cmp,
-            ty: self.compare_ty(ty, ftz, cmp)?,
-            one,
-            dst,
-            a,
-            b,
-            combine,
-        }))
-    }
-
-    fn selp(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
-        let ty = m.ty()?;
-        count(i, 4..=4)?;
-        Ok(Op::Alu(Alu::Selp {
-            dst: self.dst_of(operand(i, 0)?, ty)?,
-            a: self.src(operand(i, 1)?, ty)?,
-            b: self.src(operand(i, 2)?, ty)?,
-            p: self.pred(operand(i, 3)?)?,
-        }))
-    }
-
-    fn slct(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
-        let ftz = m.take("ftz");
-        let ty = m.ty()?;
-        let selector = m.ty()?;
-        count(i, 4..=4)?;
-        let float = match selector {
-            Ty::F32 => true,
-            Ty::S32 if !ftz => false,
-            _ => return fail("the selector is s32 or f32"),
-        };
-        Ok(Op::Alu(Alu::Slct {
-            float,
-            ftz,
-            dst: self.dst_of(operand(i, 0)?, ty)?,
-            a: self.src(operand(i, 1)?, ty)?,
-            b: self.src(operand(i, 2)?, ty)?,
-            c: self.src(operand(i, 3)?, selector)?,
         }))
     }
 }

@@ -176,20 +176,24 @@ impl<'a> Decoder<'_, 'a> {
         if n == 0 || n % 8 != 0 || n > 256 {
             return fail("n is a multiple of 8 up to 256");
         }
+        let satfinite = m.take("satfinite");
         let (d_ty, a_ty, b_ty) = (m.ty()?, m.ty()?, m.ty()?);
+        let integer = d_ty == Ty::S32;
+        let byte = |ty| matches!(ty, Ty::S8 | Ty::U8);
         let half = matches!(a_ty, Ty::F16 | Ty::Bf16);
-        let fp8 = matches!(a_ty, Ty::E4m3 | Ty::E5m2) && matches!(b_ty, Ty::E4m3 | Ty::E5m2);
+        let fp8 = !integer && matches!(a_ty, Ty::E4m3 | Ty::E5m2) && matches!(b_ty, Ty::E4m3 | Ty::E5m2);
         let known = match k {
             16 => half && a_ty == b_ty && (d_ty == Ty::F32 || (d_ty, a_ty) == (Ty::F16, Ty::F16)),
             8 => a_ty == Ty::Tf32 && b_ty == Ty::Tf32 && d_ty == Ty::F32,
+            32 if integer => byte(a_ty) && byte(b_ty) && (n <= 32 || n % 16 == 0),
             32 => fp8 && matches!(d_ty, Ty::F32 | Ty::F16),
             _ => false,
         };
-        if !known {
+        if !known || satfinite && !integer {
             return fail("this combination of shape and types is not known");
         }
         let d = self.dst_rows(operand(i, 0)?, Ty::B32)?;
-        let per_lane = if d_ty == Ty::F32 { n / 2 } else { n / 4 };
+        let per_lane = if d_ty == Ty::F16 { n / 4 } else { n / 2 };
         if d.len() != per_lane as usize {
             return fail(format!("the accumulator has {} registers, not {per_lane}", d.len()));
         }
@@ -208,7 +212,8 @@ impl<'a> Decoder<'_, 'a> {
         let scale_d = self.pred(operand(i, 3)?)?;
         let from_shared = matches!(a, WgmmaA::Descriptor(_));
         let transposes = usize::from(half) * (1 + usize::from(from_shared));
-        count(i, 6 + transposes..=6 + transposes)?;
+        let signs = if integer { 0 } else { 2 };
+        count(i, 4 + signs + transposes..=4 + signs + transposes)?;
         let mut trans = [false; 2];
         for (at, flag) in trans.iter_mut().rev().take(transposes).enumerate() {
             *flag = self.flag(operand(i, 5 + transposes - at)?)?;
@@ -223,8 +228,9 @@ impl<'a> Decoder<'_, 'a> {
             a,
             b,
             scale_d,
-            negate_a: self.sign(operand(i, 4)?)?,
-            negate_b: self.sign(operand(i, 5)?)?,
+            negate_a: !integer && self.sign(operand(i, 4)?)?,
+            negate_b: !integer && self.sign(operand(i, 5)?)?,
+            satfinite,
             trans_a: trans[0],
             trans_b: trans[1],
         })))

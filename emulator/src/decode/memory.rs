@@ -26,7 +26,8 @@ fn order(m: &mut Modifiers<'_>) -> Order {
     let mut order = Order::Weak;
     for word in ["volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"] {
         if m.take(word) {
-            order = Order::Strong;
+            let releases = matches!(word, "release" | "acq_rel");
+            order = if releases { Order::Release } else { Order::Relaxed };
         }
     }
     m.take("weak");
@@ -182,7 +183,10 @@ impl<'a> Decoder<'_, 'a> {
 
     fn atomic(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>, returns: bool) -> Result<Op, Failure> {
         take_cache_hints(m);
-        order(m);
+        let order = match order(m) {
+            Order::Weak => Order::Relaxed,
+            strong => strong,
+        };
         let space = space(m);
         let op = m.need("the operation", ATOMICS)?;
         m.take("noftz");
@@ -211,6 +215,7 @@ impl<'a> Decoder<'_, 'a> {
         Ok(Op::Memory(Memory::Atomic {
             op,
             ty: kind,
+            order,
             addr,
             dsts,
             b,
@@ -252,6 +257,8 @@ impl<'a> Decoder<'_, 'a> {
             "mbarrier_init",
             "tensormap::generic",
         ];
+        let has = |words: &[&str]| words.iter().any(|w| i.modifiers.contains(w));
+        let device = has(&["gpu", "sys", "gl"]) && !has(&["proxy"]);
         let mut async_proxy = false;
         for word in ["async", "async::generic"] {
             async_proxy |= m.take(word);
@@ -269,7 +276,7 @@ impl<'a> Decoder<'_, 'a> {
             m.take(space);
         }
         count(i, 0..=2)?;
-        Ok(Op::Memory(Memory::Fence { async_proxy }))
+        Ok(Op::Memory(Memory::Fence { async_proxy, device }))
     }
 
     /// `st.async{.weak}.shared::cluster.mbarrier::complete_tx::bytes{.vec}.type [a], b, [mbar]`

@@ -6,6 +6,7 @@
 //! that can reach it.
 
 mod asynchronous;
+mod compare;
 mod control;
 mod convert;
 mod float;

@@ -167,8 +167,17 @@ pub(crate) enum Space {
 pub(crate) enum Order {
     /// An ordinary access: racing with it is an error.
     Weak,
-    /// Volatile, relaxed, acquire, release, …: a strong operation, which may race and synchronises.
-    Strong,
+    /// Volatile, relaxed, acquire: a strong operation, which may race. It passes on what a fence before it published.
+    Relaxed,
+    /// Release, acq_rel: one that passes on everything before it.
+    Release,
+}
+
+impl Order {
+    /// Whether it is a strong operation.
+    pub fn is_strong(self) -> bool {
+        self != Order::Weak
+    }
 }
 
 /// Where an access goes: `[base + offset]`.

@@ -1,7 +1,7 @@
 //! From an address to the bytes: finding the memory, and the checks every access passes.
 
 use super::warp::Warp;
-use super::{Cluster, is_narrow};
+use super::{Actor, Cluster, Write, is_narrow};
 use crate::check::global_race::Who;
 use crate::check::shared_race::{Engine, Site};
 use crate::decode::op::Instr;
@@ -34,6 +34,21 @@ pub(crate) struct Access {
     pub align: u64,
     pub write: bool,
 }
+
+/// An ordinary read that races with an atomic update by another block, unless the reader's block updates the location
+/// in its turn, as a compare-and-swap loop does that begins with an ordinary read.
+#[derive(Debug)]
+pub(crate) struct Guess {
+    cta: usize,
+    address: u64,
+    actor: Actor,
+    lane: usize,
+    line: u32,
+    message: String,
+}
+
+/// Guesses that are remembered; further ones are findings at once.
+const MAX_GUESSES: usize = 1 << 12;
 
 /// The address a lane's base register and the instruction's offset make.
 #[inline]
@@ -101,7 +116,7 @@ impl<'m> Cluster<'m> {
         let cta = if rank == 0 { own } else { rank - 1 };
         let at = (address & window::OFFSET_MASK) as usize;
         let shared = &self.ctas.get(cta)?.shared;
-        let inside = at as u64 >= window::SHARED_BASE && at.checked_add(bytes).is_some_and(|end| end <= shared.len());
+        let inside = at as u64 >= self.ctx.shared_start && at.checked_add(bytes).is_some_and(|end| end <= shared.len());
         inside.then_some(Target::Shared { cta, at })
     }
 
@@ -161,33 +176,52 @@ impl<'m> Cluster<'m> {
     /// The checks on an access whose memory was found: initialised, and not racing.
     #[inline]
     pub fn observe(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target, order: Order, site: Site) {
+        self.observe_store(warp, instr, access, target, order, site, &[]);
+    }
+
+    /// The same for a store of `bytes`; nothing if they are not known yet.
+    #[inline]
+    #[expect(clippy::too_many_arguments, reason = "a store is all of these")]
+    pub fn observe_store(
+        &mut self,
+        warp: &Warp,
+        instr: &Instr,
+        access: Access,
+        target: Target,
+        order: Order,
+        site: Site,
+        bytes: &[u8],
+    ) {
         let checks = self.ctx.checks;
         if !access.write && checks.uninitialized {
             self.check_initialized(warp, instr, access, target);
         }
         match target {
             Target::Shared { cta, at } if checks.shared_races => {
-                if order == Order::Strong {
+                if order.is_strong() {
                     self.acquire_shared(warp.id, cta, at as u64);
                 }
                 let agent = Engine::Warp.agent(warp.id);
                 let actor = self.actor(warp);
                 let range = (at, access.bytes);
                 let lane = Some(access.lane);
-                self.watch_shared(warp.id, agent, actor, site, cta, range, access.write, lane);
-                if order == Order::Strong {
+                let silent = !bytes.is_empty() && self.ctas[cta].shared.holds(at, bytes);
+                let write = if silent { Write::Silent } else { access.write.into() };
+                self.watch_shared(warp.id, agent, actor, site, cta, range, write, lane);
+                if order.is_strong() {
                     self.release_shared(warp.id, cta, at as u64);
                 }
             }
             Target::Global { allocation, at } if checks.global_races => {
                 let range = (allocation, at);
-                self.watch_global(warp, instr, access, range, order, false);
+                self.watch_global(warp, instr, access, range, order, false, bytes);
             }
             _ => {}
         }
     }
 
     /// Records a global access with the race detector.
+    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
     pub fn watch_global(
         &mut self,
         warp: &Warp,
@@ -196,6 +230,7 @@ impl<'m> Cluster<'m> {
         range: (usize, usize),
         order: Order,
         atomic: bool,
+        stored: &[u8],
     ) {
         let Some(shadow) = &self.ctx.shadow else {
             return;
@@ -203,23 +238,28 @@ impl<'m> Cluster<'m> {
         let (allocation, at) = range;
         let cta = &mut self.ctas[warp.cta];
         let mut epoch = cta.epoch;
-        if order == Order::Strong {
-            epoch = shadow.synchronize(cta.linear, access.address);
-            cta.epoch = epoch + 1;
+        if order.is_strong() {
+            let release = order == Order::Release;
+            epoch = shadow.synchronize(cta.linear, access.address, release);
+            cta.epoch = epoch + u32::from(release);
         }
         let who = Who {
             block: cta.linear,
             epoch,
             line: instr.line,
-            atomic: atomic || order == Order::Strong,
+            strong: atomic || order.is_strong(),
+            update: atomic,
         };
-        let conflict = shadow.access(allocation, at, access.bytes, access.write, who);
+        if atomic {
+            self.guesses
+                .retain(|g| g.cta != warp.cta || g.address != access.address);
+        }
+        let conflict = shadow.access(allocation, at, access.bytes, access.write, who, stored);
         if let Some(conflict) = conflict {
             let actor = self.actor(warp);
             let place = (Some(access.lane), Some(access.address));
-            let earlier = self.ctx.launch.block_coordinates(conflict.block);
-            self.report(FindingKind::GlobalRace, instr.line, actor, place, || {
-                let [x, y, z] = earlier;
+            let [x, y, z] = self.ctx.launch.block_coordinates(conflict.block);
+            let message = move || {
                 format!(
                     "{} of {} bytes after a {} by block {x},{y},{z} at line {}, which nothing orders before it",
                     verb(access.write),
@@ -227,6 +267,28 @@ impl<'m> Cluster<'m> {
                     verb(conflict.was_write),
                     conflict.line
                 )
+            };
+            if conflict.guess && self.guesses.len() < MAX_GUESSES {
+                self.guesses.push(Guess {
+                    cta: warp.cta,
+                    address: access.address,
+                    actor,
+                    lane: access.lane,
+                    line: instr.line,
+                    message: message(),
+                });
+            } else {
+                self.report(FindingKind::GlobalRace, instr.line, actor, place, message);
+            }
+        }
+    }
+
+    /// At the end: reads of what other blocks update, after which the reader updated nothing.
+    pub fn report_guesses(&mut self) {
+        for guess in std::mem::take(&mut self.guesses) {
+            let place = (Some(guess.lane), Some(guess.address));
+            self.report(FindingKind::GlobalRace, guess.line, guess.actor, place, || {
+                guess.message
             });
         }
     }

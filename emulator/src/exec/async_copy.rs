@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::access::{Access, Target, effective};
 use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
-use super::{Cluster, Flow, Step};
+use super::{Cluster, Flow, Step, Write};
 use crate::check::shared_race::Engine;
 use crate::decode::op::{AsyncOp, Instr};
 use crate::decode::types::{Addr, Order, Pred, Slot};
@@ -142,7 +142,7 @@ impl<'m> Cluster<'m> {
             if self.watches_shared() {
                 let agent = Engine::CpAsync.agent(warp.id);
                 let actor = self.actor(warp);
-                self.watch_shared(warp.id, agent, actor, site, cta, (at, bytes), true, Some(lane));
+                self.watch_shared(warp.id, agent, actor, site, cta, (at, bytes), Write::Yes, Some(lane));
             }
             let mut copy = Copy {
                 cta,

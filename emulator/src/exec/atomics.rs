@@ -106,6 +106,7 @@ impl<'m> Cluster<'m> {
         let Memory::Atomic {
             op,
             ty,
+            order,
             addr,
             dsts,
             b,
@@ -130,7 +131,7 @@ impl<'m> Cluster<'m> {
             let Some(target) = self.locate(warp, instr, access)? else {
                 continue;
             };
-            self.observe_atomic(warp, instr, access, target, dsts.is_some(), site);
+            self.observe_atomic(warp, instr, access, target, dsts.is_some(), *order, site);
             self.counters.atomics += 1;
             if let Target::Param { .. } = target {
                 continue;
@@ -152,6 +153,7 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
     fn observe_atomic(
         &mut self,
         warp: &mut Warp,
@@ -159,6 +161,7 @@ impl<'m> Cluster<'m> {
         access: Access,
         target: Target,
         returns: bool,
+        order: Order,
         site: crate::check::shared_race::Site,
     ) {
         let checks = self.ctx.checks;
@@ -166,10 +169,11 @@ impl<'m> Cluster<'m> {
             self.counters.global_read_bytes += access.bytes as u64 * u64::from(returns);
             self.counters.global_written_bytes += access.bytes as u64;
             self.counters.global_written_sectors += 1;
-            // A `red` hands nothing to whoever comes next but the sum; an `atom` may be a lock or a ticket.
-            let order = if returns { Order::Strong } else { Order::Weak };
+            // A plain `red` hands nothing to whoever comes next but the sum; an `atom` may be a lock or a ticket.
+            let synchronizes = returns || order == Order::Release || self.ctas[warp.cta].fenced;
+            let order = if synchronizes { order } else { Order::Weak };
             if checks.global_races {
-                self.watch_global(warp, instr, access, (allocation, at), order, true);
+                self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
             }
             let memory = &self.ctx.view.allocations[allocation];
             if checks.uninitialized && memory.first_uninitialized(at, access.bytes).is_some() {
@@ -185,7 +189,7 @@ impl<'m> Cluster<'m> {
             memory.mark(at, access.bytes);
             return;
         }
-        self.observe(warp, instr, access, target, Order::Strong, site);
+        self.observe(warp, instr, access, target, order, site);
     }
 
     /// Replaces up to 8 bytes by `f` of them; returns the old value.

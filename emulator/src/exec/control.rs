@@ -391,6 +391,9 @@ impl<'m> Cluster<'m> {
             Special::NsmId => 132,
             Special::TotalSmem => self.ctx.shared_end,
             Special::DynamicSmem => wide(launch.shared_bytes),
+            Special::GridWorkspace(1) => self.ctx.workspace >> 32,
+            Special::GridWorkspace(_) => self.ctx.workspace & 0xffff_ffff,
+            Special::ReservedSmem(offset) => u64::from(offset),
             _ => 0,
         };
         [value; 32]

@@ -126,7 +126,7 @@ impl<'m> Cluster<'m> {
         if self.watches_shared() {
             let agent = Engine::Warp.agent(warp.id);
             let actor = self.actor(warp);
-            self.watch_shared(warp.id, agent, actor, site, cta, (at, 8), write, Some(lane));
+            self.watch_shared(warp.id, agent, actor, site, cta, (at, 8), write.into(), Some(lane));
         }
     }
 

@@ -8,6 +8,9 @@ use crate::counters::{sectors, wavefronts};
 use crate::decode::op::{Instr, Memory};
 use crate::decode::types::{Addr, Order, Slot, Space};
 
+/// Bytes of the widest store (`st.v8.b32`, `st.v4.b64`), and then some.
+const MAX_STORE: usize = 64;
+
 /// Addresses of one instruction in one space, for the counters.
 #[derive(Default)]
 pub(crate) struct Touched {
@@ -47,7 +50,12 @@ impl<'m> Cluster<'m> {
                 srcs,
             } => self.store(warp, instr, mask, addr, *order, *bytes, srcs),
             Memory::Atomic { .. } => self.atomic(warp, instr, op, mask),
-            Memory::Fence { async_proxy } => {
+            Memory::Fence { async_proxy, device } => {
+                if *device && let Some(shadow) = &self.ctx.shadow {
+                    let cta = &mut self.ctas[warp.cta];
+                    cta.epoch = shadow.fence(cta.linear);
+                    cta.fenced = true;
+                }
                 if *async_proxy {
                     let known = self.known[warp.id].generic.clone();
                     self.known[warp.id].fenced.join(&known);
@@ -161,7 +169,12 @@ impl<'m> Cluster<'m> {
             let Some(target) = self.locate(warp, instr, access)? else {
                 continue;
             };
-            self.observe(warp, instr, access, target, order, site);
+            let mut stored = [0u8; MAX_STORE];
+            for (index, src) in srcs.iter().enumerate() {
+                let value = warp.frame().row(*src)[lane].to_le_bytes();
+                stored[index * size..][..size].copy_from_slice(&value[..size]);
+            }
+            self.observe_store(warp, instr, access, target, order, site, &stored[..total]);
             touched.add(target, access.address);
             for (index, src) in srcs.iter().enumerate() {
                 let value = warp.frame().row(*src)[lane];

@@ -13,8 +13,10 @@ mod control;
 mod float;
 mod mbarrier;
 mod memory_ops;
+mod races;
 mod run;
 pub(crate) mod tensor;
+mod tensor_maps;
 pub(crate) mod warp;
 mod warp_ops;
 pub(crate) mod wgmma;
@@ -26,7 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::check::Checks;
 use crate::check::clock::{Clock, Knowledge};
 use crate::check::global_race::GlobalShadow;
-use crate::check::shared_race::{Accessor, ENGINES, Engine, SharedShadow, Site};
+use crate::check::shared_race::{ENGINES, Engine, SharedShadow, Site};
 use crate::counters::Counters;
 use crate::decode::op::{Alu, Counter, Instr, Op};
 use crate::decode::types::Space;
@@ -60,6 +62,10 @@ pub(crate) struct Context<'m> {
     pub shadow: Option<GlobalShadow>,
     /// Address of each module variable, in its own space.
     pub variables: Vec<u64>,
+    /// Address of the workspace in which the grid synchronises; zero if the kernel has no use for one.
+    pub workspace: u64,
+    /// First address of shared memory that the kernel may touch.
+    pub shared_start: u64,
     /// End of the block's shared memory.
     pub shared_end: u64,
     /// Registers a thread has at the start, where the kernel says so.
@@ -85,6 +91,8 @@ pub(crate) struct Cta {
     pub live_threads: u32,
     /// Epoch for races between blocks.
     pub epoch: u32,
+    /// Some thread executed a fence that other blocks may rely on.
+    pub fenced: bool,
 }
 
 /// The blocks of a cluster and everything that happens between their warps.
@@ -103,6 +111,8 @@ pub(crate) struct Cluster<'m> {
     pub steps: Vec<u32>,
     /// What strong operations left at shared addresses.
     pub released: HashMap<(usize, u64), Knowledge>,
+    /// Reads that may turn out to be races.
+    pub guesses: Vec<access::Guess>,
     pub barrier: ClusterBarrier,
     pub bulk: BulkQueue,
     pub warps_per_cta: usize,
@@ -122,6 +132,23 @@ pub(crate) enum Flow {
 }
 
 pub(crate) type Step = Result<Flow, Error>;
+
+/// What an access does to the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Write {
+    /// It reads them.
+    No,
+    /// It writes, perhaps other bytes than there were.
+    Yes,
+    /// It writes the very bytes that were there.
+    Silent,
+}
+
+impl From<bool> for Write {
+    fn from(write: bool) -> Self {
+        if write { Write::Yes } else { Write::No }
+    }
+}
 
 /// Who made an access, for messages: block and warp.
 #[derive(Debug, Clone, Copy)]
@@ -158,7 +185,7 @@ impl<'m> Cluster<'m> {
         count[1] += u64::from(mask.count_ones());
         self.pending += u64::from(mask.count_ones());
         if ctx.uses_wgmma {
-            self.track_registers(warp, instr);
+            self.track_registers(warp, instr)?;
         }
         let flow = self.dispatch(warp, instr, mask)?;
         if flow == Flow::Next {
@@ -320,145 +347,6 @@ impl<'m> Cluster<'m> {
     pub fn block_name(&self, cta: usize) -> String {
         let [x, y, z] = self.ctas[cta].coordinates;
         format!("{x},{y},{z}")
-    }
-
-    /// The actor behind an agent of the race detector.
-    pub fn describe_agent(&self, agent: u32) -> String {
-        let id = agent as usize / ENGINES;
-        let warp = id % self.warps_per_cta;
-        let block = self.block_name((id / self.warps_per_cta).min(self.ctas.len() - 1));
-        let what = match Engine::of(agent) {
-            Engine::Warp => "",
-            Engine::CpAsync => "an asynchronous copy (cp.async) of ",
-            Engine::Bulk => "a bulk copy of ",
-            Engine::Wgmma => "a wgmma of ",
-        };
-        if self.ctas.len() > 1 {
-            format!("{what}warp {warp} of block {block}")
-        } else {
-            format!("{what}warp {warp}")
-        }
-    }
-
-    /// Whether shared-memory races are watched.
-    #[inline]
-    pub fn watches_shared(&self) -> bool {
-        self.ctx.checks.shared_races
-    }
-
-    /// What a warp knows, to be left at a synchronisation object; begins its next step.
-    pub fn release(&mut self, id: usize) -> Knowledge {
-        let known = self.known[id].clone();
-        let agent = Engine::Warp.agent(id);
-        self.steps[agent as usize] += 1;
-        let step = self.steps[agent as usize];
-        self.known[id].generic.set(agent, step);
-        known
-    }
-
-    /// A warp learns what was left at a synchronisation object.
-    pub fn acquire(&mut self, id: usize, left: &Knowledge) {
-        self.known[id].join(left);
-    }
-
-    /// A new step of one of a warp's engines, beginning with what the warp knows.
-    pub fn engine_step(&mut self, id: usize, engine: Engine) -> u32 {
-        let agent = engine.agent(id) as usize;
-        self.steps[agent] += 1;
-        self.steps[agent]
-    }
-
-    /// Records a shared-memory access with the race detector.
-    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
-    pub fn watch_shared(
-        &mut self,
-        warp_id: usize,
-        agent: u32,
-        actor: Actor,
-        site: Site,
-        cta: usize,
-        range: (usize, usize),
-        write: bool,
-        lane: Option<usize>,
-    ) {
-        let (at, bytes) = range;
-        let who = Accessor {
-            agent,
-            step: self.steps[agent as usize],
-            known: &self.known[warp_id],
-            site,
-        };
-        let Some(shadow) = &mut self.ctas[cta].shadow else {
-            return;
-        };
-        let conflict = if write {
-            shadow.write(at, bytes, who)
-        } else {
-            shadow.read(at, bytes, who)
-        };
-        if let Some(conflict) = conflict {
-            self.report_conflict(conflict, actor, site, (at, bytes), write, lane, agent);
-        }
-    }
-
-    #[cold]
-    #[expect(clippy::too_many_arguments, reason = "a conflict is all of these")]
-    fn report_conflict(
-        &mut self,
-        conflict: crate::check::shared_race::Conflict,
-        actor: Actor,
-        site: Site,
-        range: (usize, usize),
-        write: bool,
-        lane: Option<usize>,
-        agent: u32,
-    ) {
-        let earlier = self.describe_agent(conflict.agent);
-        let earlier_line = self.line_at(conflict.site);
-        let line = self.line_at(site);
-        let verb = |w: bool| if w { "write" } else { "read" };
-        let (at, bytes) = range;
-        let kind = if conflict.only_proxy {
-            FindingKind::MissingProxyFence
-        } else if Engine::of(conflict.agent) != Engine::Warp {
-            FindingKind::UnawaitedAsync
-        } else {
-            FindingKind::SharedRace
-        };
-        let own = match Engine::of(agent) {
-            Engine::Warp => "",
-            Engine::CpAsync => "asynchronous copy: ",
-            Engine::Bulk => "bulk copy: ",
-            Engine::Wgmma => "wgmma: ",
-        };
-        self.report(kind, line, actor, (lane, Some(at as u64)), || {
-            let why = match kind {
-                FindingKind::MissingProxyFence => {
-                    "which no fence.proxy.async made visible to the async proxy"
-                }
-                FindingKind::UnawaitedAsync => "which was not waited for",
-                _ => "which nothing orders before it",
-            };
-            format!(
-                "{own}{} of {bytes} bytes of shared memory at {at:#x} after a {} by {earlier} at line {earlier_line}, {why}",
-                verb(write),
-                verb(conflict.was_write),
-            )
-        });
-    }
-
-    /// Before a strong operation on shared memory: the warp learns what earlier ones left at the address.
-    pub fn acquire_shared(&mut self, id: usize, cta: usize, at: u64) {
-        if let Some(left) = self.released.get(&(cta, at / 4)) {
-            let left = left.clone();
-            self.acquire(id, &left);
-        }
-    }
-
-    /// After it: the warp leaves what it knows, the operation itself included.
-    pub fn release_shared(&mut self, id: usize, cta: usize, at: u64) {
-        let known = self.release(id);
-        self.released.entry((cta, at / 4)).or_default().join(&known);
     }
 
     /// Adds the instructions since the last call to the launch's total, and checks its limit.

@@ -5,7 +5,7 @@ use super::memory_ops::Touched;
 use super::warp::{FULL, Warp, lanes};
 use super::wmma::gather;
 use super::{Cluster, Flow, Step, warp_ops};
-use crate::decode::op::{BarrierOp, Instr, Op, TensorOp, WarpOp};
+use crate::decode::op::{AsyncOp, BarrierOp, Instr, Op, TensorOp, WarpOp};
 use crate::decode::types::{Addr, Order, Slot};
 use crate::report::FindingKind;
 use crate::tensor::matrix::{self, Matrix};
@@ -22,7 +22,7 @@ pub(crate) fn required_lanes(warp: &Warp, op: &Op, mask: u32) -> Option<u32> {
             | BarrierOp::ClusterArrive { aligned }
             | BarrierOp::ClusterWait { aligned },
         ) => aligned.then_some(warp.live),
-        Op::Barrier(BarrierOp::SetMaxReg { .. }) => Some(warp.live),
+        Op::Barrier(BarrierOp::SetMaxReg { .. }) | Op::Async(AsyncOp::PublishMap { .. }) => Some(warp.live),
         Op::Warp(op) => {
             let slot = warp_ops::members_of(op)?;
             let members = warp.frame().row(slot)[mask.trailing_zeros() as usize] as u32;
@@ -111,7 +111,7 @@ impl<'m> Cluster<'m> {
         instr: &Instr,
         addr: &Addr,
         lane: usize,
-        write: bool,
+        stored: Option<&[u8; 16]>,
         touched: &mut Touched,
     ) -> Result<Option<Target>, crate::error::Error> {
         let access = Access {
@@ -120,12 +120,13 @@ impl<'m> Cluster<'m> {
             space: addr.space,
             bytes: 16,
             align: 16,
-            write,
+            write: stored.is_some(),
         };
         let site = self.site(warp);
         let target = self.locate(warp, instr, access)?;
         if let Some(target) = target {
-            self.observe(warp, instr, access, target, Order::Weak, site);
+            let bytes = stored.map_or(&[][..], |s| s);
+            self.observe_store(warp, instr, access, target, Order::Weak, site, bytes);
             touched.add(target, access.address);
         }
         Ok(target)
@@ -138,7 +139,7 @@ impl<'m> Cluster<'m> {
             let mut tile = Matrix::default();
             for (row, out) in tile.iter_mut().enumerate() {
                 let lane = matrix::address_lane(index, row);
-                let target = self.matrix_row(warp, instr, addr, lane, false, &mut touched)?;
+                let target = self.matrix_row(warp, instr, addr, lane, None, &mut touched)?;
                 let Some(target) = target else { continue };
                 for (word, out) in out.chunks_exact_mut(4).enumerate() {
                     let value = self.peek(warp, lane, target, word * 8, 8);
@@ -174,12 +175,14 @@ impl<'m> Cluster<'m> {
             let tile = matrix::collect(&registers, trans);
             for (row, values) in tile.iter().enumerate() {
                 let lane = matrix::address_lane(index, row);
-                let target = self.matrix_row(warp, instr, addr, lane, true, &mut touched)?;
+                let mut bytes = [0; 16];
+                for (out, value) in bytes.chunks_exact_mut(2).zip(values) {
+                    out.copy_from_slice(&value.to_le_bytes());
+                }
+                let target = self.matrix_row(warp, instr, addr, lane, Some(&bytes), &mut touched)?;
                 let Some(target) = target else { continue };
-                for (word, parts) in values.chunks_exact(4).enumerate() {
-                    let parts = parts.iter().rev();
-                    let value = parts.fold(0u64, |acc, v| acc << 16 | u64::from(*v));
-                    self.poke(warp, lane, target, word * 8, 8, value);
+                for (word, part) in bytes.chunks_exact(8).enumerate() {
+                    self.poke(warp, lane, target, word * 8, 8, crate::memory::shared::load(part));
                 }
             }
         }

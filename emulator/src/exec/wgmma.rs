@@ -5,11 +5,12 @@
 
 use std::collections::VecDeque;
 
-use super::warp::Warp;
-use super::{Cluster, Flow, Step};
+use super::warp::{Frame, Warp};
+use super::{Cluster, Flow, Step, Write};
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{Instr, Op, Wgmma, WgmmaA, WgmmaOp};
+use crate::decode::op::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA, WgmmaOp};
 use crate::decode::types::{Slot, Ty};
+use crate::error::Error;
 use crate::memory::window;
 use crate::numeric::float32::canonical;
 use crate::numeric::format;
@@ -60,16 +61,36 @@ pub(crate) struct WgmmaQueue {
 struct Owned {
     frame: u32,
     rows: Box<[Slot]>,
-    /// Accumulators may be neither read nor written; operands only not written.
-    accumulator: bool,
+    role: Role,
     step: u32,
     line: u32,
+}
+
+/// What a product holds a register for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// May be neither read nor written.
+    Accumulator,
+    /// May not be written.
+    Operand,
+    /// Holds a copy of an accumulator, made before the wait: may not be read.
+    Copy,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Accumulator => "an accumulator",
+            Role::Operand => "an operand register",
+            Role::Copy => "a copy of an accumulator",
+        }
+    }
 }
 
 fn bytes_of(ty: Ty) -> usize {
     match ty {
         Ty::Tf32 => 4,
-        Ty::E4m3 | Ty::E5m2 => 1,
+        Ty::E4m3 | Ty::E5m2 | Ty::S8 | Ty::U8 => 1,
         _ => 2,
     }
 }
@@ -80,7 +101,30 @@ fn decode(ty: Ty, bits: u32) -> f32 {
         Ty::Bf16 => format::bf16_to_f32(bits as u16),
         Ty::E4m3 => format::e4m3_to_f32(bits as u8),
         Ty::E5m2 => format::e5m2_to_f32(bits as u8),
+        // Exact: eight bits.
+        Ty::S8 => f32::from(bits as i8),
+        Ty::U8 => f32::from(bits as u8),
         _ => format::tf32_to_f32(bits),
+    }
+}
+
+/// Whether an instruction only moves registers, whole or in parts.
+fn moves_registers(instr: &Instr) -> bool {
+    let moves = matches!(
+        &instr.op,
+        Op::Alu(Alu::Mov { .. } | Alu::Pack { .. } | Alu::Unpack { .. })
+    );
+    moves && !instr.reads.is_empty()
+}
+
+/// Whether it only moves bits, as in taking halves out of words and putting them together again.
+fn moves_bits(instr: &Instr) -> bool {
+    match &instr.op {
+        Op::Alu(Alu::Cvt { to, from, .. }) => to.int().is_some() && from.int().is_some(),
+        Op::Alu(Alu::Int2 { op, .. }) => matches!(op, Int2::Shl | Int2::Shr | Int2::And | Int2::Or),
+        Op::Alu(Alu::Int3 { op, .. }) => matches!(op, Int3::Prmt(_) | Int3::Bfe | Int3::Lop3(_)),
+        Op::Alu(Alu::Bfi { .. }) => true,
+        _ => moves_registers(instr),
     }
 }
 
@@ -90,36 +134,87 @@ fn major(transposed: bool) -> Major {
 
 impl<'m> Cluster<'m> {
     /// Times register writes, and looks for instructions that touch what a product in flight owns.
-    pub(super) fn track_registers(&mut self, warp: &mut Warp, instr: &Instr) {
+    pub(super) fn track_registers(&mut self, warp: &mut Warp, instr: &Instr) -> Result<(), Error> {
         warp.wgmma.now += 1;
+        if matches!(&instr.op, Op::Wgmma(_)) {
+            return Ok(());
+        }
         let now = warp.wgmma.now;
-        let is_product = matches!(&instr.op, Op::Wgmma(_));
-        if !is_product {
-            let frame = warp.frame_mut();
-            for row in &instr.writes {
-                frame.written[*row as usize] = now;
-            }
+        let frame = warp.frame_mut();
+        let renames = moves_registers(instr);
+        let when = instr.reads.iter().map(|row| frame.written[*row as usize]).max();
+        for row in &instr.writes {
+            frame.written[*row as usize] = if renames { when.unwrap_or(now) } else { now };
         }
-        if warp.wgmma.owned.is_empty() || is_product || !self.ctx.checks.registers {
-            return;
+        if warp.wgmma.owned.is_empty() {
+            return Ok(());
         }
+        if moves_bits(instr) {
+            return self.track_move(warp, instr);
+        }
+        self.check_owned(warp, instr, 0);
+        Ok(())
+    }
+
+    /// Moves only rename: compilers put them between a product and its wait, and assemblers make them vanish. What is
+    /// moved out of an accumulator is the product's result, which nobody may use before the wait.
+    fn track_move(&mut self, warp: &mut Warp, instr: &Instr) -> Result<(), Error> {
+        let frame = warp.group().frame;
+        let moved = |o: &&Owned| {
+            o.frame == frame && o.role != Role::Operand && instr.reads.iter().any(|row| o.rows.contains(row))
+        };
+        let source = warp.wgmma.owned.iter().filter(moved).max_by_key(|o| o.step);
+        let copy = source.map(|source| Owned {
+            frame,
+            rows: instr.writes.clone(),
+            role: Role::Copy,
+            step: source.step,
+            line: source.line,
+        });
+        let Some(copy) = copy else {
+            self.check_owned(warp, instr, 0);
+            return Ok(());
+        };
+        while warp.wgmma.flying.front().is_some_and(|p| p.step <= copy.step) {
+            self.land_first(warp)?;
+        }
+        let only_writes = Instr {
+            reads: Box::default(),
+            ..instr.clone()
+        };
+        self.check_owned(warp, &only_writes, copy.step);
+        warp.wgmma.owned.push(copy);
+        Ok(())
+    }
+
+    /// Accumulators of products up to step `landed` may be written: they get back what was moved out of them.
+    fn check_owned(&mut self, warp: &mut Warp, instr: &Instr, landed: u32) {
         let frame = warp.group().frame;
         let touched = warp.wgmma.owned.iter().find_map(|owned| {
             let mine = |row: &Slot| owned.frame == frame && owned.rows.contains(row);
-            let written = instr.writes.iter().any(mine);
-            let read = owned.accumulator && instr.reads.iter().any(mine);
-            (written || read).then_some((owned.accumulator, owned.line, written))
+            let given_back = owned.role == Role::Accumulator && owned.step <= landed;
+            let written = owned.role != Role::Copy && !given_back && instr.writes.iter().any(mine);
+            let read = owned.role != Role::Operand && instr.reads.iter().any(mine);
+            (written || read).then_some((owned.role, owned.line, written))
         });
-        if let Some((accumulator, line, written)) = touched {
+        // A copy that is overwritten is one no more.
+        warp.wgmma.owned.retain_mut(|owned| {
+            if owned.role == Role::Copy && owned.frame == frame {
+                let stays = |row: &&Slot| !instr.writes.contains(row);
+                owned.rows = owned.rows.iter().filter(stays).copied().collect();
+            }
+            !owned.rows.is_empty()
+        });
+        if let Some((role, line, written)) = touched
+            && self.ctx.checks.registers
+        {
             let actor = self.actor(warp);
             self.report(FindingKind::UnawaitedAsync, instr.line, actor, (None, None), || {
-                let what = if accumulator {
-                    "an accumulator"
-                } else {
-                    "an operand register"
-                };
                 let verb = if written { "writes" } else { "reads" };
-                format!("{verb} {what} of the wgmma at line {line}, which was not waited for")
+                format!(
+                    "{verb} {} of the wgmma at line {line}, which was not waited for",
+                    role.name()
+                )
             });
         }
     }
@@ -169,18 +264,18 @@ impl<'m> Cluster<'m> {
             }
         };
         let index = warp.group().frame;
-        let mut own = |rows: &[Slot], accumulator| {
+        let mut own = |rows: &[Slot], role| {
             warp.wgmma.owned.push(Owned {
                 frame: index,
                 rows: rows.into(),
-                accumulator,
+                role,
                 step,
                 line: instr.line,
             });
         };
-        own(&op.d, true);
+        own(&op.d, Role::Accumulator);
         if let WgmmaA::Registers(rows) = &op.a {
-            own(rows, false);
+            own(rows, Role::Operand);
         }
         let product = Product {
             op: op.clone(),
@@ -268,20 +363,29 @@ impl<'m> Cluster<'m> {
                 );
             }
             if self.watches_shared() {
-                self.watch_shared(warp.id, agent, actor, site, warp.cta, (at, CHUNK_BYTES), false, None);
+                self.watch_shared(
+                    warp.id,
+                    agent,
+                    actor,
+                    site,
+                    warp.cta,
+                    (at, CHUNK_BYTES),
+                    Write::No,
+                    None,
+                );
             }
         }
     }
 
     /// Lands the products whose moment has come; a product never passes an earlier one.
-    pub(super) fn land_products(&mut self, warp: &mut Warp) -> Result<(), crate::error::Error> {
+    pub(super) fn land_products(&mut self, warp: &mut Warp) -> Result<(), Error> {
         while warp.wgmma.flying.front().is_some_and(|p| p.landing.due(self.tick)) {
             self.land_first(warp)?;
         }
         Ok(())
     }
 
-    fn land_first(&mut self, warp: &mut Warp) -> Result<(), crate::error::Error> {
+    fn land_first(&mut self, warp: &mut Warp) -> Result<(), Error> {
         let Some(product) = warp.wgmma.flying.pop_front() else {
             return Ok(());
         };
@@ -294,6 +398,10 @@ impl<'m> Cluster<'m> {
             return Err(self.fault(warp, product.line, message));
         }
         let frame = warp.frame_at_mut(product.frame);
+        if op.d_ty == Ty::S32 {
+            integer_sums(frame, &product, &left, &right);
+            return Ok(());
+        }
         let half = op.d_ty == Ty::F16;
         for lane in 0..32 {
             for register in 0..op.d.len() {
@@ -375,5 +483,28 @@ impl<'m> Cluster<'m> {
             }
         }
         out
+    }
+}
+
+/// Adds a product of integers to its accumulators, wrapping or saturating.
+fn integer_sums(frame: &mut Frame, product: &Product, left: &[f32], right: &[f32]) {
+    let op = &product.op;
+    let k = op.k as usize;
+    for (register, row) in op.d.iter().enumerate() {
+        for lane in 0..32 {
+            let (m, n) = fragment::c(lane, register % 4);
+            let (x, y) = (&left[m * k..][..k], &right[(register / 4 * 8 + n) * k..][..k]);
+            let old = frame.row(*row)[lane] as u32 as i32;
+            let mut sum = if product.accumulate { i64::from(old) } else { 0 };
+            for (x, y) in x.iter().zip(y) {
+                sum += (*x as i64) * (*y as i64);
+            }
+            let sum = if op.satfinite {
+                sum.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32
+            } else {
+                sum as i32
+            };
+            frame.row_mut(*row)[lane] = u64::from(sum as u32);
+        }
     }
 }

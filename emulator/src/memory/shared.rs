@@ -48,6 +48,12 @@ impl SharedMemory {
         });
     }
 
+    /// Whether these very bytes were written there.
+    #[inline]
+    pub fn holds(&self, at: usize, bytes: &[u8]) -> bool {
+        self.bytes(at, bytes.len()) == bytes && self.first_uninitialized(at, bytes.len()).is_none()
+    }
+
     /// Offset of the first byte of a range that was never written.
     #[inline]
     pub fn first_uninitialized(&self, at: usize, bytes: usize) -> Option<usize> {

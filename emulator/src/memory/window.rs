@@ -20,6 +20,9 @@ pub(crate) const OFFSET_MASK: u64 = (1 << RANK_SHIFT) - 1;
 /// Shared variables begin here, as on hardware that keeps the first kilobyte to itself: null is no shared address.
 pub(crate) const SHARED_BASE: u64 = 1024;
 
+/// What lies between here and [`SHARED_BASE`] belongs to cooperative groups (`%reserved_smem_offset_1`).
+pub(crate) const RESERVED_FOR_GROUPS: u64 = 512;
+
 /// The window of `space`, if it has one.
 pub(crate) fn base(space: Space) -> Option<u64> {
     match space {

@@ -186,6 +186,66 @@ pub const fn mad24(hi: bool, ty: IntType, a: u64, b: u64, c: u64, sat: bool) -> 
     add(ty, mul24(hi, ty, a, b), c, sat)
 }
 
+/// Operations of the SIMD video instructions (`vadd4` and its kin).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are the instructions'")]
+pub enum Video {
+    Add,
+    Sub,
+    AbsDiff,
+    Min,
+    Max,
+}
+
+/// A SIMD video instruction: `parts` lanes of a 32-bit word, each with the signedness of a, b and the result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VideoMode {
+    /// 2 halves or 4 bytes.
+    pub parts: u32,
+    /// Whether the lanes of the result, of a and of b are signed.
+    pub signed: [bool; 3],
+    /// Clamp each lane to its range instead of wrapping.
+    pub saturate: bool,
+    /// Add the lanes up, and `c` to them.
+    pub accumulate: bool,
+}
+
+/// The result of a SIMD video instruction on all lanes.
+pub fn video(op: Video, mode: VideoMode, a: u32, b: u32, c: u32) -> u32 {
+    let bits = 32 / mode.parts;
+    let lane = |word: u32, part: u32, signed: bool| {
+        let up = word << (32 - bits * (part + 1));
+        if signed {
+            i64::from(up as i32 >> (32 - bits))
+        } else {
+            i64::from(up >> (32 - bits))
+        }
+    };
+    let (least, most) = if mode.signed[0] {
+        (-(1i64 << (bits - 1)), (1i64 << (bits - 1)) - 1)
+    } else {
+        (0, (1i64 << bits) - 1)
+    };
+    let mut out = if mode.accumulate { c } else { 0 };
+    for part in 0..mode.parts {
+        let (x, y) = (lane(a, part, mode.signed[1]), lane(b, part, mode.signed[2]));
+        let value = match op {
+            Video::Add => x + y,
+            Video::Sub => x - y,
+            Video::AbsDiff => (x - y).abs(),
+            Video::Min => x.min(y),
+            Video::Max => x.max(y),
+        };
+        let value = if mode.saturate { value.clamp(least, most) } else { value };
+        if mode.accumulate {
+            out = out.wrapping_add(value as u32);
+        } else {
+            out |= (value as u32 & (((1u64 << bits) - 1) as u32)) << (bits * part);
+        }
+    }
+    out
+}
+
 /// `sad`: c + |a - b|.
 pub const fn sad(ty: IntType, a: u64, b: u64, c: u64) -> u64 {
     ty.extend(c.wrapping_add((ty.value(a) - ty.value(b)).unsigned_abs() as u64))

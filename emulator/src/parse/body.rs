@@ -96,7 +96,14 @@ impl<'a> Parser<'a> {
         }
         let mut parts = word.split('.');
         let opcode = parts.next().unwrap_or(word);
-        let modifiers = parts.collect();
+        let mut modifiers: Vec<&str> = parts.collect();
+        // Modifiers may stand apart: `mov .u32`.
+        while let Token::Word(word) = self.peek()
+            && let Some(modifier) = word.strip_prefix('.')
+        {
+            self.next();
+            modifiers.push(modifier);
+        }
         let mut operands = Vec::new();
         if !self.is(b';') {
             operands.push(self.operand()?);

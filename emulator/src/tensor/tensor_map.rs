@@ -10,7 +10,9 @@
 
 use super::swizzle::Swizzle;
 
-pub use super::tensor_map_types::{ElementType, Fill, Interleave, L2Promotion, TensorMapError, swizzle_from_number};
+pub use super::tensor_map_types::{
+    ElementType, Field, Fill, Interleave, L2Promotion, TensorMapError, swizzle_from_number,
+};
 
 /// Size of a tensor map in bytes.
 pub const TENSOR_MAP_BYTES: usize = 128;
@@ -263,6 +265,54 @@ impl TensorMap {
             .ok_or(foreign)?,
             fill: *[Fill::Zero, Fill::Nan].get(usize::from(bytes[13])).ok_or(foreign)?,
         })
+    }
+
+    /// Changes one field of the 128 bytes, as `tensormap.replace` does; bytes that are all zero become a map by it.
+    ///
+    /// # Errors
+    ///
+    /// [`TensorMapError::Foreign`] if the bytes are neither zero nor this emulator's map, [`TensorMapError::Range`] or
+    /// [`TensorMapError::Unsupported`] if the field cannot hold the value. What the fields mean together is checked
+    /// when the map is used.
+    pub fn replace(bytes: &mut [u8; TENSOR_MAP_BYTES], field: Field, value: u64) -> Result<(), TensorMapError> {
+        if bytes[..8] != MARK && bytes.iter().any(|b| *b != 0) {
+            return Err(TensorMapError::Foreign);
+        }
+        bytes[..8].copy_from_slice(&MARK);
+        let range = |argument, max| check_range(argument, [value].into_iter(), 0, max);
+        let mut put = |at: usize, n: usize, value: u64| bytes[at..at + n].copy_from_slice(&value.to_le_bytes()[..n]);
+        match field {
+            Field::GlobalAddress => put(16, 8, value),
+            Field::Rank => {
+                range("rank", MAX_RANK as u64 - 1)?;
+                put(8, 1, value + 1);
+            }
+            // A size of 2^32 is written as zero.
+            Field::GlobalDim(n) => put(24 + 4 * usize::from(n), 4, value.wrapping_sub(1) & 0xffff_ffff),
+            Field::GlobalStride(n) => put(44 + 8 * usize::from(n), 8, value),
+            Field::BoxDim(n) => {
+                range("box_dim", 256)?;
+                put(76 + 2 * usize::from(n), 2, value);
+            }
+            Field::ElementStride(n) => {
+                range("element_stride", 255)?;
+                put(86 + usize::from(n), 1, value);
+            }
+            Field::ElementType => put(9, 1, ElementType::from_ptx(value)? as u64),
+            Field::Interleave => {
+                range("interleave_layout", 2)?;
+                put(10, 1, value);
+            }
+            Field::Swizzle => {
+                range("swizzle_mode", 3)?;
+                put(11, 1, value);
+            }
+            Field::Fill => {
+                range("fill_mode", 1)?;
+                put(13, 1, value);
+            }
+        }
+        Ok(())
     }
 
     /// The number of dimensions.

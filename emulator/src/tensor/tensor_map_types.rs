@@ -62,6 +62,21 @@ impl ElementType {
         })
     }
 
+    /// The type numbered as the `elemtype` field of `tensormap.replace` does, which is not the driver's order.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_number`](Self::from_number).
+    pub fn from_ptx(number: u64) -> Result<ElementType, TensorMapError> {
+        use ElementType::*;
+        let all = [U8, U16, U32, S32, U64, S64, F16, F32, F32Ftz, F64, Bf16, Tf32, Tf32Ftz];
+        let found = usize::try_from(number).ok().and_then(|n| all.get(n).copied());
+        found.ok_or(TensorMapError::Unsupported {
+            argument: "elemtype",
+            value: number,
+        })
+    }
+
     /// What a load writes for an in-bounds 32-bit element: `.tf32` maps round to tf32 (to nearest, ties away: the manual
     /// does not say), with NaN 0x7fffe000; every other type copies bits.
     pub const fn loaded(self, bits: u32) -> u32 {
@@ -76,6 +91,24 @@ impl ElementType {
             _ => bits,
         }
     }
+}
+
+/// A field of a tensor map that `tensormap.replace` can change; some have an entry a dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "the names are the instruction's")]
+pub enum Field {
+    GlobalAddress,
+    /// The number of dimensions less one.
+    Rank,
+    BoxDim(u8),
+    GlobalDim(u8),
+    /// Entry 0 is the stride of dimension 1.
+    GlobalStride(u8),
+    ElementStride(u8),
+    ElementType,
+    Interleave,
+    Swizzle,
+    Fill,
 }
 
 /// Interleaved layouts (`CUtensorMapInterleave`, numbered alike).

@@ -109,7 +109,7 @@ impl Emulated {
         let report = module
             .launch(&self.memory, &launch, &self.options.launch)
             .map_err(failed)?;
-        add(&mut lock(&self.counters), &report.counters);
+        lock(&self.counters).add(&report.counters);
         if report.is_clean() {
             Ok(())
         } else {
@@ -222,50 +222,6 @@ fn encode(tile: &TileMap) -> Result<TensorMap, TensorMapError> {
         fill: Fill::Zero,
     })?;
     Ok(TensorMap(bytemuck::cast(map.encode())))
-}
-
-/// Adds the counts of one more launch. Names every field, so that a new one is not forgotten.
-fn add(total: &mut Counters, launch: &Counters) {
-    let Counters {
-        opcodes,
-        warp_instructions,
-        thread_instructions,
-        flops,
-        tensor_flops,
-        global_read_bytes,
-        global_written_bytes,
-        global_read_sectors,
-        global_written_sectors,
-        shared_read_bytes,
-        shared_written_bytes,
-        shared_wavefronts,
-        shared_bank_conflicts,
-        atomics,
-        barrier_waits,
-    } = launch;
-    for (name, count) in opcodes {
-        let sum = total.opcodes.entry(name.clone()).or_default();
-        sum.warp += count.warp;
-        sum.thread += count.thread;
-    }
-    for (sum, count) in [
-        (&mut total.warp_instructions, warp_instructions),
-        (&mut total.thread_instructions, thread_instructions),
-        (&mut total.flops, flops),
-        (&mut total.tensor_flops, tensor_flops),
-        (&mut total.global_read_bytes, global_read_bytes),
-        (&mut total.global_written_bytes, global_written_bytes),
-        (&mut total.global_read_sectors, global_read_sectors),
-        (&mut total.global_written_sectors, global_written_sectors),
-        (&mut total.shared_read_bytes, shared_read_bytes),
-        (&mut total.shared_written_bytes, shared_written_bytes),
-        (&mut total.shared_wavefronts, shared_wavefronts),
-        (&mut total.shared_bank_conflicts, shared_bank_conflicts),
-        (&mut total.atomics, atomics),
-        (&mut total.barrier_waits, barrier_waits),
-    ] {
-        *sum += count;
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

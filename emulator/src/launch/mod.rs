@@ -1,23 +1,18 @@
 //! Launching an entry: validating the launch, laying out shared memory, and running the blocks on the host's cores.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+mod blocks;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
 
 use crate::check::Checks;
 use crate::check::global_race::{self, GlobalShadow};
-use crate::check::shared_race::SharedShadow;
-use crate::counters::Counters;
 use crate::decode::op::{AtomicTy, Memory, Op, WgmmaOp};
-use crate::decode::types::Order;
 use crate::error::Error;
-use crate::exec::warp::Warp;
-use crate::exec::{Cluster, Context, Cta};
-use crate::memory::shared::SharedMemory;
-use crate::memory::{DeviceMemory, window};
-use crate::module::{Entry, Module, Relocation, VariableSpace};
-use crate::report::{Findings, Report};
-use crate::schedule::{Rng, Temper};
+use crate::exec::Context;
+use crate::memory::{DeviceMemory, DevicePtr, window};
+use crate::module::{Entry, Module, Preload, Relocation, Special, VariableSpace};
+use crate::report::Report;
 
 /// What to launch.
 #[derive(Debug, Clone)]
@@ -110,11 +105,12 @@ impl Module {
                 format!("a block of {} has at most {most}", self.target()),
             ));
         }
+        let traits = self.traits(&reachable);
+        let workspace = traits.grid_workspace.then(|| grid_workspace(memory)).transpose()?;
         let view = memory.snapshot();
         let blocks: u64 = launch.grid.iter().map(|n| u64::from(*n)).product();
         let watch = options.checks.global_races && blocks > 1 && blocks <= global_race::MAX_BLOCKS;
         let shadow = watch.then(|| GlobalShadow::new(view.allocations.iter().map(|a| a.len())));
-        let traits = self.traits(&reachable);
         let context = Context {
             module: self,
             launch,
@@ -125,6 +121,12 @@ impl Module {
             view,
             shadow,
             variables,
+            workspace: workspace.map_or(0, |ptr| ptr.0),
+            shared_start: if traits.reserved_shared {
+                window::RESERVED_FOR_GROUPS
+            } else {
+                window::SHARED_BASE
+            },
             shared_end,
             registers: registers_per_thread(entry),
             limit: options.max_instructions,
@@ -138,7 +140,11 @@ impl Module {
         } else {
             options.threads.unwrap_or(cores).max(1)
         };
-        run_clusters(&context, blocks / size, threads, traits.ordered)
+        let outcome = blocks::run_clusters(&context, blocks / size, threads, traits.ordered);
+        if let Some(ptr) = workspace {
+            memory.free(ptr)?;
+        }
+        outcome
     }
 
     fn refuse_unknown(&self, reachable: &[u32]) -> Result<(), Error> {
@@ -221,6 +227,10 @@ impl Module {
     fn traits(&self, reachable: &[u32]) -> Traits {
         let mut traits = Traits::default();
         for function in reachable {
+            let reserved = |(_, p): &(_, Preload)| matches!(p, Preload::Special(Special::ReservedSmem(_)));
+            traits.reserved_shared |= self.functions[*function as usize].preloads.iter().any(reserved);
+            let workspace = |(_, p): &(_, Preload)| matches!(p, Preload::Special(Special::GridWorkspace(_)));
+            traits.grid_workspace |= self.functions[*function as usize].preloads.iter().any(workspace);
             for instr in &self.functions[*function as usize].code {
                 match &instr.op {
                     Op::Wgmma(WgmmaOp::Mma(_)) => traits.wgmma = true,
@@ -231,7 +241,7 @@ impl Module {
                     }
                     Op::Memory(Memory::Load { addr, order, .. } | Memory::Store { addr, order, .. }) => {
                         let global = crate::exec::may_be_global(addr.space);
-                        traits.ordered |= global && *order == Order::Strong;
+                        traits.ordered |= global && order.is_strong();
                     }
                     Op::Async(op) => traits.ordered |= op.reduces_floats(),
                     _ => {}
@@ -248,6 +258,20 @@ struct Traits {
     wgmma: bool,
     /// The order of blocks may show in results (sums of floats, tickets, flags): they run one after another.
     ordered: bool,
+    /// It uses the shared memory that is kept for cooperative groups.
+    reserved_shared: bool,
+    /// It synchronises the grid through the workspace that a driver gives it.
+    grid_workspace: bool,
+}
+
+/// What a driver gives the grid of a cooperative launch: the size of the workspace, and a barrier.
+fn grid_workspace(memory: &DeviceMemory) -> Result<DevicePtr, Error> {
+    const BYTES: u32 = 16;
+    let ptr = memory.alloc_named(BYTES as usize, Some("the grid's workspace".into()))?;
+    let mut bytes = [0; BYTES as usize];
+    bytes[..4].copy_from_slice(&BYTES.to_le_bytes());
+    memory.write(ptr, &bytes)?;
+    Ok(ptr)
 }
 
 fn refused(launch: &Launch<'_>, argument: &'static str, value: String, limit: String) -> Error {
@@ -340,227 +364,4 @@ fn registers_per_thread(entry: &Entry) -> Option<u32> {
         (Some(max), _) => Some(max),
         (None, by_threads) => by_threads,
     }
-}
-
-/// What a cluster's run leaves.
-struct Outcome {
-    findings: Findings,
-    counters: Counters,
-    counts: Vec<Vec<[u64; 2]>>,
-    result: Result<(), Error>,
-}
-
-/// Runs all clusters; the outcome is put together in their order, whoever ran them.
-fn run_clusters(context: &Context<'_>, clusters: u64, threads: usize, ordered: bool) -> Result<Report, Error> {
-    let next = AtomicUsize::new(0);
-    let stop = AtomicBool::new(false);
-    let merged = Mutex::new(Merge::new(context));
-    // Blocks that may wait for each other take turns; the others run to their end.
-    let (budget, most) = if ordered { (TURN, MAX_RESIDENT) } else { (u64::MAX, 1) };
-    let work = || {
-        let mut resident: VecDeque<Resident<'_>> = VecDeque::new();
-        while !stop.load(Ordering::Relaxed) {
-            let mut fresh = None;
-            if resident.len() < most {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                fresh = (index as u64 <= clusters.saturating_sub(1)).then_some(index);
-            }
-            let now = match fresh {
-                Some(index) => Ok(Resident::start(context, index)),
-                None => resident.pop_front().ok_or(()),
-            };
-            let Ok(mut now) = now else {
-                return;
-            };
-            let result = now.run(budget);
-            if let Ok(false) = result {
-                resident.push_back(now);
-                continue;
-            }
-            let outcome = now.end(result.map(|_| ()));
-            if outcome.1.result.is_err() {
-                stop.store(true, Ordering::Relaxed);
-            }
-            let mut merged = merged.lock().unwrap_or_else(PoisonError::into_inner);
-            merged.add(outcome.0, outcome.1);
-        }
-    };
-    let helpers = threads.min(clusters as usize).saturating_sub(1);
-    std::thread::scope(|scope| {
-        for _ in 0..helpers {
-            scope.spawn(work);
-        }
-        work();
-    });
-    let merged = merged.into_inner().unwrap_or_else(PoisonError::into_inner);
-    merged.finish(context)
-}
-
-/// Puts outcomes together in the order of clusters, holding back those that came early.
-struct Merge {
-    findings: Findings,
-    counters: Counters,
-    counts: Vec<Vec<[u64; 2]>>,
-    early: HashMap<usize, Findings>,
-    next: usize,
-    error: Option<(usize, Error)>,
-}
-
-impl Merge {
-    fn new(context: &Context<'_>) -> Self {
-        Self {
-            findings: Findings::new(context.max_findings),
-            counters: Counters::default(),
-            counts: blank_counts(context.module),
-            early: HashMap::new(),
-            next: 0,
-            error: None,
-        }
-    }
-
-    fn add(&mut self, index: usize, outcome: Outcome) {
-        self.counters.add(&outcome.counters);
-        for (mine, theirs) in self.counts.iter_mut().flatten().zip(outcome.counts.iter().flatten()) {
-            mine[0] += theirs[0];
-            mine[1] += theirs[1];
-        }
-        if let Err(error) = outcome.result
-            && self.error.as_ref().is_none_or(|(at, _)| *at > index)
-        {
-            self.error = Some((index, error));
-        }
-        self.early.insert(index, outcome.findings);
-        while let Some(findings) = self.early.remove(&self.next) {
-            self.findings.merge(findings);
-            self.next += 1;
-        }
-    }
-
-    fn finish(mut self, context: &Context<'_>) -> Result<Report, Error> {
-        if let Some((_, error)) = self.error {
-            return Err(error);
-        }
-        let module = context.module;
-        for (function, counts) in module.functions.iter().zip(&self.counts) {
-            for (instr, [warps, lanes]) in function.code.iter().zip(counts) {
-                if *warps == 0 {
-                    continue;
-                }
-                let name = &module.names[instr.name as usize];
-                let entry = self.counters.opcodes.entry(name.clone()).or_default();
-                entry.warp += warps;
-                entry.thread += lanes;
-                self.counters.warp_instructions += warps;
-                self.counters.thread_instructions += lanes;
-                self.counters.flops += lanes * u64::from(instr.flops);
-            }
-        }
-        Ok(Report {
-            findings: self.findings.kept,
-            total_findings: self.findings.total,
-            counters: self.counters,
-        })
-    }
-}
-
-fn blank_counts(module: &Module) -> Vec<Vec<[u64; 2]>> {
-    module.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
-}
-
-/// Steps a cluster runs before another gets a turn, where blocks may wait for each other.
-const TURN: u64 = 1 << 16;
-/// Clusters that take turns.
-const MAX_RESIDENT: usize = 160;
-
-/// A cluster that was started and has not ended.
-struct Resident<'m> {
-    index: usize,
-    cluster: Cluster<'m>,
-    warps: Result<Vec<Warp>, Error>,
-}
-
-impl<'m> Resident<'m> {
-    fn start(context: &'m Context<'m>, index: usize) -> Self {
-        let mut cluster = new_cluster(context, index as u32);
-        let warps = cluster.warps();
-        Self { index, cluster, warps }
-    }
-
-    /// Runs for a while; true if it came to its end.
-    fn run(&mut self, budget: u64) -> Result<bool, Error> {
-        match &mut self.warps {
-            Ok(warps) => self.cluster.run(warps, budget),
-            Err(error) => Err(error.clone()),
-        }
-    }
-
-    fn end(self, result: Result<(), Error>) -> (usize, Outcome) {
-        let outcome = Outcome {
-            findings: self.cluster.findings,
-            counters: self.cluster.counters,
-            counts: self.cluster.counts,
-            result,
-        };
-        (self.index, outcome)
-    }
-}
-
-fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
-    let launch = context.launch;
-    let threads: u32 = launch.block.iter().product();
-    let warps_per_cta = threads.div_ceil(32) as usize;
-    let size: u32 = launch.cluster.iter().product();
-    let agents = size as usize * warps_per_cta * crate::check::shared_race::ENGINES;
-    let mut rng = Rng::new(context.seed, u64::from(index));
-    let temper = Temper::draw(&mut rng);
-    let ctas = (0..size).map(|rank| {
-        let coordinates = coordinates(launch, index, rank);
-        let [gx, gy, _] = launch.grid;
-        let linear = coordinates[0] + gx * (coordinates[1] + gy * coordinates[2]);
-        let shared = SharedMemory::new(context.shared_end as usize);
-        let shadow = context
-            .checks
-            .shared_races
-            .then(|| SharedShadow::new(shared.len(), agents));
-        Cta {
-            coordinates,
-            linear,
-            shared,
-            shadow,
-            barriers: (0..crate::exec::BARRIERS).map(|_| Default::default()).collect(),
-            mbarriers: HashMap::new(),
-            pool: 0,
-            threads,
-            live_threads: threads,
-            epoch: 0,
-        }
-    });
-    let (known, steps) = Cluster::initial_knowledge(size as usize * warps_per_cta);
-    Cluster {
-        ctx: context,
-        ctas: ctas.collect(),
-        rng,
-        temper,
-        tick: 0,
-        findings: Findings::new(context.max_findings),
-        counters: Counters::default(),
-        counts: blank_counts(context.module),
-        known,
-        steps,
-        released: HashMap::new(),
-        barrier: Default::default(),
-        bulk: Default::default(),
-        warps_per_cta,
-        pending: 0,
-        progress: 0,
-    }
-}
-
-/// Coordinates of the block of `rank` in a cluster.
-fn coordinates(launch: &Launch<'_>, index: u32, rank: u32) -> [u32; 3] {
-    let [cx, cy, _] = launch.cluster;
-    let [gx, gy, _] = [0, 1, 2].map(|axis| launch.grid[axis] / launch.cluster[axis]);
-    let cluster = [index % gx, index / gx % gy, index / gx / gy];
-    let within = [rank % cx, rank / cx % cy, rank / cx / cy];
-    std::array::from_fn(|axis| cluster[axis] * launch.cluster[axis] + within[axis])
 }

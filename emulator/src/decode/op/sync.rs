@@ -1,0 +1,171 @@
+//! Operations across lanes and warps: shuffles, votes, barriers, mbarriers.
+
+use crate::decode::types::{Addr, Pred, Slot};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ShflMode {
+    Up,
+    Down,
+    Bfly,
+    Idx,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum VoteMode {
+    All,
+    Any,
+    Uni,
+    Ballot,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ReduxOp {
+    Add,
+    Min,
+    Max,
+    And,
+    Or,
+    Xor,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum WarpOp {
+    Shfl {
+        mode: ShflMode,
+        dst: Slot,
+        p: Slot,
+        a: Slot,
+        b: Slot,
+        c: Slot,
+        members: Slot,
+    },
+    Vote {
+        mode: VoteMode,
+        /// Value row for ballot, else predicate row.
+        dst: Slot,
+        src: Pred,
+        members: Slot,
+    },
+    MatchAny {
+        bits: u32,
+        dst: Slot,
+        a: Slot,
+        members: Slot,
+    },
+    MatchAll {
+        bits: u32,
+        dst: Slot,
+        p: Slot,
+        a: Slot,
+        members: Slot,
+    },
+    Redux {
+        op: ReduxOp,
+        signed: bool,
+        dst: Slot,
+        a: Slot,
+        members: Slot,
+    },
+    Activemask {
+        dst: Slot,
+    },
+    Elect {
+        dst: Slot,
+        p: Slot,
+        members: Slot,
+    },
+    Sync {
+        members: Slot,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BarrierRed {
+    And,
+    Or,
+    Popc,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum BarrierOp {
+    Sync {
+        id: Slot,
+        count: Option<Slot>,
+        aligned: bool,
+    },
+    Arrive {
+        id: Slot,
+        count: Slot,
+        aligned: bool,
+    },
+    Red {
+        op: BarrierRed,
+        id: Slot,
+        count: Option<Slot>,
+        aligned: bool,
+        /// Predicate row, or value row for popc.
+        dst: Slot,
+        src: Pred,
+    },
+    ClusterArrive {
+        aligned: bool,
+    },
+    ClusterWait {
+        aligned: bool,
+    },
+    /// `setmaxnreg.inc` / `.dec`
+    SetMaxReg {
+        increase: bool,
+        count: u32,
+    },
+}
+
+/// Which phase a wait asks about.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Phase {
+    /// A state token returned by an arrive.
+    Token(Slot),
+    Parity(Slot),
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum MbarrierOp {
+    Init {
+        addr: Addr,
+        count: Slot,
+    },
+    Inval {
+        addr: Addr,
+    },
+    Arrive {
+        addr: Addr,
+        /// Arrivals: a register, or one.
+        count: Option<Slot>,
+        /// Bytes expected, for `.expect_tx`.
+        expect: Option<Slot>,
+        drop: bool,
+        state: Slot,
+    },
+    ExpectTx {
+        addr: Addr,
+        bytes: Slot,
+    },
+    CompleteTx {
+        addr: Addr,
+        bytes: Slot,
+    },
+    Wait {
+        addr: Addr,
+        phase: Phase,
+        done: Slot,
+    },
+    PendingCount {
+        dst: Slot,
+        state: Slot,
+    },
+    /// `cp.async.mbarrier.arrive`
+    CpAsyncArrive {
+        addr: Addr,
+        no_increment: bool,
+    },
+}

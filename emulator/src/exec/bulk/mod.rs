@@ -1,0 +1,257 @@
+//! Bulk and tensor copies: what the copy engine of an SM does in the background.
+//!
+//! An operation is checked and resolved into pieces when it is issued, and put in a queue of the cluster. It lands
+//! at its drawn moment, or when somebody waits for it; landing moves the bytes and completes the barrier or group.
+
+mod issue;
+
+pub(super) use issue::access_of;
+
+use std::collections::VecDeque;
+
+use super::atomics::{combine, element_bytes};
+use super::warp::{Warp, lanes};
+use super::{Actor, Cluster, Flow, Step};
+use crate::check::clock::Knowledge;
+use crate::check::shared_race::Engine;
+use crate::decode::op::{AsyncOp, AtomicOp, AtomicTy, Instr, Reduction};
+use crate::schedule::Landing;
+use crate::tensor::tensor_map::{ElementType, Fill};
+
+/// One end of a piece.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    /// Allocation and offset.
+    Global(usize, usize),
+    /// Block and offset.
+    Shared(usize, usize),
+    /// Bytes outside a tensor.
+    Fill(Fill),
+    /// Values of an `st.async` or `red.async`.
+    Value(u64),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    from: End,
+    to: End,
+    bytes: usize,
+}
+
+/// A bulk operation in flight.
+#[derive(Debug)]
+struct Pending {
+    landing: Landing,
+    pieces: Vec<Piece>,
+    reduction: Option<Reduction>,
+    /// Round 32-bit elements on the way in, as the map's type asks.
+    element: Option<ElementType>,
+    /// Barriers to complete, with the bytes each gets.
+    barriers: Vec<((usize, u32), u32)>,
+    /// Warp, lane and group that wait for it.
+    group: Option<(usize, usize)>,
+    known: Knowledge,
+    actor: Actor,
+    line: u32,
+}
+
+/// Bulk groups of one lane: operations not yet in a group, then the sizes of the groups.
+#[derive(Debug, Default, Clone)]
+struct LaneGroups {
+    open: usize,
+    open_step: u32,
+    committed: VecDeque<(usize, u32)>,
+}
+
+/// The copy engine's queue.
+#[derive(Debug, Default)]
+pub(crate) struct BulkQueue {
+    pending: Vec<Pending>,
+    groups: std::collections::HashMap<(usize, usize), LaneGroups>,
+    /// Somebody waits: late operations may land from this tick on.
+    hurried: bool,
+}
+
+impl BulkQueue {
+    /// Somebody waits for an mbarrier: what lands "at its wait" may do so now.
+    pub fn hurry(&mut self) {
+        self.hurried = true;
+    }
+}
+
+impl<'m> Cluster<'m> {
+    pub(super) fn bulk(&mut self, warp: &mut Warp, instr: &Instr, op: &AsyncOp, mask: u32) -> Step {
+        match op {
+            AsyncOp::Bulk { .. } => {
+                for lane in lanes(mask) {
+                    self.bulk_copy(warp, instr, op, lane)?;
+                }
+            }
+            AsyncOp::TensorLoad { .. } | AsyncOp::TensorStore { .. } => {
+                for lane in lanes(mask) {
+                    self.tensor_copy(warp, instr, op, lane)?;
+                }
+            }
+            AsyncOp::Store { .. } | AsyncOp::Reduce { .. } => {
+                for lane in lanes(mask) {
+                    self.store_async(warp, instr, op, lane)?;
+                }
+            }
+            AsyncOp::ReplaceField { addr, field, value } => {
+                for lane in lanes(mask) {
+                    self.replace_field(warp, instr, lane, addr, *field, *value)?;
+                }
+            }
+            AsyncOp::PublishMap { dst, src } => self.publish_map(warp, instr, mask, dst, src)?,
+            AsyncOp::BulkCommit => {
+                for lane in lanes(mask) {
+                    let groups = self.bulk.groups.entry((warp.id, lane)).or_default();
+                    let n = std::mem::take(&mut groups.open);
+                    groups.committed.push_back((n, groups.open_step));
+                }
+            }
+            AsyncOp::BulkWait { left } => {
+                for lane in lanes(mask) {
+                    self.bulk_wait(warp, lane, *left as usize);
+                }
+            }
+            AsyncOp::Copy { .. } | AsyncOp::Commit | AsyncOp::WaitGroup { .. } | AsyncOp::WaitAll => {}
+        }
+        Ok(Flow::Next)
+    }
+
+    /// Waits until at most `left` bulk groups of the lane are pending. Waiting for the reads alone lands the whole.
+    fn bulk_wait(&mut self, warp: &Warp, lane: usize, left: usize) {
+        let key = (warp.id, lane);
+        let Some(groups) = self.bulk.groups.get_mut(&key) else {
+            return;
+        };
+        let (mut finish, mut step) = (0, 0);
+        while groups.committed.len() > left {
+            if let Some((n, at)) = groups.committed.pop_front() {
+                finish += n;
+                step = at;
+            }
+        }
+        // The lane's oldest operations are the first of its own in the queue.
+        while finish > 0 {
+            let Some(at) = self.bulk.pending.iter().position(|p| p.group == Some(key)) else {
+                break;
+            };
+            let done = self.bulk.pending.remove(at);
+            self.land_bulk(done);
+            finish -= 1;
+        }
+        if step > 0 {
+            let agent = Engine::Bulk.agent(warp.id);
+            self.known[warp.id].generic.set(agent, step);
+        }
+    }
+
+    /// Lands what is due; everything, if `all`. True if anything did.
+    pub(super) fn land_bulk_due(&mut self, all: bool) -> bool {
+        if self.bulk.pending.is_empty() {
+            return false;
+        }
+        let hurried = std::mem::take(&mut self.bulk.hurried);
+        let mut any = false;
+        let mut at = 0;
+        while at < self.bulk.pending.len() {
+            let pending = &self.bulk.pending[at];
+            // A late operation completes an mbarrier some time after the wait began, in no fixed order.
+            let late = hurried && pending.landing == Landing::AtWait && !pending.barriers.is_empty();
+            let now = all || pending.landing.due(self.tick) || late && self.rng.below(4) == 0;
+            if !now {
+                at += 1;
+                continue;
+            }
+            let done = self.bulk.pending.remove(at);
+            self.finish_group_member(&done);
+            self.land_bulk(done);
+            any = true;
+        }
+        any
+    }
+
+    /// A member of a bulk group landed before its wait: the wait has one less to do.
+    fn finish_group_member(&mut self, done: &Pending) {
+        let Some(groups) = done.group.and_then(|key| self.bulk.groups.get_mut(&key)) else {
+            return;
+        };
+        match groups.committed.iter_mut().find(|(n, _)| *n > 0) {
+            Some((n, _)) => *n -= 1,
+            None => groups.open = groups.open.saturating_sub(1),
+        }
+    }
+
+    fn land_bulk(&mut self, done: Pending) {
+        for piece in &done.pieces {
+            self.move_piece(piece, done.reduction, done.element);
+        }
+        for (object, bytes) in &done.barriers {
+            self.complete_tx(done.actor, done.line, *object, *bytes, &done.known);
+        }
+        self.progress += 1;
+    }
+
+    fn fetch(&self, from: End, bytes: usize) -> Vec<u8> {
+        let mut out = vec![0; bytes];
+        match from {
+            End::Global(allocation, at) => {
+                self.ctx.view.allocations[allocation].copy_out(at, &mut out);
+            }
+            End::Shared(cta, at) => out.copy_from_slice(self.ctas[cta].shared.bytes(at, bytes)),
+            End::Fill(fill) => {
+                for (index, byte) in out.iter_mut().enumerate() {
+                    *byte = fill.byte(index);
+                }
+            }
+            End::Value(value) => out.copy_from_slice(&value.to_le_bytes()[..bytes]),
+        }
+        out
+    }
+
+    fn move_piece(&mut self, piece: &Piece, reduction: Option<Reduction>, element: Option<ElementType>) {
+        let mut bytes = self.fetch(piece.from, piece.bytes);
+        if let (Some(element), End::Global(..)) = (element, piece.from)
+            && element.bytes() == 4
+        {
+            for word in bytes.chunks_exact_mut(4) {
+                let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                word.copy_from_slice(&element.loaded(value).to_le_bytes());
+            }
+        }
+        if let Some(Reduction { op, ty }) = reduction {
+            return self.reduce_piece(piece, &bytes, op, ty);
+        }
+        match piece.to {
+            End::Global(allocation, at) => {
+                self.ctx.view.allocations[allocation].copy_in(at, &bytes);
+            }
+            End::Shared(cta, at) => self.ctas[cta].shared.write(at, &bytes),
+            End::Fill(_) | End::Value(_) => {}
+        }
+    }
+
+    fn reduce_piece(&mut self, piece: &Piece, bytes: &[u8], op: AtomicOp, ty: AtomicTy) {
+        let size = element_bytes(ty);
+        for (index, value) in bytes.chunks_exact(size).enumerate() {
+            let value = crate::memory::shared::load(value);
+            let f = |old: u64| combine(op, ty, old, value, 0);
+            match piece.to {
+                End::Global(allocation, at) => {
+                    let memory = &self.ctx.view.allocations[allocation];
+                    memory.update(at + index * size, size, f);
+                    memory.mark(at + index * size, size);
+                }
+                End::Shared(cta, at) => {
+                    let shared = &mut self.ctas[cta].shared;
+                    let at = at + index * size;
+                    let new = f(shared.load(at, size));
+                    shared.store(at, size, new);
+                }
+                End::Fill(_) | End::Value(_) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The executor's side of the race detector: what warps know, and reporting what was not known.
+
+use super::{Actor, Cluster, Write};
+use crate::check::clock::Knowledge;
+use crate::check::shared_race::{Accessor, ENGINES, Engine, Site};
+use crate::report::FindingKind;
+
+impl<'m> Cluster<'m> {
+    /// The actor behind an agent of the race detector.
+    pub fn describe_agent(&self, agent: u32) -> String {
+        let id = agent as usize / ENGINES;
+        let warp = id % self.warps_per_cta;
+        let block = self.block_name((id / self.warps_per_cta).min(self.ctas.len() - 1));
+        let what = match Engine::of(agent) {
+            Engine::Warp => "",
+            Engine::CpAsync => "an asynchronous copy (cp.async) of ",
+            Engine::Bulk => "a bulk copy of ",
+            Engine::Wgmma => "a wgmma of ",
+        };
+        if self.ctas.len() > 1 {
+            format!("{what}warp {warp} of block {block}")
+        } else {
+            format!("{what}warp {warp}")
+        }
+    }
+
+    /// Whether shared-memory races are watched.
+    #[inline]
+    pub fn watches_shared(&self) -> bool {
+        self.ctx.checks.shared_races
+    }
+
+    /// What a warp knows, to be left at a synchronisation object; begins its next step.
+    pub fn release(&mut self, id: usize) -> Knowledge {
+        let known = self.known[id].clone();
+        let agent = Engine::Warp.agent(id);
+        self.steps[agent as usize] += 1;
+        let step = self.steps[agent as usize];
+        self.known[id].generic.set(agent, step);
+        known
+    }
+
+    /// A warp learns what was left at a synchronisation object.
+    pub fn acquire(&mut self, id: usize, left: &Knowledge) {
+        self.known[id].join(left);
+    }
+
+    /// A new step of one of a warp's engines, beginning with what the warp knows.
+    pub fn engine_step(&mut self, id: usize, engine: Engine) -> u32 {
+        let agent = engine.agent(id) as usize;
+        self.steps[agent] += 1;
+        self.steps[agent]
+    }
+
+    /// Records a shared-memory access with the race detector.
+    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
+    pub fn watch_shared(
+        &mut self,
+        warp_id: usize,
+        agent: u32,
+        actor: Actor,
+        site: Site,
+        cta: usize,
+        range: (usize, usize),
+        write: Write,
+        lane: Option<usize>,
+    ) {
+        let (at, bytes) = range;
+        let who = Accessor {
+            agent,
+            step: self.steps[agent as usize],
+            known: &self.known[warp_id],
+            site,
+        };
+        let Some(shadow) = &mut self.ctas[cta].shadow else {
+            return;
+        };
+        let conflict = match write {
+            Write::No => shadow.read(at, bytes, who),
+            write => shadow.write(at, bytes, who, write == Write::Silent),
+        };
+        if let Some(conflict) = conflict {
+            let write = write != Write::No;
+            self.report_conflict(conflict, actor, site, (at, bytes), write, lane, agent);
+        }
+    }
+
+    #[cold]
+    #[expect(clippy::too_many_arguments, reason = "a conflict is all of these")]
+    fn report_conflict(
+        &mut self,
+        conflict: crate::check::shared_race::Conflict,
+        actor: Actor,
+        site: Site,
+        range: (usize, usize),
+        write: bool,
+        lane: Option<usize>,
+        agent: u32,
+    ) {
+        let earlier = self.describe_agent(conflict.agent);
+        let earlier_line = self.line_at(conflict.site);
+        let line = self.line_at(site);
+        let verb = |w: bool| if w { "write" } else { "read" };
+        let (at, bytes) = range;
+        let kind = if conflict.only_proxy {
+            FindingKind::MissingProxyFence
+        } else if Engine::of(conflict.agent) != Engine::Warp {
+            FindingKind::UnawaitedAsync
+        } else {
+            FindingKind::SharedRace
+        };
+        let own = match Engine::of(agent) {
+            Engine::Warp => "",
+            Engine::CpAsync => "asynchronous copy: ",
+            Engine::Bulk => "bulk copy: ",
+            Engine::Wgmma => "wgmma: ",
+        };
+        self.report(kind, line, actor, (lane, Some(at as u64)), || {
+            let why = match kind {
+                FindingKind::MissingProxyFence => {
+                    "which no fence.proxy.async made visible to the async proxy"
+                }
+                FindingKind::UnawaitedAsync => "which was not waited for",
+                _ => "which nothing orders before it",
+            };
+            format!(
+                "{own}{} of {bytes} bytes of shared memory at {at:#x} after a {} by {earlier} at line {earlier_line}, {why}",
+                verb(write),
+                verb(conflict.was_write),
+            )
+        });
+    }
+
+    /// Before a strong operation on shared memory: the warp learns what earlier ones left at the address.
+    pub fn acquire_shared(&mut self, id: usize, cta: usize, at: u64) {
+        if let Some(left) = self.released.get(&(cta, at / 4)) {
+            let left = left.clone();
+            self.acquire(id, &left);
+        }
+    }
+
+    /// After it: the warp leaves what it knows, the operation itself included.
+    pub fn release_shared(&mut self, id: usize, cta: usize, at: u64) {
+        let known = self.release(id);
+        self.released.entry((cta, at / 4)).or_default().join(&known);
+    }
+}

@@ -1,0 +1,253 @@
+//! Running the clusters of a launch on the host's cores, and putting together what they leave.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::Launch;
+use crate::check::shared_race::SharedShadow;
+use crate::counters::Counters;
+use crate::error::Error;
+use crate::exec::warp::Warp;
+use crate::exec::{Cluster, Context, Cta};
+use crate::memory::shared::SharedMemory;
+use crate::module::Module;
+use crate::report::{Findings, Report};
+use crate::schedule::{Rng, Temper, Turns};
+
+/// What a cluster's run leaves.
+struct Outcome {
+    findings: Findings,
+    counters: Counters,
+    counts: Vec<Vec<[u64; 2]>>,
+    result: Result<(), Error>,
+}
+
+/// Runs all clusters; the outcome is put together in their order, whoever ran them.
+pub(super) fn run_clusters(
+    context: &Context<'_>,
+    clusters: u64,
+    threads: usize,
+    ordered: bool,
+) -> Result<Report, Error> {
+    let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let merged = Mutex::new(Merge::new(context));
+    // Blocks that may wait for each other take turns; the others run to their end.
+    let work = || {
+        let mut turns = ordered.then(|| Turns::draw(context.seed, cluster_bytes(context)));
+        let mut resident: Vec<Resident<'_>> = Vec::new();
+        while !stop.load(Ordering::Relaxed) {
+            let mut fresh = None;
+            if resident.len() < turns.as_ref().map_or(1, Turns::most) {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                fresh = (index as u64 <= clusters.saturating_sub(1)).then_some(index);
+            }
+            let mut now = match fresh {
+                Some(index) => Resident::start(context, index),
+                None if resident.is_empty() => return,
+                None => resident.remove(turns.as_mut().map_or(0, |t| t.choose(resident.len()))),
+            };
+            let budget = turns.as_mut().map_or(u64::MAX, |t| t.length(fresh.is_some()));
+            let result = now.run(budget);
+            if let Ok(false) = result {
+                resident.push(now);
+                continue;
+            }
+            if let Some(turns) = &mut turns {
+                turns.ended();
+            }
+            let outcome = now.end(result.map(|_| ()));
+            if outcome.1.result.is_err() {
+                stop.store(true, Ordering::Relaxed);
+            }
+            let mut merged = merged.lock().unwrap_or_else(PoisonError::into_inner);
+            merged.add(outcome.0, outcome.1);
+        }
+    };
+    let helpers = threads.min(clusters as usize).saturating_sub(1);
+    std::thread::scope(|scope| {
+        for _ in 0..helpers {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let merged = merged.into_inner().unwrap_or_else(PoisonError::into_inner);
+    merged.finish(context)
+}
+
+/// Puts outcomes together in the order of clusters, holding back those that came early.
+struct Merge {
+    findings: Findings,
+    counters: Counters,
+    counts: Vec<Vec<[u64; 2]>>,
+    early: HashMap<usize, Findings>,
+    next: usize,
+    error: Option<(usize, Error)>,
+}
+
+impl Merge {
+    fn new(context: &Context<'_>) -> Self {
+        Self {
+            findings: Findings::new(context.max_findings),
+            counters: Counters::default(),
+            counts: blank_counts(context.module),
+            early: HashMap::new(),
+            next: 0,
+            error: None,
+        }
+    }
+
+    fn add(&mut self, index: usize, outcome: Outcome) {
+        self.counters.add(&outcome.counters);
+        for (mine, theirs) in self.counts.iter_mut().flatten().zip(outcome.counts.iter().flatten()) {
+            mine[0] += theirs[0];
+            mine[1] += theirs[1];
+        }
+        if let Err(error) = outcome.result
+            && self.error.as_ref().is_none_or(|(at, _)| *at > index)
+        {
+            self.error = Some((index, error));
+        }
+        self.early.insert(index, outcome.findings);
+        while let Some(findings) = self.early.remove(&self.next) {
+            self.findings.merge(findings);
+            self.next += 1;
+        }
+    }
+
+    fn finish(mut self, context: &Context<'_>) -> Result<Report, Error> {
+        if let Some((_, error)) = self.error {
+            return Err(error);
+        }
+        let module = context.module;
+        for (function, counts) in module.functions.iter().zip(&self.counts) {
+            for (instr, [warps, lanes]) in function.code.iter().zip(counts) {
+                if *warps == 0 {
+                    continue;
+                }
+                let name = &module.names[instr.name as usize];
+                let entry = self.counters.opcodes.entry(name.clone()).or_default();
+                entry.warp += warps;
+                entry.thread += lanes;
+                self.counters.warp_instructions += warps;
+                self.counters.thread_instructions += lanes;
+                self.counters.flops += lanes * u64::from(instr.flops);
+            }
+        }
+        Ok(Report {
+            findings: self.findings.kept,
+            total_findings: self.findings.total,
+            counters: self.counters,
+        })
+    }
+}
+
+fn blank_counts(module: &Module) -> Vec<Vec<[u64; 2]>> {
+    module.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
+}
+
+/// Host memory that a cluster takes while it runs, roughly: its shared memory and the shadow of it.
+fn cluster_bytes(context: &Context<'_>) -> usize {
+    let launch = context.launch;
+    let blocks: u32 = launch.cluster.iter().product();
+    let warps = launch.block.iter().product::<u32>().div_ceil(32) * blocks;
+    let agents = warps as usize * crate::check::shared_race::ENGINES;
+    context.shared_end as usize * blocks as usize * (8 + agents)
+}
+
+/// A cluster that was started and has not ended.
+struct Resident<'m> {
+    index: usize,
+    cluster: Cluster<'m>,
+    warps: Result<Vec<Warp>, Error>,
+}
+
+impl<'m> Resident<'m> {
+    fn start(context: &'m Context<'m>, index: usize) -> Self {
+        let mut cluster = new_cluster(context, index as u32);
+        let warps = cluster.warps();
+        Self { index, cluster, warps }
+    }
+
+    /// Runs for a while; true if it came to its end.
+    fn run(&mut self, budget: u64) -> Result<bool, Error> {
+        match &mut self.warps {
+            Ok(warps) => self.cluster.run(warps, budget),
+            Err(error) => Err(error.clone()),
+        }
+    }
+
+    fn end(mut self, result: Result<(), Error>) -> (usize, Outcome) {
+        self.cluster.report_guesses();
+        let outcome = Outcome {
+            findings: self.cluster.findings,
+            counters: self.cluster.counters,
+            counts: self.cluster.counts,
+            result,
+        };
+        (self.index, outcome)
+    }
+}
+
+fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
+    let launch = context.launch;
+    let threads: u32 = launch.block.iter().product();
+    let warps_per_cta = threads.div_ceil(32) as usize;
+    let size: u32 = launch.cluster.iter().product();
+    let agents = size as usize * warps_per_cta * crate::check::shared_race::ENGINES;
+    let mut rng = Rng::new(context.seed, u64::from(index));
+    let temper = Temper::draw(&mut rng);
+    let ctas = (0..size).map(|rank| {
+        let coordinates = coordinates(launch, index, rank);
+        let [gx, gy, _] = launch.grid;
+        let linear = coordinates[0] + gx * (coordinates[1] + gy * coordinates[2]);
+        let shared = SharedMemory::new(context.shared_end as usize);
+        let shadow = context
+            .checks
+            .shared_races
+            .then(|| SharedShadow::new(shared.len(), agents));
+        Cta {
+            coordinates,
+            linear,
+            shared,
+            shadow,
+            barriers: (0..crate::exec::BARRIERS).map(|_| Default::default()).collect(),
+            mbarriers: HashMap::new(),
+            pool: 0,
+            threads,
+            live_threads: threads,
+            epoch: 0,
+            fenced: false,
+        }
+    });
+    let (known, steps) = Cluster::initial_knowledge(size as usize * warps_per_cta);
+    Cluster {
+        ctx: context,
+        ctas: ctas.collect(),
+        rng,
+        temper,
+        tick: 0,
+        findings: Findings::new(context.max_findings),
+        counters: Counters::default(),
+        counts: blank_counts(context.module),
+        known,
+        steps,
+        released: HashMap::new(),
+        guesses: Vec::new(),
+        barrier: Default::default(),
+        bulk: Default::default(),
+        warps_per_cta,
+        pending: 0,
+        progress: 0,
+    }
+}
+
+/// Coordinates of the block of `rank` in a cluster.
+fn coordinates(launch: &Launch<'_>, index: u32, rank: u32) -> [u32; 3] {
+    let [cx, cy, _] = launch.cluster;
+    let [gx, gy, _] = [0, 1, 2].map(|axis| launch.grid[axis] / launch.cluster[axis]);
+    let cluster = [index % gx, index / gx % gy, index / gx / gy];
+    let within = [rank % cx, rank / cx % cy, rank / cx / cy];
+    std::array::from_fn(|axis| cluster[axis] * launch.cluster[axis] + within[axis])
+}

@@ -1,0 +1,78 @@
+//! Small kernels to launch, shared by the tests of the checks and of launches.
+
+#![allow(dead_code, reason = "each test program uses some of it")]
+
+use ptx_emulator::{DeviceMemory, Error, FindingKind, Launch, Module, Options, Report};
+
+pub const SEEDS: u64 = 16;
+
+/// A kernel `k(.param .u64 data)` with the usual registers.
+pub fn module(target: &str, body: &str) -> Module {
+    let text = format!(
+        ".version 8.0\n.target {target}\n.address_size 64\n\
+         .visible .entry k(.param .u64 data) {{\n\
+         .reg .pred %p<8>;\n.reg .b32 %r<32>;\n.reg .f32 %f<8>;\n.reg .b64 %rd<16>;\n\
+         .shared .align 128 .b8 tile[2048];\n.shared .align 8 .b64 bar[2];\n\
+         ld.param.u64 %rd1, [data];\nmov.u32 %r1, %tid.x;\nmov.u32 %r2, tile;\nmov.u32 %r3, bar;\n\
+         {body}\nret;\n}}\n"
+    );
+    Module::parse(&text, "k.ptx").expect("the kernel parses")
+}
+
+pub fn run(module: &Module, grid: u32, threads: u32, seed: u64) -> Result<Report, Error> {
+    let memory = DeviceMemory::new();
+    let data = memory.alloc(4096)?;
+    memory.write(data, &[1; 4096])?;
+    let launch = Launch {
+        entry: "k",
+        grid: [grid, 1, 1],
+        block: [threads, 1, 1],
+        cluster: [1, 1, 1],
+        shared_bytes: 0,
+        params: &data.0.to_le_bytes(),
+    };
+    let options = Options {
+        seed,
+        max_instructions: Some(10_000_000),
+        ..Options::default()
+    };
+    module.launch(&memory, &launch, &options)
+}
+
+pub struct Case {
+    pub target: &'static str,
+    pub grid: u32,
+    pub threads: u32,
+}
+
+pub const ONE_WARP: Case = Case {
+    target: "sm_80",
+    grid: 1,
+    threads: 32,
+};
+pub const TWO_WARPS: Case = Case {
+    target: "sm_80",
+    grid: 1,
+    threads: 64,
+};
+pub const HOPPER: Case = Case {
+    target: "sm_90a",
+    grid: 1,
+    threads: 128,
+};
+
+/// The faulty body must give a finding of `kind` for some seed, the mended one none for any.
+pub fn caught(case: &Case, kind: FindingKind, faulty: &str, mended: &str) {
+    let broken = module(case.target, faulty);
+    let found = (0..SEEDS).any(|seed| {
+        let report = run(&broken, case.grid, case.threads, seed).expect("the faulty kernel ends");
+        report.findings.iter().any(|f| f.kind == kind)
+    });
+    assert!(found, "{kind:?} was not found");
+    let whole = module(case.target, mended);
+    for seed in 0..SEEDS {
+        let report = run(&whole, case.grid, case.threads, seed).expect("the mended kernel ends");
+        let first = report.findings.first();
+        assert!(report.is_clean(), "seed {seed}: {}", first.expect("a finding"));
+    }
+}

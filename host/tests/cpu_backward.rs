@@ -3,15 +3,18 @@
 
 mod common;
 
-use common::{gradients, largest_error, noise};
+use common::{gradients, instruction_sets, largest_error, noise};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Gradients, Tensor};
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 
-/// Runs a problem on the CPU and holds it to twice the error of standard attention in the same dtype.
+/// Runs a problem with every instruction set of this CPU and holds it to twice the error of standard attention in the same
+/// dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
-    common::check_backward::<T>(&Device::cpu(), attention, q_shape, k_shape);
+    for device in instruction_sets() {
+        common::check_backward::<T>(device, attention, q_shape, k_shape);
+    }
 }
 
 #[test]

@@ -272,7 +272,8 @@ impl fmt::Debug for Device {
     }
 }
 
-/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`.
+/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`; and `cpu:avx512`, `cpu:avx2`, `cpu:portable`, a new CPU
+/// device that runs these instructions, if the processor has them.
 impl FromStr for Device {
     type Err = Error;
 
@@ -286,6 +287,10 @@ impl FromStr for Device {
             None if text == "cpu" => Ok(Self::cpu()),
             None if text == "cuda" => Self::cuda(0),
             None if text == "emulator" => Ok(Self::emulator(Arch::Sm80)),
+            Some(("cpu", instructions)) => {
+                let cpu = cpu::Cpu::with_instructions(instructions).ok_or_else(unknown)?;
+                Ok(Self::new(DeviceKind::Cpu, Box::new(cpu)))
+            }
             Some(("cuda", ordinal)) => Self::cuda(ordinal.parse().map_err(|_| unknown())?),
             Some(("emulator", arch)) => {
                 let arch = Arch::ALL
@@ -297,23 +302,4 @@ impl FromStr for Device {
             _ => Err(unknown()),
         }
     }
-}
-
-/// Runs `work`, which waits for rayon tasks, on a thread that does nothing else while it waits.
-///
-/// A worker of rayon's that waits takes on other tasks meanwhile: the caller's own, if the call came from a parallel
-/// loop. One of those could call us again and wait for the tensor that the first call holds locked, for ever.
-fn outside_rayon<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R, Error> {
-    if rayon::current_thread_index().is_none() {
-        return Ok(work());
-    }
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .spawn_scoped(scope, work)
-            .map_err(|error| Error::Threads {
-                threads: 1,
-                reason: error.to_string(),
-            })?;
-        thread.join().map_err(|panic| std::panic::resume_unwind(panic))
-    })
 }

@@ -52,7 +52,7 @@ impl Plan {
     /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`].
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
         let (tiles, launches) = match *device {
-            DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
+            DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { .. } => {
                 let entry = choose(problem, Pass::Forward, device)?;
                 (Tiles::of(entry), vec![Launch::forward(problem, entry)?])
@@ -139,10 +139,21 @@ impl Plan {
     }
 }
 
-/// The tiles of the CPU device.
+/// The tiles of a forward pass on the CPU.
 ///
-/// The tiles of a task (Q, K, V, scores, output; at most 416 KiB at head_dim 256) stay in a core's L2 cache, and 128
-/// queries share the work of transposing a tile of keys, which is then 1/128 of the multiplications.
+/// A panel of 48 queries with its part of the output and of the scores, and a tile of 64 keys and values, live in the L1 and
+/// L2 cache of a core. Each tile of keys is widened once for all the queries of a task: eight panels where there are tasks
+/// enough to keep every thread busy to the end, fewer where not. Results do not depend on how many.
+fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
+    let heads = problem.batch() * problem.heads_q();
+    let enough = |block_m: &u32| heads * problem.seqlen_q().div_ceil(*block_m) as usize >= 8 * threads;
+    Tiles {
+        block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
+        block_n: 64,
+    }
+}
+
+/// The tiles of a backward pass on the CPU.
 const CPU_TILES: Tiles = Tiles {
     block_m: 128,
     block_n: 64,

@@ -14,8 +14,9 @@ use flash_attention_kernels::mask::{Blocks, Mask};
 use pulp::{Simd, WithSimd};
 
 use super::pointer_mut;
-use super::rows::{Rows, RowsMut, share};
+use super::rows::{Rows, RowsMut};
 use super::simd::{MAX_LANES, Matrix, backpropagate, dot, multiply_add, transpose};
+use super::team::Team;
 use crate::Element;
 use crate::plan::Tiles;
 use crate::problem::{BackwardTensors, Problem};
@@ -33,14 +34,20 @@ const MIN_OWNED: usize = 32;
 /// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of type
 /// `T`, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor anything else.
 /// Nobody writes the inputs or touches the outputs meanwhile.
-pub(super) unsafe fn backward<T: Element>(problem: &Problem, tensors: &BackwardTensors, delta: u64, tiles: Tiles) {
+pub(super) unsafe fn backward<T: Element>(
+    team: &Team<'_>,
+    problem: &Problem,
+    tensors: &BackwardTensors,
+    delta: u64,
+    tiles: Tiles,
+) {
     // SAFETY: passed on to the caller.
     unsafe {
-        make_delta::<T>(problem, tensors, delta);
+        make_delta::<T>(team, problem, tensors, delta);
         if problem.causal() {
-            gradients::<T, true>(problem, tensors, delta, tiles);
+            gradients::<T, true>(team, problem, tensors, delta, tiles);
         } else {
-            gradients::<T, false>(problem, tensors, delta, tiles);
+            gradients::<T, false>(team, problem, tensors, delta, tiles);
         }
     }
 }
@@ -49,12 +56,12 @@ pub(super) unsafe fn backward<T: Element>(problem: &Problem, tensors: &BackwardT
 ///
 /// # Safety
 /// As for [`backward`].
-unsafe fn make_delta<T: Element>(problem: &Problem, tensors: &BackwardTensors, delta: u64) {
+unsafe fn make_delta<T: Element>(team: &Team<'_>, problem: &Problem, tensors: &BackwardTensors, delta: u64) {
     let (seqlen_q, heads_q) = (problem.seqlen_q() as usize, problem.heads_q());
     let head_dim = problem.head_dim() as usize;
     let tiles = seqlen_q.div_ceil(DELTA_ROWS);
     let row = || vec![0.0; head_dim.next_multiple_of(MAX_LANES)];
-    share(
+    team.share(
         problem.batch() * heads_q * tiles,
         || [row(), row()],
         |scratch, task| {
@@ -109,6 +116,7 @@ impl<T: Element> WithSimd for DeltaTask<'_, T> {
 /// # Safety
 /// As for [`backward`], and delta has been computed.
 unsafe fn gradients<T: Element, const CAUSAL: bool>(
+    team: &Team<'_>,
     problem: &Problem,
     tensors: &BackwardTensors,
     delta: u64,
@@ -131,7 +139,7 @@ unsafe fn gradients<T: Element, const CAUSAL: bool>(
     }
     let (key_tasks, query_tasks) = tasks(owned);
     let streamed = tiles.block_n as usize;
-    share(
+    team.share(
         key_tasks + query_tasks,
         || Scratch::new(problem, owned, streamed),
         |scratch, task| {

@@ -1,26 +1,9 @@
-//! What tasks share: the rows of a head, where they lie; and how tasks find their threads.
-
-use std::sync::atomic::{AtomicUsize, Ordering};
+//! What tasks share: the rows of a head, where they lie.
 
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::pointer_mut;
 use crate::Element;
-
-/// Runs the tasks `0 .. tasks`, each once, on the threads of this pool. A thread makes its scratch once, and takes the
-/// next task when it has finished one.
-pub(super) fn share<S>(tasks: usize, scratch: impl Fn() -> S + Sync, run: impl Fn(&mut S, usize) + Sync) {
-    let next = AtomicUsize::new(0);
-    let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&task| task < tasks);
-    rayon::broadcast(|_| {
-        let Some(first) = take() else { return };
-        let mut scratch = scratch();
-        run(&mut scratch, first);
-        while let Some(task) = take() {
-            run(&mut scratch, task);
-        }
-    });
-}
 
 /// The rows of one head of a tensor.
 #[derive(Clone, Copy)]

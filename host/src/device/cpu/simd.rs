@@ -3,23 +3,10 @@
 //! Every function is `inline(always)`: it is compiled into a function that `pulp` compiles for each instruction set, and
 //! only there do its vectors become registers.
 
-use pulp::{Arch, NullaryFnOnce, Simd};
+use pulp::{NullaryFnOnce, Simd};
 
 /// Rows are padded to a multiple of this, the widest vector there is.
 pub(super) const MAX_LANES: usize = 16;
-
-/// The instruction set that was chosen, for people.
-pub(super) fn instruction_set() -> &'static str {
-    match Arch::new() {
-        #[cfg(target_arch = "x86_64")]
-        Arch::V4(_) => "AVX-512",
-        #[cfg(target_arch = "x86_64")]
-        Arch::V3(_) => "AVX2",
-        #[cfg(target_arch = "aarch64")]
-        Arch::Neon(_) => "NEON",
-        _ => "no vector instructions",
-    }
-}
 
 /// A matrix in row-major order: a slice and the elements from one row to the next.
 #[derive(Clone, Copy)]
@@ -159,50 +146,6 @@ fn register_tile<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-/// The softmax of one query, as far as its keys have been seen.
-#[derive(Clone, Copy)]
-pub(super) struct Row {
-    /// The largest score so far.
-    pub max: f32,
-    /// The sum of exponentials relative to it.
-    pub sum: f32,
-}
-
-impl Row {
-    pub(super) const EMPTY: Self = Self {
-        max: f32::NEG_INFINITY,
-        sum: 0.0,
-    };
-
-    /// Takes in a run of scores and turns them into exponentials relative to the largest score so far. Returns what
-    /// everything summed before has to be multiplied by. Invisible scores are minus infinity.
-    #[inline(always)]
-    pub(super) fn update<S: Simd>(&mut self, simd: S, scores: &mut [f32], scale_log2: f32) -> f32 {
-        let scores = S::as_mut_simd_f32s(scores).0;
-        let mut largest = simd.splat_f32s(self.max);
-        for &score in scores.iter() {
-            largest = simd.max_f32s(score, largest);
-        }
-        let max = simd.reduce_max_f32s(largest);
-        // While every score is minus infinity, any finite number serves: their exponentials are 0 relative to it, where
-        // relative to minus infinity they would be NaN.
-        let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
-        let (origins, scales) = (simd.splat_f32s(origin), simd.splat_f32s(scale_log2));
-        let mut sums = simd.splat_f32s(0.0);
-        for score in scores {
-            *score = exp2(simd, simd.mul_f32s(simd.sub_f32s(*score, origins), scales));
-            sums = simd.add_f32s(sums, *score);
-        }
-        let old = simd.mul_f32s(simd.sub_f32s(simd.splat_f32s(self.max), origins), scales);
-        let rescale = simd.reduce_max_f32s(exp2(simd, old));
-        *self = Self {
-            max,
-            sum: self.sum * rescale + simd.reduce_sum_f32s(sums),
-        };
-        rescale
-    }
-}
-
 /// The backward pass of a run of scores, which become probabilities, and of dP, which becomes dS:
 /// `p = exp(scale * s - lse)` and `ds = p * (dp - delta)`.
 ///
@@ -291,6 +234,8 @@ fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 
 #[cfg(test)]
 mod tests {
+    use pulp::Arch;
+
     use super::*;
 
     struct Exp2Of<'a>(&'a mut [f32]);

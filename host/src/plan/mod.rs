@@ -39,9 +39,9 @@ pub struct Plan {
 /// What a block holds at a time: the unit in which memory is read and the mask is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Queries that one block, or one task of the CPU, owns.
+    /// Queries that one block, or one task of the CPU, owns; in the CPU's backward pass, queries it takes in at a time.
     pub block_m: u32,
-    /// Keys that it takes in at a time.
+    /// Keys that it takes in at a time; in the CPU's backward pass, keys that one task owns.
     pub block_n: u32,
 }
 
@@ -82,7 +82,7 @@ impl Plan {
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
         let (tiles, launches) = match *device {
-            DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
+            DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new()),
             DeviceInfo::Gpu { .. } => {
                 let passes = [Pass::BackwardDelta, Pass::BackwardQueries, Pass::BackwardKeys];
                 let launches = passes
@@ -97,7 +97,10 @@ impl Plan {
             backward: Some(*problem.tensors()),
             device: *device,
             tiles,
-            cost: Cost::backward(forward, &launches),
+            cost: match device {
+                DeviceInfo::Cpu { .. } => Cost::cpu_backward(forward, tiles),
+                DeviceInfo::Gpu { .. } => Cost::backward(forward, &launches),
+            },
             launches,
             workspace_bytes: problem.delta_bytes(),
         })
@@ -153,11 +156,18 @@ fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
     }
 }
 
-/// The tiles of a backward pass on the CPU.
-const CPU_TILES: Tiles = Tiles {
-    block_m: 128,
-    block_n: 64,
-};
+/// The tiles of a backward pass on the CPU, where a task owns keys and streams queries past them.
+///
+/// The keys of a task and their gradients stay in the L2 cache, and each tile of queries is widened and transposed once
+/// for all of them: more where there are many, so that short sequences still make tasks for every thread. Gradients are
+/// sums of what tasks add, so this depends on sizes alone, never on threads.
+fn cpu_backward_tiles(problem: &Problem) -> Tiles {
+    let long = problem.seqlen_k() >= 4096 && problem.head_dim() <= 128;
+    Tiles {
+        block_m: 96,
+        block_n: if long { 512 } else { 256 },
+    }
+}
 
 impl Tiles {
     fn of(entry: &Entry) -> Self {

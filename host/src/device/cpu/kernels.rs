@@ -95,7 +95,6 @@ pub(super) struct Backpropagate {
 /// The inner loops of one instruction set. Each is unsafe: the processor must have the instructions, and pointers must
 /// point to as many elements as the sizes beside them say.
 #[derive(Clone, Copy)]
-#[allow(dead_code)]
 pub(super) struct Kernels {
     /// What people call the instruction set.
     pub name: &'static str,
@@ -276,20 +275,23 @@ instruction_set!(portable, Portable, "portable");
 /// [`Product`].
 #[inline(always)]
 unsafe fn product<V: Vector>(p: &Product) {
-    let panel = WIDTH * V::LANES;
     let mut column = 0;
     while column < p.columns {
+        // Two and two, where one would be left over.
+        let registers = match (p.columns - column) / V::LANES {
+            4 => 2,
+            left => left.min(WIDTH),
+        };
         // SAFETY: the columns are within b and c.
-        let (b, c) = unsafe { (p.b.add(column), p.c.add(column)) };
-        // SAFETY: as above; each takes as many registers as are left, up to a panel.
         unsafe {
-            match (p.columns - column).min(panel) / V::LANES {
+            let (b, c) = (p.b.add(column), p.c.add(column));
+            match registers {
                 3 => rows::<V, 3>(p, b, c),
                 2 => rows::<V, 2>(p, b, c),
                 _ => rows::<V, 1>(p, b, c),
             }
         }
-        column += panel;
+        column += registers * V::LANES;
     }
 }
 

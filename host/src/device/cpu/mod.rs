@@ -6,8 +6,6 @@
 mod backward;
 mod forward;
 mod kernels;
-mod rows;
-mod simd;
 mod team;
 mod tensor;
 mod vector;
@@ -16,14 +14,12 @@ use std::alloc::Layout;
 use std::num::NonZeroUsize;
 
 use flash_attention_kernels::abi::StridedTensor;
-use flash_attention_kernels::entries::Dtype;
-use half::{bf16, f16};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{Backend, DeviceInfo};
+use crate::Error;
 use crate::plan::{Plan, Results};
 use crate::problem::BackwardTensors;
-use crate::{Element, Error};
 use kernels::Isa;
 use team::Team;
 
@@ -182,14 +178,8 @@ impl Backend for Cpu {
 
     unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
         let team = self.team();
-        // SAFETY: passed on to the caller; each arm reads elements of the type the problem was proven to have.
-        unsafe {
-            match plan.problem().dtype() {
-                Dtype::F32 => run::<f32>(&team, plan, results),
-                Dtype::F16 => run::<f16>(&team, plan, results),
-                Dtype::Bf16 => run::<bf16>(&team, plan, results),
-            }
-        }
+        // SAFETY: passed on to the caller.
+        unsafe { run(&team, plan, results) };
         Ok(())
     }
 
@@ -198,11 +188,11 @@ impl Backend for Cpu {
     }
 }
 
-/// Carries out a plan whose elements are of type `T`.
+/// Carries out a plan.
 ///
 /// # Safety
 /// As for [`Backend::run`].
-unsafe fn run<T: Element>(team: &Team<'_>, plan: &Plan, results: Results) {
+unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results) {
     // SAFETY: passed on to the caller.
     unsafe {
         match results {
@@ -216,7 +206,7 @@ unsafe fn run<T: Element>(team: &Team<'_>, plan: &Plan, results: Results) {
                     dv: at(tensors.dv, dv),
                     ..*tensors
                 };
-                backward::backward::<T>(team, plan.problem(), &tensors, delta, plan.tiles());
+                backward::backward(team, plan.problem(), &tensors, delta, plan.tiles());
             }
         }
     }

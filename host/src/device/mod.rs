@@ -272,7 +272,8 @@ impl fmt::Debug for Device {
     }
 }
 
-/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`; and `cpu:avx512`, `cpu:avx2`, `cpu:portable`, a new CPU
+/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`; and `cpu:amx`, `cpu:avx512bf16`,
+/// `cpu:avx512`, `cpu:avx2`, `cpu:portable`, a new CPU
 /// device that runs these instructions, if the processor has them.
 impl FromStr for Device {
     type Err = Error;

@@ -20,7 +20,7 @@ pub fn noise(len: usize, seed: u64) -> Vec<f64> {
 pub fn instruction_sets() -> &'static [Device] {
     static DEVICES: std::sync::OnceLock<Vec<Device>> = std::sync::OnceLock::new();
     DEVICES.get_or_init(|| {
-        let sets = ["cpu:avx512", "cpu:avx2", "cpu:portable"].into_iter();
+        let sets = ["cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2", "cpu:portable"].into_iter();
         sets.filter_map(|set| set.parse().map_err(|error| eprintln!("{set}: absent, {error}")).ok())
             .collect()
     })

@@ -8,11 +8,12 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
 
-use super::kernels::{Kernels, MAX_LANES, Merge, Product, ROWS, Softmax};
+use super::kernels::{Kernels, MAX_LANES, Merge, PairProduct, Pairs, Product, ROWS, SIDE, Softmax};
 use super::pointer_mut;
 use super::team::{Lines, Team};
-use super::tensor::{Head, Visibility};
+use super::tensor::{Head, Panels, Visibility};
 use crate::plan::{Plan, Tiles, kernel_scale};
 use crate::problem::Problem;
 
@@ -26,6 +27,9 @@ const MAX_SEGMENTS: u32 = 16;
 struct Forward<'a> {
     kernels: &'static Kernels,
     problem: &'a Problem,
+    /// How pairs of bf16 are multiplied, if that is how this problem is solved.
+    pairs: Option<&'static Pairs>,
+    panels: Panels,
     tiles: Tiles,
     visibility: Visibility,
     out: u64,
@@ -54,8 +58,14 @@ struct Tile {
 /// As for [`Backend::run`](crate::device::Backend::run).
 pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
+    let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16);
     let forward = Forward {
         kernels: team.kernels,
+        pairs,
+        panels: Panels {
+            lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
+            depth: (problem.head_dim() as usize).next_multiple_of(SIDE),
+        },
         problem,
         tiles,
         visibility: Visibility::new(problem),
@@ -157,14 +167,19 @@ impl Forward<'_> {
         }
     }
 
+    /// Words of a row of keys as pairs, in whole tiles.
+    fn words(&self) -> usize {
+        self.head_dim().next_multiple_of(2 * SIDE) / 2
+    }
+
     /// Queries of a tile, rounded up to whole panels.
     fn lanes(&self) -> usize {
-        (self.tiles.block_m as usize).next_multiple_of(self.kernels.panel)
+        (self.tiles.block_m as usize).next_multiple_of(self.panels.lanes)
     }
 
     /// (first lane, lanes in use) of the panels that hold `rows` queries.
     fn panels(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (panel, lanes) = (self.kernels.panel, self.kernels.lanes);
+        let (panel, lanes) = (self.panels.lanes, self.kernels.lanes);
         (0..rows)
             .step_by(panel)
             .map(move |first| (first, (rows - first).min(panel).next_multiple_of(lanes)))
@@ -175,7 +190,7 @@ impl Forward<'_> {
 struct State {
     max: Lines,
     sum: Lines,
-    /// Panel by panel, `head_dim x panel`.
+    /// Panel by panel, `depth x lanes`.
     output: Lines,
 }
 
@@ -185,7 +200,7 @@ impl State {
         Self {
             max: Lines::new(lanes),
             sum: Lines::new(lanes),
-            output: Lines::new(lanes * forward.head_dim()),
+            output: Lines::new(lanes * forward.panels.depth),
         }
     }
 
@@ -210,35 +225,64 @@ impl State {
     /// Takes in what another run of keys gave.
     fn merge(&mut self, forward: &Forward<'_>, rows: usize, other: &Self) {
         let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
-        let head_dim = forward.head_dim();
+        let (head_dim, depth) = (forward.head_dim(), forward.panels.depth);
         for (first, lanes) in forward.panels(rows) {
             // SAFETY: the panel is one of both states, which are of one size.
             unsafe {
                 (forward.kernels.merge)(&Merge {
                     lanes,
-                    stride: forward.kernels.panel,
+                    stride: forward.panels.lanes,
                     head_dim,
                     scale_log2,
                     max: self.max.as_mut_ptr().add(first),
                     sum: self.sum.as_mut_ptr().add(first),
-                    output: self.output.as_mut_ptr().add(first * head_dim),
+                    output: self.output.as_mut_ptr().add(first * depth),
                     other_max: other.max.as_ptr().add(first),
                     other_sum: other.sum.as_ptr().add(first),
-                    other_output: other.output.as_ptr().add(first * head_dim),
+                    other_output: other.output.as_ptr().add(first * depth),
                 });
             }
         }
     }
 }
 
+/// What products of pairs of bf16 read: words of two neighbours along the inner axis.
+struct Words {
+    /// Panel by panel, `words x lanes`.
+    query: Lines,
+    /// `block_n x words`.
+    keys: Lines,
+    /// `depth x block_n / 2`, and the transpose.
+    values: Lines,
+    rows: Lines,
+    /// `block_n / 2 x lanes`: exponentials.
+    scores: Lines,
+}
+
+impl Words {
+    fn new(forward: &Forward<'_>) -> Self {
+        let (block_n, depth, words) = (forward.tiles.block_n as usize, forward.panels.depth, forward.words());
+        let lines = |count: usize| Lines::new(if forward.pairs.is_some() { count } else { 0 });
+        Self {
+            query: lines(forward.lanes() * words),
+            keys: lines(block_n * words),
+            values: lines(depth * block_n / 2),
+            rows: lines(block_n / 2 * depth),
+            scores: lines(block_n / 2 * forward.panels.lanes),
+        }
+    }
+}
+
 /// The tiles that a thread works in: what is shared memory and registers on a GPU.
 struct Scratch {
-    /// Q times the sign of the scale, panel by panel, `head_dim x panel`.
+    /// Q times the sign of the scale, panel by panel, `depth x lanes`.
     query: Lines,
+    /// What products of pairs read; empty if there are none.
+    words: Words,
     /// `block_n x head_dim`.
     keys: Lines,
     values: Lines,
-    /// `block_n x panel`: scores, then exponentials.
+    /// `block_n x lanes`: scores, then exponentials.
     scores: Lines,
     /// How many keys of a tile each query sees.
     visible: Lines,
@@ -251,10 +295,11 @@ impl Scratch {
         let (head_dim, lanes) = (forward.head_dim(), forward.lanes());
         let block_n = forward.tiles.block_n as usize;
         Self {
-            query: Lines::new(lanes * head_dim),
+            query: Lines::new(lanes * forward.panels.depth),
+            words: Words::new(forward),
             keys: Lines::new(block_n * head_dim),
-            values: Lines::new(block_n * head_dim),
-            scores: Lines::new(block_n * forward.kernels.panel),
+            values: Lines::new(block_n * head_dim + MAX_LANES),
+            scores: Lines::new(block_n * forward.panels.lanes),
             visible: Lines::new(lanes),
             rows: Lines::new(MAX_LANES * head_dim.next_multiple_of(MAX_LANES)),
         }
@@ -263,16 +308,29 @@ impl Scratch {
     fn load_query(&mut self, forward: &Forward<'_>, tile: &Tile) {
         let (_, _, sign) = kernel_scale(forward.problem.softmax_scale());
         let (first, query) = (tile.first_row as usize, &mut self.query);
-        tile.q
-            .load_panels(forward.kernels, first, tile.rows, sign, query, &mut self.rows);
+        tile.q.load_panels(
+            forward.kernels,
+            first..first + tile.rows,
+            sign,
+            forward.panels,
+            query,
+            &mut self.rows,
+        );
+        if forward.pairs.is_some() {
+            self.pair_queries(forward, tile.rows);
+        }
     }
 
     /// Attention of the tile's queries to the keys of some blocks.
     fn attend(&mut self, forward: &Forward<'_>, tile: &Tile, blocks: Range<u32>, state: &mut State) {
         state.clear();
+        // SAFETY: the processor has the instructions of its kernels.
+        forward.pairs.inspect(|pairs| unsafe { (pairs.begin)() });
         for n in blocks {
             self.attend_block(forward, tile, n, state);
         }
+        // SAFETY: as above.
+        forward.pairs.inspect(|pairs| unsafe { (pairs.end)() });
     }
 
     /// Takes in the keys and values of tile `n`.
@@ -284,19 +342,26 @@ impl Scratch {
             end.saturating_sub(first_key).min(block_n) as usize
         };
         let keys = seen(tile.rows - 1); // the last query of the tile sees the most
-        let padded = keys.next_multiple_of(ROWS);
+        let padded = keys.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
         let first = first_key as usize;
-        tile.k
-            .load_tile(kernels, first, [keys, padded], self.keys.as_mut_slice(), head_dim);
         tile.v
             .load_tile(kernels, first, [keys, padded], self.values.as_mut_slice(), head_dim);
+        if forward.pairs.is_some() {
+            let stride = forward.words();
+            tile.k.copy_halves(first, [keys, padded], &mut self.words.keys, stride);
+            self.pair_values(forward, padded);
+        } else {
+            let tile_of_keys = self.keys.as_mut_slice();
+            tile.k.load_tile(kernels, first, [keys, padded], tile_of_keys, head_dim);
+        }
         let masked = n >= tile.whole_blocks;
         if masked {
             for (row, visible) in self.visible.as_mut_slice()[..tile.rows].iter_mut().enumerate() {
                 *visible = seen(row) as f32;
             }
         }
-        let finite = !masked || self.values.as_slice()[..keys * head_dim].iter().all(|x| x.is_finite());
+        let values = &self.values.as_slice()[..keys * head_dim];
+        let finite = !masked || values.iter().fold(true, |all, x| all & x.is_finite());
         for (first, lanes) in forward.panels(tile.rows) {
             let visible = masked.then(|| self.visible.as_ptr().wrapping_add(first));
             // SAFETY: the panel is one of the tile's, and tiles are as large as the plan says.
@@ -324,23 +389,39 @@ impl Scratch {
         visible: Option<*const f32>,
         state: &mut State,
     ) {
-        let (kernels, head_dim, stride) = (forward.kernels, forward.head_dim(), forward.kernels.panel);
+        let (kernels, head_dim) = (forward.kernels, forward.head_dim());
+        let Panels { lanes: stride, depth } = forward.panels;
         let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
         // SAFETY: passed on to the caller.
         unsafe {
-            (kernels.product)(&Product {
-                rows: keys,
-                inner: head_dim,
-                columns: lanes,
-                a: self.keys.as_ptr(),
-                a_stride: head_dim,
-                transposed: false,
-                b: self.query.as_ptr().add(first * head_dim),
-                b_stride: stride,
-                c: self.scores.as_mut_ptr(),
-                c_stride: stride,
-                accumulate: false,
-            });
+            if let Some(pairs) = forward.pairs {
+                (pairs.product)(&PairProduct {
+                    rows: keys,
+                    inner: forward.words(),
+                    columns: lanes,
+                    a: self.words.keys.as_ptr().cast(),
+                    a_stride: forward.words(),
+                    b: self.words.query.as_ptr().cast::<u32>().add(first * forward.words()),
+                    b_stride: stride,
+                    c: self.scores.as_mut_ptr(),
+                    c_stride: stride,
+                    accumulate: false,
+                });
+            } else {
+                (kernels.product)(&Product {
+                    rows: keys,
+                    inner: head_dim,
+                    columns: lanes,
+                    a: self.keys.as_ptr(),
+                    a_stride: head_dim,
+                    transposed: false,
+                    b: self.query.as_ptr().add(first * depth),
+                    b_stride: stride,
+                    c: self.scores.as_mut_ptr(),
+                    c_stride: stride,
+                    accumulate: false,
+                });
+            }
             (kernels.softmax)(&Softmax {
                 keys,
                 lanes,
@@ -350,8 +431,12 @@ impl Scratch {
                 scale_log2,
                 max: state.max.as_mut_ptr().add(first),
                 sum: state.sum.as_mut_ptr().add(first),
-                output: state.output.as_mut_ptr().add(first * head_dim),
+                output: state.output.as_mut_ptr().add(first * depth),
                 head_dim,
+                pairs: match forward.pairs {
+                    Some(_) => self.words.scores.as_mut_ptr().cast(),
+                    None => std::ptr::null_mut(),
+                },
             });
         }
     }
@@ -360,32 +445,77 @@ impl Scratch {
     ///
     /// # Safety
     /// As for [`scores_of_panel`](Self::scores_of_panel).
-    unsafe fn add_values(&self, forward: &Forward<'_>, first: usize, lanes: usize, keys: usize, state: &mut State) {
-        let (head_dim, stride) = (forward.head_dim(), forward.kernels.panel);
+    unsafe fn add_values(&mut self, forward: &Forward<'_>, first: usize, lanes: usize, keys: usize, state: &mut State) {
+        let head_dim = forward.head_dim();
+        let Panels { lanes: stride, depth } = forward.panels;
         // SAFETY: passed on to the caller.
         unsafe {
-            (forward.kernels.product)(&Product {
-                rows: head_dim,
-                inner: keys,
-                columns: lanes,
-                a: self.values.as_ptr(),
-                a_stride: head_dim,
-                transposed: true,
-                b: self.scores.as_ptr(),
-                b_stride: stride,
-                c: state.output.as_mut_ptr().add(first * head_dim),
-                c_stride: stride,
-                accumulate: true,
-            });
+            let c = state.output.as_mut_ptr().add(first * depth);
+            if let Some(pairs) = forward.pairs {
+                (pairs.product)(&PairProduct {
+                    rows: depth,
+                    inner: keys / 2,
+                    columns: lanes,
+                    a: self.words.values.as_ptr().cast(),
+                    a_stride: forward.tiles.block_n as usize / 2,
+                    b: self.words.scores.as_ptr().cast(),
+                    b_stride: stride,
+                    c,
+                    c_stride: stride,
+                    accumulate: true,
+                });
+            } else {
+                (forward.kernels.product)(&Product {
+                    rows: head_dim,
+                    inner: keys,
+                    columns: lanes,
+                    a: self.values.as_ptr(),
+                    a_stride: head_dim,
+                    transposed: true,
+                    b: self.scores.as_ptr(),
+                    b_stride: stride,
+                    c,
+                    c_stride: stride,
+                    accumulate: true,
+                });
+            }
+        }
+    }
+
+    /// The queries as pairs of bf16, neighbours within a head.
+    fn pair_queries(&mut self, forward: &Forward<'_>, rows: usize) {
+        let (kernels, Panels { lanes, depth }) = (forward.kernels, forward.panels);
+        for (first, used) in forward.panels(rows) {
+            // SAFETY: the processor has the instructions; both are panels of their tiles.
+            unsafe {
+                let (from, to) = (
+                    self.query.as_ptr().add(first * depth),
+                    self.words.query.as_mut_ptr().cast::<u32>().add(first * forward.words()),
+                );
+                (kernels.pair_rows)(from, lanes, forward.head_dim() / 2, used, to, lanes);
+            }
+        }
+    }
+
+    /// The values as pairs of bf16, neighbours along the keys, a row for each element of a head.
+    fn pair_values(&mut self, forward: &Forward<'_>, keys: usize) {
+        let (kernels, head_dim) = (forward.kernels, forward.head_dim());
+        let width = head_dim.next_multiple_of(MAX_LANES);
+        // SAFETY: the processor has the instructions, and tiles have room for whole registers.
+        unsafe {
+            let (from, pairs) = (self.values.as_ptr(), self.words.rows.as_mut_ptr());
+            (kernels.pair_rows)(from, head_dim, keys / 2, width, pairs.cast(), width);
+            let to = self.words.values.as_mut_ptr();
+            (kernels.transpose)(pairs, width, keys / 2, to, forward.tiles.block_n as usize / 2, head_dim);
         }
     }
 
     /// The same where a value that some query does not see is not finite: 0 times infinity is NaN, so it must not even
     /// be multiplied by 0.
     fn add_seen_values(&self, forward: &Forward<'_>, first: usize, rows: usize, state: &mut State) {
-        let (head_dim, stride) = (forward.head_dim(), forward.kernels.panel);
+        let (head_dim, Panels { lanes: stride, depth }) = (forward.head_dim(), forward.panels);
         let (scores, values) = (self.scores.as_slice(), self.values.as_slice());
-        let output = &mut state.output.as_mut_slice()[first * head_dim..];
+        let output = &mut state.output.as_mut_slice()[first * depth..];
         for lane in 0..rows {
             let seen = self.visible.as_slice()[first + lane] as usize;
             for d in 0..head_dim {
@@ -410,8 +540,14 @@ impl Scratch {
             sum => 1.0 / sum,
         };
         let (first, inverses) = (tile.first_row as usize, (0..tile.rows).map(inverse));
-        tile.out
-            .store_panels(forward.kernels, first, inverses, &state.output, &mut self.rows);
+        tile.out.store_panels(
+            forward.kernels,
+            first,
+            inverses,
+            forward.panels,
+            &state.output,
+            &mut self.rows,
+        );
         for row in 0..tile.rows {
             let lse = if !sees_a_key(row) || sum[row] == 0.0 {
                 f32::NEG_INFINITY

@@ -10,6 +10,8 @@ use std::sync::OnceLock;
 use flash_attention_kernels::entries::Dtype;
 
 #[cfg(target_arch = "x86_64")]
+use super::pairs;
+#[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{Portable, Vector};
 
@@ -43,6 +45,38 @@ pub(super) struct Product {
     pub accumulate: bool,
 }
 
+/// Products of pairs go by so many rows and columns: the lanes of a register, the rows of a tile.
+pub(super) const SIDE: usize = 16;
+
+/// `c (+)= a b` over pairs of bf16.
+pub(super) struct PairProduct {
+    /// Rows of a and c, a multiple of [`SIDE`].
+    pub rows: usize,
+    /// Words of a row of a, rows of b; a multiple of [`SIDE`].
+    pub inner: usize,
+    /// Columns of b and c: [`SIDE`] or twice that.
+    pub columns: usize,
+    pub a: *const u32,
+    /// Words, or f32, from one row to the next.
+    pub a_stride: usize,
+    pub b: *const u32,
+    pub b_stride: usize,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    /// Whether c is added to.
+    pub accumulate: bool,
+}
+
+/// How one kind of processor multiplies pairs of bf16, of which a word holds two neighbours along the inner axis.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs {
+    /// To be called by a thread before its first product, and after its last.
+    pub begin: unsafe fn(),
+    pub end: unsafe fn(),
+    /// Unsafe as the functions of `Kernels` are.
+    pub product: unsafe fn(&PairProduct),
+}
+
 /// One tile of keys passing one panel of queries: scores become exponentials relative to the largest score so far.
 pub(super) struct Softmax {
     /// Keys of the tile.
@@ -61,6 +95,9 @@ pub(super) struct Softmax {
     /// `head_dim x stride`: what was summed before, to be made relative to the new largest score.
     pub output: *mut f32,
     pub head_dim: usize,
+    /// `keys / 2 x stride`: the exponentials of two keys a word, as bf16; null if they are wanted as f32 alone. Where both
+    /// are wanted is where `visible` is not null.
+    pub pairs: *mut u32,
 }
 
 /// Adds a partial softmax to another, each relative to its own largest score: what two runs of keys make of a panel.
@@ -105,6 +142,11 @@ pub(super) struct Kernels {
     /// Whether a product is rounded once, together with the sum it is added to.
     pub fused: bool,
     pub product: unsafe fn(&Product),
+    /// For bf16, where that is faster than widening to f32.
+    pub pairs: Option<&'static Pairs>,
+    /// (from, stride, pairs of rows, columns, to, stride): words of two neighbours of a column, as bf16. Columns are a
+    /// multiple of `lanes`.
+    pub pair_rows: unsafe fn(*const f32, usize, usize, usize, *mut u32, usize),
     pub softmax: unsafe fn(&Softmax),
     pub merge: unsafe fn(&Merge),
     pub backpropagate: unsafe fn(&Backpropagate),
@@ -132,6 +174,10 @@ impl Kernels {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Isa {
     #[cfg(target_arch = "x86_64")]
+    Amx,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+    #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -151,6 +197,13 @@ impl Isa {
                     && is_x86_feature_detected!("f16c");
                 if avx2 && is_x86_feature_detected!("avx512f") {
                     available.push(Self::Avx512);
+                    // What is faster goes first: tiles where there are any.
+                    if pairs::has_avx512_bf16() {
+                        available.insert(usize::from(!pairs::prefers_avx512_bf16()), Self::Avx512Bf16);
+                    }
+                    if pairs::has_amx() {
+                        available.insert(0, Self::Amx);
+                    }
                 }
                 if avx2 {
                     available.push(Self::Avx2);
@@ -165,6 +218,10 @@ impl Isa {
     pub(super) fn key(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Self::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => "avx512bf16",
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
@@ -175,6 +232,26 @@ impl Isa {
     /// Its inner loops.
     pub(super) fn kernels(self) -> &'static Kernels {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => {
+                const {
+                    &Kernels {
+                        name: "AVX-512 and AMX",
+                        pairs: Some(&pairs::AMX),
+                        ..avx512::KERNELS
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                const {
+                    &Kernels {
+                        name: "AVX-512 and AVX512-BF16",
+                        pairs: Some(&pairs::AVX512_BF16),
+                        ..avx512::KERNELS
+                    }
+                }
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
@@ -190,12 +267,14 @@ macro_rules! instruction_set {
         mod $module {
             use super::*;
 
-            pub(super) static KERNELS: Kernels = Kernels {
+            pub(super) const KERNELS: Kernels = Kernels {
                 name: $name,
                 lanes: <$vector>::LANES,
                 panel: WIDTH * <$vector>::LANES,
                 fused: <$vector>::FUSED,
                 product,
+                pairs: None,
+                pair_rows,
                 softmax,
                 merge,
                 backpropagate,
@@ -211,6 +290,26 @@ macro_rules! instruction_set {
             unsafe fn product(p: &Product) {
                 // SAFETY: passed on to the caller, as in all that follow.
                 unsafe { super::product::<$vector>(p) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pair_rows(
+                from: *const f32,
+                stride: usize,
+                pairs: usize,
+                columns: usize,
+                to: *mut u32,
+                to_stride: usize,
+            ) {
+                for pair in 0..pairs {
+                    for column in (0..columns).step_by(<$vector>::LANES) {
+                        // SAFETY: as above.
+                        unsafe {
+                            let low = from.add(2 * pair * stride + column);
+                            let (low, high) = (<$vector>::load(low), <$vector>::load(low.add(stride)));
+                            low.store_pairs(high, to.add(pair * to_stride + column));
+                        }
+                    }
+                }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softmax(s: &Softmax) {
@@ -387,13 +486,28 @@ unsafe fn softmax<V: Vector>(s: &Softmax) {
             let max = largest[0].max(largest[1]).max(largest[2].max(largest[3]));
             max.store(s.max.add(lane));
             let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
+            // The difference first: it is exact near 0, where exponentials are large.
+            let exponential = |score: *mut f32| V::load(score).sub(origin).mul(scale).exp2();
             let mut sum = V::splat(0.0);
-            for key in 0..s.keys {
-                let score = scores.add(key * s.stride);
-                // The difference first: it is exact near 0, where exponentials are large.
-                let exponential = V::load(score).sub(origin).mul(scale).exp2();
-                sum = sum.add(exponential);
-                exponential.store(score);
+            if s.pairs.is_null() {
+                for key in 0..s.keys {
+                    let score = scores.add(key * s.stride);
+                    let x = exponential(score);
+                    sum = sum.add(x);
+                    x.store(score);
+                }
+            } else {
+                for pair in 0..s.keys / 2 {
+                    let first = scores.add(2 * pair * s.stride);
+                    let second = first.add(s.stride);
+                    let (x, y) = (exponential(first), exponential(second));
+                    sum = sum.add(x).add(y);
+                    x.store_pairs(y, s.pairs.add(pair * s.stride + lane));
+                    if !s.visible.is_null() {
+                        x.store(first);
+                        y.store(second);
+                    }
+                }
             }
             let rescale = old.sub(origin).mul(scale).exp2();
             let total = V::load(s.sum.add(lane)).fma(rescale, sum);

@@ -6,6 +6,8 @@
 mod backward;
 mod forward;
 mod kernels;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod team;
 mod tensor;
 mod vector;

@@ -1,5 +1,7 @@
 //! The rows of one head of a tensor, where they lie, of any dtype.
 
+use std::ops::Range;
+
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
@@ -45,6 +47,23 @@ impl Head {
         }
     }
 
+    /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows up
+    /// to `padded`.
+    pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut Lines, stride: usize) {
+        assert!(self.dtype.bytes() == 2 && self.head_dim <= 2 * stride && words.as_slice().len() >= padded * stride);
+        for row in 0..count {
+            // SAFETY: as for `load`; a row fits in `stride` words, and there are `padded` such rows.
+            unsafe {
+                let (from, to) = (
+                    self.first.add((first + row) * self.stride_bytes),
+                    words.as_mut_ptr().add(row * stride),
+                );
+                std::ptr::copy_nonoverlapping(from, to.cast::<u8>(), 2 * self.head_dim);
+            }
+        }
+        words.as_mut_slice()[count * stride..padded * stride].fill(0.0);
+    }
+
     /// Rounds head_dim elements of `from` to row `row`, which exists and is this task's.
     pub(super) fn store(&self, kernels: &Kernels, row: usize, from: &[f32]) {
         assert!(from.len() >= self.head_dim);
@@ -83,32 +102,32 @@ impl Head {
         tile[count * width..padded * width].fill(0.0);
     }
 
-    /// Widens `count` rows times `factor` to panels: in each, a row of `kernels.panel` lanes for each element of a head.
+    /// Widens the rows `queries` times `factor` to panels: in each, a row of lanes for each element of a head.
     /// `tile` has room for [`MAX_LANES`] rows of `head_dim` rounded up to registers.
     pub(super) fn load_panels(
         &self,
         kernels: &Kernels,
-        first: usize,
-        count: usize,
+        queries: Range<usize>,
         factor: f32,
+        shape: Panels,
         panels: &mut Lines,
         tile: &mut Lines,
     ) {
-        let (head_dim, panel) = (self.head_dim, kernels.panel);
+        let head_dim = self.head_dim;
         let width = head_dim.next_multiple_of(MAX_LANES);
         let tile = tile.as_mut_slice();
-        for row in (0..count).step_by(kernels.lanes) {
-            let rows = kernels.lanes.min(count - row);
-            self.load_tile(kernels, first + row, [rows, rows], tile, width);
+        for row in (0..queries.len()).step_by(kernels.lanes) {
+            let rows = kernels.lanes.min(queries.len() - row);
+            self.load_tile(kernels, queries.start + row, [rows, rows], tile, width);
             if factor != 1.0 {
                 tile[..rows * width].iter_mut().for_each(|x| *x *= factor);
             }
-            let place = row / panel * panel * head_dim + row % panel;
-            assert!(panels.as_slice().len() >= place + (head_dim - 1) * panel + kernels.lanes);
+            let place = shape.place(row);
+            assert!(panels.as_slice().len() >= place + (head_dim - 1) * shape.lanes + kernels.lanes);
             // SAFETY: the processor has the instructions; the tile's rows are whole registers, the panel has the lanes.
             unsafe {
                 let to = panels.as_mut_ptr().add(place);
-                (kernels.transpose)(tile.as_ptr(), width, rows, to, panel, head_dim);
+                (kernels.transpose)(tile.as_ptr(), width, rows, to, shape.lanes, head_dim);
             }
         }
     }
@@ -120,21 +139,22 @@ impl Head {
         kernels: &Kernels,
         first: usize,
         factors: impl ExactSizeIterator<Item = f32>,
+        shape: Panels,
         panels: &Lines,
         tile: &mut Lines,
     ) {
-        let (head_dim, panel, count) = (self.head_dim, kernels.panel, factors.len());
+        let (head_dim, count) = (self.head_dim, factors.len());
         let width = head_dim.next_multiple_of(MAX_LANES);
         for (row, factor) in factors.enumerate() {
             let in_tile = row % kernels.lanes;
             if in_tile == 0 {
-                let place = row / panel * panel * head_dim + row % panel;
-                assert!(panels.as_slice().len() >= place + (head_dim - 1) * panel + kernels.lanes);
+                let place = shape.place(row);
+                assert!(panels.as_slice().len() >= place + (head_dim - 1) * shape.lanes + kernels.lanes);
                 // SAFETY: as for `load_panels`, the other way round.
                 unsafe {
                     let rows = kernels.lanes.min(count - row);
                     let from = panels.as_ptr().add(place);
-                    (kernels.transpose)(from, panel, head_dim, tile.as_mut_ptr(), width, rows);
+                    (kernels.transpose)(from, shape.lanes, head_dim, tile.as_mut_ptr(), width, rows);
                 }
             }
             let output = &mut tile.as_mut_slice()[in_tile * width..][..head_dim];
@@ -145,6 +165,22 @@ impl Head {
             }
             self.store(kernels, first + row, output);
         }
+    }
+}
+
+/// How the queries of a tile lie in panels: side by side in each, one panel after the other.
+#[derive(Clone, Copy)]
+pub(super) struct Panels {
+    /// Queries of a panel.
+    pub lanes: usize,
+    /// Rows of a panel: head_dim, or more.
+    pub depth: usize,
+}
+
+impl Panels {
+    /// Where the first element of a query is.
+    pub(super) fn place(&self, query: usize) -> usize {
+        query / self.lanes * self.lanes * self.depth + query % self.lanes
     }
 }
 

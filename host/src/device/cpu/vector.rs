@@ -41,6 +41,21 @@ pub(super) unsafe trait Vector: Copy {
     /// Rounds to bf16, ties to even.
     unsafe fn store_bf16(self, to: *mut u16);
 
+    /// Rounds to bf16, and writes words whose lower halves are `self`. Ties go away from zero.
+    #[inline(always)]
+    unsafe fn store_pairs(self, high: Self, to: *mut u32) {
+        let (mut low_bits, mut high_bits) = ([0.0_f32; 16], [0.0_f32; 16]);
+        // SAFETY: no register is longer than the arrays; the rest is passed on to the caller.
+        unsafe {
+            self.store(low_bits.as_mut_ptr());
+            high.store(high_bits.as_mut_ptr());
+            for lane in 0..Self::LANES {
+                let round = |x: f32| x.to_bits().wrapping_add(0x8000) >> 16;
+                *to.add(lane) = round(low_bits[lane]) | round(high_bits[lane]) << 16;
+            }
+        }
+    }
+
     /// Writes the transpose of `rows` rows, `stride` apart, to the first `columns` of the rows of `to`, `to_stride` apart.
     /// Neither is more than `LANES`; whole registers are read and written, whatever is past the end.
     #[inline(always)]
@@ -372,6 +387,16 @@ unsafe impl Vector for Avx512 {
             let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
             let wide = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
             _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(wide));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, high: Self, to: *mut u32) {
+        unsafe {
+            let round = |x: __m512| _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+            let (low, high) = (_mm512_srli_epi32::<16>(round(self.0)), round(high.0));
+            // (high & mask) | low
+            let words = _mm512_ternarylogic_epi32::<0xf8>(low, high, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            _mm512_storeu_si512(to.cast(), words);
         }
     }
     #[inline(always)]

@@ -97,6 +97,29 @@ fn results_do_not_depend_on_threads() {
     }
 }
 
+/// In 16 bits dQ is added up in memory that the tasks of a head share, and the last gives back.
+#[test]
+fn tasks_that_take_turns_leave_no_trace() {
+    let (q_shape, k_shape) = ([2, 1, 150, 32], [2, 1, 1700, 32]);
+    let draw = |shape: [usize; 4], seed| -> Vec<bf16> {
+        let data = noise(shape.iter().product(), seed);
+        data.into_iter().map(bf16::from_f64).collect()
+    };
+    let (q, k, v, dout) = (draw(q_shape, 1), draw(k_shape, 2), draw(k_shape, 3), draw(q_shape, 4));
+    for attention in [Attention::new(), Attention::new().causal()] {
+        check::<bf16>(attention, q_shape, k_shape);
+        let run = |threads| {
+            let device = Device::cpu_with_threads(threads).expect("threads");
+            let results = gradients(&device, attention, [q_shape, k_shape], [&q, &k, &v, &dout]);
+            results.map(|gradient| gradient.into_iter().map(bf16::to_bits).collect::<Vec<u16>>())
+        };
+        let one = run(1);
+        for threads in [2, 3, 4, 7].repeat(8) {
+            assert!(run(threads) == one, "{threads} threads");
+        }
+    }
+}
+
 #[test]
 fn memory_of_another_layout_is_used_in_place() {
     let device = Device::cpu();

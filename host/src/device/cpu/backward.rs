@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use flash_attention_kernels::entries::Dtype;
 
-use super::kernels::{Backpropagate, Kernels, MAX_LANES, Product, ROWS};
+use super::kernels::{Backpropagate, Kernels, MAX_LANES, PairProduct, Pairs, Product, ROWS, SIDE};
 use super::pointer_mut;
 use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
@@ -33,6 +33,8 @@ const DELTA_ROWS: usize = 256;
 /// One backward problem on its way.
 struct Backward<'a> {
     kernels: &'static Kernels,
+    /// How pairs of bf16 are multiplied, if that is how this problem is solved.
+    pairs: Option<&'static Pairs>,
     problem: &'a Problem,
     tensors: &'a BackwardTensors,
     tiles: Tiles,
@@ -50,6 +52,7 @@ struct Backward<'a> {
 pub(super) unsafe fn backward(team: &Team<'_>, problem: &Problem, tensors: &BackwardTensors, delta: u64, tiles: Tiles) {
     let backward = Backward {
         kernels: team.kernels,
+        pairs: team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16),
         problem,
         tensors,
         tiles,
@@ -79,9 +82,9 @@ pub(super) unsafe fn backward(team: &Team<'_>, problem: &Problem, tensors: &Back
 struct SharedHead {
     /// For each tile of queries of each query head: how many tasks have added their part of dQ.
     added: Vec<AtomicU32>,
-    /// dQ so far, where its own memory can not hold an f32: `queries x head_dim`. It is there while tasks that need it
-    /// are not all done.
-    sums: Mutex<Option<Arc<Sums>>>,
+    /// dQ so far, where its own memory can not hold an f32: `queries x head_dim`. It is there while tasks need it. And how
+    /// many have asked for it.
+    sums: Mutex<(Option<Arc<Sums>>, usize)>,
 }
 
 /// Memory that tasks write in turn.
@@ -100,24 +103,27 @@ impl SharedHead {
         let tiles = backward.group() * backward.query_tiles();
         Self {
             added: (0..tiles).map(|_| AtomicU32::new(0)).collect(),
-            sums: Mutex::new(None),
+            sums: Mutex::new((None, 0)),
         }
     }
 
-    /// The sums, for the task of this run of keys of so many; `None` where dq itself holds them, or nothing is added up.
-    fn sums(&self, backward: &Backward<'_>, chunk: usize, chunks: usize) -> Option<Arc<Sums>> {
+    /// The sums, for one of so many runs of keys, each of which asks once; `None` where dq itself holds them, or nothing is
+    /// added up.
+    fn sums(&self, backward: &Backward<'_>, chunks: usize) -> Option<Arc<Sums>> {
         if backward.problem.dtype() == Dtype::F32 || chunks == 1 {
             return None;
         }
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let (memory, asked) = &mut *sums;
         let queries = backward.group() * backward.problem.seqlen_q() as usize;
         let new = || {
             let mut lines = Lines::new(queries * backward.head_dim());
             Arc::new(Sums(lines.as_mut_ptr(), lines))
         };
-        let of_task = sums.get_or_insert_with(new).clone();
-        if chunk + 1 == chunks {
-            *sums = None; // tasks are taken in order: nobody will ask again
+        let of_task = memory.get_or_insert_with(new).clone();
+        *asked += 1;
+        if *asked == chunks {
+            *memory = None; // the last of them gives it back
         }
         Some(of_task)
     }
@@ -131,6 +137,23 @@ impl Backward<'_> {
     /// head_dim in whole registers.
     fn width(&self) -> usize {
         self.head_dim().next_multiple_of(MAX_LANES)
+    }
+
+    /// What keys, and queries of a tile, are padded to a multiple of.
+    fn padding(&self) -> usize {
+        if self.pairs.is_some() { 2 * SIDE } else { ROWS }
+    }
+
+    /// Words of a row of a head as pairs, in whole tiles.
+    fn words(&self) -> usize {
+        self.head_dim().next_multiple_of(2 * SIDE) / 2
+    }
+
+    /// Keys of a task, as far as there are any, padded.
+    fn owned(&self) -> usize {
+        (self.tiles.block_n as usize)
+            .min(self.problem.seqlen_k() as usize)
+            .next_multiple_of(self.padding())
     }
 
     /// Query heads that share a key head.
@@ -189,14 +212,59 @@ impl Backward<'_> {
 struct QueryTile {
     first_row: usize,
     rows: usize,
-    /// Lanes in use: rows in whole registers.
+    /// Lanes in use: rows, padded.
     lanes: usize,
     /// Whether q and dout are finite.
     finite: bool,
 }
 
+/// What products of pairs of bf16 read: words of two neighbours along the inner axis.
+struct Words {
+    /// Of the keys that a task owns, `block_n x words`.
+    keys: Lines,
+    values: Lines,
+    /// K transposed: `width x block_n / 2`.
+    keys_lanes: Lines,
+    /// Of a tile of queries, neighbours within a head: `words x block_m`.
+    q_lanes: Lines,
+    dout_lanes: Lines,
+    /// The same, neighbours among the queries: `block_m / 2 x width`.
+    q: Lines,
+    dout: Lines,
+    /// P and dS, neighbours among the queries: `BLOCK x block_m / 2`.
+    probabilities: Lines,
+    ds: Lines,
+    /// dS, neighbours among the keys: `BLOCK / 2 x block_m`.
+    ds_lanes: Lines,
+    /// Pairs of keys, before they are transposed: `block_n / 2 x width`.
+    rows: Lines,
+}
+
+impl Words {
+    fn new(backward: &Backward<'_>) -> Self {
+        let (width, words) = (backward.width(), backward.words());
+        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
+        let lines = |count: usize| Lines::new(if backward.pairs.is_some() { count } else { 0 });
+        Self {
+            keys: lines(block_n * words),
+            values: lines(block_n * words),
+            keys_lanes: lines(width * block_n / 2),
+            q_lanes: lines(words * block_m),
+            dout_lanes: lines(words * block_m),
+            q: lines(block_m / 2 * width),
+            dout: lines(block_m / 2 * width),
+            probabilities: lines(BLOCK * block_m / 2),
+            ds: lines(BLOCK * block_m / 2),
+            ds_lanes: lines(BLOCK / 2 * block_m),
+            rows: lines(block_n / 2 * width),
+        }
+    }
+}
+
 /// The tiles that a thread works in. "width" is head_dim in whole registers.
 struct Scratch {
+    /// Empty where products are of f32.
+    words: Words,
     /// Of the keys that a task owns: `block_n x head_dim`.
     keys: Lines,
     values: Lines,
@@ -206,7 +274,7 @@ struct Scratch {
     /// Of a tile of queries, `block_m x width`.
     q: Lines,
     dout: Lines,
-    /// The same transposed, and the gradient of q: `head_dim x block_m`.
+    /// The same transposed: `head_dim x block_m`; and the gradient of q, `width x block_m`.
     q_lanes: Lines,
     dout_lanes: Lines,
     dq_lanes: Lines,
@@ -223,11 +291,10 @@ struct Scratch {
 impl Scratch {
     fn new(backward: &Backward<'_>) -> Self {
         let (head_dim, width) = (backward.head_dim(), backward.width());
-        let seqlen_k = backward.problem.seqlen_k() as usize;
-        let block_n = (backward.tiles.block_n as usize).min(seqlen_k).next_multiple_of(ROWS);
-        let block_m = backward.tiles.block_m as usize;
+        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
         Self {
-            keys: Lines::new(block_n * head_dim),
+            words: Words::new(backward),
+            keys: Lines::new(block_n * head_dim + MAX_LANES),
             values: Lines::new(block_n * head_dim),
             dk: Lines::new(block_n * width),
             dv: Lines::new(block_n * width),
@@ -235,7 +302,7 @@ impl Scratch {
             dout: Lines::new(block_m * width),
             q_lanes: Lines::new(head_dim * block_m),
             dout_lanes: Lines::new(head_dim * block_m),
-            dq_lanes: Lines::new(head_dim * block_m),
+            dq_lanes: Lines::new(width * block_m),
             probabilities: Lines::new(BLOCK * block_m),
             ds: Lines::new(BLOCK * block_m),
             lse: Lines::new(block_m),
@@ -254,14 +321,20 @@ impl Scratch {
         let (head_dim, width, block_n) = (backward.head_dim(), backward.width(), backward.tiles.block_n as usize);
         let first_key = chunk * block_n;
         let keys = block_n.min(problem.seqlen_k() as usize - first_key);
-        let padded = keys.next_multiple_of(ROWS);
+        let padded = keys.next_multiple_of(backward.padding());
         // SAFETY: passed on to the caller, here and below; the heads are within their tensors.
         let of_keys = |tensor| unsafe { backward.rows(tensor, batch, kv_head) };
         of_keys(problem.k()).load_tile(kernels, first_key, [keys, padded], self.keys.as_mut_slice(), head_dim);
         of_keys(problem.v()).load_tile(kernels, first_key, [keys, padded], self.values.as_mut_slice(), head_dim);
+        if backward.pairs.is_some() {
+            let words = backward.words();
+            of_keys(problem.k()).copy_halves(first_key, [keys, padded], &mut self.words.keys, words);
+            of_keys(problem.v()).copy_halves(first_key, [keys, padded], &mut self.words.values, words);
+            self.pair_keys(backward, padded);
+        }
         self.dk.as_mut_slice()[..padded * width].fill(0.0);
         self.dv.as_mut_slice()[..padded * width].fill(0.0);
-        let sums = shared.sums(backward, chunk, chunks);
+        let sums = shared.sums(backward, chunks);
         for in_group in 0..backward.group() {
             let query_head = kv_head * backward.group() + in_group;
             for tile in (0..backward.query_tiles()).rev() {
@@ -277,7 +350,10 @@ impl Scratch {
                     self.dq_lanes.as_mut_slice().fill(0.0);
                     if sees_any {
                         let tile = self.load_queries(backward, batch, query_head, first_row, rows);
+                        // The processor has the instructions of its kernels.
+                        backward.pairs.inspect(|pairs| (pairs.begin)());
                         self.pass(backward, tile, first_key, keys);
+                        backward.pairs.inspect(|pairs| (pairs.end)());
                     }
                     let added = &shared.added[in_group * backward.query_tiles() + tile];
                     let dq = GradientRows {
@@ -320,15 +396,37 @@ impl Scratch {
         rows: usize,
     ) -> QueryTile {
         let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
+        let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
         let sources = [backward.problem.q(), backward.tensors.dout];
         let tiles = [(&mut self.q, &mut self.q_lanes), (&mut self.dout, &mut self.dout_lanes)];
         for (source, (tile, lanes)) in sources.into_iter().zip(tiles) {
             // SAFETY: passed on to the caller; tiles are `block_m` rows and lanes.
             unsafe {
                 let source = backward.rows(source, batch, head);
-                source.load_tile(kernels, first_row, [rows, rows], tile.as_mut_slice(), width);
+                source.load_tile(kernels, first_row, [rows, padded], tile.as_mut_slice(), width);
                 let (from, to) = (tile.as_ptr(), lanes.as_mut_ptr());
-                (kernels.transpose)(from, width, rows, to, block_m, backward.head_dim());
+                (kernels.transpose)(from, width, padded, to, block_m, backward.head_dim());
+            }
+        }
+        if backward.pairs.is_some() {
+            let words = &mut self.words;
+            for (rows, lanes, pairs, pairs_lanes) in [
+                (&self.q, &self.q_lanes, &mut words.q, &mut words.q_lanes),
+                (&self.dout, &self.dout_lanes, &mut words.dout, &mut words.dout_lanes),
+            ] {
+                // SAFETY: the processor has the instructions; words are half as many rows as what they are made of.
+                unsafe {
+                    let (to, to_lanes) = (pairs.as_mut_ptr().cast(), pairs_lanes.as_mut_ptr().cast());
+                    (kernels.pair_rows)(rows.as_ptr(), width, padded / 2, width, to, width);
+                    (kernels.pair_rows)(
+                        lanes.as_ptr(),
+                        block_m,
+                        backward.head_dim() / 2,
+                        padded,
+                        to_lanes,
+                        block_m,
+                    );
+                }
             }
         }
         let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
@@ -344,6 +442,10 @@ impl Scratch {
             *to = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
         }
         self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
+        // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
+        self.lse.as_mut_slice()[rows..padded].fill(f32::INFINITY);
+        self.delta.as_mut_slice()[rows..padded].fill(0.0);
+        self.visible.as_mut_slice()[rows..padded].fill(0.0);
         let rows_are_finite = |tile: &Lines| {
             let mut rows = tile.as_slice().chunks(width).take(rows);
             rows.all(|row| {
@@ -355,7 +457,7 @@ impl Scratch {
         QueryTile {
             first_row,
             rows,
-            lanes: rows.next_multiple_of(kernels.lanes),
+            lanes: padded,
             finite: rows_are_finite(&self.q) && rows_are_finite(&self.dout),
         }
     }
@@ -375,7 +477,7 @@ impl Scratch {
             if seen(tile.rows - 1) == 0 {
                 break; // nor do the blocks after it see anything
             }
-            let padded = count.next_multiple_of(ROWS);
+            let padded = count.next_multiple_of(backward.padding());
             let masked = seen(0) < padded;
             if masked {
                 for (row, visible) in self.visible.as_mut_slice()[..tile.rows].iter_mut().enumerate() {
@@ -403,10 +505,37 @@ impl Scratch {
     /// As for [`pass`](Self::pass); the keys are among those of the task.
     unsafe fn scores(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize, masked: bool) {
         let (kernels, head_dim, stride) = (backward.kernels, backward.head_dim(), backward.tiles.block_m as usize);
+        if let Some(pairs) = backward.pairs {
+            let words = (backward.words(), &self.words);
+            for (keys_or_values, lanes, product) in [
+                (&words.1.keys, &words.1.q_lanes, &mut self.probabilities),
+                (&words.1.values, &words.1.dout_lanes, &mut self.ds),
+            ] {
+                // SAFETY: passed on to the caller.
+                unsafe {
+                    multiply_pairs(
+                        pairs,
+                        PairProduct {
+                            rows: keys,
+                            inner: words.0,
+                            columns: tile.lanes,
+                            a: keys_or_values.as_ptr().cast::<u32>().add(first * words.0),
+                            a_stride: words.0,
+                            b: lanes.as_ptr().cast(),
+                            b_stride: stride,
+                            c: product.as_mut_ptr(),
+                            c_stride: stride,
+                            accumulate: false,
+                        },
+                    );
+                }
+            }
+        }
         let products = [
             (&self.keys, &self.q_lanes, &mut self.probabilities),
             (&self.values, &self.dout_lanes, &mut self.ds),
         ];
+        let products = products.into_iter().filter(|_| backward.pairs.is_none());
         for (keys_or_values, lanes, product) in products {
             // SAFETY: passed on to the caller.
             unsafe {
@@ -450,6 +579,10 @@ impl Scratch {
     /// # Safety
     /// As for [`scores`](Self::scores).
     unsafe fn accumulate(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
+        if let Some(pairs) = backward.pairs {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.accumulate_pairs(backward, pairs, tile, first, keys) };
+        }
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
         let stride = backward.tiles.block_m as usize;
         // SAFETY: passed on to the caller.
@@ -489,6 +622,81 @@ impl Scratch {
                     accumulate: true,
                 });
             }
+        }
+    }
+
+    /// The same by products of pairs.
+    ///
+    /// # Safety
+    /// As for [`scores`](Self::scores).
+    unsafe fn accumulate_pairs(
+        &mut self,
+        backward: &Backward<'_>,
+        pairs: &Pairs,
+        tile: QueryTile,
+        first: usize,
+        keys: usize,
+    ) {
+        let (kernels, width, stride) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
+        let words = &mut self.words;
+        // SAFETY: passed on to the caller; words are half as many as what they are made of.
+        unsafe {
+            let (p, ds) = (self.probabilities.as_ptr(), self.ds.as_ptr());
+            (kernels.narrow)(Dtype::Bf16, p, keys * stride, words.probabilities.as_mut_ptr().cast());
+            (kernels.narrow)(Dtype::Bf16, ds, keys * stride, words.ds.as_mut_ptr().cast());
+            let to = words.ds_lanes.as_mut_ptr().cast();
+            (kernels.pair_rows)(ds, stride, keys / 2, tile.lanes, to, stride);
+            multiply_pairs(
+                pairs,
+                PairProduct {
+                    rows: width,
+                    inner: keys / 2,
+                    columns: tile.lanes,
+                    a: words.keys_lanes.as_ptr().cast::<u32>().add(first / 2),
+                    a_stride: backward.owned() / 2,
+                    b: words.ds_lanes.as_ptr().cast(),
+                    b_stride: stride,
+                    c: self.dq_lanes.as_mut_ptr(),
+                    c_stride: stride,
+                    accumulate: true,
+                },
+            );
+        }
+        let products = [
+            (&words.probabilities, &words.dout, &mut self.dv),
+            (&words.ds, &words.q, &mut self.dk),
+        ];
+        for (weights, queries, gradient) in products {
+            // SAFETY: as above.
+            unsafe {
+                multiply_pairs(
+                    pairs,
+                    PairProduct {
+                        rows: keys,
+                        inner: tile.lanes / 2,
+                        columns: width,
+                        a: weights.as_ptr().cast(),
+                        a_stride: stride / 2,
+                        b: queries.as_ptr().cast(),
+                        b_stride: width,
+                        c: gradient.as_mut_ptr().add(first * width),
+                        c_stride: width,
+                        accumulate: true,
+                    },
+                );
+            }
+        }
+    }
+
+    /// The keys transposed, as pairs of bf16 that are neighbours along the keys.
+    fn pair_keys(&mut self, backward: &Backward<'_>, keys: usize) {
+        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        // SAFETY: the processor has the instructions, and tiles have room for whole registers.
+        unsafe {
+            let rows = self.words.rows.as_mut_ptr();
+            (kernels.pair_rows)(self.keys.as_ptr(), head_dim, keys / 2, width, rows.cast(), width);
+            let to = self.words.keys_lanes.as_mut_ptr();
+            (kernels.transpose)(rows, width, keys / 2, to, backward.owned() / 2, head_dim);
         }
     }
 
@@ -557,6 +765,24 @@ impl Scratch {
                 Some(sums) if !dq.is_last => sums.copy_from_slice(row),
                 _ => dq.rows.store(kernels, dq.first_row + i, row),
             }
+        }
+    }
+}
+
+/// A product of any number of columns, in the widths that there are.
+///
+/// # Safety
+/// As for `pairs.product`.
+unsafe fn multiply_pairs(pairs: &Pairs, product: PairProduct) {
+    for column in (0..product.columns).step_by(2 * SIDE) {
+        // SAFETY: passed on to the caller; the columns are within b and c.
+        unsafe {
+            (pairs.product)(&PairProduct {
+                columns: (product.columns - column).min(2 * SIDE),
+                b: product.b.add(column),
+                c: product.c.add(column),
+                ..product
+            });
         }
     }
 }

@@ -487,12 +487,11 @@ unsafe fn softmax<V: Vector>(s: &Softmax) {
             max.store(s.max.add(lane));
             let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
             // The difference first: it is exact near 0, where exponentials are large.
-            let exponential = |score: *mut f32| V::load(score).sub(origin).mul(scale).exp2();
             let mut sum = V::splat(0.0);
             if s.pairs.is_null() {
                 for key in 0..s.keys {
                     let score = scores.add(key * s.stride);
-                    let x = exponential(score);
+                    let x = V::load(score).sub(origin).mul(scale).exp2();
                     sum = sum.add(x);
                     x.store(score);
                 }
@@ -500,7 +499,8 @@ unsafe fn softmax<V: Vector>(s: &Softmax) {
                 for pair in 0..s.keys / 2 {
                     let first = scores.add(2 * pair * s.stride);
                     let second = first.add(s.stride);
-                    let (x, y) = (exponential(first), exponential(second));
+                    let x = V::load(first).sub(origin).mul(scale).exp2();
+                    let y = V::load(second).sub(origin).mul(scale).exp2();
                     sum = sum.add(x).add(y);
                     x.store_pairs(y, s.pairs.add(pair * s.stride + lane));
                     if !s.visible.is_null() {
@@ -543,15 +543,14 @@ unsafe fn merge<V: Vector>(m: &Merge) {
             let max = left.max(right);
             max.store(m.max.add(lane));
             let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
-            let factor = |of: V| of.sub(origin).mul(scale).exp2();
-            let (of_left, of_right) = (factor(left), factor(right));
-            let add = |to: *mut f32, from: *const f32| {
-                V::load(to).mul(of_left).add(V::load(from).mul(of_right)).store(to);
-            };
-            add(m.sum.add(lane), m.other_sum.add(lane));
+            let of_left = left.sub(origin).mul(scale).exp2();
+            let of_right = right.sub(origin).mul(scale).exp2();
+            let (sum, other_sum) = (V::load(m.sum.add(lane)), V::load(m.other_sum.add(lane)));
+            sum.mul(of_left).add(other_sum.mul(of_right)).store(m.sum.add(lane));
             for d in 0..m.head_dim {
                 let place = d * m.stride + lane;
-                add(m.output.add(place), m.other_output.add(place));
+                let (output, other) = (V::load(m.output.add(place)), V::load(m.other_output.add(place)));
+                output.mul(of_left).add(other.mul(of_right)).store(m.output.add(place));
             }
         }
     }
@@ -595,27 +594,40 @@ unsafe fn widen<V: Vector>(dtype: Dtype, from: *const u8, count: usize, to: *mut
         let halves = from.cast::<u16>();
         match dtype {
             Dtype::F32 => std::ptr::copy_nonoverlapping(from, to.cast(), 4 * count),
-            Dtype::F16 => widen_halves::<V>(halves, count, to, |from| V::load_f16(from)),
-            Dtype::Bf16 => widen_halves::<V>(halves, count, to, |from| V::load_bf16(from)),
+            Dtype::F16 => widen_halves::<V, false>(halves, count, to),
+            Dtype::Bf16 => widen_halves::<V, true>(halves, count, to),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn widen_halves<V: Vector>(from: *const u16, count: usize, to: *mut f32, load: impl Fn(*const u16) -> V) {
+unsafe fn widen_halves<V: Vector, const BF16: bool>(from: *const u16, count: usize, to: *mut f32) {
     // SAFETY: passed on to the caller; the rest passes through arrays that are long enough.
     unsafe {
         let whole = count / V::LANES * V::LANES;
         for i in (0..whole).step_by(V::LANES) {
-            load(from.add(i)).store(to.add(i));
+            load_half::<V, BF16>(from.add(i)).store(to.add(i));
         }
         if whole < count {
             let (mut narrow, mut wide) = ([0_u16; MAX_LANES], [0.0_f32; MAX_LANES]);
             std::ptr::copy_nonoverlapping(from.add(whole), narrow.as_mut_ptr(), count - whole);
-            load(narrow.as_ptr()).store(wide.as_mut_ptr());
+            load_half::<V, BF16>(narrow.as_ptr()).store(wide.as_mut_ptr());
             std::ptr::copy_nonoverlapping(wide.as_ptr(), to.add(whole), count - whole);
         }
     }
+}
+
+// Not closures: those are not inlined for certain, and what is not inlined has no vectors.
+#[inline(always)]
+unsafe fn load_half<V: Vector, const BF16: bool>(from: *const u16) -> V {
+    // SAFETY: passed on to the caller.
+    unsafe { if BF16 { V::load_bf16(from) } else { V::load_f16(from) } }
+}
+
+#[inline(always)]
+unsafe fn store_half<V: Vector, const BF16: bool>(x: V, to: *mut u16) {
+    // SAFETY: passed on to the caller.
+    unsafe { if BF16 { x.store_bf16(to) } else { x.store_f16(to) } }
 }
 
 /// Rounds `count` elements.
@@ -626,24 +638,24 @@ unsafe fn narrow<V: Vector>(dtype: Dtype, from: *const f32, count: usize, to: *m
         let halves = to.cast::<u16>();
         match dtype {
             Dtype::F32 => std::ptr::copy_nonoverlapping(from.cast(), to, 4 * count),
-            Dtype::F16 => narrow_to_halves::<V>(from, count, halves, |x, to| x.store_f16(to)),
-            Dtype::Bf16 => narrow_to_halves::<V>(from, count, halves, |x, to| x.store_bf16(to)),
+            Dtype::F16 => narrow_to_halves::<V, false>(from, count, halves),
+            Dtype::Bf16 => narrow_to_halves::<V, true>(from, count, halves),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn narrow_to_halves<V: Vector>(from: *const f32, count: usize, to: *mut u16, store: impl Fn(V, *mut u16)) {
+unsafe fn narrow_to_halves<V: Vector, const BF16: bool>(from: *const f32, count: usize, to: *mut u16) {
     // SAFETY: as for `widen_halves`.
     unsafe {
         let whole = count / V::LANES * V::LANES;
         for i in (0..whole).step_by(V::LANES) {
-            store(V::load(from.add(i)), to.add(i));
+            store_half::<V, BF16>(V::load(from.add(i)), to.add(i));
         }
         if whole < count {
             let (mut narrow, mut wide) = ([0_u16; MAX_LANES], [0.0_f32; MAX_LANES]);
             std::ptr::copy_nonoverlapping(from.add(whole), wide.as_mut_ptr(), count - whole);
-            store(V::load(wide.as_ptr()), narrow.as_mut_ptr());
+            store_half::<V, BF16>(V::load(wide.as_ptr()), narrow.as_mut_ptr());
             std::ptr::copy_nonoverlapping(narrow.as_ptr(), to.add(whole), count - whole);
         }
     }

@@ -392,8 +392,9 @@ unsafe impl Vector for Avx512 {
     #[inline(always)]
     unsafe fn store_pairs(self, high: Self, to: *mut u32) {
         unsafe {
-            let round = |x: __m512| _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
-            let (low, high) = (_mm512_srli_epi32::<16>(round(self.0)), round(high.0));
+            let half = _mm512_set1_epi32(0x8000);
+            let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(self.0), half));
+            let high = _mm512_add_epi32(_mm512_castps_si512(high.0), half);
             // (high & mask) | low
             let words = _mm512_ternarylogic_epi32::<0xf8>(low, high, _mm512_set1_epi32(0xffff_0000_u32 as i32));
             _mm512_storeu_si512(to.cast(), words);
@@ -414,11 +415,12 @@ unsafe impl Vector for Avx512 {
             }
             let mut fours = pairs;
             for g in (0..16).step_by(4) {
-                let pair = |i: usize| _mm512_castps_pd(pairs[g + i]);
-                fours[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(0), pair(2)));
-                fours[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(0), pair(2)));
-                fours[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(1), pair(3)));
-                fours[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(1), pair(3)));
+                let (a, b) = (_mm512_castps_pd(pairs[g]), _mm512_castps_pd(pairs[g + 2]));
+                fours[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                let (a, b) = (_mm512_castps_pd(pairs[g + 1]), _mm512_castps_pd(pairs[g + 3]));
+                fours[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
             }
             for j in 0..4 {
                 let (a, b, c, d) = (fours[j], fours[4 + j], fours[8 + j], fours[12 + j]);

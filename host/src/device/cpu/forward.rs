@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
-use super::kernels::{Kernels, MAX_LANES, Merge, PairProduct, Pairs, Product, ROWS, SIDE, Softmax};
+use super::kernels::{Kernels, MAX_LANES, Merge, One, PairProduct, Pairs, Product, ROWS, SIDE, Softmax};
 use super::pointer_mut;
 use super::team::{Lines, Team};
 use super::tensor::{Head, Panels, Visibility};
@@ -23,12 +23,17 @@ const SEGMENT: u32 = 2048;
 /// Segments of a sequence at most.
 const MAX_SEGMENTS: u32 = 16;
 
+/// So few queries are solved one by one, lanes being elements of a head: as lanes they would leave most of a register idle.
+const FEW: u32 = 4;
+
 /// One forward problem on its way.
 struct Forward<'a> {
     kernels: &'static Kernels,
     problem: &'a Problem,
     /// How pairs of bf16 are multiplied, if that is how this problem is solved.
     pairs: Option<&'static Pairs>,
+    /// Whether queries are solved one by one. Tiles of q and the output then hold rows of `panels.depth`.
+    few: bool,
     panels: Panels,
     tiles: Tiles,
     visibility: Visibility,
@@ -58,10 +63,12 @@ struct Tile {
 /// As for [`Backend::run`](crate::device::Backend::run).
 pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
-    let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16);
+    let few = problem.seqlen_q() <= FEW;
+    let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16 && !few);
     let forward = Forward {
         kernels: team.kernels,
         pairs,
+        few,
         panels: Panels {
             lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
             depth: (problem.head_dim() as usize).next_multiple_of(SIDE),
@@ -222,10 +229,34 @@ impl State {
             .for_each(|(to, from)| to.as_mut_slice().copy_from_slice(from.as_slice()));
     }
 
+    /// Takes in what another run of keys gave for one query: largest scores, sums and outputs.
+    fn merge_one(&mut self, forward: &Forward<'_>, row: usize, other: &Self) {
+        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let exp2 = |x: f32| f64::from(x * scale_log2).exp2() as f32;
+        let (left, right) = (self.max.as_slice()[row], other.max.as_slice()[row]);
+        let max = if left > right { left } else { right };
+        let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let (of_left, of_right) = (exp2(left - origin), exp2(right - origin));
+        self.max.as_mut_slice()[row] = max;
+        let depth = forward.panels.depth;
+        let places = row * depth..(row + 1) * depth;
+        let sums = self.sum.as_mut_slice()[row..=row]
+            .iter_mut()
+            .zip(&other.sum.as_slice()[row..=row]);
+        let outputs = self.output.as_mut_slice()[places.clone()]
+            .iter_mut()
+            .zip(&other.output.as_slice()[places]);
+        sums.chain(outputs)
+            .for_each(|(to, from)| *to = *to * of_left + *from * of_right);
+    }
+
     /// Takes in what another run of keys gave.
     fn merge(&mut self, forward: &Forward<'_>, rows: usize, other: &Self) {
         let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
         let (head_dim, depth) = (forward.head_dim(), forward.panels.depth);
+        if forward.few {
+            return (0..rows).for_each(|row| self.merge_one(forward, row, other));
+        }
         for (first, lanes) in forward.panels(rows) {
             // SAFETY: the panel is one of both states, which are of one size.
             unsafe {
@@ -308,6 +339,20 @@ impl Scratch {
     fn load_query(&mut self, forward: &Forward<'_>, tile: &Tile) {
         let (_, _, sign) = kernel_scale(forward.problem.softmax_scale());
         let (first, query) = (tile.first_row as usize, &mut self.query);
+        if forward.few {
+            let width = forward.panels.depth;
+            tile.q.load_tile(
+                forward.kernels,
+                first,
+                [tile.rows, tile.rows],
+                query.as_mut_slice(),
+                width,
+            );
+            query.as_mut_slice()[..tile.rows * width]
+                .iter_mut()
+                .for_each(|x| *x *= sign);
+            return;
+        }
         tile.q.load_panels(
             forward.kernels,
             first..first + tile.rows,
@@ -341,6 +386,10 @@ impl Scratch {
             let end = forward.visibility.visible_end(tile.first_row + row as u32);
             end.saturating_sub(first_key).min(block_n) as usize
         };
+        if forward.few {
+            return (0..tile.rows)
+                .for_each(|row| self.attend_one(forward, tile, row, first_key as usize, seen(row), state));
+        }
         let keys = seen(tile.rows - 1); // the last query of the tile sees the most
         let padded = keys.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
         let first = first_key as usize;
@@ -373,6 +422,39 @@ impl Scratch {
                     self.add_seen_values(forward, first, lanes.min(tile.rows - first), state);
                 }
             }
+        }
+    }
+
+    /// One query takes in `keys` keys and values.
+    fn attend_one(
+        &mut self,
+        forward: &Forward<'_>,
+        tile: &Tile,
+        row: usize,
+        first_key: usize,
+        keys: usize,
+        state: &mut State,
+    ) {
+        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let depth = forward.panels.depth;
+        let ((k, k_stride_bytes), (v, v_stride_bytes)) = (tile.k.row(first_key), tile.v.row(first_key));
+        // SAFETY: the processor has the instructions, the keys exist, and rows of q and the output are whole registers.
+        unsafe {
+            (forward.kernels.one)(&One {
+                keys,
+                dtype: forward.problem.dtype(),
+                k,
+                k_stride_bytes,
+                v,
+                v_stride_bytes,
+                head_dim: forward.head_dim(),
+                query: self.query.as_ptr().add(row * depth),
+                scores: self.scores.as_mut_ptr(),
+                scale_log2,
+                max: state.max.as_mut_ptr().add(row),
+                sum: state.sum.as_mut_ptr().add(row),
+                output: state.output.as_mut_ptr().add(row * depth),
+            });
         }
     }
 
@@ -540,14 +622,19 @@ impl Scratch {
             sum => 1.0 / sum,
         };
         let (first, inverses) = (tile.first_row as usize, (0..tile.rows).map(inverse));
-        tile.out.store_panels(
-            forward.kernels,
-            first,
-            inverses,
-            forward.panels,
-            &state.output,
-            &mut self.rows,
-        );
+        if forward.few {
+            for (row, inverse) in inverses.enumerate() {
+                let output = &state.output.as_slice()[row * forward.panels.depth..];
+                for (to, x) in self.rows.as_mut_slice().iter_mut().zip(&output[..forward.head_dim()]) {
+                    *to = if inverse == 0.0 { 0.0 } else { x * inverse };
+                }
+                tile.out.store(forward.kernels, first + row, self.rows.as_slice());
+            }
+        } else {
+            let output = &state.output;
+            tile.out
+                .store_panels(forward.kernels, first, inverses, forward.panels, output, &mut self.rows);
+        }
         for row in 0..tile.rows {
             let lse = if !sees_a_key(row) || sum[row] == 0.0 {
                 f32::NEG_INFINITY

@@ -100,6 +100,28 @@ pub(super) struct Softmax {
     pub pairs: *mut u32,
 }
 
+/// One tile of keys passing one query, where there are too few queries for lanes: here lanes are elements of a head.
+pub(super) struct One {
+    /// Keys of the tile that the query sees.
+    pub keys: usize,
+    pub dtype: Dtype,
+    /// The rows of K and V as they lie in memory.
+    pub k: *const u8,
+    pub k_stride_bytes: usize,
+    pub v: *const u8,
+    pub v_stride_bytes: usize,
+    pub head_dim: usize,
+    /// In whole registers, zeros past head_dim.
+    pub query: *const f32,
+    /// Room for the keys in whole registers.
+    pub scores: *mut f32,
+    pub scale_log2: f32,
+    pub max: *mut f32,
+    pub sum: *mut f32,
+    /// In whole registers.
+    pub output: *mut f32,
+}
+
 /// Adds a partial softmax to another, each relative to its own largest score: what two runs of keys make of a panel.
 pub(super) struct Merge {
     pub lanes: usize,
@@ -148,6 +170,7 @@ pub(super) struct Kernels {
     /// multiple of `lanes`.
     pub pair_rows: unsafe fn(*const f32, usize, usize, usize, *mut u32, usize),
     pub softmax: unsafe fn(&Softmax),
+    pub one: unsafe fn(&One),
     pub merge: unsafe fn(&Merge),
     pub backpropagate: unsafe fn(&Backpropagate),
     /// (dtype, elements, how many, widened).
@@ -276,6 +299,7 @@ macro_rules! instruction_set {
                 pairs: None,
                 pair_rows,
                 softmax,
+                one,
                 merge,
                 backpropagate,
                 widen,
@@ -315,6 +339,17 @@ macro_rules! instruction_set {
             unsafe fn softmax(s: &Softmax) {
                 // SAFETY: as above.
                 unsafe { super::softmax::<$vector>(s) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn one(o: &One) {
+                // SAFETY: as above.
+                unsafe {
+                    match o.dtype {
+                        Dtype::F32 => super::one::<$vector, 0>(o),
+                        Dtype::F16 => super::one::<$vector, 1>(o),
+                        Dtype::Bf16 => super::one::<$vector, 2>(o),
+                    }
+                }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn merge(m: &Merge) {
@@ -698,16 +733,109 @@ unsafe fn dot<V: Vector>(x: *const f32, y: *const f32, count: usize) -> f32 {
         for i in (0..count).step_by(V::LANES) {
             sums = V::load(x.add(i)).fma(V::load(y.add(i)), sums);
         }
+        sums.sum()
+    }
+}
+
+/// [`One`], for a dtype: 0 is f32, 1 f16, 2 bf16.
+#[inline(always)]
+unsafe fn one<V: Vector, const DTYPE: u8>(o: &One) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for key in 0..o.keys {
+            let row = o.k.add(key * o.k_stride_bytes);
+            let mut sums = V::splat(0.0);
+            for d in (0..o.head_dim).step_by(V::LANES) {
+                sums = part::<V, DTYPE>(row, d, o.head_dim).fma(V::load(o.query.add(d)), sums);
+            }
+            *o.scores.add(key) = sums.sum();
+        }
+        for key in o.keys..o.keys.next_multiple_of(V::LANES) {
+            *o.scores.add(key) = f32::NEG_INFINITY;
+        }
+        let old = *o.max;
+        let mut largest = V::splat(old);
+        for key in (0..o.keys).step_by(V::LANES) {
+            largest = V::load(o.scores.add(key)).max(largest);
+        }
         let mut lanes = [0.0_f32; MAX_LANES];
-        sums.store(lanes.as_mut_ptr());
-        let mut width = V::LANES;
-        while width > 1 {
-            width /= 2;
-            for lane in 0..width {
-                lanes[lane] += lanes[lane + width];
+        largest.store(lanes.as_mut_ptr());
+        let max = lanes[..V::LANES]
+            .iter()
+            .fold(old, |max, &x| if x > max { x } else { max });
+        *o.max = max;
+        let origin = V::splat(if max == f32::NEG_INFINITY { 0.0 } else { max });
+        let scale = V::splat(o.scale_log2);
+        let mut sums = V::splat(0.0);
+        for key in (0..o.keys).step_by(V::LANES) {
+            let exponential = V::load(o.scores.add(key)).sub(origin).mul(scale).exp2();
+            sums = sums.add(exponential);
+            exponential.store(o.scores.add(key));
+        }
+        let rescale = V::splat(old).sub(origin).mul(scale).exp2();
+        rescale.store(lanes.as_mut_ptr());
+        *o.sum = *o.sum * lanes[0] + sums.sum();
+        let mut d = 0;
+        while d < o.head_dim {
+            if d + 4 * V::LANES <= o.head_dim {
+                weigh::<V, DTYPE, 4>(o, d, rescale);
+                d += 4 * V::LANES;
+            } else {
+                weigh::<V, DTYPE, 1>(o, d, rescale);
+                d += V::LANES;
             }
         }
-        lanes[0]
+    }
+}
+
+/// Adds exponentials times values to `N` registers of the output, from element `first` of the head.
+#[inline(always)]
+unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(o: &One, first: usize, rescale: V) {
+    // SAFETY: passed on to the caller; the output has room for whole registers.
+    unsafe {
+        let mut sums = [rescale; N];
+        for (n, sum) in sums.iter_mut().enumerate() {
+            *sum = V::load(o.output.add(first + n * V::LANES)).mul(rescale);
+        }
+        for key in 0..o.keys {
+            let row = o.v.add(key * o.v_stride_bytes);
+            let exponential = V::splat(*o.scores.add(key));
+            for (n, sum) in sums.iter_mut().enumerate() {
+                *sum = part::<V, DTYPE>(row, first + n * V::LANES, o.head_dim).fma(exponential, *sum);
+            }
+        }
+        for (n, sum) in sums.iter().enumerate() {
+            sum.store(o.output.add(first + n * V::LANES));
+        }
+    }
+}
+
+/// A register of a row from element `first` on, zeros past its end.
+#[inline(always)]
+unsafe fn part<V: Vector, const DTYPE: u8>(row: *const u8, first: usize, head_dim: usize) -> V {
+    let bytes = if DTYPE == 0 { 4 } else { 2 };
+    // SAFETY: passed on to the caller; where the row ends within the register, what there is of it is copied.
+    unsafe {
+        let (from, count) = (row.add(first * bytes), head_dim - first);
+        if count >= V::LANES {
+            return whole::<V, DTYPE>(from);
+        }
+        let mut elements = [0.0_f32; MAX_LANES];
+        std::ptr::copy_nonoverlapping(from, elements.as_mut_ptr().cast(), count * bytes);
+        whole::<V, DTYPE>(elements.as_ptr().cast())
+    }
+}
+
+/// A whole register of elements.
+#[inline(always)]
+unsafe fn whole<V: Vector, const DTYPE: u8>(from: *const u8) -> V {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match DTYPE {
+            0 => V::load(from.cast()),
+            1 => V::load_f16(from.cast()),
+            _ => V::load_bf16(from.cast()),
+        }
     }
 }
 

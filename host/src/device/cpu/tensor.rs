@@ -47,6 +47,12 @@ impl Head {
         }
     }
 
+    /// Where row `row` lies, which exists or is one past the last, and the bytes from one row to the next.
+    pub(super) fn row(&self, row: usize) -> (*const u8, usize) {
+        // SAFETY: by the contract of `new`.
+        (unsafe { self.first.add(row * self.stride_bytes) }, self.stride_bytes)
+    }
+
     /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows up
     /// to `padded`.
     pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut Lines, stride: usize) {

@@ -41,6 +41,22 @@ pub(super) unsafe trait Vector: Copy {
     /// Rounds to bf16, ties to even.
     unsafe fn store_bf16(self, to: *mut u16);
 
+    /// The sum of all lanes, halves added to halves.
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let mut lanes = [0.0_f32; 16];
+        // SAFETY: no register is longer.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        let mut width = Self::LANES;
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+        }
+        lanes[0]
+    }
+
     /// Rounds to bf16, and writes words whose lower halves are `self`. Ties go away from zero.
     #[inline(always)]
     unsafe fn store_pairs(self, high: Self, to: *mut u32) {
@@ -388,6 +404,10 @@ unsafe impl Vector for Avx512 {
             let wide = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
             _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(wide));
         }
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe { _mm512_reduce_add_ps(self.0) }
     }
     #[inline(always)]
     unsafe fn store_pairs(self, high: Self, to: *mut u32) {

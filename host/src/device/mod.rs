@@ -157,13 +157,18 @@ impl Device {
     }
 
     /// The host's cores, all of them or as many as `RAYON_NUM_THREADS` says. Always the same device.
+    ///
+    /// A call works on the thread it comes from, helped by the rayon pool that this thread is in, else by the global one.
+    /// It runs the best instructions the processor has, or those that the environment variable `FLASH_ATTENTION_CPU`
+    /// names when devices are made: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`. A name that the processor lacks
+    /// leaves the choice as it was; [`name`](Self::name) says which it is.
     pub fn cpu() -> Self {
         static CPU: OnceLock<Device> = OnceLock::new();
         CPU.get_or_init(|| Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::all_cores())))
             .clone()
     }
 
-    /// A CPU device with threads and a memory count of its own. Results do not depend on how many threads.
+    /// A CPU device with threads and a memory count of its own. Results do not depend on how many threads, to the bit.
     ///
     /// # Errors
     /// [`Error::Threads`] for 0 threads, or if the threads can not be started.

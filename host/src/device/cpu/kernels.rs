@@ -744,9 +744,17 @@ unsafe fn one<V: Vector, const DTYPE: u8>(o: &One) {
     unsafe {
         for key in 0..o.keys {
             let row = o.k.add(key * o.k_stride_bytes);
+            let ahead = row.wrapping_add(AHEAD * o.k_stride_bytes);
             let mut sums = V::splat(0.0);
-            for d in (0..o.head_dim).step_by(V::LANES) {
-                sums = part::<V, DTYPE>(row, d, o.head_dim).fma(V::load(o.query.add(d)), sums);
+            let mut d = 0;
+            while d + V::LANES <= o.head_dim {
+                V::prefetch(ahead.wrapping_add(d * bytes::<DTYPE>()));
+                let k = whole::<V, DTYPE>(row.add(d * bytes::<DTYPE>()));
+                sums = k.fma(V::load(o.query.add(d)), sums);
+                d += V::LANES;
+            }
+            if d < o.head_dim {
+                sums = last::<V, DTYPE>(row, d, o.head_dim).fma(V::load(o.query.add(d)), sums);
             }
             *o.scores.add(key) = sums.sum();
         }
@@ -800,8 +808,16 @@ unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(o: &One, first: usiz
         for key in 0..o.keys {
             let row = o.v.add(key * o.v_stride_bytes);
             let exponential = V::splat(*o.scores.add(key));
+            if first + N * V::LANES > o.head_dim {
+                sums[0] = last::<V, DTYPE>(row, first, o.head_dim).fma(exponential, sums[0]); // N is 1
+                continue;
+            }
+            let row = row.add(first * bytes::<DTYPE>());
+            let ahead = row.wrapping_add(AHEAD * o.v_stride_bytes);
             for (n, sum) in sums.iter_mut().enumerate() {
-                *sum = part::<V, DTYPE>(row, first + n * V::LANES, o.head_dim).fma(exponential, *sum);
+                let place = n * V::LANES * bytes::<DTYPE>();
+                V::prefetch(ahead.wrapping_add(place));
+                *sum = whole::<V, DTYPE>(row.add(place)).fma(exponential, *sum);
             }
         }
         for (n, sum) in sums.iter().enumerate() {
@@ -810,18 +826,21 @@ unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(o: &One, first: usiz
     }
 }
 
-/// A register of a row from element `first` on, zeros past its end.
+/// Rows between one that is read and one that is asked for, to be there when its turn comes.
+const AHEAD: usize = 16;
+
+const fn bytes<const DTYPE: u8>() -> usize {
+    if DTYPE == 0 { 4 } else { 2 }
+}
+
+/// What a row has from element `first` on, less than a register, and zeros.
 #[inline(always)]
-unsafe fn part<V: Vector, const DTYPE: u8>(row: *const u8, first: usize, head_dim: usize) -> V {
-    let bytes = if DTYPE == 0 { 4 } else { 2 };
-    // SAFETY: passed on to the caller; where the row ends within the register, what there is of it is copied.
+unsafe fn last<V: Vector, const DTYPE: u8>(row: *const u8, first: usize, head_dim: usize) -> V {
+    let mut elements = [0.0_f32; MAX_LANES];
+    // SAFETY: the elements are there, says the caller, and fewer than the array's.
     unsafe {
-        let (from, count) = (row.add(first * bytes), head_dim - first);
-        if count >= V::LANES {
-            return whole::<V, DTYPE>(from);
-        }
-        let mut elements = [0.0_f32; MAX_LANES];
-        std::ptr::copy_nonoverlapping(from, elements.as_mut_ptr().cast(), count * bytes);
+        let (from, count) = (row.add(first * bytes::<DTYPE>()), (head_dim - first) * bytes::<DTYPE>());
+        std::ptr::copy_nonoverlapping(from, elements.as_mut_ptr().cast(), count);
         whole::<V, DTYPE>(elements.as_ptr().cast())
     }
 }

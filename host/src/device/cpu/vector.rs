@@ -41,6 +41,16 @@ pub(super) unsafe trait Vector: Copy {
     /// Rounds to bf16, ties to even.
     unsafe fn store_bf16(self, to: *mut u16);
 
+    /// Asks for a cache line, which need not exist.
+    #[inline(always)]
+    unsafe fn prefetch(_line: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch never faults, and every x86-64 processor has it.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(_line.cast());
+        }
+    }
+
     /// The sum of all lanes, halves added to halves.
     #[inline(always)]
     unsafe fn sum(self) -> f32 {

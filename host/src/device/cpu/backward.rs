@@ -20,7 +20,7 @@ use flash_attention_kernels::entries::Dtype;
 use super::kernels::{Backpropagate, Kernels, MAX_LANES, PairProduct, Pairs, Product, ROWS, SIDE};
 use super::pointer_mut;
 use super::team::{Lines, Team};
-use super::tensor::{Head, Visibility};
+use super::tensor::{Head, Panels, Visibility};
 use crate::plan::Tiles;
 use crate::problem::{BackwardTensors, Problem};
 
@@ -174,17 +174,27 @@ impl Backward<'_> {
         unsafe { Head::new(tensor, self.problem.dtype(), batch, head, self.head_dim()) }
     }
 
-    /// delta = rowsum(dO * O).
+    /// delta = rowsum(dO * O). Where there is one key, O is V, and dP - delta is to be 0 and not what two roundings leave: it
+    /// is summed in the order of dP = dO V^T then.
     ///
     /// # Safety
     /// As for [`backward`].
     unsafe fn make_delta(&self, team: &Team<'_>) {
+        let (kernels, head_dim) = (self.kernels, self.head_dim());
         let (heads_q, seqlen_q) = (self.problem.heads_q(), self.problem.seqlen_q() as usize);
+        let (lanes, depth) = (kernels.lanes, head_dim);
         let tiles = seqlen_q.div_ceil(DELTA_ROWS);
-        let width = self.width();
         let tasks = self.problem.batch() * heads_q * tiles;
-        let scratch = || [Lines::new(width), Lines::new(width)];
-        team.share(tasks, scratch, |[x, y], task| {
+        let scratch = || {
+            let panel = || Lines::new(lanes * depth);
+            [
+                panel(),
+                panel(),
+                Lines::new(MAX_LANES * self.width()),
+                Lines::new(lanes),
+            ]
+        };
+        team.share(tasks, scratch, |[x, y, rows, sums], task| {
             let (heads, first) = (task / tiles, task % tiles * DELTA_ROWS);
             let (batch, head) = (heads / heads_q, heads % heads_q);
             // SAFETY: passed on to the caller.
@@ -194,13 +204,19 @@ impl Backward<'_> {
                     self.rows(self.tensors.dout, batch, head),
                 )
             };
-            for row in first..seqlen_q.min(first + DELTA_ROWS) {
-                out.load(self.kernels, row, x.as_mut_slice());
-                dout.load(self.kernels, row, y.as_mut_slice());
-                // SAFETY: both are `width` long, and delta has an entry for the row, which this task alone writes.
+            let end = seqlen_q.min(first + DELTA_ROWS);
+            for row in (first..end).step_by(lanes) {
+                let queries = row..end.min(row + lanes);
+                let shape = Panels { lanes, depth };
+                out.load_panels(kernels, queries.clone(), 1.0, shape, x, rows);
+                dout.load_panels(kernels, queries.clone(), 1.0, shape, y, rows);
+                // SAFETY: both are panels of `head_dim` rows, and delta has an entry for each of the rows, which this task
+                // alone writes.
                 unsafe {
-                    let dot = (self.kernels.dot)(x.as_ptr(), y.as_ptr(), width);
-                    pointer_mut::<f32>(self.delta).add(heads * seqlen_q + row).write(dot);
+                    let one_key = self.problem.seqlen_k() == 1;
+                    (kernels.dot)(x.as_ptr(), y.as_ptr(), head_dim, one_key, sums.as_mut_ptr());
+                    let delta = pointer_mut::<f32>(self.delta).add(heads * seqlen_q + row);
+                    std::ptr::copy_nonoverlapping(sums.as_ptr(), delta, queries.len());
                 }
             }
         });

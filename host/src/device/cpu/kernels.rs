@@ -180,8 +180,9 @@ pub(super) struct Kernels {
     /// (from, stride, rows, to, stride, columns): writes the transpose. Whole registers are read, and written: what is past
     /// the columns of `from`, up to a multiple of [`MAX_LANES`], must exist; so must what is past the rows in `to`.
     pub transpose: unsafe fn(*const f32, usize, usize, *mut f32, usize, usize),
-    /// The sum of products of two runs of so many, a multiple of [`MAX_LANES`].
-    pub dot: unsafe fn(*const f32, *const f32, usize) -> f32,
+    /// (x, y, count, in order, sums): of `lanes` columns of two tiles, `lanes` wide, the sums of products of so many rows, a
+    /// multiple of 8; either in the order of `product`, or as eight sums that are then added up, which is more exact.
+    pub dot: unsafe fn(*const f32, *const f32, usize, bool, *mut f32),
     #[cfg(test)]
     exp2: unsafe fn(*mut f32, usize),
 }
@@ -384,9 +385,9 @@ macro_rules! instruction_set {
                 unsafe { super::transpose::<$vector>(from, stride, rows, to, to_stride, columns) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn dot(x: *const f32, y: *const f32, count: usize) -> f32 {
+            unsafe fn dot(x: *const f32, y: *const f32, count: usize, in_order: bool, sums: *mut f32) {
                 // SAFETY: as above.
-                unsafe { super::dot::<$vector>(x, y, count) }
+                unsafe { super::dot::<$vector>(x, y, count, in_order, sums) }
             }
             #[cfg(test)]
             $(#[target_feature(enable = $features)])?
@@ -724,16 +725,22 @@ unsafe fn transpose<V: Vector>(
     }
 }
 
-/// The sum of products of two runs.
+/// Sums of products of columns.
 #[inline(always)]
-unsafe fn dot<V: Vector>(x: *const f32, y: *const f32, count: usize) -> f32 {
+unsafe fn dot<V: Vector>(x: *const f32, y: *const f32, count: usize, in_order: bool, to: *mut f32) {
     // SAFETY: passed on to the caller.
     unsafe {
-        let mut sums = V::splat(0.0);
-        for i in (0..count).step_by(V::LANES) {
-            sums = V::load(x.add(i)).fma(V::load(y.add(i)), sums);
+        let mut sums = [V::splat(0.0); 8];
+        for i in 0..count {
+            let sum = &mut sums[if in_order { 0 } else { i % 8 }];
+            *sum = V::load(x.add(i * V::LANES)).fma(V::load(y.add(i * V::LANES)), *sum);
         }
-        sums.sum()
+        for width in [4, 2, 1] {
+            for i in 0..width {
+                sums[i] = sums[i].add(sums[i + width]);
+            }
+        }
+        sums[0].store(to);
     }
 }
 

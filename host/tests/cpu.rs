@@ -2,14 +2,17 @@
 
 mod common;
 
-use common::{largest_error, noise};
+use common::{instruction_sets, largest_error, noise};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Tensor};
 use half::{bf16, f16};
 
-/// Runs a problem on the CPU and holds it to twice the error of standard attention in the same dtype.
+/// Runs a problem with every instruction set of this CPU and holds it to twice the error of standard attention in the same
+/// dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
-    common::check::<T>(&Device::cpu(), attention, q_shape, k_shape);
+    for device in instruction_sets() {
+        common::check::<T>(device, attention, q_shape, k_shape);
+    }
 }
 
 #[test]
@@ -194,4 +197,43 @@ fn scores_that_are_all_minus_infinity_divide_zero_by_zero() {
     let [(out, want_out), (lse, want_lse)] = both(Attention::new(), shape, &q, &k, &q);
     assert!(out.iter().all(|x| x.is_nan()) && want_out.iter().all(|x| x.is_nan()));
     assert!(lse == [f32::NEG_INFINITY; 3] && want_lse == [f64::NEG_INFINITY; 3]);
+}
+
+#[test]
+fn instruction_sets_are_chosen_by_name() {
+    let names: Vec<String> = instruction_sets().iter().map(Device::name).collect();
+    assert!(names.iter().any(|name| name.contains("portable")), "{names:?}");
+    assert!("cpu:portable".parse::<Device>().is_ok() && "cpu:mmx".parse::<Device>().is_err());
+    #[cfg(target_arch = "x86_64")]
+    for (key, name, present) in [
+        ("cpu:avx512", "AVX-512", is_x86_feature_detected!("avx512f")),
+        ("cpu:avx2", "AVX2", is_x86_feature_detected!("avx2")),
+    ] {
+        let named = names.iter().any(|found| found.contains(name));
+        assert_eq!((named, key.parse::<Device>().is_ok()), (present, present), "{key}");
+    }
+}
+
+#[test]
+fn keys_are_taken_in_segments_whoever_takes_them() {
+    // One head and few queries: with many threads each segment of keys is a task, with one they follow each other.
+    for (seqlen_q, seqlen_k, attention) in [
+        (1, 9000, Attention::new()),
+        (3, 4100, Attention::new().causal()),
+        (70, 5000, Attention::new().causal()),
+    ] {
+        check::<f32>(attention, [1, 1, seqlen_q, 16], [1, 1, seqlen_k, 16]);
+        let data: Vec<f32> = noise(seqlen_k * 16, 5).into_iter().map(|x| x as f32).collect();
+        let run = |threads| {
+            let device = Device::cpu_with_threads(threads).expect("threads");
+            let q = Tensor::from_slice(&device, [1, 1, seqlen_q, 16], &data[..seqlen_q * 16]).expect("small");
+            let k = Tensor::from_slice(&device, [1, 1, seqlen_k, 16], &data).expect("small");
+            let output = attention.forward(&q, &k, &k).expect("valid");
+            (output.out.to_vec().expect("cpu"), output.lse.to_vec().expect("cpu"))
+        };
+        let one = run(1);
+        for threads in [2, 3, 16] {
+            assert!(run(threads) == one, "{threads} threads");
+        }
+    }
 }

@@ -3,15 +3,18 @@
 
 mod common;
 
-use common::{gradients, largest_error, noise};
+use common::{gradients, instruction_sets, largest_error, noise};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Gradients, Tensor};
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 
-/// Runs a problem on the CPU and holds it to twice the error of standard attention in the same dtype.
+/// Runs a problem with every instruction set of this CPU and holds it to twice the error of standard attention in the same
+/// dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
-    common::check_backward::<T>(&Device::cpu(), attention, q_shape, k_shape);
+    for device in instruction_sets() {
+        common::check_backward::<T>(device, attention, q_shape, k_shape);
+    }
 }
 
 #[test]
@@ -89,6 +92,29 @@ fn results_do_not_depend_on_threads() {
         };
         let one = run(1);
         for threads in [1, 2, 3, 5, 16] {
+            assert!(run(threads) == one, "{threads} threads");
+        }
+    }
+}
+
+/// In 16 bits dQ is added up in memory that the tasks of a head share, and the last gives back.
+#[test]
+fn tasks_that_take_turns_leave_no_trace() {
+    let (q_shape, k_shape) = ([2, 1, 150, 32], [2, 1, 1700, 32]);
+    let draw = |shape: [usize; 4], seed| -> Vec<bf16> {
+        let data = noise(shape.iter().product(), seed);
+        data.into_iter().map(bf16::from_f64).collect()
+    };
+    let (q, k, v, dout) = (draw(q_shape, 1), draw(k_shape, 2), draw(k_shape, 3), draw(q_shape, 4));
+    for attention in [Attention::new(), Attention::new().causal()] {
+        check::<bf16>(attention, q_shape, k_shape);
+        let run = |threads| {
+            let device = Device::cpu_with_threads(threads).expect("threads");
+            let results = gradients(&device, attention, [q_shape, k_shape], [&q, &k, &v, &dout]);
+            results.map(|gradient| gradient.into_iter().map(bf16::to_bits).collect::<Vec<u16>>())
+        };
+        let one = run(1);
+        for threads in [2, 3, 4, 7].repeat(8) {
             assert!(run(threads) == one, "{threads} threads");
         }
     }

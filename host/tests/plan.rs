@@ -1,7 +1,8 @@
 //! Plans: bytes and operations against counting one by one, and what reaches the kernel.
 
 use flash_attention::{
-    Attention, Device, DeviceInfo, Dtype, Error, Launch, Parameters, Plan, Problem, Results, TensorInfo, TileMap,
+    Attention, BackwardInputs, BackwardProblem, Device, DeviceInfo, Dtype, Error, Launch, Parameters, Plan, Problem,
+    Results, TensorInfo, TileMap,
 };
 use flash_attention_kernels::abi::ForwardParams;
 
@@ -53,6 +54,67 @@ fn costs_are_what_counting_gives() {
                     let counted = count(&problem, tiles.block_m as usize, tiles.block_n as usize);
                     assert_eq!((cost.bytes_read, cost.bytes_written, cost.flops), counted, "{plan}");
                 }
+            }
+        }
+    }
+}
+
+/// Bytes read and written by the CPU's backward pass, by walking every run of keys, tile of queries and pair.
+fn count_backward(problem: &Problem, block_m: usize, block_n: usize) -> (u128, u128) {
+    let (seqlen_q, seqlen_k) = (problem.seqlen_q() as usize, problem.seqlen_k() as usize);
+    let visible = |i: usize, j: usize| !problem.causal() || j + seqlen_q <= i + seqlen_k;
+    let head_dim = problem.head_dim() as usize;
+    let row_bytes = head_dim * problem.dtype().bytes();
+    let (mut read, mut written) = (0, 0);
+    for _key_head in 0..problem.batch() * problem.heads_kv() {
+        read += 2 * seqlen_k * row_bytes;
+        written += 2 * seqlen_k * row_bytes;
+    }
+    for _head in 0..problem.batch() * problem.heads_q() {
+        read += 2 * seqlen_q * row_bytes; // out and dout, for delta
+        written += 4 * seqlen_q;
+        for first in (0..seqlen_q).step_by(block_m) {
+            let rows = first..(first + block_m).min(seqlen_q);
+            let sees = |first_key: &usize| {
+                let keys = *first_key..(first_key + block_n).min(seqlen_k);
+                rows.clone().any(|i| keys.clone().any(|j| visible(i, j)))
+            };
+            let runs = (0..seqlen_k).step_by(block_n).filter(sees).count();
+            let sums = rows.len() * 4 * head_dim * runs.saturating_sub(1);
+            read += runs * rows.len() * 2 * (row_bytes + 4) + sums;
+            written += sums + rows.len() * row_bytes;
+        }
+    }
+    (read as u128, written as u128)
+}
+
+#[test]
+fn backward_costs_of_the_cpu_are_what_counting_gives() {
+    let info = |dtype, shape: &[usize]| TensorInfo::contiguous(&Device::cpu(), dtype, shape, 4096).expect("countable");
+    for (seqlen_q, seqlen_k) in [
+        (1, 1),
+        (96, 256),
+        (97, 257),
+        (200, 831),
+        (331, 200),
+        (500, 300),
+        (1, 600),
+    ] {
+        for attention in [Attention::new(), Attention::new().causal()] {
+            for dtype in [Dtype::F32, Dtype::F16] {
+                let q = info(dtype, &[2, 4, seqlen_q, 40]);
+                let k = info(dtype, &[2, 2, seqlen_k, 40]);
+                let lse = info(Dtype::F32, &[2, 4, seqlen_q]);
+                let from_above = BackwardInputs {
+                    out: &q,
+                    lse: &lse,
+                    dout: &q,
+                };
+                let problem = BackwardProblem::new(&attention, &q, &k, &k, from_above, None).expect("valid");
+                let plan = Plan::backward(&problem, &Device::cpu().info()).expect("the CPU solves all");
+                let (tiles, cost) = (plan.tiles(), plan.cost());
+                let counted = count_backward(plan.problem(), tiles.block_m as usize, tiles.block_n as usize);
+                assert_eq!((cost.bytes_read, cost.bytes_written), counted, "{plan}");
             }
         }
     }

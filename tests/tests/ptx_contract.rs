@@ -245,11 +245,12 @@ fn blocks_fit_every_card() {
     }
 }
 
-/// `asm!` lives in one room.
+/// `asm!` lives in one room; and in one file of the CPU device, for the tiles of AMX, which Rust has no intrinsics for.
 #[test]
 fn inline_assembly_stays_in_its_room() {
     let root = workspace();
     let room = root.join("kernels/src/ptx");
+    let tiles = root.join("host/src/device/cpu/pairs.rs");
     let mut inside = 0;
     for folder in ["kernels/src", "host/src", "emulator/src", "examples", "xtask/src"] {
         for path in files_below(&root.join(folder), "rs") {
@@ -258,7 +259,7 @@ fn inline_assembly_stays_in_its_room() {
             let uses = code.filter(|line| line.contains("asm!(")).count();
             if path.starts_with(&room) {
                 inside += uses;
-            } else {
+            } else if path != tiles {
                 assert_eq!(uses, 0, "{} holds inline assembly", path.display());
             }
         }

@@ -157,13 +157,18 @@ impl Device {
     }
 
     /// The host's cores, all of them or as many as `RAYON_NUM_THREADS` says. Always the same device.
+    ///
+    /// A call works on the thread it comes from, helped by the rayon pool that this thread is in, else by the global one.
+    /// It runs the best instructions the processor has, or those that the environment variable `FLASH_ATTENTION_CPU`
+    /// names when devices are made: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`. A name that the processor lacks
+    /// leaves the choice as it was; [`name`](Self::name) says which it is.
     pub fn cpu() -> Self {
         static CPU: OnceLock<Device> = OnceLock::new();
         CPU.get_or_init(|| Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::all_cores())))
             .clone()
     }
 
-    /// A CPU device with threads and a memory count of its own. Results do not depend on how many threads.
+    /// A CPU device with threads and a memory count of its own. Results do not depend on how many threads, to the bit.
     ///
     /// # Errors
     /// [`Error::Threads`] for 0 threads, or if the threads can not be started.
@@ -272,7 +277,8 @@ impl fmt::Debug for Device {
     }
 }
 
-/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`, `emulator:sm_90a`.
+/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`, `emulator:sm_90a`; and `cpu:amx`, `cpu:avx512bf16`,
+/// `cpu:avx512`, `cpu:avx2`, `cpu:portable`, a new CPU device that runs these instructions, if the processor has them.
 impl FromStr for Device {
     type Err = Error;
 
@@ -286,6 +292,10 @@ impl FromStr for Device {
             None if text == "cpu" => Ok(Self::cpu()),
             None if text == "cuda" => Self::cuda(0),
             None if text == "emulator" => Ok(Self::emulator(Arch::Sm80)),
+            Some(("cpu", instructions)) => {
+                let cpu = cpu::Cpu::with_instructions(instructions).ok_or_else(unknown)?;
+                Ok(Self::new(DeviceKind::Cpu, Box::new(cpu)))
+            }
             Some(("cuda", ordinal)) => Self::cuda(ordinal.parse().map_err(|_| unknown())?),
             Some(("emulator", arch)) => {
                 let arch = Arch::ALL
@@ -297,23 +307,4 @@ impl FromStr for Device {
             _ => Err(unknown()),
         }
     }
-}
-
-/// Runs `work`, which waits for rayon tasks, on a thread that does nothing else while it waits.
-///
-/// A worker of rayon's that waits takes on other tasks meanwhile: the caller's own, if the call came from a parallel
-/// loop. One of those could call us again and wait for the tensor that the first call holds locked, for ever.
-fn outside_rayon<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R, Error> {
-    if rayon::current_thread_index().is_none() {
-        return Ok(work());
-    }
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .spawn_scoped(scope, work)
-            .map_err(|error| Error::Threads {
-                threads: 1,
-                reason: error.to_string(),
-            })?;
-        thread.join().map_err(|panic| std::panic::resume_unwind(panic))
-    })
 }

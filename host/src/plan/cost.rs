@@ -10,10 +10,12 @@ use crate::Problem;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward: Q once; K and V once for every query tile that sees them.
-    /// Backward: that twice over, from the queries' side and from the keys'. On the CPU backward is not counted: 0.
+    /// Backward: that twice over, from the queries' side and from the keys'. On the CPU backward reads K and V once, Q, dO
+    /// and their statistics once for every run of keys that sees them, and dQ so far, in f32, for every such run but the
+    /// first.
     pub bytes_read: u128,
-    /// Bytes that kernels store to device memory: each result once, and delta in backward. On the CPU backward is not
-    /// counted: 0.
+    /// Bytes that kernels store to device memory: each result once, and delta in backward. On the CPU also dQ so far, in
+    /// f32, as often as it is read.
     pub bytes_written: u128,
     /// Multiplications and additions of the products, over visible pairs only: two products in forward, five in
     /// backward, whatever is computed twice.
@@ -33,6 +35,25 @@ impl Cost {
             bytes_read: heads * (seqlen_q + 2 * (walked.keys)(problem, tiles.block_m, tiles.block_n)) * row,
             bytes_written: heads * seqlen_q * (row + STATISTIC),
             flops: 4 * heads * walked.visible_pairs * u128::from(problem.head_dim()),
+        }
+    }
+
+    pub(super) fn cpu_backward(problem: &Problem, tiles: Tiles) -> Self {
+        let walked = Walked::new(problem);
+        let batch = problem.batch() as u128;
+        let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);
+        let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
+        let (row, row_of_sums) = (row_bytes(problem), 4 * u128::from(problem.head_dim()));
+        let streamed = (walked.queries)(problem, tiles.block_m, tiles.block_n);
+        let added = heads_q * (streamed - (walked.first_queries)(problem, tiles.block_m)) * row_of_sums;
+        let delta = heads_q * seqlen_q * STATISTIC;
+        Self {
+            bytes_read: heads_q * seqlen_q * 2 * row
+                + heads_kv * seqlen_k * 2 * row
+                + heads_q * streamed * 2 * (row + STATISTIC)
+                + added,
+            bytes_written: delta + added + heads_q * seqlen_q * row + heads_kv * seqlen_k * 2 * row,
+            flops: 10 * heads_q * walked.visible_pairs * u128::from(problem.head_dim()),
         }
     }
 
@@ -94,6 +115,8 @@ struct Walked {
     keys: fn(&Problem, u32, u32) -> u128,
     /// Rows of Q that the key tiles of one head load, all together.
     queries: fn(&Problem, u32, u32) -> u128,
+    /// Rows of Q in the query tiles of one head that see the first key.
+    first_queries: fn(&Problem, u32) -> u128,
 }
 
 impl Walked {
@@ -106,12 +129,14 @@ impl Walked {
                 visible_pairs: rows * (seqlen_k - rows) + rows * (rows + 1) / 2,
                 keys: keys::<true>,
                 queries: queries::<true>,
+                first_queries: first_queries::<true>,
             }
         } else {
             Self {
                 visible_pairs: seqlen_q * seqlen_k,
                 keys: keys::<false>,
                 queries: queries::<false>,
+                first_queries: first_queries::<false>,
             }
         }
     }
@@ -131,6 +156,11 @@ fn queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) ->
     tiles(problem.seqlen_k(), block_n)
         .map(|(first, rows)| rows_of(mask.query_blocks(first, rows, block_m), block_m, problem.seqlen_q()))
         .sum()
+}
+
+fn first_queries<const CAUSAL: bool>(problem: &Problem, block_m: u32) -> u128 {
+    let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
+    rows_of(mask.query_blocks(0, 1, block_m), block_m, problem.seqlen_q())
 }
 
 /// (first row, rows) of each tile of a sequence.

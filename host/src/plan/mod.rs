@@ -41,9 +41,9 @@ pub struct Plan {
 /// What a block holds at a time: the unit in which memory is read and the mask is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Queries that one block, or one task of the CPU, owns.
+    /// Queries that one block, or one task of the CPU, owns; in the CPU's backward pass, queries it takes in at a time.
     pub block_m: u32,
-    /// Keys that it takes in at a time.
+    /// Keys that it takes in at a time; in the CPU's backward pass, keys that one task owns.
     pub block_n: u32,
 }
 
@@ -54,7 +54,7 @@ impl Plan {
     /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`].
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
         let (tiles, launches) = match *device {
-            DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
+            DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 // Only of a positive scale the largest product is the largest score.
                 let hopper = problem.softmax_scale() > 0.0
@@ -91,7 +91,7 @@ impl Plan {
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
         let (tiles, launches) = match *device {
-            DeviceInfo::Cpu { .. } => (CPU_TILES, Vec::new()),
+            DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
                 let hopper = tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
@@ -112,7 +112,10 @@ impl Plan {
             backward: Some(*problem.tensors()),
             device: *device,
             tiles,
-            cost: Cost::backward(forward, &launches),
+            cost: match device {
+                DeviceInfo::Cpu { .. } => Cost::cpu_backward(forward, tiles),
+                DeviceInfo::Gpu { .. } => Cost::backward(forward, &launches),
+            },
             launches,
             workspace_bytes: problem.delta_bytes(),
         })
@@ -154,14 +157,32 @@ impl Plan {
     }
 }
 
-/// The tiles of the CPU device.
+/// The tiles of a forward pass on the CPU.
 ///
-/// The tiles of a task (Q, K, V, scores, output; at most 416 KiB at head_dim 256) stay in a core's L2 cache, and 128
-/// queries share the work of transposing a tile of keys, which is then 1/128 of the multiplications.
-const CPU_TILES: Tiles = Tiles {
-    block_m: 128,
-    block_n: 64,
-};
+/// A panel of 48 queries with its part of the output and of the scores, and a tile of 64 keys and values, live in the L1 and
+/// L2 cache of a core. Each tile of keys is widened once for all the queries of a task: eight panels where there are tasks
+/// enough to keep every thread busy to the end, fewer where not. Results do not depend on how many.
+fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
+    let heads = problem.batch() * problem.heads_q();
+    let enough = |block_m: &u32| heads * problem.seqlen_q().div_ceil(*block_m) as usize >= 8 * threads;
+    Tiles {
+        block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
+        block_n: 64,
+    }
+}
+
+/// The tiles of a backward pass on the CPU, where a task owns keys and streams queries past them.
+///
+/// The keys of a task and their gradients stay in the L2 cache, and each tile of queries is widened and transposed once
+/// for all of them: more where there are many, so that short sequences still make tasks for every thread. Gradients are
+/// sums of what tasks add, so this depends on sizes alone, never on threads.
+fn cpu_backward_tiles(problem: &Problem) -> Tiles {
+    let long = problem.seqlen_k() >= 4096 && problem.head_dim() <= 128;
+    Tiles {
+        block_m: 96,
+        block_n: if long { 512 } else { 256 },
+    }
+}
 
 impl Tiles {
     fn of(entry: &Entry) -> Self {

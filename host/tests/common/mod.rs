@@ -16,6 +16,16 @@ pub fn noise(len: usize, seed: u64) -> Vec<f64> {
     (0..len).map(|_| next()).collect()
 }
 
+/// The CPU with each instruction set that this processor has, the best first. The others are named in the output.
+pub fn instruction_sets() -> &'static [Device] {
+    static DEVICES: std::sync::OnceLock<Vec<Device>> = std::sync::OnceLock::new();
+    DEVICES.get_or_init(|| {
+        let sets = ["cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2", "cpu:portable"].into_iter();
+        sets.filter_map(|set| set.parse().map_err(|error| eprintln!("{set}: absent, {error}")).ok())
+            .collect()
+    })
+}
+
 pub fn largest_error<T: Element>(got: &[T], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     got.iter().zip(want).fold(0.0, |worst: f64, (got, want)| {

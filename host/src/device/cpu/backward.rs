@@ -1,4 +1,4 @@
-//! The backward pass on the CPU: gradients by recomputation, as the GPU kernels compute them.
+//! The backward pass on the CPU: gradients by recomputation, as the GPU kernels compute them, in five products.
 //!
 //! With P = exp(scale * S - lse) and delta = rowsum(dO * O), which comes first,
 //!
@@ -6,522 +6,826 @@
 //! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
 //! ```
 //!
-//! There are two kinds of tasks. One owns queries and streams keys past them: dQ. The other owns keys, streams the queries
-//! of every head that shares them, and works on the transposed tiles: dK and dV. Scores are computed twice, and in return
-//! each element of a gradient is one sum in one order by one thread: the same bits on any number of threads.
+//! A task owns a run of keys of one head, with their dK and dV, and streams the queries of every head that shares them,
+//! tile by tile, the last first. Queries are lanes (see `kernels.rs`), so S, dP and dS are made once, and serve all five
+//! products as they lie. What a task has for dQ is added to memory after the task of the keys before it has added its own:
+//! each element of a gradient is one sum in one order, the same on any number of threads. Tasks are taken in that order,
+//! so the one that is waited for is always at work, and a few rows ahead.
 
-use flash_attention_kernels::mask::{Blocks, Mask};
-use pulp::{Simd, WithSimd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use flash_attention_kernels::entries::Dtype;
+
+use super::kernels::{Backpropagate, Kernels, MAX_LANES, PairProduct, Pairs, Product, ROWS, SIDE};
 use super::pointer_mut;
-use super::rows::{Rows, RowsMut, share};
-use super::simd::{MAX_LANES, Matrix, backpropagate, dot, multiply_add, transpose};
-use crate::Element;
+use super::team::{Lines, Team};
+use super::tensor::{Head, Panels, Visibility};
 use crate::plan::Tiles;
 use crate::problem::{BackwardTensors, Problem};
 
-/// Tasks that a pass should have at least, so that a problem of few heads keeps many threads busy.
-const ENOUGH_TASKS: usize = 32;
+/// Keys whose scores are made at a time: with those of a tile of queries, they stay in the L1 cache.
+const BLOCK: usize = 64;
 
-/// Rows that a task owns at least: fewer would not pay for transposing what is streamed past them.
-const MIN_OWNED: usize = 32;
-
-/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. A task owns up to `tiles.block_m` rows and streams `tiles.block_n` at a time past them, a
-/// multiple of 16.
-///
-/// # Safety
-/// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of type
-/// `T`, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor anything else.
-/// Nobody writes the inputs or touches the outputs meanwhile.
-pub(super) unsafe fn backward<T: Element>(problem: &Problem, tensors: &BackwardTensors, delta: u64, tiles: Tiles) {
-    // SAFETY: passed on to the caller.
-    unsafe {
-        make_delta::<T>(problem, tensors, delta);
-        if problem.causal() {
-            gradients::<T, true>(problem, tensors, delta, tiles);
-        } else {
-            gradients::<T, false>(problem, tensors, delta, tiles);
-        }
-    }
-}
-
-/// delta = rowsum(dO * O).
-///
-/// # Safety
-/// As for [`backward`].
-unsafe fn make_delta<T: Element>(problem: &Problem, tensors: &BackwardTensors, delta: u64) {
-    let (seqlen_q, heads_q) = (problem.seqlen_q() as usize, problem.heads_q());
-    let head_dim = problem.head_dim() as usize;
-    let tiles = seqlen_q.div_ceil(DELTA_ROWS);
-    let row = || vec![0.0; head_dim.next_multiple_of(MAX_LANES)];
-    share(
-        problem.batch() * heads_q * tiles,
-        || [row(), row()],
-        |scratch, task| {
-            let (heads, first_row) = (task / tiles, task % tiles * DELTA_ROWS);
-            let rows = DELTA_ROWS.min(seqlen_q - first_row);
-            // SAFETY: the caller vouches for the tensors; no two tasks have a row in common.
-            let task = unsafe {
-                DeltaTask::<T> {
-                    first_row,
-                    out: Rows::new(problem.out(), heads / heads_q, heads % heads_q, head_dim),
-                    dout: Rows::new(tensors.dout, heads / heads_q, heads % heads_q, head_dim),
-                    delta: std::slice::from_raw_parts_mut(
-                        pointer_mut::<f32>(delta).add(heads * seqlen_q + first_row),
-                        rows,
-                    ),
-                    scratch,
-                }
-            };
-            pulp::Arch::new().dispatch(task);
-        },
-    );
-}
-
-/// Queries of a task of [`make_delta`].
+/// Queries of a task that computes delta.
 const DELTA_ROWS: usize = 256;
 
-/// delta of a run of queries of one head.
-struct DeltaTask<'a, T> {
-    first_row: usize,
-    out: Rows<T>,
-    dout: Rows<T>,
-    delta: &'a mut [f32],
-    scratch: &'a mut [Vec<f32>; 2],
+/// One backward problem on its way.
+struct Backward<'a> {
+    kernels: &'static Kernels,
+    /// How pairs of bf16 are multiplied, if that is how this problem is solved.
+    pairs: Option<&'static Pairs>,
+    problem: &'a Problem,
+    tensors: &'a BackwardTensors,
+    tiles: Tiles,
+    visibility: Visibility,
+    delta: u64,
 }
 
-impl<T: Element> WithSimd for DeltaTask<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let [out, dout] = self.scratch;
-        for (row, delta) in self.delta.iter_mut().enumerate() {
-            T::widen(self.out.row(self.first_row + row), &mut out[..self.out.head_dim]);
-            T::widen(self.dout.row(self.first_row + row), &mut dout[..self.out.head_dim]);
-            *delta = dot(simd, out, dout);
-        }
-    }
-}
-
-/// dQ by tiles of queries, dK and dV by tiles of keys.
+/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. A task owns
+/// `tiles.block_n` keys and streams `tiles.block_m` queries at a time past them, a multiple of [`MAX_LANES`].
 ///
 /// # Safety
-/// As for [`backward`], and delta has been computed.
-unsafe fn gradients<T: Element, const CAUSAL: bool>(
-    problem: &Problem,
-    tensors: &BackwardTensors,
-    delta: u64,
-    tiles: Tiles,
-) {
-    let (seqlen_q, seqlen_k) = (problem.seqlen_q() as usize, problem.seqlen_k() as usize);
-    let (query_heads, key_heads) = (
-        problem.batch() * problem.heads_q(),
-        problem.batch() * problem.heads_kv(),
-    );
-    let tasks = |owned: usize| {
-        (
-            key_heads * seqlen_k.div_ceil(owned),
-            query_heads * seqlen_q.div_ceil(owned),
-        )
+/// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of the
+/// problem's type, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor anything
+/// else. Nobody writes the inputs or touches the outputs meanwhile.
+pub(super) unsafe fn backward(team: &Team<'_>, problem: &Problem, tensors: &BackwardTensors, delta: u64, tiles: Tiles) {
+    let backward = Backward {
+        kernels: team.kernels,
+        pairs: team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16),
+        problem,
+        tensors,
+        tiles,
+        visibility: Visibility::new(problem),
+        delta,
     };
-    let mut owned = tiles.block_m as usize;
-    while owned / 2 >= MIN_OWNED && tasks(owned).0 + tasks(owned).1 < ENOUGH_TASKS {
-        owned /= 2;
-    }
-    let (key_tasks, query_tasks) = tasks(owned);
-    let streamed = tiles.block_n as usize;
-    share(
-        key_tasks + query_tasks,
-        || Scratch::new(problem, owned, streamed),
-        |scratch, task| {
-            // Heavy tasks first: those of keys, and of a causal head the first keys, which most queries see.
-            let (heads, tile) = if task < key_tasks {
-                let tiles = seqlen_k.div_ceil(owned);
-                (task / tiles, task % tiles)
-            } else {
-                let tiles = seqlen_q.div_ceil(owned);
-                let task = task - key_tasks;
-                (task / tiles, tiles - 1 - task % tiles)
-            };
-            let first_row = tile * owned;
-            let (seqlen, heads_of_batch) = if task < key_tasks {
-                (seqlen_k, problem.heads_kv())
-            } else {
-                (seqlen_q, problem.heads_q())
-            };
-            let place = Place {
-                batch: heads / heads_of_batch,
-                head: heads % heads_of_batch,
-                first_row: first_row as u32,
-                rows: owned.min(seqlen - first_row),
-                streamed: streamed as u32,
-            };
-            // SAFETY: the caller vouches for the tensors, and the place is within them. No two tasks own a row of the same
-            // gradient, so each is written by one thread only.
-            unsafe {
-                if task < key_tasks {
-                    pulp::Arch::new().dispatch(Task::<T, CAUSAL, true>::new(problem, tensors, delta, place, scratch));
-                } else {
-                    pulp::Arch::new().dispatch(Task::<T, CAUSAL, false>::new(problem, tensors, delta, place, scratch));
-                }
-            }
-        },
-    );
+    // SAFETY: passed on to the caller.
+    unsafe { backward.make_delta(team) };
+    let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
+    let heads = problem.batch() * problem.heads_kv();
+    let shared: Vec<SharedHead> = (0..heads).map(|_| SharedHead::new(&backward)).collect();
+    // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody.
+    let chunks_of_task = if heads >= 4 * team.threads { chunks } else { 1 };
+    let tasks_of_head = chunks / chunks_of_task;
+    let scratch = || Scratch::new(&backward);
+    team.share(heads * tasks_of_head, scratch, |scratch, task| {
+        let head = task / tasks_of_head;
+        let first = task % tasks_of_head * chunks_of_task;
+        for chunk in first..first + chunks_of_task {
+            // SAFETY: passed on to the caller; no other task has these keys.
+            unsafe { scratch.chunk(&backward, &shared[head], head, chunk, chunks) };
+        }
+    });
 }
 
-/// The rows that a task owns.
-#[derive(Clone, Copy)]
-struct Place {
-    batch: usize,
-    /// Among the query heads, or the key heads.
-    head: usize,
-    first_row: u32,
-    rows: usize,
-    /// Rows of a streamed tile.
-    streamed: u32,
+/// What the tasks of one head share.
+struct SharedHead {
+    /// For each tile of queries of each query head: how many tasks have added their part of dQ.
+    added: Vec<AtomicU32>,
+    /// dQ so far, where its own memory can not hold an f32: `queries x head_dim`. It is there while tasks need it. And how
+    /// many have asked for it.
+    sums: Mutex<(Option<Arc<Sums>>, usize)>,
 }
 
-/// The tiles that a thread works in, all f32. Where there are two, the first is of q or k, the second of dout or v.
-/// "width" is head_dim rounded up to whole vectors.
-struct Scratch {
-    /// `owned x width`.
-    owned: [Vec<f32>; 2],
-    /// `streamed x width`.
-    streamed: [Vec<f32>; 2],
-    /// `head_dim x streamed`.
-    transposed: [Vec<f32>; 2],
-    /// `owned x streamed`: scores, then probabilities.
-    probabilities: Vec<f32>,
-    /// `owned x streamed`: dP, then dS.
-    ds: Vec<f32>,
-    /// `owned x width`: dS times the first streamed tiles, and P times the second: dQ, or dK and dV.
-    gradients: [Vec<f32>; 2],
-    /// Of the owned queries, or of the streamed ones. An lse of minus infinity, of a query that saw nothing, is stored as
-    /// plus infinity, which makes its probabilities 0 and not infinite.
-    lse: Vec<f32>,
-    delta: Vec<f32>,
-}
+/// Memory that tasks write in turn.
+struct Sums(
+    *mut f32,
+    #[allow(dead_code, reason = "what the pointer points to")] Lines,
+);
 
-impl Scratch {
-    fn new(problem: &Problem, owned: usize, streamed: usize) -> Self {
-        let head_dim = problem.head_dim() as usize;
-        let width = head_dim.next_multiple_of(MAX_LANES);
-        let pair = |size: usize| [vec![0.0; size], vec![0.0; size]];
+// SAFETY: the tasks take turns: `SharedHead::added` says whose it is.
+unsafe impl Send for Sums {}
+// SAFETY: as above.
+unsafe impl Sync for Sums {}
+
+impl SharedHead {
+    fn new(backward: &Backward<'_>) -> Self {
+        let tiles = backward.group() * backward.query_tiles();
         Self {
-            owned: pair(owned * width),
-            streamed: pair(streamed * width),
-            transposed: pair(head_dim * streamed),
-            probabilities: vec![0.0; owned * streamed],
-            ds: vec![0.0; owned * streamed],
-            gradients: pair(owned * width),
-            lse: vec![0.0; owned.max(streamed)],
-            delta: vec![0.0; owned.max(streamed)],
+            added: (0..tiles).map(|_| AtomicU32::new(0)).collect(),
+            sums: Mutex::new((None, 0)),
         }
     }
-}
 
-/// One task, from load to store: of keys, or else of queries.
-struct Task<'a, T, const CAUSAL: bool, const KEYS: bool> {
-    place: Place,
-    mask: Mask<CAUSAL>,
-    scale: f32,
-    /// Q and dO, or K and V.
-    owned: [Rows<T>; 2],
-    /// What is streamed past them, one entry for each head: K and V, or Q and dO of the heads that share the keys.
-    streamed: Vec<Streamed<'a, T>>,
-    /// dQ, or dK and dV.
-    gradients: Vec<RowsMut<T>>,
-    scratch: &'a mut Scratch,
-}
-
-/// What is streamed of one head.
-#[derive(Clone, Copy)]
-struct Streamed<'a, T> {
-    rows: [Rows<T>; 2],
-    /// lse and delta of all the head's queries, whether they are streamed or owned.
-    statistics: [&'a [f32]; 2],
-}
-
-impl<'a, T: Element, const CAUSAL: bool, const KEYS: bool> Task<'a, T, CAUSAL, KEYS> {
-    /// # Safety
-    /// As for [`gradients`]; no other task with the same `KEYS` has these rows.
-    unsafe fn new(
-        problem: &Problem,
-        tensors: &BackwardTensors,
-        delta: u64,
-        place: Place,
-        scratch: &'a mut Scratch,
-    ) -> Self {
-        let Place { batch, head, .. } = place;
-        let (head_dim, seqlen_q) = (problem.head_dim() as usize, problem.seqlen_q() as usize);
-        let heads_q_per_kv = problem.heads_q() / problem.heads_kv();
-        // SAFETY: the caller vouches for the tensors, and every head that is asked for is within them.
-        let rows = |tensor, head| unsafe { Rows::<T>::new(tensor, batch, head, head_dim) };
-        let queries = |head: usize| [rows(problem.q(), head), rows(tensors.dout, head)];
-        let keys = |head: usize| [rows(problem.k(), head), rows(problem.v(), head)];
-        let statistics = |head: usize| {
-            [tensors.lse, delta].map(|address| {
-                let first = (batch * problem.heads_q() + head) * seqlen_q;
-                // SAFETY: both hold an f32 for each query, and nobody writes them any more.
-                unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(address).add(first), seqlen_q) }
-            })
+    /// The sums, for one of so many runs of keys, each of which asks once; `None` where dq itself holds them, or nothing is
+    /// added up.
+    fn sums(&self, backward: &Backward<'_>, chunks: usize) -> Option<Arc<Sums>> {
+        if backward.problem.dtype() == Dtype::F32 || chunks == 1 {
+            return None;
+        }
+        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let (memory, asked) = &mut *sums;
+        let queries = backward.group() * backward.problem.seqlen_q() as usize;
+        let new = || {
+            let mut lines = Lines::new(queries * backward.head_dim());
+            Arc::new(Sums(lines.as_mut_ptr(), lines))
         };
-        let (owned, streamed, gradients) = if KEYS {
-            let heads = head * heads_q_per_kv..(head + 1) * heads_q_per_kv;
-            let streamed = heads.map(|head| Streamed {
-                rows: queries(head),
-                statistics: statistics(head),
-            });
-            (keys(head), streamed.collect(), vec![tensors.dk, tensors.dv])
-        } else {
-            let streamed = Streamed {
-                rows: keys(head / heads_q_per_kv),
-                statistics: statistics(head),
-            };
-            (queries(head), vec![streamed], vec![tensors.dq])
-        };
-        Self {
-            place,
-            mask: Mask::new(problem.seqlen_q(), problem.seqlen_k()),
-            scale: problem.softmax_scale(),
-            owned,
-            streamed,
-            gradients: gradients
-                .into_iter()
-                .map(|tensor| RowsMut(rows(tensor, head)))
-                .collect(),
-            scratch,
+        let of_task = memory.get_or_insert_with(new).clone();
+        *asked += 1;
+        if *asked == chunks {
+            *memory = None; // the last of them gives it back
         }
+        Some(of_task)
     }
 }
 
-impl<T: Element, const CAUSAL: bool, const KEYS: bool> WithSimd for Task<'_, T, CAUSAL, KEYS> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        self.load_owned();
-        let (first_row, rows, block) = (self.place.first_row, self.place.rows as u32, self.place.streamed);
-        for head in 0..self.streamed.len() {
-            let head = self.streamed[head];
-            if KEYS {
-                let Blocks { begin, boundary, end } = self.mask.query_blocks(first_row, rows, block);
-                for m in begin..boundary {
-                    self.add::<S, true>(simd, head, m);
-                }
-                for m in boundary..end {
-                    self.add::<S, false>(simd, head, m);
-                }
-            } else {
-                let Blocks { begin, boundary, end } = self.mask.key_blocks(first_row, rows, block);
-                self.load_statistics(head, first_row as usize, self.place.rows);
-                for n in begin..boundary {
-                    self.add::<S, false>(simd, head, n);
-                }
-                for n in boundary..end {
-                    self.add::<S, true>(simd, head, n);
-                }
-            }
-        }
-        self.store();
-    }
-}
-
-impl<T: Element, const CAUSAL: bool, const KEYS: bool> Task<'_, T, CAUSAL, KEYS> {
-    #[inline(always)]
+impl Backward<'_> {
     fn head_dim(&self) -> usize {
-        self.owned[0].head_dim
+        self.problem.head_dim() as usize
     }
 
-    /// Elements from one row to the next in tiles of head_dim.
-    #[inline(always)]
+    /// head_dim in whole registers.
     fn width(&self) -> usize {
         self.head_dim().next_multiple_of(MAX_LANES)
     }
 
-    /// Rows of the streamed tile that starts at `first` which exist and are visible to anything owned.
-    #[inline(always)]
-    fn columns(&self, head: Streamed<'_, T>, first: u32) -> usize {
-        let end = if KEYS {
-            head.statistics[0].len() as u32
-        } else {
-            self.mask.visible_end(self.place.first_row + self.place.rows as u32 - 1)
+    /// What keys, and queries of a tile, are padded to a multiple of.
+    fn padding(&self) -> usize {
+        if self.pairs.is_some() { 2 * SIDE } else { ROWS }
+    }
+
+    /// Words of a row of a head as pairs, in whole tiles.
+    fn words(&self) -> usize {
+        self.head_dim().next_multiple_of(2 * SIDE) / 2
+    }
+
+    /// Keys of a task, as far as there are any, padded.
+    fn owned(&self) -> usize {
+        (self.tiles.block_n as usize)
+            .min(self.problem.seqlen_k() as usize)
+            .next_multiple_of(self.padding())
+    }
+
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.problem.heads_q() / self.problem.heads_kv()
+    }
+
+    fn query_tiles(&self) -> usize {
+        self.problem.seqlen_q().div_ceil(self.tiles.block_m) as usize
+    }
+
+    /// The rows of one head of a tensor.
+    ///
+    /// # Safety
+    /// As for [`backward`]; the head exists.
+    unsafe fn rows(&self, tensor: flash_attention_kernels::abi::StridedTensor, batch: usize, head: usize) -> Head {
+        // SAFETY: passed on to the caller.
+        unsafe { Head::new(tensor, self.problem.dtype(), batch, head, self.head_dim()) }
+    }
+
+    /// delta = rowsum(dO * O). Where there is one key, O is V, and dP - delta is to be 0 and not what two roundings leave: it
+    /// is summed in the order of dP = dO V^T then.
+    ///
+    /// # Safety
+    /// As for [`backward`].
+    unsafe fn make_delta(&self, team: &Team<'_>) {
+        let (kernels, head_dim) = (self.kernels, self.head_dim());
+        let (heads_q, seqlen_q) = (self.problem.heads_q(), self.problem.seqlen_q() as usize);
+        let (lanes, depth) = (kernels.lanes, head_dim);
+        let tiles = seqlen_q.div_ceil(DELTA_ROWS);
+        let tasks = self.problem.batch() * heads_q * tiles;
+        let scratch = || {
+            let panel = || Lines::new(lanes * depth);
+            [
+                panel(),
+                panel(),
+                Lines::new(MAX_LANES * self.width()),
+                Lines::new(lanes),
+            ]
         };
-        (end - first).min(self.place.streamed) as usize
+        team.share(tasks, scratch, |[x, y, rows, sums], task| {
+            let (heads, first) = (task / tiles, task % tiles * DELTA_ROWS);
+            let (batch, head) = (heads / heads_q, heads % heads_q);
+            // SAFETY: passed on to the caller.
+            let (out, dout) = unsafe {
+                (
+                    self.rows(self.problem.out(), batch, head),
+                    self.rows(self.tensors.dout, batch, head),
+                )
+            };
+            let end = seqlen_q.min(first + DELTA_ROWS);
+            for row in (first..end).step_by(lanes) {
+                let queries = row..end.min(row + lanes);
+                let shape = Panels { lanes, depth };
+                out.load_panels(kernels, queries.clone(), 1.0, shape, x, rows);
+                dout.load_panels(kernels, queries.clone(), 1.0, shape, y, rows);
+                // SAFETY: both are panels of `head_dim` rows, and delta has an entry for each of the rows, which this task
+                // alone writes.
+                unsafe {
+                    let one_key = self.problem.seqlen_k() == 1;
+                    (kernels.dot)(x.as_ptr(), y.as_ptr(), head_dim, one_key, sums.as_mut_ptr());
+                    let delta = pointer_mut::<f32>(self.delta).add(heads * seqlen_q + row);
+                    std::ptr::copy_nonoverlapping(sums.as_ptr(), delta, queries.len());
+                }
+            }
+        });
     }
+}
 
-    /// Columns of the streamed tile that starts at `first` which make a visible pair with an owned row.
-    #[inline(always)]
-    fn visible(&self, row: usize, first: u32, columns: usize) -> std::ops::Range<usize> {
-        let row = self.place.first_row + row as u32;
-        let within = |position: u32| (position.saturating_sub(first) as usize).min(columns);
-        if KEYS {
-            within(self.mask.visible_begin(row))..columns
-        } else {
-            0..within(self.mask.visible_end(row))
+/// A tile of queries of one head, as it passes a run of keys.
+#[derive(Clone, Copy)]
+struct QueryTile {
+    first_row: usize,
+    rows: usize,
+    /// Lanes in use: rows, padded.
+    lanes: usize,
+    /// Whether q and dout are finite.
+    finite: bool,
+}
+
+/// What products of pairs of bf16 read: words of two neighbours along the inner axis.
+struct Words {
+    /// Of the keys that a task owns, `block_n x words`.
+    keys: Lines,
+    values: Lines,
+    /// K transposed: `width x block_n / 2`.
+    keys_lanes: Lines,
+    /// Of a tile of queries, neighbours within a head: `words x block_m`.
+    q_lanes: Lines,
+    dout_lanes: Lines,
+    /// The same, neighbours among the queries: `block_m / 2 x width`.
+    q: Lines,
+    dout: Lines,
+    /// P and dS, neighbours among the queries: `BLOCK x block_m / 2`.
+    probabilities: Lines,
+    ds: Lines,
+    /// dS, neighbours among the keys: `BLOCK / 2 x block_m`.
+    ds_lanes: Lines,
+    /// Pairs of keys, before they are transposed: `block_n / 2 x width`.
+    rows: Lines,
+}
+
+impl Words {
+    fn new(backward: &Backward<'_>) -> Self {
+        let (width, words) = (backward.width(), backward.words());
+        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
+        let lines = |count: usize| Lines::new(if backward.pairs.is_some() { count } else { 0 });
+        Self {
+            keys: lines(block_n * words),
+            values: lines(block_n * words),
+            keys_lanes: lines(width * block_n / 2),
+            q_lanes: lines(words * block_m),
+            dout_lanes: lines(words * block_m),
+            q: lines(block_m / 2 * width),
+            dout: lines(block_m / 2 * width),
+            probabilities: lines(BLOCK * block_m / 2),
+            ds: lines(BLOCK * block_m / 2),
+            ds_lanes: lines(BLOCK / 2 * block_m),
+            rows: lines(block_n / 2 * width),
+        }
+    }
+}
+
+/// The tiles that a thread works in. "width" is head_dim in whole registers.
+struct Scratch {
+    /// Empty where products are of f32.
+    words: Words,
+    /// Of the keys that a task owns: `block_n x head_dim`.
+    keys: Lines,
+    values: Lines,
+    /// Their gradients: `block_n x width`.
+    dk: Lines,
+    dv: Lines,
+    /// Of a tile of queries, `block_m x width`.
+    q: Lines,
+    dout: Lines,
+    /// The same transposed: `head_dim x block_m`; and the gradient of q, `width x block_m`.
+    q_lanes: Lines,
+    dout_lanes: Lines,
+    dq_lanes: Lines,
+    /// `BLOCK x block_m`: S, then P.
+    probabilities: Lines,
+    /// `BLOCK x block_m`: dP, then dS.
+    ds: Lines,
+    lse: Lines,
+    delta: Lines,
+    /// How many keys of a block each query sees.
+    visible: Lines,
+}
+
+impl Scratch {
+    fn new(backward: &Backward<'_>) -> Self {
+        let (head_dim, width) = (backward.head_dim(), backward.width());
+        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
+        Self {
+            words: Words::new(backward),
+            keys: Lines::new(block_n * head_dim + MAX_LANES),
+            values: Lines::new(block_n * head_dim),
+            dk: Lines::new(block_n * width),
+            dv: Lines::new(block_n * width),
+            q: Lines::new(block_m * width),
+            dout: Lines::new(block_m * width),
+            q_lanes: Lines::new(head_dim * block_m),
+            dout_lanes: Lines::new(head_dim * block_m),
+            dq_lanes: Lines::new(width * block_m),
+            probabilities: Lines::new(BLOCK * block_m),
+            ds: Lines::new(BLOCK * block_m),
+            lse: Lines::new(block_m),
+            delta: Lines::new(block_m),
+            visible: Lines::new(block_m),
         }
     }
 
-    #[inline(always)]
-    fn load_owned(&mut self) {
-        let (width, first) = (self.width(), self.place.first_row as usize);
-        for (rows, tile) in self.owned.iter().zip(&mut self.scratch.owned) {
-            rows.load(first, self.place.rows, tile, width);
+    /// The gradients that come from run `chunk` of the keys of a head.
+    ///
+    /// # Safety
+    /// As for [`backward`], and no other task has these keys.
+    unsafe fn chunk(&mut self, backward: &Backward<'_>, shared: &SharedHead, head: usize, chunk: usize, chunks: usize) {
+        let (problem, tensors, kernels) = (backward.problem, backward.tensors, backward.kernels);
+        let (batch, kv_head) = (head / problem.heads_kv(), head % problem.heads_kv());
+        let (head_dim, width, block_n) = (backward.head_dim(), backward.width(), backward.tiles.block_n as usize);
+        let first_key = chunk * block_n;
+        let keys = block_n.min(problem.seqlen_k() as usize - first_key);
+        let padded = keys.next_multiple_of(backward.padding());
+        // SAFETY: passed on to the caller, here and below; the heads are within their tensors.
+        let of_keys = |tensor| unsafe { backward.rows(tensor, batch, kv_head) };
+        of_keys(problem.k()).load_tile(kernels, first_key, [keys, padded], self.keys.as_mut_slice(), head_dim);
+        of_keys(problem.v()).load_tile(kernels, first_key, [keys, padded], self.values.as_mut_slice(), head_dim);
+        if backward.pairs.is_some() {
+            let words = backward.words();
+            of_keys(problem.k()).copy_halves(first_key, [keys, padded], &mut self.words.keys, words);
+            of_keys(problem.v()).copy_halves(first_key, [keys, padded], &mut self.words.values, words);
+            self.pair_keys(backward, padded);
         }
-        self.scratch.gradients.iter_mut().for_each(|tile| tile.fill(0.0));
+        self.dk.as_mut_slice()[..padded * width].fill(0.0);
+        self.dv.as_mut_slice()[..padded * width].fill(0.0);
+        let sums = shared.sums(backward, chunks);
+        for in_group in 0..backward.group() {
+            let query_head = kv_head * backward.group() + in_group;
+            for tile in (0..backward.query_tiles()).rev() {
+                let first_row = tile * backward.tiles.block_m as usize;
+                let rows = (backward.tiles.block_m as usize).min(problem.seqlen_q() as usize - first_row);
+                let end = backward.visibility.visible_end((first_row + rows) as u32 - 1) as usize;
+                let sees_any = end > first_key;
+                if !sees_any && chunk > 0 {
+                    break; // earlier queries see no more
+                }
+                // SAFETY: as above.
+                unsafe {
+                    self.dq_lanes.as_mut_slice().fill(0.0);
+                    if sees_any {
+                        let tile = self.load_queries(backward, batch, query_head, first_row, rows);
+                        // The processor has the instructions of its kernels.
+                        backward.pairs.inspect(|pairs| (pairs.begin)());
+                        self.pass(backward, tile, first_key, keys);
+                        backward.pairs.inspect(|pairs| (pairs.end)());
+                    }
+                    let added = &shared.added[in_group * backward.query_tiles() + tile];
+                    let dq = GradientRows {
+                        rows: backward.rows(tensors.dq, batch, query_head),
+                        sums: sums.as_ref().map(|sums| sums.0),
+                        first_sum: in_group * problem.seqlen_q() as usize + first_row,
+                        first_row,
+                        count: rows,
+                        is_first: chunk == 0,
+                        is_last: end <= first_key + keys,
+                    };
+                    wait_for(added, chunk as u32);
+                    self.add_dq(backward, &dq);
+                    added.store(chunk as u32 + 1, Ordering::Release);
+                }
+            }
+        }
+        for (tensor, gradient, factor) in [
+            (tensors.dk, &mut self.dk, problem.softmax_scale()),
+            (tensors.dv, &mut self.dv, 1.0),
+        ] {
+            let target = of_keys(tensor);
+            for (key, row) in gradient.as_mut_slice().chunks_mut(width).take(keys).enumerate() {
+                row.iter_mut().for_each(|x| *x *= factor);
+                target.store(kernels, first_key + key, row);
+            }
+        }
     }
 
-    /// Loads lse and delta of `rows` queries.
-    #[inline(always)]
-    fn load_statistics(&mut self, head: Streamed<'_, T>, first: usize, rows: usize) {
-        let [lse, delta] = head.statistics.map(|of_head| &of_head[first..][..rows]);
-        for (to, &lse) in self.scratch.lse.iter_mut().zip(lse) {
+    /// Loads a tile of queries, as it is and transposed, with what belongs to each query.
+    ///
+    /// # Safety
+    /// As for [`backward`]; the queries exist.
+    unsafe fn load_queries(
+        &mut self,
+        backward: &Backward<'_>,
+        batch: usize,
+        head: usize,
+        first_row: usize,
+        rows: usize,
+    ) -> QueryTile {
+        let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
+        let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
+        let sources = [backward.problem.q(), backward.tensors.dout];
+        let tiles = [(&mut self.q, &mut self.q_lanes), (&mut self.dout, &mut self.dout_lanes)];
+        for (source, (tile, lanes)) in sources.into_iter().zip(tiles) {
+            // SAFETY: passed on to the caller; tiles are `block_m` rows and lanes.
+            unsafe {
+                let source = backward.rows(source, batch, head);
+                source.load_tile(kernels, first_row, [rows, padded], tile.as_mut_slice(), width);
+                let (from, to) = (tile.as_ptr(), lanes.as_mut_ptr());
+                (kernels.transpose)(from, width, padded, to, block_m, backward.head_dim());
+            }
+        }
+        if backward.pairs.is_some() {
+            let words = &mut self.words;
+            for (rows, lanes, pairs, pairs_lanes) in [
+                (&self.q, &self.q_lanes, &mut words.q, &mut words.q_lanes),
+                (&self.dout, &self.dout_lanes, &mut words.dout, &mut words.dout_lanes),
+            ] {
+                // SAFETY: the processor has the instructions; words are half as many rows as what they are made of.
+                unsafe {
+                    let (to, to_lanes) = (pairs.as_mut_ptr().cast(), pairs_lanes.as_mut_ptr().cast());
+                    (kernels.pair_rows)(rows.as_ptr(), width, padded / 2, width, to, width);
+                    (kernels.pair_rows)(
+                        lanes.as_ptr(),
+                        block_m,
+                        backward.head_dim() / 2,
+                        padded,
+                        to_lanes,
+                        block_m,
+                    );
+                }
+            }
+        }
+        let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
+        // SAFETY: lse and delta have an entry for each query, and nobody writes them any more.
+        let (lse, delta) = unsafe {
+            (
+                std::slice::from_raw_parts(pointer_mut::<f32>(backward.tensors.lse).add(first), rows),
+                std::slice::from_raw_parts(pointer_mut::<f32>(backward.delta).add(first), rows),
+            )
+        };
+        for (to, &lse) in self.lse.as_mut_slice().iter_mut().zip(lse) {
+            // Of a query that saw nothing: probabilities are to be 0, not infinite.
             *to = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
         }
-        self.scratch.delta[..rows].copy_from_slice(delta);
+        self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
+        // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
+        self.lse.as_mut_slice()[rows..padded].fill(f32::INFINITY);
+        self.delta.as_mut_slice()[rows..padded].fill(0.0);
+        self.visible.as_mut_slice()[rows..padded].fill(0.0);
+        let rows_are_finite = |tile: &Lines| {
+            let mut rows = tile.as_slice().chunks(width).take(rows);
+            rows.all(|row| {
+                row[..backward.head_dim()]
+                    .iter()
+                    .fold(true, |all, x| all & x.is_finite())
+            })
+        };
+        QueryTile {
+            first_row,
+            rows,
+            lanes: padded,
+            finite: rows_are_finite(&self.q) && rows_are_finite(&self.dout),
+        }
     }
 
-    /// Loads a streamed tile of `columns` rows, as it is and transposed. Says whether all of it is finite.
-    #[inline(always)]
-    fn load_streamed(&mut self, head: Streamed<'_, T>, first: usize, columns: usize) -> bool {
-        let (head_dim, width, block) = (self.head_dim(), self.width(), self.place.streamed as usize);
-        let Scratch {
-            streamed, transposed, ..
-        } = &mut *self.scratch;
-        let mut finite = true;
-        for ((rows, tile), transposed) in head.rows.iter().zip(streamed).zip(transposed) {
-            finite &= rows.load(first, columns, tile, width);
-            let tile = Matrix {
-                data: tile,
-                stride: width,
+    /// A tile of queries passes the keys: adds to all gradients, dQ's in lanes and without its factor.
+    ///
+    /// # Safety
+    /// The processor has the kernels' instructions.
+    unsafe fn pass(&mut self, backward: &Backward<'_>, tile: QueryTile, first_key: usize, keys: usize) {
+        let head_dim = backward.head_dim();
+        for first in (0..keys).step_by(BLOCK) {
+            let count = BLOCK.min(keys - first);
+            let seen = |row: usize| {
+                let end = backward.visibility.visible_end((tile.first_row + row) as u32) as usize;
+                end.saturating_sub(first_key + first).min(count)
             };
-            transpose(tile, columns.next_multiple_of(MAX_LANES), head_dim, transposed, block);
-        }
-        finite
-    }
-
-    /// Streamed tile `n` of a head: adds its part of the gradients.
-    #[inline(always)]
-    fn add<S: Simd, const MASKED: bool>(&mut self, simd: S, head: Streamed<'_, T>, n: u32) {
-        let (rows, block) = (self.place.rows, self.place.streamed as usize);
-        let first = n * self.place.streamed;
-        let columns = self.columns(head, first);
-        let finite = self.load_streamed(head, first as usize, columns);
-        if KEYS {
-            self.load_statistics(head, first as usize, columns);
-        }
-        self.scores(simd, columns);
-        for row in 0..rows {
-            let Scratch {
-                probabilities,
-                ds,
-                lse,
-                delta,
-                ..
-            } = &mut *self.scratch;
-            let padded = columns.next_multiple_of(MAX_LANES);
-            let (p, ds) = (
-                &mut probabilities[row * block..][..padded],
-                &mut ds[row * block..][..padded],
-            );
-            if KEYS {
-                backpropagate::<S, true>(simd, self.scale, (&lse[..padded], &delta[..padded]), (p, ds));
+            if seen(tile.rows - 1) == 0 {
+                break; // nor do the blocks after it see anything
+            }
+            let padded = count.next_multiple_of(backward.padding());
+            let masked = seen(0) < padded;
+            if masked {
+                for (row, visible) in self.visible.as_mut_slice()[..tile.rows].iter_mut().enumerate() {
+                    *visible = seen(row) as f32;
+                }
+            }
+            // SAFETY: passed on to the caller; the block is one of the keys, padded as they are.
+            unsafe { self.scores(backward, tile, first, padded, masked) };
+            let finite = |keys: &Lines| {
+                let block = &keys.as_slice()[first * head_dim..][..count * head_dim];
+                block.iter().fold(true, |all, x| all & x.is_finite())
+            };
+            if !masked || tile.finite && finite(&self.keys) && finite(&self.values) {
+                // SAFETY: as above.
+                unsafe { self.accumulate(backward, tile, first, padded) };
             } else {
-                backpropagate::<S, false>(simd, self.scale, (&lse[row..=row], &delta[row..=row]), (p, ds));
+                self.accumulate_seen(backward, tile, first, count);
             }
-        }
-        if !MASKED {
-            self.accumulate(simd, 0..rows, 0..columns);
-            return;
-        }
-        for row in 0..rows {
-            let visible = self.visible(row, first, columns);
-            for tile in [&mut self.scratch.probabilities, &mut self.scratch.ds] {
-                tile[row * block..][..visible.start].fill(0.0);
-                tile[row * block..][visible.end..columns].fill(0.0);
-            }
-            if !finite {
-                // 0 times infinity is NaN: what is not seen must not even be multiplied by 0.
-                self.accumulate(simd, row..row + 1, visible);
-            }
-        }
-        if finite {
-            self.accumulate(simd, 0..rows, 0..columns);
         }
     }
 
-    /// S and dP of the owned rows and the streamed tile.
-    #[inline(always)]
-    fn scores<S: Simd>(&mut self, simd: S, columns: usize) {
-        let (rows, head_dim, width) = (self.place.rows, self.head_dim(), self.width());
-        let block = self.place.streamed as usize;
-        let Scratch {
-            owned,
-            transposed,
-            probabilities,
-            ds,
-            ..
-        } = &mut *self.scratch;
-        let size = (rows, head_dim, columns.next_multiple_of(MAX_LANES));
-        for ((owned, transposed), product) in owned.iter().zip(transposed).zip([probabilities, ds]) {
-            let owned = Matrix {
-                data: owned,
-                stride: width,
-            };
-            let transposed = Matrix {
-                data: transposed,
-                stride: block,
-            };
-            product[..rows * block].fill(0.0);
-            multiply_add(simd, size, owned, transposed, product, block);
+    /// P and dS of the queries and the block of keys that starts at `first`.
+    ///
+    /// # Safety
+    /// As for [`pass`](Self::pass); the keys are among those of the task.
+    unsafe fn scores(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize, masked: bool) {
+        let (kernels, head_dim, stride) = (backward.kernels, backward.head_dim(), backward.tiles.block_m as usize);
+        if let Some(pairs) = backward.pairs {
+            let words = (backward.words(), &self.words);
+            for (keys_or_values, lanes, product) in [
+                (&words.1.keys, &words.1.q_lanes, &mut self.probabilities),
+                (&words.1.values, &words.1.dout_lanes, &mut self.ds),
+            ] {
+                // SAFETY: passed on to the caller.
+                unsafe {
+                    multiply_pairs(
+                        pairs,
+                        PairProduct {
+                            rows: keys,
+                            inner: words.0,
+                            columns: tile.lanes,
+                            a: keys_or_values.as_ptr().cast::<u32>().add(first * words.0),
+                            a_stride: words.0,
+                            b: lanes.as_ptr().cast(),
+                            b_stride: stride,
+                            c: product.as_mut_ptr(),
+                            c_stride: stride,
+                            accumulate: false,
+                        },
+                    );
+                }
+            }
+        }
+        let products = [
+            (&self.keys, &self.q_lanes, &mut self.probabilities),
+            (&self.values, &self.dout_lanes, &mut self.ds),
+        ];
+        let products = products.into_iter().filter(|_| backward.pairs.is_none());
+        for (keys_or_values, lanes, product) in products {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                (kernels.product)(&Product {
+                    rows: keys,
+                    inner: head_dim,
+                    columns: tile.lanes,
+                    a: keys_or_values.as_ptr().add(first * head_dim),
+                    a_stride: head_dim,
+                    transposed: false,
+                    b: lanes.as_ptr(),
+                    b_stride: stride,
+                    c: product.as_mut_ptr(),
+                    c_stride: stride,
+                    accumulate: false,
+                });
+            }
+        }
+        // SAFETY: passed on to the caller.
+        unsafe {
+            (kernels.backpropagate)(&Backpropagate {
+                keys,
+                lanes: tile.lanes,
+                scores: self.probabilities.as_mut_ptr(),
+                dp: self.ds.as_mut_ptr(),
+                stride,
+                visible: if masked {
+                    self.visible.as_ptr()
+                } else {
+                    std::ptr::null()
+                },
+                scale: backward.problem.softmax_scale(),
+                lse: self.lse.as_ptr(),
+                delta: self.delta.as_ptr(),
+            });
         }
     }
 
-    /// Adds dS times the first streamed tile, and for keys P times the second, for some rows and columns.
-    #[inline(always)]
-    fn accumulate<S: Simd>(&mut self, simd: S, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>) {
-        let (width, block) = (self.width(), self.place.streamed as usize);
-        let Scratch {
-            probabilities,
-            ds,
-            streamed,
-            gradients,
-            ..
-        } = &mut *self.scratch;
-        let size = (rows.len(), columns.len(), width);
-        let products = [&*ds, &*probabilities].into_iter().zip(streamed).zip(gradients);
-        for ((weights, streamed), gradient) in products.take(if KEYS { 2 } else { 1 }) {
-            let weights = Matrix {
-                data: &weights[rows.start * block + columns.start..],
-                stride: block,
-            };
-            let streamed = Matrix {
-                data: &streamed[columns.start * width..],
-                stride: width,
-            };
-            multiply_add(
-                simd,
-                size,
-                weights,
-                streamed,
-                &mut gradient[rows.start * width..],
-                width,
+    /// Adds what a block of keys gives: dQ in lanes, dK and dV in rows.
+    ///
+    /// # Safety
+    /// As for [`scores`](Self::scores).
+    unsafe fn accumulate(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
+        if let Some(pairs) = backward.pairs {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.accumulate_pairs(backward, pairs, tile, first, keys) };
+        }
+        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        let stride = backward.tiles.block_m as usize;
+        // SAFETY: passed on to the caller.
+        unsafe {
+            (kernels.product)(&Product {
+                rows: head_dim,
+                inner: keys,
+                columns: tile.lanes,
+                a: self.keys.as_ptr().add(first * head_dim),
+                a_stride: head_dim,
+                transposed: true,
+                b: self.ds.as_ptr(),
+                b_stride: stride,
+                c: self.dq_lanes.as_mut_ptr(),
+                c_stride: stride,
+                accumulate: true,
+            });
+        }
+        let products = [
+            (&self.probabilities, &self.dout, &mut self.dv),
+            (&self.ds, &self.q, &mut self.dk),
+        ];
+        for (weights, queries, gradient) in products {
+            // SAFETY: as above.
+            unsafe {
+                (kernels.product)(&Product {
+                    rows: keys,
+                    inner: tile.rows,
+                    columns: head_dim.next_multiple_of(kernels.lanes),
+                    a: weights.as_ptr(),
+                    a_stride: stride,
+                    transposed: false,
+                    b: queries.as_ptr(),
+                    b_stride: width,
+                    c: gradient.as_mut_ptr().add(first * width),
+                    c_stride: width,
+                    accumulate: true,
+                });
+            }
+        }
+    }
+
+    /// The same by products of pairs.
+    ///
+    /// # Safety
+    /// As for [`scores`](Self::scores).
+    unsafe fn accumulate_pairs(
+        &mut self,
+        backward: &Backward<'_>,
+        pairs: &Pairs,
+        tile: QueryTile,
+        first: usize,
+        keys: usize,
+    ) {
+        let (kernels, width, stride) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
+        let words = &mut self.words;
+        // SAFETY: passed on to the caller; words are half as many as what they are made of.
+        unsafe {
+            let (p, ds) = (self.probabilities.as_ptr(), self.ds.as_ptr());
+            (kernels.narrow)(Dtype::Bf16, p, keys * stride, words.probabilities.as_mut_ptr().cast());
+            (kernels.narrow)(Dtype::Bf16, ds, keys * stride, words.ds.as_mut_ptr().cast());
+            let to = words.ds_lanes.as_mut_ptr().cast();
+            (kernels.pair_rows)(ds, stride, keys / 2, tile.lanes, to, stride);
+            multiply_pairs(
+                pairs,
+                PairProduct {
+                    rows: width,
+                    inner: keys / 2,
+                    columns: tile.lanes,
+                    a: words.keys_lanes.as_ptr().cast::<u32>().add(first / 2),
+                    a_stride: backward.owned() / 2,
+                    b: words.ds_lanes.as_ptr().cast(),
+                    b_stride: stride,
+                    c: self.dq_lanes.as_mut_ptr(),
+                    c_stride: stride,
+                    accumulate: true,
+                },
             );
         }
+        let products = [
+            (&words.probabilities, &words.dout, &mut self.dv),
+            (&words.ds, &words.q, &mut self.dk),
+        ];
+        for (weights, queries, gradient) in products {
+            // SAFETY: as above.
+            unsafe {
+                multiply_pairs(
+                    pairs,
+                    PairProduct {
+                        rows: keys,
+                        inner: tile.lanes / 2,
+                        columns: width,
+                        a: weights.as_ptr().cast(),
+                        a_stride: stride / 2,
+                        b: queries.as_ptr().cast(),
+                        b_stride: width,
+                        c: gradient.as_mut_ptr().add(first * width),
+                        c_stride: width,
+                        accumulate: true,
+                    },
+                );
+            }
+        }
     }
 
-    /// Writes the gradients; dQ and dK get their factor.
-    #[inline(always)]
-    fn store(&mut self) {
-        let (head_dim, width, first) = (self.head_dim(), self.width(), self.place.first_row as usize);
-        let factors = [self.scale, 1.0];
-        for ((target, tile), factor) in self.gradients.iter_mut().zip(&mut self.scratch.gradients).zip(factors) {
-            for row in 0..self.place.rows {
-                let gradient = &mut tile[row * width..][..head_dim];
-                gradient.iter_mut().for_each(|x| *x *= factor);
-                T::narrow(gradient, target.row(first + row));
+    /// The keys transposed, as pairs of bf16 that are neighbours along the keys.
+    fn pair_keys(&mut self, backward: &Backward<'_>, keys: usize) {
+        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        // SAFETY: the processor has the instructions, and tiles have room for whole registers.
+        unsafe {
+            let rows = self.words.rows.as_mut_ptr();
+            (kernels.pair_rows)(self.keys.as_ptr(), head_dim, keys / 2, width, rows.cast(), width);
+            let to = self.words.keys_lanes.as_mut_ptr();
+            (kernels.transpose)(rows, width, keys / 2, to, backward.owned() / 2, head_dim);
+        }
+    }
+
+    /// The same where something is not finite and not every query sees every key: 0 times infinity is NaN, so what is not
+    /// seen must not even be multiplied by 0.
+    fn accumulate_seen(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
+        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        let stride = backward.tiles.block_m as usize;
+        let (p, ds) = (self.probabilities.as_slice(), self.ds.as_slice());
+        let (q, dout) = (self.q.as_slice(), self.dout.as_slice());
+        let (dq, dk, dv) = (
+            self.dq_lanes.as_mut_slice(),
+            self.dk.as_mut_slice(),
+            self.dv.as_mut_slice(),
+        );
+        for key in 0..keys {
+            for lane in 0..tile.rows {
+                if key as f32 >= self.visible.as_slice()[lane] {
+                    continue;
+                }
+                let (p, ds) = (p[key * stride + lane], ds[key * stride + lane]);
+                for d in 0..head_dim {
+                    let (of_key, of_query) = ((first + key) * width + d, lane * width + d);
+                    let k = self.keys.as_slice()[(first + key) * head_dim + d];
+                    dq[d * stride + lane] = kernels.multiply_add(k, ds, dq[d * stride + lane]);
+                    dk[of_key] = kernels.multiply_add(ds, q[of_query], dk[of_key]);
+                    dv[of_key] = kernels.multiply_add(p, dout[of_query], dv[of_key]);
+                }
             }
+        }
+    }
+
+    /// Adds dQ of a tile to what tasks before this one have added.
+    ///
+    /// # Safety
+    /// As for [`backward`], and it is this task's turn.
+    unsafe fn add_dq(&mut self, backward: &Backward<'_>, dq: &GradientRows) {
+        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        let scale = backward.problem.softmax_scale();
+        // The rows of q are not needed any more.
+        let rows = &mut self.q;
+        // SAFETY: the tile is `block_m` lanes, the rows are as many, of whole registers.
+        unsafe {
+            let from = self.dq_lanes.as_ptr();
+            let stride = backward.tiles.block_m as usize;
+            (kernels.transpose)(from, stride, head_dim, rows.as_mut_ptr(), width, dq.count);
+        }
+        for (i, row) in rows.as_mut_slice().chunks_mut(width).take(dq.count).enumerate() {
+            let row = &mut row[..head_dim];
+            row.iter_mut().for_each(|x| *x *= scale);
+            let sums = dq.sums.map(|sums| {
+                // SAFETY: one row of the sums, which are this task's for now.
+                unsafe { std::slice::from_raw_parts_mut(sums.add((dq.first_sum + i) * head_dim), head_dim) }
+            });
+            if !dq.is_first {
+                match &sums {
+                    Some(sums) => row.iter_mut().zip(sums.iter()).for_each(|(x, sum)| *x += sum),
+                    None => {
+                        let before = &mut self.dout.as_mut_slice()[..head_dim]; // nor are those of dout
+                        dq.rows.load(kernels, dq.first_row + i, before);
+                        row.iter_mut().zip(before).for_each(|(x, sum)| *x += *sum);
+                    }
+                }
+            }
+            match sums {
+                Some(sums) if !dq.is_last => sums.copy_from_slice(row),
+                _ => dq.rows.store(kernels, dq.first_row + i, row),
+            }
+        }
+    }
+}
+
+/// A product of any number of columns, in the widths that there are.
+///
+/// # Safety
+/// As for `pairs.product`.
+unsafe fn multiply_pairs(pairs: &Pairs, product: PairProduct) {
+    for column in (0..product.columns).step_by(2 * SIDE) {
+        // SAFETY: passed on to the caller; the columns are within b and c.
+        unsafe {
+            (pairs.product)(&PairProduct {
+                columns: (product.columns - column).min(2 * SIDE),
+                b: product.b.add(column),
+                c: product.c.add(column),
+                ..product
+            });
+        }
+    }
+}
+
+/// Where the dQ of a tile of queries is added up.
+struct GradientRows {
+    rows: Head,
+    sums: Option<*mut f32>,
+    /// The tile's first row in the sums.
+    first_sum: usize,
+    first_row: usize,
+    count: usize,
+    /// Whether nothing has been added yet.
+    is_first: bool,
+    /// Whether nothing will be added any more.
+    is_last: bool,
+}
+
+/// Waits until `added` is `count`.
+fn wait_for(added: &AtomicU32, count: u32) {
+    let mut spins = 0_u32;
+    while added.load(Ordering::Acquire) != count {
+        spins += 1;
+        if spins < 1000 {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
         }
     }
 }

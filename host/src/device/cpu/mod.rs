@@ -5,22 +5,25 @@
 
 mod backward;
 mod forward;
-mod rows;
-mod simd;
+mod kernels;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
+mod team;
+mod tensor;
+mod vector;
 
 use std::alloc::Layout;
 use std::num::NonZeroUsize;
-use std::sync::OnceLock;
 
 use flash_attention_kernels::abi::StridedTensor;
-use flash_attention_kernels::entries::Dtype;
-use half::{bf16, f16};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::{Backend, DeviceInfo, outside_rayon};
+use super::{Backend, DeviceInfo};
+use crate::Error;
 use crate::plan::{Plan, Results};
 use crate::problem::BackwardTensors;
-use crate::{Element, Error};
+use kernels::Isa;
+use team::Team;
 
 /// Addresses of tensors are multiples of a cache line.
 const ALIGN: usize = 64;
@@ -32,8 +35,9 @@ const CHECKED_ALLOCATION: usize = 1 << 30;
 /// The host's cores.
 pub(super) struct Cpu {
     threads: usize,
-    /// Threads of its own, started when they are first needed. They run nothing but tasks of this device.
-    pool: OnceLock<ThreadPool>,
+    isa: Isa,
+    /// Threads of its own; without them, helpers come from the caller's rayon pool, or else from the global one.
+    pool: Option<ThreadPool>,
 }
 
 impl Cpu {
@@ -47,7 +51,8 @@ impl Cpu {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
         Self {
             threads,
-            pool: OnceLock::new(),
+            isa: default_isa(),
+            pool: None,
         }
     }
 
@@ -58,28 +63,55 @@ impl Cpu {
                 reason: "at least 1 is needed".to_owned(),
             });
         }
-        let cpu = Self {
-            threads,
-            pool: OnceLock::new(),
-        };
-        cpu.pool()?;
-        Ok(cpu)
-    }
-
-    fn pool(&self) -> Result<&ThreadPool, Error> {
-        if let Some(pool) = self.pool.get() {
-            return Ok(pool);
-        }
         let pool = ThreadPoolBuilder::new()
-            .num_threads(self.threads)
+            .num_threads(threads)
             .thread_name(|index| format!("attention-{index}"))
             .build()
             .map_err(|error| Error::Threads {
-                threads: self.threads,
+                threads,
                 reason: error.to_string(),
             })?;
-        Ok(self.pool.get_or_init(|| pool))
+        Ok(Self {
+            threads,
+            isa: default_isa(),
+            pool: Some(pool),
+        })
     }
+
+    /// All cores, running the instruction set of this name; `None` if there is no such, or the processor lacks it.
+    pub(super) fn with_instructions(name: &str) -> Option<Self> {
+        let isa = isa_named(name)?;
+        Some(Self {
+            isa,
+            ..Self::all_cores()
+        })
+    }
+
+    /// The threads of one call.
+    fn team(&self) -> Team<'_> {
+        let threads = match rayon::current_thread_index() {
+            Some(_) if self.pool.is_none() => rayon::current_num_threads(),
+            _ => self.threads,
+        };
+        Team {
+            kernels: self.isa.kernels(),
+            threads,
+            pool: self.pool.as_ref(),
+        }
+    }
+}
+
+/// The instruction set of this name, if the processor has it.
+fn isa_named(name: &str) -> Option<Isa> {
+    Isa::available().iter().copied().find(|isa| isa.key() == name)
+}
+
+/// The best instruction set the processor has, or the one that `FLASH_ATTENTION_CPU` names, if the processor has that.
+fn default_isa() -> Isa {
+    std::env::var("FLASH_ATTENTION_CPU")
+        .ok()
+        .and_then(|name| isa_named(&name))
+        .unwrap_or(Isa::available()[0])
 }
 
 impl Backend for Cpu {
@@ -88,11 +120,15 @@ impl Backend for Cpu {
     }
 
     fn spec(&self) -> String {
-        "cpu".to_owned()
+        if self.isa == default_isa() {
+            "cpu".to_owned()
+        } else {
+            format!("cpu:{}", self.isa.key())
+        }
     }
 
     fn name(&self) -> String {
-        format!("CPU, {} threads, {}", self.threads, simd::instruction_set())
+        format!("CPU, {} threads, {}", self.threads, self.isa.kernels().name)
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
@@ -143,16 +179,10 @@ impl Backend for Cpu {
     }
 
     unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
-        let pool = self.pool()?;
-        // SAFETY: passed on to the caller; each arm reads elements of the type the problem was proven to have.
-        let work = || unsafe {
-            match plan.problem().dtype() {
-                Dtype::F32 => run::<f32>(plan, results),
-                Dtype::F16 => run::<f16>(plan, results),
-                Dtype::Bf16 => run::<bf16>(plan, results),
-            }
-        };
-        outside_rayon(|| pool.install(work))
+        let team = self.team();
+        // SAFETY: passed on to the caller.
+        unsafe { run(&team, plan, results) };
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<(), Error> {
@@ -160,15 +190,15 @@ impl Backend for Cpu {
     }
 }
 
-/// Carries out a plan whose elements are of type `T`.
+/// Carries out a plan.
 ///
 /// # Safety
 /// As for [`Backend::run`].
-unsafe fn run<T: Element>(plan: &Plan, results: Results) {
+unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results) {
     // SAFETY: passed on to the caller.
     unsafe {
         match results {
-            Results::Forward { out, lse } => forward::forward::<T>(plan, out, lse),
+            Results::Forward { out, lse } => forward::forward(team, plan, out, lse),
             Results::Backward { dq, dk, dv, delta } => {
                 let tensors = plan.backward_tensors().expect("results are of the plan's own pass");
                 let at = |tensor, address| StridedTensor { address, ..tensor };
@@ -178,7 +208,7 @@ unsafe fn run<T: Element>(plan: &Plan, results: Results) {
                     dv: at(tensors.dv, dv),
                     ..*tensors
                 };
-                backward::backward::<T>(plan.problem(), &tensors, delta, plan.tiles());
+                backward::backward(team, plan.problem(), &tensors, delta, plan.tiles());
             }
         }
     }

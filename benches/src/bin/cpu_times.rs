@@ -1,0 +1,61 @@
+//! Measures the CPU device for another program, which may measure something else in between.
+//!
+//! Reads a line `DTYPE MASK BATCH HEADS SEQLEN_Q SEQLEN_K HEAD_DIM PASS RUNS` at a time (`f32 full 1 12 512 512 64 forward
+//! 5`), and answers each with a line of JSON: the seconds of every run, and what ran. A pass is `forward`, or `both`: forward
+//! and backward. The one argument, if any, names the device.
+
+use std::io::{BufRead as _, Write as _, stdin, stdout};
+
+use benches::{Problem, Shape};
+use flash_attention::{Device, Dtype};
+
+type Failure = Box<dyn std::error::Error>;
+
+fn main() -> Result<(), Failure> {
+    let device: Device = std::env::args().nth(1).as_deref().unwrap_or("cpu").parse()?;
+    let mut current: Option<(Shape, Box<dyn Problem>)> = None;
+    for line in stdin().lock().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [dtype, mask, batch, heads, seqlen_q, seqlen_k, head_dim, pass, runs] = words[..] else {
+            return Err(format!("nine words are needed: {line}").into());
+        };
+        let shape = Shape {
+            dtype: match dtype {
+                "f32" => Dtype::F32,
+                "f16" => Dtype::F16,
+                "bf16" => Dtype::Bf16,
+                _ => return Err(format!("f32, f16 or bf16: {dtype}").into()),
+            },
+            causal: mask == "causal",
+            batch: batch.parse()?,
+            heads: heads.parse()?,
+            seqlen_q: seqlen_q.parse()?,
+            seqlen_k: seqlen_k.parse()?,
+            head_dim: head_dim.parse()?,
+        };
+        if current.as_ref().is_none_or(|(measured, _)| *measured != shape) {
+            drop(current.take()); // before there are two
+            current = Some((shape, shape.problem(&device)?));
+        }
+        let Some((_, problem)) = &mut current else { continue };
+        let mut seconds = Vec::new();
+        for _ in 0..runs.parse()? {
+            let mut time = problem.forward()?;
+            if pass == "both" {
+                time += problem.backward()?;
+            }
+            seconds.push(format!("{:.9}", time.as_secs_f64()));
+        }
+        let (name, flops) = (
+            device.name(),
+            shape.forward_flops() * if pass == "both" { 3.5 } else { 1.0 },
+        );
+        println!(
+            r#"{{"device": "{name}", "flops": {flops}, "seconds": [{}]}}"#,
+            seconds.join(", ")
+        );
+        stdout().flush()?;
+    }
+    Ok(())
+}

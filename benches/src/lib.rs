@@ -1,0 +1,127 @@
+//! What the measurements share: a problem of a shape, ready to run, and how many operations it is.
+
+use std::time::{Duration, Instant};
+
+use flash_attention::half::{bf16, f16};
+use flash_attention::{Attention, Device, Dtype, Element, Error, Gradients, Output, Tensor};
+
+/// A shape to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Element type of all tensors.
+    pub dtype: Dtype,
+    /// Whether query i sees only the keys up to `i + seqlen_k - seqlen_q`.
+    pub causal: bool,
+    /// Independent sequences.
+    pub batch: usize,
+    /// Heads of queries and of keys.
+    pub heads: usize,
+    /// Length of the query sequence.
+    pub seqlen_q: usize,
+    /// Length of the key sequence.
+    pub seqlen_k: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+impl Shape {
+    /// Operations of a forward pass, as the field counts them: 4 B H N^2 D, and half of that under a causal mask.
+    pub fn forward_flops(&self) -> f64 {
+        let pairs = self.batch as f64 * self.heads as f64 * self.seqlen_q as f64 * self.seqlen_k as f64;
+        4.0 * pairs * self.head_dim as f64 / if self.causal { 2.0 } else { 1.0 }
+    }
+
+    /// A problem of this shape on a device, of numbers that look random.
+    ///
+    /// # Errors
+    /// If the device has no room for it.
+    pub fn problem(&self, device: &Device) -> Result<Box<dyn Problem>, Error> {
+        Ok(match self.dtype {
+            Dtype::F32 => Box::new(Tensors::<f32>::new(self, device)?),
+            Dtype::F16 => Box::new(Tensors::<f16>::new(self, device)?),
+            Dtype::Bf16 => Box::new(Tensors::<bf16>::new(self, device)?),
+        })
+    }
+}
+
+/// A problem that can be solved again and again, into the same memory.
+pub trait Problem {
+    /// Runs the forward pass.
+    ///
+    /// # Errors
+    /// Those of [`Attention::forward_into`].
+    fn forward(&mut self) -> Result<Duration, Error>;
+
+    /// Runs the backward pass, after a forward pass.
+    ///
+    /// # Errors
+    /// Those of [`Attention::backward_into`].
+    fn backward(&mut self) -> Result<Duration, Error>;
+}
+
+struct Tensors<T: Element> {
+    attention: Attention,
+    q: Tensor<T>,
+    k: Tensor<T>,
+    v: Tensor<T>,
+    dout: Tensor<T>,
+    output: Output<T>,
+    gradients: Gradients<T>,
+}
+
+impl<T: Element> Tensors<T> {
+    fn new(shape: &Shape, device: &Device) -> Result<Self, Error> {
+        let q = [shape.batch, shape.heads, shape.seqlen_q, shape.head_dim];
+        let k = [shape.batch, shape.heads, shape.seqlen_k, shape.head_dim];
+        let mut state = 1_u64;
+        let mut draw = |shape: [usize; 4]| {
+            let data: Vec<T> = (0..shape.iter().product())
+                .map(|_| {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    T::from_f64((state >> 11) as f64 / (1_u64 << 51) as f64 - 2.0)
+                })
+                .collect();
+            Tensor::from_slice(device, shape, &data)
+        };
+        let attention = if shape.causal {
+            Attention::new().causal()
+        } else {
+            Attention::new()
+        };
+        Ok(Self {
+            attention,
+            q: draw(q)?,
+            k: draw(k)?,
+            v: draw(k)?,
+            dout: draw(q)?,
+            output: Output {
+                out: Tensor::zeros(device, q)?,
+                lse: Tensor::zeros(device, &q[..3])?,
+            },
+            gradients: Gradients {
+                dq: Tensor::zeros(device, q)?,
+                dk: Tensor::zeros(device, k)?,
+                dv: Tensor::zeros(device, k)?,
+            },
+        })
+    }
+}
+
+impl<T: Element> Problem for Tensors<T> {
+    fn forward(&mut self) -> Result<Duration, Error> {
+        let start = Instant::now();
+        let Output { out, lse } = &mut self.output;
+        self.attention.forward_into(&self.q, &self.k, &self.v, out, lse)?;
+        Ok(start.elapsed())
+    }
+
+    fn backward(&mut self) -> Result<Duration, Error> {
+        let start = Instant::now();
+        let Self { q, k, v, .. } = self;
+        self.attention
+            .backward_into(q, k, v, &self.output, &self.dout, &mut self.gradients)?;
+        Ok(start.elapsed())
+    }
+}

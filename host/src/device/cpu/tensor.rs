@@ -1,0 +1,227 @@
+//! The rows of one head of a tensor, where they lie, of any dtype.
+
+use std::ops::Range;
+
+use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
+
+use super::kernels::{Kernels, MAX_LANES};
+use super::pointer_mut;
+use super::team::Lines;
+
+/// The rows of one head.
+#[derive(Clone, Copy)]
+pub(super) struct Head {
+    first: *mut u8,
+    stride_bytes: usize,
+    dtype: Dtype,
+    pub head_dim: usize,
+}
+
+impl Head {
+    /// # Safety
+    /// `tensor` lies where it says, in memory of the CPU, with elements of `dtype`, and stays there while the head is in
+    /// use; nobody else writes what is read, or touches what is written, meanwhile.
+    pub(super) unsafe fn new(tensor: StridedTensor, dtype: Dtype, batch: usize, head: usize, head_dim: usize) -> Self {
+        let offset = batch * tensor.batch_stride as usize + head * tensor.head_stride as usize;
+        Self {
+            // SAFETY: the element is one of the tensor's.
+            first: unsafe { pointer_mut::<u8>(tensor.address).add(offset * dtype.bytes()) },
+            stride_bytes: tensor.row_stride as usize * dtype.bytes(),
+            dtype,
+            head_dim,
+        }
+    }
+
+    /// Widens row `row`, which exists, to `to`, of head_dim elements.
+    pub(super) fn load(&self, kernels: &Kernels, row: usize, to: &mut [f32]) {
+        assert!(to.len() >= self.head_dim);
+        // SAFETY: by the contract of `new`; the last axis is contiguous, which the problem proved.
+        unsafe {
+            (kernels.widen)(
+                self.dtype,
+                self.first.add(row * self.stride_bytes),
+                self.head_dim,
+                to.as_mut_ptr(),
+            )
+        }
+    }
+
+    /// Where row `row` lies, which exists or is one past the last, and the bytes from one row to the next.
+    pub(super) fn row(&self, row: usize) -> (*const u8, usize) {
+        // SAFETY: by the contract of `new`.
+        (unsafe { self.first.add(row * self.stride_bytes) }, self.stride_bytes)
+    }
+
+    /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows up
+    /// to `padded`.
+    pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut Lines, stride: usize) {
+        assert!(self.dtype.bytes() == 2 && self.head_dim <= 2 * stride && words.as_slice().len() >= padded * stride);
+        for row in 0..count {
+            // SAFETY: as for `load`; a row fits in `stride` words, and there are `padded` such rows.
+            unsafe {
+                let (from, to) = (
+                    self.first.add((first + row) * self.stride_bytes),
+                    words.as_mut_ptr().add(row * stride),
+                );
+                std::ptr::copy_nonoverlapping(from, to.cast::<u8>(), 2 * self.head_dim);
+            }
+        }
+        words.as_mut_slice()[count * stride..padded * stride].fill(0.0);
+    }
+
+    /// Rounds head_dim elements of `from` to row `row`, which exists and is this task's.
+    pub(super) fn store(&self, kernels: &Kernels, row: usize, from: &[f32]) {
+        assert!(from.len() >= self.head_dim);
+        // SAFETY: as for `load`.
+        unsafe {
+            (kernels.narrow)(
+                self.dtype,
+                from.as_ptr(),
+                self.head_dim,
+                self.first.add(row * self.stride_bytes),
+            )
+        }
+    }
+
+    /// Widens `count` rows to a tile, whose rows are `width` apart, and zeroes the rows up to `padded`.
+    pub(super) fn load_tile(
+        &self,
+        kernels: &Kernels,
+        first: usize,
+        [count, padded]: [usize; 2],
+        tile: &mut [f32],
+        width: usize,
+    ) {
+        if width == self.head_dim && self.stride_bytes == width * self.dtype.bytes() {
+            assert!(tile.len() >= count * width);
+            // SAFETY: as for `load`; the rows are one run of memory.
+            unsafe {
+                let from = self.first.add(first * self.stride_bytes);
+                (kernels.widen)(self.dtype, from, count * width, tile.as_mut_ptr());
+            }
+        } else {
+            for row in 0..count {
+                self.load(kernels, first + row, &mut tile[row * width..][..width]);
+            }
+        }
+        tile[count * width..padded * width].fill(0.0);
+    }
+
+    /// Widens the rows `queries` times `factor` to panels: in each, a row of lanes for each element of a head.
+    /// `tile` has room for [`MAX_LANES`] rows of `head_dim` rounded up to registers.
+    pub(super) fn load_panels(
+        &self,
+        kernels: &Kernels,
+        queries: Range<usize>,
+        factor: f32,
+        shape: Panels,
+        panels: &mut Lines,
+        tile: &mut Lines,
+    ) {
+        let head_dim = self.head_dim;
+        let width = head_dim.next_multiple_of(MAX_LANES);
+        let tile = tile.as_mut_slice();
+        for row in (0..queries.len()).step_by(kernels.lanes) {
+            let rows = kernels.lanes.min(queries.len() - row);
+            self.load_tile(kernels, queries.start + row, [rows, rows], tile, width);
+            if factor != 1.0 {
+                tile[..rows * width].iter_mut().for_each(|x| *x *= factor);
+            }
+            let place = shape.place(row);
+            assert!(panels.as_slice().len() >= place + (head_dim - 1) * shape.lanes + kernels.lanes);
+            // SAFETY: the processor has the instructions; the tile's rows are whole registers, the panel has the lanes.
+            unsafe {
+                let to = panels.as_mut_ptr().add(place);
+                (kernels.transpose)(tile.as_ptr(), width, rows, to, shape.lanes, head_dim);
+            }
+        }
+    }
+
+    /// Rounds `count` rows of panels, each times its factor, to rows that exist and are this task's. A factor of zero
+    /// makes a row of zeros, whatever was there.
+    pub(super) fn store_panels(
+        &self,
+        kernels: &Kernels,
+        first: usize,
+        factors: impl ExactSizeIterator<Item = f32>,
+        shape: Panels,
+        panels: &Lines,
+        tile: &mut Lines,
+    ) {
+        let (head_dim, count) = (self.head_dim, factors.len());
+        let width = head_dim.next_multiple_of(MAX_LANES);
+        for (row, factor) in factors.enumerate() {
+            let in_tile = row % kernels.lanes;
+            if in_tile == 0 {
+                let place = shape.place(row);
+                assert!(panels.as_slice().len() >= place + (head_dim - 1) * shape.lanes + kernels.lanes);
+                // SAFETY: as for `load_panels`, the other way round.
+                unsafe {
+                    let rows = kernels.lanes.min(count - row);
+                    let from = panels.as_ptr().add(place);
+                    (kernels.transpose)(from, shape.lanes, head_dim, tile.as_mut_ptr(), width, rows);
+                }
+            }
+            let output = &mut tile.as_mut_slice()[in_tile * width..][..head_dim];
+            if factor == 0.0 {
+                output.fill(0.0);
+            } else if factor != 1.0 {
+                output.iter_mut().for_each(|x| *x *= factor);
+            }
+            self.store(kernels, first + row, output);
+        }
+    }
+}
+
+/// How the queries of a tile lie in panels: side by side in each, one panel after the other.
+#[derive(Clone, Copy)]
+pub(super) struct Panels {
+    /// Queries of a panel.
+    pub lanes: usize,
+    /// Rows of a panel: head_dim, or more.
+    pub depth: usize,
+}
+
+impl Panels {
+    /// Where the first element of a query is.
+    pub(super) fn place(&self, query: usize) -> usize {
+        query / self.lanes * self.lanes * self.depth + query % self.lanes
+    }
+}
+
+/// A mask that is chosen when the program runs.
+#[derive(Clone, Copy)]
+pub(super) enum Visibility {
+    Full(flash_attention_kernels::mask::Mask<false>),
+    Causal(flash_attention_kernels::mask::Mask<true>),
+}
+
+impl Visibility {
+    pub(super) fn new(problem: &crate::Problem) -> Self {
+        use flash_attention_kernels::mask::Mask;
+        let (seqlen_q, seqlen_k) = (problem.seqlen_q(), problem.seqlen_k());
+        if problem.causal() {
+            Self::Causal(Mask::new(seqlen_q, seqlen_k))
+        } else {
+            Self::Full(Mask::new(seqlen_q, seqlen_k))
+        }
+    }
+
+    /// (how many tiles of `block_n` keys any of the queries `first .. first + rows` sees, how many all of them see whole).
+    pub(super) fn key_blocks(&self, first: u32, rows: u32, block_n: u32) -> (u32, u32) {
+        let blocks = match self {
+            Self::Full(mask) => mask.key_blocks(first, rows, block_n),
+            Self::Causal(mask) => mask.key_blocks(first, rows, block_n),
+        };
+        (blocks.end, blocks.boundary)
+    }
+
+    /// Keys that query `row` sees, from the first.
+    pub(super) fn visible_end(&self, row: u32) -> u32 {
+        match self {
+            Self::Full(mask) => mask.visible_end(row),
+            Self::Causal(mask) => mask.visible_end(row),
+        }
+    }
+}

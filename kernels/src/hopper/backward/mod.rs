@@ -8,18 +8,28 @@
 //! A consumer issues the two products that need no registers, turns the first into probabilities while the second is on its
 //! way, and leaves the sums of gradients to run into the next tile.
 
+/// The generic address of one of the parameters' tensor maps.
+macro_rules! map {
+    ($maps:expr, $field:ident) => {
+        $maps + offset_of!(HopperBackwardParams, $field) as u64
+    };
+}
+
+mod load;
+mod shared;
+
+use self::load::{load_keys, load_queries, load_statistics};
+use self::shared::Shared;
 use super::{WARPGROUP, warp_of_group, work::Work};
-use crate::abi::{HopperBackwardParams, TensorMap};
+use crate::abi::HopperBackwardParams;
 use crate::mask::{Blocks, Mask};
-use crate::pipeline::bulk::{Cursor, Slots};
+use crate::pipeline::bulk::Cursor;
 use crate::ptx::math::{ex2, fma};
-use crate::ptx::{mbarrier, memory, sreg, sync, tma, tma::Corner, wgmma};
+use crate::ptx::{sreg, sync, tma, tma::Corner, wgmma};
 use crate::shape::{HOPPER_BACKWARD_REGISTERS, HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::softmax::log2_of;
-use crate::tile::panels::Panels;
-use crate::tile::register::{Accumulator, RowValues, ScoreTile};
+use crate::tile::register::{Accumulator, RowValues};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
-use core::marker::PhantomData;
 use core::mem::offset_of;
 
 /// First of the barriers of a single consumer each.
@@ -67,123 +77,6 @@ pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwar
         } else {
             wgmma::grow_registers!(HOPPER_BACKWARD_REGISTERS.1);
             Consumer::<S, CAUSAL>::new(p, maps, shared).keys();
-        }
-    }
-}
-
-/// The generic address of one of the parameters' tensor maps.
-macro_rules! map {
-    ($maps:expr, $field:ident) => {
-        $maps + offset_of!(HopperBackwardParams, $field) as u64
-    };
-}
-
-/// Loads Q and dO of each tile of work, and the keys and values that they see. One thread.
-#[inline(always)]
-unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
-    p: &HopperBackwardParams,
-    maps: u64,
-    shared: Shared<S>,
-) {
-    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
-    let (mut owned, mut streamed) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
-    for work in Work::of_this_block(&p.work, S::ROWS, true) {
-        // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
-        unsafe {
-            shared.load_owned(&mut owned, [map!(maps, q), map!(maps, dout)], |group| {
-                work.corner(p.heads_q, group)
-            });
-            let end = sync::renew(mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::COLUMNS).end);
-            for n in 0..end {
-                let corner = Corner {
-                    batch: work.head / p.heads_q,
-                    head: work.head % p.heads_q / p.heads_q_per_kv,
-                    row: n * S::COLUMNS,
-                    column: 0,
-                };
-                shared.load_streamed(&mut streamed, [map!(maps, k), map!(maps, v)], corner);
-            }
-        }
-    }
-}
-
-/// Loads K and V of each tile of work, and the queries that see them with their dO. One thread.
-#[inline(always)]
-unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
-    p: &HopperBackwardParams,
-    maps: u64,
-    shared: Shared<S>,
-) {
-    let mut owned = Cursor::<1>::start();
-    let mut streamed = Cursor::<HOPPER_SLOTS>::start();
-    for work in Work::of_this_block(&p.work, S::ROWS, false) {
-        // SAFETY (whole body): as in `load_keys`.
-        unsafe {
-            shared.load_owned(&mut owned, [map!(maps, k), map!(maps, v)], |group| {
-                work.corner(p.heads_kv, group)
-            });
-            for_each_query_tile::<S, CAUSAL>(p, &work, |head, m| {
-                let corner = Corner {
-                    batch: head / p.heads_q,
-                    head: head % p.heads_q,
-                    row: m * S::COLUMNS,
-                    column: 0,
-                };
-                shared.load_streamed(&mut streamed, [map!(maps, q), map!(maps, dout)], corner);
-            });
-        }
-    }
-}
-
-/// Loads lse, in base 2, and delta of the same queries. One warp.
-#[inline(always)]
-unsafe fn load_statistics<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, shared: Shared<S>) {
-    let mut streamed = Cursor::<HOPPER_SLOTS>::start();
-    let lane = sreg::lane_id();
-    for work in Work::of_this_block(&p.work, S::ROWS, false) {
-        for_each_query_tile::<S, CAUSAL>(p, &work, |head, m| {
-            // SAFETY (whole body): the slot is empty; lse and delta hold an f32 for each query.
-            unsafe {
-                shared.streamed_slots().wait_empty(streamed);
-                for i in 0..S::COLUMNS.div_ceil(32) {
-                    let (column, row) = (i * 32 + lane, m * S::COLUMNS + i * 32 + lane);
-                    if column < S::COLUMNS {
-                        // Queries that do not exist weigh 1, and their dO is 0.
-                        let (mut lse, mut delta) = (0.0, 0.0);
-                        if row < p.seqlen_q {
-                            let at = (head as u64 * p.seqlen_q as u64 + row as u64) * 4;
-                            lse = log2_of(f32::from_bits(memory::ld_global_u32(p.lse + at)));
-                            delta = f32::from_bits(memory::ld_global_u32(p.delta + at));
-                        }
-                        memory::st_shared_word(shared.lse(streamed.slot) + column * 4, lse.to_bits());
-                        memory::st_shared_word(shared.delta(streamed.slot) + column * 4, delta.to_bits());
-                    }
-                }
-                sync::sync_warp();
-                if lane == 0 {
-                    shared.streamed_slots().fill(streamed);
-                }
-                streamed.advance();
-            }
-        });
-    }
-}
-
-/// Every (query head, query tile) that sees keys of the tile of work, in the order of the consumers; twice where dK and dV
-/// are two walks.
-#[inline(always)]
-fn for_each_query_tile<S: HopperBackwardShape, const CAUSAL: bool>(
-    p: &HopperBackwardParams,
-    work: &Work,
-    mut visit: impl FnMut(u32, u32),
-) {
-    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
-    let Blocks { begin, end, .. } = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
-    let walks = if S::TWO_WALKS { 2 } else { 1 };
-    for i in 0..walks * p.heads_q_per_kv.get() {
-        let head = work.head * p.heads_q_per_kv.get() + i % p.heads_q_per_kv;
-        for m in begin..sync::renew(end) {
-            visit(head, m);
         }
     }
 }
@@ -472,121 +365,5 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     fn sync_group(&self) {
         // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
         unsafe { sync::sync_some(GROUPS + self.group, WARPGROUP) }
-    }
-}
-
-/// Where everything lies in shared memory: owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, lse and
-/// delta by slot, barriers.
-struct Shared<S> {
-    base: u32,
-    shape: PhantomData<S>,
-}
-
-impl<S> Clone for Shared<S> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<S> Copy for Shared<S> {}
-
-impl<S: HopperBackwardShape> Shared<S> {
-    #[inline(always)]
-    fn of_this_block() -> Self {
-        Self {
-            base: sreg::dynamic_shared_mem(),
-            shape: PhantomData,
-        }
-    }
-
-    /// The same, but addresses that follow from it are worked out anew: kept, the descriptors of owned tiles alone would take
-    /// up to 64 registers.
-    #[inline(always)]
-    fn renewed(self) -> Self {
-        Self {
-            base: sync::renew(self.base),
-            ..self
-        }
-    }
-
-    /// Initialises the barriers, by one thread, before the block goes on; `producers` arrivals fill a streamed slot.
-    #[inline(always)]
-    unsafe fn init(self, producers: u32) {
-        if sreg::thread_idx_x() == 0 {
-            // SAFETY: one thread, and nobody else until the barrier.
-            unsafe {
-                self.owned_slots().init(1, 1, S::CONSUMERS);
-                self.streamed_slots().init(HOPPER_SLOTS, producers, S::CONSUMERS * 4);
-            }
-            mbarrier::fence_init();
-        }
-        sync::sync_threads();
-    }
-
-    /// Starts to fill the owned tiles, each warpgroup's from its own corner.
-    #[inline(always)]
-    unsafe fn load_owned(self, cursor: &mut Cursor<1>, maps: [u64; 2], corner: impl Fn(u32) -> Corner) {
-        // SAFETY: the barrier counts the bytes of all boxes.
-        unsafe {
-            let full = self.owned_slots().refill(*cursor, 2 * S::CONSUMERS * S::OWNED_BYTES);
-            for group in 0..S::CONSUMERS {
-                let corner = corner(group);
-                self.owned(0, group).load(maps[0], corner, full);
-                self.owned(1, group).load(maps[1], corner, full);
-            }
-        }
-        cursor.advance();
-    }
-
-    /// Starts to fill the next pair of streamed tiles.
-    #[inline(always)]
-    unsafe fn load_streamed(self, cursor: &mut Cursor<HOPPER_SLOTS>, maps: [u64; 2], corner: Corner) {
-        // SAFETY: the barrier counts the bytes of both tiles.
-        unsafe {
-            let full = self.streamed_slots().refill(*cursor, 2 * S::STREAMED_BYTES);
-            self.streamed(0, cursor.slot).load(maps[0], corner, full);
-            self.streamed(1, cursor.slot).load(maps[1], corner, full);
-        }
-        cursor.advance();
-    }
-
-    /// Owned tile `which` (Q, dO or K, V) of warpgroup `group`.
-    #[inline(always)]
-    fn owned(self, which: u32, group: u32) -> Panels {
-        let base = self.base + (which * S::CONSUMERS + group) * S::OWNED_BYTES;
-        Panels::new(base, HOPPER_ROWS, S::HEAD_DIM)
-    }
-
-    /// Streamed tile `which` (K, V or Q, dO) of a slot.
-    #[inline(always)]
-    fn streamed(self, which: u32, slot: u32) -> Panels {
-        let owned = 2 * S::CONSUMERS * S::OWNED_BYTES;
-        let base = self.base + owned + (which * HOPPER_SLOTS + slot) * S::STREAMED_BYTES;
-        Panels::new(base, S::COLUMNS, S::HEAD_DIM)
-    }
-
-    /// lse, in base 2, of the queries of a slot.
-    #[inline(always)]
-    fn lse(self, slot: u32) -> u32 {
-        self.base + S::TILES_BYTES + slot * 2 * S::COLUMNS * 4
-    }
-
-    /// delta of the queries of a slot.
-    #[inline(always)]
-    fn delta(self, slot: u32) -> u32 {
-        self.lse(slot) + S::COLUMNS * 4
-    }
-
-    /// Whether the owned tiles are there, and whether their room is free again.
-    #[inline(always)]
-    fn owned_slots(self) -> Slots {
-        Slots::new(self.lse(HOPPER_SLOTS))
-    }
-
-    /// The same for each slot of streamed tiles.
-    #[inline(always)]
-    fn streamed_slots(self) -> Slots {
-        Slots::new(self.lse(HOPPER_SLOTS) + Slots::BYTES)
     }
 }

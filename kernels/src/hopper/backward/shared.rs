@@ -1,0 +1,123 @@
+//! Where everything lies in a backward block's shared memory.
+
+use crate::pipeline::bulk::{Cursor, Slots};
+use crate::ptx::{mbarrier, sreg, sync, tma::Corner};
+use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
+use crate::tile::panels::Panels;
+use core::marker::PhantomData;
+
+/// Where everything lies in shared memory: owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, lse and
+/// delta by slot, barriers.
+pub struct Shared<S> {
+    base: u32,
+    shape: PhantomData<S>,
+}
+
+impl<S> Clone for Shared<S> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Shared<S> {}
+
+impl<S: HopperBackwardShape> Shared<S> {
+    #[inline(always)]
+    pub fn of_this_block() -> Self {
+        Self {
+            base: sreg::dynamic_shared_mem(),
+            shape: PhantomData,
+        }
+    }
+
+    /// The same, but addresses that follow from it are worked out anew: kept, the descriptors of owned tiles alone would take
+    /// up to 64 registers.
+    #[inline(always)]
+    pub fn renewed(self) -> Self {
+        Self {
+            base: sync::renew(self.base),
+            ..self
+        }
+    }
+
+    /// Initialises the barriers, by one thread, before the block goes on; `producers` arrivals fill a streamed slot.
+    #[inline(always)]
+    pub unsafe fn init(self, producers: u32) {
+        if sreg::thread_idx_x() == 0 {
+            // SAFETY: one thread, and nobody else until the barrier.
+            unsafe {
+                self.owned_slots().init(1, 1, S::CONSUMERS);
+                self.streamed_slots().init(HOPPER_SLOTS, producers, S::CONSUMERS * 4);
+            }
+            mbarrier::fence_init();
+        }
+        sync::sync_threads();
+    }
+
+    /// Starts to fill the owned tiles, each warpgroup's from its own corner.
+    #[inline(always)]
+    pub unsafe fn load_owned(self, cursor: &mut Cursor<1>, maps: [u64; 2], corner: impl Fn(u32) -> Corner) {
+        // SAFETY: the barrier counts the bytes of all boxes.
+        unsafe {
+            let full = self.owned_slots().refill(*cursor, 2 * S::CONSUMERS * S::OWNED_BYTES);
+            for group in 0..S::CONSUMERS {
+                let corner = corner(group);
+                self.owned(0, group).load(maps[0], corner, full);
+                self.owned(1, group).load(maps[1], corner, full);
+            }
+        }
+        cursor.advance();
+    }
+
+    /// Starts to fill the next pair of streamed tiles.
+    #[inline(always)]
+    pub unsafe fn load_streamed(self, cursor: &mut Cursor<HOPPER_SLOTS>, maps: [u64; 2], corner: Corner) {
+        // SAFETY: the barrier counts the bytes of both tiles.
+        unsafe {
+            let full = self.streamed_slots().refill(*cursor, 2 * S::STREAMED_BYTES);
+            self.streamed(0, cursor.slot).load(maps[0], corner, full);
+            self.streamed(1, cursor.slot).load(maps[1], corner, full);
+        }
+        cursor.advance();
+    }
+
+    /// Owned tile `which` (Q, dO or K, V) of warpgroup `group`.
+    #[inline(always)]
+    pub fn owned(self, which: u32, group: u32) -> Panels {
+        let base = self.base + (which * S::CONSUMERS + group) * S::OWNED_BYTES;
+        Panels::new(base, HOPPER_ROWS, S::HEAD_DIM)
+    }
+
+    /// Streamed tile `which` (K, V or Q, dO) of a slot.
+    #[inline(always)]
+    pub fn streamed(self, which: u32, slot: u32) -> Panels {
+        let owned = 2 * S::CONSUMERS * S::OWNED_BYTES;
+        let base = self.base + owned + (which * HOPPER_SLOTS + slot) * S::STREAMED_BYTES;
+        Panels::new(base, S::COLUMNS, S::HEAD_DIM)
+    }
+
+    /// lse, in base 2, of the queries of a slot.
+    #[inline(always)]
+    pub fn lse(self, slot: u32) -> u32 {
+        self.base + S::TILES_BYTES + slot * 2 * S::COLUMNS * 4
+    }
+
+    /// delta of the queries of a slot.
+    #[inline(always)]
+    pub fn delta(self, slot: u32) -> u32 {
+        self.lse(slot) + S::COLUMNS * 4
+    }
+
+    /// Whether the owned tiles are there, and whether their room is free again.
+    #[inline(always)]
+    pub fn owned_slots(self) -> Slots {
+        Slots::new(self.lse(HOPPER_SLOTS))
+    }
+
+    /// The same for each slot of streamed tiles.
+    #[inline(always)]
+    pub fn streamed_slots(self) -> Slots {
+        Slots::new(self.lse(HOPPER_SLOTS) + Slots::BYTES)
+    }
+}

@@ -1,6 +1,6 @@
 //! The seam between the algorithm and the instruction sets: a vector of f32, and what products and softmaxes do with it.
 //!
-//! Everything above this trait is written once. A new instruction set is one `impl`, and one line in `kernels.rs`.
+//! Everything above this trait is written once. A new instruction set is one `impl`, and one line in `kernels/isa.rs`.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;

@@ -1,0 +1,143 @@
+//! The walk of one task: tiles of queries pass a run of keys, block by block.
+
+use std::sync::atomic::Ordering;
+
+use super::dq::{GradientRows, SharedHead, wait_for};
+use super::scratch::{QueryTile, Scratch};
+use super::{BLOCK, Backward};
+use crate::device::cpu::kernels::Backpropagate;
+use crate::device::cpu::team::Lines;
+
+impl Scratch {
+    /// The gradients that come from run `chunk` of the keys of a head.
+    ///
+    /// # Safety
+    /// As for [`backward`](super::backward), and no other task has these keys.
+    pub(super) unsafe fn chunk(
+        &mut self,
+        backward: &Backward<'_>,
+        shared: &SharedHead,
+        head: usize,
+        chunk: usize,
+        chunks: usize,
+    ) {
+        let (problem, tensors) = (backward.problem, backward.tensors);
+        let (batch, kv_head) = (head / problem.heads_kv(), head % problem.heads_kv());
+        let block_n = backward.tiles.block_n as usize;
+        let first_key = chunk * block_n;
+        let keys = block_n.min(problem.seqlen_k() as usize - first_key);
+        // SAFETY: passed on to the caller; the keys are within their tensors.
+        unsafe { self.load_keys(backward, batch, kv_head, first_key, keys) };
+        let sums = shared.sums(backward, chunks);
+        for in_group in 0..backward.group() {
+            let query_head = kv_head * backward.group() + in_group;
+            for tile in (0..backward.query_tiles()).rev() {
+                let first_row = tile * backward.tiles.block_m as usize;
+                let rows = (backward.tiles.block_m as usize).min(problem.seqlen_q() as usize - first_row);
+                let end = backward.visibility.visible_end((first_row + rows) as u32 - 1) as usize;
+                let sees_any = end > first_key;
+                if !sees_any && chunk > 0 {
+                    break; // earlier queries see no more
+                }
+                // SAFETY: as above.
+                unsafe {
+                    self.dq_lanes.as_mut_slice().fill(0.0);
+                    if sees_any {
+                        let tile = self.load_queries(backward, batch, query_head, first_row, rows);
+                        // The processor has the instructions of its kernels.
+                        backward.pairs.inspect(|pairs| (pairs.begin)());
+                        self.pass(backward, tile, first_key, keys);
+                        backward.pairs.inspect(|pairs| (pairs.end)());
+                    }
+                    let added = &shared.added[in_group * backward.query_tiles() + tile];
+                    let dq = GradientRows {
+                        rows: backward.rows(tensors.dq, batch, query_head),
+                        sums: sums.as_ref().map(|sums| sums.0),
+                        first_sum: in_group * problem.seqlen_q() as usize + first_row,
+                        first_row,
+                        count: rows,
+                        is_first: chunk == 0,
+                        is_last: end <= first_key + keys,
+                    };
+                    wait_for(added, chunk as u32);
+                    self.add_dq(backward, &dq);
+                    added.store(chunk as u32 + 1, Ordering::Release);
+                }
+            }
+        }
+        // SAFETY: as above, and no other task has these keys.
+        unsafe { self.store_key_gradients(backward, batch, kv_head, first_key, keys) };
+    }
+
+    /// A tile of queries passes the keys: adds to all gradients, dQ's in lanes and without its factor.
+    ///
+    /// # Safety
+    /// The processor has the kernels' instructions.
+    unsafe fn pass(&mut self, backward: &Backward<'_>, tile: QueryTile, first_key: usize, keys: usize) {
+        let head_dim = backward.head_dim();
+        for first in (0..keys).step_by(BLOCK) {
+            let count = BLOCK.min(keys - first);
+            let seen = |row: usize| {
+                let end = backward.visibility.visible_end((tile.first_row + row) as u32) as usize;
+                end.saturating_sub(first_key + first).min(count)
+            };
+            if seen(tile.rows - 1) == 0 {
+                break; // nor do the blocks after it see anything
+            }
+            let padded = count.next_multiple_of(backward.padding());
+            let masked = seen(0) < padded;
+            if masked {
+                for (row, visible) in self.visible.as_mut_slice()[..tile.rows].iter_mut().enumerate() {
+                    *visible = seen(row) as f32;
+                }
+            }
+            // SAFETY: passed on to the caller; the block is one of the keys, padded as they are.
+            unsafe { self.scores(backward, tile, first, padded, masked) };
+            let finite = |keys: &Lines| {
+                let block = &keys.as_slice()[first * head_dim..][..count * head_dim];
+                block.iter().fold(true, |all, x| all & x.is_finite())
+            };
+            if !masked || tile.finite && finite(&self.keys) && finite(&self.values) {
+                // SAFETY: as above.
+                unsafe {
+                    match backward.pairs {
+                        Some(pairs) => self.accumulate_pairs(backward, pairs, tile, first, padded),
+                        None => self.accumulate(backward, tile, first, padded),
+                    }
+                }
+            } else {
+                self.accumulate_seen(backward, tile, first, count);
+            }
+        }
+    }
+
+    /// P and dS of the queries and the block of keys that starts at `first`.
+    ///
+    /// # Safety
+    /// As for [`pass`](Self::pass); the keys are among those of the task.
+    unsafe fn scores(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize, masked: bool) {
+        let stride = backward.tiles.block_m as usize;
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match backward.pairs {
+                Some(pairs) => self.score_pairs(backward, pairs, tile, first, keys),
+                None => self.score(backward, tile, first, keys),
+            }
+            (backward.kernels.backpropagate)(&Backpropagate {
+                keys,
+                lanes: tile.lanes,
+                scores: self.probabilities.as_mut_ptr(),
+                dp: self.ds.as_mut_ptr(),
+                stride,
+                visible: if masked {
+                    self.visible.as_ptr()
+                } else {
+                    std::ptr::null()
+                },
+                scale: backward.problem.softmax_scale(),
+                lse: self.lse.as_ptr(),
+                delta: self.delta.as_ptr(),
+            });
+        }
+    }
+}

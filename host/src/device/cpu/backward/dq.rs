@@ -1,0 +1,130 @@
+//! dQ, which several tasks add to: each element is one sum in the order of the keys, whoever is at work.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use flash_attention_kernels::entries::Dtype;
+
+use super::Backward;
+use super::scratch::Scratch;
+use crate::device::cpu::team::Lines;
+use crate::device::cpu::tensor::Head;
+
+/// What the tasks of one head share.
+pub(super) struct SharedHead {
+    /// For each tile of queries of each query head: how many tasks have added their part of dQ.
+    pub(super) added: Vec<AtomicU32>,
+    /// dQ so far, where its own memory can not hold an f32: `queries x head_dim`. It is there while tasks need it. And how
+    /// many have asked for it.
+    sums: Mutex<(Option<Arc<Sums>>, usize)>,
+}
+
+/// Memory that tasks write in turn.
+pub(super) struct Sums(
+    pub(super) *mut f32,
+    #[allow(dead_code, reason = "what the pointer points to")] Lines,
+);
+
+// SAFETY: the tasks take turns: `SharedHead::added` says whose it is.
+unsafe impl Send for Sums {}
+// SAFETY: as above.
+unsafe impl Sync for Sums {}
+
+impl SharedHead {
+    pub(super) fn new(backward: &Backward<'_>) -> Self {
+        let tiles = backward.group() * backward.query_tiles();
+        Self {
+            added: (0..tiles).map(|_| AtomicU32::new(0)).collect(),
+            sums: Mutex::new((None, 0)),
+        }
+    }
+
+    /// The sums, for one of so many runs of keys, each of which asks once; `None` where dq itself holds them, or nothing is
+    /// added up.
+    pub(super) fn sums(&self, backward: &Backward<'_>, chunks: usize) -> Option<Arc<Sums>> {
+        if backward.problem.dtype() == Dtype::F32 || chunks == 1 {
+            return None;
+        }
+        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let (memory, asked) = &mut *sums;
+        let queries = backward.group() * backward.problem.seqlen_q() as usize;
+        let new = || {
+            let mut lines = Lines::new(queries * backward.head_dim());
+            Arc::new(Sums(lines.as_mut_ptr(), lines))
+        };
+        let of_task = memory.get_or_insert_with(new).clone();
+        *asked += 1;
+        if *asked == chunks {
+            *memory = None; // the last of them gives it back
+        }
+        Some(of_task)
+    }
+}
+
+/// Where the dQ of a tile of queries is added up.
+pub(super) struct GradientRows {
+    pub(super) rows: Head,
+    pub(super) sums: Option<*mut f32>,
+    /// The tile's first row in the sums.
+    pub(super) first_sum: usize,
+    pub(super) first_row: usize,
+    pub(super) count: usize,
+    /// Whether nothing has been added yet.
+    pub(super) is_first: bool,
+    /// Whether nothing will be added any more.
+    pub(super) is_last: bool,
+}
+
+/// Waits until `added` is `count`.
+pub(super) fn wait_for(added: &AtomicU32, count: u32) {
+    let mut spins = 0_u32;
+    while added.load(Ordering::Acquire) != count {
+        spins += 1;
+        if spins < 1000 {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Scratch {
+    /// Adds dQ of a tile to what tasks before this one have added.
+    ///
+    /// # Safety
+    /// As for [`backward`](super::backward), and it is this task's turn.
+    pub(super) unsafe fn add_dq(&mut self, backward: &Backward<'_>, dq: &GradientRows) {
+        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        let scale = backward.problem.softmax_scale();
+        // The rows of q are not needed any more.
+        let rows = &mut self.q;
+        // SAFETY: the tile is `block_m` lanes, the rows are as many, of whole registers.
+        unsafe {
+            let from = self.dq_lanes.as_ptr();
+            let stride = backward.tiles.block_m as usize;
+            (kernels.transpose)(from, stride, head_dim, rows.as_mut_ptr(), width, dq.count);
+        }
+        for (i, row) in rows.as_mut_slice().chunks_mut(width).take(dq.count).enumerate() {
+            let row = &mut row[..head_dim];
+            row.iter_mut().for_each(|x| *x *= scale);
+            let sums = dq.sums.map(|sums| {
+                // SAFETY: one row of the sums, which are this task's for now.
+                unsafe { std::slice::from_raw_parts_mut(sums.add((dq.first_sum + i) * head_dim), head_dim) }
+            });
+            if !dq.is_first {
+                match &sums {
+                    Some(sums) => row.iter_mut().zip(sums.iter()).for_each(|(x, sum)| *x += sum),
+                    None => {
+                        let before = &mut self.dout.as_mut_slice()[..head_dim]; // nor are those of dout
+                        dq.rows.load(kernels, dq.first_row + i, before);
+                        row.iter_mut().zip(before).for_each(|(x, sum)| *x += *sum);
+                    }
+                }
+            }
+            match sums {
+                Some(sums) if !dq.is_last => sums.copy_from_slice(row),
+                _ => dq.rows.store(kernels, dq.first_row + i, row),
+            }
+        }
+    }
+}

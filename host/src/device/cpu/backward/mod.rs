@@ -1,0 +1,130 @@
+//! The backward pass on the CPU: gradients by recomputation, as the GPU kernels compute them, in five products.
+//!
+//! With P = exp(scale * S - lse) and delta = rowsum(dO * O), which comes first,
+//!
+//! ```text
+//! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
+//! ```
+//!
+//! A task owns a run of keys of one head, with their dK and dV, and streams the queries of every head that shares them,
+//! tile by tile, the last first. Queries are lanes (see `kernels/`), so S, dP and dS are made once, and serve all five
+//! products as they lie. What a task has for dQ is added to memory after the task of the keys before it has added its own:
+//! each element of a gradient is one sum in one order, the same on any number of threads. Tasks are taken in that order,
+//! so the one that is waited for is always at work, and a few rows ahead.
+//!
+//! Here are the problem and its tasks. `delta.rs` comes first; then `chunk.rs` is the walk of a task, with `scratch.rs` what
+//! it works in, `single.rs` and `pairs.rs` its products in f32 and of pairs of bf16, and `dq.rs` the sums it shares.
+
+mod chunk;
+mod delta;
+mod dq;
+mod pairs;
+mod scratch;
+mod single;
+
+use flash_attention_kernels::entries::Dtype;
+
+use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
+use super::team::Team;
+use super::tensor::{Head, Visibility};
+use crate::plan::Tiles;
+use crate::problem::{BackwardTensors, Problem};
+use dq::SharedHead;
+use scratch::Scratch;
+
+/// Keys whose scores are made at a time: with those of a tile of queries, they stay in the L1 cache.
+const BLOCK: usize = 64;
+
+/// One backward problem on its way.
+struct Backward<'a> {
+    kernels: &'static Kernels,
+    /// How pairs of bf16 are multiplied, if that is how this problem is solved.
+    pairs: Option<&'static Pairs>,
+    problem: &'a Problem,
+    tensors: &'a BackwardTensors,
+    tiles: Tiles,
+    visibility: Visibility,
+    delta: u64,
+}
+
+/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. A task owns
+/// `tiles.block_n` keys and streams `tiles.block_m` queries at a time past them, a multiple of [`MAX_LANES`].
+///
+/// # Safety
+/// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of the
+/// problem's type, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor anything
+/// else. Nobody writes the inputs or touches the outputs meanwhile.
+pub(super) unsafe fn backward(team: &Team<'_>, problem: &Problem, tensors: &BackwardTensors, delta: u64, tiles: Tiles) {
+    let backward = Backward {
+        kernels: team.kernels,
+        pairs: team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16),
+        problem,
+        tensors,
+        tiles,
+        visibility: Visibility::new(problem),
+        delta,
+    };
+    // SAFETY: passed on to the caller.
+    unsafe { backward.make_delta(team) };
+    let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
+    let heads = problem.batch() * problem.heads_kv();
+    let shared: Vec<SharedHead> = (0..heads).map(|_| SharedHead::new(&backward)).collect();
+    // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody.
+    let chunks_of_task = if heads >= 4 * team.threads { chunks } else { 1 };
+    let tasks_of_head = chunks / chunks_of_task;
+    let scratch = || Scratch::new(&backward);
+    team.share(heads * tasks_of_head, scratch, |scratch, task| {
+        let head = task / tasks_of_head;
+        let first = task % tasks_of_head * chunks_of_task;
+        for chunk in first..first + chunks_of_task {
+            // SAFETY: passed on to the caller; no other task has these keys.
+            unsafe { scratch.chunk(&backward, &shared[head], head, chunk, chunks) };
+        }
+    });
+}
+
+impl Backward<'_> {
+    fn head_dim(&self) -> usize {
+        self.problem.head_dim() as usize
+    }
+
+    /// head_dim in whole registers.
+    fn width(&self) -> usize {
+        self.head_dim().next_multiple_of(MAX_LANES)
+    }
+
+    /// What keys, and queries of a tile, are padded to a multiple of.
+    fn padding(&self) -> usize {
+        if self.pairs.is_some() { 2 * SIDE } else { ROWS }
+    }
+
+    /// Words of a row of a head as pairs, in whole tiles.
+    fn words(&self) -> usize {
+        self.head_dim().next_multiple_of(2 * SIDE) / 2
+    }
+
+    /// Keys of a task, as far as there are any, padded.
+    fn owned(&self) -> usize {
+        (self.tiles.block_n as usize)
+            .min(self.problem.seqlen_k() as usize)
+            .next_multiple_of(self.padding())
+    }
+
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.problem.heads_q() / self.problem.heads_kv()
+    }
+
+    fn query_tiles(&self) -> usize {
+        self.problem.seqlen_q().div_ceil(self.tiles.block_m) as usize
+    }
+
+    /// The rows of one head of a tensor.
+    ///
+    /// # Safety
+    /// As for [`backward`]; the head exists.
+    unsafe fn rows(&self, tensor: flash_attention_kernels::abi::StridedTensor, batch: usize, head: usize) -> Head {
+        // SAFETY: passed on to the caller.
+        unsafe { Head::new(tensor, self.problem.dtype(), batch, head, self.head_dim()) }
+    }
+}

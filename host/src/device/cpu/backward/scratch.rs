@@ -1,0 +1,186 @@
+//! The tiles a thread works in, and how keys and queries come in and the gradients of keys go out.
+
+use super::pairs::Words;
+use super::{BLOCK, Backward};
+use crate::device::cpu::kernels::MAX_LANES;
+use crate::device::cpu::pointer_mut;
+use crate::device::cpu::team::Lines;
+
+/// A tile of queries of one head, as it passes a run of keys.
+#[derive(Clone, Copy)]
+pub(super) struct QueryTile {
+    pub(super) first_row: usize,
+    pub(super) rows: usize,
+    /// Lanes in use: rows, padded.
+    pub(super) lanes: usize,
+    /// Whether q and dout are finite.
+    pub(super) finite: bool,
+}
+
+/// The tiles that a thread works in. "width" is head_dim in whole registers.
+pub(super) struct Scratch {
+    /// Empty where products are of f32.
+    pub(super) words: Words,
+    /// Of the keys that a task owns: `block_n x head_dim`.
+    pub(super) keys: Lines,
+    pub(super) values: Lines,
+    /// Their gradients: `block_n x width`.
+    pub(super) dk: Lines,
+    pub(super) dv: Lines,
+    /// Of a tile of queries, `block_m x width`.
+    pub(super) q: Lines,
+    pub(super) dout: Lines,
+    /// The same transposed: `head_dim x block_m`; and the gradient of q, `width x block_m`.
+    pub(super) q_lanes: Lines,
+    pub(super) dout_lanes: Lines,
+    pub(super) dq_lanes: Lines,
+    /// `BLOCK x block_m`: S, then P.
+    pub(super) probabilities: Lines,
+    /// `BLOCK x block_m`: dP, then dS.
+    pub(super) ds: Lines,
+    pub(super) lse: Lines,
+    pub(super) delta: Lines,
+    /// How many keys of a block each query sees.
+    pub(super) visible: Lines,
+}
+
+impl Scratch {
+    pub(super) fn new(backward: &Backward<'_>) -> Self {
+        let (head_dim, width) = (backward.head_dim(), backward.width());
+        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
+        Self {
+            words: Words::new(backward),
+            keys: Lines::new(block_n * head_dim + MAX_LANES),
+            values: Lines::new(block_n * head_dim),
+            dk: Lines::new(block_n * width),
+            dv: Lines::new(block_n * width),
+            q: Lines::new(block_m * width),
+            dout: Lines::new(block_m * width),
+            q_lanes: Lines::new(head_dim * block_m),
+            dout_lanes: Lines::new(head_dim * block_m),
+            dq_lanes: Lines::new(width * block_m),
+            probabilities: Lines::new(BLOCK * block_m),
+            ds: Lines::new(BLOCK * block_m),
+            lse: Lines::new(block_m),
+            delta: Lines::new(block_m),
+            visible: Lines::new(block_m),
+        }
+    }
+
+    /// Loads so many keys and values of a head, from `first_key` on, and clears their gradients.
+    ///
+    /// # Safety
+    /// As for [`backward`](super::backward); the keys exist.
+    pub(super) unsafe fn load_keys(
+        &mut self,
+        backward: &Backward<'_>,
+        batch: usize,
+        kv_head: usize,
+        first_key: usize,
+        keys: usize,
+    ) {
+        let (problem, kernels) = (backward.problem, backward.kernels);
+        let (head_dim, width) = (backward.head_dim(), backward.width());
+        let padded = keys.next_multiple_of(backward.padding());
+        // SAFETY: passed on to the caller; the heads are within their tensors.
+        let of_keys = |tensor| unsafe { backward.rows(tensor, batch, kv_head) };
+        of_keys(problem.k()).load_tile(kernels, first_key, [keys, padded], self.keys.as_mut_slice(), head_dim);
+        of_keys(problem.v()).load_tile(kernels, first_key, [keys, padded], self.values.as_mut_slice(), head_dim);
+        if backward.pairs.is_some() {
+            let words = backward.words();
+            of_keys(problem.k()).copy_halves(first_key, [keys, padded], &mut self.words.keys, words);
+            of_keys(problem.v()).copy_halves(first_key, [keys, padded], &mut self.words.values, words);
+            self.pair_keys(backward, padded);
+        }
+        self.dk.as_mut_slice()[..padded * width].fill(0.0);
+        self.dv.as_mut_slice()[..padded * width].fill(0.0);
+    }
+
+    /// Loads a tile of queries, as it is and transposed, with what belongs to each query.
+    ///
+    /// # Safety
+    /// As for [`backward`](super::backward); the queries exist.
+    pub(super) unsafe fn load_queries(
+        &mut self,
+        backward: &Backward<'_>,
+        batch: usize,
+        head: usize,
+        first_row: usize,
+        rows: usize,
+    ) -> QueryTile {
+        let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
+        let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
+        let sources = [backward.problem.q(), backward.tensors.dout];
+        let tiles = [(&mut self.q, &mut self.q_lanes), (&mut self.dout, &mut self.dout_lanes)];
+        for (source, (tile, lanes)) in sources.into_iter().zip(tiles) {
+            // SAFETY: passed on to the caller; tiles are `block_m` rows and lanes.
+            unsafe {
+                let source = backward.rows(source, batch, head);
+                source.load_tile(kernels, first_row, [rows, padded], tile.as_mut_slice(), width);
+                let (from, to) = (tile.as_ptr(), lanes.as_mut_ptr());
+                (kernels.transpose)(from, width, padded, to, block_m, backward.head_dim());
+            }
+        }
+        if backward.pairs.is_some() {
+            self.pair_queries(backward, padded);
+        }
+        let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
+        // SAFETY: lse and delta have an entry for each query, and nobody writes them any more.
+        let (lse, delta) = unsafe {
+            (
+                std::slice::from_raw_parts(pointer_mut::<f32>(backward.tensors.lse).add(first), rows),
+                std::slice::from_raw_parts(pointer_mut::<f32>(backward.delta).add(first), rows),
+            )
+        };
+        for (to, &lse) in self.lse.as_mut_slice().iter_mut().zip(lse) {
+            // Of a query that saw nothing: probabilities are to be 0, not infinite.
+            *to = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
+        }
+        self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
+        // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
+        self.lse.as_mut_slice()[rows..padded].fill(f32::INFINITY);
+        self.delta.as_mut_slice()[rows..padded].fill(0.0);
+        self.visible.as_mut_slice()[rows..padded].fill(0.0);
+        let rows_are_finite = |tile: &Lines| {
+            let mut rows = tile.as_slice().chunks(width).take(rows);
+            rows.all(|row| {
+                row[..backward.head_dim()]
+                    .iter()
+                    .fold(true, |all, x| all & x.is_finite())
+            })
+        };
+        QueryTile {
+            first_row,
+            rows,
+            lanes: padded,
+            finite: rows_are_finite(&self.q) && rows_are_finite(&self.dout),
+        }
+    }
+
+    /// Writes dK and dV of the keys that were loaded.
+    ///
+    /// # Safety
+    /// As for [`backward`](super::backward); no other task has these keys.
+    pub(super) unsafe fn store_key_gradients(
+        &mut self,
+        backward: &Backward<'_>,
+        batch: usize,
+        kv_head: usize,
+        first_key: usize,
+        keys: usize,
+    ) {
+        let (problem, tensors, kernels, width) =
+            (backward.problem, backward.tensors, backward.kernels, backward.width());
+        for (tensor, gradient, factor) in [
+            (tensors.dk, &mut self.dk, problem.softmax_scale()),
+            (tensors.dv, &mut self.dv, 1.0),
+        ] {
+            // SAFETY: passed on to the caller; the heads are within their tensors.
+            let target = unsafe { backward.rows(tensor, batch, kv_head) };
+            for (key, row) in gradient.as_mut_slice().chunks_mut(width).take(keys).enumerate() {
+                row.iter_mut().for_each(|x| *x *= factor);
+                target.store(kernels, first_key + key, row);
+            }
+        }
+    }
+}

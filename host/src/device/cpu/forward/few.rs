@@ -1,0 +1,103 @@
+//! The path of few queries: one after the other, lanes being elements of a head.
+
+use super::scratch::Scratch;
+use super::state::State;
+use super::{Forward, Tile};
+use crate::device::cpu::kernels::One;
+use crate::plan::kernel_scale;
+
+/// So few queries are solved one by one, lanes being elements of a head: as lanes they would leave most of a register idle.
+pub(super) const FEW: u32 = 4;
+
+impl State {
+    /// Takes in what another run of keys gave for one query: largest scores, sums and outputs.
+    pub(super) fn merge_one(&mut self, forward: &Forward<'_>, row: usize, other: &Self) {
+        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let exp2 = |x: f32| f64::from(x * scale_log2).exp2() as f32;
+        let (left, right) = (self.max.as_slice()[row], other.max.as_slice()[row]);
+        let max = if left > right { left } else { right };
+        let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let (of_left, of_right) = (exp2(left - origin), exp2(right - origin));
+        self.max.as_mut_slice()[row] = max;
+        let depth = forward.panels.depth;
+        let places = row * depth..(row + 1) * depth;
+        let sums = self.sum.as_mut_slice()[row..=row]
+            .iter_mut()
+            .zip(&other.sum.as_slice()[row..=row]);
+        let outputs = self.output.as_mut_slice()[places.clone()]
+            .iter_mut()
+            .zip(&other.output.as_slice()[places]);
+        sums.chain(outputs)
+            .for_each(|(to, from)| *to = *to * of_left + *from * of_right);
+    }
+}
+
+impl Scratch {
+    /// Queries as rows of whole registers, times the sign of the scale.
+    pub(super) fn load_few(&mut self, forward: &Forward<'_>, tile: &Tile) {
+        let (_, _, sign) = kernel_scale(forward.problem.softmax_scale());
+        let (first, query) = (tile.first_row as usize, &mut self.query);
+        let width = forward.panels.depth;
+        tile.q.load_tile(
+            forward.kernels,
+            first,
+            [tile.rows, tile.rows],
+            query.as_mut_slice(),
+            width,
+        );
+        query.as_mut_slice()[..tile.rows * width]
+            .iter_mut()
+            .for_each(|x| *x *= sign);
+    }
+
+    /// One query takes in `keys` keys and values.
+    pub(super) fn attend_one(
+        &mut self,
+        forward: &Forward<'_>,
+        tile: &Tile,
+        row: usize,
+        first_key: usize,
+        keys: usize,
+        state: &mut State,
+    ) {
+        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let depth = forward.panels.depth;
+        let ((k, k_stride_bytes), (v, v_stride_bytes)) = (tile.k.row(first_key), tile.v.row(first_key));
+        // SAFETY: the processor has the instructions, the keys exist, and rows of q and the output are whole registers.
+        unsafe {
+            (forward.kernels.one)(&One {
+                keys,
+                dtype: forward.problem.dtype(),
+                k,
+                k_stride_bytes,
+                v,
+                v_stride_bytes,
+                head_dim: forward.head_dim(),
+                query: self.query.as_ptr().add(row * depth),
+                scores: self.scores.as_mut_ptr(),
+                scale_log2,
+                max: state.max.as_mut_ptr().add(row),
+                sum: state.sum.as_mut_ptr().add(row),
+                output: state.output.as_mut_ptr().add(row * depth),
+            });
+        }
+    }
+
+    /// Writes out, rows of the output times `inverses`.
+    pub(super) fn store_few(
+        &mut self,
+        forward: &Forward<'_>,
+        tile: &Tile,
+        state: &State,
+        inverses: impl Iterator<Item = f32>,
+    ) {
+        let first = tile.first_row as usize;
+        for (row, inverse) in inverses.enumerate() {
+            let output = &state.output.as_slice()[row * forward.panels.depth..];
+            for (to, x) in self.rows.as_mut_slice().iter_mut().zip(&output[..forward.head_dim()]) {
+                *to = if inverse == 0.0 { 0.0 } else { x * inverse };
+            }
+            tile.out.store(forward.kernels, first + row, self.rows.as_slice());
+        }
+    }
+}

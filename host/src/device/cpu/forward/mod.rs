@@ -1,0 +1,213 @@
+//! The forward pass on the CPU: the loop of the GPU kernels, one task for each tile of queries of each head.
+//!
+//! Scores are computed as K Q^T and the output as V^T P^T, so that queries are lanes (see `kernels/`). Keys are taken in
+//! segments, each summed from nothing and then merged by largest score, in order: whether one task takes all segments of
+//! a tile or each is a task of its own leaves no trace in the result.
+//!
+//! Here are the problem and its tasks. `scratch.rs` takes one tile of queries from memory to memory, past tiles of keys as
+//! `tiled.rs` does it or, where queries are few, `few.rs`; `state.rs` is what is known between two tiles of keys.
+
+mod few;
+mod pairs;
+mod scratch;
+mod state;
+mod tiled;
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
+
+use super::kernels::{Kernels, Pairs, SIDE};
+use super::pointer_mut;
+use super::team::Team;
+use super::tensor::{Head, Panels, Visibility};
+use crate::plan::{Plan, Tiles};
+use crate::problem::Problem;
+use few::FEW;
+use scratch::Scratch;
+use state::State;
+
+/// Keys of a segment at least.
+const SEGMENT: u32 = 2048;
+
+/// Segments of a sequence at most.
+const MAX_SEGMENTS: u32 = 16;
+
+/// One forward problem on its way.
+struct Forward<'a> {
+    kernels: &'static Kernels,
+    problem: &'a Problem,
+    /// How pairs of bf16 are multiplied, if that is how this problem is solved.
+    pairs: Option<&'static Pairs>,
+    /// Whether queries are solved one by one. Tiles of q and the output then hold rows of `panels.depth`.
+    few: bool,
+    panels: Panels,
+    tiles: Tiles,
+    visibility: Visibility,
+    out: u64,
+    lse: u64,
+}
+
+/// A tile of queries of one head.
+#[derive(Clone, Copy)]
+struct Tile {
+    q: Head,
+    k: Head,
+    v: Head,
+    out: Head,
+    lse: *mut f32,
+    first_row: u32,
+    rows: usize,
+    /// Tiles of keys that any of the queries sees.
+    blocks: u32,
+    /// Those of them that every query sees all of.
+    whole_blocks: u32,
+}
+
+/// Computes out and lse.
+///
+/// # Safety
+/// As for [`Backend::run`](crate::device::Backend::run).
+pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64) {
+    let (problem, tiles) = (plan.problem(), plan.tiles());
+    let few = problem.seqlen_q() <= FEW;
+    let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16 && !few);
+    let forward = Forward {
+        kernels: team.kernels,
+        pairs,
+        few,
+        panels: Panels {
+            lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
+            depth: (problem.head_dim() as usize).next_multiple_of(SIDE),
+        },
+        problem,
+        tiles,
+        visibility: Visibility::new(problem),
+        out,
+        lse,
+    };
+    let query_tiles = problem.seqlen_q().div_ceil(tiles.block_m) as usize;
+    let heads = problem.batch() * problem.heads_q();
+    let tasks = heads * query_tiles;
+    // Heavy tiles first: under a causal mask the last see the most keys.
+    let tile = |task: usize| forward.tile(task / query_tiles, query_tiles - 1 - task % query_tiles);
+    let segments = forward.segments(problem.seqlen_k().div_ceil(tiles.block_n)).count();
+    if tasks >= 2 * team.threads || segments == 1 {
+        forward.by_tiles(team, tasks, tile);
+    } else {
+        forward.by_segments(team, tasks, segments, tile);
+    }
+}
+
+impl Forward<'_> {
+    /// A task takes all segments of a tile, one after the other.
+    fn by_tiles(&self, team: &Team<'_>, tasks: usize, tile: impl Fn(usize) -> Tile + Sync) {
+        let scratch = || (Scratch::new(self), State::new(self), State::new(self));
+        team.share(tasks, scratch, |(scratch, state, partial), task| {
+            let tile = tile(task);
+            scratch.load_query(self, &tile);
+            for (index, blocks) in self.segments(tile.blocks).enumerate() {
+                if index == 0 {
+                    scratch.attend(self, &tile, blocks, state);
+                } else {
+                    scratch.attend(self, &tile, blocks, partial);
+                    state.merge(self, tile.rows, partial);
+                }
+            }
+            scratch.store(self, &tile, state);
+        });
+    }
+
+    /// Where tiles are too few for the threads: a task takes one segment of a tile, then they are merged.
+    fn by_segments(&self, team: &Team<'_>, tasks: usize, segments: usize, tile: impl Fn(usize) -> Tile + Sync) {
+        let partials: Vec<OnceLock<State>> = (0..tasks * segments).map(|_| OnceLock::new()).collect();
+        team.share(
+            tasks * segments,
+            || Scratch::new(self),
+            |scratch, task| {
+                let tile = tile(task / segments);
+                if let Some(blocks) = self.segments(tile.blocks).nth(task % segments) {
+                    let mut state = State::new(self);
+                    scratch.load_query(self, &tile);
+                    scratch.attend(self, &tile, blocks, &mut state);
+                    let _ = partials[task].set(state); // nobody else has this task
+                }
+            },
+        );
+        let scratch = || (Scratch::new(self), State::new(self));
+        team.share(tasks, scratch, |(scratch, state), task| {
+            let mut parts = partials[task * segments..][..segments].iter().filter_map(OnceLock::get);
+            if let Some(first) = parts.next() {
+                state.copy(first);
+                parts.for_each(|part| state.merge(self, tile(task).rows, part));
+            }
+            scratch.store(self, &tile(task), state);
+        });
+    }
+
+    fn head_dim(&self) -> usize {
+        self.problem.head_dim() as usize
+    }
+
+    /// The segments of the first `blocks` tiles of keys; at least one, if an empty one. Their length depends on
+    /// seqlen_k alone.
+    fn segments(&self, blocks: u32) -> impl Iterator<Item = Range<u32>> {
+        let longest = self.problem.seqlen_k().div_ceil(MAX_SEGMENTS).max(SEGMENT);
+        let length = longest.div_ceil(self.tiles.block_n);
+        (0..blocks.div_ceil(length).max(1)).map(move |i| i * length..((i + 1) * length).min(blocks))
+    }
+
+    /// Tile `tile` of head `heads`, all batches counted.
+    fn tile(&self, heads: usize, tile: usize) -> Tile {
+        let (problem, Tiles { block_m, block_n }) = (self.problem, self.tiles);
+        let (batch, head) = (heads / problem.heads_q(), heads % problem.heads_q());
+        let kv_head = head / (problem.heads_q() / problem.heads_kv());
+        let first_row = tile as u32 * block_m;
+        let rows = block_m.min(problem.seqlen_q() - first_row);
+        let first = heads * problem.seqlen_q() as usize + first_row as usize;
+        let address = self.out;
+        let (blocks, whole_blocks) = self.visibility.key_blocks(first_row, rows, block_n);
+        // SAFETY: the caller of `forward` vouches for the four tensors and lse; batch, head and kv_head are within them.
+        // Rows of out do not overlap and no two tasks have one in common, so each is written by one thread only.
+        unsafe {
+            let rows_of = |tensor, head| Head::new(tensor, problem.dtype(), batch, head, self.head_dim());
+            Tile {
+                q: rows_of(problem.q(), head),
+                k: rows_of(problem.k(), kv_head),
+                v: rows_of(problem.v(), kv_head),
+                out: rows_of(
+                    StridedTensor {
+                        address,
+                        ..problem.out()
+                    },
+                    head,
+                ),
+                lse: pointer_mut::<f32>(self.lse).add(first),
+                first_row,
+                rows: rows as usize,
+                blocks,
+                whole_blocks,
+            }
+        }
+    }
+
+    /// Words of a row of keys as pairs, in whole tiles.
+    fn words(&self) -> usize {
+        self.head_dim().next_multiple_of(2 * SIDE) / 2
+    }
+
+    /// Queries of a tile, rounded up to whole panels.
+    fn lanes(&self) -> usize {
+        (self.tiles.block_m as usize).next_multiple_of(self.panels.lanes)
+    }
+
+    /// (first lane, lanes in use) of the panels that hold `rows` queries.
+    fn panels(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (panel, lanes) = (self.panels.lanes, self.kernels.lanes);
+        (0..rows)
+            .step_by(panel)
+            .map(move |first| (first, (rows - first).min(panel).next_multiple_of(lanes)))
+    }
+}

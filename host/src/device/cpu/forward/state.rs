@@ -1,0 +1,69 @@
+//! What a tile's queries know of the keys seen so far: the online softmax, and the output it belongs to.
+
+use super::Forward;
+use crate::device::cpu::kernels::Merge;
+use crate::device::cpu::team::Lines;
+use crate::plan::kernel_scale;
+
+/// The softmax of a tile's queries, as far as their keys have been seen, and the output not yet divided by the sums.
+pub(super) struct State {
+    pub(super) max: Lines,
+    pub(super) sum: Lines,
+    /// Panel by panel, `depth x lanes`.
+    pub(super) output: Lines,
+}
+
+impl State {
+    pub(super) fn new(forward: &Forward<'_>) -> Self {
+        let lanes = forward.lanes();
+        Self {
+            max: Lines::new(lanes),
+            sum: Lines::new(lanes),
+            output: Lines::new(lanes * forward.panels.depth),
+        }
+    }
+
+    /// Nothing seen yet.
+    pub(super) fn clear(&mut self) {
+        self.max.as_mut_slice().fill(f32::NEG_INFINITY);
+        self.sum.as_mut_slice().fill(0.0);
+        self.output.as_mut_slice().fill(0.0);
+    }
+
+    pub(super) fn copy(&mut self, from: &Self) {
+        let pairs = [
+            (&mut self.max, &from.max),
+            (&mut self.sum, &from.sum),
+            (&mut self.output, &from.output),
+        ];
+        pairs
+            .into_iter()
+            .for_each(|(to, from)| to.as_mut_slice().copy_from_slice(from.as_slice()));
+    }
+
+    /// Takes in what another run of keys gave.
+    pub(super) fn merge(&mut self, forward: &Forward<'_>, rows: usize, other: &Self) {
+        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let (head_dim, depth) = (forward.head_dim(), forward.panels.depth);
+        if forward.few {
+            return (0..rows).for_each(|row| self.merge_one(forward, row, other));
+        }
+        for (first, lanes) in forward.panels(rows) {
+            // SAFETY: the panel is one of both states, which are of one size.
+            unsafe {
+                (forward.kernels.merge)(&Merge {
+                    lanes,
+                    stride: forward.panels.lanes,
+                    head_dim,
+                    scale_log2,
+                    max: self.max.as_mut_ptr().add(first),
+                    sum: self.sum.as_mut_ptr().add(first),
+                    output: self.output.as_mut_ptr().add(first * depth),
+                    other_max: other.max.as_ptr().add(first),
+                    other_sum: other.sum.as_ptr().add(first),
+                    other_output: other.output.as_ptr().add(first * depth),
+                });
+            }
+        }
+    }
+}

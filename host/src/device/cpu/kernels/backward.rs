@@ -1,0 +1,67 @@
+//! What only the backward pass has: scores and dP that become P and dS, and the sums that are delta.
+
+use crate::device::cpu::vector::Vector;
+
+/// Scores of one panel become probabilities, and dP becomes dS: `p = exp(scale * s - lse)` and `ds = p * (dp - delta)`.
+pub(in crate::device::cpu) struct Backpropagate {
+    pub keys: usize,
+    pub lanes: usize,
+    pub scores: *mut f32,
+    pub dp: *mut f32,
+    pub stride: usize,
+    /// How many keys of the tile each query sees; null if all.
+    pub visible: *const f32,
+    pub scale: f32,
+    /// Of each query; an lse of plus infinity makes every probability 0.
+    pub lse: *const f32,
+    pub delta: *const f32,
+}
+
+/// [`Backpropagate`].
+#[inline(always)]
+pub(super) unsafe fn backpropagate<V: Vector>(b: &Backpropagate) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let (scale, log2_e) = (V::splat(b.scale), V::splat(std::f32::consts::LOG2_E));
+        let zero = V::splat(0.0);
+        for lane in (0..b.lanes).step_by(V::LANES) {
+            let negative_lse = zero.sub(V::load(b.lse.add(lane)));
+            let delta = V::load(b.delta.add(lane));
+            let masked = !b.visible.is_null();
+            let visible = if masked { V::load(b.visible.add(lane)) } else { zero };
+            for key in 0..b.keys {
+                let place = key * b.stride + lane;
+                // The difference first, rounded once: near 0, where probabilities are large, it keeps all its bits.
+                let exponent = V::load(b.scores.add(place)).fma(scale, negative_lse);
+                let mut p = exponent.mul(log2_e).exp2();
+                let mut ds = p.mul(V::load(b.dp.add(place)).sub(delta));
+                if masked {
+                    let key = V::splat(key as f32);
+                    p = visible.select_greater(key, p, zero);
+                    ds = visible.select_greater(key, ds, zero);
+                }
+                p.store(b.scores.add(place));
+                ds.store(b.dp.add(place));
+            }
+        }
+    }
+}
+
+/// Sums of products of columns.
+#[inline(always)]
+pub(super) unsafe fn dot<V: Vector>(x: *const f32, y: *const f32, count: usize, in_order: bool, to: *mut f32) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut sums = [V::splat(0.0); 8];
+        for i in 0..count {
+            let sum = &mut sums[if in_order { 0 } else { i % 8 }];
+            *sum = V::load(x.add(i * V::LANES)).fma(V::load(y.add(i * V::LANES)), *sum);
+        }
+        for width in [4, 2, 1] {
+            for i in 0..width {
+                sums[i] = sums[i].add(sums[i + width]);
+            }
+        }
+        sums[0].store(to);
+    }
+}

@@ -1,0 +1,225 @@
+//! The instruction sets: which there are, which of them the processor has, and the inner loops compiled for each.
+
+use std::sync::OnceLock;
+
+use flash_attention_kernels::entries::Dtype;
+
+use super::{Backpropagate, Kernels, Merge, One, Product, Softmax, backward, convert, few, product, softmax};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::pairs;
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::vector::{Avx2, Avx512};
+use crate::device::cpu::vector::{Portable, Vector};
+
+/// An instruction set that the library has inner loops for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::device::cpu) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Isa {
+    /// Those this processor has, the best first.
+    pub(in crate::device::cpu) fn available() -> &'static [Self] {
+        static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
+        AVAILABLE.get_or_init(|| {
+            let mut available = Vec::new();
+            #[cfg(target_arch = "x86_64")]
+            {
+                let avx2 = is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c");
+                if avx2 && is_x86_feature_detected!("avx512f") {
+                    available.push(Self::Avx512);
+                    // What is faster goes first: tiles where there are any.
+                    if pairs::has_avx512_bf16() {
+                        available.insert(usize::from(!pairs::prefers_avx512_bf16()), Self::Avx512Bf16);
+                    }
+                    if pairs::has_amx() {
+                        available.insert(0, Self::Amx);
+                    }
+                }
+                if avx2 {
+                    available.push(Self::Avx2);
+                }
+            }
+            available.push(Self::Portable);
+            available
+        })
+    }
+
+    /// Its name in `FLASH_ATTENTION_CPU`.
+    pub(in crate::device::cpu) fn key(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => "avx512bf16",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+
+    /// Its inner loops.
+    pub(in crate::device::cpu) fn kernels(self) -> &'static Kernels {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => {
+                const {
+                    &Kernels {
+                        name: "AVX-512 and AMX",
+                        pairs: Some(&pairs::AMX),
+                        ..avx512::KERNELS
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                const {
+                    &Kernels {
+                        name: "AVX-512 and AVX512-BF16",
+                        pairs: Some(&pairs::AVX512_BF16),
+                        ..avx512::KERNELS
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => &avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => &avx2::KERNELS,
+            Self::Portable => &portable::KERNELS,
+        }
+    }
+}
+
+/// The inner loops for one instruction set: each of the functions below, compiled with its features.
+macro_rules! instruction_set {
+    ($module:ident, $vector:ty, $name:literal $(, $features:literal)?) => {
+        mod $module {
+            use super::*;
+
+            pub(super) const KERNELS: Kernels = Kernels {
+                name: $name,
+                lanes: <$vector>::LANES,
+                panel: product::WIDTH * <$vector>::LANES,
+                fused: <$vector>::FUSED,
+                product,
+                pairs: None,
+                pair_rows,
+                softmax,
+                one,
+                merge,
+                backpropagate,
+                widen,
+                narrow,
+                transpose,
+                dot,
+                #[cfg(test)]
+                exp2,
+            };
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn product(p: &Product) {
+                // SAFETY: passed on to the caller, as in all that follow.
+                unsafe { product::product::<$vector>(p) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pair_rows(
+                from: *const f32,
+                stride: usize,
+                pairs: usize,
+                columns: usize,
+                to: *mut u32,
+                to_stride: usize,
+            ) {
+                for pair in 0..pairs {
+                    for column in (0..columns).step_by(<$vector>::LANES) {
+                        // SAFETY: as above.
+                        unsafe {
+                            let low = from.add(2 * pair * stride + column);
+                            let (low, high) = (<$vector>::load(low), <$vector>::load(low.add(stride)));
+                            low.store_pairs(high, to.add(pair * to_stride + column));
+                        }
+                    }
+                }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn softmax(s: &Softmax) {
+                // SAFETY: as above.
+                unsafe { softmax::softmax::<$vector>(s) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn one(o: &One) {
+                // SAFETY: as above.
+                unsafe {
+                    match o.dtype {
+                        Dtype::F32 => few::one::<$vector, 0>(o),
+                        Dtype::F16 => few::one::<$vector, 1>(o),
+                        Dtype::Bf16 => few::one::<$vector, 2>(o),
+                    }
+                }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn merge(m: &Merge) {
+                // SAFETY: as above.
+                unsafe { softmax::merge::<$vector>(m) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn backpropagate(b: &Backpropagate) {
+                // SAFETY: as above.
+                unsafe { backward::backpropagate::<$vector>(b) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn widen(dtype: Dtype, from: *const u8, count: usize, to: *mut f32) {
+                // SAFETY: as above.
+                unsafe { convert::widen::<$vector>(dtype, from, count, to) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn narrow(dtype: Dtype, from: *const f32, count: usize, to: *mut u8) {
+                // SAFETY: as above.
+                unsafe { convert::narrow::<$vector>(dtype, from, count, to) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn transpose(
+                from: *const f32,
+                stride: usize,
+                rows: usize,
+                to: *mut f32,
+                to_stride: usize,
+                columns: usize,
+            ) {
+                // SAFETY: as above.
+                unsafe { convert::transpose::<$vector>(from, stride, rows, to, to_stride, columns) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn dot(x: *const f32, y: *const f32, count: usize, in_order: bool, sums: *mut f32) {
+                // SAFETY: as above.
+                unsafe { backward::dot::<$vector>(x, y, count, in_order, sums) }
+            }
+            #[cfg(test)]
+            $(#[target_feature(enable = $features)])?
+            unsafe fn exp2(x: *mut f32, count: usize) {
+                for i in (0..count).step_by(<$vector>::LANES) {
+                    // SAFETY: as above.
+                    unsafe { <$vector>::load(x.add(i)).exp2().store(x.add(i)) }
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+instruction_set!(avx512, Avx512, "AVX-512", "avx512f,avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+instruction_set!(avx2, Avx2, "AVX2", "avx2,fma,f16c");
+instruction_set!(portable, Portable, "portable");

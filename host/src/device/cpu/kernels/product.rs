@@ -1,0 +1,147 @@
+//! Products of matrices: what describes them, and those of f32. Products of pairs of bf16 are in `pairs.rs`, written for
+//! the processors that have them.
+
+use crate::device::cpu::vector::Vector;
+
+/// Registers that a panel is wide.
+pub(super) const WIDTH: usize = 3;
+
+/// What the rows of a product, and so the keys of a tile and a head_dim, are a multiple of.
+pub(in crate::device::cpu) const ROWS: usize = 8;
+
+/// `c (+)= a b`, for a matrix `a` whose elements are read one by one, and rows of whole registers `b` and `c`.
+pub(in crate::device::cpu) struct Product {
+    /// Rows of a and c, a multiple of [`ROWS`].
+    pub rows: usize,
+    /// Columns of a, rows of b.
+    pub inner: usize,
+    /// Columns of b and c, a multiple of the lanes of a register.
+    pub columns: usize,
+    pub a: *const f32,
+    /// Elements of a from one row to the next; or, where a is transposed, from one column to the next.
+    pub a_stride: usize,
+    /// Whether a is stored by columns.
+    pub transposed: bool,
+    pub b: *const f32,
+    pub b_stride: usize,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    /// Whether c is added to.
+    pub accumulate: bool,
+}
+
+/// Products of pairs go by so many rows and columns: the lanes of a register, the rows of a tile.
+pub(in crate::device::cpu) const SIDE: usize = 16;
+
+/// `c (+)= a b` over pairs of bf16.
+pub(in crate::device::cpu) struct PairProduct {
+    /// Rows of a and c, a multiple of [`SIDE`].
+    pub rows: usize,
+    /// Words of a row of a, rows of b; a multiple of [`SIDE`].
+    pub inner: usize,
+    /// Columns of b and c: [`SIDE`] or twice that.
+    pub columns: usize,
+    pub a: *const u32,
+    /// Words, or f32, from one row to the next.
+    pub a_stride: usize,
+    pub b: *const u32,
+    pub b_stride: usize,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    /// Whether c is added to.
+    pub accumulate: bool,
+}
+
+/// How one kind of processor multiplies pairs of bf16, of which a word holds two neighbours along the inner axis.
+#[derive(Clone, Copy)]
+pub(in crate::device::cpu) struct Pairs {
+    /// To be called by a thread before its first product, and after its last.
+    pub begin: unsafe fn(),
+    pub end: unsafe fn(),
+    /// Unsafe as the functions of `Kernels` are.
+    pub product: unsafe fn(&PairProduct),
+}
+
+/// [`Product`].
+#[inline(always)]
+pub(super) unsafe fn product<V: Vector>(p: &Product) {
+    let mut column = 0;
+    while column < p.columns {
+        // Two and two, where one would be left over.
+        let registers = match (p.columns - column) / V::LANES {
+            4 => 2,
+            left => left.min(WIDTH),
+        };
+        // SAFETY: the columns are within b and c.
+        unsafe {
+            let (b, c) = (p.b.add(column), p.c.add(column));
+            match registers {
+                3 => rows::<V, 3>(p, b, c),
+                2 => rows::<V, 2>(p, b, c),
+                _ => rows::<V, 1>(p, b, c),
+            }
+        }
+        column += registers * V::LANES;
+    }
+}
+
+/// [`Product`], `N` registers of columns.
+#[inline(always)]
+unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f32) {
+    // SAFETY: rows and inner are those of a, b and c; `V::ROWS` divides the rows.
+    unsafe {
+        for row in (0..p.rows).step_by(V::ROWS) {
+            let c = c.add(row * p.c_stride);
+            match (p.transposed, V::ROWS) {
+                (false, 4) => block::<V, 4, N, false>(p, p.a.add(row * p.a_stride), b, c),
+                (true, 4) => block::<V, 4, N, true>(p, p.a.add(row), b, c),
+                (false, _) => block::<V, 8, N, false>(p, p.a.add(row * p.a_stride), b, c),
+                (true, _) => block::<V, 8, N, true>(p, p.a.add(row), b, c),
+            }
+        }
+    }
+}
+
+/// `M` rows by `N` registers of c, which stay in registers for the whole sum.
+#[inline(always)]
+unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: bool>(
+    p: &Product,
+    a: *const f32,
+    mut b: *const f32,
+    c: *mut f32,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut sums = [[V::splat(0.0); N]; M];
+        if p.accumulate {
+            for (m, sums) in sums.iter_mut().enumerate() {
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    *sum = V::load(c.add(m * p.c_stride + n * V::LANES));
+                }
+            }
+        }
+        for i in 0..p.inner {
+            let mut b_row = [V::splat(0.0); N];
+            for (n, b_row) in b_row.iter_mut().enumerate() {
+                *b_row = V::load(b.add(n * V::LANES));
+            }
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let place = if TRANSPOSED {
+                    i * p.a_stride + m
+                } else {
+                    m * p.a_stride + i
+                };
+                let factor = V::splat(*a.add(place));
+                for (sum, b) in sums.iter_mut().zip(b_row) {
+                    *sum = factor.fma(b, *sum);
+                }
+            }
+            b = b.add(p.b_stride);
+        }
+        for (m, sums) in sums.iter().enumerate() {
+            for (n, sum) in sums.iter().enumerate() {
+                sum.store(c.add(m * p.c_stride + n * V::LANES));
+            }
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! The online softmax of a panel of queries, and the merge of two.
+
+use super::MAX_LANES;
+use crate::device::cpu::vector::Vector;
+
+/// One tile of keys passing one panel of queries: scores become exponentials relative to the largest score so far.
+pub(in crate::device::cpu) struct Softmax {
+    /// Keys of the tile.
+    pub keys: usize,
+    /// Queries, a multiple of the lanes of a register.
+    pub lanes: usize,
+    /// `keys x stride`.
+    pub scores: *mut f32,
+    pub stride: usize,
+    /// How many keys of the tile each query sees; null if all.
+    pub visible: *const f32,
+    pub scale_log2: f32,
+    /// The largest score of each query so far, and the sum of exponentials relative to it.
+    pub max: *mut f32,
+    pub sum: *mut f32,
+    /// `head_dim x stride`: what was summed before, to be made relative to the new largest score.
+    pub output: *mut f32,
+    pub head_dim: usize,
+    /// `keys / 2 x stride`: the exponentials of two keys a word, as bf16; null if they are wanted as f32 alone. Where both
+    /// are wanted is where `visible` is not null.
+    pub pairs: *mut u32,
+}
+
+/// Adds a partial softmax to another, each relative to its own largest score: what two runs of keys make of a panel.
+pub(in crate::device::cpu) struct Merge {
+    pub lanes: usize,
+    pub stride: usize,
+    pub head_dim: usize,
+    pub scale_log2: f32,
+    pub max: *mut f32,
+    pub sum: *mut f32,
+    pub output: *mut f32,
+    pub other_max: *const f32,
+    pub other_sum: *const f32,
+    pub other_output: *const f32,
+}
+
+/// [`Softmax`].
+///
+/// While every score of a query is minus infinity, any finite number serves as the largest: exponentials are 0 relative to
+/// it, where relative to minus infinity they would be NaN.
+#[inline(always)]
+pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let scale = V::splat(s.scale_log2);
+        let minus_infinity = V::splat(f32::NEG_INFINITY);
+        for lane in (0..s.lanes).step_by(V::LANES) {
+            let scores = s.scores.add(lane);
+            if !s.visible.is_null() {
+                let visible = V::load(s.visible.add(lane));
+                for key in 0..s.keys {
+                    let score = scores.add(key * s.stride);
+                    let seen = visible.select_greater(V::splat(key as f32), V::load(score), minus_infinity);
+                    seen.store(score);
+                }
+            }
+            let old = V::load(s.max.add(lane));
+            // Several at a time, since each waits for the one before it.
+            let mut largest = [old; 4];
+            for key in (0..s.keys).step_by(4) {
+                for (i, largest) in largest.iter_mut().enumerate() {
+                    *largest = V::load(scores.add((key + i) * s.stride)).max(*largest);
+                }
+            }
+            let max = largest[0].max(largest[1]).max(largest[2].max(largest[3]));
+            max.store(s.max.add(lane));
+            let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
+            // The difference first: it is exact near 0, where exponentials are large.
+            let mut sum = V::splat(0.0);
+            if s.pairs.is_null() {
+                for key in 0..s.keys {
+                    let score = scores.add(key * s.stride);
+                    let x = V::load(score).sub(origin).mul(scale).exp2();
+                    sum = sum.add(x);
+                    x.store(score);
+                }
+            } else {
+                for pair in 0..s.keys / 2 {
+                    let first = scores.add(2 * pair * s.stride);
+                    let second = first.add(s.stride);
+                    let x = V::load(first).sub(origin).mul(scale).exp2();
+                    let y = V::load(second).sub(origin).mul(scale).exp2();
+                    sum = sum.add(x).add(y);
+                    x.store_pairs(y, s.pairs.add(pair * s.stride + lane));
+                    if !s.visible.is_null() {
+                        x.store(first);
+                        y.store(second);
+                    }
+                }
+            }
+            let rescale = old.sub(origin).mul(scale).exp2();
+            let total = V::load(s.sum.add(lane)).fma(rescale, sum);
+            total.store(s.sum.add(lane));
+            if !all_one::<V>(rescale) {
+                for d in 0..s.head_dim {
+                    let output = s.output.add(d * s.stride + lane);
+                    V::load(output).mul(rescale).store(output);
+                }
+            }
+        }
+    }
+}
+
+/// Whether every lane is 1.
+#[inline(always)]
+unsafe fn all_one<V: Vector>(x: V) -> bool {
+    let mut lanes = [0.0_f32; MAX_LANES];
+    // SAFETY: no register is longer.
+    unsafe { x.store(lanes.as_mut_ptr()) };
+    lanes[..V::LANES].iter().all(|&lane| lane == 1.0)
+}
+
+/// [`Merge`].
+#[inline(always)]
+pub(super) unsafe fn merge<V: Vector>(m: &Merge) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let scale = V::splat(m.scale_log2);
+        let minus_infinity = V::splat(f32::NEG_INFINITY);
+        for lane in (0..m.lanes).step_by(V::LANES) {
+            let (left, right) = (V::load(m.max.add(lane)), V::load(m.other_max.add(lane)));
+            let max = left.max(right);
+            max.store(m.max.add(lane));
+            let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
+            let of_left = left.sub(origin).mul(scale).exp2();
+            let of_right = right.sub(origin).mul(scale).exp2();
+            let (sum, other_sum) = (V::load(m.sum.add(lane)), V::load(m.other_sum.add(lane)));
+            sum.mul(of_left).add(other_sum.mul(of_right)).store(m.sum.add(lane));
+            for d in 0..m.head_dim {
+                let place = d * m.stride + lane;
+                let (output, other) = (V::load(m.output.add(place)), V::load(m.other_output.add(place)));
+                output.mul(of_left).add(other.mul(of_right)).store(m.output.add(place));
+            }
+        }
+    }
+}

@@ -34,6 +34,10 @@ pub(in crate::device::cpu) struct Product {
 pub(in crate::device::cpu) const SIDE: usize = 16;
 
 /// `c (+)= a b` over pairs of bf16.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(dead_code, reason = "only x86 has products of pairs")
+)]
 pub(in crate::device::cpu) struct PairProduct {
     /// Rows of a and c, a multiple of [`SIDE`].
     pub rows: usize,

@@ -38,16 +38,30 @@ pub struct Study {
     out: DevicePtr,
     lse: DevicePtr,
     scores: DevicePtr,
+    causal: bool,
+    options: Options,
     /// What standard attention computed, to compare with.
     reference: std::cell::OnceCell<Vec<f32>>,
 }
 
 impl Study {
-    /// Draws q, k and v.
+    /// Draws q, k and v, for full attention that is counted and not checked.
     ///
     /// # Errors
     /// If the emulator's memory is too small.
     pub fn new(seqlen: u32) -> Result<Self, Failure> {
+        let options = Options {
+            checks: Checks::none(),
+            ..Options::default()
+        };
+        Self::with_options(seqlen, false, options)
+    }
+
+    /// The same, causal or not, with checks and an order of warps; a finding is a failure.
+    ///
+    /// # Errors
+    /// If the emulator's memory is too small.
+    pub fn with_options(seqlen: u32, causal: bool, options: Options) -> Result<Self, Failure> {
         let memory = DeviceMemory::new();
         let mut random = StdRng::seed_from_u64(u64::from(seqlen));
         let mut tensor = || -> Result<DevicePtr, Failure> {
@@ -70,6 +84,8 @@ impl Study {
             out,
             lse,
             scores,
+            causal,
+            options,
             reference: std::cell::OnceCell::new(),
         })
     }
@@ -83,7 +99,7 @@ impl Study {
         let mut bytes = 0;
         let mut shape = (0, 0);
         for pass in [Pass::StandardScores, Pass::StandardSoftmax, Pass::StandardOutput] {
-            let entry = find(pass, None)?;
+            let entry = find(pass, self.causal, None)?;
             let key_tiles = tiles(n, entry.block_n)?;
             let params = StandardParams {
                 forward: self.params(entry)?,
@@ -116,7 +132,7 @@ impl Study {
     /// What the emulator says of the launch, or that the results differ.
     pub fn flash(&self, block_m: u32) -> Result<Measured, Failure> {
         let n = self.seqlen.get();
-        let entry = find(Pass::Study, Some(block_m))?;
+        let entry = find(Pass::Study, self.causal, Some(block_m))?;
         let bytes = self.launch(entry, n.div_ceil(block_m), self.params(entry)?.as_bytes())?;
         if let Some(reference) = self.reference.get() {
             let error = self
@@ -151,15 +167,15 @@ impl Study {
             shared_bytes: entry.shared_bytes,
             params,
         };
-        // The suite runs these kernels under every check; here they are only counted.
-        let options = Options {
-            checks: Checks::none(),
-            ..Options::default()
-        };
-        let counters = module
-            .launch(&self.memory, &launch, &options)
-            .map_err(failure)?
-            .counters;
+        let report = module.launch(&self.memory, &launch, &self.options).map_err(failure)?;
+        if let Some(finding) = report.findings.first() {
+            let total = report.total_findings;
+            return Err(Failure(format!(
+                "{}: {total} findings, the first: {finding}",
+                entry.name
+            )));
+        }
+        let counters = report.counters;
         Ok(counters.global_read_bytes + counters.global_written_bytes)
     }
 
@@ -203,8 +219,9 @@ impl Study {
     }
 }
 
-fn find(pass: Pass, block_m: Option<u32>) -> Result<&'static Entry, Failure> {
-    let fits = |entry: &&Entry| entry.pass == pass && !entry.causal && block_m.is_none_or(|m| entry.block_m == m);
+fn find(pass: Pass, causal: bool, block_m: Option<u32>) -> Result<&'static Entry, Failure> {
+    let fits =
+        |entry: &&Entry| (entry.pass, entry.causal) == (pass, causal) && block_m.is_none_or(|m| entry.block_m == m);
     ENTRIES
         .iter()
         .find(fits)

@@ -13,6 +13,7 @@ use clap::{Parser, ValueEnum};
 use flash_attention::half::{bf16, f16};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, DeviceKind, Element, Gradients, Output, Plan, Tensor};
+use flash_attention_examples::command_line::{first_paragraph, refuse};
 use flash_attention_examples::{Accuracy, AttentionFile, Failure, Stored, write_output};
 
 /// Runs attention over q, k and v of a file, and if asked its backward pass, and compares with the answers stored beside
@@ -255,19 +256,4 @@ fn timed<R>(device: &Device, call: impl Fn() -> Result<R, flash_attention::Error
             return Ok((result, Times(times)));
         }
     }
-}
-
-/// Says what is wrong, in one sentence.
-fn refuse(sentence: &str) -> ExitCode {
-    eprintln!("{sentence}");
-    ExitCode::from(2)
-}
-
-/// What is wrong and what is allowed, without the usage that follows.
-fn first_paragraph(text: &str) -> String {
-    text.lines()
-        .take_while(|line| !line.is_empty())
-        .map(str::trim)
-        .collect::<Vec<_>>()
-        .join(" ")
 }

@@ -13,6 +13,7 @@ use std::time::Instant;
 use clap::Parser;
 use flash_attention::Device;
 use flash_attention_examples::Failure;
+use flash_attention_examples::command_line::{first_paragraph, refuse};
 use flash_attention_examples::train::{Config, FlashAttention, PlainAttention, Settings, Text, Trainer};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -180,19 +181,4 @@ impl Log {
         self.bar.finish_and_clear();
         self.line(&format!("time      {:.1} s", self.start.elapsed().as_secs_f64()))
     }
-}
-
-/// Says what is wrong, in one sentence.
-fn refuse(sentence: &str) -> ExitCode {
-    eprintln!("{sentence}");
-    ExitCode::from(2)
-}
-
-/// What is wrong and what is allowed, without the usage that follows.
-fn first_paragraph(text: &str) -> String {
-    text.lines()
-        .take_while(|line| !line.is_empty())
-        .map(str::trim)
-        .collect::<Vec<_>>()
-        .join(" ")
 }

@@ -158,6 +158,12 @@ fn deadlock_says_who_waits_where() {
 }
 
 #[test]
+fn barrier_counts_that_are_no_whole_warps() {
+    let body = |count| format!("bar.sync 1, {count};");
+    caught(&ONE_WARP, FindingKind::InvalidOperand, &body(16), &body(32));
+}
+
+#[test]
 fn shared_memory_over_the_limit_of_the_target() {
     for (target, limit) in [("sm_80", 163 << 10), ("sm_90a", 227 << 10)] {
         let module = module(target, "");

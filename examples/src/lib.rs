@@ -1,6 +1,7 @@
-//! What the examples share: attention inputs on disk, and how far an answer is from the right one.
+//! What the examples share: attention inputs on disk, how far an answer is from the right one, and how to refuse a call.
 
 mod accuracy;
+pub mod command_line;
 mod file;
 pub mod traffic;
 pub mod train;

@@ -9,12 +9,19 @@ use safetensors::{Dtype, tensor::TensorView};
 
 /// The built example, which lies beside the folder of this test's own program.
 fn quickstart(arguments: &[&str]) -> Output {
+    quickstart_with(&[], arguments)
+}
+
+/// The same, with environment variables.
+fn quickstart_with(environment: &[(&str, &str)], arguments: &[&str]) -> Output {
     let test = std::env::current_exe().expect("a running program has a path");
     let built = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
     let program = built
         .join("examples/quickstart")
         .with_extension(std::env::consts::EXE_EXTENSION);
-    Command::new(&program).args(arguments).output().unwrap_or_else(|error| {
+    let mut command = Command::new(&program);
+    command.args(arguments).envs(environment.iter().copied());
+    command.output().unwrap_or_else(|error| {
         panic!(
             "{}: {error}; `cargo build --example quickstart` makes it",
             program.display()
@@ -291,6 +298,25 @@ fn wrong_options_are_refused() {
     if Device::cuda(0).is_err() {
         assert!(refused(&["--device", "cuda"]).contains("CUDA is not available"));
     }
+}
+
+/// The variable that chooses the CPU's instructions chooses them, and is no more ignored than an option when it is wrong.
+#[test]
+fn the_environment_chooses_instructions() {
+    let run = |name| quickstart_with(&[("FLASH_ATTENTION_CPU", name)], &["--device", "cpu"]);
+    let output = run("portable");
+    assert!(
+        output.status.success() && printed(&output).contains("portable"),
+        "{}",
+        printed(&output)
+    );
+    let output = run("mmx");
+    let sentence = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{sentence}");
+    assert!(
+        sentence.contains("\"mmx\"") && sentence.contains("portable"),
+        "{sentence}"
+    );
 }
 
 #[test]

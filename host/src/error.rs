@@ -248,6 +248,15 @@ pub enum Error {
         archs: String,
     },
 
+    /// A CPU device was asked for instructions, by its text or by `FLASH_ATTENTION_CPU`, that this processor has not.
+    #[error("the CPU's instructions are to be {name:?}, expected one of those that this processor has: {available}")]
+    CpuInstructions {
+        /// What was asked for.
+        name: String,
+        /// What there is, best first.
+        available: String,
+    },
+
     /// A CPU device was asked to run on no threads, or its threads could not be started.
     #[error("a cpu device with {threads} threads can not be had: {reason}")]
     Threads {

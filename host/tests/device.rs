@@ -13,7 +13,6 @@ fn names_make_devices_and_devices_tell_their_names() {
         "",
         "gpu",
         "CPU",
-        "cpu:0",
         "cuda:",
         "cuda:x",
         "cuda:-1",

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::sync::OnceLock;
 
-use flash_attention::{Device, DeviceKind};
+use flash_attention::{Arch, Device, DeviceKind, EmulatorOptions};
 
 /// A device by the text that makes it.
 struct Spec {
@@ -61,6 +61,14 @@ pub fn devices() -> &'static Devices {
         let _ = writeln!(std::io::stderr(), "devices of this run:{lines}");
         Devices(present)
     })
+}
+
+/// An emulator of its own that runs warps in the order of a seed, blocks on as many threads of the host.
+pub fn emulator(arch: Arch, seed: u64, threads: usize) -> Device {
+    let mut options = EmulatorOptions::new(arch);
+    options.launch.seed = seed;
+    options.launch.threads = Some(threads);
+    Device::emulator_with(options)
 }
 
 impl Devices {

@@ -4,18 +4,11 @@
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Arch, Attention, Device, Dtype, Element, EmulatorOptions, Plan, Problem, Tensor, TensorInfo};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
-use flash_attention_tests::{Case, Layout, Order, Outcome, drawn};
+use flash_attention_tests::{Case, Layout, Order, Outcome, drawn, emulator};
 use proptest::prelude::*;
 
 /// Orders of execution that are tried.
 const SEEDS: std::ops::Range<u64> = 1..16;
-
-fn emulator(arch: Arch, seed: u64, threads: usize) -> Device {
-    let mut options = EmulatorOptions::new(arch);
-    options.launch.seed = seed;
-    options.launch.threads = Some(threads);
-    Device::emulator_with(options)
-}
 
 /// Runs a function for the element type of a case.
 fn for_dtype<R>(dtype: Dtype, f32s: impl FnOnce() -> R, f16s: impl FnOnce() -> R, bf16s: impl FnOnce() -> R) -> R {

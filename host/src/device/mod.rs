@@ -160,8 +160,8 @@ impl Device {
     ///
     /// A call works on the thread it comes from, helped by the rayon pool that this thread is in, else by the global one.
     /// It runs the best instructions the processor has, or those that the environment variable `FLASH_ATTENTION_CPU`
-    /// names when devices are made: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`. A name that the processor lacks
-    /// leaves the choice as it was; [`name`](Self::name) says which it is.
+    /// names when devices are made: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`. A name that the processor has nothing
+    /// of makes every use of the device an [`Error::CpuInstructions`]; [`name`](Self::name) says what it runs.
     pub fn cpu() -> Self {
         static CPU: OnceLock<Device> = OnceLock::new();
         CPU.get_or_init(|| Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::all_cores())))
@@ -293,7 +293,7 @@ impl FromStr for Device {
             None if text == "cuda" => Self::cuda(0),
             None if text == "emulator" => Ok(Self::emulator(Arch::Sm80)),
             Some(("cpu", instructions)) => {
-                let cpu = cpu::Cpu::with_instructions(instructions).ok_or_else(unknown)?;
+                let cpu = cpu::Cpu::with_instructions(instructions)?;
                 Ok(Self::new(DeviceKind::Cpu, Box::new(cpu)))
             }
             Some(("cuda", ordinal)) => Self::cuda(ordinal.parse().map_err(|_| unknown())?),

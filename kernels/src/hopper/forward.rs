@@ -8,7 +8,7 @@
 //! Blocks stay for the whole launch and take one tile of work after the other. Keys are walked from the last to the first:
 //! those that need a mask come first, where they are few, and the loop over the others has none.
 
-use super::{WARPGROUP, warp_of_group, work::Work};
+use super::{Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperForwardParams;
 use crate::mask::Mask;
 use crate::pipeline::bulk::{Cursor, Slots};
@@ -18,7 +18,6 @@ use crate::softmax::OnlineSoftmax;
 use crate::tile::panels::Panels;
 use crate::tile::register::{Accumulator, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
-use core::marker::PhantomData;
 use core::mem::offset_of;
 
 /// First of the barriers by which consumers take turns, one each.
@@ -339,30 +338,8 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     }
 }
 
-/// Where everything lies in shared memory: queries by warpgroup, slots of keys, slots of values, barriers.
-struct Shared<S> {
-    base: u32,
-    shape: PhantomData<S>,
-}
-
-impl<S> Clone for Shared<S> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<S> Copy for Shared<S> {}
-
+/// Where everything lies: queries by warpgroup, slots of keys, slots of values, barriers.
 impl<S: HopperShape> Shared<S> {
-    #[inline(always)]
-    fn of_this_block() -> Self {
-        Self {
-            base: sreg::dynamic_shared_mem(),
-            shape: PhantomData,
-        }
-    }
-
     /// The queries of warpgroup `group`, later its output.
     #[inline(always)]
     fn query(self, group: u32) -> Panels {

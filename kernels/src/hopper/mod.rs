@@ -9,6 +9,7 @@ pub mod forward;
 mod work;
 
 use crate::ptx::sreg;
+use core::marker::PhantomData;
 
 /// Threads of a warpgroup.
 const WARPGROUP: u32 = 128;
@@ -17,4 +18,29 @@ const WARPGROUP: u32 = 128;
 #[inline(always)]
 fn warp_of_group() -> u32 {
     sreg::warp_id() % 4
+}
+
+/// This block's dynamic shared memory; each pass says what lies where in it, for the shape `S`.
+struct Shared<S> {
+    base: u32,
+    shape: PhantomData<S>,
+}
+
+impl<S> Clone for Shared<S> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Shared<S> {}
+
+impl<S> Shared<S> {
+    #[inline(always)]
+    fn of_this_block() -> Self {
+        Self {
+            base: sreg::dynamic_shared_mem(),
+            shape: PhantomData,
+        }
+    }
 }

@@ -35,7 +35,10 @@ const CHECKED_ALLOCATION: usize = 1 << 30;
 /// The host's cores.
 pub(super) struct Cpu {
     threads: usize,
-    isa: Isa,
+    /// What it runs, or the name in `FLASH_ATTENTION_CPU` that the processor has nothing of: an error of every use.
+    isa: Result<Isa, String>,
+    /// Whether it was asked for by name.
+    named: bool,
     /// Threads of its own; without them, helpers come from the caller's rayon pool, or else from the global one.
     pool: Option<ThreadPool>,
 }
@@ -52,6 +55,7 @@ impl Cpu {
         Self {
             threads,
             isa: default_isa(),
+            named: false,
             pool: None,
         }
     }
@@ -74,30 +78,36 @@ impl Cpu {
         Ok(Self {
             threads,
             isa: default_isa(),
+            named: false,
             pool: Some(pool),
         })
     }
 
-    /// All cores, running the instruction set of this name; `None` if there is no such, or the processor lacks it.
-    pub(super) fn with_instructions(name: &str) -> Option<Self> {
-        let isa = isa_named(name)?;
-        Some(Self {
-            isa,
+    /// All cores, running the instruction set of this name.
+    pub(super) fn with_instructions(name: &str) -> Result<Self, Error> {
+        let isa = isa_named(name).ok_or_else(|| no_instructions(name))?;
+        Ok(Self {
+            isa: Ok(isa),
+            named: true,
             ..Self::all_cores()
         })
     }
 
+    fn isa(&self) -> Result<Isa, Error> {
+        self.isa.as_ref().copied().map_err(|name| no_instructions(name))
+    }
+
     /// The threads of one call.
-    fn team(&self) -> Team<'_> {
+    fn team(&self) -> Result<Team<'_>, Error> {
         let threads = match rayon::current_thread_index() {
             Some(_) if self.pool.is_none() => rayon::current_num_threads(),
             _ => self.threads,
         };
-        Team {
-            kernels: self.isa.kernels(),
+        Ok(Team {
+            kernels: self.isa()?.kernels(),
             threads,
             pool: self.pool.as_ref(),
-        }
+        })
     }
 }
 
@@ -106,12 +116,21 @@ fn isa_named(name: &str) -> Option<Isa> {
     Isa::available().iter().copied().find(|isa| isa.key() == name)
 }
 
-/// The best instruction set the processor has, or the one that `FLASH_ATTENTION_CPU` names, if the processor has that.
-fn default_isa() -> Isa {
-    std::env::var("FLASH_ATTENTION_CPU")
-        .ok()
-        .and_then(|name| isa_named(&name))
-        .unwrap_or(Isa::available()[0])
+/// The best instruction set the processor has, or the one that `FLASH_ATTENTION_CPU` names; the name, if the processor has
+/// no such.
+fn default_isa() -> Result<Isa, String> {
+    match std::env::var("FLASH_ATTENTION_CPU") {
+        Ok(name) => isa_named(&name).ok_or(name),
+        Err(_) => Ok(Isa::available()[0]),
+    }
+}
+
+fn no_instructions(name: &str) -> Error {
+    let available: Vec<_> = Isa::available().iter().map(|isa| isa.key()).collect();
+    Error::CpuInstructions {
+        name: name.to_owned(),
+        available: available.join(", "),
+    }
 }
 
 impl Backend for Cpu {
@@ -120,18 +139,21 @@ impl Backend for Cpu {
     }
 
     fn spec(&self) -> String {
-        if self.isa == default_isa() {
-            "cpu".to_owned()
-        } else {
-            format!("cpu:{}", self.isa.key())
+        match &self.isa {
+            Ok(isa) if self.named => format!("cpu:{}", isa.key()),
+            _ => "cpu".to_owned(),
         }
     }
 
     fn name(&self) -> String {
-        format!("CPU, {} threads, {}", self.threads, self.isa.kernels().name)
+        match &self.isa {
+            Ok(isa) => format!("CPU, {} threads, {}", self.threads, isa.kernels().name),
+            Err(name) => format!("CPU, {} threads, without the instructions `{name}`", self.threads),
+        }
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        self.isa()?;
         let out_of_memory = |free| Error::OutOfMemory {
             device: self.spec(),
             requested: bytes as u64,
@@ -179,7 +201,7 @@ impl Backend for Cpu {
     }
 
     unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
-        let team = self.team();
+        let team = self.team()?;
         // SAFETY: passed on to the caller.
         unsafe { run(&team, plan, results) };
         Ok(())

@@ -1,8 +1,7 @@
 //! What the first warpgroup of a backward block loads, in the order in which the consumers take it.
 
-use super::shared::Shared;
 use crate::abi::HopperBackwardParams;
-use crate::hopper::work::Work;
+use crate::hopper::{Shared, work::Work};
 use crate::mask::{Blocks, Mask};
 use crate::pipeline::bulk::Cursor;
 use crate::ptx::{memory, sreg, sync, tma::Corner};

@@ -19,8 +19,7 @@ mod load;
 mod shared;
 
 use self::load::{load_keys, load_queries, load_statistics};
-use self::shared::Shared;
-use super::{WARPGROUP, warp_of_group, work::Work};
+use super::{Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperBackwardParams;
 use crate::mask::{Blocks, Mask};
 use crate::pipeline::bulk::Cursor;

@@ -1,36 +1,13 @@
 //! Where everything lies in a backward block's shared memory.
 
+use crate::hopper::Shared;
 use crate::pipeline::bulk::{Cursor, Slots};
 use crate::ptx::{mbarrier, sreg, sync, tma::Corner};
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::panels::Panels;
-use core::marker::PhantomData;
 
-/// Where everything lies in shared memory: owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, lse and
-/// delta by slot, barriers.
-pub struct Shared<S> {
-    base: u32,
-    shape: PhantomData<S>,
-}
-
-impl<S> Clone for Shared<S> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<S> Copy for Shared<S> {}
-
+/// Owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, lse and delta by slot, barriers.
 impl<S: HopperBackwardShape> Shared<S> {
-    #[inline(always)]
-    pub fn of_this_block() -> Self {
-        Self {
-            base: sreg::dynamic_shared_mem(),
-            shape: PhantomData,
-        }
-    }
-
     /// The same, but addresses that follow from it are worked out anew: kept, the descriptors of owned tiles alone would take
     /// up to 64 registers.
     #[inline(always)]

@@ -71,8 +71,8 @@ impl Attention {
         }
     }
 
-    /// Gradients that are the same bits each time. [`Plan::backward`] says what that costs; forward is always
-    /// reproducible.
+    /// Gradients that are the same bits each time, on the same device. [`Plan::backward`] says where the default is not, and
+    /// what this costs there; forward is always reproducible.
     #[must_use]
     pub fn deterministic(self) -> Self {
         Self {
@@ -141,8 +141,8 @@ impl Attention {
     }
 
     /// The backward pass: gradients of q, k and v, in new contiguous tensors, from what [`forward`](Self::forward) gave
-    /// and the gradient of its output. Scores are computed again from q, k and lse; beside the results it takes an f32 a
-    /// query.
+    /// and the gradient of its output. Scores are computed again from q, k and lse; beside the results it takes
+    /// [`Plan::workspace_bytes`].
     ///
     /// In debug builds an lse that holds a NaN is refused, which on a GPU waits for it; in release builds it makes NaN of
     /// the gradients that it touches.
@@ -222,6 +222,11 @@ impl Attention {
         self.causal
     }
 
+    /// Whether gradients are to be the same bits each time.
+    pub fn is_deterministic(&self) -> bool {
+        self.deterministic
+    }
+
     /// What scores are multiplied by at this head_dim.
     pub fn scale_for(&self, head_dim: usize) -> f32 {
         self.softmax_scale
@@ -274,21 +279,22 @@ fn backward<T: Element>(
     gradients: &mut Gradients<T>,
 ) -> Result<(), Error> {
     let device = inputs[0].device();
-    let delta = Tensor::<f32>::empty(device, lse.shape())?;
+    let words = plan.workspace_bytes() / size_of::<f32>() as u64;
+    let workspace = Tensor::<f32>::empty(device, [words as usize])?;
     let [q, k, v, out, dout] = inputs.map(Tensor::storage);
     let Gradients { dq, dk, dv } = gradients;
     let _guards = Guards::lock(
         &[q, k, v, out, dout, lse.storage()],
-        &[dq.storage(), dk.storage(), dv.storage(), delta.storage()],
+        &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()],
     );
     let results = Results::Backward {
         dq: dq.address(),
         dk: dk.address(),
         dv: dv.address(),
-        delta: delta.address(),
+        workspace: workspace.address(),
     };
-    // SAFETY: as in `forward`; delta is contiguous with an f32 a query, as plans take it. It is freed when the call
-    // returns, and a device keeps what is freed until the work launched before has finished.
+    // SAFETY: as in `forward`; the workspace is as large as the plan says. It is freed when the call returns, and a device
+    // keeps what is freed until the work launched before has finished.
     unsafe { device.backend().run(plan, results) }
 }
 

@@ -187,10 +187,8 @@ pub struct HopperBackwardParams {
     pub dk: TensorMap,
     /// Gradient of v, as k.
     pub dv: TensorMap,
-    /// Device address of forward's log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`.
-    pub lse: u64,
-    /// Device address of rowsum(dO * O), as lse.
-    pub delta: u64,
+    /// What the first kernel left.
+    pub sums: QuerySums,
     /// Query heads.
     pub heads_q: NonZeroU32,
     /// Key/value heads.
@@ -208,7 +206,52 @@ pub struct HopperBackwardParams {
     /// The tiles of all heads: of queries, or of keys where a block owns keys.
     pub work: WorkList,
     /// Fills the struct up to a multiple of 64 bytes.
-    pub reserved: u32,
+    pub reserved: [u32; 13],
+}
+
+/// What the backward kernels for Hopper keep of each query beside the tensors: workspace, `[batch, heads_q, padded_q]` with
+/// a line of each sum a query, 16-byte aligned.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct QuerySums {
+    /// Device address of the log-sum-exp, f32, to base 2; 0 from `seqlen_q` on.
+    pub lse_log2: u64,
+    /// Device address of rowsum(dO * O), f32; 0 from `seqlen_q` on.
+    pub delta: u64,
+    /// Device address of dQ before it is scaled, f32, `dq_columns` a query: by tiles of `HopperBackwardShape::COLUMNS`
+    /// queries, in those by squares of 64 x 64, in those in the order of a warpgroup's registers.
+    pub dq: u64,
+    /// Queries of a head, padded to whole tiles of the kernel that streams them.
+    pub padded_q: NonZeroU32,
+    /// Whole panels of 64 columns, or 0 if dQ is not added up.
+    pub dq_columns: u32,
+}
+
+/// Parameters of the kernels for Hopper that come before and after the others of a backward pass: of the first, which makes
+/// `sums`, and of the last, which makes dQ of them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct QuerySumsParams {
+    /// Forward's output, `[batch, heads_q, seqlen_q, head_dim]`.
+    pub out: StridedTensor,
+    /// Gradient of the output, as out.
+    pub dout: StridedTensor,
+    /// Gradient of q, as out.
+    pub dq: StridedTensor,
+    /// Device address of forward's log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`.
+    pub lse: u64,
+    /// Where the sums are.
+    pub sums: QuerySums,
+    /// Query heads.
+    pub heads_q: NonZeroU32,
+    /// Length of the query sequence.
+    pub seqlen_q: u32,
+    /// Tiles of a head.
+    pub tiles: NonZeroU32,
+    /// `softmax_scale`, of either sign.
+    pub softmax_scale: f32,
+    /// What the tensors have in common.
+    pub layout: Layout,
 }
 
 /// What the tensors of a call have in common.
@@ -247,12 +290,15 @@ params!(BackwardParams);
 params!(StandardParams);
 params!(HopperForwardParams);
 params!(HopperBackwardParams);
+params!(QuerySumsParams);
 
 const _: () = {
     assert!(size_of::<StridedTensor>() == 4 * 8);
     assert!(size_of::<ForwardParams>() == 4 * 32 + 8 + 10 * 4);
     assert!(size_of::<HopperForwardParams>() == 4 * 128 + 8 + 14 * 4);
-    assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 2 * 8 + 12 * 4);
+    assert!(size_of::<QuerySums>() == 4 * 8);
+    assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 32 + 24 * 4);
+    assert!(size_of::<QuerySumsParams>() == 3 * 32 + 8 + 32 + 6 * 4);
     assert!(size_of::<StandardParams>() == size_of::<ForwardParams>() + 8 + 2 * 4);
     assert!(size_of::<BackwardParams>() == 8 * 32 + 2 * 8 + 10 * 4);
 };

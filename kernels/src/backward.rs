@@ -24,7 +24,7 @@ use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
 use crate::tile::{
     element::Element,
     global::{GlobalTile, Walk},
-    shared::{CHUNK, SharedTile},
+    shared::SharedTile,
 };
 
 /// dQ of `ROWS` queries of one head.
@@ -235,15 +235,13 @@ impl<A: Accumulator> Statistics<A> for OfColumns {
     #[inline(always)]
     unsafe fn exponentiate(self, scores: &mut A, scale_log2: f32, stage: Stage) {
         // SAFETY: the caller's contract.
-        let lse = unsafe { A::load_columns(stage.lse) };
-        scores.map_columns(lse, |lse, s| ex2(fma(s, scale_log2, -log2_of(lse))));
+        unsafe { scores.map_columns(stage.lse, |lse, s| ex2(fma(s, scale_log2, -log2_of(lse)))) }
     }
 
     #[inline(always)]
     unsafe fn center(self, dp: &mut A, stage: Stage) {
         // SAFETY: the caller's contract.
-        let delta = unsafe { A::load_columns(stage.delta) };
-        dp.map_columns(delta, |delta, x| x - delta);
+        unsafe { dp.map_columns(stage.delta, |delta, x| x - delta) }
     }
 }
 
@@ -294,15 +292,28 @@ pub unsafe fn delta<E: Element>(p: &BackwardParams) {
     let (rest, tile) = (block / p.tiles, block % p.tiles);
     let (batch, head) = (rest / p.heads_q, rest % p.heads_q);
     let row = tile * DELTA_ROWS + sreg::thread_idx_x() / LANES;
-    let lane = sreg::thread_idx_x() % LANES;
     let window = |tensor| GlobalTile::new(tensor, batch, head, p.seqlen_q, &p.layout, E::BYTES);
-    let (out, dout) = (window(&p.out), window(&p.dout));
+    // SAFETY: windows clip what does not exist.
+    let sum = unsafe { dot_of_row::<E>(window(&p.out), window(&p.dout), row) };
+    if sreg::thread_idx_x() % LANES == 0 && row < p.seqlen_q {
+        let index = (batch as u64 * p.heads_q.get() as u64 + head as u64) * p.seqlen_q as u64 + row as u64;
+        // SAFETY: delta holds an f32 for each query.
+        unsafe { memory::st_global_u32(p.delta + index * 4, sum.to_bits()) }
+    }
+}
+
+/// The sum of the products of row `row` of two windows; [`LANES`] lanes share the row, and all receive the sum.
+///
+/// # Safety
+/// The windows are readable, and as wide as each other. The whole warp calls this together.
+#[inline(always)]
+pub unsafe fn dot_of_row<E: Element>(a: GlobalTile, b: GlobalTile, row: u32) -> f32 {
     let mut sum = 0.0;
-    for chunk in 0..(p.layout.head_dim * E::BYTES).div_ceil(CHUNK * LANES) {
-        let chunk = chunk * LANES + lane;
-        if out.contains(row, chunk) {
+    for step in 0..a.chunks().div_ceil(LANES) {
+        let chunk = step * LANES + sreg::thread_idx_x() % LANES;
+        if a.contains(row, chunk) {
             // SAFETY: the chunk exists.
-            sum += unsafe { E::dot(out.load(row, chunk), dout.load(row, chunk)) };
+            sum += unsafe { E::dot(a.load(row, chunk), b.load(row, chunk)) };
         }
     }
     let mut distance = 1;
@@ -310,12 +321,8 @@ pub unsafe fn delta<E: Element>(p: &BackwardParams) {
         sum += sync::shuffle_xor(sum, distance);
         distance *= 2;
     }
-    if lane == 0 && row < p.seqlen_q {
-        let index = (batch as u64 * p.heads_q.get() as u64 + head as u64) * p.seqlen_q as u64 + row as u64;
-        // SAFETY: delta holds an f32 for each query.
-        unsafe { memory::st_global_u32(p.delta + index * 4, sum.to_bits()) }
-    }
+    sum
 }
 
-/// Lanes that share a row in [`delta`].
-const LANES: u32 = 8;
+/// Lanes that share a row in [`dot_of_row`].
+pub const LANES: u32 = 8;

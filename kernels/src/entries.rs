@@ -60,12 +60,17 @@ impl Dtype {
 pub enum Pass {
     /// out and lse from q, k, v.
     Forward,
-    /// delta = rowsum(dO * O), which the other two backward kernels need.
+    /// delta = rowsum(dO * O), which the other backward kernels need; for Hopper also lse in base 2, padded, and cleared sums
+    /// of dQ.
     BackwardDelta,
     /// dQ.
     BackwardQueries,
     /// dK and dV.
     BackwardKeys,
+    /// dK and dV, and dQ as sums in f32, which blocks add up in device memory.
+    BackwardAll,
+    /// dQ from those sums.
+    BackwardFinish,
     /// Forward with another amount of SRAM than `Forward` would take, for the study of IO.
     Study,
     /// Standard attention, first kernel: S = scale * Q K^T.
@@ -170,9 +175,9 @@ macro_rules! hopper_entry {
     (n Forward $shape:ty) => { <$shape>::BLOCK_N };
     (m BackwardQueries $shape:ty) => { <$shape>::ROWS };
     (n BackwardQueries $shape:ty) => { <$shape>::COLUMNS };
-    (m BackwardKeys $shape:ty) => { <$shape>::COLUMNS };
-    (n BackwardKeys $shape:ty) => { <$shape>::ROWS };
-    (two_walks BackwardKeys $shape:ty) => { <$shape>::TWO_WALKS };
+    (m $keys:ident $shape:ty) => { <$shape>::COLUMNS };
+    (n $keys:ident $shape:ty) => { <$shape>::ROWS };
+    (two_walks BackwardKeys $shape:ty) => { <$shape>::WALK.is_twice() };
     (two_walks $pass:ident $shape:ty) => { false };
 }
 
@@ -192,14 +197,14 @@ macro_rules! hopper_kernel {
 }
 
 /// Compiles one kernel of the table.
-#[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
+#[cfg(target_arch = "nvptx64")]
 macro_rules! kernel {
-    ($name:expr, $module:ident::$function:ident, $params:ident, $($argument:tt)*) => {
+    ($name:expr, $($module:ident)::+, $params:ident, $($argument:tt)*) => {
         const _: () = {
             #[unsafe(export_name = $name)]
             unsafe extern "ptx-kernel" fn kernel(params: crate::abi::$params) {
                 // SAFETY: the host launches a row of the table as the row says.
-                unsafe { crate::$module::$function::<$($argument)*>(&params) }
+                unsafe { crate::$($module)::+::<$($argument)*>(&params) }
             }
         };
     };
@@ -212,6 +217,7 @@ macro_rules! entries {
         delta { $($delta:literal: $delta_arch:ident $delta_dtype:ident;)* }
         hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
+        sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
     ) => {
         /// Every compiled kernel: each row of tiles below, full and causal, and the row sums of backward.
         pub const ENTRIES: &[Entry] = &[
@@ -239,7 +245,27 @@ macro_rules! entries {
                 hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
                 hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, $hopper_shape, true),
             )*
+            $(Entry {
+                name: $sums,
+                pass: Pass::$sums_pass,
+                arch: Arch::Sm90a,
+                dtype: Dtype::$sums_dtype,
+                causal: false,
+                head_dim: 256,
+                block_m: if $sums_bytes == 0 { DELTA_ROWS } else { HOPPER_ROWS },
+                block_n: 0,
+                threads: 128,
+                min_blocks: 8,
+                shared_bytes: $sums_bytes,
+                two_walks: false,
+                #[cfg(feature = "embedded")]
+                ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_90a/", $sums, ".ptx")),
+            },)*
         ];
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+            kernel!($sums, hopper::backward::sums::$sums_function, QuerySumsParams, $sums_dtype);
+        )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
             hopper_kernel!($hopper, $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, false);
@@ -330,10 +356,12 @@ entries! {
     }
     hopper {
         "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_f16_d96": Forward F16, HopperD96<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_f16_d128": Forward F16, HopperD128<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_f16_d192": Forward F16, HopperD192<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_f16_d256": Forward F16, HopperD256<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d64": Forward Bf16, HopperD64<Bf16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_bf16_d96": Forward Bf16, HopperD96<Bf16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d128": Forward Bf16, HopperD128<Bf16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d192": Forward Bf16, HopperD192<Bf16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d256": Forward Bf16, HopperD256<Bf16>, hopper::forward::forward(HopperForwardParams);
@@ -353,5 +381,17 @@ entries! {
         "hopper_backward_keys_bf16_d128": BackwardKeys Bf16, HopperKeysD128<Bf16>, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_keys_bf16_d192": BackwardKeys Bf16, HopperKeysD192<Bf16>, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_keys_bf16_d256": BackwardKeys Bf16, HopperKeysD256<Bf16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all_f16_d64": BackwardAll F16, HopperAllD64<F16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all_f16_d96": BackwardAll F16, HopperAllD96<F16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all_f16_d128": BackwardAll F16, HopperAllD128<F16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all_bf16_d64": BackwardAll Bf16, HopperAllD64<Bf16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all_bf16_d96": BackwardAll Bf16, HopperAllD96<Bf16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all_bf16_d128": BackwardAll Bf16, HopperAllD128<Bf16>, hopper::backward::keys(HopperBackwardParams);
+    }
+    sums {
+        "hopper_backward_prepare_f16": BackwardDelta F16, prepare, 0;
+        "hopper_backward_prepare_bf16": BackwardDelta Bf16, prepare, 0;
+        "hopper_backward_finish_f16": BackwardFinish F16, finish, HOPPER_ROWS * 128;
+        "hopper_backward_finish_bf16": BackwardFinish Bf16, finish, HOPPER_ROWS * 128;
     }
 }

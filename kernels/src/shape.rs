@@ -215,9 +215,9 @@ pub trait HopperShape {
     /// Threads in a block.
     const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
     /// Bytes of the queries of one warpgroup.
-    const QUERY_BYTES: u32 = HOPPER_ROWS * Self::HEAD_DIM * 2;
+    const QUERY_BYTES: u32 = HOPPER_ROWS * panel_columns(Self::HEAD_DIM) * 2;
     /// Bytes of a tile of keys or values.
-    const TILE_BYTES: u32 = Self::BLOCK_N * Self::HEAD_DIM * 2;
+    const TILE_BYTES: u32 = Self::BLOCK_N * panel_columns(Self::HEAD_DIM) * 2;
     /// Bytes of all tiles: the queries, and the slots of keys and of values.
     const TILES_BYTES: u32 = Self::CONSUMERS * Self::QUERY_BYTES + 2 * HOPPER_SLOTS * Self::TILE_BYTES;
     /// Dynamic shared memory of a block: the tiles, and a pair of barriers for the queries and for each slot.
@@ -233,6 +233,11 @@ pub trait HopperShape {
 
 /// Queries of one warpgroup.
 pub const HOPPER_ROWS: u32 = 64;
+
+/// Columns of a head's row in shared memory: whole panels of 64, as the tensor memory accelerator swizzles them.
+pub const fn panel_columns(head_dim: u32) -> u32 {
+    head_dim.next_multiple_of(64)
+}
 
 /// Slots for tiles of keys, and as many for values: one is multiplied while the next arrives.
 pub const HOPPER_SLOTS: u32 = 2;
@@ -259,7 +264,7 @@ macro_rules! hopper_shape {
         }
 
         const _: () = {
-            assert!($columns % 16 == 0 && $d % 64 == 0);
+            assert!($columns % 16 == 0 && $d % 16 == 0);
             // Every panel starts where the swizzle does.
             assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
             // What the loading threads give back of a launch's equal shares is all that the others can take.
@@ -278,8 +283,9 @@ macro_rules! hopper_shape {
 
 // Hopper, forward. A lane holds scores, their rounding to 16 bits and the output: (3/4 block_n + 1/2 head_dim) registers
 // and some 40 more. Two consumers of 240 registers hold 128 keys at head_dim 128; at 64, three of 160 do, and share each
-// tile of keys between more queries. At 192 and 256 shared memory is full: 216 and 224 KiB.
+// tile of keys between more queries. At 96, 192 and 256 shared memory is full: 192, 216 and 224 KiB.
 hopper_shape!(HopperD64: 128 keys, head_dim 64, consumers 3, registers 32 and 160);
+hopper_shape!(HopperD96: 160 keys, head_dim 96, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD128: 128 keys, head_dim 128, consumers 2, registers 24 and 240);
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
@@ -290,21 +296,42 @@ pub trait HopperBackwardShape {
     const HEAD_DIM: u32;
     /// Rows of a streamed tile: keys where the block owns queries, queries where it owns keys.
     const COLUMNS: u32;
-    /// Whether dK and dV are two walks over the queries, because their accumulators do not fit the registers together.
-    const TWO_WALKS: bool;
+    /// What the kernel computes.
+    const WALK: HopperWalk;
 
     /// Warpgroups that compute.
     const CONSUMERS: u32 = 2;
     /// Rows that a block owns.
     const ROWS: u32 = Self::CONSUMERS * HOPPER_ROWS;
+    /// Registers of a thread that loads and of one that computes.
+    const REGISTERS: (u32, u32) = if Self::WALK.adds_queries() && Self::HEAD_DIM == 128 {
+        (24, 240)
+    } else {
+        (40, 232)
+    };
     /// Threads in a block.
     const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
     /// Bytes of one owned tensor's rows of one warpgroup.
-    const OWNED_BYTES: u32 = HOPPER_ROWS * Self::HEAD_DIM * 2;
+    const OWNED_BYTES: u32 = HOPPER_ROWS * panel_columns(Self::HEAD_DIM) * 2;
     /// Bytes of one streamed tile.
-    const STREAMED_BYTES: u32 = Self::COLUMNS * Self::HEAD_DIM * 2;
-    /// Bytes of all tiles: two owned, and slots of two streamed ones.
-    const TILES_BYTES: u32 = 2 * Self::CONSUMERS * Self::OWNED_BYTES + 2 * HOPPER_SLOTS * Self::STREAMED_BYTES;
+    const STREAMED_BYTES: u32 = Self::COLUMNS * panel_columns(Self::HEAD_DIM) * 2;
+    /// Squares of 64 x 64 that dQ of a streamed tile is made of, one for each warpgroup, or one in turns.
+    const SQUARES: u32 = panel_columns(Self::HEAD_DIM) / 64;
+    /// Bytes of one warpgroup's dS^T, if it shows it to the other.
+    const DS_BYTES: u32 = if Self::WALK.adds_queries() {
+        HOPPER_ROWS * Self::COLUMNS * 2
+    } else {
+        0
+    };
+    /// Bytes of one warpgroup's share of dQ, on its way to device memory: 64 x 64, f32.
+    const DQ_BYTES: u32 = if Self::WALK.adds_queries() {
+        HOPPER_ROWS * 64 * 4
+    } else {
+        0
+    };
+    /// Bytes of all tiles: two owned, and slots of two streamed ones and of dS^T, and dQ.
+    const TILES_BYTES: u32 = Self::CONSUMERS * (2 * Self::OWNED_BYTES + HOPPER_SLOTS * Self::DS_BYTES + Self::DQ_BYTES)
+        + 2 * HOPPER_SLOTS * Self::STREAMED_BYTES;
     /// Dynamic shared memory of a block: the tiles, an lse and a delta for each streamed row, and the barriers.
     const SHARED_BYTES: u32 = Self::TILES_BYTES + HOPPER_SLOTS * 2 * Self::COLUMNS * 4 + (1 + HOPPER_SLOTS) * 16;
 
@@ -314,10 +341,38 @@ pub trait HopperBackwardShape {
     /// A gradient of one warpgroup, 64 x `HEAD_DIM`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Output: WarpgroupOutput<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
+    /// A share of dQ of one warpgroup.
+    #[cfg(target_arch = "nvptx64")]
+    type Square: WarpgroupSquare;
+}
+
+/// How a backward kernel for Hopper goes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HopperWalk {
+    /// Owns queries, streams keys: dQ.
+    Queries,
+    /// Owns keys, streams queries: dK and dV.
+    Keys,
+    /// The same in two walks, because the accumulators of dK and dV do not fit the registers together.
+    KeysTwice,
+    /// Owns keys, streams queries: dK and dV, and dQ, which blocks add up in device memory.
+    All,
+}
+
+impl HopperWalk {
+    /// Whether dK and dV are two walks over the queries.
+    pub const fn is_twice(self) -> bool {
+        matches!(self, Self::KeysTwice)
+    }
+
+    /// Whether blocks add dQ up.
+    pub const fn adds_queries(self) -> bool {
+        matches!(self, Self::All)
+    }
 }
 
 macro_rules! hopper_backward_shape {
-    ($name:ident: $columns:literal streamed, head_dim $d:literal $(, $two_walks:ident)?) => {
+    ($name:ident: $walk:ident, $columns:literal streamed, head_dim $d:literal) => {
         #[doc = concat!("128 owned rows, ", $columns, " streamed, head_dim ", $d, ", f16 or bf16, wgmma.")]
         pub struct $name<T>(PhantomData<T>);
 
@@ -326,41 +381,44 @@ macro_rules! hopper_backward_shape {
         where
             [[f32; 4]; $columns / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
             [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+            [[f32; 4]; 8]: crate::ptx::wgmma::WarpgroupMma<T>,
         {
-            hopper_backward_shape!(numbers $columns, $d $(, $two_walks)?);
+            hopper_backward_shape!(numbers $walk, $columns, $d);
             type Scores = Fragments<T, 1, { $columns / 8 }>;
             type Output = Fragments<T, 1, { $d / 8 }>;
+            type Square = Square<T>;
         }
 
         #[cfg(not(target_arch = "nvptx64"))]
         impl<T> HopperBackwardShape for $name<T> {
-            hopper_backward_shape!(numbers $columns, $d $(, $two_walks)?);
+            hopper_backward_shape!(numbers $walk, $columns, $d);
         }
 
         const _: () = {
-            assert!($columns % 16 == 0 && $d % 64 == 0);
+            assert!($columns % 16 == 0 && $d % 16 == 0);
             // Every panel starts where the swizzle does.
             assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperBackwardShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
+            // dQ of a streamed tile is one square, or one for each warpgroup, side by side.
+            assert!(!HopperWalk::$walk.adds_queries() || $columns == 64 && $d <= 128);
         };
     };
-    (numbers $columns:literal, $d:literal $(, $two_walks:ident)?) => {
+    (numbers $walk:ident, $columns:literal, $d:literal) => {
         const HEAD_DIM: u32 = $d;
         const COLUMNS: u32 = $columns;
-        const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
+        const WALK: HopperWalk = HopperWalk::$walk;
     };
 }
 
-/// Registers of a thread that loads and of one that computes, in the backward kernels for Hopper.
-pub const HOPPER_BACKWARD_REGISTERS: (u32, u32) = (40, 232);
-
 // Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter each), and
-// head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it streams less: at 64 and
-// 128, 96 and 64 streamed rows leave ptxas 13.5 so few registers that it waits for each product before the next.
-hopper_backward_shape!(HopperQueriesD64: 128 streamed, head_dim 64);
-hopper_backward_shape!(HopperQueriesD128: 96 streamed, head_dim 128);
-hopper_backward_shape!(HopperQueriesD192: 64 streamed, head_dim 192);
-hopper_backward_shape!(HopperQueriesD256: 48 streamed, head_dim 256);
-hopper_backward_shape!(HopperKeysD64: 64 streamed, head_dim 64);
-hopper_backward_shape!(HopperKeysD128: 48 streamed, head_dim 128);
-hopper_backward_shape!(HopperKeysD192: 64 streamed, head_dim 192, two_walks);
-hopper_backward_shape!(HopperKeysD256: 48 streamed, head_dim 256, two_walks);
+// head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it streams less.
+hopper_backward_shape!(HopperQueriesD64: Queries, 128 streamed, head_dim 64);
+hopper_backward_shape!(HopperQueriesD128: Queries, 96 streamed, head_dim 128);
+hopper_backward_shape!(HopperQueriesD192: Queries, 64 streamed, head_dim 192);
+hopper_backward_shape!(HopperQueriesD256: Queries, 48 streamed, head_dim 256);
+hopper_backward_shape!(HopperKeysD64: Keys, 64 streamed, head_dim 64);
+hopper_backward_shape!(HopperKeysD128: Keys, 48 streamed, head_dim 128);
+hopper_backward_shape!(HopperKeysD192: KeysTwice, 64 streamed, head_dim 192);
+hopper_backward_shape!(HopperKeysD256: KeysTwice, 48 streamed, head_dim 256);
+hopper_backward_shape!(HopperAllD64: All, 64 streamed, head_dim 64);
+hopper_backward_shape!(HopperAllD96: All, 64 streamed, head_dim 96);
+hopper_backward_shape!(HopperAllD128: All, 64 streamed, head_dim 128);

@@ -1,6 +1,6 @@
 //! What a plan costs, counted from the tiles and the mask as the kernels walk them.
 
-use flash_attention_kernels::entries::{Entry, Pass};
+use flash_attention_kernels::entries::{Arch, Pass};
 use flash_attention_kernels::mask::{Blocks, Mask};
 
 use super::{Launch, Tiles};
@@ -10,11 +10,12 @@ use crate::Problem;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward: Q once; K and V once for every query tile that sees them.
-    /// Backward: that twice over, from the queries' side and from the keys'. On the CPU backward reads K and V once, Q, dO
+    /// Backward: that twice over, from the queries' side and from the keys', or from the keys' alone. On the CPU backward reads K and V once, Q, dO
     /// and their statistics once for every run of keys that sees them, and dQ so far, in f32, for every such run but the
     /// first.
     pub bytes_read: u128,
-    /// Bytes that kernels store to device memory: each result once, and delta in backward. On the CPU also dQ so far, in
+    /// Bytes that kernels store to device memory: each result once, and the workspace in backward, with what blocks add to
+    /// sums of dQ. On the CPU also dQ so far, in
     /// f32, as often as it is read.
     pub bytes_written: u128,
     /// Multiplications and additions of the products, over visible pairs only: two products in forward, five in
@@ -67,7 +68,7 @@ impl Cost {
             flops,
         };
         launches.iter().fold(zero, |total, launch| {
-            let (read, written) = backward_bytes(problem, &walked, launch.entry);
+            let (read, written) = backward_bytes(problem, &walked, launch);
             Self {
                 bytes_read: total.bytes_read + read,
                 bytes_written: total.bytes_written + written,
@@ -78,27 +79,40 @@ impl Cost {
 }
 
 /// (bytes read, bytes written) by one kernel of the backward pass.
-fn backward_bytes(problem: &Problem, walked: &Walked, entry: &Entry) -> (u128, u128) {
+fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch) -> (u128, u128) {
+    let entry = launch.entry;
     let batch = problem.batch() as u128;
-    let (heads_q, heads_kv) = (problem.heads_q() as u128, problem.heads_kv() as u128);
+    let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);
     let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
     let row = row_bytes(problem);
+    let queries = || (walked.queries)(problem, entry.block_m, entry.block_n);
+    // Queries with their dO and statistics, which on Hopper come in whole tiles.
+    let streamed = |statistics: u128| heads_q * (queries() * 2 * row + statistics * 2 * STATISTIC);
+    let keys = heads_kv * seqlen_k * 2 * row;
+    let sums = launch.kept_sums();
+    let padded_q = sums.map_or(seqlen_q, |sums| sums.padded_q.get().into());
+    let dq_row = sums.map_or(0, |sums| u128::from(sums.dq_columns) * STATISTIC);
     match entry.pass {
-        Pass::BackwardDelta => (
-            batch * heads_q * seqlen_q * 2 * row,
-            batch * heads_q * seqlen_q * STATISTIC,
+        Pass::BackwardDelta if entry.arch == Arch::Sm90a => (
+            heads_q * seqlen_q * (2 * row + STATISTIC),
+            heads_q * padded_q * (2 * STATISTIC + dq_row),
         ),
+        Pass::BackwardDelta => (heads_q * seqlen_q * 2 * row, heads_q * seqlen_q * STATISTIC),
         Pass::BackwardQueries => {
             let keys = (walked.keys)(problem, entry.block_m, entry.block_n);
             let read = heads_q * (seqlen_q * 2 * (row + STATISTIC) + keys * 2 * row);
-            (batch * read, batch * heads_q * seqlen_q * row)
+            (read, heads_q * seqlen_q * row)
         }
-        Pass::BackwardKeys => {
+        Pass::BackwardKeys if entry.arch == Arch::Sm80 => {
             let walks = if entry.two_walks { 2 } else { 1 };
-            let queries = walks * (walked.queries)(problem, entry.block_m, entry.block_n);
-            let read = heads_kv * seqlen_k * 2 * row + heads_q * queries * 2 * (row + STATISTIC);
-            (batch * read, batch * heads_kv * seqlen_k * 2 * row)
+            (keys + walks * streamed(queries()), keys)
         }
+        Pass::BackwardKeys | Pass::BackwardAll => {
+            let walks = if entry.two_walks { 2 } else { 1 };
+            let whole = (walked.whole_queries)(problem, entry.block_m, entry.block_n);
+            (keys + walks * streamed(whole), keys + heads_q * whole * dq_row)
+        }
+        Pass::BackwardFinish => (heads_q * padded_q * dq_row, heads_q * seqlen_q * row),
         Pass::Forward | Pass::Study | Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => (0, 0),
     }
 }
@@ -115,6 +129,8 @@ struct Walked {
     keys: fn(&Problem, u32, u32) -> u128,
     /// Rows of Q that the key tiles of one head load, all together.
     queries: fn(&Problem, u32, u32) -> u128,
+    /// The same, counting the rows past the end of the last tile as well.
+    whole_queries: fn(&Problem, u32, u32) -> u128,
     /// Rows of Q in the query tiles of one head that see the first key.
     first_queries: fn(&Problem, u32) -> u128,
 }
@@ -129,6 +145,7 @@ impl Walked {
                 visible_pairs: rows * (seqlen_k - rows) + rows * (rows + 1) / 2,
                 keys: keys::<true>,
                 queries: queries::<true>,
+                whole_queries: whole_queries::<true>,
                 first_queries: first_queries::<true>,
             }
         } else {
@@ -136,6 +153,7 @@ impl Walked {
                 visible_pairs: seqlen_q * seqlen_k,
                 keys: keys::<false>,
                 queries: queries::<false>,
+                whole_queries: whole_queries::<false>,
                 first_queries: first_queries::<false>,
             }
         }
@@ -155,6 +173,14 @@ fn queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) ->
     let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
     tiles(problem.seqlen_k(), block_n)
         .map(|(first, rows)| rows_of(mask.query_blocks(first, rows, block_m), block_m, problem.seqlen_q()))
+        .sum()
+}
+
+fn whole_queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) -> u128 {
+    let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
+    tiles(problem.seqlen_k(), block_n)
+        .map(|(first, rows)| mask.query_blocks(first, rows, block_m))
+        .map(|blocks| u128::from(blocks.end - blocks.begin) * u128::from(block_m))
         .sum()
 }
 

@@ -3,11 +3,11 @@
 use std::num::NonZeroU32;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, Layout, Params, StridedTensor, TensorMap,
-    WorkList,
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, Layout, Params, QuerySums,
+    QuerySumsParams, StridedTensor, TensorMap, WorkList,
 };
 use flash_attention_kernels::entries::{Entry, Pass};
-use flash_attention_kernels::shape::HOPPER_ROWS;
+use flash_attention_kernels::shape::{HOPPER_ROWS, panel_columns};
 
 use super::MAX_BLOCKS;
 use super::tile_map::{self, TileMap};
@@ -40,6 +40,8 @@ pub enum Parameters {
     HopperForward(HopperForwardParams, [TileMap; 4]),
     /// Of a backward kernel for Hopper, the same.
     HopperBackward(HopperBackwardParams, [TileMap; 7]),
+    /// Of the kernels for Hopper that come before and after those.
+    QuerySums(QuerySumsParams),
 }
 
 impl Parameters {
@@ -50,6 +52,7 @@ impl Parameters {
             Self::Backward(params) => params.as_bytes(),
             Self::HopperForward(params, _) => params.as_bytes(),
             Self::HopperBackward(params, _) => params.as_bytes(),
+            Self::QuerySums(params) => params.as_bytes(),
         }
     }
 }
@@ -72,8 +75,8 @@ pub enum Results {
         dk: u64,
         /// Gradient of v.
         dv: u64,
-        /// The workspace, an f32 a query.
-        delta: u64,
+        /// The workspace, [`Plan::workspace_bytes`](super::Plan::workspace_bytes).
+        workspace: u64,
     },
 }
 
@@ -139,15 +142,16 @@ impl Launch {
         Ok(Self::new(entry, grid, Parameters::HopperForward(params, maps)))
     }
 
-    /// As [`hopper_forward`](Self::hopper_forward), of dQ or of dK and dV.
+    /// As [`hopper_forward`](Self::hopper_forward), of a kernel between the first and the last of a backward pass.
     pub(super) fn hopper_backward(
         problem: &BackwardProblem,
         entry: &'static Entry,
+        sums: QuerySums,
         multiprocessors: u32,
     ) -> Result<Self, Error> {
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let (heads_kv, heads_q_per_kv) = (problem.heads_kv(), count(problem.heads_q() / problem.heads_kv())?);
-        let owns_keys = entry.pass == Pass::BackwardKeys;
+        let owns_keys = entry.pass != Pass::BackwardQueries;
         let ([tiles, ..], tiles_per_head) = if owns_keys {
             grid(problem.batch(), heads_kv, problem.seqlen_k(), entry.block_n)?
         } else {
@@ -167,8 +171,7 @@ impl Launch {
             dq: UNKNOWN_MAP,
             dk: UNKNOWN_MAP,
             dv: UNKNOWN_MAP,
-            lse: tensors.lse,
-            delta: 0,
+            sums,
             heads_q: count(problem.heads_q())?,
             heads_kv: count(heads_kv)?,
             heads_q_per_kv,
@@ -182,7 +185,7 @@ impl Launch {
                 heads_per_section,
                 tiles,
             },
-            reserved: 0,
+            reserved: [0; 13],
         };
         let (of_queries, of_keys) = tile_map::dims(problem);
         let (q_rows, k_rows) = if owns_keys {
@@ -203,6 +206,29 @@ impl Launch {
         ];
         let grid = [tiles.min(multiprocessors), 1, 1];
         Ok(Self::new(entry, grid, Parameters::HopperBackward(params, maps)))
+    }
+
+    /// The first or the last kernel of a backward pass on Hopper.
+    pub(super) fn query_sums(problem: &BackwardProblem, entry: &'static Entry, sums: QuerySums) -> Result<Self, Error> {
+        let (tensors, problem) = (problem.tensors(), problem.forward());
+        let mut tiles = sums.padded_q.get() / entry.block_m;
+        if entry.pass == Pass::BackwardFinish {
+            tiles *= sums.dq_columns / HOPPER_ROWS;
+        }
+        let (grid, tiles) = grid(problem.batch(), problem.heads_q(), tiles, 1)?;
+        let params = QuerySumsParams {
+            out: problem.out(),
+            dout: tensors.dout,
+            dq: tensors.dq,
+            lse: tensors.lse,
+            sums,
+            heads_q: count(problem.heads_q())?,
+            seqlen_q: problem.seqlen_q(),
+            tiles,
+            softmax_scale: problem.softmax_scale(),
+            layout: unknown_alignment(problem),
+        };
+        Ok(Self::new(entry, grid, Parameters::QuerySums(params)))
     }
 
     pub(super) fn backward(problem: &BackwardProblem, entry: &'static Entry) -> Result<Self, Error> {
@@ -247,6 +273,15 @@ impl Launch {
         }
     }
 
+    /// What the backward kernels for Hopper keep of each query, as offsets.
+    pub(super) fn kept_sums(&self) -> Option<&QuerySums> {
+        match &self.params {
+            Parameters::HopperBackward(params, _) => Some(&params.sums),
+            Parameters::QuerySums(params) => Some(&params.sums),
+            _ => None,
+        }
+    }
+
     /// The kernel's parameters, for results at these addresses; `None` if they are those of the other pass. `encode` makes
     /// the device's tensor maps.
     ///
@@ -270,13 +305,18 @@ impl Launch {
                 [p.q, p.k, p.v, p.out] = encode_all(maps, encode)?;
                 p.lse = lse;
             }
-            (Parameters::HopperBackward(p, maps), Results::Backward { dq, dk, dv, delta }) => {
+            (Parameters::HopperBackward(p, maps), Results::Backward { dq, dk, dv, workspace }) => {
                 (maps[4].address, maps[5].address, maps[6].address) = (dq, dk, dv);
                 [p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv] = encode_all(maps, encode)?;
-                p.delta = delta;
+                p.sums = placed(p.sums, workspace);
             }
-            (Parameters::Backward(p), Results::Backward { dq, dk, dv, delta }) => {
-                (p.dq.address, p.dk.address, p.dv.address, p.delta) = (dq, dk, dv, delta);
+            (Parameters::QuerySums(p), Results::Backward { dq, workspace, .. }) => {
+                p.dq.address = dq;
+                p.sums = placed(p.sums, workspace);
+                p.layout.aligned = aligned(&[p.out, p.dout, p.dq]);
+            }
+            (Parameters::Backward(p), Results::Backward { dq, dk, dv, workspace }) => {
+                (p.dq.address, p.dk.address, p.dv.address, p.delta) = (dq, dk, dv, workspace);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv]);
             }
             _ => return Ok(None),
@@ -302,6 +342,38 @@ fn grid(batch: usize, heads: usize, seqlen: u32, tile: u32) -> Result<([u32; 3],
     match (u32::try_from(blocks), NonZeroU32::new(tiles)) {
         (Ok(x), Some(tiles)) if x <= limit => Ok(([x, 1, 1], tiles)),
         _ => Err(Error::GridTooLarge { blocks, limit }),
+    }
+}
+
+/// What the backward kernels for Hopper keep of each query, as offsets into a workspace, and its bytes. `streams` is the
+/// kernel that streams queries.
+pub(super) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySums, u64) {
+    let problem = problem.forward();
+    let seqlen_q = NonZeroU32::new(problem.seqlen_q().next_multiple_of(streams.block_m)).unwrap_or(NonZeroU32::MIN);
+    let rows = problem.batch() as u64 * problem.heads_q() as u64 * u64::from(seqlen_q.get());
+    let statistic = rows * size_of::<f32>() as u64;
+    let dq_columns = if streams.pass == Pass::BackwardAll {
+        panel_columns(streams.head_dim)
+    } else {
+        0
+    };
+    let sums = QuerySums {
+        lse_log2: 0,
+        delta: statistic,
+        dq: 2 * statistic,
+        padded_q: seqlen_q,
+        dq_columns,
+    };
+    (sums, statistic * u64::from(2 + dq_columns))
+}
+
+/// The sums in the workspace at this address.
+fn placed(sums: QuerySums, workspace: u64) -> QuerySums {
+    QuerySums {
+        lse_log2: workspace + sums.lse_log2,
+        delta: workspace + sums.delta,
+        dq: workspace + sums.dq,
+        ..sums
     }
 }
 

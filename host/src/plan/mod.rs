@@ -78,33 +78,26 @@ impl Plan {
         })
     }
 
-    /// Plans a backward pass for a device: delta, then dQ, then dK and dV.
+    /// Plans a backward pass for a device: first delta, then the gradients, in one of two ways.
     ///
-    /// `.deterministic()` and the default are the same kernels so far. Each gradient is written once by the block that
-    /// owns it, in a fixed order: seven products where a kernel that adds dQ up with atomics needs five. That one would
-    /// save 2/7 of the arithmetic, and pay with an f32 copy of dQ that is written and read once for every tile of keys
-    /// (`4 * seqlen_q * seqlen_k * head_dim / block_n` bytes a head each way) and with bits that differ from run to run.
-    /// Which is faster has to be measured on a GPU before there are two.
+    /// The portable kernels, and the CPU, let each gradient be written once, by the block that owns it, in a fixed order.
+    /// On a GPU that takes seven products, because a kernel for dQ and another for dK and dV both compute scores. It is what
+    /// `.deterministic()` gets on every device.
+    ///
+    /// On Hopper, up to head_dim 128, the default is one kernel of five products. Blocks own keys and add up dQ in f32 in
+    /// the workspace, `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes a head, in an order that is not fixed: the last
+    /// bits of dQ differ from run to run. Beyond head_dim 128 the accumulators of dK and dV fill the registers, and the
+    /// default is the other way too.
     ///
     /// # Errors
     /// As for [`new`](Self::new).
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
-        let (tiles, launches) = match *device {
-            DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new()),
+        let (tiles, launches, workspace_bytes) = match *device {
+            DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
-                let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
-                let hopper = tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
-                let launch = |&pass| {
-                    let entry = choose(forward, pass, device, hopper)?;
-                    match entry.arch {
-                        Arch::Sm80 => Launch::backward(problem, entry),
-                        Arch::Sm90a => Launch::hopper_backward(problem, entry, multiprocessors),
-                    }
-                };
-                let passes = [Pass::BackwardDelta, Pass::BackwardQueries, Pass::BackwardKeys];
-                let launches = passes.iter().map(launch).collect::<Result<Vec<_>, Error>>()?;
-                (Tiles::of(launches[1].entry), launches)
+                let (launches, workspace_bytes) = backward_launches(problem, device, multiprocessors)?;
+                (Tiles::of(launches[1].entry), launches, workspace_bytes)
             }
         };
         Ok(Self {
@@ -117,7 +110,7 @@ impl Plan {
                 DeviceInfo::Gpu { .. } => Cost::backward(forward, &launches),
             },
             launches,
-            workspace_bytes: problem.delta_bytes(),
+            workspace_bytes,
         })
     }
 
@@ -131,7 +124,8 @@ impl Plan {
         self.backward.as_ref()
     }
 
-    /// Device memory that is needed while the plan runs, beside inputs and results: an f32 a query in backward.
+    /// Device memory that is needed while the plan runs, beside inputs and results: in backward an f32 a query, or on Hopper
+    /// two, and where dQ is added up an f32 for each of its elements, queries in whole tiles of 64 and head_dim in whole 64s.
     pub fn workspace_bytes(&self) -> u64 {
         self.workspace_bytes
     }
@@ -184,6 +178,37 @@ fn cpu_backward_tiles(problem: &Problem) -> Tiles {
     }
 }
 
+/// The kernels of a backward pass on a GPU, in order, and the bytes of their workspace.
+fn backward_launches(
+    problem: &BackwardProblem,
+    device: &DeviceInfo,
+    multiprocessors: u32,
+) -> Result<(Vec<Launch>, u64), Error> {
+    let forward = problem.forward();
+    let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
+    let hopper = tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
+    let choose = |pass| choose(forward, pass, device, hopper);
+    let keys = choose(Pass::BackwardKeys)?;
+    if keys.arch == Arch::Sm80 {
+        let launches = [choose(Pass::BackwardDelta)?, choose(Pass::BackwardQueries)?, keys]
+            .map(|entry| Launch::backward(problem, entry))
+            .into_iter()
+            .collect::<Result<Vec<_>, Error>>()?;
+        return Ok((launches, problem.delta_bytes()));
+    }
+    let prepare = choose(Pass::BackwardDelta)?;
+    // None is compiled for the widest heads.
+    let all = choose(Pass::BackwardAll).ok().filter(|_| !problem.deterministic());
+    let (sums, workspace_bytes) = launch::query_sums(problem, all.unwrap_or(keys));
+    let edge = |entry| Launch::query_sums(problem, entry, sums);
+    let middle = |entry| Launch::hopper_backward(problem, entry, sums, multiprocessors);
+    let launches = match all {
+        Some(all) => vec![edge(prepare)?, middle(all)?, edge(choose(Pass::BackwardFinish)?)?],
+        None => vec![edge(prepare)?, middle(choose(Pass::BackwardQueries)?)?, middle(keys)?],
+    };
+    Ok((launches, workspace_bytes))
+}
+
 impl Tiles {
     fn of(entry: &Entry) -> Self {
         Self {
@@ -219,11 +244,11 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
             "kernels need compute capability {major}.{minor} or newer"
         )));
     }
-    // The sums of dO * O know no mask.
-    let causal = problem.causal() && pass != Pass::BackwardDelta;
+    // Sums of rows know no mask.
+    let causal = problem.causal() && !matches!(pass, Pass::BackwardDelta | Pass::BackwardFinish);
     let compiled = |arch| entries::find(pass, arch, problem.dtype(), causal, problem.head_dim());
-    // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too. Sums of rows are the same on both.
-    let arch = problem.arch().filter(|_| pass != Pass::BackwardDelta);
+    // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too.
+    let arch = problem.arch();
     let hopper = match arch {
         Some(Arch::Sm80) => None,
         Some(Arch::Sm90a) if (major, minor) != (9, 0) => {

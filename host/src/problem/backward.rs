@@ -10,6 +10,7 @@ use super::*;
 pub struct BackwardProblem {
     forward: Problem,
     tensors: BackwardTensors,
+    deterministic: bool,
 }
 
 /// Where the tensors lie that only a backward pass has.
@@ -110,6 +111,7 @@ impl BackwardProblem {
                 ..forward
             },
             tensors,
+            deterministic: attention.is_deterministic(),
         })
     }
 
@@ -122,7 +124,12 @@ impl BackwardProblem {
         &self.tensors
     }
 
-    /// Bytes of delta, the workspace: an f32 a query.
+    /// Whether gradients are to be the same bits each time.
+    pub fn deterministic(&self) -> bool {
+        self.deterministic
+    }
+
+    /// Bytes of delta, an f32 a query.
     pub(crate) fn delta_bytes(&self) -> u64 {
         let rows = self.forward.batch * self.forward.heads_q * self.forward.seqlen_q as usize;
         (rows * Dtype::F32.bytes()) as u64

@@ -111,3 +111,18 @@ ldmatrix!(
     ".trans",
     "The same, each matrix transposed: lane l receives elements (l % 4 * 2 ..+ 2, l / 4) of each."
 );
+
+/// `stmatrix` — four 8x8 matrices of 16-bit elements; lane l holds elements (l / 4, l % 4 * 2 ..+ 2) of each, and lanes
+/// `8i .. 8i + 8` name the rows of matrix `i`. PTX 7.8, sm_90. The whole warp executes it.
+///
+/// # Safety
+/// Every lane's `address` is a 16-byte aligned shared-window address of 16 bytes that nobody else touches.
+#[inline(always)]
+pub unsafe fn stmatrix_x4(address: u32, words: [u32; 4]) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{p}], {{{a}, {b}, {c}, {d}}};", p = in(reg32) address,
+            a = in(reg32) words[0], b = in(reg32) words[1], c = in(reg32) words[2], d = in(reg32) words[3],
+            options(nostack));
+    }
+}

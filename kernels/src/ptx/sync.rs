@@ -61,6 +61,18 @@ pub fn shuffle(value: f32, lane: u32) -> f32 {
     result
 }
 
+/// `shfl.sync.idx.b32` — the value of lane 0, which ptxas then knows to be the same for the whole warp.
+#[inline(always)]
+pub fn uniform(value: u32) -> u32 {
+    let result;
+    // SAFETY: the kernels call it where control is uniform over the warp.
+    unsafe {
+        asm!("shfl.sync.idx.b32 {r}, {v}, 0, 31, -1;", r = out(reg32) result, v = in(reg32) value,
+            options(nomem, nostack));
+    }
+    result
+}
+
 /// The same number, but the optimiser can not know it: keeps a loop with this trip count rolled.
 #[inline(always)]
 pub fn opaque(value: u32) -> u32 {

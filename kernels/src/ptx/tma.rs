@@ -61,16 +61,46 @@ pub unsafe fn store(map: u64, corner: Corner, src: u32) {
     }
 }
 
+/// `cp.async.bulk.shared::cluster.global` — starts to copy `bytes` bytes, a multiple of 16, that `barrier` counts.
+///
+/// # Safety
+/// `source` is readable, `dst` a shared-window address of room that nobody touches until the barrier's phase has ended;
+/// both are 16-byte aligned.
+#[inline(always)]
+pub unsafe fn load_run(dst: u32, source: u64, bytes: u32, barrier: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{d}], [{s}], {n}, [{b}];",
+            d = in(reg32) dst, s = in(reg64) source, n = in(reg32) bytes, b = in(reg32) barrier, options(nostack));
+    }
+}
+
+/// `cp.reduce.async.bulk.global.shared::cta…add.f32` — starts to add `bytes` bytes of f32, a multiple of 16, to `target`.
+///
+/// # Safety
+/// As [`store`], with `target` writable; both addresses are 16-byte aligned. Others touch `target` only in this way.
+#[inline(always)]
+pub unsafe fn add_run(target: u64, src: u32, bytes: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{t}], [{s}], {n};", t = in(reg64) target,
+            s = in(reg32) src, n = in(reg32) bytes, options(nostack));
+    }
+}
+
+/// `cp.async.bulk.commit_group` — closes the current group of this thread's stores.
+#[inline(always)]
+pub fn commit() {
+    // SAFETY: concerns this thread's own copies.
+    unsafe { asm!("cp.async.bulk.commit_group;", options(nostack)) }
+}
+
 /// `cp.async.bulk.commit_group` and `wait_group.read 0` — waits until this thread's stores have read what they store.
 #[inline(always)]
 pub fn wait_read() {
-    // SAFETY: waits for this thread's own copies.
-    unsafe {
-        asm!(
-            "cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;",
-            options(nostack)
-        )
-    }
+    commit();
+    // SAFETY: as for `commit`.
+    unsafe { asm!("cp.async.bulk.wait_group.read 0;", options(nostack)) }
 }
 
 /// `fence.proxy.async` — what this thread wrote to shared memory is visible to copies and products that follow.

@@ -28,6 +28,18 @@ pub trait WarpgroupMma<T>: Sized {
     /// As [`product`](Self::product).
     unsafe fn add_registers(&mut self, a: [u32; 4], b: u64);
 
+    /// `wgmma.mma_async …, [a], [b]`, both transposed: a new sum, A^T B of two tiles whose rows run along m and n.
+    ///
+    /// # Safety
+    /// As [`product`](Self::product).
+    unsafe fn product_down(a: u64, b: u64) -> Self;
+
+    /// The same, added to `self`.
+    ///
+    /// # Safety
+    /// As [`product`](Self::product).
+    unsafe fn add_product_down(&mut self, a: u64, b: u64);
+
     /// Emits nothing; what comes after uses the values as they are here, so after a [`wait`], their final ones.
     fn pin(&mut self);
 }
@@ -44,34 +56,39 @@ macro_rules! wgmma {
         wgmma!(F16 "f16" $columns: $($j)*);
         wgmma!(Bf16 "bf16" $columns: $($j)*);
     };
+    // Both operands in shared memory; `$transposed` says of each whether its rows run along m or n instead of k.
+    (shared $new:ident, $add:ident: $name:literal $columns:literal $transposed:literal; $($j:literal)*) => {
+        #[inline(always)]
+        unsafe fn $new(a: u64, b: u64) -> Self {
+            let mut d = [[0.0; 4]; $columns / 8];
+            // SAFETY: the caller's contract. The sum is not read, for the predicate is false.
+            unsafe {
+                asm!(concat!("{{ .reg .pred add; setp.ne.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
+                    "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, ", $transposed, "; }}"),
+                    out(reg32) d[0][0], out(reg32) d[0][1], out(reg32) d[0][2], out(reg32) d[0][3],
+                    $(out(reg32) d[$j][0], out(reg32) d[$j][1], out(reg32) d[$j][2], out(reg32) d[$j][3],)*
+                    a = in(reg64) a, b = in(reg64) b, options(nostack));
+            }
+            d
+        }
+
+        #[inline(always)]
+        unsafe fn $add(&mut self, a: u64, b: u64) {
+            // SAFETY: the caller's contract.
+            unsafe {
+                asm!(concat!("{{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
+                    "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, ", $transposed, "; }}"),
+                    inout(reg32) self[0][0], inout(reg32) self[0][1], inout(reg32) self[0][2], inout(reg32) self[0][3],
+                    $(inout(reg32) self[$j][0], inout(reg32) self[$j][1], inout(reg32) self[$j][2],
+                      inout(reg32) self[$j][3],)*
+                    a = in(reg64) a, b = in(reg64) b, options(nostack));
+            }
+        }
+    };
     ($type:ident $name:literal $columns:literal: $($j:literal)*) => {
         impl WarpgroupMma<$type> for [[f32; 4]; $columns / 8] {
-            #[inline(always)]
-            unsafe fn product(a: u64, b: u64) -> Self {
-                let mut d = [[0.0; 4]; $columns / 8];
-                // SAFETY: the caller's contract. The sum is not read, for the predicate is false.
-                unsafe {
-                    asm!(concat!("{{ .reg .pred add; setp.ne.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
-                        "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, 0, 0; }}"),
-                        out(reg32) d[0][0], out(reg32) d[0][1], out(reg32) d[0][2], out(reg32) d[0][3],
-                        $(out(reg32) d[$j][0], out(reg32) d[$j][1], out(reg32) d[$j][2], out(reg32) d[$j][3],)*
-                        a = in(reg64) a, b = in(reg64) b, options(nostack));
-                }
-                d
-            }
-
-            #[inline(always)]
-            unsafe fn add_product(&mut self, a: u64, b: u64) {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    asm!(concat!("{{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
-                        "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, 0, 0; }}"),
-                        inout(reg32) self[0][0], inout(reg32) self[0][1], inout(reg32) self[0][2], inout(reg32) self[0][3],
-                        $(inout(reg32) self[$j][0], inout(reg32) self[$j][1], inout(reg32) self[$j][2],
-                          inout(reg32) self[$j][3],)*
-                        a = in(reg64) a, b = in(reg64) b, options(nostack));
-                }
-            }
+            wgmma!(shared product, add_product: $name $columns "0, 0"; $($j)*);
+            wgmma!(shared product_down, add_product_down: $name $columns "1, 1"; $($j)*);
 
             #[inline(always)]
             unsafe fn add_registers(&mut self, a: [u32; 4], b: u64) {
@@ -109,6 +126,7 @@ wgmma!(80: 1 2 3 4 5 6 7 8 9);
 wgmma!(96: 1 2 3 4 5 6 7 8 9 10 11);
 wgmma!(112: 1 2 3 4 5 6 7 8 9 10 11 12 13);
 wgmma!(128: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+wgmma!(160: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19);
 wgmma!(192: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
 wgmma!(256: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
 

@@ -91,7 +91,6 @@ impl<T: Half, const M: usize, const N: usize, const K: usize> OutputTile<Packed<
 
 impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N> {
     type Rows = Rows<M, 2>;
-    type Columns = [[f32; 2]; N];
     const ROW_LANES: u32 = 4;
 
     #[inline(always)]
@@ -111,11 +110,14 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
     }
 
     #[inline(always)]
-    fn map_columns(&mut self, columns: Self::Columns, f: impl Fn(f32, f32) -> f32) {
-        for m in 0..M {
-            for n in 0..N {
+    unsafe fn map_columns(&mut self, columns: u32, f: impl Fn(f32, f32) -> f32) {
+        let (_, first) = fragment::accumulator(sreg::lane_id(), 0);
+        for n in 0..N {
+            // SAFETY: the caller's contract; columns come in pairs.
+            let values = unsafe { memory::ld_shared_v2(columns + (n as u32 * 8 + first) * 4) };
+            for m in 0..M {
                 for e in 0..4 {
-                    self.0[m][n][e] = f(columns[n][e % 2], self.0[m][n][e]);
+                    self.0[m][n][e] = f(values[e % 2], self.0[m][n][e]);
                 }
             }
         }
@@ -166,17 +168,6 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
             }
         }
         rows
-    }
-
-    #[inline(always)]
-    unsafe fn load_columns(address: u32) -> Self::Columns {
-        let mut columns = [[0.0; 2]; N];
-        for n in 0..N {
-            let (_, column) = fragment::accumulator(sreg::lane_id(), 0);
-            // SAFETY: the caller's contract; columns come in pairs.
-            columns[n] = unsafe { memory::ld_shared_v2(address + (n as u32 * 8 + column) * 4) };
-        }
-        columns
     }
 
     #[inline(always)]

@@ -41,6 +41,22 @@ impl GlobalTile {
         }
     }
 
+    /// The window that starts `chunk` chunks further right, empty if there are fewer.
+    #[inline(always)]
+    pub fn chunks_from(&self, chunk: u32) -> Self {
+        Self {
+            base: self.base + (chunk * CHUNK) as u64,
+            chunks: self.chunks.saturating_sub(chunk),
+            ..*self
+        }
+    }
+
+    /// Chunks of a row.
+    #[inline(always)]
+    pub fn chunks(&self) -> u32 {
+        self.chunks
+    }
+
     /// Whether chunk `chunk` of row `row` exists.
     #[inline(always)]
     pub fn contains(&self, row: u32, chunk: u32) -> bool {

@@ -96,7 +96,6 @@ impl<const N: usize, const K: usize> OutputTile<LaneRows<K, 1>> for LaneRows<N, 
 
 impl<const N: usize, const RUN: usize> Accumulator for LaneRows<N, RUN> {
     type Rows = Rows<1, 4>;
-    type Columns = [f32; N];
     const ROW_LANES: u32 = 16;
 
     #[inline(always)]
@@ -114,10 +113,13 @@ impl<const N: usize, const RUN: usize> Accumulator for LaneRows<N, RUN> {
     }
 
     #[inline(always)]
-    fn map_columns(&mut self, columns: Self::Columns, f: impl Fn(f32, f32) -> f32) {
-        for r in 0..4 {
-            for i in 0..N {
-                self.0[r][i] = f(columns[i], self.0[r][i]);
+    unsafe fn map_columns(&mut self, columns: u32, f: impl Fn(f32, f32) -> f32) {
+        for i in 0..N {
+            let (_, column) = fragment::simt(sreg::lane_id(), 0, i as u32, RUN as u32);
+            // SAFETY: the caller's contract.
+            let value = unsafe { memory::ld_shared(columns + column * 4) };
+            for r in 0..4 {
+                self.0[r][i] = f(value, self.0[r][i]);
             }
         }
     }
@@ -159,17 +161,6 @@ impl<const N: usize, const RUN: usize> Accumulator for LaneRows<N, RUN> {
             rows.0[0][r] = f(fragment::simt(sreg::lane_id(), r as u32, 0, 1).0);
         }
         rows
-    }
-
-    #[inline(always)]
-    unsafe fn load_columns(address: u32) -> Self::Columns {
-        let mut columns = [0.0; N];
-        for i in 0..N {
-            let (_, column) = fragment::simt(sreg::lane_id(), 0, i as u32, RUN as u32);
-            // SAFETY: the caller's contract.
-            columns[i] = unsafe { memory::ld_shared(address + column * 4) };
-        }
-        columns
     }
 
     #[inline(always)]

@@ -16,29 +16,31 @@ const EIGHT_ROWS: u32 = 8 * ROW_BYTES;
 /// A step of 16 along k, in elements.
 const K_STEP: u32 = 16;
 
-/// `panels` panels of `rows` rows each.
+/// Panels of `rows` rows each; where `columns` is not a multiple of 64, the last is wider than what is multiplied.
 #[derive(Clone, Copy)]
 pub struct Panels {
     base: u32,
     rows: u32,
-    panels: u32,
+    columns: u32,
 }
 
 impl Panels {
     /// The tile at shared-window address `base`, a multiple of 1024; `rows` is a multiple of 8.
     #[inline(always)]
-    pub fn new(base: u32, rows: u32, head_dim: u32) -> Self {
-        Self {
-            base,
-            rows,
-            panels: head_dim / PANEL_COLUMNS,
-        }
+    pub fn new(base: u32, rows: u32, columns: u32) -> Self {
+        Self { base, rows, columns }
     }
 
-    /// Bytes of the tile.
+    /// Panel `index` alone.
     #[inline(always)]
-    pub fn bytes(self) -> u32 {
-        self.panels * self.panel_bytes()
+    pub fn panel(self, index: u32) -> Self {
+        Self::new(self.base + index * self.panel_bytes(), self.rows, PANEL_COLUMNS)
+    }
+
+    /// Panels side by side.
+    #[inline(always)]
+    fn panels(self) -> u32 {
+        self.columns.div_ceil(PANEL_COLUMNS)
     }
 
     #[inline(always)]
@@ -49,7 +51,13 @@ impl Panels {
     /// Steps of 16 along a row.
     #[inline(always)]
     pub fn k_steps(self) -> u32 {
-        self.panels * PANEL_COLUMNS / K_STEP
+        self.columns / K_STEP
+    }
+
+    /// Steps of 16 down the rows.
+    #[inline(always)]
+    pub fn row_steps(self) -> u32 {
+        self.rows / K_STEP
     }
 
     /// Descriptor of k step `k` where k runs along the rows: Q and K in Q K^T.
@@ -57,32 +65,31 @@ impl Panels {
     pub fn along_rows(self, k: u32) -> u64 {
         let steps = PANEL_COLUMNS / K_STEP;
         let offset = k / steps * self.panel_bytes() + k % steps * K_STEP * 2;
-        descriptor(self.base, 0) + field(offset)
+        descriptor(self.base, offset, 0)
     }
 
     /// Descriptor of k step `k` where k runs down the rows: V in P V. All panels side by side are the product's columns.
     #[inline(always)]
     pub fn down_rows(self, k: u32) -> u64 {
-        descriptor(self.base, self.panel_bytes()) + field(k * K_STEP * ROW_BYTES)
+        descriptor(self.base, k * K_STEP * ROW_BYTES, self.panel_bytes())
     }
 
-    /// Address of the pair of columns `column`, `column + 1` of row `row`; `column` is even.
+    /// Address of the eight columns from `column` on of row `row`; `column` is a multiple of 8.
     #[inline(always)]
-    pub fn pair(self, row: u32, column: u32) -> u32 {
+    pub fn chunk(self, row: u32, column: u32) -> u32 {
         let chunk = swizzle(row, column % PANEL_COLUMNS / 8, ROW_BYTES);
-        self.base + column / PANEL_COLUMNS * self.panel_bytes() + row * ROW_BYTES + chunk * 16 + column % 8 * 2
+        self.base + column / PANEL_COLUMNS * self.panel_bytes() + row * ROW_BYTES + chunk * 16
     }
 
-    /// Starts to fill the tile from `corner` on; `barrier` counts [`bytes`](Self::bytes).
+    /// Starts to fill the tile from `corner` on; `barrier` counts the bytes of all its panels.
     ///
     /// # Safety
     /// `map`'s box is `rows` x 64, and see [`tma::load`]. One thread calls it.
     #[inline(always)]
     pub unsafe fn load(self, map: u64, corner: Corner, barrier: u32) {
-        for panel in 0..self.panels {
-            let (dst, corner) = self.panel(panel, corner);
+        for index in 0..self.panels() {
             // SAFETY: the caller's contract.
-            unsafe { tma::load(dst, map, corner, barrier) }
+            unsafe { tma::load(self.panel(index).base, map, corner_of(index, corner), barrier) }
         }
     }
 
@@ -92,29 +99,33 @@ impl Panels {
     /// `map`'s box is `rows` x 64, and see [`tma::store`]. One thread calls it.
     #[inline(always)]
     pub unsafe fn store(self, map: u64, corner: Corner) {
-        for panel in 0..self.panels {
-            let (src, corner) = self.panel(panel, corner);
+        for index in 0..self.panels() {
             // SAFETY: the caller's contract.
-            unsafe { tma::store(map, corner, src) }
+            unsafe { tma::store(map, corner_of(index, corner), self.panel(index).base) }
         }
     }
+}
 
-    #[inline(always)]
-    fn panel(self, panel: u32, corner: Corner) -> (u32, Corner) {
-        let column = corner.column + panel * PANEL_COLUMNS;
-        (self.base + panel * self.panel_bytes(), Corner { column, ..corner })
+/// Where panel `index` of a tile starts in the tensor.
+#[inline(always)]
+fn corner_of(index: u32, tile: Corner) -> Corner {
+    Corner {
+        column: tile.column + index * PANEL_COLUMNS,
+        ..tile
     }
 }
 
 /// A matrix descriptor with the 128-byte swizzle: `start` is a shared-window address, `leading` the bytes from one panel to the
-/// next. Shared memory ends below 2^18, so an offset can be added to the start without spilling into the next field.
+/// next. Only the low word is computed, and there shared memory ends below 2^18, so that a start plus an offset does not
+/// spill into the next field.
 #[inline(always)]
-fn descriptor(start: u32, leading: u32) -> u64 {
-    field(start) | field(leading) << 16 | field(EIGHT_ROWS) << 32 | 1 << 62
+fn descriptor(start: u32, offset: u32, leading: u32) -> u64 {
+    let low = field(start) + (field(offset) | field(leading) << 16);
+    low as u64 | ((field(EIGHT_ROWS) | 1 << 30) as u64) << 32
 }
 
 /// A number of bytes as descriptors hold it.
 #[inline(always)]
-fn field(bytes: u32) -> u64 {
-    (bytes >> 4) as u64
+const fn field(bytes: u32) -> u32 {
+    bytes >> 4
 }

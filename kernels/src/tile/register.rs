@@ -52,8 +52,6 @@ impl<const A: usize, const B: usize> RowValues for Rows<A, B> {
 pub trait Accumulator: Copy {
     /// One value for each row a lane holds part of.
     type Rows: RowValues;
-    /// One value for each column a lane holds part of.
-    type Columns: Copy;
     /// Neighbouring lanes that share a row.
     const ROW_LANES: u32;
 
@@ -63,8 +61,11 @@ pub trait Accumulator: Copy {
     /// Each element with its row's value: `x = f(row value, x)`.
     fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
 
-    /// Each element with its column's value: `x = f(column value, x)`.
-    fn map_columns(&mut self, columns: Self::Columns, f: impl Fn(f32, f32) -> f32);
+    /// Each element with its column's value, an f32 in shared memory: `x = f(column value, x)`.
+    ///
+    /// # Safety
+    /// `columns` is an 8-byte aligned shared-window address of one initialised f32 a column of the tile.
+    unsafe fn map_columns(&mut self, columns: u32, f: impl Fn(f32, f32) -> f32);
 
     /// Each element with its coordinates in the warp's tile: `x = f(row, column, x)`.
     fn map_coordinates(&mut self, f: impl Fn(u32, u32, f32) -> f32);
@@ -77,12 +78,6 @@ pub trait Accumulator: Copy {
 
     /// A value for each row, from its index in the warp's tile.
     fn rows_from(f: impl Fn(u32) -> f32) -> Self::Rows;
-
-    /// A value for each column, from f32s in shared memory.
-    ///
-    /// # Safety
-    /// `address` is an 8-byte aligned shared-window address of one initialised f32 a column of the tile.
-    unsafe fn load_columns(address: u32) -> Self::Columns;
 
     /// A value for each row, from f32s in global memory; zero for rows from `rows` on. Each is read once and passed on to
     /// the lanes that share the row.

@@ -3,8 +3,7 @@
 use super::fragments::{Fragments, Packed};
 use super::panels::Panels;
 use super::register::{Accumulator, ScoreTile};
-use crate::ptx::{matrix::Half, memory, wgmma, wgmma::WarpgroupMma};
-use crate::tile::fragment;
+use crate::ptx::{matrix, matrix::Half, memory, wgmma, wgmma::WarpgroupMma};
 use core::marker::PhantomData;
 
 /// Scores of 64 rows, from two tiles in shared memory.
@@ -20,6 +19,12 @@ pub trait WarpgroupScores: ScoreTile {
 
     /// The scores as the left operand of a product: rounded here, not after the fence that comes before the product.
     fn pinned_operand(&self) -> Self::Operand;
+
+    /// Writes this lane's part of the operand to `target`; `first_row` is the warp's.
+    ///
+    /// # Safety
+    /// As [`WarpgroupOutput::write`].
+    unsafe fn write(operand: &Self::Operand, target: Panels, first_row: u32, lane: u32);
 }
 
 /// Outputs of 64 rows: what products of probabilities with values are summed in.
@@ -69,6 +74,12 @@ where
         }
         packed
     }
+
+    #[inline(always)]
+    unsafe fn write(operand: &Packed<1, N>, target: Panels, first_row: u32, lane: u32) {
+        // SAFETY: the caller's contract.
+        unsafe { write_fragments(operand, target, first_row, lane) }
+    }
 }
 
 impl<T: Half, const N: usize, const K: usize> WarpgroupOutput<Packed<1, K>> for Fragments<T, 1, N>
@@ -90,14 +101,98 @@ where
 
     #[inline(always)]
     unsafe fn write(&self, target: Panels, first_row: u32, lane: u32) {
-        let packed = self.operand();
-        for n in 0..N {
-            for half in 0..2 {
-                let (row, column) = fragment::accumulator(lane, half as u32 * 2);
-                let address = target.pair(first_row + row, n as u32 * 8 + column);
-                // SAFETY: the caller's contract.
-                unsafe { memory::st_shared_word(address, packed.0[0][n][half]) }
+        // SAFETY: the caller's contract.
+        unsafe { write_fragments(&self.operand(), target, first_row, lane) }
+    }
+}
+
+/// Writes a warp's 16 rows of 16-bit elements, 16 columns at a time: lane `l` names row `l % 16` of one half of them.
+#[inline(always)]
+unsafe fn write_fragments<const N: usize>(packed: &Packed<1, N>, target: Panels, first_row: u32, lane: u32) {
+    for k in 0..N / 2 {
+        let address = target.chunk(first_row + lane % 16, k as u32 * 16 + lane / 16 * 8);
+        // SAFETY: the caller's contract.
+        unsafe { matrix::stmatrix_x4(address, packed.fragment(0, k)) }
+    }
+}
+
+/// A sum of 64 x 64 of a warpgroup, from tiles whose rows are summed over.
+pub trait WarpgroupSquare: Sized {
+    /// Issues `a^T b`, summed over all pairs of tiles, a panel each.
+    ///
+    /// # Safety
+    /// See [`WarpgroupMma::product`].
+    unsafe fn product<const PAIRS: usize>(pairs: [(Panels, Panels); PAIRS]) -> Self;
+
+    /// See [`WarpgroupMma::pin`].
+    fn pin(&mut self);
+
+    /// Writes this thread's part to `target`, in the order of registers, not of rows; `thread` is its index in the warpgroup.
+    ///
+    /// # Safety
+    /// `target` is a 16-byte aligned shared-window address of [`SQUARE_BYTES`] that are this warpgroup's alone.
+    unsafe fn write(&self, target: u32, thread: u32);
+}
+
+/// Bytes of a square of f32.
+pub const SQUARE_BYTES: u32 = 64 * 64 * 4;
+
+/// The square, in f32.
+pub struct Square<T>([[f32; 4]; 8], PhantomData<T>);
+
+/// Where registers `quad` of a thread lie in a square.
+#[inline(always)]
+fn quad_offset(quad: usize, thread: u32) -> u32 {
+    (quad as u32 * 128 + thread) * 16
+}
+
+impl<T: Half> WarpgroupSquare for Square<T>
+where
+    [[f32; 4]; 8]: WarpgroupMma<T>,
+{
+    #[inline(always)]
+    unsafe fn product<const PAIRS: usize>(pairs: [(Panels, Panels); PAIRS]) -> Self {
+        let (a, b) = pairs[0];
+        // SAFETY (whole body): the caller's contract.
+        unsafe {
+            let mut sum = <[[f32; 4]; 8]>::product_down(a.down_rows(0), b.down_rows(0));
+            for i in 0..PAIRS {
+                let (a, b) = pairs[i];
+                for k in (if i == 0 { 1 } else { 0 })..a.row_steps() {
+                    sum.add_product_down(a.down_rows(k), b.down_rows(k));
+                }
             }
+            Self(sum, PhantomData)
         }
+    }
+
+    #[inline(always)]
+    fn pin(&mut self) {
+        self.0.pin();
+    }
+
+    #[inline(always)]
+    unsafe fn write(&self, target: u32, thread: u32) {
+        for quad in 0..8 {
+            // SAFETY: the caller's contract.
+            unsafe { memory::st_shared_words(target + quad_offset(quad, thread), self.0[quad].map(f32::to_bits)) }
+        }
+    }
+}
+
+impl<T> Square<T> {
+    /// This thread's part of a copy of what [`write`](WarpgroupSquare::write) wrote, in global memory.
+    ///
+    /// # Safety
+    /// `source` is 16-byte aligned and readable.
+    #[inline(always)]
+    pub unsafe fn read(source: u64, thread: u32) -> Fragments<T, 1, 8> {
+        let mut sum = [[0.0; 4]; 8];
+        for quad in 0..8 {
+            // SAFETY: the caller's contract.
+            sum[quad] =
+                unsafe { memory::ld_global_words(source + quad_offset(quad, thread) as u64) }.map(f32::from_bits);
+        }
+        Fragments([sum], PhantomData)
     }
 }

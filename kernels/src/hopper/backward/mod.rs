@@ -1,9 +1,13 @@
-//! The backward pass on Hopper: the two kernels of [`backward`](crate::backward), which own what they write, on
-//! warpgroups.
+//! The backward pass on Hopper, in two forms. [`sums`] makes lse and delta of the queries first.
 //!
-//! As there, [`queries`] owns queries and streams keys for dQ, and [`keys`] owns keys, streams queries and works on the
-//! transposed tiles for dK and dV, so that P^T and dS^T are left operands in the registers they were computed in. No
-//! gradient is touched by two blocks: no atomics, the same bits each time at every head_dim.
+//! One form is that of [`backward`](crate::backward): [`queries`] owns queries and streams keys for dQ, and [`keys`] owns
+//! keys, streams queries and works on the transposed tiles for dK and dV, so that P^T and dS^T are left operands in the
+//! registers they were computed in. No gradient is touched by two blocks: no atomics, the same bits each time at every
+//! head_dim, for seven products.
+//!
+//! The other takes five. [`keys`] with a shape that walks [`All`](crate::shape::HopperWalk::All) computes dQ of each streamed
+//! tile as well, from dS^T of all its keys, which its warpgroups show each other in shared memory, and adds it to an f32 sum
+//! in device memory; [`sums`] rounds that last. Which block adds first is chance, and so are the last bits of dQ.
 //!
 //! A consumer issues the two products that need no registers, turns the first into probabilities while the second is on its
 //! way, and leaves the sums of gradients to run into the next tile.
@@ -17,46 +21,49 @@ macro_rules! map {
 
 mod load;
 mod shared;
+pub mod sums;
 
-use self::load::{load_keys, load_queries, load_statistics};
+use self::load::{load_keys, load_queries};
 use super::{Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperBackwardParams;
 use crate::mask::{Blocks, Mask};
 use crate::pipeline::bulk::Cursor;
 use crate::ptx::math::{ex2, fma};
 use crate::ptx::{sreg, sync, tma, tma::Corner, wgmma};
-use crate::shape::{HOPPER_BACKWARD_REGISTERS, HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
-use crate::softmax::log2_of;
-use crate::tile::register::{Accumulator, RowValues};
-use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
+use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
+use crate::tile::register::{Accumulator, RowValues, ScoreTile};
+use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores, WarpgroupSquare};
 use core::mem::offset_of;
 
 /// First of the barriers of a single consumer each.
 const GROUPS: u32 = 1;
 
+/// The barrier of all consumers.
+const CONSUMERS: u32 = 3;
+
 /// dQ of the queries that fall to this block. `maps` is the generic address of `p`, a kernel parameter.
 ///
 /// # Safety
-/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after the kernel that makes delta.
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`sums::prepare`].
 #[inline(always)]
 pub unsafe fn queries<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
     let shared = Shared::<S>::of_this_block();
     // SAFETY: as in `keys`.
     unsafe {
-        shared.init(1);
+        shared.init();
         if sreg::thread_idx_x() < WARPGROUP {
-            wgmma::shrink_registers!(HOPPER_BACKWARD_REGISTERS.0);
+            wgmma::shrink_registers!(S::REGISTERS.0);
             if sreg::thread_idx_x() == 0 {
                 load_keys::<S, CAUSAL>(p, maps, shared);
             }
         } else {
-            wgmma::grow_registers!(HOPPER_BACKWARD_REGISTERS.1);
+            wgmma::grow_registers!(S::REGISTERS.1);
             Consumer::<S, CAUSAL>::new(p, maps, shared).queries();
         }
     }
 }
 
-/// dK and dV of the keys that fall to this block.
+/// dK and dV of the keys that fall to this block, and, if the shape says so, what they add to dQ.
 ///
 /// # Safety
 /// As [`queries`].
@@ -65,16 +72,14 @@ pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwar
     let shared = Shared::<S>::of_this_block();
     // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
     unsafe {
-        shared.init(2);
+        shared.init();
         if sreg::thread_idx_x() < WARPGROUP {
-            wgmma::shrink_registers!(HOPPER_BACKWARD_REGISTERS.0);
+            wgmma::shrink_registers!(S::REGISTERS.0);
             if sreg::thread_idx_x() == 0 {
                 load_queries::<S, CAUSAL>(p, maps, shared);
-            } else if sreg::warp_id() == 1 {
-                load_statistics::<S, CAUSAL>(p, shared);
             }
         } else {
-            wgmma::grow_registers!(HOPPER_BACKWARD_REGISTERS.1);
+            wgmma::grow_registers!(S::REGISTERS.1);
             Consumer::<S, CAUSAL>::new(p, maps, shared).keys();
         }
     }
@@ -103,7 +108,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             maps,
             mask: Mask::new(p.seqlen_q, p.seqlen_k),
             shared,
-            group: sreg::thread_idx_x() / WARPGROUP - 1,
+            group: sync::uniform(sreg::thread_idx_x() / WARPGROUP) - 1,
             owned: Cursor::start(),
             streamed: Cursor::start(),
             released: Cursor::start(),
@@ -121,10 +126,10 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
                 let rows = self.p.seqlen_q.saturating_sub(first_row);
-                let at = (work.head as u64 * self.p.seqlen_q as u64 + first_row as u64) * 4;
+                let at = (work.head as u64 * self.p.sums.padded_q.get() as u64 + first_row as u64) * 4;
                 let statistics = (
-                    S::Scores::load_rows(self.p.lse + at, rows).map(log2_of),
-                    S::Scores::load_rows(self.p.delta + at, rows),
+                    S::Scores::load_rows(self.p.sums.lse_log2 + at, rows),
+                    S::Scores::load_rows(self.p.sums.delta + at, rows),
                 );
                 let mut dq = S::Output::zero();
                 let Blocks { begin, boundary, end } =
@@ -186,7 +191,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
                 let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
-                if S::TWO_WALKS {
+                if S::WALK.is_twice() {
                     self.walk_queries::<true, false>(&work, &mut dk, &mut dv);
                     // V is not needed any more: dV asks for Q, K and dO only.
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
@@ -194,6 +199,10 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 } else {
                     self.walk_queries::<true, true>(&work, &mut dk, &mut dv);
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
+                    if S::WALK.adds_queries() {
+                        // The other warpgroup's dQ needed this one's keys.
+                        self.sync_consumers();
+                    }
                 }
                 self.store(dv, 1.0, 0, dv_map, corner);
                 self.finish();
@@ -209,19 +218,24 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         dk: &mut S::Output,
         dv: &mut S::Output,
     ) {
-        let (mask, first_row) = (self.mask, self.first_row(work));
-        let Blocks { begin, boundary, end } = mask.query_blocks(work.first_row, work.rows(self.p.seqlen_k), S::COLUMNS);
+        let (mask, first_row, seqlen_k) = (self.mask, self.first_row(work), self.p.seqlen_k);
+        let Blocks { begin, boundary, end } = mask.query_blocks(work.first_row, work.rows(seqlen_k), S::COLUMNS);
+        // Keys that do not exist must not weigh in dQ.
+        let partial = S::WALK.adds_queries() && work.first_row + S::ROWS > seqlen_k;
+        let boundary = if partial { end } else { boundary };
         // SAFETY (whole body): as in `queries`.
         unsafe {
             let mut follows = false;
-            for _ in 0..self.p.heads_q_per_kv.get() {
-                for m in begin..boundary {
-                    let visible = |row, column| m * S::COLUMNS + column >= mask.visible_begin(first_row + row);
-                    self.add_to_keys::<DK, DV>(follows, visible, dk, dv);
-                    follows = true;
-                }
-                for _ in boundary..end {
-                    self.add_to_keys::<DK, DV>(follows, |_, _| true, dk, dv);
+            for i in 0..self.p.heads_q_per_kv.get() {
+                let mut target = self.dq_target(work.head * self.p.heads_q_per_kv.get() + i, begin);
+                for m in begin..end {
+                    let visible = |row, column| {
+                        let key = first_row + row;
+                        m * S::COLUMNS + column >= mask.visible_begin(key)
+                            && (!S::WALK.adds_queries() || key < seqlen_k)
+                    };
+                    self.add_to_keys::<DK, DV>(follows, m < boundary, visible, dk, dv, target);
+                    target += (S::SQUARES * S::DQ_BYTES) as u64;
                     follows = true;
                 }
             }
@@ -235,14 +249,16 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// `dK += dS^T Q` and `dV += P^T dO`, or one of them, with the next tile of queries.
+    /// `dK += dS^T Q` and `dV += P^T dO`, or one of them, with the next tile of queries, whose dQ is added to `target`.
     #[inline(always)]
     unsafe fn add_to_keys<const DK: bool, const DV: bool>(
         &mut self,
         follows: bool,
+        masked: bool,
         visible: impl Fn(u32, u32) -> bool,
         dk: &mut S::Output,
         dv: &mut S::Output,
+        target: u64,
     ) {
         let slot = self.streamed.slot;
         // SAFETY (whole body): as in `queries`; the slot's statistics came with its tiles.
@@ -257,9 +273,10 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if follows {
                 self.release();
             }
-            let lse_log2 = S::Scores::load_columns(self.shared.lse(slot));
-            p.map_columns(lse_log2, |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
-            p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
+            p.map_columns(self.shared.lse(slot), |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
+            if masked {
+                p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
+            }
             if DV {
                 let p = p.pinned_operand();
                 wgmma::fence();
@@ -273,16 +290,84 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                     wgmma::wait::<0>();
                 }
                 ds.pin();
-                let delta = S::Scores::load_columns(self.shared.delta(slot));
-                ds.map_columns(delta, |delta, x| x - delta);
+                ds.map_columns(self.shared.delta(slot), |delta, x| x - delta);
                 ds.zip(&p, |p, x| p * x);
                 let ds = ds.pinned_operand();
-                wgmma::fence();
-                dk.add_product(&ds, self.shared.streamed(0, slot));
-                wgmma::commit();
+                if S::WALK.adds_queries() {
+                    self.show_ds(&ds);
+                }
+                if S::WALK.adds_queries() && (S::SQUARES == S::CONSUMERS || slot == self.group) {
+                    wgmma::fence();
+                    let mut dq = self.issue_dq();
+                    dk.add_product(&ds, self.shared.streamed(0, slot));
+                    wgmma::commit();
+                    wgmma::wait::<1>();
+                    dq.pin();
+                    self.add_dq(&dq, target);
+                } else {
+                    wgmma::fence();
+                    dk.add_product(&ds, self.shared.streamed(0, slot));
+                    wgmma::commit();
+                }
             }
             self.streamed.advance();
         }
+    }
+
+    /// Shows dS^T of the current tile to the other warpgroup, and waits for the other's.
+    #[inline(always)]
+    unsafe fn show_ds(&self, ds: &<S::Scores as ScoreTile>::Operand) {
+        let shared = self.shared.renewed();
+        // SAFETY (whole body): as in `queries`. Nobody reads what dS^T of the slot was before: its readers awaited their
+        // products before they arrived at the barrier of the tile in between.
+        unsafe {
+            let target = shared.ds(self.streamed.slot, self.group);
+            S::Scores::write(ds, target, warp_of_group() * 16, sreg::lane_id());
+            if self.is_first_of_group() {
+                // What was added last has left, so that the others may write after the barrier.
+                tma::wait_read();
+            }
+            tma::fence_async();
+            self.sync_consumers();
+        }
+    }
+
+    /// Issues `dQ = dS K`, or this warpgroup's 64 columns of it.
+    #[inline(always)]
+    unsafe fn issue_dq(&self) -> S::Square {
+        let (slot, shared) = (self.streamed.slot, self.shared.renewed());
+        let panel = self.group % S::SQUARES;
+        // SAFETY: as in `queries`; both warpgroups' parts of dS^T are there.
+        unsafe {
+            let dq =
+                S::Square::product([0, 1].map(|group| (shared.ds(slot, group), shared.owned(0, group).panel(panel))));
+            wgmma::commit();
+            dq
+        }
+    }
+
+    /// Starts to add this warpgroup's square of a tile's dQ to `target`.
+    #[inline(always)]
+    unsafe fn add_dq(&self, dq: &S::Square, target: u64) {
+        let staging = self.shared.dq(self.group);
+        // SAFETY (whole body): see `show_ds`; the sums are padded to whole tiles.
+        unsafe {
+            dq.write(staging, sreg::thread_idx_x() % WARPGROUP);
+            tma::fence_async();
+            self.sync_group();
+            if self.is_first_of_group() {
+                tma::add_run(target, staging, S::DQ_BYTES);
+                tma::commit();
+            }
+        }
+    }
+
+    /// Where this warpgroup's square of dQ of query tile `tile` of head `head` is summed.
+    #[inline(always)]
+    fn dq_target(&self, head: u32, tile: u32) -> u64 {
+        let tiles = self.p.sums.padded_q.get() / S::COLUMNS;
+        let square = (head as u64 * tiles as u64 + tile as u64) * S::SQUARES as u64 + (self.group % S::SQUARES) as u64;
+        self.p.sums.dq + square * S::DQ_BYTES as u64
     }
 
     /// Issues the scores of the next streamed tiles and, in a group of its own, if `DS`, dP; else zeros.
@@ -336,7 +421,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             gradient.write(staging, warp_of_group() * 16, sreg::lane_id());
             tma::fence_async();
             self.sync_group();
-            if sreg::thread_idx_x() % WARPGROUP == 0 {
+            if self.is_first_of_group() {
                 staging.store(map, corner);
             }
         }
@@ -345,7 +430,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// Gives the owned tiles back, once what was stored from them has been read.
     #[inline(always)]
     unsafe fn finish(&mut self) {
-        if sreg::thread_idx_x() % WARPGROUP == 0 {
+        if self.is_first_of_group() {
             tma::wait_read();
             // SAFETY: as in `queries`; the rest of the warpgroup passed the barrier of the last store.
             unsafe { self.shared.owned_slots().release(self.owned) }
@@ -357,6 +442,19 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     fn first_row(&self, work: &Work) -> u32 {
         work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
+    }
+
+    /// Whether this is the thread that speaks to the tensor memory accelerator for its warpgroup.
+    #[inline(always)]
+    fn is_first_of_group(&self) -> bool {
+        sreg::thread_idx_x() % WARPGROUP == 0
+    }
+
+    /// Waits for both warpgroups that compute.
+    #[inline(always)]
+    fn sync_consumers(&self) {
+        // SAFETY: a barrier of its own, and both walk the same tiles.
+        unsafe { sync::sync_some(CONSUMERS, S::CONSUMERS * WARPGROUP) }
     }
 
     /// Waits for the whole of this warpgroup.

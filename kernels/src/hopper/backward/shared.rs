@@ -1,12 +1,14 @@
 //! Where everything lies in a backward block's shared memory.
 
+use crate::abi::QuerySums;
 use crate::hopper::Shared;
 use crate::pipeline::bulk::{Cursor, Slots};
-use crate::ptx::{mbarrier, sreg, sync, tma::Corner};
+use crate::ptx::{mbarrier, sreg, sync, tma, tma::Corner};
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::panels::Panels;
 
-/// Owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, lse and delta by slot, barriers.
+/// Owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, dS^T by slot and warpgroup, dQ by warpgroup, lse
+/// and delta by slot, barriers.
 impl<S: HopperBackwardShape> Shared<S> {
     /// The same, but addresses that follow from it are worked out anew: kept, the descriptors of owned tiles alone would take
     /// up to 64 registers.
@@ -18,14 +20,14 @@ impl<S: HopperBackwardShape> Shared<S> {
         }
     }
 
-    /// Initialises the barriers, by one thread, before the block goes on; `producers` arrivals fill a streamed slot.
+    /// Initialises the barriers, by one thread, before the block goes on.
     #[inline(always)]
-    pub unsafe fn init(self, producers: u32) {
+    pub unsafe fn init(self) {
         if sreg::thread_idx_x() == 0 {
             // SAFETY: one thread, and nobody else until the barrier.
             unsafe {
                 self.owned_slots().init(1, 1, S::CONSUMERS);
-                self.streamed_slots().init(HOPPER_SLOTS, producers, S::CONSUMERS * 4);
+                self.streamed_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
             }
             mbarrier::fence_init();
         }
@@ -47,14 +49,36 @@ impl<S: HopperBackwardShape> Shared<S> {
         cursor.advance();
     }
 
-    /// Starts to fill the next pair of streamed tiles.
+    /// Starts to fill the next streamed tiles of K and V.
     #[inline(always)]
-    pub unsafe fn load_streamed(self, cursor: &mut Cursor<HOPPER_SLOTS>, maps: [u64; 2], corner: Corner) {
+    pub unsafe fn load_keys(self, cursor: &mut Cursor<HOPPER_SLOTS>, maps: [u64; 2], corner: Corner) {
         // SAFETY: the barrier counts the bytes of both tiles.
         unsafe {
             let full = self.streamed_slots().refill(*cursor, 2 * S::STREAMED_BYTES);
             self.streamed(0, cursor.slot).load(maps[0], corner, full);
             self.streamed(1, cursor.slot).load(maps[1], corner, full);
+        }
+        cursor.advance();
+    }
+
+    /// Starts to fill the next streamed tiles of Q and dO, with lse and delta, which begin at index `row` of the sums.
+    #[inline(always)]
+    pub unsafe fn load_queries(
+        self,
+        cursor: &mut Cursor<HOPPER_SLOTS>,
+        maps: [u64; 2],
+        corner: Corner,
+        sums: &QuerySums,
+        row: u64,
+    ) {
+        let bytes = S::COLUMNS * 4;
+        // SAFETY: the barrier counts the bytes of both tiles and both runs.
+        unsafe {
+            let full = self.streamed_slots().refill(*cursor, 2 * (S::STREAMED_BYTES + bytes));
+            self.streamed(0, cursor.slot).load(maps[0], corner, full);
+            tma::load_run(self.lse(cursor.slot), sums.lse_log2 + row * 4, bytes, full);
+            self.streamed(1, cursor.slot).load(maps[1], corner, full);
+            tma::load_run(self.delta(cursor.slot), sums.delta + row * 4, bytes, full);
         }
         cursor.advance();
     }
@@ -72,6 +96,24 @@ impl<S: HopperBackwardShape> Shared<S> {
         let owned = 2 * S::CONSUMERS * S::OWNED_BYTES;
         let base = self.base + owned + (which * HOPPER_SLOTS + slot) * S::STREAMED_BYTES;
         Panels::new(base, S::COLUMNS, S::HEAD_DIM)
+    }
+
+    /// dS^T of warpgroup `group` with the queries of a slot.
+    #[inline(always)]
+    pub fn ds(self, slot: u32, group: u32) -> Panels {
+        let base = self.streamed_end() + (slot * S::CONSUMERS + group) * S::DS_BYTES;
+        Panels::new(base, HOPPER_ROWS, S::COLUMNS)
+    }
+
+    /// The share of dQ that warpgroup `group` is about to add to device memory.
+    #[inline(always)]
+    pub fn dq(self, group: u32) -> u32 {
+        self.streamed_end() + HOPPER_SLOTS * S::CONSUMERS * S::DS_BYTES + group * S::DQ_BYTES
+    }
+
+    #[inline(always)]
+    fn streamed_end(self) -> u32 {
+        self.base + 2 * (S::CONSUMERS * S::OWNED_BYTES + HOPPER_SLOTS * S::STREAMED_BYTES)
     }
 
     /// lse, in base 2, of the queries of a slot.

@@ -1,0 +1,92 @@
+//! What comes before and after the other backward kernels for Hopper, with the sums that are kept of each query.
+//!
+//! [`prepare`] makes lse and delta in the form that a bulk copy takes, whole tiles of queries, and clears the sums of dQ;
+//! [`finish`] turns those into dQ.
+
+use crate::abi::QuerySumsParams;
+use crate::backward::{LANES, dot_of_row};
+use crate::hopper::{WARPGROUP, warp_of_group};
+use crate::ptx::{matrix::Half, memory, sreg};
+use crate::shape::{DELTA_ROWS, HOPPER_ROWS};
+use crate::softmax::log2_of;
+use crate::tile::register::{Accumulator, OutputTile, RowValues};
+use crate::tile::warpgroup::{SQUARE_BYTES, Square};
+use crate::tile::{
+    fragments::{Fragments, Packed},
+    global::GlobalTile,
+    shared::{CHUNK, SharedTile},
+};
+
+/// lse, delta and zeros for the sums of dQ, for [`DELTA_ROWS`] queries a block.
+///
+/// # Safety
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
+#[inline(always)]
+pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
+    let (head, tile) = (sreg::block_idx_x() / p.tiles, sreg::block_idx_x() % p.tiles);
+    let first = head as u64 * p.sums.padded_q.get() as u64 + (tile * DELTA_ROWS) as u64;
+    let row = sreg::thread_idx_x() / LANES;
+    let query = tile * DELTA_ROWS + row;
+    let window = |tensor| {
+        let (batch, head) = (head / p.heads_q, head % p.heads_q);
+        GlobalTile::new(tensor, batch, head, p.seqlen_q, &p.layout, T::BYTES)
+    };
+    // SAFETY (whole body): windows clip what does not exist; sums have room for whole blocks of queries, lse for those that
+    // exist.
+    unsafe {
+        let delta = dot_of_row::<T>(window(&p.out), window(&p.dout), query);
+        if sreg::thread_idx_x() % LANES == 0 {
+            // Queries that do not exist weigh 1, and their dO is 0.
+            let mut lse_log2 = 0.0;
+            if query < p.seqlen_q {
+                let at = p.lse + (head as u64 * p.seqlen_q as u64 + query as u64) * 4;
+                lse_log2 = log2_of(f32::from_bits(memory::ld_global_u32(at)));
+            }
+            let at = (first + row as u64) * 4;
+            memory::st_global_u32(p.sums.lse_log2 + at, lse_log2.to_bits());
+            memory::st_global_u32(p.sums.delta + at, delta.to_bits());
+        }
+        let chunks = DELTA_ROWS * p.sums.dq_columns / 4;
+        let sums = p.sums.dq + first * p.sums.dq_columns as u64 * 4;
+        let mut chunk = sreg::thread_idx_x();
+        while chunk < chunks {
+            memory::st_global_words(sums + chunk as u64 * 16, [0; 4]);
+            chunk += DELTA_ROWS * LANES;
+        }
+    }
+}
+
+/// dQ of one square of the sums a block, a warpgroup.
+///
+/// # Safety
+/// As [`prepare`], after the kernel that adds the sums up.
+#[inline(always)]
+pub unsafe fn finish<T: Half>(p: &QuerySumsParams) {
+    let square = sreg::block_idx_x();
+    let (head, square_of_head) = (square / p.tiles, square % p.tiles);
+    let squares = p.sums.dq_columns / HOPPER_ROWS;
+    let (rows, columns) = (square_of_head / squares, square_of_head % squares);
+    let first_row = rows * HOPPER_ROWS + warp_of_group() * 16;
+    let staging = SharedTile::new(sreg::dynamic_shared_mem() + warp_of_group() * 16 * ROW_BYTES, ROW_BYTES);
+    let target = GlobalTile::new(
+        &p.dq,
+        head / p.heads_q,
+        head % p.heads_q,
+        p.seqlen_q,
+        &p.layout,
+        T::BYTES,
+    )
+    .rows_from(first_row)
+    .chunks_from(columns * ROW_BYTES / CHUNK);
+    // SAFETY: the square is there; each warp has rows of its own, in shared memory and in dQ, which clips what does not exist.
+    unsafe {
+        let source = p.sums.dq + square as u64 * SQUARE_BYTES as u64;
+        let mut dq = Square::<T>::read(source, sreg::thread_idx_x() % WARPGROUP);
+        let scale = <Fragments<T, 1, 8> as Accumulator>::Rows::splat(p.softmax_scale);
+        dq.map_rows(scale, |scale, x| x * scale);
+        OutputTile::<Packed<1, 2>>::store(&dq, staging, &target);
+    }
+}
+
+/// Bytes of a row of a square of 16-bit elements.
+const ROW_BYTES: u32 = HOPPER_ROWS * 2;

@@ -115,8 +115,9 @@ pub struct BackwardParams {
 
 /// A tensor as the tensor memory accelerator knows it: 128 opaque bytes that the driver makes (`cuTensorMapEncodeTiled`).
 ///
-/// Dimensions are head_dim, seqlen, heads, batch, innermost first. The box is 64 columns of as many rows as the kernel
-/// copies at once, swizzled in rows of 128 bytes; what lies outside the tensor reads as zeros.
+/// Dimensions are head_dim, packed heads, seqlen, heads, batch, innermost first. The box is 64 columns of as many rows as
+/// the kernel copies at once, swizzled in rows of 128 bytes; what lies outside the tensor reads as zeros. Heads are packed
+/// where several of them follow each other in a tile, position by position; else there is one.
 ///
 /// The hardware wants it at a multiple of 64 bytes, which is where the compiled kernels' parameters start (rustc takes no
 /// more than 16 from a struct, so `cargo xtask ptx` says it).
@@ -138,10 +139,10 @@ pub struct HopperForwardParams {
     pub out: TensorMap,
     /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
     pub lse: u64,
-    /// Query heads.
-    pub heads_q: NonZeroU32,
-    /// Query heads that share one key/value head.
-    pub heads_q_per_kv: NonZeroU32,
+    /// Heads of a batch entry: query heads, or what they are packed into.
+    pub heads: NonZeroU32,
+    /// Such heads that share one key/value head.
+    pub heads_per_kv: NonZeroU32,
     /// Length of the query sequence.
     pub seqlen_q: u32,
     /// Length of the key sequence.
@@ -150,8 +151,10 @@ pub struct HopperForwardParams {
     pub work: WorkList,
     /// `softmax_scale * log2(e)`; the scale is positive.
     pub scale_log2: f32,
+    /// `1 << packed_log2` query heads are packed: row `r` of a head is query `r >> packed_log2`.
+    pub packed_log2: u32,
     /// Fills the struct up to a multiple of 64 bytes.
-    pub reserved: [u32; 5],
+    pub reserved: [u32; 4],
 }
 
 /// Tiles of work that blocks which stay for the whole launch share out between them.
@@ -218,12 +221,12 @@ pub struct QuerySums {
     pub lse_log2: u64,
     /// Device address of rowsum(dO * O), f32; 0 from `seqlen_q` on.
     pub delta: u64,
-    /// Device address of dQ before it is scaled, f32, `dq_columns` a query: by tiles of `HopperBackwardShape::COLUMNS`
-    /// queries, in those by squares of 64 x 64, in those in the order of a warpgroup's registers.
+    /// Device address of dQ before it is scaled, f32, `dq_columns` a query: by squares of 64 queries and 64 columns, in those
+    /// in the order of a warpgroup's registers.
     pub dq: u64,
     /// Queries of a head, padded to whole tiles of the kernel that streams them.
     pub padded_q: NonZeroU32,
-    /// Whole panels of 64 columns, or 0 if dQ is not added up.
+    /// 64 or 128, or 0 if dQ is not added up.
     pub dq_columns: u32,
 }
 

@@ -286,7 +286,7 @@ macro_rules! hopper_shape {
 // tile of keys between more queries. At 96, 192 and 256 shared memory is full: 192, 216 and 224 KiB.
 hopper_shape!(HopperD64: 128 keys, head_dim 64, consumers 3, registers 32 and 160);
 hopper_shape!(HopperD96: 160 keys, head_dim 96, consumers 2, registers 40 and 232);
-hopper_shape!(HopperD128: 128 keys, head_dim 128, consumers 2, registers 24 and 240);
+hopper_shape!(HopperD128: 128 keys, head_dim 128, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
 

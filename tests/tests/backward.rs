@@ -55,7 +55,12 @@ fn every_compiled_kernel() {
         case.check_gradients_on([&device]);
         ran.extend(for_dtype!(case.dtype, T => kernels::<T>(&case, &device)));
     }
-    let names = |pass: Pass| ENTRIES.iter().filter(move |entry| entry.pass == pass).map(|entry| entry.name);
+    let names = |pass: Pass| {
+        ENTRIES
+            .iter()
+            .filter(move |entry| entry.pass == pass)
+            .map(|entry| entry.name)
+    };
     for name in BACKWARD.into_iter().flat_map(names) {
         assert!(ran.contains(&name), "{name} did not run");
     }
@@ -78,7 +83,10 @@ fn cases_of_kernels() -> impl Iterator<Item = (Arch, Case)> {
         let case = Case::one_head(entry.dtype, short, long, entry.head_dim as usize - 8).masked(entry.causal);
         let attention = case.attention;
         let owned = entry.pass == Pass::BackwardQueries;
-        (entry.arch, case.with(if owned { attention.deterministic() } else { attention }))
+        (
+            entry.arch,
+            case.with(if owned { attention.deterministic() } else { attention }),
+        )
     })
 }
 

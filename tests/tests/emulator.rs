@@ -205,6 +205,45 @@ fn blocks_that_stay_take_every_tile() {
     }
 }
 
+/// Where heads have few queries, those that share keys are packed into one tile, on Hopper, and right: tiles that end between
+/// two queries or within one, batch entries, both layouts, both masks, every order of warps.
+#[test]
+fn heads_that_share_keys_are_packed() {
+    let shapes = [(8, 1, 130), (2, 5, 70), (64, 7, 40), (16, 13, 150), (4, 40, 33)];
+    for (i, (sharing, seqlen_q, seqlen_k)) in shapes.into_iter().enumerate() {
+        for causal in [false, true] {
+            let device = emulator(Arch::Sm90a, 2 * i as u64 + u64::from(causal), 2);
+            let dtype = [Dtype::F16, Dtype::Bf16][i % 2];
+            let head_dim = [64, 128, 72][i % 3];
+            let order = [Order::Bhsd, Order::Bshd][usize::from(causal)];
+            let case = Case::new(dtype, [2, 2 * sharing, seqlen_q, head_dim], [2, 2, seqlen_k, head_dim])
+                .masked(causal)
+                .laid_out([Layout::new(order, 0, 0); 4]);
+            assert_eq!(packed_heads(&case, &device), sharing as u32, "{case:?}");
+            case.check_on([&device]);
+        }
+    }
+    let device = Device::emulator(Arch::Sm90a);
+    let unpacked = [(6, 1), (128, 1), (4, 1500)]; // no power of two, too many, nothing gained
+    for (sharing, seqlen_q) in unpacked {
+        let case = Case::new(Dtype::F16, [1, sharing, seqlen_q, 64], [1, 1, 40, 64]);
+        assert_eq!(packed_heads(&case, &device), 1, "{case:?}");
+    }
+    let forced = Case::new(Dtype::F16, [1, 8, 1, 64], [1, 1, 40, 64]).with(Attention::new().arch(Arch::Sm80));
+    assert_eq!(packed_heads(&forced, &device), 1);
+}
+
+/// Query heads whose queries a block of the case's forward pass owns together.
+fn packed_heads(case: &Case, device: &Device) -> u32 {
+    let info = |shape| TensorInfo::contiguous(device, case.dtype, shape, 4096).expect("small");
+    let (q, k) = (info(case.q), info(case.kv));
+    let problem = Problem::new(&case.attention, &q, &k, &k, None).expect("valid");
+    Plan::new(&problem, &device.info())
+        .expect("a plan")
+        .tiles()
+        .packed_heads
+}
+
 /// What tensor maps can not describe, and scales that turn the largest product into another score than the largest, go to the
 /// portable kernels; so does everything when asked to. What asks for Hopper's own and can not have them is told why.
 #[test]

@@ -26,16 +26,18 @@ fn problem(case: &Case) -> Problem {
 /// Bytes read and written and operations, by walking every query tile, key block and pair.
 fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
     let ([batch, heads, seqlen_q, head_dim], seqlen_k) = (case.q, case.kv[2]);
-    let (block_m, block_n) = (plan.tiles().block_m as usize, plan.tiles().block_n as usize);
+    let tiles = plan.tiles();
+    let [block_m, block_n, packed] = [tiles.block_m, tiles.block_n, tiles.packed_heads].map(|n| n as usize);
     let row_bytes = (head_dim * case.dtype.bytes()) as u128;
+    // Of the heads that are packed, all together.
     let (mut rows_read, mut pairs) = (0, 0);
-    for first in (0..seqlen_q).step_by(block_m) {
-        let rows = first..(first + block_m).min(seqlen_q);
+    for first in (0..seqlen_q * packed).step_by(block_m) {
+        let rows = first..(first + block_m).min(seqlen_q * packed);
         rows_read += rows.len();
         for first_key in (0..seqlen_k).step_by(block_n) {
             let keys = first_key..(first_key + block_n).min(seqlen_k);
             let visible = |row: usize| {
-                let sees = |key: usize| !case.attention.is_causal() || key + seqlen_q <= row + seqlen_k;
+                let sees = |key: usize| !case.attention.is_causal() || key + seqlen_q <= row / packed + seqlen_k;
                 keys.clone().filter(|&key| sees(key)).count()
             };
             let seen: usize = rows.clone().map(visible).sum();
@@ -43,11 +45,11 @@ fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
             rows_read += if seen > 0 { 2 * keys.len() } else { 0 };
         }
     }
-    let heads = (batch * heads) as u128;
+    let (heads, packs) = ((batch * heads) as u128, (batch * heads / packed) as u128);
     (
-        heads * rows_read as u128 * row_bytes,
+        packs * rows_read as u128 * row_bytes,
         heads * seqlen_q as u128 * (row_bytes + 4),
-        heads * 4 * (pairs * head_dim) as u128,
+        packs * 4 * (pairs * head_dim) as u128,
     )
 }
 
@@ -73,7 +75,7 @@ proptest! {
             for (launch, same) in plan.launches().iter().zip(again.launches()) {
                 let results = Results::Forward { out: 1 << 20, lse: 1 << 21 };
                 // A map that differs where what it describes does.
-                let encode = |tile: &TileMap| Ok::<_, Infallible>(TensorMap([tile.address + u64::from(tile.box_dims[1]); 16]));
+                let encode = |tile: &TileMap| Ok::<_, Infallible>(TensorMap([tile.address + u64::from(tile.box_dims[2]); 16]));
                 let params = launch.params(results, encode).unwrap_or_else(|never| match never {});
                 let same_params = same.params(results, encode).unwrap_or_else(|never| match never {});
                 prop_assert!(params.is_some());
@@ -96,8 +98,9 @@ proptest! {
             let entry = launch.entry;
             prop_assert_eq!((entry.dtype, entry.causal), (case.dtype, case.attention.is_causal()));
             prop_assert!((case.q[3]..case.q[3].next_multiple_of(32).max(192) + 64).contains(&(entry.head_dim as usize)));
-            let tiles = case.q[2].div_ceil(entry.block_m as usize);
-            let blocks = (case.q[0] * case.q[1] * tiles) as u32;
+            let packed = plan.tiles().packed_heads as usize;
+            let tiles = (case.q[2] * packed).div_ceil(entry.block_m as usize);
+            let blocks = (case.q[0] * case.q[1] / packed * tiles) as u32;
             prop_assert_eq!(launch.grid, [resident(entry, &device).map_or(blocks, |most| blocks.min(most)), 1, 1]);
             prop_assert_eq!((launch.threads, launch.shared_bytes), (entry.threads, entry.shared_bytes));
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, StandardParams,
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, QuerySumsParams, StandardParams,
 };
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, Pass};
 use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES};
@@ -67,6 +67,7 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
             (Pass::BackwardQueries, _) => 3,  // Q K^T, dO V^T, dS K
             (Pass::BackwardKeys, false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
             (Pass::BackwardKeys, true) => 5,  // K Q^T twice
+            (Pass::BackwardAll | Pass::BackwardFinish, _) => panic!("{} is not portable", entry.name),
         };
         let bodies = match entry.pass {
             Pass::BackwardKeys if !entry.causal => 1,
@@ -96,16 +97,25 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
 fn warpgroup_products_are_those_of_the_tiles() {
     for entry in ENTRIES.iter().filter(|entry| entry.arch == Arch::Sm90a) {
         let streamed = match entry.pass {
-            Pass::BackwardKeys => entry.block_m,
+            Pass::BackwardKeys | Pass::BackwardAll => entry.block_m,
             _ => entry.block_n,
         };
         // Products of tiles in shared memory, along head_dim; and of registers with a tile, along its rows.
         let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
             (Pass::Forward, _) => (2 + u32::from(entry.causal), 1, 1),
             (Pass::BackwardQueries, _) => (2, 2, 1),
-            (Pass::BackwardKeys, false) => (1 + u32::from(entry.causal), 2, 2),
-            (Pass::BackwardKeys, true) => (1 + u32::from(entry.causal), 3, 2),
+            (Pass::BackwardKeys, false) => (1, 2, 2),
+            (Pass::BackwardKeys, true) => (1, 3, 2),
+            // Where dQ is one square, the warpgroups take it in turns: with it and without it, dK is a branch each.
+            (Pass::BackwardAll, _) => (1, 2, if entry.head_dim == 64 { 3 } else { 2 }),
+            (Pass::BackwardDelta | Pass::BackwardFinish, _) => (0, 0, 0),
             other => panic!("no kernel of {other:?} is compiled for Hopper"),
+        };
+        // A square of dQ, down the keys of both warpgroups.
+        let dq = if entry.pass == Pass::BackwardAll {
+            entry.block_n / 16
+        } else {
+            0
         };
         let products: Vec<_> = instructions(entry)
             .filter(|line| line.contains("wgmma.mma_async"))
@@ -114,7 +124,7 @@ fn warpgroup_products_are_those_of_the_tiles() {
         let shape = |n: u32| format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} ");
         let count = |n: u32| products.iter().filter(|line| line.contains(&shape(n))).count() as u32;
         let expected = [
-            loops * along_rows * entry.head_dim / 16,
+            loops * along_rows * entry.head_dim / 16 + dq,
             loops * down_rows * streamed / 16,
         ];
         assert_eq!(products.len() as u32, expected[0] + expected[1], "{}", entry.name);
@@ -171,9 +181,13 @@ fn the_header_is_the_table() {
             Pass::BackwardQueries | Pass::BackwardKeys if entry.arch == Arch::Sm90a => {
                 size_of::<HopperBackwardParams>()
             }
+            Pass::BackwardAll => size_of::<HopperBackwardParams>(),
+            Pass::BackwardDelta | Pass::BackwardFinish if entry.arch == Arch::Sm90a => size_of::<QuerySumsParams>(),
             Pass::Forward | Pass::Study => size_of::<ForwardParams>(),
             Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => size_of::<StandardParams>(),
-            Pass::BackwardDelta | Pass::BackwardQueries | Pass::BackwardKeys => size_of::<BackwardParams>(),
+            Pass::BackwardDelta | Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardFinish => {
+                size_of::<BackwardParams>()
+            }
         };
         // Tensor maps, which come first on Hopper, lie at multiples of 64 bytes.
         let align = if entry.arch == Arch::Sm90a { 64 } else { 8 };

@@ -372,7 +372,7 @@ fn encode(tile: &TileMap) -> Result<TensorMap, DriverError> {
             tile.dims.as_ptr(),
             tile.strides.as_ptr(),
             tile.box_dims.as_ptr(),
-            [1; 4].as_ptr(),
+            [1; 5].as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
             sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

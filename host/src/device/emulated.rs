@@ -215,7 +215,7 @@ fn encode(tile: &TileMap) -> Result<TensorMap, TensorMapError> {
         dims: &tile.dims,
         strides: &tile.strides,
         box_dims: &tile.box_dims,
-        element_strides: &[1; 4],
+        element_strides: &[1; 5],
         interleave: Interleave::None,
         swizzle: Swizzle::B128,
         l2_promotion: L2Promotion::B256,

@@ -30,10 +30,11 @@ impl Cost {
     pub(super) fn forward(problem: &Problem, tiles: Tiles) -> Self {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
+        let packs = heads / u128::from(tiles.packed_heads);
         let seqlen_q = u128::from(problem.seqlen_q());
         let row = row_bytes(problem);
         Self {
-            bytes_read: heads * (seqlen_q + 2 * (walked.keys)(problem, tiles.block_m, tiles.block_n)) * row,
+            bytes_read: (heads * seqlen_q + packs * 2 * (walked.keys)(problem, tiles)) * row,
             bytes_written: heads * seqlen_q * (row + STATISTIC),
             flops: 4 * heads * walked.visible_pairs * u128::from(problem.head_dim()),
         }
@@ -99,7 +100,7 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch) -> (u128,
         ),
         Pass::BackwardDelta => (heads_q * seqlen_q * 2 * row, heads_q * seqlen_q * STATISTIC),
         Pass::BackwardQueries => {
-            let keys = (walked.keys)(problem, entry.block_m, entry.block_n);
+            let keys = (walked.keys)(problem, Tiles::of(entry));
             let read = heads_q * (seqlen_q * 2 * (row + STATISTIC) + keys * 2 * row);
             (read, heads_q * seqlen_q * row)
         }
@@ -125,8 +126,8 @@ fn row_bytes(problem: &Problem) -> u128 {
 struct Walked {
     /// Pairs of a query and a key that it sees, in one head.
     visible_pairs: u128,
-    /// Rows of K that the query tiles of one head load, all together.
-    keys: fn(&Problem, u32, u32) -> u128,
+    /// Rows of K that the query tiles of one head, or of heads that are packed, load, all together.
+    keys: fn(&Problem, Tiles) -> u128,
     /// Rows of Q that the key tiles of one head load, all together.
     queries: fn(&Problem, u32, u32) -> u128,
     /// The same, counting the rows past the end of the last tile as well.
@@ -161,10 +162,13 @@ impl Walked {
 }
 
 /// A query tile loads whole blocks of keys, as far as rows exist.
-fn keys<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) -> u128 {
+fn keys<const CAUSAL: bool>(problem: &Problem, of: Tiles) -> u128 {
+    let packed = of.packed_heads;
     let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
-    tiles(problem.seqlen_q(), block_m)
-        .map(|(first, rows)| rows_of(mask.key_blocks(first, rows, block_n), block_n, problem.seqlen_k()))
+    tiles(problem.seqlen_q() * packed, of.block_m)
+        .map(|(first, rows)| (first / packed, (first + rows - 1) / packed))
+        .map(|(first, last)| mask.key_blocks(first, last - first + 1, of.block_n))
+        .map(|blocks| rows_of(blocks, of.block_n, problem.seqlen_k()))
         .sum()
 }
 

@@ -109,34 +109,38 @@ impl Launch {
         entry: &'static Entry,
         multiprocessors: u32,
     ) -> Result<Self, Error> {
-        let ([tiles, ..], query_tiles) = grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?;
-        let heads_q_per_kv = count(problem.heads_q() / problem.heads_kv())?;
+        let packed = packed_heads(problem, entry);
+        let heads = problem.heads_q() / packed as usize;
+        let ([tiles, ..], tiles_per_head) = grid(problem.batch(), heads, problem.seqlen_q() * packed, entry.block_m)?;
+        let heads_per_kv = count(heads / problem.heads_kv())?;
         let params = HopperForwardParams {
             q: UNKNOWN_MAP,
             k: UNKNOWN_MAP,
             v: UNKNOWN_MAP,
             out: UNKNOWN_MAP,
             lse: 0,
-            heads_q: count(problem.heads_q())?,
-            heads_q_per_kv,
+            heads: count(heads)?,
+            heads_per_kv,
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
             work: WorkList {
-                tiles_per_head: query_tiles,
-                heads: tiles / query_tiles,
-                heads_per_section: heads_per_section(problem, problem.seqlen_k(), 1, heads_q_per_kv),
+                tiles_per_head,
+                heads: tiles / tiles_per_head,
+                heads_per_section: heads_per_section(problem, problem.seqlen_k(), 1, heads_per_kv),
                 tiles,
             },
             scale_log2: kernel_scale(problem.softmax_scale()).1,
-            reserved: [0; 5],
+            packed_log2: packed.ilog2(),
+            reserved: [0; 4],
         };
         let (q, k) = tile_map::dims(problem);
-        let map = |tensor, dims, rows| TileMap::new(tensor, dims, problem.dtype(), rows);
+        let query = |tensor| TileMap::packed(tensor, q, problem.dtype(), HOPPER_ROWS, packed);
+        let key = |tensor| TileMap::new(tensor, k, problem.dtype(), entry.block_n);
         let maps = [
-            map(&problem.q(), q, HOPPER_ROWS),
-            map(&problem.k(), k, entry.block_n),
-            map(&problem.v(), k, entry.block_n),
-            map(&problem.out(), q, HOPPER_ROWS),
+            query(&problem.q()),
+            key(&problem.k()),
+            key(&problem.v()),
+            query(&problem.out()),
         ];
         let grid = [tiles.min(multiprocessors), 1, 1];
         Ok(Self::new(entry, grid, Parameters::HopperForward(params, maps)))
@@ -273,6 +277,14 @@ impl Launch {
         }
     }
 
+    /// Query heads whose queries share a tile.
+    pub(super) fn packed_heads(&self) -> u32 {
+        match &self.params {
+            Parameters::HopperForward(params, _) => 1 << params.packed_log2,
+            _ => 1,
+        }
+    }
+
     /// What the backward kernels for Hopper keep of each query, as offsets.
     pub(super) fn kept_sums(&self) -> Option<&QuerySums> {
         match &self.params {
@@ -390,6 +402,22 @@ fn encode_all<const N: usize, E>(
         *map = encode(tile)?;
     }
     Ok(maps)
+}
+
+/// Query heads that the forward kernel for Hopper packs into a tile: all that share keys, if a tile of one head would be less
+/// than nine tenths as full, and if they divide a warpgroup's rows. So few rows a head that their product fits.
+fn packed_heads(problem: &Problem, entry: &Entry) -> u32 {
+    let sharing = (problem.heads_q() / problem.heads_kv()) as u64;
+    let (rows, tile) = (u64::from(problem.seqlen_q()), u64::from(entry.block_m));
+    let (alone, packed) = (
+        rows.next_multiple_of(tile) * sharing,
+        (rows * sharing).next_multiple_of(tile),
+    );
+    if sharing.is_power_of_two() && sharing <= u64::from(HOPPER_ROWS) && 10 * packed < 9 * alone {
+        sharing as u32
+    } else {
+        1
+    }
 }
 
 /// Heads whose tiles are worked on side by side: under a causal mask, as many as have what they stream in the L2 cache

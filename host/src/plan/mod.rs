@@ -45,6 +45,8 @@ pub struct Tiles {
     pub block_m: u32,
     /// Keys that it takes in at a time; in the CPU's backward pass, keys that one task owns.
     pub block_n: u32,
+    /// Query heads whose queries a block owns together, a query of each, then the next; `block_m` counts all of them.
+    pub packed_heads: u32,
 }
 
 impl Plan {
@@ -64,7 +66,12 @@ impl Plan {
                     Arch::Sm80 => Launch::forward(problem, entry)?,
                     Arch::Sm90a => Launch::hopper_forward(problem, entry, multiprocessors)?,
                 };
-                (Tiles::of(entry), vec![launch])
+                let packed_heads = launch.packed_heads();
+                let tiles = Tiles {
+                    packed_heads,
+                    ..Tiles::of(entry)
+                };
+                (tiles, vec![launch])
             }
         };
         Ok(Self {
@@ -162,6 +169,7 @@ fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
     Tiles {
         block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
         block_n: 64,
+        packed_heads: 1,
     }
 }
 
@@ -175,6 +183,7 @@ fn cpu_backward_tiles(problem: &Problem) -> Tiles {
     Tiles {
         block_m: 96,
         block_n: if long { 512 } else { 256 },
+        packed_heads: 1,
     }
 }
 
@@ -214,6 +223,7 @@ impl Tiles {
         Self {
             block_m: entry.block_m,
             block_n: entry.block_n,
+            packed_heads: 1,
         }
     }
 }
@@ -311,11 +321,15 @@ impl fmt::Display for Plan {
                 }
             }
         }
-        writeln!(
+        write!(
             f,
             "tiles     {} queries x {} keys",
             self.tiles.block_m, self.tiles.block_n
         )?;
+        match self.tiles.packed_heads {
+            1 => writeln!(f)?,
+            heads => writeln!(f, ", the queries of {heads} heads packed")?,
+        }
         if self.workspace_bytes > 0 {
             writeln!(f, "workspace {}", Bytes(self.workspace_bytes.into()))?;
         }

@@ -18,26 +18,39 @@ pub struct TileMap {
     pub dtype: Dtype,
     /// Device address of element `[0, 0, 0, 0]`.
     pub address: u64,
-    /// head_dim, seqlen, heads, batch.
-    pub dims: [u64; 4],
-    /// Bytes from one entry of seqlen, heads, batch to the next.
-    pub strides: [u64; 3],
-    /// The box: head_dim, seqlen, heads, batch.
-    pub box_dims: [u32; 4],
+    /// head_dim, packed heads, seqlen, heads, batch.
+    pub dims: [u64; 5],
+    /// Bytes from one entry of the dimensions after head_dim to the next.
+    pub strides: [u64; 4],
+    /// The box, in the order of `dims`.
+    pub box_dims: [u32; 5],
 }
 
 impl TileMap {
-    /// The map of a tensor that [fits](fit), copied `rows` rows at a time.
+    /// The map of a tensor that [fits](fit), of these sizes, copied `rows` rows at a time.
     pub(super) fn new(tensor: &StridedTensor, dims: [u64; 4], dtype: Dtype, rows: u32) -> Self {
-        let bytes = dtype.bytes() as u64;
-        let strides = [tensor.row_stride, tensor.head_stride, tensor.batch_stride];
+        Self::packed(tensor, dims, dtype, rows, 1)
+    }
+
+    /// The same with `packed` neighbouring heads, a divisor of `rows`, in place of one: a row of each, then the next.
+    pub(super) fn packed(tensor: &StridedTensor, dims: [u64; 4], dtype: Dtype, rows: u32, packed: u32) -> Self {
+        let [head_dim, seqlen, heads, batch] = dims;
+        let dims = [head_dim, packed.into(), seqlen, heads / u64::from(packed), batch];
+        let strides = [
+            tensor.head_stride,
+            tensor.row_stride,
+            tensor.head_stride * u64::from(packed),
+            tensor.batch_stride,
+        ];
+        let bytes = |(stride, size): (u64, &u64)| stride * dtype.bytes() as u64 * u64::from(*size > 1);
+        let mut strides = strides.into_iter().zip(&dims[1..]).map(bytes);
         Self {
             dtype,
             address: tensor.address,
             dims,
-            // The stride of an axis of one entry is 0 here, which a driver may refuse, and is never used.
-            strides: strides.map(|stride| if stride == 0 { 16 } else { stride * bytes }),
-            box_dims: [64, rows, 1, 1],
+            // The stride of an axis of one entry is never used, but a driver may refuse 0.
+            strides: std::array::from_fn(|_| strides.next().unwrap_or(0).max(16)),
+            box_dims: [64, packed, rows / packed, 1, 1],
         }
     }
 }

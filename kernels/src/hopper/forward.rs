@@ -5,12 +5,15 @@
 //! scores of the next tile of keys into probabilities; and warpgroups take turns at issuing products, so that one's
 //! exponentials fall into another's products. Probabilities never leave the registers.
 //!
+//! Where a head has few queries, the query heads that share keys are packed: a tile holds the same query of all of them, then
+//! the next.
+//!
 //! Blocks stay for the whole launch and take one tile of work after the other. Keys are walked from the last to the first:
 //! those that need a mask come first, where they are few, and the loop over the others has none.
 
 use super::{Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperForwardParams;
-use crate::mask::Mask;
+use crate::mask::{Blocks, Mask};
 use crate::pipeline::bulk::{Cursor, Slots};
 use crate::ptx::{mbarrier, memory, sreg, sync, tma, tma::Corner, wgmma};
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperShape};
@@ -65,18 +68,17 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
         unsafe {
             let full = shared.query_slots().refill(queries, S::CONSUMERS * S::QUERY_BYTES);
             for group in 0..S::CONSUMERS {
-                let corner = work.corner(p.heads_q, group);
                 shared
                     .query(group)
-                    .load(map(offset_of!(HopperForwardParams, q)), corner, full);
+                    .load(map(offset_of!(HopperForwardParams, q)), corner(p, &work, group), full);
             }
             queries.advance();
             // The same for every tile if nothing is masked; but registers are few here.
-            let end = sync::renew(mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::BLOCK_N).end);
+            let end = sync::renew(key_blocks::<S, CAUSAL>(p, &mask, &work).end);
             for n in (0..end).rev() {
                 let corner = Corner {
-                    batch: work.head / p.heads_q,
-                    head: work.head % p.heads_q / p.heads_q_per_kv,
+                    batch: work.head / p.heads,
+                    head: work.head % p.heads / p.heads_per_kv,
                     row: n * S::BLOCK_N,
                     column: 0,
                 };
@@ -91,6 +93,24 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
                 tiles.advance();
             }
         }
+    }
+}
+
+/// The keys that a tile's queries see.
+#[inline(always)]
+fn key_blocks<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, mask: &Mask<CAUSAL>, work: &Work) -> Blocks {
+    let first = work.first_row >> p.packed_log2;
+    let last = (work.first_row + work.rows(p.seqlen_q << p.packed_log2) - 1) >> p.packed_log2;
+    mask.key_blocks(first, last - first + 1, S::BLOCK_N)
+}
+
+/// Where the queries of warpgroup `group` start, and their output.
+#[inline(always)]
+fn corner(p: &HopperForwardParams, work: &Work, group: u32) -> Corner {
+    let corner = work.corner(p.heads, group);
+    Corner {
+        row: corner.row >> p.packed_log2,
+        ..corner
     }
 }
 
@@ -145,9 +165,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// Online softmax over all keys that the tile's queries see.
     #[inline(always)]
     unsafe fn attend(&mut self, work: &Work, softmax: &mut OnlineSoftmax<S::Scores>, output: &mut S::Output) {
-        let blocks = self
-            .mask
-            .key_blocks(work.first_row, work.rows(self.p.seqlen_q), S::BLOCK_N);
+        let blocks = key_blocks::<S, CAUSAL>(self.p, &self.mask, work);
         if blocks.end == 0 {
             return;
         }
@@ -243,7 +261,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     fn hide(&self, work: &Work, n: u32, scores: &mut S::Scores) {
         let (first_row, first_key) = (self.first_row(work), n * S::BLOCK_N);
         scores.map_coordinates(|row, column, score| {
-            let visible = first_key + column < self.mask.visible_end(first_row + row);
+            let visible = first_key + column < self.mask.visible_end(self.query(first_row + row));
             if visible { score } else { f32::NEG_INFINITY }
         });
     }
@@ -252,7 +270,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn finish(&mut self, work: &Work, softmax: OnlineSoftmax<S::Scores>, mut output: S::Output, maps: u64) {
         let first_row = self.first_row(work);
-        let (inverse, lse) = softmax.finish(|row| self.mask.visible_end(first_row + row) > 0);
+        let (inverse, lse) = softmax.finish(|row| self.mask.visible_end(self.query(first_row + row)) > 0);
         output.map_rows(inverse, |inverse, o| o * inverse);
         let staging = self.shared.query(self.group);
         // SAFETY (whole body): the warpgroup's products with these queries were awaited, by each of its warps before it
@@ -265,21 +283,29 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if sreg::thread_idx_x() % WARPGROUP == 0 {
                 staging.store(
                     maps + offset_of!(HopperForwardParams, out) as u64,
-                    work.corner(self.p.heads_q, self.group),
+                    corner(self.p, work, self.group),
                 );
                 tma::wait_read();
                 self.shared.query_slots().release(self.queries);
             }
-            let address = self.p.lse + (work.head as u64 * self.p.seqlen_q as u64 + first_row as u64) * 4;
             S::Scores::for_each_row(lse, |row, lse| {
-                if first_row + row < self.p.seqlen_q {
-                    memory::st_global_u32(address + row as u64 * 4, lse.to_bits());
+                let query = self.query(first_row + row);
+                if query < self.p.seqlen_q {
+                    let head = (work.head << self.p.packed_log2) + (first_row + row - (query << self.p.packed_log2));
+                    let index = head as u64 * self.p.seqlen_q as u64 + query as u64;
+                    memory::st_global_u32(self.p.lse + index * 4, lse.to_bits());
                 }
             });
         }
     }
 
-    /// First query of this warp.
+    /// The query that row `row` of a head is.
+    #[inline(always)]
+    fn query(&self, row: u32) -> u32 {
+        row >> self.p.packed_log2
+    }
+
+    /// First row of this warp.
     #[inline(always)]
     fn first_row(&self, work: &Work) -> u32 {
         work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16

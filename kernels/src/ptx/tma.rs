@@ -17,7 +17,7 @@ macro_rules! parameter_address {
 }
 pub(crate) use parameter_address;
 
-/// Where a tile starts in a `[batch, heads, seqlen, head_dim]` tensor.
+/// Where a tile starts in a `[batch, heads, seqlen, packed heads, head_dim]` tensor; of packed heads it takes all.
 #[derive(Clone, Copy)]
 pub struct Corner {
     /// Batch entry.
@@ -30,7 +30,7 @@ pub struct Corner {
     pub column: u32,
 }
 
-/// `cp.async.bulk.tensor.4d.shared::cluster.global` — starts to copy the box of `map` at `corner`; its bytes are counted
+/// `cp.async.bulk.tensor.5d.shared::cluster.global` — starts to copy the box of `map` at `corner`; its bytes are counted
 /// by `barrier`, those of elements that do not exist too, which become zeros.
 ///
 /// # Safety
@@ -40,13 +40,13 @@ pub struct Corner {
 pub unsafe fn load(dst: u32, map: u64, corner: Corner, barrier: u32) {
     // SAFETY: the caller's contract.
     unsafe {
-        asm!("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{d}], [{m}, {{{x}, {y}, {z}, {w}}}], [{b}];",
+        asm!("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{d}], [{m}, {{{x}, 0, {y}, {z}, {w}}}], [{b}];",
             d = in(reg32) dst, m = in(reg64) map, x = in(reg32) corner.column, y = in(reg32) corner.row,
             z = in(reg32) corner.head, w = in(reg32) corner.batch, b = in(reg32) barrier, options(nostack));
     }
 }
 
-/// `cp.async.bulk.tensor.4d.global.shared::cta` — starts to copy the box at `corner` back; elements that do not exist are
+/// `cp.async.bulk.tensor.5d.global.shared::cta` — starts to copy the box at `corner` back; elements that do not exist are
 /// dropped.
 ///
 /// # Safety
@@ -55,7 +55,7 @@ pub unsafe fn load(dst: u32, map: u64, corner: Corner, barrier: u32) {
 pub unsafe fn store(map: u64, corner: Corner, src: u32) {
     // SAFETY: the caller's contract.
     unsafe {
-        asm!("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [{m}, {{{x}, {y}, {z}, {w}}}], [{s}];",
+        asm!("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [{m}, {{{x}, 0, {y}, {z}, {w}}}], [{s}];",
             m = in(reg64) map, x = in(reg32) corner.column, y = in(reg32) corner.row, z = in(reg32) corner.head,
             w = in(reg32) corner.batch, s = in(reg32) src, options(nostack));
     }

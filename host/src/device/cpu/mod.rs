@@ -221,7 +221,12 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results) {
     unsafe {
         match results {
             Results::Forward { out, lse } => forward::forward(team, plan, out, lse),
-            Results::Backward { dq, dk, dv, workspace: delta } => {
+            Results::Backward {
+                dq,
+                dk,
+                dv,
+                workspace: delta,
+            } => {
                 let tensors = plan.backward_tensors().expect("results are of the plan's own pass");
                 let at = |tensor, address| StridedTensor { address, ..tensor };
                 let tensors = BackwardTensors {

@@ -64,8 +64,12 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
 pub unsafe fn finish<T: Half>(p: &QuerySumsParams) {
     let square = sreg::block_idx_x();
     let (head, square_of_head) = (square / p.tiles, square % p.tiles);
-    let squares = p.sums.dq_columns / HOPPER_ROWS;
-    let (rows, columns) = (square_of_head / squares, square_of_head % squares);
+    // A tile of 64 queries is one square, or two side by side.
+    let (rows, columns) = if p.sums.dq_columns == HOPPER_ROWS {
+        (square_of_head, 0)
+    } else {
+        (square_of_head / 2, square_of_head % 2)
+    };
     let first_row = rows * HOPPER_ROWS + warp_of_group() * 16;
     let staging = SharedTile::new(sreg::dynamic_shared_mem() + warp_of_group() * 16 * ROW_BYTES, ROW_BYTES);
     let target = GlobalTile::new(

@@ -161,7 +161,7 @@ impl Forward<'_> {
 
     /// Tile `tile` of head `heads`, all batches counted.
     fn tile(&self, heads: usize, tile: usize) -> Tile {
-        let (problem, Tiles { block_m, block_n }) = (self.problem, self.tiles);
+        let (problem, Tiles { block_m, block_n, .. }) = (self.problem, self.tiles);
         let (batch, head) = (heads / problem.heads_q(), heads % problem.heads_q());
         let kv_head = head / (problem.heads_q() / problem.heads_kv());
         let first_row = tile as u32 * block_m;

@@ -13,8 +13,10 @@ mod compare;
 mod devices;
 pub mod drawn;
 pub mod files;
+pub mod gpu;
 mod gradients;
 mod layout;
+pub mod micro;
 pub mod refusals;
 
 pub use case::{Case, Inputs, Outcome};

@@ -17,10 +17,12 @@ import argparse
 import datetime
 import json
 import math
+import queue
 import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -99,28 +101,53 @@ def estimate(all_rows, peers, options):
 
 
 class Ours:
-    """The program that measures ours."""
+    """The program that measures ours. One that hangs or fails is started afresh: a kernel that fails takes the context with it."""
+
+    PATIENCE = 60  # seconds for one row
 
     def __init__(self, options):
-        command = [options.program, "--serve", "--device", options.device, "--runs", str(options.runs)]
-        command += ["--tokens", str(options.tokens), "--hidden", str(options.hidden)]
+        self.command = [options.program, "--serve", "--device", options.device, "--runs", str(options.runs)]
+        self.command += ["--tokens", str(options.tokens), "--hidden", str(options.hidden)]
         if options.arch:
-            command += ["--arch", options.arch]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.header = self.answer()
+            self.command += ["--arch", options.arch]
+        self.header = self.start()
+        if self.header["kind"] != "header":
+            raise SystemExit(f"{options.program} does not start: {self.header['message']}")
+
+    def start(self):
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.lines = queue.Queue()
+        threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
+        return self.answer()
+
+    @staticmethod
+    def read(process, lines):
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
 
     def answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"gpu_speed ended with status {self.process.wait()}")
+        try:
+            line = self.lines.get(timeout=self.PATIENCE)
+        except queue.Empty:
+            return {"kind": "error", "message": f"no answer in {self.PATIENCE} s, stopped"}
+        if line is None:
+            return {"kind": "error", "message": f"gpu_speed ended with status {self.process.wait()}"}
         return json.loads(line)
 
     def measure(self, row):
-        print(*row, file=self.process.stdin, flush=True)
-        return self.answer()
+        try:
+            print(*row, file=self.process.stdin, flush=True)
+            answer = self.answer()
+        except BrokenPipeError:
+            answer = {"kind": "error", "message": "gpu_speed had ended"}
+        if answer["kind"] == "error" and "the result is wrong" not in answer["message"]:
+            self.close()
+            self.start()
+        return answer
 
     def close(self):
-        self.process.stdin.close()
+        self.process.kill()
         self.process.wait()
 
 

@@ -131,6 +131,30 @@ class Runs(unittest.TestCase):
         self.assertEqual(peers.runs_of("flash", ("fwd", "bf16", "full", 128, 512), options), 30)
         self.assertFalse(peers.measures("math", long, options))
 
+    def test_a_program_that_hangs_or_ends_is_started_again(self):
+        script = """
+import sys
+print('{"kind": "header", "name": "made up"}', flush=True)
+for line in sys.stdin:
+    if "hang" in line:
+        import time; time.sleep(60)
+    if "end" in line:
+        sys.exit(3)
+    print('{"kind": "row"}', flush=True)
+"""
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder) / "program"
+            program.write_text(f"#!{sys.executable}\n{script}")
+            program.chmod(0o755)
+            ours = peers.Ours(peers.arguments(["--program", str(program)]))
+            ours.PATIENCE = 1
+            self.assertEqual(ours.header["name"], "made up")
+            self.assertEqual(ours.measure(["row"]), {"kind": "row"})
+            self.assertIn("no answer in 1 s", ours.measure(["hang"])["message"])
+            self.assertIn("ended with status 3", ours.measure(["end"])["message"])
+            self.assertEqual(ours.measure(["row"]), {"kind": "row"})
+            ours.close()
+
     def test_an_unknown_peer_is_refused(self):
         with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
             peers.arguments(["--peers", "cudnn,fast"])

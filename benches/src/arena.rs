@@ -13,6 +13,9 @@ use crate::row::{Pass, Row};
 /// Normal numbers on the host that tensors are filled from, each from another place on.
 const POOL: usize = (1 << 21) + 7;
 
+/// As many times are inputs there at most: small ones stay in the cache.
+const MOST_SETS: usize = 64;
+
 /// Inputs of one run, as flat tensors: q, k, v, dout; and what forward makes of them.
 struct Set<T: Element> {
     inputs: [Tensor<T>; 4],
@@ -44,14 +47,19 @@ impl<T: Element> Arena<T> {
     /// # Errors
     /// If the device has no room for it.
     pub fn new(device: &Device, elements: usize, rotate_bytes: usize) -> Result<Self, Error> {
-        let sets = rotate_bytes.div_ceil(3 * elements * size_of::<T>()).max(2);
+        let sets = rotate_bytes.div_ceil(3 * elements * size_of::<T>()).clamp(2, MOST_SETS);
         let pool = normal_numbers::<T>(POOL);
         let mut drawn = 0;
         let mut draw = || {
             // Starts that are far apart and never the same.
             let start = drawn * 379_009 % pool.len();
             drawn += 1;
-            let data: Vec<T> = pool.iter().cycle().skip(start).take(elements).copied().collect();
+            let data: Vec<T> = pool[start..]
+                .iter()
+                .chain(pool.iter().cycle())
+                .take(elements)
+                .copied()
+                .collect();
             Tensor::from_slice(device, [elements], &data)
         };
         let empty = || Tensor::zeros(device, [elements]);
@@ -212,6 +220,6 @@ mod tests {
                 .sets
                 .len()
         };
-        assert_eq!([arena(0), arena(24_000), arena(24_001), arena(60_000)], [2, 2, 3, 5]);
+        assert_eq!([0, 24_000, 24_001, 60_000, 6_000_000].map(arena), [2, 2, 3, 5, 64]);
     }
 }

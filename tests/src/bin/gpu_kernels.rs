@@ -121,6 +121,7 @@ fn supervise(names: &[&str], patience: Duration, command: impl Fn(usize) -> Comm
             Ok(started) => started,
             Err(error) => return names.iter().map(|_| format!("FAILED: {error}")).collect(),
         };
+        let first = results.len();
         let failure = loop {
             let Some(name) = names.get(results.len()) else {
                 break None;
@@ -133,6 +134,8 @@ fn supervise(names: &[&str], patience: Duration, command: impl Fn(usize) -> Comm
                     results.push(result);
                 }
                 Err(RecvTimeoutError::Timeout) => break Some(format!("FAILED: silent for {patience:?}, stopped")),
+                // One that reported something may have ended because of that; the next starts where it stopped.
+                Err(RecvTimeoutError::Disconnected) if results.len() > first => break None,
                 Err(RecvTimeoutError::Disconnected) => break Some("FAILED: its process ended".to_owned()),
             }
         };
@@ -200,7 +203,7 @@ fn run_from(folder: &Path, first: usize) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    /// A process that fails at b, hangs at d and does the rest.
+    /// A process that reports a and ends, fails at b, hangs at d and does the rest.
     fn script(first: usize) -> Command {
         let rest = [
             "echo a: ok",

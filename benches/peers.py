@@ -342,7 +342,7 @@ def page(run):
     if matmul:
         lines.append(f"A bf16 product of 8192^3 through PyTorch: {matmul:.0f} TFLOP/s.")
     if copy:
-        lines.append(f"A copy of 4 GiB within the card's memory: {copy:.2f} TB/s, read and written.")
+        lines.append(f"A copy of {header['copy_bytes'] / 2**30:.1f} GiB within the card's memory: {copy:.2f} TB/s, read and written.")
     if run["unmeasured"]:
         lines += ["", f"Time ran out: {run['unmeasured']} rows were not measured."]
     for which in PASSES:

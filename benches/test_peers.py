@@ -23,7 +23,7 @@ def made_up():
         "versions": {"torch": "0"},
         "tokens": 16384,
         "hidden": 2048,
-        "header": {"runs": 30, "clock": "device events", "copy_tb_per_s": 4.25},
+        "header": {"runs": 30, "clock": "device events", "copy_bytes": 4 << 30, "copy_tb_per_s": 4.25},
         "ceilings": {"matmul_bf16_8192_tflops": 700.4},
         "unmeasured": 2,
         "rows": [],
@@ -67,7 +67,7 @@ class Tables(unittest.TestCase):
         self.assertIn("Time ran out: 2 rows were not measured.", text)
         self.assertIn("- SDPA, math: out of memory (fwd bf16 full 64 16384 and 11 more)", text)
         self.assertIn("8192^3 through PyTorch: 700 TFLOP/s", text)
-        self.assertIn("4.25 TB/s", text)
+        self.assertIn("A copy of 4.0 GiB within the card's memory: 4.25 TB/s", text)
         for which in ["forward", "backward", "deterministic backward"]:
             self.assertIn(f"### {which}, bf16, TFLOP/s", text)
 

@@ -61,7 +61,7 @@ part_suite() {
         code=$?
         { say "=== $name"; cat "$out/program.txt"; } >>"$out/suite.txt"
         if ((code == 0)); then
-            say "ok     $name: $(grep '^test result' "$out/program.txt" | sed 's/test result: ok. //; s/; 0 measured.*//') ($((SECONDS - line)) s)"
+            say "ok     $name: $(grep '^test result:' "$out/program.txt" | sed 's/test result: ok. //; s/; 0 measured.*//') ($((SECONDS - line)) s)"
             grep '^not run' "$out/program.txt"
             continue
         fi

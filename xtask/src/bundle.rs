@@ -83,8 +83,11 @@ pub fn check(bundle: &Path) -> Outcome {
 
 fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
     copy_tree(bundle, moved)?;
+    let hidden = hidden(&workspace());
     let script = |parts: &[&str], filter: &str| {
-        let mut command = hidden(&workspace())?;
+        let mut command = hidden
+            .as_ref()
+            .map_or_else(|| Command::new("env"), |unshare| copy_of(unshare));
         command
             .arg(moved.join("run.sh"))
             .args(parts)
@@ -139,28 +142,30 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
         false,
         &["FAILED minilm", "FAILED f16_gradients", &sought, "failed: suite"],
     )?;
-    println!("{} runs elsewhere", bundle.display());
+    let sight = if hidden.is_some() {
+        "hidden"
+    } else {
+        "in sight, since this system hides no folder"
+    };
+    println!("{} runs elsewhere, the repository {sight}", bundle.display());
     Ok(())
 }
 
-/// A command under which a folder is empty, or which says that it could not be hidden and runs all the same.
-fn hidden(folder: &Path) -> Outcome<Command> {
+/// A command under which a folder is empty, to be followed by what runs there; nothing where the system does not allow that.
+fn hidden(folder: &Path) -> Option<Command> {
     let mut unshare = Command::new("unshare");
     unshare.args(["--map-root-user", "--mount", "bash", "-c"]);
     unshare.arg(r#"mount -t tmpfs none "$0" && [[ -z $(ls -A "$0") ]] && "$@""#);
     unshare.arg(folder);
-    let mut trial = Command::new("unshare");
-    trial.args(unshare.get_args()).arg("true");
-    if trial.output().is_ok_and(|output| output.status.success()) {
-        println!("{} is hidden", folder.display());
-        Ok(unshare)
-    } else {
-        println!(
-            "this system does not let {} be hidden; it is in sight of the bundle",
-            folder.display()
-        );
-        Ok(Command::new("env"))
-    }
+    let works = copy_of(&unshare).arg("true").output();
+    works.is_ok_and(|output| output.status.success()).then_some(unshare)
+}
+
+/// The same program with the same arguments.
+fn copy_of(command: &Command) -> Command {
+    let mut copy = Command::new(command.get_program());
+    copy.args(command.get_args());
+    copy
 }
 
 fn has_gpu() -> bool {

@@ -271,7 +271,7 @@ impl Bench {
         let seconds = self.clock.time(warm_up, self.runs, |turn| bound.run(turn))?;
         let error = spot::error(&bound, row, warm_up + self.runs - 1)?;
         if error > spot::ALLOWED {
-            return Err(format!("the result is wrong, by {error:.3} of the largest element of its row").into());
+            return Err(format!("the result is wrong, by {error:.3} of the size of its rows").into());
         }
         let (least, most) = (
             seconds.iter().copied().fold(f64::INFINITY, f64::min),

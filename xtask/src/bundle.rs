@@ -85,9 +85,7 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
     copy_tree(bundle, moved)?;
     let hidden = hidden(&workspace());
     let script = |parts: &[&str], filter: &str| {
-        let mut command = hidden
-            .as_ref()
-            .map_or_else(|| Command::new("env"), |unshare| copy_of(unshare));
+        let mut command = hidden.as_ref().map_or_else(|| Command::new("env"), copy_of);
         command
             .arg(moved.join("run.sh"))
             .args(parts)

@@ -21,7 +21,7 @@ pub mod refusals;
 
 pub use case::{Case, Inputs, Outcome};
 pub use compare::{Mismatch, compare, largest_error};
-pub use devices::{Devices, devices, emulator};
+pub use devices::{CHOICE, Devices, devices, emulator};
 pub use gradients::{GradientsOutcome, Prepared};
 pub use layout::{Input, Layout, Order, Poisoned};
 

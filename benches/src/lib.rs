@@ -1,9 +1,18 @@
-//! What the measurements share: a problem of a shape, ready to run, and how many operations it is.
+//! What the measurements share: a problem of a shape, ready to run, and how many operations it is; and for GPUs rows of a
+//! table, memory that they share, a clock of device events, and a look at whether what was timed is right.
+
+pub mod arena;
+pub mod clock;
+pub mod row;
+pub mod spot;
 
 use std::time::{Duration, Instant};
 
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Device, Dtype, Element, Error, Gradients, Output, Tensor};
+
+/// Whatever went wrong.
+pub type Failure = Box<dyn std::error::Error>;
 
 /// A shape to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

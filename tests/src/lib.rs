@@ -13,13 +13,15 @@ mod compare;
 mod devices;
 pub mod drawn;
 pub mod files;
+pub mod gpu;
 mod gradients;
 mod layout;
+pub mod micro;
 pub mod refusals;
 
 pub use case::{Case, Inputs, Outcome};
 pub use compare::{Mismatch, compare, largest_error};
-pub use devices::{Devices, devices, emulator};
+pub use devices::{CHOICE, Devices, devices, emulator};
 pub use gradients::{GradientsOutcome, Prepared};
 pub use layout::{Input, Layout, Order, Poisoned};
 

@@ -1,5 +1,6 @@
-//! Build tasks: `cargo xtask ptx [--check]`, `cargo xtask sass [--output FILE]`.
+//! Build tasks: `cargo xtask ptx [--check]`, `cargo xtask sass [--output FILE]`, `cargo xtask gpu-bundle`.
 
+mod bundle;
 mod compiler;
 mod module;
 mod ptx;
@@ -14,7 +15,11 @@ Usage: cargo xtask <TASK>
   ptx                   compile kernels/ to kernels/ptx/<arch>/<entry>.ptx
   ptx --check           compile afresh and fail if a committed file differs
   sass [--output FILE]  assemble every kernel with ptxas; report registers, spills, stack and tensor-core
-                        instructions; fail on a spill, a stack frame or a warning";
+                        instructions; fail on a spill, a stack frame or a warning
+  gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
+                        put all that a machine with a GPU and no Rust needs into DIR (target/gpu-bundle): the suite, the
+                        micro-kernels, the table of speed, their data, run.sh; --archive also packs it into DIR.tar.xz
+  gpu-bundle --check DIR  move a bundle elsewhere, hide the repository, and run it on the CPU";
 
 /// What a task returns: nothing, or the sentence to print.
 type Outcome<T = ()> = Result<T, String>;
@@ -26,6 +31,11 @@ fn main() -> ExitCode {
         ["ptx", "--check"] => ptx::check(),
         ["sass"] => sass::report(None),
         ["sass", "--output", file] => sass::report(Some(Path::new(file))),
+        ["gpu-bundle", "--check", folder] => bundle::check(Path::new(folder)),
+        ["gpu-bundle", ref arguments @ ..] => match bundle::Options::parse(arguments) {
+            Some(options) => bundle::make(&options),
+            None => Err(USAGE.to_owned()),
+        },
         ["help" | "--help" | "-h"] => {
             println!("{USAGE}");
             Ok(())

@@ -263,6 +263,10 @@ impl Backend for Cuda {
         Ok(())
     }
 
+    fn stream(&self) -> Option<*mut c_void> {
+        Some(self.handles.stream.cast())
+    }
+
     fn synchronize(&self) -> Result<(), Error> {
         let handles = self.enter()?;
         // SAFETY: the stream is never destroyed.

@@ -7,6 +7,7 @@ mod cpu;
 mod cuda;
 mod emulated;
 
+use std::ffi::c_void;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -66,6 +67,11 @@ pub(crate) trait Backend: Send + Sync {
 
     /// Waits until everything launched has finished.
     fn synchronize(&self) -> Result<(), Error>;
+
+    /// The stream that work is launched on, on a device that has streams.
+    fn stream(&self) -> Option<*mut c_void> {
+        None
+    }
 
     /// What launches executed and moved, on a device that counts it.
     fn counters(&self) -> Option<Counters> {
@@ -221,6 +227,12 @@ impl Device {
     /// [`Error::Driver`] if a launch that was under way failed.
     pub fn synchronize(&self) -> Result<(), Error> {
         self.0.backend.synchronize()
+    }
+
+    /// The stream that a GPU's work is launched on, a `CUstream` of its primary context, to the end of the process; `None`
+    /// on other devices. Code that shares the GPU records events on it, to time our work or to wait for it.
+    pub fn cuda_stream(&self) -> Option<*mut c_void> {
+        self.0.backend.stream()
     }
 
     /// What the launches of an emulated GPU executed and moved, all together; `None` on other devices.

@@ -1,0 +1,225 @@
+//! Memory that the rows of a table share, filled once with normal numbers.
+//!
+//! Every row has as many elements a tensor, so each sees the same memory in its own shape. Inputs are there several times, to
+//! be taken in turn: what a run reads was not left in the L2 cache by the run before.
+
+use std::sync::Arc;
+
+use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Plan, Tensor};
+
+use crate::Failure;
+use crate::row::{Pass, Row};
+
+/// Normal numbers on the host that tensors are filled from, each from another place on.
+const POOL: usize = (1 << 21) + 7;
+
+/// As many times are inputs there at most: small ones stay in the cache.
+const MOST_SETS: usize = 64;
+
+/// Inputs of one run, as flat tensors: q, k, v, dout; and what forward makes of them.
+struct Set<T: Element> {
+    inputs: [Tensor<T>; 4],
+    out: Tensor<T>,
+    lse: Tensor<f32>,
+}
+
+/// Memory for tensors of up to so many elements.
+pub struct Arena<T: Element> {
+    device: Device,
+    elements: usize,
+    sets: Vec<Set<T>>,
+    gradients: [Tensor<T>; 3],
+}
+
+/// A row's tensors in an arena.
+pub struct Bound<T: Element> {
+    attention: Attention,
+    pass: Pass,
+    /// q, k, v, dout, and the output, of every set.
+    pub sets: Vec<([Tensor<T>; 4], Output<T>)>,
+    /// Where the gradients go.
+    pub gradients: Gradients<T>,
+}
+
+impl<T: Element> Arena<T> {
+    /// An arena for tensors of `elements` elements, with inputs enough that they are `rotate_bytes` together and two at least.
+    ///
+    /// # Errors
+    /// If the device has no room for it.
+    pub fn new(device: &Device, elements: usize, rotate_bytes: usize) -> Result<Self, Error> {
+        let sets = rotate_bytes.div_ceil(3 * elements * size_of::<T>()).clamp(2, MOST_SETS);
+        let pool = normal_numbers::<T>(POOL);
+        let mut drawn = 0;
+        let mut draw = || {
+            // Starts that are far apart and never the same.
+            let start = drawn * 379_009 % pool.len();
+            drawn += 1;
+            let data: Vec<T> = pool[start..]
+                .iter()
+                .chain(pool.iter().cycle())
+                .take(elements)
+                .copied()
+                .collect();
+            Tensor::from_slice(device, [elements], &data)
+        };
+        let empty = || Tensor::zeros(device, [elements]);
+        let sets = (0..sets).map(|_| {
+            Ok(Set {
+                inputs: [draw()?, draw()?, draw()?, draw()?],
+                out: empty()?,
+                // A head has 8 elements at least.
+                lse: Tensor::zeros(device, [elements.div_ceil(8)])?,
+            })
+        });
+        Ok(Self {
+            device: device.clone(),
+            elements,
+            sets: sets.collect::<Result<_, Error>>()?,
+            gradients: [empty()?, empty()?, empty()?],
+        })
+    }
+
+    /// Whether tensors of this shape fit.
+    pub fn holds(&self, shape: [usize; 4]) -> bool {
+        shape.iter().product::<usize>() <= self.elements
+    }
+
+    /// The arena in a row's shape. For a backward pass, forward has been run on every set.
+    ///
+    /// # Errors
+    /// What a forward pass fails with.
+    pub fn bind(&mut self, row: &Row, shape: [usize; 4], attention: Attention) -> Result<Bound<T>, Error> {
+        let attention = if row.causal { attention.causal() } else { attention };
+        let attention = match row.pass {
+            Pass::Deterministic => attention.deterministic(),
+            Pass::Forward | Pass::Backward => attention,
+        };
+        let view = |flat: &Tensor<T>| view(&self.device, flat, &shape);
+        let mut sets = Vec::new();
+        for set in &self.sets {
+            let [q, k, v, dout] = &set.inputs;
+            let inputs = [view(q)?, view(k)?, view(v)?, view(dout)?];
+            let mut output = Output {
+                out: view(&set.out)?,
+                lse: self::view(&self.device, &set.lse, &shape[..3])?,
+            };
+            if row.pass != Pass::Forward {
+                let [q, k, v, _] = &inputs;
+                attention.forward_into(q, k, v, &mut output.out, &mut output.lse)?;
+            }
+            sets.push((inputs, output));
+        }
+        let [dq, dk, dv] = &self.gradients;
+        let gradients = Gradients {
+            dq: view(dq)?,
+            dk: view(dk)?,
+            dv: view(dv)?,
+        };
+        Ok(Bound {
+            attention,
+            pass: row.pass,
+            sets,
+            gradients,
+        })
+    }
+}
+
+impl<T: Element> Bound<T> {
+    /// Launches the row's pass on the sets in turn.
+    ///
+    /// # Errors
+    /// What the call fails with.
+    pub fn run(&mut self, turn: usize) -> Result<(), Error> {
+        let turn = turn % self.sets.len();
+        let ([q, k, v, dout], output) = &mut self.sets[turn];
+        match self.pass {
+            Pass::Forward => {
+                let Output { out, lse } = output;
+                self.attention.forward_into(q, k, v, out, lse)
+            }
+            Pass::Backward | Pass::Deterministic => {
+                let gradients = &mut self.gradients;
+                self.attention.backward_into(q, k, v, output, dout, gradients)
+            }
+        }
+    }
+
+    /// How the device goes about it.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn plan(&self) -> Result<Plan, Failure> {
+        let ([q, k, v, dout], output) = &self.sets[0];
+        Ok(match self.pass {
+            Pass::Forward => self.attention.plan(q, k, v)?,
+            Pass::Backward | Pass::Deterministic => self.attention.plan_backward(q, k, v, output, dout)?,
+        })
+    }
+
+    /// What scores are multiplied by.
+    pub fn scale(&self) -> f64 {
+        let head_dim = self.gradients.dq.shape()[3];
+        self.attention.scale_for(head_dim).into()
+    }
+}
+
+/// The first elements of a flat tensor in another shape.
+fn view<T: Element>(device: &Device, flat: &Tensor<T>, shape: &[usize]) -> Result<Tensor<T>, Error> {
+    assert!(shape.iter().product::<usize>() <= flat.shape()[0]);
+    let mut strides = vec![1; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis] * shape[axis];
+    }
+    let owner = Arc::new(flat.clone());
+    // SAFETY: the shape fits the flat tensor, which is initialised and lives as long as its clone, the owner. Only this
+    // device uses it, in the order of its stream.
+    unsafe { Tensor::from_raw_parts(device, flat.address(), shape, strides, Some(owner)) }
+}
+
+/// Numbers of a normal distribution, the same on every run.
+fn normal_numbers<T: Element>(len: usize) -> Vec<T> {
+    let mut state = 1_u64;
+    let mut uniform = move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        // Above 0, up to 1.
+        ((state >> 11) + 1) as f64 / (1_u64 << 53) as f64
+    };
+    let mut numbers = Vec::with_capacity(len + 1);
+    while numbers.len() < len {
+        let (radius, angle) = ((-2.0 * uniform().ln()).sqrt(), std::f64::consts::TAU * uniform());
+        numbers.extend([T::from_f64(radius * angle.cos()), T::from_f64(radius * angle.sin())]);
+    }
+    numbers.truncate(len);
+    numbers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_normal() {
+        let numbers = normal_numbers::<f32>(100_001);
+        let n = numbers.len() as f64;
+        let mean = numbers.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+        let square = numbers.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n;
+        let fourth = numbers.iter().map(|&x| f64::from(x).powi(4)).sum::<f64>() / n;
+        assert!(
+            mean.abs() < 0.02 && (square - 1.0).abs() < 0.03 && (fourth - 3.0).abs() < 0.2,
+            "{mean} {square} {fourth}"
+        );
+    }
+
+    #[test]
+    fn inputs_are_as_many_as_asked_for() {
+        let arena = |rotate| {
+            Arena::<f32>::new(&Device::cpu(), 1000, rotate)
+                .expect("small")
+                .sets
+                .len()
+        };
+        assert_eq!([0, 24_000, 24_001, 60_000, 6_000_000].map(arena), [2, 2, 3, 5, 64]);
+    }
+}

@@ -1,0 +1,140 @@
+//! Every compiled kernel on every GPU of the run. Without one, all there is to see here is that the cases reach every kernel,
+//! and the list of devices that the run prints says so: the emulator's part is in `forward.rs`, `backward.rs` and
+//! `emulator.rs`.
+
+use std::collections::BTreeSet;
+
+use flash_attention::{Device, DeviceInfo, Dtype, Element, Output, Tensor};
+use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
+use flash_attention_tests::gpu::loads_arch;
+use flash_attention_tests::{Case, devices, for_dtype};
+
+/// As many times is a call repeated whose bits must not change.
+const REPEATS: usize = 20;
+
+/// A case for each forward kernel that a card of this compute capability runs; its backward pass takes the kernels of the
+/// same arch, dtype, mask and width.
+fn cases(capability: (u32, u32)) -> impl Iterator<Item = (&'static Entry, Case)> {
+    let kernels = ENTRIES
+        .iter()
+        .filter(move |entry| entry.pass == Pass::Forward && loads_arch(entry.arch, capability));
+    kernels.map(|entry| (entry, case(entry)))
+}
+
+/// A case that this kernel serves, of several tiles each way, the last ones partly filled, with grouped heads.
+fn case(entry: &Entry) -> Case {
+    let (long, wide) = (2 * entry.block_m as usize + 5, 3 * entry.block_n as usize + 11);
+    let shape = |heads, seqlen| [1, heads, seqlen, entry.head_dim as usize];
+    let case = Case::new(entry.dtype, shape(2, long), shape(1, wide)).masked(entry.causal);
+    match entry.arch {
+        Arch::Sm80 => {
+            let attention = case.attention.arch(Arch::Sm80);
+            case.with(attention)
+        }
+        Arch::Sm90a => case,
+    }
+}
+
+fn on_every_gpu(check: impl Fn(&Device, &Case)) {
+    for gpu in devices().gpus() {
+        let DeviceInfo::Gpu { compute_capability, .. } = gpu.info() else {
+            panic!("{gpu} is not a GPU");
+        };
+        cases(compute_capability).for_each(|(_, case)| check(gpu, &case));
+    }
+}
+
+/// The kernels that a case launches on an emulated Hopper card, forward and backward.
+fn kernels<T: Element>(case: &Case) -> Vec<&'static str> {
+    let device = Device::emulator(Arch::Sm90a);
+    let empty = |shape: [usize; 4]| Tensor::<T>::empty(&device, shape).expect("it fits");
+    let (q, k, v, dout) = (empty(case.q), empty(case.kv), empty(case.kv), empty(case.q));
+    let output = Output {
+        out: empty(case.q),
+        lse: Tensor::empty(&device, &case.q[..3]).expect("it fits"),
+    };
+    let attention = case.attention;
+    let plans = [
+        attention.plan(&q, &k, &v),
+        attention.plan_backward(&q, &k, &v, &output, &dout),
+        attention.deterministic().plan_backward(&q, &k, &v, &output, &dout),
+    ];
+    let plans = plans.map(|plan| plan.expect("a plan"));
+    let launches = plans.iter().flat_map(|plan| plan.launches());
+    launches.map(|launch| launch.entry.name).collect()
+}
+
+#[test]
+fn the_cases_reach_every_kernel() {
+    let mut reached = BTreeSet::new();
+    for (entry, case) in cases((9, 0)) {
+        let kernels = for_dtype!(entry.dtype, T => kernels::<T>(&case));
+        assert_eq!(kernels[0], entry.name, "{case:?}");
+        reached.extend(kernels);
+    }
+    let of_papers = [
+        Pass::Study,
+        Pass::StandardScores,
+        Pass::StandardSoftmax,
+        Pass::StandardOutput,
+    ];
+    for entry in ENTRIES.iter().filter(|entry| !of_papers.contains(&entry.pass)) {
+        assert!(reached.contains(entry.name), "{} is not reached", entry.name);
+    }
+}
+
+#[test]
+fn every_forward_kernel_is_right() {
+    on_every_gpu(|gpu, case| case.check_on([gpu]));
+}
+
+#[test]
+fn every_backward_kernel_is_right() {
+    on_every_gpu(|gpu, case| case.check_gradients_on([gpu]));
+}
+
+/// A result that moves is a race.
+#[test]
+fn every_forward_kernel_gives_the_same_bits() {
+    fn check<T: Element>(case: &Case, gpu: &Device) {
+        let inputs = case.inputs::<T>();
+        let bits = || -> Vec<u64> {
+            let outcome = case.run(gpu, &inputs).1;
+            let out = outcome.out.iter().map(|x| x.to_f64().to_bits());
+            out.chain(outcome.lse.iter().map(|x| u64::from(x.to_bits()))).collect()
+        };
+        let first = bits();
+        for run in 1..REPEATS {
+            assert!(bits() == first, "run {run} on {gpu}: {case:?}");
+        }
+    }
+    on_every_gpu(|gpu, case| for_dtype!(case.dtype, T => check::<T>(case, gpu)));
+}
+
+#[test]
+fn every_backward_kernel_gives_the_same_bits_when_asked_to() {
+    fn check<T: Element>(case: &Case, gpu: &Device) {
+        let (inputs, dout) = (case.inputs::<T>(), case.dout::<T>());
+        let bits = || case.run_backward::<T>(gpu, &inputs, &dout).1.bits();
+        let first = bits();
+        for run in 1..REPEATS {
+            assert!(bits() == first, "run {run} on {gpu}: {case:?}");
+        }
+    }
+    on_every_gpu(|gpu, case| {
+        let case = case.clone().with(case.attention.deterministic());
+        for_dtype!(case.dtype, T => check::<T>(&case, gpu));
+    });
+}
+
+/// More work than blocks that stay: 132 multiprocessors are met by some thousand tiles.
+#[test]
+fn more_tiles_than_a_gpu_holds() {
+    for gpu in devices().gpus() {
+        for (dtype, causal) in [(Dtype::F16, false), (Dtype::Bf16, true)] {
+            let case = Case::new(dtype, [9, 20, 260, 64], [9, 4, 140, 64]).masked(causal);
+            case.check_on([gpu]);
+            case.check_gradients_on([gpu]);
+        }
+    }
+}

@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Runs what this folder holds on a machine with an NVIDIA driver. It needs bash and coreutils; for speed beside other
+# libraries also Python 3 with PyTorch. README.md says more.
+#
+#   ./run.sh                      everything: kernels, micro, suite, speed
+#   ./run.sh micro suite          some parts, in the order given
+#   OUT=DIR ./run.sh              results go to DIR instead of ./results
+#   FLASH_ATTENTION_DEVICES=cpu ./run.sh suite     another device than cuda
+#   SUITE_TESTS='forward minilm' ./run.sh suite    some of the suite's programs
+#   SUITE_FILTER=every_ ./run.sh suite             only tests whose names hold a text
+#   SPEED_ARGUMENTS='--passes fwd --head-dims 128' ./run.sh speed    a part of the table
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${OUT:-$here/results}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$here" || exit 2
+
+export FLASH_ATTENTION_DATA=$here/data
+export FLASH_ATTENTION_DEVICES=${FLASH_ATTENTION_DEVICES:-cuda}
+# The driver keeps what it compiles: one program's kernels are there for the next.
+export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/flash-attention-cuda-cache}
+export CUDA_CACHE_MAXSIZE=${CUDA_CACHE_MAXSIZE:-4294967296}
+
+failed=()
+say() { printf '%s\n' "$*"; }
+
+# Every kernel through the driver's compiler, on all cores.
+part_kernels() {
+    local parts i pids=() status=0
+    parts=$(nproc)
+    for ((i = 0; i < parts; i++)); do
+        timeout -k 5 "${KERNELS_SECONDS:-180}" bin/gpu_kernels compile "$i/$parts" >"$out/kernels.$i" 2>&1 &
+        pids+=($!)
+    done
+    for i in "${pids[@]}"; do wait "$i" || status=1; done
+    cat "$out"/kernels.* | sort | uniq | tee "$out/kernels.txt"
+    rm -f "$out"/kernels.[0-9]*
+    return $status
+}
+
+# Every micro-kernel against its stored answer.
+part_micro() {
+    timeout -k 5 "${MICRO_SECONDS:-240}" bin/gpu_kernels micro 2>&1 | tee "$out/micro.txt" | grep -v ': ok$'
+    return "${PIPESTATUS[0]}"
+}
+
+# The suite, program by program. One that fails or hangs is run again test by test, each in a process of its own, because a
+# kernel that fails takes its process with it.
+part_suite() {
+    local start=$SECONDS limit=${SUITE_SECONDS:-240} status=0 name code test line
+    : >"$out/suite.txt"
+    for name in ${SUITE_TESTS:-$(ls suite)}; do
+        if ((SECONDS - start > limit)); then
+            say "not run, $limit s are over: $name" | tee -a "$out/suite.txt"
+            status=1
+            continue
+        fi
+        line=$SECONDS
+        timeout -k 5 "${PROGRAM_SECONDS:-90}" "suite/$name" ${SUITE_FILTER:+"$SUITE_FILTER"} >"$out/program.txt" 2>&1
+        code=$?
+        { say "=== $name"; cat "$out/program.txt"; } >>"$out/suite.txt"
+        if ((code == 0)); then
+            say "ok     $name: $(grep '^test result:' "$out/program.txt" | sed 's/test result: ok. //; s/; 0 measured.*//') ($((SECONDS - line)) s)"
+            grep '^not run' "$out/program.txt"
+            continue
+        fi
+        status=1
+        say "FAILED $name, exit status $code; its tests one by one:"
+        for test in $("suite/$name" --list ${SUITE_FILTER:+"$SUITE_FILTER"} 2>/dev/null | sed -n 's/: test$//p'); do
+            if ((SECONDS - start > limit)); then
+                say "  not run, $limit s are over: $test"
+                continue
+            fi
+            if timeout -k 5 "${TEST_SECONDS:-40}" "suite/$name" --exact "$test" >"$out/program.txt" 2>&1; then
+                say "  ok     $test"
+            else
+                say "  FAILED $test, exit status $?"
+                { say "=== $name $test"; cat "$out/program.txt"; } >>"$out/suite.txt"
+                grep -A3 'panicked at' "$out/program.txt" | grep -v 'panicked at\|RUST_BACKTRACE\|stack backtrace' | cut -c1-300 | head -4
+            fi
+        done
+    done
+    rm -f "$out/program.txt"
+    return $status
+}
+
+# The table of speed, beside other libraries where Python has them.
+part_speed() {
+    if command -v python3 >/dev/null; then
+        # shellcheck disable=SC2086
+        python3 benches/peers.py --program bin/gpu_speed --output "$out" ${SPEED_ARGUMENTS:-}
+    else
+        say 'no python3: our numbers only'
+        # shellcheck disable=SC2086
+        timeout -k 5 "${SPEED_SECONDS:-400}" bin/gpu_speed ${SPEED_ARGUMENTS:-} | tee "$out/speed.jsonl"
+    fi
+}
+
+parts=("$@")
+((${#parts[@]})) || parts=(kernels micro suite speed)
+for part in "${parts[@]}"; do
+    case $part in
+        kernels | micro | suite | speed) ;;
+        *)
+            say "no part \`$part\`: kernels, micro, suite, speed" >&2
+            exit 2
+            ;;
+    esac
+done
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+sed -n 's/^- commit: /commit /p' README.md
+for part in "${parts[@]}"; do
+    start=$SECONDS
+    say "=== $part"
+    "part_$part" || failed+=("$part")
+    say "--- $part: $((SECONDS - start)) s"
+done
+if ((${#failed[@]})); then
+    say "failed: ${failed[*]}; results are in $out"
+    exit 1
+fi
+say "all passed: ${parts[*]}; results are in $out"

@@ -25,6 +25,7 @@ use super::team::Team;
 use super::tensor::{Head, Panels, Visibility};
 use crate::plan::{Plan, Tiles};
 use crate::problem::Problem;
+use crate::progress::Reporter;
 use few::FEW;
 use scratch::Scratch;
 use state::State;
@@ -48,6 +49,7 @@ struct Forward<'a> {
     visibility: Visibility,
     out: u64,
     lse: u64,
+    reporter: &'a Reporter<'a>,
 }
 
 /// A tile of queries of one head.
@@ -70,7 +72,7 @@ struct Tile {
 ///
 /// # Safety
 /// As for [`Backend::run`](crate::device::Backend::run).
-pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64) {
+pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, reporter: &Reporter<'_>) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
     let few = problem.seqlen_q() <= FEW;
     let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16 && !few);
@@ -87,12 +89,16 @@ pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64) {
         visibility: Visibility::new(problem),
         out,
         lse,
+        reporter,
     };
     let query_tiles = problem.seqlen_q().div_ceil(tiles.block_m) as usize;
     let heads = problem.batch() * problem.heads_q();
     let tasks = heads * query_tiles;
     // Heavy tiles first: under a causal mask the last see the most keys.
     let tile = |task: usize| forward.tile(task / query_tiles, query_tiles - 1 - task % query_tiles);
+    // A unit of work is a tile of keys that passes a tile of queries; one more is for the tile itself.
+    let units = |task| u64::from(tile(task).blocks) + 1;
+    reporter.begin(|| heads as u64 * (0..query_tiles).map(units).sum::<u64>());
     let segments = forward.segments(problem.seqlen_k().div_ceil(tiles.block_n)).count();
     if tasks >= 2 * team.threads || segments == 1 {
         forward.by_tiles(team, tasks, tile);
@@ -109,14 +115,17 @@ impl Forward<'_> {
             let tile = tile(task);
             scratch.load_query(self, &tile);
             for (index, blocks) in self.segments(tile.blocks).enumerate() {
+                let units = blocks.len() as u64;
                 if index == 0 {
                     scratch.attend(self, &tile, blocks, state);
                 } else {
                     scratch.attend(self, &tile, blocks, partial);
                     state.merge(self, tile.rows, partial);
                 }
+                self.reporter.add(units);
             }
             scratch.store(self, &tile, state);
+            self.reporter.add(1);
         });
     }
 
@@ -130,9 +139,11 @@ impl Forward<'_> {
                 let tile = tile(task / segments);
                 if let Some(blocks) = self.segments(tile.blocks).nth(task % segments) {
                     let mut state = State::new(self);
+                    let units = blocks.len() as u64;
                     scratch.load_query(self, &tile);
                     scratch.attend(self, &tile, blocks, &mut state);
                     let _ = partials[task].set(state); // nobody else has this task
+                    self.reporter.add(units);
                 }
             },
         );
@@ -144,6 +155,7 @@ impl Forward<'_> {
                 parts.for_each(|part| state.merge(self, tile(task).rows, part));
             }
             scratch.store(self, &tile(task), state);
+            self.reporter.add(1);
         });
     }
 

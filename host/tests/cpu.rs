@@ -115,6 +115,37 @@ fn memory_of_another_layout_is_used_in_place() {
     );
 }
 
+/// Keys that lie in one run are read where they are, others are copied first.
+#[test]
+fn keys_in_a_run_and_keys_apart_give_the_same_bits() {
+    let (seqlen, heads) = (203, 2);
+    for (device, head_dim) in instruction_sets()
+        .iter()
+        .flat_map(|device| [(device, 24), (device, 64)])
+    {
+        let draw = |seed| {
+            let data: Vec<f32> = noise(seqlen * heads * head_dim, seed)
+                .into_iter()
+                .map(|x| x as f32)
+                .collect();
+            let packed = Tensor::from_slice(device, [1, seqlen, heads, head_dim], &data).expect("small");
+            packed.transpose(1, 2).expect("valid axes")
+        };
+        let [q, k, v] = [1, 2, 3].map(draw);
+        let in_a_run = |tensor: &Tensor<f32>| {
+            Tensor::from_slice(device, tensor.shape(), &tensor.to_vec().expect("cpu")).expect("small")
+        };
+        for attention in [Attention::new(), Attention::new().causal()] {
+            let apart = attention.forward(&q, &k, &v).expect("valid");
+            let run = attention.forward(&q, &in_a_run(&k), &in_a_run(&v)).expect("valid");
+            let read = |output: &flash_attention::Output<f32>| {
+                (output.out.to_vec().expect("cpu"), output.lse.to_vec().expect("cpu"))
+            };
+            assert!(read(&apart) == read(&run), "{device} {attention:?} head_dim {head_dim}");
+        }
+    }
+}
+
 #[test]
 fn a_stride_of_zero_repeats_an_input() {
     let device = Device::cpu();

@@ -53,6 +53,30 @@ impl Head {
         (unsafe { self.first.add(row * self.stride_bytes) }, self.stride_bytes)
     }
 
+    /// The rows from `first` on as they lie in memory, if they are f32 and one run of it. Of other strides a tile is better
+    /// copied: rows a power of two apart would share a few sets of the L1 cache.
+    pub(super) fn in_place(&self, first: usize) -> Option<*const f32> {
+        let is_a_run = self.dtype == Dtype::F32 && self.stride_bytes == self.head_dim * self.dtype.bytes();
+        is_a_run.then(|| self.row(first).0.cast())
+    }
+
+    /// Asks for rows that will be read soon, as far as the L2 cache.
+    pub(super) fn prefetch(&self, rows: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        for row in rows {
+            let (row, _) = self.row(row);
+            for byte in (0..self.head_dim * self.dtype.bytes()).step_by(64) {
+                // SAFETY: a prefetch never faults, and every x86-64 processor has it.
+                unsafe {
+                    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                    _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(byte).cast());
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = rows;
+    }
+
     /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows up
     /// to `padded`.
     pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut Lines, stride: usize) {

@@ -33,6 +33,14 @@ impl Head {
         }
     }
 
+    /// The rows of a head of the same tensor that lies so many bytes later, and exists.
+    pub(super) fn later(&self, bytes: usize) -> Self {
+        Self {
+            first: self.first.wrapping_add(bytes),
+            ..*self
+        }
+    }
+
     /// Widens row `row`, which exists, to `to`, of head_dim elements.
     pub(super) fn load(&self, kernels: &Kernels, row: usize, to: &mut [f32]) {
         assert!(to.len() >= self.head_dim);

@@ -13,7 +13,7 @@ impl Scratch {
         let (kernels, head_dim, block_n) = (forward.kernels, forward.head_dim(), forward.tiles.block_n);
         let first_key = n * block_n;
         let seen = |row: usize| {
-            let end = forward.visibility.visible_end(tile.first_row + row as u32);
+            let end = forward.visibility.visible_end(forward.position(tile, row));
             end.saturating_sub(first_key).min(block_n) as usize
         };
         if forward.few {

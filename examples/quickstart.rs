@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use clap::{Parser, ValueEnum};
 use flash_attention::half::{bf16, f16};
 use flash_attention::reference::{self, Dims};
-use flash_attention::{Attention, Device, DeviceKind, Element, Gradients, Output, Plan, Tensor};
+use flash_attention::{Attention, Device, DeviceKind, Element, Error, Gradients, Output, Plan, Progress, Tensor};
 use flash_attention_examples::command_line::{first_paragraph, refuse};
 use flash_attention_examples::{Accuracy, AttentionFile, Failure, Stored, write_output};
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Runs attention over q, k and v of a file, and if asked its backward pass, and compares with the answers stored beside
 /// them, if there are any.
@@ -89,12 +90,17 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
     let mut print = std::io::stdout().lock();
     writeln!(print, "input     {}", path.display())?;
     writeln!(print, "device    {device} ({})", device.name())?;
-    let output = measured(&device, &plan, &mut print, || attention.forward(&q, &k, &v))?;
+    let output = measured(&device, &plan, &mut print, |bar| {
+        let attention = attention.on_progress(|progress| bar.show(progress));
+        attention.forward(&q, &k, &v)
+    })?;
     let gradients = match &dout {
         Some(dout) => {
             let plan = attention.plan_backward(&q, &k, &v, &output, dout)?;
-            let backward = || attention.backward(&q, &k, &v, &output, dout);
-            Some(measured(&device, &plan, &mut print, backward)?)
+            Some(measured(&device, &plan, &mut print, |bar| {
+                let attention = attention.on_progress(|progress| bar.show(progress));
+                attention.backward(&q, &k, &v, &output, dout)
+            })?)
         }
         None => None,
     };
@@ -130,7 +136,7 @@ fn measured<R>(
     device: &Device,
     plan: &Plan,
     print: &mut impl Write,
-    call: impl Fn() -> Result<R, flash_attention::Error>,
+    call: impl Fn(&Bar) -> Result<R, Error>,
 ) -> Result<R, Failure> {
     writeln!(print, "{plan}")?;
     device.reset_counters();
@@ -243,17 +249,50 @@ impl std::fmt::Display for Times {
 }
 
 /// The result of a call, made once on the emulator, which counts better than it hurries, else for a fraction of a second.
-fn timed<R>(device: &Device, call: impl Fn() -> Result<R, flash_attention::Error>) -> Result<(R, Times), Failure> {
+fn timed<R>(device: &Device, call: impl Fn(&Bar) -> Result<R, Error>) -> Result<(R, Times), Failure> {
     let begin = Instant::now();
     let mut times = Vec::new();
     loop {
-        let start = Instant::now();
-        let result = call()?;
+        let bar = Bar::new();
+        let result = call(&bar)?;
         device.synchronize()?;
-        times.push(start.elapsed());
+        times.push(bar.clear());
         let enough = times.len() == 100 || begin.elapsed() > Duration::from_millis(300);
         if enough || device.kind() == DeviceKind::Emulator {
             return Ok((result, Times(times)));
         }
+    }
+}
+
+/// How far a call is: a bar on standard error, where that is a terminal and the call takes long.
+struct Bar {
+    bar: ProgressBar,
+    start: Instant,
+}
+
+impl Bar {
+    /// What is over sooner needs no bar.
+    const PATIENCE: Duration = Duration::from_millis(200);
+
+    fn new() -> Self {
+        let style = ProgressStyle::with_template("{bar:40} {percent} %, {eta} left");
+        Self {
+            bar: ProgressBar::new(1).with_style(style.expect("the template is well formed")),
+            start: Instant::now(),
+        }
+    }
+
+    fn show(&self, progress: Progress) {
+        if self.start.elapsed() > Self::PATIENCE {
+            self.bar.set_length(progress.total);
+            self.bar.set_position(progress.done);
+        }
+    }
+
+    /// Takes the bar away. The time since it was made.
+    fn clear(&self) -> Duration {
+        let elapsed = self.start.elapsed();
+        self.bar.finish_and_clear();
+        elapsed
     }
 }

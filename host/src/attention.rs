@@ -4,6 +4,7 @@ use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use crate::plan::Results;
 use crate::problem::{BackwardInputs, GradientOutputs, Outputs};
+use crate::progress::Reporter;
 use crate::tensor::Storage;
 use crate::{Arch, BackwardProblem, Element, Error, Plan, Problem, Tensor};
 
@@ -100,10 +101,20 @@ impl Attention {
     /// Those of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and what
     /// the device says of the launch.
     pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
+        self.forward_reporting(q, k, v, Reporter::silent())
+    }
+
+    pub(crate) fn forward_reporting<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        reporter: Reporter<'_>,
+    ) -> Result<Output<T>, Error> {
         let plan = self.plan(q, k, v)?;
         let mut out = Tensor::empty(q.device(), q.shape())?;
         let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
-        forward(&plan, [q, k, v], &mut out, &mut lse)?;
+        forward(&plan, [q, k, v], &mut out, &mut lse, reporter)?;
         Ok(Output { out, lse })
     }
 
@@ -120,13 +131,25 @@ impl Attention {
         out: &mut Tensor<T>,
         lse: &mut Tensor<f32>,
     ) -> Result<(), Error> {
+        self.forward_into_reporting(q, k, v, out, lse, Reporter::silent())
+    }
+
+    pub(crate) fn forward_into_reporting<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        out: &mut Tensor<T>,
+        lse: &mut Tensor<f32>,
+        reporter: Reporter<'_>,
+    ) -> Result<(), Error> {
         let outputs = Outputs {
             out: out.info(),
             lse: lse.info(),
         };
         let problem = Problem::new(self, q.info(), k.info(), v.info(), Some(outputs))?;
         let plan = Plan::new(&problem, &q.device().info())?;
-        forward(&plan, [q, k, v], out, lse)
+        forward(&plan, [q, k, v], out, lse, reporter)
     }
 
     /// How [`forward`](Self::forward) would compute this: kernel, tiles, grid, and what it costs. Allocates nothing.
@@ -158,6 +181,18 @@ impl Attention {
         output: &Output<T>,
         dout: &Tensor<T>,
     ) -> Result<Gradients<T>, Error> {
+        self.backward_reporting(q, k, v, output, dout, Reporter::silent())
+    }
+
+    pub(crate) fn backward_reporting<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        reporter: Reporter<'_>,
+    ) -> Result<Gradients<T>, Error> {
         let plan = self.plan_backward(q, k, v, output, dout)?;
         check_lse(&output.lse)?;
         let mut gradients = Gradients {
@@ -165,7 +200,8 @@ impl Attention {
             dk: Tensor::empty(k.device(), k.shape())?,
             dv: Tensor::empty(v.device(), v.shape())?,
         };
-        backward(&plan, [q, k, v, &output.out, dout], &output.lse, &mut gradients)?;
+        let inputs = [q, k, v, &output.out, dout];
+        backward(&plan, inputs, &output.lse, &mut gradients, reporter)?;
         Ok(gradients)
     }
 
@@ -183,6 +219,20 @@ impl Attention {
         dout: &Tensor<T>,
         gradients: &mut Gradients<T>,
     ) -> Result<(), Error> {
+        self.backward_into_reporting(q, k, v, output, dout, gradients, Reporter::silent())
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "those of `backward_into`, and who is told")]
+    pub(crate) fn backward_into_reporting<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+        reporter: Reporter<'_>,
+    ) -> Result<(), Error> {
         let outputs = GradientOutputs {
             dq: gradients.dq.info(),
             dk: gradients.dk.info(),
@@ -192,7 +242,8 @@ impl Attention {
         let problem = BackwardProblem::new(self, q.info(), k.info(), v.info(), above, Some(outputs))?;
         let plan = Plan::backward(&problem, &q.device().info())?;
         check_lse(&output.lse)?;
-        backward(&plan, [q, k, v, &output.out, dout], &output.lse, gradients)
+        let inputs = [q, k, v, &output.out, dout];
+        backward(&plan, inputs, &output.lse, gradients, reporter)
     }
 
     /// How [`backward`](Self::backward) would compute this. Allocates nothing.
@@ -259,8 +310,9 @@ fn forward<T: Element>(
     inputs: [&Tensor<T>; 3],
     out: &mut Tensor<T>,
     lse: &mut Tensor<f32>,
+    reporter: Reporter<'_>,
 ) -> Result<(), Error> {
-    let _guards = Guards::lock(&inputs.map(Tensor::storage), &[out.storage(), lse.storage()]);
+    let guards = Guards::lock(&inputs.map(Tensor::storage), &[out.storage(), lse.storage()]);
     let results = Results::Forward {
         out: out.address(),
         lse: lse.address(),
@@ -268,7 +320,9 @@ fn forward<T: Element>(
     // SAFETY: the plan's problem was proven from the inputs' own descriptions, and from the outputs' or, where they are
     // new, from the contiguous layout they were allocated with. All are borrowed for the call and on one device, the
     // outputs overlap nothing, and the guards keep other threads out.
-    unsafe { inputs[0].device().backend().run(plan, results) }
+    let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
+    drop(guards);
+    ended(result, reporter)
 }
 
 /// Runs a backward plan that was made for exactly these tensors.
@@ -277,13 +331,14 @@ fn backward<T: Element>(
     inputs: [&Tensor<T>; 5],
     lse: &Tensor<f32>,
     gradients: &mut Gradients<T>,
+    reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let device = inputs[0].device();
     let words = plan.workspace_bytes() / size_of::<f32>() as u64;
     let workspace = Tensor::<f32>::empty(device, [words as usize])?;
     let [q, k, v, out, dout] = inputs.map(Tensor::storage);
     let Gradients { dq, dk, dv } = gradients;
-    let _guards = Guards::lock(
+    let guards = Guards::lock(
         &[q, k, v, out, dout, lse.storage()],
         &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()],
     );
@@ -295,7 +350,18 @@ fn backward<T: Element>(
     };
     // SAFETY: as in `forward`; the workspace is as large as the plan says. It is freed when the call returns, and a device
     // keeps what is freed until the work launched before has finished.
-    unsafe { device.backend().run(plan, results) }
+    let result = unsafe { device.backend().run(plan, results, &reporter) };
+    drop(guards);
+    ended(result, reporter)
+}
+
+/// Reports the end of a call, whose tensors are locked no more.
+fn ended(result: Result<(), Error>, reporter: Reporter<'_>) -> Result<(), Error> {
+    match result {
+        Ok(()) => reporter.end(),
+        Err(_) => reporter.abandon(),
+    }
+    result
 }
 
 /// Keeps storages from being written, or read while they are written, by another thread.

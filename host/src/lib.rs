@@ -45,6 +45,7 @@ mod error;
 mod layout;
 mod plan;
 mod problem;
+mod progress;
 pub mod reference;
 mod tensor;
 
@@ -60,6 +61,7 @@ pub use plan::{Cost, Launch, MAX_BLOCKS, Parameters, Plan, Results, TileMap, Til
 pub use problem::{
     BackwardInputs, BackwardProblem, GradientOutputs, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, Outputs, Problem,
 };
+pub use progress::{Progress, Reporting};
 pub use ptx_emulator;
 pub use tensor::Tensor;
 

@@ -49,6 +49,17 @@ fn heads_share_keys_and_batches_do_not() {
     check::<f32>(Attention::new().causal(), [2, 4, 70, 24], [2, 1, 70, 24]);
 }
 
+/// As many heads as fit take in the keys together, where queries are few; and as many as leave tasks for the threads.
+#[test]
+fn few_queries_of_heads_that_share_keys() {
+    for (seqlen_q, heads_q, heads_kv) in [(1, 64, 2), (3, 12, 1), (4, 28, 2), (2, 6, 6)] {
+        for attention in [Attention::new(), Attention::new().causal()] {
+            check::<f32>(attention, [2, heads_q, seqlen_q, 24], [2, heads_kv, 150, 24]);
+            check::<bf16>(attention, [2, heads_q, seqlen_q, 24], [2, heads_kv, 3, 24]);
+        }
+    }
+}
+
 #[test]
 fn any_finite_scale() {
     for scale in [0.0, -0.0, -0.7, 3.0, 1e-20, -1e4] {
@@ -72,6 +83,16 @@ fn results_do_not_depend_on_threads() {
     };
     let one = run(1);
     assert!(run(2) == one && run(5) == one);
+
+    let decode = |threads| {
+        let device = Device::cpu_with_threads(threads).expect("threads");
+        let k = Tensor::from_slice(&device, [1, 2, 1500, 8], &data[..24_000]).expect("small");
+        let q = Tensor::from_slice(&device, [1, 32, 2, 8], &data[..512]).expect("small");
+        let output = Attention::new().causal().forward(&q, &k, &k).expect("valid");
+        (output.out.to_vec().expect("cpu"), output.lse.to_vec().expect("cpu"))
+    };
+    let one = decode(1);
+    assert!(decode(2) == one && decode(5) == one && decode(16) == one);
 }
 
 #[test]
@@ -113,6 +134,37 @@ fn memory_of_another_layout_is_used_in_place() {
         memory.transpose(1, 2).expect("axes").to_vec().expect("cpu"),
         out.to_vec().expect("cpu")
     );
+}
+
+/// Keys that lie in one run are read where they are, others are copied first.
+#[test]
+fn keys_in_a_run_and_keys_apart_give_the_same_bits() {
+    let (seqlen, heads) = (203, 2);
+    for (device, head_dim) in instruction_sets()
+        .iter()
+        .flat_map(|device| [(device, 24), (device, 64)])
+    {
+        let draw = |seed| {
+            let data: Vec<f32> = noise(seqlen * heads * head_dim, seed)
+                .into_iter()
+                .map(|x| x as f32)
+                .collect();
+            let packed = Tensor::from_slice(device, [1, seqlen, heads, head_dim], &data).expect("small");
+            packed.transpose(1, 2).expect("valid axes")
+        };
+        let [q, k, v] = [1, 2, 3].map(draw);
+        let in_a_run = |tensor: &Tensor<f32>| {
+            Tensor::from_slice(device, tensor.shape(), &tensor.to_vec().expect("cpu")).expect("small")
+        };
+        for attention in [Attention::new(), Attention::new().causal()] {
+            let apart = attention.forward(&q, &k, &v).expect("valid");
+            let run = attention.forward(&q, &in_a_run(&k), &in_a_run(&v)).expect("valid");
+            let read = |output: &flash_attention::Output<f32>| {
+                (output.out.to_vec().expect("cpu"), output.lse.to_vec().expect("cpu"))
+            };
+            assert!(read(&apart) == read(&run), "{device} {attention:?} head_dim {head_dim}");
+        }
+    }
 }
 
 #[test]

@@ -23,12 +23,13 @@ struct Outcome {
     result: Result<(), Error>,
 }
 
-/// Runs all clusters; the outcome is put together in their order, whoever ran them.
+/// Runs all clusters, and calls `ended` after each; the outcome is put together in their order, whoever ran them.
 pub(super) fn run_clusters(
     context: &Context<'_>,
     clusters: u64,
     threads: usize,
     ordered: bool,
+    ended: &(dyn Fn() + Sync),
 ) -> Result<Report, Error> {
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
@@ -63,6 +64,8 @@ pub(super) fn run_clusters(
             }
             let mut merged = merged.lock().unwrap_or_else(PoisonError::into_inner);
             merged.add(outcome.0, outcome.1);
+            drop(merged);
+            ended();
         }
     };
     let helpers = threads.min(clusters as usize).saturating_sub(1);

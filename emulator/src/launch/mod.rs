@@ -78,6 +78,22 @@ impl Module {
     /// [`Error::NoEntry`] and [`Error::Launch`] before anything runs, [`Error::UnknownInstruction`] if the entry can
     /// reach an instruction that is not known, and [`Error::Trap`], [`Error::Fault`] or [`Error::Runaway`] from the run.
     pub fn launch(&self, memory: &DeviceMemory, launch: &Launch<'_>, options: &Options) -> Result<Report, Error> {
+        self.launch_watched(memory, launch, options, &|_| ())
+    }
+
+    /// [`launch`](Self::launch), which calls `ended` with a number of blocks whenever so many more have come to their end.
+    /// It is called from the host threads that ran them, several at a time, and must not panic.
+    ///
+    /// # Errors
+    ///
+    /// As for [`launch`](Self::launch).
+    pub fn launch_watched(
+        &self,
+        memory: &DeviceMemory,
+        launch: &Launch<'_>,
+        options: &Options,
+        ended: &(dyn Fn(u64) + Sync),
+    ) -> Result<Report, Error> {
         let Some(entry) = self.entry(launch.entry) else {
             let names: Vec<&str> = self.entries().iter().map(|e| e.name.as_str()).collect();
             return Err(Error::NoEntry {
@@ -140,7 +156,7 @@ impl Module {
         } else {
             options.threads.unwrap_or(cores).max(1)
         };
-        let outcome = blocks::run_clusters(&context, blocks / size, threads, traits.ordered);
+        let outcome = blocks::run_clusters(&context, blocks / size, threads, traits.ordered, &|| ended(size));
         if let Some(ptr) = workspace {
             memory.free(ptr)?;
         }

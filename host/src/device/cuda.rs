@@ -16,6 +16,7 @@ use flash_attention_kernels::entries::{Dtype, Entry};
 
 use super::{Backend, Device, DeviceInfo, DeviceKind};
 use crate::plan::{Launch, MIN_COMPUTE_CAPABILITY, Plan, Results, TileMap};
+use crate::progress::Reporter;
 use crate::{CudaUnavailable, Error};
 
 /// Oldest driver that loads the compiled PTX, as CUDA counts: 1000 x major + 10 x minor.
@@ -246,7 +247,7 @@ impl Backend for Cuda {
         unsafe { result::memset_d8_async(address, 0, bytes, handles.stream) }.map_err(self.failed("cuMemsetD8Async"))
     }
 
-    unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
+    unsafe fn run(&self, plan: &Plan, results: Results, _reporter: &Reporter<'_>) -> Result<(), Error> {
         for launch in plan.launches() {
             let refused = |error| Error::Launch {
                 device: self.spec(),

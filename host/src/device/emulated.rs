@@ -15,6 +15,7 @@ use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
 use super::{Backend, Device, DeviceInfo, DeviceKind};
 use crate::Error;
 use crate::plan::{Launch, Plan, Results, TileMap};
+use crate::progress::Reporter;
 
 /// How an emulated GPU behaves.
 #[derive(Clone, Debug)]
@@ -81,7 +82,7 @@ impl Emulated {
         Ok(module)
     }
 
-    fn launch(&self, launch: &Launch, results: Results) -> Result<(), Error> {
+    fn launch(&self, launch: &Launch, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
         let kernel = launch.entry.name;
         let failed = |error: ptx_emulator::Error| Error::Launch {
             device: self.spec(),
@@ -107,7 +108,9 @@ impl Emulated {
             params: params.as_bytes(),
         };
         let report = module
-            .launch(&self.memory, &launch, &self.options.launch)
+            .launch_watched(&self.memory, &launch, &self.options.launch, &|blocks| {
+                reporter.add(blocks)
+            })
             .map_err(failed)?;
         lock(&self.counters).add(&report.counters);
         if report.is_clean() {
@@ -183,10 +186,12 @@ impl Backend for Emulated {
             .map_err(self.failed("write"))
     }
 
-    unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
+    unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
+        let blocks = |launch: &Launch| launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
+        reporter.begin(|| plan.launches().iter().map(blocks).sum());
         plan.launches()
             .iter()
-            .try_for_each(|launch| self.launch(launch, results))
+            .try_for_each(|launch| self.launch(launch, results, reporter))
     }
 
     fn synchronize(&self) -> Result<(), Error> {

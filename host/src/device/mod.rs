@@ -19,6 +19,7 @@ use ptx_emulator::Counters;
 
 use crate::Error;
 use crate::plan::{Plan, Results};
+use crate::progress::Reporter;
 
 /// What every kind of device can do. Addresses are the device's own; on the CPU they are pointers.
 pub(crate) trait Backend: Send + Sync {
@@ -58,12 +59,12 @@ pub(crate) trait Backend: Send + Sync {
     /// As for [`upload`](Self::upload).
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<(), Error>;
 
-    /// Carries out a plan; on a GPU, launches the work and returns.
+    /// Carries out a plan; on a GPU, launches the work and returns. A device that waits for its work says how far it is.
     ///
     /// # Safety
     /// The tensors lie where the plan says, and `results`, which are those of the plan's pass, are the addresses of memory
     /// laid out as it says, all of it memory of this device. Nobody writes the inputs or touches the results meanwhile.
-    unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error>;
+    unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error>;
 
     /// Waits until everything launched has finished.
     fn synchronize(&self) -> Result<(), Error>;

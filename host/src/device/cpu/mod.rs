@@ -22,6 +22,7 @@ use super::{Backend, DeviceInfo};
 use crate::Error;
 use crate::plan::{Plan, Results};
 use crate::problem::BackwardTensors;
+use crate::progress::Reporter;
 use kernels::Isa;
 use team::Team;
 
@@ -200,10 +201,10 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    unsafe fn run(&self, plan: &Plan, results: Results) -> Result<(), Error> {
+    unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
         let team = self.team()?;
         // SAFETY: passed on to the caller.
-        unsafe { run(&team, plan, results) };
+        unsafe { run(&team, plan, results, reporter) };
         Ok(())
     }
 
@@ -216,11 +217,11 @@ impl Backend for Cpu {
 ///
 /// # Safety
 /// As for [`Backend::run`].
-unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results) {
+unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporter<'_>) {
     // SAFETY: passed on to the caller.
     unsafe {
         match results {
-            Results::Forward { out, lse } => forward::forward(team, plan, out, lse),
+            Results::Forward { out, lse } => forward::forward(team, plan, out, lse, reporter),
             Results::Backward {
                 dq,
                 dk,
@@ -235,7 +236,7 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results) {
                     dv: at(tensors.dv, dv),
                     ..*tensors
                 };
-                backward::backward(team, plan.problem(), &tensors, delta, plan.tiles());
+                backward::backward(team, plan, &tensors, delta, reporter);
             }
         }
     }

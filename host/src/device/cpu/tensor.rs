@@ -33,6 +33,14 @@ impl Head {
         }
     }
 
+    /// The rows of a head of the same tensor that lies so many bytes later, and exists.
+    pub(super) fn later(&self, bytes: usize) -> Self {
+        Self {
+            first: self.first.wrapping_add(bytes),
+            ..*self
+        }
+    }
+
     /// Widens row `row`, which exists, to `to`, of head_dim elements.
     pub(super) fn load(&self, kernels: &Kernels, row: usize, to: &mut [f32]) {
         assert!(to.len() >= self.head_dim);
@@ -51,6 +59,30 @@ impl Head {
     pub(super) fn row(&self, row: usize) -> (*const u8, usize) {
         // SAFETY: by the contract of `new`.
         (unsafe { self.first.add(row * self.stride_bytes) }, self.stride_bytes)
+    }
+
+    /// The rows from `first` on as they lie in memory, if they are f32 and one run of it. Of other strides a tile is better
+    /// copied: rows a power of two apart would share a few sets of the L1 cache.
+    pub(super) fn in_place(&self, first: usize) -> Option<*const f32> {
+        let is_a_run = self.dtype == Dtype::F32 && self.stride_bytes == self.head_dim * self.dtype.bytes();
+        is_a_run.then(|| self.row(first).0.cast())
+    }
+
+    /// Asks for rows that will be read soon, as far as the L2 cache.
+    pub(super) fn prefetch(&self, rows: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        for row in rows {
+            let (row, _) = self.row(row);
+            for byte in (0..self.head_dim * self.dtype.bytes()).step_by(64) {
+                // SAFETY: a prefetch never faults, and every x86-64 processor has it.
+                unsafe {
+                    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                    _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(byte).cast());
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = rows;
     }
 
     /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows up

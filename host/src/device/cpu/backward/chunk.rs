@@ -34,7 +34,7 @@ impl Scratch {
             for tile in (0..backward.query_tiles()).rev() {
                 let first_row = tile * backward.tiles.block_m as usize;
                 let rows = (backward.tiles.block_m as usize).min(problem.seqlen_q() as usize - first_row);
-                let end = backward.visibility.visible_end((first_row + rows) as u32 - 1) as usize;
+                let end = backward.seen_by(tile);
                 let sees_any = end > first_key;
                 if !sees_any && chunk > 0 {
                     break; // earlier queries see no more
@@ -63,6 +63,7 @@ impl Scratch {
                     self.add_dq(backward, &dq);
                     added.store(chunk as u32 + 1, Ordering::Release);
                 }
+                backward.reporter.add(1);
             }
         }
         // SAFETY: as above, and no other task has these keys.

@@ -27,8 +27,9 @@ use flash_attention_kernels::entries::Dtype;
 use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
 use super::team::Team;
 use super::tensor::{Head, Visibility};
-use crate::plan::Tiles;
+use crate::plan::{Plan, Tiles};
 use crate::problem::{BackwardTensors, Problem};
+use crate::progress::Reporter;
 use dq::SharedHead;
 use scratch::Scratch;
 
@@ -45,16 +46,24 @@ struct Backward<'a> {
     tiles: Tiles,
     visibility: Visibility,
     delta: u64,
+    reporter: &'a Reporter<'a>,
 }
 
-/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. A task owns
-/// `tiles.block_n` keys and streams `tiles.block_m` queries at a time past them, a multiple of [`MAX_LANES`].
+/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. By the plan's tiles, a
+/// task owns `block_n` keys and streams `block_m` queries at a time past them, a multiple of [`MAX_LANES`].
 ///
 /// # Safety
 /// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of the
 /// problem's type, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor anything
 /// else. Nobody writes the inputs or touches the outputs meanwhile.
-pub(super) unsafe fn backward(team: &Team<'_>, problem: &Problem, tensors: &BackwardTensors, delta: u64, tiles: Tiles) {
+pub(super) unsafe fn backward(
+    team: &Team<'_>,
+    plan: &Plan,
+    tensors: &BackwardTensors,
+    delta: u64,
+    reporter: &Reporter<'_>,
+) {
+    let (problem, tiles) = (plan.problem(), plan.tiles());
     let backward = Backward {
         kernels: team.kernels,
         pairs: team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16),
@@ -63,11 +72,13 @@ pub(super) unsafe fn backward(team: &Team<'_>, problem: &Problem, tensors: &Back
         tiles,
         visibility: Visibility::new(problem),
         delta,
+        reporter,
     };
-    // SAFETY: passed on to the caller.
-    unsafe { backward.make_delta(team) };
     let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
     let heads = problem.batch() * problem.heads_kv();
+    reporter.begin(|| (heads * backward.group() * backward.passes(chunks)) as u64);
+    // SAFETY: passed on to the caller.
+    unsafe { backward.make_delta(team) };
     let shared: Vec<SharedHead> = (0..heads).map(|_| SharedHead::new(&backward)).collect();
     // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody.
     let chunks_of_task = if heads >= 4 * team.threads { chunks } else { 1 };
@@ -117,6 +128,26 @@ impl Backward<'_> {
 
     fn query_tiles(&self) -> usize {
         self.problem.seqlen_q().div_ceil(self.tiles.block_m) as usize
+    }
+
+    /// How often a tile of queries of one head passes a run of keys: the units of work.
+    fn passes(&self, chunks: usize) -> usize {
+        let tiles = self.query_tiles();
+        let (mut passes, mut unseeing) = (tiles, 0); // every tile takes its turn at the first run
+        for chunk in 1..chunks {
+            let first_key = chunk * self.tiles.block_n as usize;
+            while unseeing < tiles && self.seen_by(unseeing) <= first_key {
+                unseeing += 1;
+            }
+            passes += tiles - unseeing;
+        }
+        passes
+    }
+
+    /// Keys that the last query of a tile sees, from the first.
+    fn seen_by(&self, tile: usize) -> usize {
+        let end = (tile as u32 + 1).saturating_mul(self.tiles.block_m);
+        self.visibility.visible_end(end.min(self.problem.seqlen_q()) - 1) as usize
     }
 
     /// The rows of one head of a tensor.

@@ -36,18 +36,19 @@ impl Scratch {
     /// Queries as rows of whole registers, times the sign of the scale.
     pub(super) fn load_few(&mut self, forward: &Forward<'_>, tile: &Tile) {
         let (_, _, sign) = kernel_scale(forward.problem.softmax_scale());
-        let (first, query) = (tile.first_row as usize, &mut self.query);
-        let width = forward.panels.depth;
-        tile.q.load_tile(
-            forward.kernels,
-            first,
-            [tile.rows, tile.rows],
-            query.as_mut_slice(),
-            width,
-        );
-        query.as_mut_slice()[..tile.rows * width]
-            .iter_mut()
-            .for_each(|x| *x *= sign);
+        let (queries, width) = (tile.rows / forward.together, forward.panels.depth);
+        let all = &mut self.query.as_mut_slice()[..tile.rows * width];
+        for (head, of_head) in all.chunks_mut(queries * width).enumerate() {
+            let rows = tile.q.later(head * tile.head_steps[0]);
+            rows.load_tile(
+                forward.kernels,
+                tile.first_row as usize,
+                [queries, queries],
+                of_head,
+                width,
+            );
+        }
+        all.iter_mut().for_each(|x| *x *= sign);
     }
 
     /// One query takes in `keys` keys and values.
@@ -91,13 +92,15 @@ impl Scratch {
         state: &State,
         inverses: impl Iterator<Item = f32>,
     ) {
-        let first = tile.first_row as usize;
+        let queries = tile.rows / forward.together;
         for (row, inverse) in inverses.enumerate() {
             let output = &state.output.as_slice()[row * forward.panels.depth..];
             for (to, x) in self.rows.as_mut_slice().iter_mut().zip(&output[..forward.head_dim()]) {
                 *to = if inverse == 0.0 { 0.0 } else { x * inverse };
             }
-            tile.out.store(forward.kernels, first + row, self.rows.as_slice());
+            let out = tile.out.later(row / queries * tile.head_steps[1]);
+            let place = tile.first_row as usize + row % queries;
+            out.store(forward.kernels, place, self.rows.as_slice());
         }
     }
 }

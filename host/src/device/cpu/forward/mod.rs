@@ -25,6 +25,7 @@ use super::team::Team;
 use super::tensor::{Head, Panels, Visibility};
 use crate::plan::{Plan, Tiles};
 use crate::problem::Problem;
+use crate::progress::Reporter;
 use few::FEW;
 use scratch::Scratch;
 use state::State;
@@ -43,11 +44,15 @@ struct Forward<'a> {
     pairs: Option<&'static Pairs>,
     /// Whether queries are solved one by one. Tiles of q and the output then hold rows of `panels.depth`.
     few: bool,
+    /// Query heads of a tile. More than one only where queries are few and heads share keys, which are then read from memory
+    /// once for all of them.
+    together: usize,
     panels: Panels,
     tiles: Tiles,
     visibility: Visibility,
     out: u64,
     lse: u64,
+    reporter: &'a Reporter<'a>,
 }
 
 /// A tile of queries of one head.
@@ -59,7 +64,10 @@ struct Tile {
     out: Head,
     lse: *mut f32,
     first_row: u32,
+    /// Queries, head after head.
     rows: usize,
+    /// Bytes from one head to the next of q and of out.
+    head_steps: [usize; 2],
     /// Tiles of keys that any of the queries sees.
     blocks: u32,
     /// Those of them that every query sees all of.
@@ -70,14 +78,15 @@ struct Tile {
 ///
 /// # Safety
 /// As for [`Backend::run`](crate::device::Backend::run).
-pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64) {
+pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, reporter: &Reporter<'_>) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
     let few = problem.seqlen_q() <= FEW;
     let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16 && !few);
-    let forward = Forward {
+    let mut forward = Forward {
         kernels: team.kernels,
         pairs,
         few,
+        together: 1,
         panels: Panels {
             lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
             depth: (problem.head_dim() as usize).next_multiple_of(SIDE),
@@ -87,13 +96,18 @@ pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64) {
         visibility: Visibility::new(problem),
         out,
         lse,
+        reporter,
     };
+    let segments = forward.segments(problem.seqlen_k().div_ceil(tiles.block_n)).count();
+    forward.together = forward.heads_together(team.threads, segments);
     let query_tiles = problem.seqlen_q().div_ceil(tiles.block_m) as usize;
-    let heads = problem.batch() * problem.heads_q();
+    let heads = problem.batch() * problem.heads_q() / forward.together;
     let tasks = heads * query_tiles;
     // Heavy tiles first: under a causal mask the last see the most keys.
     let tile = |task: usize| forward.tile(task / query_tiles, query_tiles - 1 - task % query_tiles);
-    let segments = forward.segments(problem.seqlen_k().div_ceil(tiles.block_n)).count();
+    // A unit of work is a tile of keys that passes a tile of queries; one more is for the tile itself.
+    let units = |task| u64::from(tile(task).blocks) + 1;
+    reporter.begin(|| heads as u64 * (0..query_tiles).map(units).sum::<u64>());
     if tasks >= 2 * team.threads || segments == 1 {
         forward.by_tiles(team, tasks, tile);
     } else {
@@ -109,14 +123,17 @@ impl Forward<'_> {
             let tile = tile(task);
             scratch.load_query(self, &tile);
             for (index, blocks) in self.segments(tile.blocks).enumerate() {
+                let units = blocks.len() as u64;
                 if index == 0 {
                     scratch.attend(self, &tile, blocks, state);
                 } else {
                     scratch.attend(self, &tile, blocks, partial);
                     state.merge(self, tile.rows, partial);
                 }
+                self.reporter.add(units);
             }
             scratch.store(self, &tile, state);
+            self.reporter.add(1);
         });
     }
 
@@ -130,9 +147,11 @@ impl Forward<'_> {
                 let tile = tile(task / segments);
                 if let Some(blocks) = self.segments(tile.blocks).nth(task % segments) {
                     let mut state = State::new(self);
+                    let units = blocks.len() as u64;
                     scratch.load_query(self, &tile);
                     scratch.attend(self, &tile, blocks, &mut state);
                     let _ = partials[task].set(state); // nobody else has this task
+                    self.reporter.add(units);
                 }
             },
         );
@@ -144,6 +163,7 @@ impl Forward<'_> {
                 parts.for_each(|part| state.merge(self, tile(task).rows, part));
             }
             scratch.store(self, &tile(task), state);
+            self.reporter.add(1);
         });
     }
 
@@ -159,9 +179,32 @@ impl Forward<'_> {
         (0..blocks.div_ceil(length).max(1)).map(move |i| i * length..((i + 1) * length).min(blocks))
     }
 
-    /// Tile `tile` of head `heads`, all batches counted.
+    /// How many heads a tile has: as many as fit, share keys, and leave tasks for every thread.
+    fn heads_together(&self, threads: usize, segments: usize) -> usize {
+        let (problem, queries) = (self.problem, self.problem.seqlen_q() as usize);
+        let shared = problem.heads_q() / problem.heads_kv();
+        let suits = |heads: &usize| {
+            let tasks = problem.batch() * problem.heads_q() / heads * segments;
+            shared.is_multiple_of(*heads) && heads * queries <= self.lanes() && tasks >= 2 * threads
+        };
+        let most = if self.few { shared } else { 1 };
+        (1..=most).rev().find(suits).unwrap_or(1)
+    }
+
+    /// The place of query `row` of a tile in its sequence.
+    fn position(&self, tile: &Tile, row: usize) -> u32 {
+        tile.first_row
+            + if self.few {
+                row as u32 % self.problem.seqlen_q()
+            } else {
+                row as u32
+            }
+    }
+
+    /// Tile `tile` of the heads that come `heads`th, all batches counted.
     fn tile(&self, heads: usize, tile: usize) -> Tile {
         let (problem, Tiles { block_m, block_n, .. }) = (self.problem, self.tiles);
+        let heads = heads * self.together;
         let (batch, head) = (heads / problem.heads_q(), heads % problem.heads_q());
         let kv_head = head / (problem.heads_q() / problem.heads_kv());
         let first_row = tile as u32 * block_m;
@@ -186,7 +229,9 @@ impl Forward<'_> {
                 ),
                 lse: pointer_mut::<f32>(self.lse).add(first),
                 first_row,
-                rows: rows as usize,
+                rows: self.together * rows as usize,
+                head_steps: [problem.q(), problem.out()]
+                    .map(|tensor| tensor.head_stride as usize * problem.dtype().bytes()),
                 blocks,
                 whole_blocks,
             }

@@ -76,7 +76,7 @@ impl Scratch {
     pub(super) fn store(&mut self, forward: &Forward<'_>, tile: &Tile, state: &State) {
         let magnitude = f64::from(forward.problem.softmax_scale().abs());
         let (max, sum) = (state.max.as_slice(), state.sum.as_slice());
-        let sees_a_key = |row: usize| forward.visibility.visible_end(tile.first_row + row as u32) > 0;
+        let sees_a_key = |row: usize| forward.visibility.visible_end(forward.position(tile, row)) > 0;
         let inverse = |row: usize| match sum[row] {
             _ if !sees_a_key(row) => 0.0,
             0.0 => f32::NAN, // every score is minus infinity: 0 / 0

@@ -4,7 +4,7 @@ use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::{PairProduct, Product, ROWS, SIDE, Softmax};
-use crate::device::cpu::tensor::Panels;
+use crate::device::cpu::tensor::{Head, Panels};
 use crate::plan::kernel_scale;
 
 impl Scratch {
@@ -13,7 +13,7 @@ impl Scratch {
         let (kernels, head_dim, block_n) = (forward.kernels, forward.head_dim(), forward.tiles.block_n);
         let first_key = n * block_n;
         let seen = |row: usize| {
-            let end = forward.visibility.visible_end(tile.first_row + row as u32);
+            let end = forward.visibility.visible_end(forward.position(tile, row));
             end.saturating_sub(first_key).min(block_n) as usize
         };
         if forward.few {
@@ -23,31 +23,47 @@ impl Scratch {
         let keys = seen(tile.rows - 1); // the last query of the tile sees the most
         let padded = keys.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
         let first = first_key as usize;
-        tile.v
-            .load_tile(kernels, first, [keys, padded], self.values.as_mut_slice(), head_dim);
+        let masked = n >= tile.whole_blocks;
+        let in_place = |rows: Head| (!masked && keys == padded).then(|| rows.in_place(first)).flatten();
+        let values = in_place(tile.v).unwrap_or_else(|| {
+            let values = self.values.as_mut_slice();
+            tile.v.load_tile(kernels, first, [keys, padded], values, head_dim);
+            values.as_ptr()
+        });
+        let mut rows_of_keys = self.keys.as_ptr();
         if forward.pairs.is_some() {
             let stride = forward.words();
             tile.k.copy_halves(first, [keys, padded], &mut self.words.keys, stride);
             self.pair_values(forward, padded);
+        } else if let Some(rows) = in_place(tile.k) {
+            rows_of_keys = rows;
         } else {
             let tile_of_keys = self.keys.as_mut_slice();
             tile.k.load_tile(kernels, first, [keys, padded], tile_of_keys, head_dim);
         }
-        let masked = n >= tile.whole_blocks;
         if masked {
             for (row, visible) in self.visible.as_mut_slice()[..tile.rows].iter_mut().enumerate() {
                 *visible = seen(row) as f32;
             }
         }
-        let values = &self.values.as_slice()[..keys * head_dim];
-        let finite = !masked || values.iter().fold(true, |all, x| all & x.is_finite());
-        for (first, lanes) in forward.panels(tile.rows) {
+        let loaded = &self.values.as_slice()[..keys * head_dim];
+        let finite = !masked || loaded.iter().fold(true, |all, x| all & x.is_finite());
+        let panels = tile.rows.div_ceil(forward.panels.lanes);
+        for (index, (first, lanes)) in forward.panels(tile.rows).enumerate() {
+            if n + 1 < tile.blocks {
+                let rows = block_n as usize * index / panels..block_n as usize * (index + 1) / panels;
+                let next = (first_key + block_n) as usize;
+                let end = forward.problem.seqlen_k() as usize;
+                tile.k.prefetch(next + rows.start..(next + rows.end).min(end));
+                tile.v.prefetch(next + rows.start..(next + rows.end).min(end));
+            }
             let visible = masked.then(|| self.visible.as_ptr().wrapping_add(first));
-            // SAFETY: the panel is one of the tile's, and tiles are as large as the plan says.
+            // SAFETY: the panel is one of the tile's, tiles are as large as the plan says, and keys and values are either
+            // rows in memory, all of which exist, or the tiles they were loaded to.
             unsafe {
-                self.scores_of_panel(forward, first, lanes, padded, visible, state);
+                self.scores_of_panel(forward, first, lanes, (padded, rows_of_keys), visible, state);
                 if finite {
-                    self.add_values(forward, first, lanes, padded, state);
+                    self.add_values(forward, first, lanes, (padded, values), state);
                 } else {
                     self.add_seen_values(forward, first, lanes.min(tile.rows - first), state);
                 }
@@ -58,13 +74,13 @@ impl Scratch {
     /// Scores of the panel that starts at lane `first`, and their exponentials.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions, and the panel is one of the tile's.
+    /// The processor has the kernels' instructions, the panel is one of the tile's, and there are as many rows of keys.
     unsafe fn scores_of_panel(
         &mut self,
         forward: &Forward<'_>,
         first: usize,
         lanes: usize,
-        keys: usize,
+        (keys, rows_of_keys): (usize, *const f32),
         visible: Option<*const f32>,
         state: &mut State,
     ) {
@@ -91,7 +107,7 @@ impl Scratch {
                     rows: keys,
                     inner: head_dim,
                     columns: lanes,
-                    a: self.keys.as_ptr(),
+                    a: rows_of_keys,
                     a_stride: head_dim,
                     transposed: false,
                     b: self.query.as_ptr().add(first * depth),
@@ -124,7 +140,14 @@ impl Scratch {
     ///
     /// # Safety
     /// As for [`scores_of_panel`](Self::scores_of_panel).
-    unsafe fn add_values(&mut self, forward: &Forward<'_>, first: usize, lanes: usize, keys: usize, state: &mut State) {
+    unsafe fn add_values(
+        &mut self,
+        forward: &Forward<'_>,
+        first: usize,
+        lanes: usize,
+        (keys, values): (usize, *const f32),
+        state: &mut State,
+    ) {
         let head_dim = forward.head_dim();
         let Panels { lanes: stride, depth } = forward.panels;
         // SAFETY: passed on to the caller.
@@ -148,7 +171,7 @@ impl Scratch {
                     rows: head_dim,
                     inner: keys,
                     columns: lanes,
-                    a: self.values.as_ptr(),
+                    a: values,
                     a_stride: head_dim,
                     transposed: true,
                     b: self.scores.as_ptr(),

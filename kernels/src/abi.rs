@@ -167,7 +167,7 @@ pub struct WorkList {
     pub heads: u32,
     /// Heads whose tiles are worked on side by side, longest first.
     pub heads_per_section: NonZeroU32,
-    /// Tiles of all heads. A block takes every `gridDim.x`-th.
+    /// Tiles of all heads. A block takes one of every `gridDim.x`.
     pub tiles: u32,
 }
 

@@ -16,13 +16,15 @@ pub struct Work {
 }
 
 impl Work {
-    /// What falls to this block: every `gridDim.x`-th tile of `block` rows. `last_first` turns the tiles of a head around.
+    /// What falls to this block: one of every `gridDim.x` tiles of `block` rows, dealt to and fro, so that who got the longest
+    /// of one round gets the shortest of the next. `last_first` turns the tiles of a head around.
     #[inline(always)]
     pub fn of_this_block(list: &WorkList, block: u32, last_first: bool) -> impl Iterator<Item = Self> {
-        let mut next = sreg::block_idx_x();
+        let (mut round, mut place) = (0, sreg::block_idx_x());
         core::iter::from_fn(move || {
-            let index = next;
-            next += sreg::grid_dim_x();
+            let index = round + place;
+            round += sreg::grid_dim_x();
+            place = sreg::grid_dim_x() - 1 - place;
             (index < list.tiles).then(|| Self::new(list, index, block, last_first))
         })
     }

@@ -1,0 +1,210 @@
+//! What a step of the main loops takes, counted by the emulator from the very PTX.
+
+use flash_attention::half::f16;
+use flash_attention::ptx_emulator::{Checks, Counters};
+use flash_attention::{Arch, Attention, Device, EmulatorOptions, Entry, Gradients, Plan, Tensor};
+use flash_attention_kernels::entries;
+
+use crate::Failure;
+
+/// What is predicted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    Forward,
+    Backward,
+    /// Backward, the same bits each time.
+    Deterministic,
+}
+
+impl Pass {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::Deterministic => "deterministic backward",
+        }
+    }
+}
+
+/// A row of the table of speed: both sequences of one length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub pass: Pass,
+    pub batch: usize,
+    pub heads: usize,
+    pub seqlen: usize,
+    pub head_dim: usize,
+    pub causal: bool,
+}
+
+impl Shape {
+    /// 16k tokens, hidden 2048.
+    pub fn of_table(pass: Pass, head_dim: usize, seqlen: usize, causal: bool) -> Self {
+        let (batch, heads) = ((16384 / seqlen).max(1), (2048 / head_dim).max(1));
+        Self {
+            pass,
+            batch,
+            heads,
+            seqlen,
+            head_dim,
+            causal,
+        }
+    }
+
+    /// Operations as the field counts them.
+    pub fn flops(&self) -> f64 {
+        let full = 4.0 * (self.batch * self.heads * self.head_dim) as f64 * (self.seqlen as f64).powi(2);
+        full * if self.causal { 0.5 } else { 1.0 } * if self.pass == Pass::Forward { 1.0 } else { 2.5 }
+    }
+}
+
+/// What the main loops of a call take for a pair of a query and a key, all kernels of the call together.
+#[derive(Clone, Copy, Debug)]
+pub struct Counts {
+    pub tensor_flops: f64,
+    /// Exponentials of lanes.
+    pub exponentials: f64,
+    /// Instructions that warps issue, exponentials among them, products aside.
+    pub issued: f64,
+    /// Bytes through shared memory: passes of warps of 128 bytes each, what bulk copies move, and operands of products.
+    pub shared_bytes: f64,
+}
+
+/// The products of 64 rows that one warpgroup issues in a step: columns, steps along k, whether A is in shared memory too.
+pub fn products(entry: &Entry) -> Vec<(u32, u32, bool)> {
+    let (d, m, n) = (entry.head_dim, entry.block_m, entry.block_n);
+    let (of_queries, of_keys) = ((m, d / 16, true), (n, d / 16, true));
+    match entry.pass {
+        entries::Pass::Forward => vec![of_keys, (d, n / 16, false)],
+        entries::Pass::BackwardQueries => vec![of_keys, of_keys, (d, n / 16, false)],
+        entries::Pass::BackwardKeys if entry.two_walks => {
+            vec![
+                of_queries,
+                of_queries,
+                (d, m / 16, false),
+                of_queries,
+                (d, m / 16, false),
+            ]
+        }
+        entries::Pass::BackwardKeys => vec![of_queries, of_queries, (d, m / 16, false), (d, m / 16, false)],
+        // dQ is one square of 64 x 64, which two warpgroups take in turns, or one each.
+        entries::Pass::BackwardAll => {
+            let dq = (64, n / 16 * d.div_ceil(64) / 2, true);
+            vec![of_queries, of_queries, (d, m / 16, false), (d, m / 16, false), dq]
+        }
+        _ => vec![],
+    }
+}
+
+/// (operations, bytes of operands in shared memory) of those for a pair of a query and a key.
+fn products_of_pair(entry: &Entry) -> (f64, f64) {
+    let groups = (entry.threads / 128 - 1) as f64;
+    let pairs = f64::from(entry.block_m * entry.block_n) / groups;
+    let all = products(entry);
+    let flops: u32 = all.iter().map(|&(n, steps, _)| 2 * 64 * n * 16 * steps).sum();
+    let bytes: u32 = all
+        .iter()
+        .map(|&(n, steps, a)| steps * (n * 32 + if a { 64 * 32 } else { 0 }))
+        .sum();
+    (f64::from(flops) / pairs, f64::from(bytes) / pairs)
+}
+
+/// Instructions beside the products that warps issue for a pair, from the committed table of `cargo xtask sass`: what ptxas
+/// makes of a kernel can not be counted in PTX, whose moves vanish and whose address arithmetic is folded.
+fn issued_for_pair(entry: &Entry) -> Result<f64, Failure> {
+    let row = format!("| {} | sm_90a |", entry.name);
+    let cells = include_str!("../../../results/sass.md")
+        .lines()
+        .find_map(|line| line.strip_prefix(&row));
+    let ratio: f64 = cells
+        .and_then(|cells| cells.trim_end_matches([' ', '|']).rsplit('|').next())
+        .ok_or_else(|| {
+            format!(
+                "sass.md has no {}: cargo xtask sass --output benches/results/sass.md",
+                entry.name
+            )
+        })?
+        .trim()
+        .parse()?;
+    let of_warp: u32 = products(entry).iter().map(|&(_, steps, _)| steps).sum();
+    let warps = f64::from(entry.threads / 32 - 4);
+    Ok(ratio * f64::from(of_warp) * warps / f64::from(entry.block_m * entry.block_n))
+}
+
+/// Runs a call on the emulator at two lengths of each sequence. What grows with the product of both is the main loops;
+/// prologues, epilogues and the kernels around them cancel out.
+///
+/// # Errors
+/// If the emulator's products are not those of the tiles.
+pub fn measure(pass: Pass, head_dim: usize) -> Result<Counts, Failure> {
+    let plan = run(pass, head_dim, 1, 1)?.1;
+    let main = || {
+        plan.launches()
+            .iter()
+            .map(|launch| launch.entry)
+            .filter(|entry| !products(entry).is_empty())
+    };
+    let whole = |a: usize, b: u32| a / gcd(a, b as usize) * b as usize;
+    let q = main().fold(1, |length, entry| whole(length, entry.block_m));
+    let k = main().fold(1, |length, entry| whole(length, entry.block_n));
+    // The first tile of a walk is peeled or waits for nothing: start from two.
+    let runs = [(2 * q, 2 * k), (q, k), (2 * q, k), (q, 2 * k)].map(|(q, k)| run(pass, head_dim, q, k));
+    let [both, neither, queries, keys] = runs.map(|run| run.map(|(counters, _)| counters));
+    let (both, neither, queries, keys) = (both?, neither?, queries?, keys?);
+    let pairs = (q * k) as f64;
+    let bilinear = |f: &dyn Fn(&Counters) -> u64| {
+        (f(&both) as f64 + f(&neither) as f64 - f(&queries) as f64 - f(&keys) as f64) / pairs
+    };
+    let exponentials = |c: &Counters| -> u64 {
+        c.opcodes
+            .iter()
+            .filter(|(name, _)| name.starts_with("ex2"))
+            .map(|(_, count)| count.warp)
+            .sum()
+    };
+    let tiles = main()
+        .map(products_of_pair)
+        .fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
+    let tensor_flops = bilinear(&|c| c.tensor_flops);
+    if (tensor_flops / tiles.0 - 1.0).abs() > 1e-9 {
+        return Err(format!(
+            "{pass:?}, {head_dim}: {tensor_flops} operations a pair, {} by the tiles",
+            tiles.0
+        )
+        .into());
+    }
+    let bulk = bilinear(&|c| c.global_read_bytes + c.global_written_bytes);
+    Ok(Counts {
+        tensor_flops,
+        exponentials: 32.0 * bilinear(&exponentials),
+        issued: main().map(issued_for_pair).sum::<Result<f64, Failure>>()?,
+        shared_bytes: tiles.1 + bulk + 128.0 * bilinear(&|c| c.shared_wavefronts),
+    })
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// The counters of one call for a single head, without a mask, and its plan.
+fn run(pass: Pass, head_dim: usize, seqlen_q: usize, seqlen_k: usize) -> Result<(Counters, Plan), Failure> {
+    let mut options = EmulatorOptions::new(Arch::Sm90a);
+    options.launch.checks = Checks::none();
+    let device = Device::emulator_with(options);
+    let ones =
+        |seqlen: usize| Tensor::from_slice(&device, [1, 1, seqlen, head_dim], &vec![f16::ONE; seqlen * head_dim]);
+    let (q, k, v) = (ones(seqlen_q)?, ones(seqlen_k)?, ones(seqlen_k)?);
+    let attention = match pass {
+        Pass::Deterministic => Attention::new().deterministic(),
+        _ => Attention::new(),
+    };
+    let output = attention.forward(&q, &k, &v)?;
+    let plan = if pass == Pass::Forward {
+        attention.plan(&q, &k, &v)?
+    } else {
+        device.reset_counters();
+        let _: Gradients<f16> = attention.backward(&q, &k, &v, &output, &q)?;
+        attention.plan_backward(&q, &k, &v, &output, &q)?
+    };
+    Ok((device.counters().ok_or("the emulator counts")?, plan))
+}

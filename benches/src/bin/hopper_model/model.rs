@@ -1,0 +1,370 @@
+//! From counts to seconds: what resources take, what the schedule leaves bare, and how work falls to multiprocessors.
+
+use std::fmt::Write as _;
+
+use flash_attention::half::f16;
+use flash_attention::{
+    Attention, BackwardInputs, BackwardProblem, Device, DeviceInfo, Dtype, Element, Entry, Launch, Parameters, Plan,
+    Problem, Results, TensorInfo,
+};
+use flash_attention_kernels::abi::{TensorMap, WorkList};
+use flash_attention_kernels::entries;
+use flash_attention_kernels::mask::Mask;
+
+use crate::Failure;
+use crate::counts::{Counts, Pass, Shape, products};
+
+/// A constant of the hardware, with where it is from.
+struct Constant(&'static str, f64, &'static str);
+
+const MULTIPROCESSORS: Constant = Constant("multiprocessors", 132.0, "NVIDIA H100 whitepaper, SXM5");
+const PEAK: Constant = Constant(
+    "dense f16 peak, TFLOP/s",
+    989.4,
+    "NVIDIA H100 whitepaper, SXM5, at boost",
+);
+const TENSOR: Constant = Constant("tensor operations a clock and SM", 4096.0, "the same: 4 x 512 FMA");
+const MATMUL: Constant = Constant(
+    "matmul of random data, TFLOP/s",
+    798.0,
+    "measured elsewhere: bf16 8192^3, H200, power-limited",
+);
+const MUFU: Constant = Constant(
+    "exponentials a clock and SM",
+    16.0,
+    "CUDA C++ Programming Guide, throughput table, 9.0",
+);
+const ISSUE: Constant = Constant("warp instructions a clock and SM", 4.0, "the same: 4 schedulers");
+const SHARED: Constant = Constant(
+    "shared memory, bytes a clock and SM",
+    128.0,
+    "the same: 32 banks of 4 bytes",
+);
+const HBM: Constant = Constant("device memory, TB/s", 4.3, "measured elsewhere: copy, H200");
+const L2: Constant = Constant(
+    "L2 cache, TB/s",
+    5.5,
+    "about that of H100 PCIe in public microbenchmarks; SXM may have more",
+);
+const LAUNCH: Constant = Constant("from one kernel to the next, us", 2.0, "assumed");
+
+const CONSTANTS: [Constant; 10] = [
+    MULTIPROCESSORS,
+    PEAK,
+    TENSOR,
+    MATMUL,
+    MUFU,
+    ISSUE,
+    SHARED,
+    HBM,
+    L2,
+    LAUNCH,
+];
+
+/// FlashAttention-3 at 16k, full mask: pass, head_dim, queries and keys of a tile, TFLOP/s. Tiles as in its source.
+const FITTED: [(Pass, f64, f64, f64, f64); 5] = [
+    (Pass::Forward, 64.0, 192.0, 192.0, 497.0),
+    (Pass::Forward, 128.0, 128.0, 176.0, 648.0),
+    (Pass::Forward, 256.0, 128.0, 80.0, 756.0),
+    (Pass::Backward, 64.0, 128.0, 128.0, 474.0),
+    (Pass::Backward, 128.0, 80.0, 128.0, 561.0),
+];
+
+/// (cycles on the tensor cores, of other instructions, of the whole step as published) of a peer's step.
+fn peer((pass, d, m, n, tflops): (Pass, f64, f64, f64, f64)) -> [f64; 3] {
+    let products = if pass == Pass::Forward { 2.0 } else { 5.0 };
+    let tensor = products * 2.0 * m * n * d / TENSOR.1;
+    // An exponential each; maximum, multiply-add, sum and half a conversion, or multiply-add, difference, product and two
+    // half conversions; and the rescaling of the output, or dQ and dS on their way through shared memory (left out).
+    let others = if pass == Pass::Forward {
+        3.5 * m * n + m * d
+    } else {
+        4.0 * m * n
+    };
+    [tensor, vector(m * n, (m * n + others) / 32.0), tensor * PEAK.1 / tflops]
+}
+
+/// Cycles of instructions that are no products. While an exponential takes its 8 cycles others can be issued, but those of
+/// one warp wait for one another: maximum, exponentials, sum.
+fn vector(exponentials: f64, issued: f64) -> f64 {
+    exponentials / MUFU.1 + (issued - exponentials / 32.0) / ISSUE.1
+}
+
+/// The share of the other instructions that no product hides: the mean of what published forward speeds imply.
+fn exposed() -> f64 {
+    let forward = FITTED.into_iter().filter(|row| row.0 == Pass::Forward).map(peer);
+    forward
+        .map(|[tensor, vector, whole]| (whole - tensor) / vector)
+        .sum::<f64>()
+        / 3.0
+}
+
+/// Cycles by which a step of the five-product backward is longer than that: the mean of what published speeds imply.
+fn wait() -> f64 {
+    let backward = FITTED.into_iter().filter(|row| row.0 == Pass::Backward).map(peer);
+    backward
+        .map(|[tensor, vector, whole]| whole - tensor - exposed() * vector)
+        .sum::<f64>()
+        / 2.0
+}
+
+/// What a call is predicted to take.
+#[derive(Clone, Copy, Debug)]
+pub struct Prediction {
+    pub tflops: f64,
+    /// If everything overlapped: the busiest resource alone.
+    pub ceiling: f64,
+    /// That resource, and its share of the predicted time.
+    pub busiest: (&'static str, f64),
+    /// Steps of the block that has most, over the mean of all multiprocessors; of the worse kernel, if there are two.
+    pub imbalance: f64,
+}
+
+/// Predicts a row of the table.
+///
+/// # Errors
+/// If the library has no plan for it.
+pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
+    let plan = plan(shape)?;
+    let main: Vec<&Launch> = plan
+        .launches()
+        .iter()
+        .filter(|launch| !products(launch.entry).is_empty())
+        .collect();
+    let hertz = PEAK.1 * 1e12 / (MULTIPROCESSORS.1 * TENSOR.1);
+    let weights: Vec<f64> = main.iter().map(|launch| weight(launch.entry)).collect();
+    let mut imbalance = 1.0_f64;
+    let (mut seconds, mut limits) = (
+        0.0,
+        [
+            ("tensor cores", 0.0),
+            ("issue and MUFU", 0.0),
+            ("shared memory", 0.0),
+            ("L2", 0.0),
+        ],
+    );
+    for (launch, weight) in main.iter().zip(&weights) {
+        let pairs = f64::from(launch.entry.block_m * launch.entry.block_n);
+        let step = step_cycles(counts, pairs * weight / weights.iter().sum::<f64>());
+        let wait = if launch.entry.pass == entries::Pass::BackwardAll {
+            wait()
+        } else {
+            0.0
+        };
+        let (longest, mean) = steps_of_blocks(launch, shape)?;
+        // The first scores, the last products and the store of a tile overlap with nothing: a step more.
+        seconds += longest * (whole_step(step) + wait) / hertz;
+        imbalance = imbalance.max(longest / mean);
+        for (limit, cycles) in limits.iter_mut().zip(step) {
+            limit.1 += mean * cycles / hertz;
+        }
+    }
+    let cost = plan.cost();
+    limits[3].1 = (cost.bytes_read + cost.bytes_written) as f64 / (L2.1 * 1e12);
+    // What comes before and after reads and writes the workspace and three tensors once.
+    let tensor = (shape.batch * shape.heads * shape.seqlen * shape.head_dim * 2) as f64;
+    let around = match shape.pass {
+        Pass::Forward => 0.0,
+        _ => (2.0 * plan.workspace_bytes() as f64 + 3.0 * tensor) / (HBM.1 * 1e12) + 2.0 * LAUNCH.1 * 1e-6,
+    };
+    let busiest = limits
+        .into_iter()
+        .fold(("", 0.0), |most, limit| if limit.1 > most.1 { limit } else { most });
+    let seconds = seconds.max(limits[3].1) + around;
+    Ok(Prediction {
+        tflops: shape.flops() / seconds / 1e12,
+        ceiling: shape.flops() / busiest.1 / 1e12,
+        busiest: (busiest.0, busiest.1 / seconds),
+        imbalance,
+    })
+}
+
+/// Cycles of a step of `pairs` on the tensor cores, of other instructions (the busier of their pipes), of shared memory.
+fn step_cycles(counts: &Counts, pairs: f64) -> [f64; 3] {
+    [
+        counts.tensor_flops / TENSOR.1,
+        vector(counts.exponentials, counts.issued),
+        counts.shared_bytes / SHARED.1,
+    ]
+    .map(|cycles| cycles * pairs)
+}
+
+/// Cycles of a step: of its products with what they do not hide, but no less than any resource takes, the tensor cores at
+/// the rate that power leaves them.
+fn whole_step([tensor, vector, shared]: [f64; 3]) -> f64 {
+    (tensor + exposed() * vector)
+        .max(tensor * PEAK.1 / MATMUL.1)
+        .max(vector)
+        .max(shared)
+}
+
+/// How much of a call's main loops a kernel is, by its products.
+fn weight(entry: &Entry) -> f64 {
+    let of_step: u32 = products(entry).iter().map(|&(n, steps, _)| n * steps).sum();
+    f64::from(of_step * (entry.threads / 128 - 1)) / f64::from(entry.block_m * entry.block_n)
+}
+
+/// Steps of the block that has most, one more for each tile of work; and of all blocks on average, without those.
+fn steps_of_blocks(launch: &Launch, shape: &Shape) -> Result<(f64, f64), Failure> {
+    let list = work_list(launch)?;
+    let owns_keys = !matches!(
+        launch.entry.pass,
+        entries::Pass::Forward | entries::Pass::BackwardQueries
+    );
+    let (own, streamed) = if owns_keys {
+        (launch.entry.block_n, launch.entry.block_m)
+    } else {
+        (launch.entry.block_m, launch.entry.block_n)
+    };
+    let length = shape.seqlen as u32;
+    let steps = |tile: u32| {
+        let (first, rows) = (tile * own, own.min(length - tile * own));
+        let blocks = match (owns_keys, shape.causal) {
+            (false, false) => Mask::<false>::new(length, length).key_blocks(first, rows, streamed),
+            (false, true) => Mask::<true>::new(length, length).key_blocks(first, rows, streamed),
+            (true, false) => Mask::<false>::new(length, length).query_blocks(first, rows, streamed),
+            (true, true) => Mask::<true>::new(length, length).query_blocks(first, rows, streamed),
+        };
+        f64::from(blocks.end - blocks.begin)
+    };
+    let blocks = launch.grid[0] as usize;
+    let mut busy = vec![0.0; blocks];
+    let mut all = 0.0;
+    for index in 0..list.tiles {
+        let steps = steps(tile_of(&list, index, !owns_keys));
+        let (round, place) = (index as usize / blocks, index as usize % blocks);
+        let block = if round.is_multiple_of(2) {
+            place
+        } else {
+            blocks - 1 - place
+        };
+        busy[block] += steps + 1.0;
+        all += steps;
+    }
+    Ok((busy.into_iter().fold(0.0, f64::max), all / MULTIPROCESSORS.1))
+}
+
+/// The tile of its head that `index` is, as the kernels' `Work` has it.
+fn tile_of(list: &WorkList, index: u32, last_first: bool) -> u32 {
+    let section = index / list.tiles_per_head / list.heads_per_section;
+    let first_head = section * list.heads_per_section.get();
+    let heads = list.heads_per_section.get().min(list.heads - first_head).max(1);
+    let tile = (index - first_head * list.tiles_per_head.get()) / heads;
+    if last_first {
+        list.tiles_per_head.get() - 1 - tile
+    } else {
+        tile
+    }
+}
+
+fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
+    let results = match launch.entry.pass {
+        entries::Pass::Forward => Results::Forward { out: 0, lse: 0 },
+        _ => Results::Backward {
+            dq: 0,
+            dk: 0,
+            dv: 0,
+            workspace: 0,
+        },
+    };
+    match launch.params(results, |_| Ok::<_, std::convert::Infallible>(TensorMap([0; 16])))? {
+        Some(Parameters::HopperForward(params, _)) => Ok(params.work),
+        Some(Parameters::HopperBackward(params, _)) => Ok(params.work),
+        _ => Err(format!("{} is no kernel for Hopper", launch.entry.name).into()),
+    }
+}
+
+/// The library's plan for a row on a Hopper GPU, of tensors that are nowhere.
+fn plan(shape: &Shape) -> Result<Plan, Failure> {
+    let hopper = DeviceInfo::gpu((9, 0), MULTIPROCESSORS.1 as u32, 227 * 1024);
+    let device = Device::cpu();
+    let tensor = |index: u64, dtype: Dtype, shape: &[usize]| TensorInfo::contiguous(&device, dtype, shape, index << 40);
+    let dims = [shape.batch, shape.heads, shape.seqlen, shape.head_dim];
+    let infos = (1..6)
+        .map(|index| tensor(index, f16::DTYPE, &dims))
+        .collect::<Result<Vec<_>, _>>()?;
+    let [q, k, v, out, dout] = &infos[..] else {
+        return Err("five tensors".into());
+    };
+    let lse = tensor(6, Dtype::F32, &dims[..3])?;
+    let attention = if shape.causal {
+        Attention::new().causal()
+    } else {
+        Attention::new()
+    };
+    Ok(match shape.pass {
+        Pass::Forward => Plan::new(&Problem::new(&attention, q, k, v, None)?, &hopper)?,
+        Pass::Backward | Pass::Deterministic => {
+            let attention = if shape.pass == Pass::Backward {
+                attention
+            } else {
+                attention.deterministic()
+            };
+            let above = BackwardInputs { out, lse: &lse, dout };
+            Plan::backward(&BackwardProblem::new(&attention, q, k, v, above, None)?, &hopper)?
+        }
+    })
+}
+
+/// The constants, and how well what was fitted fits.
+pub fn about() -> String {
+    let mut text = String::from("| constant | value | source |\n| --- | --- | --- |\n");
+    for Constant(name, value, source) in CONSTANTS {
+        let _ = writeln!(text, "| {name} | {value} | {source} |");
+    }
+    let _ = writeln!(
+        text,
+        "\nFitted: {:.3} of other instructions exposed, {:.0} cycles of waiting a step of five products.\n",
+        exposed(),
+        wait()
+    );
+    text += "| FA3, 16k, full | published | by the fit |\n| --- | --- | --- |\n";
+    for row in FITTED {
+        let [tensor, vector, _] = peer(row);
+        let wait = if row.0 == Pass::Backward { wait() } else { 0.0 };
+        let fit = PEAK.1 * tensor / (tensor + exposed() * vector + wait);
+        let _ = writeln!(text, "| {} {} | {} | {fit:.0} |", row.0.name(), row.1, row.4);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_by_hand() {
+        // 64 x 64 pairs of head_dim 64, forward: 4 x 64 operations, an exponential and 1/8 of an instruction each.
+        let counts = Counts {
+            tensor_flops: 256.0,
+            exponentials: 1.0,
+            issued: 0.125,
+            shared_bytes: 1.0,
+        };
+        let step = step_cycles(&counts, 4096.0);
+        assert_eq!(step, [256.0, 256.0 + 96.0, 32.0]);
+        assert_eq!(whole_step(step), 256.0 + exposed() * 352.0);
+        // Nothing is faster than shared memory, nor than a matrix product.
+        assert_eq!(whole_step([256.0, 0.0, 900.0]), 900.0);
+        assert_eq!(whole_step([798.0, 0.0, 0.0]), 989.4);
+    }
+
+    #[test]
+    fn tiles_are_dealt_out_as_the_kernels_take_them() {
+        let shape = |causal| Shape {
+            pass: Pass::Forward,
+            batch: 1,
+            heads: 1,
+            seqlen: 1024,
+            head_dim: 128,
+            causal,
+        };
+        let steps = |causal| {
+            let plan = plan(&shape(causal)).expect("planned");
+            steps_of_blocks(&plan.launches()[0], &shape(causal)).expect("Hopper's")
+        };
+        // 8 tiles of 128 queries, 8 blocks of 128 keys: one tile a block of threads.
+        assert_eq!(steps(false), (9.0, 64.0 / 132.0));
+        assert_eq!(steps(true), (9.0, 36.0 / 132.0));
+    }
+}

@@ -165,9 +165,9 @@ pub struct WorkList {
     pub tiles_per_head: NonZeroU32,
     /// Heads of all batch entries.
     pub heads: u32,
-    /// Heads whose tiles are worked on side by side, longest first.
+    /// Heads whose tiles are worked on side by side.
     pub heads_per_section: NonZeroU32,
-    /// Tiles of all heads. A block takes one of every `gridDim.x`.
+    /// Tiles of all heads.
     pub tiles: u32,
 }
 

@@ -227,34 +227,43 @@ fn steps_of_blocks(launch: &Launch, shape: &Shape) -> Result<(f64, f64), Failure
         };
         f64::from(blocks.end - blocks.begin)
     };
-    let blocks = launch.grid[0] as usize;
-    let mut busy = vec![0.0; blocks];
-    let mut all = 0.0;
-    for index in 0..list.tiles {
-        let steps = steps(tile_of(&list, index, !owns_keys));
-        let (round, place) = (index as usize / blocks, index as usize % blocks);
-        let block = if round.is_multiple_of(2) {
-            place
-        } else {
-            blocks - 1 - place
-        };
-        busy[block] += steps + 1.0;
-        all += steps;
-    }
+    let busy: Vec<f64> = (0..launch.grid[0])
+        .map(|block| {
+            let tiles = tiles_of_block(&list, block, launch.grid[0], shape.causal);
+            tiles.map(|tile| steps(tile) + 1.0).sum()
+        })
+        .collect();
+    let all: f64 = (0..list.tiles_per_head.get()).map(steps).sum::<f64>() * f64::from(list.heads);
     Ok((busy.into_iter().fold(0.0, f64::max), all / MULTIPROCESSORS.1))
 }
 
-/// The tile of its head that `index` is, as the kernels' `Work` has it.
-fn tile_of(list: &WorkList, index: u32, last_first: bool) -> u32 {
-    let section = index / list.tiles_per_head / list.heads_per_section;
-    let first_head = section * list.heads_per_section.get();
-    let heads = list.heads_per_section.get().min(list.heads - first_head).max(1);
-    let tile = (index - first_head * list.tiles_per_head.get()) / heads;
-    if last_first {
-        list.tiles_per_head.get() - 1 - tile
+/// The tiles, of whichever heads, that a block works on, as the kernels' `Work` deals them out. Which end of a head the longest
+/// tiles are at makes no difference here.
+fn tiles_of_block(list: &WorkList, block: u32, blocks: u32, causal: bool) -> impl Iterator<Item = u32> {
+    let per_head = list.tiles_per_head.get();
+    let shares_per_head = if causal { per_head.div_ceil(2) } else { per_head };
+    let shares = list.heads * shares_per_head;
+    let tile_of = {
+        let (of_section, heads) = (list.heads_per_section.get(), list.heads);
+        move |share: u32| {
+            let first_head = share / shares_per_head / of_section * of_section;
+            (share - first_head * shares_per_head) / of_section.min(heads - first_head)
+        }
+    };
+    let left = shares % blocks;
+    let whole = (0..shares / blocks).map(move |round| (round * blocks + block, [true, causal]));
+    let rest = if causal && 2 * left <= blocks {
+        let second = block % 2 == 1;
+        (block < 2 * left).then_some((shares - left + block / 2, [!second, second]))
     } else {
-        tile
-    }
+        (block < left).then_some((shares - left + block, [true, causal]))
+    };
+    whole.chain(rest).flat_map(move |(share, [first, second])| {
+        let (tile, other) = (tile_of(share), per_head - 1 - tile_of(share));
+        [first.then_some(tile), (second && other != tile).then_some(other)]
+            .into_iter()
+            .flatten()
+    })
 }
 
 fn work_list(launch: &Launch) -> Result<WorkList, Failure> {

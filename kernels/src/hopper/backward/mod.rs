@@ -119,7 +119,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn queries(&mut self) {
         let mask = self.mask;
-        for work in Work::of_this_block(&self.p.work, S::ROWS, true) {
+        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS, true) {
             let first_row = self.first_row(&work);
             // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's owned rows are its own; lse
             // and delta hold an f32 for each query.
@@ -184,7 +184,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// dK and dV of its 64 keys of every tile of work.
     #[inline(always)]
     unsafe fn keys(&mut self) {
-        for work in Work::of_this_block(&self.p.work, S::ROWS, false) {
+        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS, false) {
             let corner = work.corner(self.p.heads_kv, self.group);
             let (dk_map, dv_map) = (map!(self.maps, dk), map!(self.maps, dv));
             // SAFETY (whole body): as in `queries`.

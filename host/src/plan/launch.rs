@@ -421,8 +421,8 @@ fn packed_heads(problem: &Problem, entry: &Entry) -> u32 {
 }
 
 /// Heads whose tiles are worked on side by side: under a causal mask, as many as have what they stream in the L2 cache
-/// together, so that the longest tiles of all of them can come first; else one after the other. They stream two tensors of
-/// `seqlen` rows and `streams` heads; `sharing` of them stream the same.
+/// together; else one after the other. They stream two tensors of `seqlen` rows and `streams` heads; `sharing` of them stream
+/// the same.
 fn heads_per_section(problem: &Problem, seqlen: u32, streams: u32, sharing: NonZeroU32) -> NonZeroU32 {
     if !problem.causal() {
         return NonZeroU32::MIN;

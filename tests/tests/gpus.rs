@@ -90,7 +90,11 @@ fn every_forward_kernel_is_right() {
 
 #[test]
 fn every_backward_kernel_is_right() {
-    on_every_gpu(|gpu, case| case.check_gradients_on([gpu]));
+    on_every_gpu(|gpu, case| {
+        for attention in [case.attention, case.attention.deterministic()] {
+            case.clone().with(attention).check_gradients_on([gpu]);
+        }
+    });
 }
 
 /// A result that moves is a race.

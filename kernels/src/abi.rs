@@ -154,10 +154,10 @@ pub struct HopperForwardParams {
     /// `1 << packed_log2` query heads are packed: row `r` of a head is query `r >> packed_log2`.
     pub packed_log2: u32,
     /// Fills the struct up to a multiple of 64 bytes.
-    pub reserved: [u32; 4],
+    pub reserved: [u32; 5],
 }
 
-/// Tiles of work that blocks which stay for the whole launch share out between them.
+/// Tiles of work that blocks which stay for the whole launch share out between them, as [`deal`](crate::deal) says.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct WorkList {
@@ -165,10 +165,8 @@ pub struct WorkList {
     pub tiles_per_head: NonZeroU32,
     /// Heads of all batch entries.
     pub heads: u32,
-    /// Heads whose tiles are worked on side by side.
-    pub heads_per_section: NonZeroU32,
-    /// Tiles of all heads.
-    pub tiles: u32,
+    /// Blocks of the launch.
+    pub blocks: u32,
 }
 
 /// Parameters of the backward kernels for Hopper. The tensors that a block owns are in boxes of 64 rows, those that it
@@ -209,7 +207,7 @@ pub struct HopperBackwardParams {
     /// The tiles of all heads: of queries, or of keys where a block owns keys.
     pub work: WorkList,
     /// Fills the struct up to a multiple of 64 bytes.
-    pub reserved: [u32; 13],
+    pub reserved: [u32; 12],
 }
 
 /// What the backward kernels for Hopper keep of each query beside the tensors: workspace, `[batch, heads_q, padded_q]` with
@@ -224,6 +222,9 @@ pub struct QuerySums {
     /// Device address of dQ before it is scaled, f32, `dq_columns` a query: by squares of 64 queries and 64 columns, in those
     /// in the order of a warpgroup's registers.
     pub dq: u64,
+    /// Device address of a u32 for each of those squares: how many tiles of keys have been added to it. 0 if they are added in
+    /// any order.
+    pub turns: u64,
     /// Queries of a head, padded to whole tiles of the kernel that streams them.
     pub padded_q: NonZeroU32,
     /// 64 or 128, or 0 if dQ is not added up.
@@ -299,9 +300,9 @@ const _: () = {
     assert!(size_of::<StridedTensor>() == 4 * 8);
     assert!(size_of::<ForwardParams>() == 4 * 32 + 8 + 10 * 4);
     assert!(size_of::<HopperForwardParams>() == 4 * 128 + 8 + 14 * 4);
-    assert!(size_of::<QuerySums>() == 4 * 8);
-    assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 32 + 24 * 4);
-    assert!(size_of::<QuerySumsParams>() == 3 * 32 + 8 + 32 + 6 * 4);
+    assert!(size_of::<QuerySums>() == 5 * 8);
+    assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 40 + 22 * 4);
+    assert!(size_of::<QuerySumsParams>() == 3 * 32 + 8 + 40 + 6 * 4);
     assert!(size_of::<StandardParams>() == size_of::<ForwardParams>() + 8 + 2 * 4);
     assert!(size_of::<BackwardParams>() == 8 * 32 + 2 * 8 + 10 * 4);
 };

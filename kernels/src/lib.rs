@@ -29,7 +29,7 @@
 //! # The rooms
 //!
 //! `asm!` lives in `ptx`, a lane's coordinates in `tile::fragment`, bank conflicts in `tile::swizzle`, minus infinity in
-//! `softmax`, sequence lengths in [`mask`], waiting in `pipeline`; `forward` and `backward` read like the paper.
+//! `softmax`, sequence lengths in [`mask`], who works on what in [`deal`], waiting in `pipeline`; `forward` and `backward` read like the paper.
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -37,6 +37,7 @@
 #![cfg_attr(target_arch = "nvptx64", allow(dead_code, unused_imports, unused_macros))]
 
 pub mod abi;
+pub mod deal;
 pub mod entries;
 pub mod mask;
 pub mod shape;

@@ -332,8 +332,16 @@ pub trait HopperBackwardShape {
     /// Bytes of all tiles: two owned, and slots of two streamed ones and of dS^T, and dQ.
     const TILES_BYTES: u32 = Self::CONSUMERS * (2 * Self::OWNED_BYTES + HOPPER_SLOTS * Self::DS_BYTES + Self::DQ_BYTES)
         + 2 * HOPPER_SLOTS * Self::STREAMED_BYTES;
-    /// Dynamic shared memory of a block: the tiles, an lse and a delta for each streamed row, and the barriers.
-    const SHARED_BYTES: u32 = Self::TILES_BYTES + HOPPER_SLOTS * 2 * Self::COLUMNS * 4 + (1 + HOPPER_SLOTS) * 16;
+    /// Dynamic shared memory of a block: the tiles, an lse and a delta for each streamed row, and a pair of barriers for the owned
+    /// tiles, for each slot and for each warpgroup's dQ.
+    const SHARED_BYTES: u32 =
+        Self::TILES_BYTES + HOPPER_SLOTS * 2 * Self::COLUMNS * 4 + (1 + HOPPER_SLOTS + Self::CONSUMERS) * 16;
+
+    /// Whether warpgroup `group` makes a share of dQ of the tile in `slot`: of every tile, or of every second.
+    #[inline(always)]
+    fn makes_dq(slot: u32, group: u32) -> bool {
+        Self::WALK.adds_queries() && (Self::SQUARES == Self::CONSUMERS || slot == group)
+    }
 
     /// Two-operand products of one warpgroup, 64 x `COLUMNS`, f32.
     #[cfg(target_arch = "nvptx64")]
@@ -351,9 +359,7 @@ pub trait HopperBackwardShape {
 pub enum HopperWalk {
     /// Owns queries, streams keys: dQ.
     Queries,
-    /// Owns keys, streams queries: dK and dV.
-    Keys,
-    /// The same in two walks, because the accumulators of dK and dV do not fit the registers together.
+    /// Owns keys, streams queries: dK and dV, in two walks, because their accumulators do not fit the registers together.
     KeysTwice,
     /// Owns keys, streams queries: dK and dV, and dQ, which blocks add up in device memory.
     All,
@@ -411,12 +417,8 @@ macro_rules! hopper_backward_shape {
 
 // Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter each), and
 // head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it streams less.
-hopper_backward_shape!(HopperQueriesD64: Queries, 128 streamed, head_dim 64);
-hopper_backward_shape!(HopperQueriesD128: Queries, 96 streamed, head_dim 128);
 hopper_backward_shape!(HopperQueriesD192: Queries, 64 streamed, head_dim 192);
 hopper_backward_shape!(HopperQueriesD256: Queries, 48 streamed, head_dim 256);
-hopper_backward_shape!(HopperKeysD64: Keys, 64 streamed, head_dim 64);
-hopper_backward_shape!(HopperKeysD128: Keys, 48 streamed, head_dim 128);
 hopper_backward_shape!(HopperKeysD192: KeysTwice, 64 streamed, head_dim 192);
 hopper_backward_shape!(HopperKeysD256: KeysTwice, 48 streamed, head_dim 256);
 hopper_backward_shape!(HopperAllD64: All, 64 streamed, head_dim 64);

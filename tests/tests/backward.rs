@@ -1,5 +1,7 @@
 //! Gradients on every device against the f64 oracle: tile edges, every compiled kernel, masks, heads, scales, memory.
 
+use std::collections::HashSet;
+
 use flash_attention::half::f16;
 use flash_attention::{Arch, Attention, Device, Dtype, Element, Tensor};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
@@ -78,18 +80,13 @@ const BACKWARD: [Pass; 5] = [
     Pass::BackwardFinish,
 ];
 
-/// A small case for each kernel that makes dQ, in the mode that runs it.
+/// A small case for each kernel that makes dQ.
 fn cases_of_kernels() -> impl Iterator<Item = (Arch, Case)> {
     let makes_dq = |pass| matches!(pass, Pass::BackwardQueries | Pass::BackwardAll);
     ENTRIES.iter().filter(move |entry| makes_dq(entry.pass)).map(|entry| {
         let (short, long) = if entry.dtype == Dtype::F32 { (5, 35) } else { (18, 75) };
         let case = Case::one_head(entry.dtype, short, long, entry.head_dim as usize - 8).masked(entry.causal);
-        let attention = case.attention;
-        let owned = entry.pass == Pass::BackwardQueries;
-        (
-            entry.arch,
-            case.with(if owned { attention.deterministic() } else { attention }),
-        )
+        (entry.arch, case)
     })
 }
 
@@ -228,14 +225,16 @@ fn mild(case: Case) -> Case {
     case.with(attention)
 }
 
+/// The bits of a case's gradients.
+fn bits(case: &Case, device: &Device) -> Vec<u64> {
+    for_dtype!(case.dtype, T => case.run_backward::<T>(device, &case.inputs(), &case.dout()).1.bits())
+}
+
 /// A case gives the same bits on each of these devices.
 fn check_same_bits(case: &Case, devices: impl IntoIterator<Item = Device>) {
-    fn bits<T: Element>(case: &Case, device: &Device) -> Vec<u64> {
-        case.run_backward::<T>(device, &case.inputs(), &case.dout()).1.bits()
-    }
     let mut first = None;
     for (i, device) in devices.into_iter().enumerate() {
-        let bits = for_dtype!(case.dtype, T => bits::<T>(case, &device));
+        let bits = bits(case, &device);
         let first = first.get_or_insert_with(|| bits.clone());
         assert!(*first == bits, "run {i} on {device}: {case:?}");
     }
@@ -319,6 +318,33 @@ fn the_order_of_warps_does_not_show() {
     }
     for case in both_modes(&Case::new(Dtype::F32, [1, 2, 20, 40], [1, 1, 40, 40]).masked(true)) {
         check_same_bits(&case, every_order(Arch::Sm80).take(5));
+    }
+}
+
+/// Where blocks add dQ up, they do so in one order if asked to, and in several if not: on one square of dQ a tile and on two,
+/// with four tiles of keys a head.
+#[test]
+fn blocks_take_turns_where_bits_are_asked_for() {
+    if !devices().emulation() {
+        return;
+    }
+    let case = |dtype, seqlen_q, head_dim, causal| {
+        Case::new(dtype, [1, 2, seqlen_q, head_dim], [1, 1, 400, head_dim]).masked(causal)
+    };
+    let free = case(Dtype::F16, 150, 64, false);
+    let found: HashSet<_> = every_order(Arch::Sm90a).map(|device| bits(&free, &device)).collect();
+    assert!(
+        found.len() > 1,
+        "every order gives the same bits, so there is nothing to see"
+    );
+    for (dtype, seqlen_q, head_dim, causal) in [
+        (Dtype::F16, 150, 64, false),
+        (Dtype::F16, 70, 128, true),
+        (Dtype::Bf16, 70, 72, false),
+        (Dtype::Bf16, 70, 64, true),
+    ] {
+        let case = case(dtype, seqlen_q, head_dim, causal);
+        check_same_bits(&asking_for_bits(&case), every_order(Arch::Sm90a));
     }
 }
 

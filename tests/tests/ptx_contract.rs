@@ -104,7 +104,6 @@ fn warpgroup_products_are_those_of_the_tiles() {
         let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
             (Pass::Forward, _) => (2 + u32::from(entry.causal), 1, 1),
             (Pass::BackwardQueries, _) => (2, 2, 1),
-            (Pass::BackwardKeys, false) => (1, 2, 2),
             (Pass::BackwardKeys, true) => (1, 3, 2),
             // Where dQ is one square, the warpgroups take it in turns: with it and without it, dK is a branch each.
             (Pass::BackwardAll, _) => (1, 2, if entry.head_dim == 64 { 3 } else { 2 }),

@@ -97,10 +97,8 @@ fn products_of_step(entry: &Entry) -> Vec<u32> {
         // Q K^T, dO V^T; dS K.
         Pass::BackwardQueries => vec![2 * head_dim + keys],
         // K Q^T, V dO^T, dS^T Q; then K Q^T again, P^T dO.
-        Pass::BackwardKeys if entry.two_walks => vec![2 * head_dim + queries, head_dim + queries],
-        // K Q^T, V dO^T; P^T dO, dS^T Q.
-        Pass::BackwardKeys => vec![2 * head_dim + 2 * queries],
-        // The same and dS K along all keys. Where dQ is a single square of 64 columns the warpgroups take it in turns: a step
+        Pass::BackwardKeys => vec![2 * head_dim + queries, head_dim + queries],
+        // K Q^T, V dO^T; P^T dO, dS^T Q; dS K along all keys. Where dQ is a single square of 64 columns the warpgroups take it in turns: a step
         // multiplies it or not, the code holds both ways, and dS^T Q in each.
         Pass::BackwardAll => {
             let in_turns = if entry.head_dim <= 64 { queries } else { 0 };
@@ -125,16 +123,12 @@ fn most_others(entry: &Entry) -> f64 {
         (Pass::Forward, 128) => 30.5,
         (Pass::Forward, 192) => 26.0,
         (Pass::Forward, 256) => 22.5,
-        (Pass::BackwardQueries, 64) => 24.5,
-        (Pass::BackwardQueries, 128) => 16.0,
         (Pass::BackwardQueries, 192) => 10.5,
         (Pass::BackwardQueries, 256) => 8.5,
-        (Pass::BackwardKeys, 64) => 24.0,
-        (Pass::BackwardKeys, 128) => 15.5,
         (Pass::BackwardKeys, 192) => 15.5,
         (Pass::BackwardKeys, 256) => 11.5,
-        (Pass::BackwardAll, 64 | 96) => 20.0,
-        (Pass::BackwardAll, 128) => 18.0,
+        (Pass::BackwardAll, 64 | 96) => 19.5,
+        (Pass::BackwardAll, 128) => 17.5,
         // A tile without a limit must get one; what does not multiply needs none.
         _ => 0.0,
     }

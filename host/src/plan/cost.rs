@@ -6,17 +6,17 @@ use flash_attention_kernels::mask::{Blocks, Mask};
 use super::{Launch, Tiles};
 use crate::Problem;
 
-/// What a plan costs, counted exactly.
+/// What a plan costs, counted exactly, but for the counters by which blocks take turns at a sum: how often they are read is
+/// a matter of time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward: Q once; K and V once for every query tile that sees them.
-    /// Backward: that twice over, from the queries' side and from the keys', or from the keys' alone. On the CPU backward reads K and V once, Q, dO
-    /// and their statistics once for every run of keys that sees them, and dQ so far, in f32, for every such run but the
-    /// first.
+    /// Backward: that twice over, from the queries' side and from the keys', or from the keys' alone. On the CPU backward
+    /// reads K and V once, Q, dO and their statistics once for every run of keys that sees them, and dQ so far, in f32, for
+    /// every such run but the first.
     pub bytes_read: u128,
     /// Bytes that kernels store to device memory: each result once, and the workspace in backward, with what blocks add to
-    /// sums of dQ. On the CPU also dQ so far, in
-    /// f32, as often as it is read.
+    /// sums of dQ. On the CPU also dQ so far, in f32, as often as it is read.
     pub bytes_written: u128,
     /// Multiplications and additions of the products, over visible pairs only: two products in forward, five in
     /// backward, whatever is computed twice.

@@ -111,7 +111,8 @@ impl Launch {
     ) -> Result<Self, Error> {
         let packed = packed_heads(problem, entry);
         let heads = problem.heads_q() / packed as usize;
-        let ([tiles, ..], tiles_per_head) = grid(problem.batch(), heads, problem.seqlen_q() * packed, entry.block_m)?;
+        let rows = problem.seqlen_q() * packed;
+        let work = work_list(grid(problem.batch(), heads, rows, entry.block_m)?, multiprocessors);
         let heads_per_kv = count(heads / problem.heads_kv())?;
         let params = HopperForwardParams {
             q: UNKNOWN_MAP,
@@ -123,15 +124,10 @@ impl Launch {
             heads_per_kv,
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
-            work: WorkList {
-                tiles_per_head,
-                heads: tiles / tiles_per_head,
-                heads_per_section: heads_per_section(problem, problem.seqlen_k(), 1, heads_per_kv),
-                tiles,
-            },
+            work,
             scale_log2: kernel_scale(problem.softmax_scale()).1,
             packed_log2: packed.ilog2(),
-            reserved: [0; 4],
+            reserved: [0; 5],
         };
         let (q, k) = tile_map::dims(problem);
         let query = |tensor| TileMap::packed(tensor, q, problem.dtype(), HOPPER_ROWS, packed);
@@ -142,7 +138,7 @@ impl Launch {
             key(&problem.v()),
             query(&problem.out()),
         ];
-        let grid = [tiles.min(multiprocessors), 1, 1];
+        let grid = [work.blocks, 1, 1];
         Ok(Self::new(entry, grid, Parameters::HopperForward(params, maps)))
     }
 
@@ -156,16 +152,12 @@ impl Launch {
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let (heads_kv, heads_q_per_kv) = (problem.heads_kv(), count(problem.heads_q() / problem.heads_kv())?);
         let owns_keys = entry.pass != Pass::BackwardQueries;
-        let ([tiles, ..], tiles_per_head) = if owns_keys {
+        let tiles = if owns_keys {
             grid(problem.batch(), heads_kv, problem.seqlen_k(), entry.block_n)?
         } else {
             grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
         };
-        let heads_per_section = if owns_keys {
-            heads_per_section(problem, problem.seqlen_q(), heads_q_per_kv.get(), NonZeroU32::MIN)
-        } else {
-            heads_per_section(problem, problem.seqlen_k(), 1, heads_q_per_kv)
-        };
+        let work = work_list(tiles, multiprocessors);
         let scale = problem.softmax_scale();
         let params = HopperBackwardParams {
             q: UNKNOWN_MAP,
@@ -183,13 +175,8 @@ impl Launch {
             seqlen_k: problem.seqlen_k(),
             softmax_scale: scale,
             scale_log2: (f64::from(scale) * std::f64::consts::LOG2_E) as f32,
-            work: WorkList {
-                tiles_per_head,
-                heads: tiles / tiles_per_head,
-                heads_per_section,
-                tiles,
-            },
-            reserved: [0; 13],
+            work,
+            reserved: [0; 12],
         };
         let (of_queries, of_keys) = tile_map::dims(problem);
         let (q_rows, k_rows) = if owns_keys {
@@ -208,7 +195,7 @@ impl Launch {
             key(&tensors.dk),
             key(&tensors.dv),
         ];
-        let grid = [tiles.min(multiprocessors), 1, 1];
+        let grid = [work.blocks, 1, 1];
         Ok(Self::new(entry, grid, Parameters::HopperBackward(params, maps)))
     }
 
@@ -360,23 +347,32 @@ fn grid(batch: usize, heads: usize, seqlen: u32, tile: u32) -> Result<([u32; 3],
 /// What the backward kernels for Hopper keep of each query, as offsets into a workspace, and its bytes. `streams` is the
 /// kernel that streams queries.
 pub(super) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySums, u64) {
-    let problem = problem.forward();
-    let seqlen_q = NonZeroU32::new(problem.seqlen_q().next_multiple_of(streams.block_m)).unwrap_or(NonZeroU32::MIN);
-    let rows = problem.batch() as u64 * problem.heads_q() as u64 * u64::from(seqlen_q.get());
+    let forward = problem.forward();
+    let seqlen_q = NonZeroU32::new(forward.seqlen_q().next_multiple_of(streams.block_m)).unwrap_or(NonZeroU32::MIN);
+    let rows = forward.batch() as u64 * forward.heads_q() as u64 * u64::from(seqlen_q.get());
     let statistic = rows * size_of::<f32>() as u64;
     let dq_columns = if streams.pass == Pass::BackwardAll {
         panel_columns(streams.head_dim)
     } else {
         0
     };
+    let is_ordered = dq_columns > 0 && problem.deterministic();
+    let summed = statistic * u64::from(2 + dq_columns);
     let sums = QuerySums {
         lse_log2: 0,
         delta: statistic,
         dq: 2 * statistic,
+        turns: if is_ordered { summed } else { 0 },
         padded_q: seqlen_q,
         dq_columns,
     };
-    (sums, statistic * u64::from(2 + dq_columns))
+    let squares = rows * u64::from(dq_columns) / u64::from(HOPPER_ROWS * HOPPER_ROWS);
+    let turns = if is_ordered {
+        squares * size_of::<u32>() as u64
+    } else {
+        0
+    };
+    (sums, summed + turns)
 }
 
 /// The sums in the workspace at this address.
@@ -385,6 +381,7 @@ fn placed(sums: QuerySums, workspace: u64) -> QuerySums {
         lse_log2: workspace + sums.lse_log2,
         delta: workspace + sums.delta,
         dq: workspace + sums.dq,
+        turns: if sums.turns == 0 { 0 } else { workspace + sums.turns },
         ..sums
     }
 }
@@ -420,21 +417,14 @@ fn packed_heads(problem: &Problem, entry: &Entry) -> u32 {
     }
 }
 
-/// Heads whose tiles are worked on side by side: under a causal mask, as many as have what they stream in the L2 cache
-/// together; else one after the other. They stream two tensors of `seqlen` rows and `streams` heads; `sharing` of them stream
-/// the same.
-fn heads_per_section(problem: &Problem, seqlen: u32, streams: u32, sharing: NonZeroU32) -> NonZeroU32 {
-    if !problem.causal() {
-        return NonZeroU32::MIN;
+/// What the blocks of a launch share out between them, instead of the grid of a block a tile.
+fn work_list(([tiles, ..], tiles_per_head): ([u32; 3], NonZeroU32), multiprocessors: u32) -> WorkList {
+    WorkList {
+        tiles_per_head,
+        heads: tiles / tiles_per_head,
+        blocks: tiles.min(multiprocessors),
     }
-    let row_bytes = u64::from(problem.head_dim()) * problem.dtype().bytes() as u64;
-    let fit = L2_BYTES / (2 * u64::from(seqlen) * row_bytes * u64::from(streams)).max(1);
-    let fit = u32::try_from(fit).ok().and_then(NonZeroU32::new);
-    sharing.saturating_mul(fit.unwrap_or(NonZeroU32::MIN))
 }
-
-/// What of Hopper's 50 MB of L2 cache keys and values may take.
-const L2_BYTES: u64 = 32 << 20;
 
 /// A number of heads. No problem has none, and one with more than a launch has blocks was refused by its grid.
 fn count(n: usize) -> Result<NonZeroU32, Error> {

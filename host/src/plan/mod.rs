@@ -88,13 +88,13 @@ impl Plan {
     /// Plans a backward pass for a device: first delta, then the gradients, in one of two ways.
     ///
     /// The portable kernels, and the CPU, let each gradient be written once, by the block that owns it, in a fixed order.
-    /// On a GPU that takes seven products, because a kernel for dQ and another for dK and dV both compute scores. It is what
-    /// `.deterministic()` gets on every device.
+    /// On a GPU that takes seven products, because a kernel for dQ and another for dK and dV both compute scores.
     ///
-    /// On Hopper, up to head_dim 128, the default is one kernel of five products. Blocks own keys and add up dQ in f32 in
+    /// On Hopper, up to head_dim 128, there is one kernel of five products. Blocks own keys and add up dQ in f32 in
     /// the workspace, `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes a head, in an order that is not fixed: the last
-    /// bits of dQ differ from run to run. Beyond head_dim 128 the accumulators of dK and dV fill the registers, and the
-    /// default is the other way too.
+    /// bits of dQ differ from run to run. With `.deterministic()` the order is that of the keys' tiles, and each block waits for its
+    /// turn: blocks then follow each other in steps, which costs the first of them a few hundredths of the time of a launch.
+    /// Beyond head_dim 128 the accumulators of dK and dV fill the registers, and Hopper goes the first way too.
     ///
     /// # Errors
     /// As for [`new`](Self::new).
@@ -132,7 +132,8 @@ impl Plan {
     }
 
     /// Device memory that is needed while the plan runs, beside inputs and results: in backward an f32 a query, or on Hopper
-    /// two, and where dQ is added up an f32 for each of its elements, queries in whole tiles of 64 and head_dim in whole 64s.
+    /// two, and where dQ is added up an f32 for each of its elements, queries in whole tiles of 64 and head_dim in whole 64s,
+    /// with a u32 for each such square where they are added in a fixed order.
     pub fn workspace_bytes(&self) -> u64 {
         self.workspace_bytes
     }
@@ -197,23 +198,25 @@ fn backward_launches(
     let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
     let hopper = tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
     let choose = |pass| choose(forward, pass, device, hopper);
-    let keys = choose(Pass::BackwardKeys)?;
-    if keys.arch == Arch::Sm80 {
-        let launches = [choose(Pass::BackwardDelta)?, choose(Pass::BackwardQueries)?, keys]
+    let first = choose(Pass::BackwardDelta)?;
+    if first.arch == Arch::Sm80 {
+        let launches = [first, choose(Pass::BackwardQueries)?, choose(Pass::BackwardKeys)?]
             .map(|entry| Launch::backward(problem, entry))
             .into_iter()
             .collect::<Result<Vec<_>, Error>>()?;
         return Ok((launches, problem.delta_bytes()));
     }
-    let prepare = choose(Pass::BackwardDelta)?;
     // None is compiled for the widest heads.
-    let all = choose(Pass::BackwardAll).ok().filter(|_| !problem.deterministic());
-    let (sums, workspace_bytes) = launch::query_sums(problem, all.unwrap_or(keys));
+    let (dtype, causal) = (forward.dtype(), forward.causal());
+    let has_all = entries::find(Pass::BackwardAll, Arch::Sm90a, dtype, causal, forward.head_dim()).is_some();
+    let streams = choose(if has_all { Pass::BackwardAll } else { Pass::BackwardKeys })?;
+    let (sums, workspace_bytes) = launch::query_sums(problem, streams);
     let edge = |entry| Launch::query_sums(problem, entry, sums);
     let middle = |entry| Launch::hopper_backward(problem, entry, sums, multiprocessors);
-    let launches = match all {
-        Some(all) => vec![edge(prepare)?, middle(all)?, edge(choose(Pass::BackwardFinish)?)?],
-        None => vec![edge(prepare)?, middle(choose(Pass::BackwardQueries)?)?, middle(keys)?],
+    let launches = if has_all {
+        vec![edge(first)?, middle(streams)?, edge(choose(Pass::BackwardFinish)?)?]
+    } else {
+        vec![edge(first)?, middle(choose(Pass::BackwardQueries)?)?, middle(streams)?]
     };
     Ok((launches, workspace_bytes))
 }

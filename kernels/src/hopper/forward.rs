@@ -63,7 +63,7 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut queries, mut tiles) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
     let map = |offset: usize| maps + offset as u64;
-    for work in Work::of_this_block::<CAUSAL>(&p.work, S::BLOCK_M, true) {
+    for work in Work::of_this_block::<CAUSAL>(&p.work, S::BLOCK_M) {
         // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
         unsafe {
             let full = shared.query_slots().refill(queries, S::CONSUMERS * S::QUERY_BYTES);
@@ -148,7 +148,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if self.group == S::CONSUMERS - 1 {
                 self.pass_turn();
             }
-            for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::BLOCK_M, true) {
+            for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::BLOCK_M) {
                 self.shared.query_slots().acquire(self.queries);
                 let mut softmax = OnlineSoftmax::new(self.p.scale_log2);
                 let mut output = S::Output::zero();

@@ -37,6 +37,34 @@ pub fn sync_warp() {
     unsafe { asm!("bar.warp.sync -1;", options(nostack)) }
 }
 
+/// `ld.acquire.gpu` — waits until the word at `address` is `value`; what those did before who made it so is visible then.
+///
+/// # Safety
+/// `address` is a readable, 4-byte aligned word of device memory that is only written by [`signal`] meanwhile.
+#[inline(always)]
+pub unsafe fn wait_for(address: u64, value: u32) {
+    loop {
+        let now: u32;
+        // SAFETY: the caller's contract.
+        unsafe {
+            asm!("ld.acquire.gpu.global.u32 {n}, [{p}];", n = out(reg32) now, p = in(reg64) address, options(nostack));
+        }
+        if now == value {
+            return;
+        }
+    }
+}
+
+/// `red.release.gpu.add` — adds 1 to a word; what this thread did before is visible to who [waits](wait_for) for that.
+///
+/// # Safety
+/// `address` is a writable, 4-byte aligned word of device memory.
+#[inline(always)]
+pub unsafe fn signal(address: u64) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("red.release.gpu.global.add.u32 [{p}], 1;", p = in(reg64) address, options(nostack)) }
+}
+
 /// `shfl.sync.bfly.b32` — the value of lane `lane_id ^ mask`.
 #[inline(always)]
 pub fn shuffle_xor(value: f32, mask: u32) -> f32 {

@@ -90,9 +90,16 @@ pub unsafe fn add_run(target: u64, src: u32, bytes: u32) {
 
 /// `cp.async.bulk.commit_group` — closes the current group of this thread's stores.
 #[inline(always)]
-pub fn commit() {
+fn commit() {
     // SAFETY: concerns this thread's own copies.
     unsafe { asm!("cp.async.bulk.commit_group;", options(nostack)) }
+}
+
+/// `cp.async.bulk.wait_group 0` — waits until what this thread stored and committed is in memory, for it to see.
+#[inline(always)]
+pub fn wait_written() {
+    // SAFETY: as for `commit`.
+    unsafe { asm!("cp.async.bulk.wait_group 0;", options(nostack)) }
 }
 
 /// `cp.async.bulk.commit_group` and `wait_group.read 0` — waits until this thread's stores have read what they store.
@@ -101,6 +108,13 @@ pub fn wait_read() {
     commit();
     // SAFETY: as for `commit`.
     unsafe { asm!("cp.async.bulk.wait_group.read 0;", options(nostack)) }
+}
+
+/// `fence.proxy.async.global` — copies that this thread starts from here on come after what it has seen of device memory.
+#[inline(always)]
+pub fn fence_async_global() {
+    // SAFETY: orders this thread's accesses.
+    unsafe { asm!("fence.proxy.async.global;", options(nostack)) }
 }
 
 /// `fence.proxy.async` — what this thread wrote to shared memory is visible to copies and products that follow.

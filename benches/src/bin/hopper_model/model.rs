@@ -8,6 +8,7 @@ use flash_attention::{
     Problem, Results, TensorInfo,
 };
 use flash_attention_kernels::abi::{TensorMap, WorkList};
+use flash_attention_kernels::deal::Deal;
 use flash_attention_kernels::entries;
 use flash_attention_kernels::mask::Mask;
 
@@ -47,8 +48,13 @@ const L2: Constant = Constant(
     "about that of H100 PCIe in public microbenchmarks; SXM may have more",
 );
 const LAUNCH: Constant = Constant("from one kernel to the next, us", 2.0, "assumed");
+const TURN: Constant = Constant(
+    "from one block's turn at a sum to the next, us",
+    2.0,
+    "assumed: a reduction that ends, and a flag through the L2 cache",
+);
 
-const CONSTANTS: [Constant; 10] = [
+const CONSTANTS: [Constant; 11] = [
     MULTIPROCESSORS,
     PEAK,
     TENSOR,
@@ -59,6 +65,7 @@ const CONSTANTS: [Constant; 10] = [
     HBM,
     L2,
     LAUNCH,
+    TURN,
 ];
 
 /// FlashAttention-3 at 16k, full mask: pass, head_dim, queries and keys of a tile, TFLOP/s. Tiles as in its source.
@@ -146,14 +153,18 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     for (launch, weight) in main.iter().zip(&weights) {
         let pairs = f64::from(launch.entry.block_m * launch.entry.block_n);
         let step = step_cycles(counts, pairs * weight / weights.iter().sum::<f64>());
-        let wait = if launch.entry.pass == entries::Pass::BackwardAll {
-            wait()
-        } else {
-            0.0
-        };
-        let (longest, mean) = steps_of_blocks(launch, shape)?;
+        let adds = launch.entry.pass == entries::Pass::BackwardAll;
+        let wait = if adds { wait() } else { 0.0 };
+        let takes_turns = adds && shape.pass == Pass::Deterministic;
+        let list = work_list(launch)?;
+        let (longest, mean) = steps_of_blocks(launch, &list, shape);
         // The first scores, the last products and the store of a tile overlap with nothing: a step more.
         seconds += longest * (whole_step(step) + wait) / hertz;
+        if takes_turns {
+            let tiles = list.tiles_per_head.get();
+            let following = if shape.causal { tiles.div_ceil(2) } else { tiles };
+            seconds += f64::from(following.min(list.blocks) - 1) * TURN.1 * 1e-6;
+        }
         imbalance = imbalance.max(longest / mean);
         for (limit, cycles) in limits.iter_mut().zip(step) {
             limit.1 += mean * cycles / hertz;
@@ -205,8 +216,7 @@ fn weight(entry: &Entry) -> f64 {
 }
 
 /// Steps of the block that has most, one more for each tile of work; and of all blocks on average, without those.
-fn steps_of_blocks(launch: &Launch, shape: &Shape) -> Result<(f64, f64), Failure> {
-    let list = work_list(launch)?;
+fn steps_of_blocks(launch: &Launch, list: &WorkList, shape: &Shape) -> (f64, f64) {
     let owns_keys = !matches!(
         launch.entry.pass,
         entries::Pass::Forward | entries::Pass::BackwardQueries
@@ -227,43 +237,18 @@ fn steps_of_blocks(launch: &Launch, shape: &Shape) -> Result<(f64, f64), Failure
         };
         f64::from(blocks.end - blocks.begin)
     };
-    let busy: Vec<f64> = (0..launch.grid[0])
+    let busy: Vec<f64> = (0..list.blocks)
         .map(|block| {
-            let tiles = tiles_of_block(&list, block, launch.grid[0], shape.causal);
-            tiles.map(|tile| steps(tile) + 1.0).sum()
+            let whole = |deal: Deal| steps(deal.tile) + 1.0;
+            if shape.causal {
+                list.deal::<true>(block).map(whole).sum()
+            } else {
+                list.deal::<false>(block).map(whole).sum()
+            }
         })
         .collect();
     let all: f64 = (0..list.tiles_per_head.get()).map(steps).sum::<f64>() * f64::from(list.heads);
-    Ok((busy.into_iter().fold(0.0, f64::max), all / MULTIPROCESSORS.1))
-}
-
-/// The tiles, of whichever heads, that a block works on, as the kernels' `Work` deals them out. Which end of a head the longest
-/// tiles are at makes no difference here.
-fn tiles_of_block(list: &WorkList, block: u32, blocks: u32, causal: bool) -> impl Iterator<Item = u32> {
-    let per_head = list.tiles_per_head.get();
-    let shares_per_head = if causal { per_head.div_ceil(2) } else { per_head };
-    let shares = list.heads * shares_per_head;
-    let tile_of = {
-        let (of_section, heads) = (list.heads_per_section.get(), list.heads);
-        move |share: u32| {
-            let first_head = share / shares_per_head / of_section * of_section;
-            (share - first_head * shares_per_head) / of_section.min(heads - first_head)
-        }
-    };
-    let left = shares % blocks;
-    let whole = (0..shares / blocks).map(move |round| (round * blocks + block, [true, causal]));
-    let rest = if causal && 2 * left <= blocks {
-        let second = block % 2 == 1;
-        (block < 2 * left).then_some((shares - left + block / 2, [!second, second]))
-    } else {
-        (block < left).then_some((shares - left + block, [true, causal]))
-    };
-    whole.chain(rest).flat_map(move |(share, [first, second])| {
-        let (tile, other) = (tile_of(share), per_head - 1 - tile_of(share));
-        [first.then_some(tile), (second && other != tile).then_some(other)]
-            .into_iter()
-            .flatten()
-    })
+    (busy.into_iter().fold(0.0, f64::max), all / MULTIPROCESSORS.1)
 }
 
 fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
@@ -370,7 +355,8 @@ mod tests {
         };
         let steps = |causal| {
             let plan = plan(&shape(causal)).expect("planned");
-            steps_of_blocks(&plan.launches()[0], &shape(causal)).expect("Hopper's")
+            let launch = &plan.launches()[0];
+            steps_of_blocks(launch, &work_list(launch).expect("Hopper's"), &shape(causal))
         };
         // 8 tiles of 128 queries, 8 blocks of 128 keys: one tile a block of threads.
         assert_eq!(steps(false), (9.0, 64.0 / 132.0));

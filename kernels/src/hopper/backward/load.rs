@@ -17,7 +17,7 @@ pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
 ) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut owned, mut streamed) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
-    for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS, true) {
+    for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
         // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
         unsafe {
             shared.load_owned(&mut owned, [map!(maps, q), map!(maps, dout)], |group| {
@@ -47,7 +47,7 @@ pub unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let mut owned = Cursor::<1>::start();
     let mut streamed = Cursor::<HOPPER_SLOTS>::start();
-    for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS, false) {
+    for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
         // SAFETY (whole body): as in `load_keys`; the queries' sums are padded to whole tiles.
         unsafe {
             shared.load_owned(&mut owned, [map!(maps, k), map!(maps, v)], |group| {

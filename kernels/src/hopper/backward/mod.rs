@@ -1,13 +1,13 @@
 //! The backward pass on Hopper, in two forms. [`sums`] makes lse and delta of the queries first.
 //!
-//! One form is that of [`backward`](crate::backward): [`queries`] owns queries and streams keys for dQ, and [`keys`] owns
-//! keys, streams queries and works on the transposed tiles for dK and dV, so that P^T and dS^T are left operands in the
-//! registers they were computed in. No gradient is touched by two blocks: no atomics, the same bits each time at every
-//! head_dim, for seven products.
+//! Up to head_dim 128 it takes five products. [`keys`] owns keys, streams queries and works on the transposed tiles for dK and
+//! dV, so that P^T and dS^T are left operands in the registers they were computed in. dQ of each streamed tile follows from
+//! dS^T of all its keys, which the warpgroups show each other in shared memory; [`add`] adds it to an f32 sum in device memory,
+//! and [`sums`] rounds that last. Which block adds first is chance, and so are the last bits of dQ, unless each waits for its turn.
 //!
-//! The other takes five. [`keys`] with a shape that walks [`All`](crate::shape::HopperWalk::All) computes dQ of each streamed
-//! tile as well, from dS^T of all its keys, which its warpgroups show each other in shared memory, and adds it to an f32 sum
-//! in device memory; [`sums`] rounds that last. Which block adds first is chance, and so are the last bits of dQ.
+//! Beyond, where the accumulators of dK and dV fill the registers, the form is that of [`backward`](crate::backward):
+//! [`queries`] owns queries and streams keys for dQ, and [`keys`] computes dK and dV in two walks. No gradient is touched by two
+//! blocks: the same bits each time, for eight products.
 //!
 //! A consumer issues the two products that need no registers, turns the first into probabilities while the second is on its
 //! way, and leaves the sums of gradients to run into the next tile.
@@ -19,10 +19,27 @@ macro_rules! map {
     };
 }
 
+/// Makes the block ready, then the first warpgroup serves, with few registers, and the others compute. Not a function: ptxas
+/// counts registers right only if each branch begins by asking for its own.
+macro_rules! share_out {
+    ($shape:ident, $shared:ident, $serve:block else $compute:block) => {
+        $shared.init();
+        if sreg::thread_idx_x() < WARPGROUP {
+            wgmma::shrink_registers!($shape::REGISTERS.0);
+            $serve
+        } else {
+            wgmma::grow_registers!($shape::REGISTERS.1);
+            $compute
+        }
+    };
+}
+
+mod add;
 mod load;
 mod shared;
 pub mod sums;
 
+use self::add::add_queries;
 use self::load::{load_keys, load_queries};
 use super::{Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperBackwardParams;
@@ -50,16 +67,13 @@ pub unsafe fn queries<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBack
     let shared = Shared::<S>::of_this_block();
     // SAFETY: as in `keys`.
     unsafe {
-        shared.init();
-        if sreg::thread_idx_x() < WARPGROUP {
-            wgmma::shrink_registers!(S::REGISTERS.0);
+        share_out!(S, shared, {
             if sreg::thread_idx_x() == 0 {
                 load_keys::<S, CAUSAL>(p, maps, shared);
             }
         } else {
-            wgmma::grow_registers!(S::REGISTERS.1);
             Consumer::<S, CAUSAL>::new(p, maps, shared).queries();
-        }
+        });
     }
 }
 
@@ -72,16 +86,17 @@ pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwar
     let shared = Shared::<S>::of_this_block();
     // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
     unsafe {
-        shared.init();
-        if sreg::thread_idx_x() < WARPGROUP {
-            wgmma::shrink_registers!(S::REGISTERS.0);
-            if sreg::thread_idx_x() == 0 {
+        share_out!(S, shared, {
+            // A warp each, so that nobody waits for the others.
+            let (warp, is_first) = (warp_of_group(), sreg::lane_id() == 0);
+            if warp == 0 && is_first {
                 load_queries::<S, CAUSAL>(p, maps, shared);
+            } else if S::WALK.adds_queries() && warp <= S::CONSUMERS && is_first {
+                add_queries::<S, CAUSAL>(p, shared, warp - 1);
             }
         } else {
-            wgmma::grow_registers!(S::REGISTERS.1);
             Consumer::<S, CAUSAL>::new(p, maps, shared).keys();
-        }
+        });
     }
 }
 
@@ -98,6 +113,8 @@ struct Consumer<'a, S: HopperBackwardShape, const CAUSAL: bool> {
     streamed: Cursor<HOPPER_SLOTS>,
     /// The streamed tiles it gives back next: sums of gradients still read them.
     released: Cursor<HOPPER_SLOTS>,
+    /// Its share of dQ that it gives away next.
+    given: Cursor<1>,
 }
 
 impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
@@ -112,6 +129,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             owned: Cursor::start(),
             streamed: Cursor::start(),
             released: Cursor::start(),
+            given: Cursor::start(),
         }
     }
 
@@ -119,7 +137,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn queries(&mut self) {
         let mask = self.mask;
-        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS, true) {
+        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS) {
             let first_row = self.first_row(&work);
             // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's owned rows are its own; lse
             // and delta hold an f32 for each query.
@@ -184,7 +202,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// dK and dV of its 64 keys of every tile of work.
     #[inline(always)]
     unsafe fn keys(&mut self) {
-        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS, false) {
+        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS) {
             let corner = work.corner(self.p.heads_kv, self.group);
             let (dk_map, dv_map) = (map!(self.maps, dk), map!(self.maps, dv));
             // SAFETY (whole body): as in `queries`.
@@ -226,16 +244,14 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         // SAFETY (whole body): as in `queries`.
         unsafe {
             let mut follows = false;
-            for i in 0..self.p.heads_q_per_kv.get() {
-                let mut target = self.dq_target(work.head * self.p.heads_q_per_kv.get() + i, begin);
+            for _ in 0..self.p.heads_q_per_kv.get() {
                 for m in begin..end {
                     let visible = |row, column| {
                         let key = first_row + row;
                         m * S::COLUMNS + column >= mask.visible_begin(key)
                             && (!S::WALK.adds_queries() || key < seqlen_k)
                     };
-                    self.add_to_keys::<DK, DV>(follows, m < boundary, visible, dk, dv, target);
-                    target += (S::SQUARES * S::DQ_BYTES) as u64;
+                    self.add_to_keys::<DK, DV>(follows, m < boundary, visible, dk, dv);
                     follows = true;
                 }
             }
@@ -249,7 +265,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// `dK += dS^T Q` and `dV += P^T dO`, or one of them, with the next tile of queries, whose dQ is added to `target`.
+    /// `dK += dS^T Q` and `dV += P^T dO`, or one of them, with the next tile of queries, and dQ of that.
     #[inline(always)]
     unsafe fn add_to_keys<const DK: bool, const DV: bool>(
         &mut self,
@@ -258,7 +274,6 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         visible: impl Fn(u32, u32) -> bool,
         dk: &mut S::Output,
         dv: &mut S::Output,
-        target: u64,
     ) {
         let slot = self.streamed.slot;
         // SAFETY (whole body): as in `queries`; the slot's statistics came with its tiles.
@@ -296,14 +311,14 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 if S::WALK.adds_queries() {
                     self.show_ds(&ds);
                 }
-                if S::WALK.adds_queries() && (S::SQUARES == S::CONSUMERS || slot == self.group) {
+                if S::makes_dq(slot, self.group) {
                     wgmma::fence();
                     let mut dq = self.issue_dq();
                     dk.add_product(&ds, self.shared.streamed(0, slot));
                     wgmma::commit();
                     wgmma::wait::<1>();
                     dq.pin();
-                    self.add_dq(&dq, target);
+                    self.give_dq(&dq);
                 } else {
                     wgmma::fence();
                     dk.add_product(&ds, self.shared.streamed(0, slot));
@@ -323,10 +338,6 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         unsafe {
             let target = shared.ds(self.streamed.slot, self.group);
             S::Scores::write(ds, target, warp_of_group() * 16, sreg::lane_id());
-            if self.is_first_of_group() {
-                // What was added last has left, so that the others may write after the barrier.
-                tma::wait_read();
-            }
             tma::fence_async();
             self.sync_consumers();
         }
@@ -346,28 +357,21 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Starts to add this warpgroup's square of a tile's dQ to `target`.
+    /// Leaves this warpgroup's square of a tile's dQ for [`add`].
     #[inline(always)]
-    unsafe fn add_dq(&self, dq: &S::Square, target: u64) {
-        let staging = self.shared.dq(self.group);
-        // SAFETY (whole body): see `show_ds`; the sums are padded to whole tiles.
+    unsafe fn give_dq(&mut self, dq: &S::Square) {
+        let slots = self.shared.dq_slots(self.group);
+        // SAFETY (whole body): the room is this warpgroup's between the two barriers; each warp arrives for all its lanes.
         unsafe {
-            dq.write(staging, sreg::thread_idx_x() % WARPGROUP);
+            slots.wait_empty(self.given);
+            dq.write(self.shared.dq(self.group), sreg::thread_idx_x() % WARPGROUP);
             tma::fence_async();
-            self.sync_group();
-            if self.is_first_of_group() {
-                tma::add_run(target, staging, S::DQ_BYTES);
-                tma::commit();
+            sync::sync_warp();
+            if sreg::lane_id() == 0 {
+                slots.fill(self.given);
             }
         }
-    }
-
-    /// Where this warpgroup's square of dQ of query tile `tile` of head `head` is summed.
-    #[inline(always)]
-    fn dq_target(&self, head: u32, tile: u32) -> u64 {
-        let tiles = self.p.sums.padded_q.get() / S::COLUMNS;
-        let square = (head as u64 * tiles as u64 + tile as u64) * S::SQUARES as u64 + (self.group % S::SQUARES) as u64;
-        self.p.sums.dq + square * S::DQ_BYTES as u64
+        self.given.advance();
     }
 
     /// Issues the scores of the next streamed tiles and, in a group of its own, if `DS`, dP; else zeros.

@@ -8,7 +8,7 @@ use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::panels::Panels;
 
 /// Owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, dS^T by slot and warpgroup, dQ by warpgroup, lse
-/// and delta by slot, barriers.
+/// and delta by slot, barriers: of the owned tiles, by slot, by warpgroup.
 impl<S: HopperBackwardShape> Shared<S> {
     /// The same, but addresses that follow from it are worked out anew: kept, the descriptors of owned tiles alone would take
     /// up to 64 registers.
@@ -28,6 +28,9 @@ impl<S: HopperBackwardShape> Shared<S> {
             unsafe {
                 self.owned_slots().init(1, 1, S::CONSUMERS);
                 self.streamed_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
+                for group in 0..S::CONSUMERS {
+                    self.dq_slots(group).init(1, 4, 1);
+                }
             }
             mbarrier::fence_init();
         }
@@ -138,5 +141,11 @@ impl<S: HopperBackwardShape> Shared<S> {
     #[inline(always)]
     pub fn streamed_slots(self) -> Slots {
         Slots::new(self.lse(HOPPER_SLOTS) + Slots::BYTES)
+    }
+
+    /// Whether warpgroup `group`'s share of dQ is there, and whether it has been taken.
+    #[inline(always)]
+    pub fn dq_slots(self, group: u32) -> Slots {
+        Slots::new(self.lse(HOPPER_SLOTS) + (1 + HOPPER_SLOTS + group) * Slots::BYTES)
     }
 }

@@ -17,7 +17,7 @@ use crate::tile::{
     shared::{CHUNK, SharedTile},
 };
 
-/// lse, delta and zeros for the sums of dQ, for [`DELTA_ROWS`] queries a block.
+/// lse, delta and zeros for the sums of dQ and their turns, for [`DELTA_ROWS`] queries a block.
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
@@ -45,6 +45,11 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
             let at = (first + row as u64) * 4;
             memory::st_global_u32(p.sums.lse_log2 + at, lse_log2.to_bits());
             memory::st_global_u32(p.sums.delta + at, delta.to_bits());
+        }
+        let squares = p.sums.dq_columns / HOPPER_ROWS;
+        if p.sums.turns != 0 && first % HOPPER_ROWS as u64 == 0 && sreg::thread_idx_x() < squares {
+            let square = first / HOPPER_ROWS as u64 * squares as u64 + sreg::thread_idx_x() as u64;
+            memory::st_global_u32(p.sums.turns + square * 4, 0);
         }
         let chunks = DELTA_ROWS * p.sums.dq_columns / 4;
         let sums = p.sums.dq + first * p.sums.dq_columns as u64 * 4;

@@ -304,19 +304,20 @@ pub trait HopperBackwardShape {
     /// Rows that a block owns.
     const ROWS: u32 = Self::CONSUMERS * HOPPER_ROWS;
     /// Registers of a thread that loads and of one that computes.
-    const REGISTERS: (u32, u32) = if Self::WALK.adds_queries() && Self::HEAD_DIM == 128 {
+    const REGISTERS: (u32, u32) = if Self::WALK.adds_queries() {
         (24, 240)
     } else {
         (40, 232)
     };
+    /// Whether dK of a streamed tile is still being summed when the next one begins. If not, the registers of its operand are free by
+    /// then, for scores that are twice as wide.
+    const SUMS_RUN_ON: bool = Self::COLUMNS < 128;
     /// Threads in a block.
     const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
     /// Bytes of one owned tensor's rows of one warpgroup.
     const OWNED_BYTES: u32 = HOPPER_ROWS * panel_columns(Self::HEAD_DIM) * 2;
     /// Bytes of one streamed tile.
     const STREAMED_BYTES: u32 = Self::COLUMNS * panel_columns(Self::HEAD_DIM) * 2;
-    /// Squares of 64 x 64 that dQ of a streamed tile is made of, one for each warpgroup, or one in turns.
-    const SQUARES: u32 = panel_columns(Self::HEAD_DIM) / 64;
     /// Bytes of one warpgroup's dS^T, if it shows it to the other.
     const DS_BYTES: u32 = if Self::WALK.adds_queries() {
         HOPPER_ROWS * Self::COLUMNS * 2
@@ -337,10 +338,10 @@ pub trait HopperBackwardShape {
     const SHARED_BYTES: u32 =
         Self::TILES_BYTES + HOPPER_SLOTS * 2 * Self::COLUMNS * 4 + (1 + HOPPER_SLOTS + Self::CONSUMERS) * 16;
 
-    /// Whether warpgroup `group` makes a share of dQ of the tile in `slot`: of every tile, or of every second.
+    /// Which 64 queries of a streamed tile and which 64 columns of their dQ fall to warpgroup `group`.
     #[inline(always)]
-    fn makes_dq(slot: u32, group: u32) -> bool {
-        Self::WALK.adds_queries() && (Self::SQUARES == Self::CONSUMERS || slot == group)
+    fn square(group: u32) -> (u32, u32) {
+        if Self::HEAD_DIM <= 64 { (group, 0) } else { (0, group) }
     }
 
     /// Two-operand products of one warpgroup, 64 x `COLUMNS`, f32.
@@ -404,8 +405,8 @@ macro_rules! hopper_backward_shape {
             assert!($columns % 16 == 0 && $d % 16 == 0);
             // Every panel starts where the swizzle does.
             assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperBackwardShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
-            // dQ of a streamed tile is one square, or one for each warpgroup, side by side.
-            assert!(!HopperWalk::$walk.adds_queries() || $columns == 64 && $d <= 128);
+            // dQ of a streamed tile is a square for each warpgroup, one under the other or side by side.
+            assert!(!HopperWalk::$walk.adds_queries() || $columns * panel_columns($d) == 2 * 64 * 64);
         };
     };
     (numbers $walk:ident, $columns:literal, $d:literal) => {
@@ -416,11 +417,12 @@ macro_rules! hopper_backward_shape {
 }
 
 // Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter each), and
-// head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it streams less.
+// head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it streams less. At 64
+// it streams 128 queries, so that the waits of a step come half as often: 64 + 64 + 32 + 64 registers and what addresses take.
 hopper_backward_shape!(HopperQueriesD192: Queries, 64 streamed, head_dim 192);
 hopper_backward_shape!(HopperQueriesD256: Queries, 48 streamed, head_dim 256);
 hopper_backward_shape!(HopperKeysD192: KeysTwice, 64 streamed, head_dim 192);
 hopper_backward_shape!(HopperKeysD256: KeysTwice, 48 streamed, head_dim 256);
-hopper_backward_shape!(HopperAllD64: All, 64 streamed, head_dim 64);
+hopper_backward_shape!(HopperAllD64: All, 128 streamed, head_dim 64);
 hopper_backward_shape!(HopperAllD96: All, 64 streamed, head_dim 96);
 hopper_backward_shape!(HopperAllD128: All, 64 streamed, head_dim 128);

@@ -98,12 +98,8 @@ fn products_of_step(entry: &Entry) -> Vec<u32> {
         Pass::BackwardQueries => vec![2 * head_dim + keys],
         // K Q^T, V dO^T, dS^T Q; then K Q^T again, P^T dO.
         Pass::BackwardKeys => vec![2 * head_dim + queries, head_dim + queries],
-        // K Q^T, V dO^T; P^T dO, dS^T Q; dS K along all keys. Where dQ is a single square of 64 columns the warpgroups take it in turns: a step
-        // multiplies it or not, the code holds both ways, and dS^T Q in each.
-        Pass::BackwardAll => {
-            let in_turns = if entry.head_dim <= 64 { queries } else { 0 };
-            vec![2 * head_dim + 2 * queries + keys + in_turns]
-        }
+        // K Q^T, V dO^T; P^T dO, dS^T Q; a square of dS K along all keys.
+        Pass::BackwardAll => vec![2 * head_dim + 2 * queries + keys],
         _ => vec![],
     }
 }
@@ -127,7 +123,8 @@ fn most_others(entry: &Entry) -> f64 {
         (Pass::BackwardQueries, 256) => 8.5,
         (Pass::BackwardKeys, 192) => 15.5,
         (Pass::BackwardKeys, 256) => 11.5,
-        (Pass::BackwardAll, 64 | 96) => 19.5,
+        (Pass::BackwardAll, 64) => 27.5,
+        (Pass::BackwardAll, 96) => 19.5,
         (Pass::BackwardAll, 128) => 17.5,
         // A tile without a limit must get one; what does not multiply needs none.
         _ => 0.0,

@@ -126,4 +126,22 @@ impl<const SLOTS: u32> Cursor<SLOTS> {
             self.parity ^= 1;
         }
     }
+
+    /// Of the slot before, to release it.
+    #[inline(always)]
+    pub fn previous(self) -> Self {
+        let slot = if self.slot == 0 { SLOTS - 1 } else { self.slot - 1 };
+        Self { slot, ..self }
+    }
+}
+
+impl Cursor<2> {
+    /// In a ring of one slot that goes on at the same steps.
+    #[inline(always)]
+    pub fn of_single(self) -> Cursor<1> {
+        Cursor {
+            slot: 0,
+            parity: self.slot,
+        }
+    }
 }

@@ -77,19 +77,12 @@ pub fn products(entry: &Entry) -> Vec<(u32, u32, bool)> {
     match entry.pass {
         entries::Pass::Forward => vec![of_keys, (d, n / 16, false)],
         entries::Pass::BackwardQueries => vec![of_keys, of_keys, (d, n / 16, false)],
-        entries::Pass::BackwardKeys if entry.two_walks => {
-            vec![
-                of_queries,
-                of_queries,
-                (d, m / 16, false),
-                of_queries,
-                (d, m / 16, false),
-            ]
+        entries::Pass::BackwardKeys => {
+            let walk = [of_queries, of_queries, (d, m / 16, false)];
+            [&walk[..], &walk[1..]].concat()
         }
-        entries::Pass::BackwardKeys => vec![of_queries, of_queries, (d, m / 16, false), (d, m / 16, false)],
-        // dQ is one square of 64 x 64, which two warpgroups take in turns, or one each.
         entries::Pass::BackwardAll => {
-            let dq = (64, n / 16 * d.div_ceil(64) / 2, true);
+            let dq = (64, n / 16, true);
             vec![of_queries, of_queries, (d, m / 16, false), (d, m / 16, false), dq]
         }
         _ => vec![],

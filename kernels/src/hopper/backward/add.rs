@@ -5,7 +5,7 @@ use crate::hopper::{Shared, work::Work};
 use crate::mask::{Blocks, Mask};
 use crate::pipeline::bulk::Cursor;
 use crate::ptx::{sync, tma};
-use crate::shape::{HOPPER_SLOTS, HopperBackwardShape};
+use crate::shape::HopperBackwardShape;
 
 /// Adds what warpgroup `group` makes of dQ. One thread.
 ///
@@ -19,36 +19,32 @@ pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
 ) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let mut shares = Cursor::<1>::start();
-    let mut streamed = Cursor::<HOPPER_SLOTS>::start();
     let slots = shared.dq_slots(group);
     for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
         let Blocks { begin, end, .. } = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
         for i in 0..p.heads_q_per_kv.get() {
             let first = (work.head * p.heads_q_per_kv.get() + i) * (p.sums.padded_q.get() / S::COLUMNS);
-            for m in begin..sync::renew(end) {
-                if S::makes_dq(streamed.slot, group) {
-                    let square = ((first + m) * S::SQUARES + group % S::SQUARES) as u64;
-                    let (turn, is_ordered) = (p.sums.turns + square * 4, p.sums.turns != 0);
-                    // SAFETY (whole body): the sums are padded to whole squares and have a counter each; the share of dQ is
-                    // read between acquire and release.
-                    unsafe {
-                        slots.acquire(shares);
-                        if is_ordered {
-                            let last_key = mask.visible_end((m + 1) * S::COLUMNS - 1) - 1;
-                            sync::wait_for(turn, work.place(last_key));
-                            tma::fence_async_global();
-                        }
-                        tma::add_run(p.sums.dq + square * S::DQ_BYTES as u64, shared.dq(group), S::DQ_BYTES);
-                        tma::wait_read();
-                        slots.release(shares);
-                        if is_ordered {
-                            tma::wait_written();
-                            sync::signal(turn);
-                        }
+            for m in (begin..).take_while(|&m| m < sync::renew(end)) {
+                let square = ((first + m) * S::CONSUMERS + group) as u64;
+                let (turn, is_ordered) = (p.sums.turns + square * 4, p.sums.turns != 0);
+                // SAFETY (whole body): the sums are padded to whole squares and have a counter each; the share of dQ is
+                // read between acquire and release.
+                unsafe {
+                    slots.acquire(shares);
+                    if is_ordered {
+                        let last_key = mask.visible_end((m + 1) * S::COLUMNS - 1) - 1;
+                        sync::wait_for(turn, work.place(last_key));
+                        tma::fence_async_global();
                     }
-                    shares.advance();
+                    tma::add_run(p.sums.dq + square * S::DQ_BYTES as u64, shared.dq(group), S::DQ_BYTES);
+                    tma::wait_read();
+                    slots.release(shares);
+                    if is_ordered {
+                        tma::wait_written();
+                        sync::signal(turn);
+                    }
                 }
-                streamed.advance();
+                shares.advance();
             }
         }
     }

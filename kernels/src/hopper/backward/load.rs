@@ -23,8 +23,9 @@ pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
             shared.load_owned(&mut owned, [map!(maps, q), map!(maps, dout)], |group| {
                 work.corner(p.heads_q, group)
             });
-            let end = sync::renew(mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::COLUMNS).end);
-            for n in 0..end {
+            let end = mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::COLUMNS).end;
+            // Registers are few here: the loop must not be unrolled.
+            for n in (0..).take_while(|&n| n < sync::renew(end)) {
                 let corner = Corner {
                     batch: work.head / p.heads_q,
                     head: work.head % p.heads_q / p.heads_q_per_kv,
@@ -57,7 +58,7 @@ pub unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
             let walks = if S::WALK.is_twice() { 2 } else { 1 };
             for i in 0..walks * p.heads_q_per_kv.get() {
                 let head = work.head * p.heads_q_per_kv.get() + i % p.heads_q_per_kv;
-                for m in begin..sync::renew(end) {
+                for m in (begin..).take_while(|&m| m < sync::renew(end)) {
                     let corner = Corner {
                         batch: head / p.heads_q,
                         head: head % p.heads_q,

@@ -10,7 +10,7 @@
 //! blocks: the same bits each time, for eight products.
 //!
 //! A consumer issues the two products that need no registers, turns the first into probabilities while the second is on its
-//! way, and leaves the sums of gradients to run into the next tile.
+//! way, and leaves the sums of gradients to run into the next tile, where registers allow.
 
 /// The generic address of one of the parameters' tensor maps.
 macro_rules! map {
@@ -109,12 +109,8 @@ struct Consumer<'a, S: HopperBackwardShape, const CAUSAL: bool> {
     /// Which of the consumers it is.
     group: u32,
     owned: Cursor<1>,
-    /// The streamed tiles it takes next.
+    /// The streamed tiles it takes next. Those before are given back later: sums of gradients still read them.
     streamed: Cursor<HOPPER_SLOTS>,
-    /// The streamed tiles it gives back next: sums of gradients still read them.
-    released: Cursor<HOPPER_SLOTS>,
-    /// Its share of dQ that it gives away next.
-    given: Cursor<1>,
 }
 
 impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
@@ -128,8 +124,6 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             group: sync::uniform(sreg::thread_idx_x() / WARPGROUP) - 1,
             owned: Cursor::start(),
             streamed: Cursor::start(),
-            released: Cursor::start(),
-            given: Cursor::start(),
         }
     }
 
@@ -179,12 +173,9 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     ) {
         // SAFETY (whole body): as in `queries`.
         unsafe {
-            let (mut p, mut ds) = self.issue_products::<true>();
+            let (mut p, mut ds) = self.issue_products::<true>(follows);
             wgmma::wait::<1>();
             p.pin();
-            if follows {
-                self.release();
-            }
             p.map_rows(lse_log2, |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
             p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
             wgmma::wait::<0>();
@@ -278,16 +269,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         let slot = self.streamed.slot;
         // SAFETY (whole body): as in `queries`; the slot's statistics came with its tiles.
         unsafe {
-            let (mut p, mut ds) = self.issue_products::<DK>();
+            let (mut p, mut ds) = self.issue_products::<DK>(follows);
             if DK {
                 wgmma::wait::<1>();
             } else {
                 wgmma::wait::<0>();
             }
             p.pin();
-            if follows {
-                self.release();
-            }
             p.map_columns(self.shared.lse(slot), |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
             if masked {
                 p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
@@ -310,8 +298,6 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 let ds = ds.pinned_operand();
                 if S::WALK.adds_queries() {
                     self.show_ds(&ds);
-                }
-                if S::makes_dq(slot, self.group) {
                     wgmma::fence();
                     let mut dq = self.issue_dq();
                     dk.add_product(&ds, self.shared.streamed(0, slot));
@@ -319,6 +305,10 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                     wgmma::wait::<1>();
                     dq.pin();
                     self.give_dq(&dq);
+                    if !S::SUMS_RUN_ON {
+                        wgmma::wait::<0>();
+                        dk.pin();
+                    }
                 } else {
                     wgmma::fence();
                     dk.add_product(&ds, self.shared.streamed(0, slot));
@@ -343,15 +333,19 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Issues `dQ = dS K`, or this warpgroup's 64 columns of it.
+    /// Issues this warpgroup's square of `dQ = dS K`.
     #[inline(always)]
     unsafe fn issue_dq(&self) -> S::Square {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
-        let panel = self.group % S::SQUARES;
+        let (queries, columns) = S::square(self.group);
         // SAFETY: as in `queries`; both warpgroups' parts of dS^T are there.
         unsafe {
-            let dq =
-                S::Square::product([0, 1].map(|group| (shared.ds(slot, group), shared.owned(0, group).panel(panel))));
+            let dq = S::Square::product([0, 1].map(|group| {
+                (
+                    shared.ds(slot, group).panel(queries),
+                    shared.owned(0, group).panel(columns),
+                )
+            }));
             wgmma::commit();
             dq
         }
@@ -359,24 +353,23 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// Leaves this warpgroup's square of a tile's dQ for [`add`].
     #[inline(always)]
-    unsafe fn give_dq(&mut self, dq: &S::Square) {
-        let slots = self.shared.dq_slots(self.group);
+    unsafe fn give_dq(&self, dq: &S::Square) {
+        let (slots, share) = (self.shared.dq_slots(self.group), self.streamed.of_single());
         // SAFETY (whole body): the room is this warpgroup's between the two barriers; each warp arrives for all its lanes.
         unsafe {
-            slots.wait_empty(self.given);
+            slots.wait_empty(share);
             dq.write(self.shared.dq(self.group), sreg::thread_idx_x() % WARPGROUP);
             tma::fence_async();
             sync::sync_warp();
             if sreg::lane_id() == 0 {
-                slots.fill(self.given);
+                slots.fill(share);
             }
         }
-        self.given.advance();
     }
 
     /// Issues the scores of the next streamed tiles and, in a group of its own, if `DS`, dP; else zeros.
     #[inline(always)]
-    unsafe fn issue_products<const DS: bool>(&mut self) -> (S::Scores, S::Scores) {
+    unsafe fn issue_products<const DS: bool>(&mut self, follows: bool) -> (S::Scores, S::Scores) {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
         // SAFETY (whole body): as in `queries`.
         unsafe {
@@ -384,6 +377,10 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             wgmma::fence();
             let p = S::Scores::product(shared.owned(0, self.group), shared.streamed(0, slot));
             wgmma::commit();
+            wgmma::wait::<1>();
+            if follows {
+                self.release();
+            }
             let mut ds = S::Scores::zero();
             if DS {
                 ds = S::Scores::product(shared.owned(1, self.group), shared.streamed(1, slot));
@@ -403,14 +400,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Gives the oldest streamed tiles back. Each warp does so for itself: a wait covers its own part of a product only.
+    /// Gives the streamed tiles back that came last before the current ones. Each warp does so for itself: a wait covers its own part of a product only.
     #[inline(always)]
-    unsafe fn release(&mut self) {
+    unsafe fn release(&self) {
         if sreg::lane_id() == 0 {
             // SAFETY: as in `queries`.
-            unsafe { self.shared.streamed_slots().release(self.released) }
+            unsafe { self.shared.streamed_slots().release(self.streamed.previous()) }
         }
-        self.released.advance();
     }
 
     /// Writes `factor * gradient` to the box of `map` at `corner`, by way of one of the owned tiles, which nobody needs any

@@ -17,7 +17,6 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use flash_attention_kernels::abi::StridedTensor;
-use flash_attention_kernels::entries::Dtype;
 
 use super::kernels::{Kernels, Pairs, SIDE};
 use super::pointer_mut;
@@ -42,6 +41,8 @@ struct Forward<'a> {
     problem: &'a Problem,
     /// How pairs of bf16 are multiplied, if that is how this problem is solved.
     pairs: Option<&'static Pairs>,
+    /// How many bf16 an element is split into for them; 0 if it is not.
+    parts: usize,
     /// Whether queries are solved one by one. Tiles of q and the output then hold rows of `panels.depth`.
     few: bool,
     /// Query heads of a tile. More than one only where queries are few and heads share keys, which are then read from memory
@@ -81,10 +82,11 @@ struct Tile {
 pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, reporter: &Reporter<'_>) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
     let few = problem.seqlen_q() <= FEW;
-    let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16 && !few);
+    let (pairs, parts) = team.kernels.pairs_of(problem.dtype()).filter(|_| !few).unzip();
     let mut forward = Forward {
         kernels: team.kernels,
         pairs,
+        parts: parts.unwrap_or(0),
         few,
         together: 1,
         panels: Panels {

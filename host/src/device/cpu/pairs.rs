@@ -66,13 +66,15 @@ fn ask_for_tiles() -> bool {
 /// [`PairProduct`] with AVX512-BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn registers(p: &PairProduct) {
-    for row in (0..p.rows).step_by(8) {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            if p.columns == SIDE {
-                register_block::<1>(p, row);
-            } else {
-                register_block::<2>(p, row);
+    for column in (0..p.columns).step_by(2 * SIDE) {
+        for row in (0..p.rows).step_by(8) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                if p.columns - column == SIDE {
+                    register_block::<1>(p, row, column);
+                } else {
+                    register_block::<2>(p, row, column);
+                }
             }
         }
     }
@@ -81,10 +83,14 @@ unsafe fn registers(p: &PairProduct) {
 /// Eight rows by `N` registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize) {
+unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize, column: usize) {
     // SAFETY: passed on to the caller; vectors of 64 bytes may hold either type.
     unsafe {
-        let (a, c) = (p.a.add(row * p.a_stride), p.c.add(row * p.c_stride));
+        let (a, b, c) = (
+            p.a.add(row * p.a_stride),
+            p.b.add(column),
+            p.c.add(row * p.c_stride + column),
+        );
         let mut sums = [[_mm512_setzero_ps(); N]; 8];
         if p.accumulate {
             for (m, sums) in sums.iter_mut().enumerate() {
@@ -94,7 +100,7 @@ unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize) {
             }
         }
         for &(of_a, of_b) in terms(p.parts) {
-            let (a, b) = (a.add(of_a * p.a_part), p.b.add(of_b * p.b_part));
+            let (a, b) = (a.add(of_a * p.a_part), b.add(of_b * p.b_part));
             for i in 0..p.inner {
                 let mut b_row = [_mm512_setzero_si512(); N];
                 for (n, b_row) in b_row.iter_mut().enumerate() {
@@ -161,18 +167,22 @@ unsafe fn tiles(p: &PairProduct) {
 
 /// The same, of numbers of so many parts.
 unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
-    let mut row = 0;
-    while row < p.rows {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            if p.columns == 2 * SIDE && row + 2 * SIDE <= p.rows {
-                four_tiles::<PARTS>(p, row);
-                row += 2 * SIDE;
-            } else {
-                (0..p.columns)
-                    .step_by(SIDE)
-                    .for_each(|column| one_tile::<PARTS>(p, row, column));
-                row += SIDE;
+    for column in (0..p.columns).step_by(2 * SIDE) {
+        let mut row = 0;
+        while row < p.rows {
+            let is_wide = p.columns - column > SIDE;
+            // SAFETY: passed on to the caller.
+            unsafe {
+                if is_wide && row + 2 * SIDE <= p.rows {
+                    four_tiles::<PARTS>(p, row, column);
+                    row += 2 * SIDE;
+                } else {
+                    one_tile::<PARTS>(p, row, column);
+                    if is_wide {
+                        one_tile::<PARTS>(p, row, column + SIDE);
+                    }
+                    row += SIDE;
+                }
             }
         }
     }
@@ -181,11 +191,11 @@ unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
 /// Two by two tiles of c: each tile of a and of b that is loaded serves two products, and more where the next of the terms has
 /// a part in common with this one.
 #[inline]
-unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize) {
+unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
     // SAFETY: tiles are configured as sixteen rows of 64 bytes, and the addresses are those of sixteen such rows within
     // a, b and c, says the caller. Tile registers are used nowhere else.
     unsafe {
-        let (c, c_bytes) = (p.c.add(row * p.c_stride), 4 * p.c_stride);
+        let (c, c_bytes) = (p.c.add(row * p.c_stride + column), 4 * p.c_stride);
         let c_below = c.add(SIDE * p.c_stride);
         if p.accumulate {
             asm!(
@@ -203,7 +213,7 @@ unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize) {
             );
         }
         for i in (0..p.inner).step_by(SIDE) {
-            let (a, b) = (p.a.add(row * p.a_stride + i), p.b.add(i * p.b_stride));
+            let (a, b) = (p.a.add(row * p.a_stride + i), p.b.add(i * p.b_stride + column));
             let mut loaded = (usize::MAX, usize::MAX);
             for &(of_a, of_b) in const { terms(PARTS) } {
                 if of_a != loaded.0 {
@@ -281,7 +291,7 @@ mod tests {
         }
         for (name, pairs) in kinds {
             println!("{name}");
-            for (rows, inner, columns) in [(16, 16, 16), (32, 32, 32), (48, 16, 32), (64, 64, 16)] {
+            for (rows, inner, columns) in [(16, 16, 16), (32, 32, 32), (48, 16, 32), (64, 64, 16), (48, 16, 80)] {
                 // Small whole numbers, so that every sum is exact.
                 let value = |i: usize| half::bf16::from_f32((i * 7 % 11) as f32 - 5.0);
                 let word = |i: usize| u32::from(value(2 * i).to_bits()) | u32::from(value(2 * i + 1).to_bits()) << 16;

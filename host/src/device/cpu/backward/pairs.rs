@@ -29,6 +29,17 @@ pub(super) struct Words {
     rows: Lines,
 }
 
+/// Words from one row to the next of keys transposed. A line more than there are, so that rows a power of two apart do not
+/// share a few sets of the L1 cache.
+fn keys_stride(backward: &Backward<'_>) -> usize {
+    backward.owned() / 2 + SIDE
+}
+
+/// The same of pairs of queries.
+fn queries_stride(backward: &Backward<'_>) -> usize {
+    backward.width() + SIDE
+}
+
 /// Words of one part of each.
 struct Sizes {
     keys: usize,
@@ -44,9 +55,9 @@ impl Sizes {
         let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
         Self {
             keys: block_n * words,
-            keys_lanes: width * block_n / 2,
+            keys_lanes: width * keys_stride(backward),
             q_lanes: words * block_m,
-            q: block_m / 2 * width,
+            q: block_m / 2 * queries_stride(backward),
             scores: BLOCK * block_m / 2,
         }
     }
@@ -113,7 +124,7 @@ impl Scratch {
             for part in 0..backward.parts {
                 let rows = rows.add(part * sizes.keys_lanes);
                 let to = words.keys_lanes.as_mut_ptr().add(part * sizes.keys_lanes);
-                (kernels.transpose)(rows, width, count[1] / 2, to, backward.owned() / 2, head_dim);
+                (kernels.transpose)(rows, width, count[1] / 2, to, keys_stride(backward), head_dim);
             }
         }
     }
@@ -135,7 +146,7 @@ impl Scratch {
                     columns: width,
                     apart: SIDE,
                     to: pairs.as_mut_ptr().cast(),
-                    to_stride: width,
+                    to_stride: queries_stride(backward),
                     parts: backward.parts,
                     part: sizes.q,
                 };
@@ -190,7 +201,7 @@ impl Scratch {
                 accumulate: false,
             };
             // SAFETY: passed on to the caller.
-            unsafe { multiply_pairs(pairs, product) };
+            unsafe { (pairs.product)(&product) };
         }
     }
 
@@ -215,7 +226,7 @@ impl Scratch {
             inner: keys / 2,
             columns: tile.lanes,
             a: words.keys_lanes.as_ptr().cast::<u32>().wrapping_add(first / 2),
-            a_stride: backward.owned() / 2,
+            a_stride: keys_stride(backward),
             a_part: sizes.keys_lanes,
             b: words.ds_lanes.as_ptr().cast(),
             b_stride: stride,
@@ -233,7 +244,7 @@ impl Scratch {
             a_stride: stride / 2,
             a_part: sizes.scores,
             b: queries.as_ptr().cast(),
-            b_stride: width,
+            b_stride: queries_stride(backward),
             b_part: sizes.q,
             parts: backward.parts,
             c: gradient.as_mut_ptr().wrapping_add(first * width),
@@ -244,7 +255,7 @@ impl Scratch {
         let of_keys = of_keys(&words.ds, &words.q, &mut self.dk);
         for product in [of_queries, of_values, of_keys] {
             // SAFETY: passed on to the caller; words are half as many as what they are made of.
-            unsafe { multiply_pairs(pairs, product) };
+            unsafe { (pairs.product)(&product) };
         }
     }
 
@@ -278,24 +289,6 @@ impl Scratch {
                 to: words.ds_lanes.as_mut_ptr().cast(),
                 to_stride: stride,
                 ..of_queries
-            });
-        }
-    }
-}
-
-/// A product of any number of columns, in the widths that there are.
-///
-/// # Safety
-/// As for `pairs.product`.
-unsafe fn multiply_pairs(pairs: &Pairs, product: PairProduct) {
-    for column in (0..product.columns).step_by(2 * SIDE) {
-        // SAFETY: passed on to the caller; the columns are within b and c.
-        unsafe {
-            (pairs.product)(&PairProduct {
-                columns: (product.columns - column).min(2 * SIDE),
-                b: product.b.add(column),
-                c: product.c.add(column),
-                ..product
             });
         }
     }

@@ -43,7 +43,7 @@ pub(in crate::device::cpu) struct PairProduct {
     pub rows: usize,
     /// Words of a row of a, rows of b; a multiple of [`SIDE`].
     pub inner: usize,
-    /// Columns of b and c: [`SIDE`] or twice that.
+    /// Columns of b and c, a multiple of [`SIDE`].
     pub columns: usize,
     pub a: *const u32,
     /// Words, or f32, from one row to the next.

@@ -18,7 +18,7 @@ pub(super) static AVX512_BF16: Pairs = Pairs {
 pub(super) static AMX: Pairs = Pairs {
     begin: configure,
     end: release,
-    most_parts: 2,
+    most_parts: 3,
     product: tiles,
 };
 

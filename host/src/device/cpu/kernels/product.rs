@@ -67,7 +67,7 @@ pub(in crate::device::cpu) struct Pairs {
     /// To be called by a thread before its first product, and after its last.
     pub begin: unsafe fn(),
     pub end: unsafe fn(),
-    /// Into how many parts it is worth splitting numbers, because that many products of pairs are faster than one of f32.
+    /// Into how many parts at most numbers are split, because the products of those are faster than one of f32.
     pub most_parts: usize,
     /// Unsafe as the functions of `Kernels` are.
     pub product: unsafe fn(&PairProduct),

@@ -150,14 +150,9 @@ impl Scratch {
         self.lse.as_mut_slice()[rows..padded].fill(f32::INFINITY);
         self.delta.as_mut_slice()[rows..padded].fill(0.0);
         self.visible.as_mut_slice()[rows..padded].fill(0.0);
-        let rows_are_finite = |tile: &Lines| {
-            let mut rows = tile.as_slice().chunks(width).take(rows);
-            rows.all(|row| {
-                row[..backward.head_dim()]
-                    .iter()
-                    .fold(true, |all, x| all & x.is_finite())
-            })
-        };
+        let head_dim = backward.head_dim();
+        let is_finite = |row: &[f32]| row[..head_dim].iter().fold(true, |all, x| all & x.is_finite());
+        let rows_are_finite = |tile: &Lines| tile.as_slice().chunks(width).take(rows).all(is_finite);
         QueryTile {
             first_row,
             rows,

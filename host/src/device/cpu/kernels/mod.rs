@@ -22,7 +22,9 @@ use flash_attention_kernels::entries::Dtype;
 pub(super) use backward::Backpropagate;
 pub(super) use few::One;
 pub(super) use isa::Isa;
-pub(super) use parts::{Pairing, terms};
+pub(super) use parts::Pairing;
+#[cfg(target_arch = "x86_64")]
+pub(super) use parts::terms;
 pub(super) use product::{PairProduct, Pairs, Product, ROWS, SIDE};
 pub(super) use softmax::{Merge, Softmax};
 

@@ -3,7 +3,7 @@
 //! A number of f16 has 11 significant bits and is the sum of two bf16 of 8 bits each, one of f32 has 24 and is the sum of
 //! three, exactly: every part but the last is the bf16 that is nearest to what is left, and what is then left is exact in f32,
 //! since its last bit is that of the number. A part that was rounded leaves at most 2^-8 of the largest power of two in the
-//! number, of either sign, so the products of parts that are left out (see [`terms`]) are at most 2^-16 of the product of
+//! number, of either sign, so the products of parts that are left out (see `terms`) are at most 2^-16 of the product of
 //! two f16 and 2^-24 of that of two f32, about half of a unit in the last place, and do not add up in one direction.
 
 use crate::device::cpu::kernels::SIDE;
@@ -18,6 +18,7 @@ const LEAST: f32 = 1.0 / (1_u64 << 45) as f32;
 const LIMIT: f32 = (1_u64 << 50) as f32;
 
 /// Which parts are multiplied, by how many parts numbers have: (of a, of b), each with one in common with the one before it.
+#[cfg(target_arch = "x86_64")]
 pub(in crate::device::cpu) const fn terms(parts: usize) -> &'static [(usize, usize)] {
     match parts {
         1 => &[(0, 0)],

@@ -42,7 +42,7 @@ OURS, FULL, STOCK = "ours", "PyTorch, 512", "PyTorch, stock"
 RUST = ["candle", "candle-flash", "burn"]
 
 # Rounds in which the Rust peers take part, and whoever needs more than SLOW seconds for a case.
-SLOW_ROUNDS, SLOW = 2, 5
+SLOW_ROUNDS, SLOW = 1, 5
 
 MATMUL = "matmul"
 MATMUL_SIZE = 4096
@@ -57,6 +57,7 @@ def cases():
     for shape in SHAPES:
         for dtype in ["f32", "bf16"]:
             yield dtype, "full", shape, "both"
+    yield "f16", "full", SHAPES[1], "both"
     yield "f32", "causal", SHAPES[1], "both"
     yield "f32", "full", (1, 1, 2048, 2048, 64), "both"
     for dtype in DTYPES:

@@ -28,7 +28,7 @@
 //!   divides `heads_q` (grouped and multi-query attention). head_dim is a multiple of 8 up to 256.
 //! - The last axis is contiguous, the other strides are free: `[batch, seqlen, heads, head_dim]` memory and packed QKV
 //!   are used in place ([`Tensor::transpose`], [`Tensor::select`]).
-//! - Elements are `f32`, computed in f32; [`half::f16`] and [`half::bf16`], summed in f32.
+//! - Elements are `f32`, computed in f32 or as exactly; [`half::f16`] and [`half::bf16`], summed in f32.
 //! - Causal masks are aligned at the last query and the last key. A query that sees no key has `out = 0` and
 //!   `lse = -inf`.
 //!

@@ -6,17 +6,19 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::kernels::{PairProduct, Pairs, SIDE};
+use super::kernels::{PairProduct, Pairs, SIDE, terms};
 
 pub(super) static AVX512_BF16: Pairs = Pairs {
     begin: nothing,
     end: nothing,
+    most_parts: 1,
     product: registers,
 };
 
 pub(super) static AMX: Pairs = Pairs {
     begin: configure,
     end: release,
+    most_parts: 3,
     product: tiles,
 };
 
@@ -64,13 +66,15 @@ fn ask_for_tiles() -> bool {
 /// [`PairProduct`] with AVX512-BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn registers(p: &PairProduct) {
-    for row in (0..p.rows).step_by(8) {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            if p.columns == SIDE {
-                register_block::<1>(p, row);
-            } else {
-                register_block::<2>(p, row);
+    for column in (0..p.columns).step_by(2 * SIDE) {
+        for row in (0..p.rows).step_by(8) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                if p.columns - column == SIDE {
+                    register_block::<1>(p, row, column);
+                } else {
+                    register_block::<2>(p, row, column);
+                }
             }
         }
     }
@@ -79,10 +83,14 @@ unsafe fn registers(p: &PairProduct) {
 /// Eight rows by `N` registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize) {
+unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize, column: usize) {
     // SAFETY: passed on to the caller; vectors of 64 bytes may hold either type.
     unsafe {
-        let (a, c) = (p.a.add(row * p.a_stride), p.c.add(row * p.c_stride));
+        let (a, b, c) = (
+            p.a.add(row * p.a_stride),
+            p.b.add(column),
+            p.c.add(row * p.c_stride + column),
+        );
         let mut sums = [[_mm512_setzero_ps(); N]; 8];
         if p.accumulate {
             for (m, sums) in sums.iter_mut().enumerate() {
@@ -91,19 +99,22 @@ unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize) {
                 }
             }
         }
-        for i in 0..p.inner {
-            let mut b = [_mm512_setzero_si512(); N];
-            for (n, b) in b.iter_mut().enumerate() {
-                *b = _mm512_loadu_si512(p.b.add(i * p.b_stride + n * SIDE).cast());
-            }
-            for (m, sums) in sums.iter_mut().enumerate() {
-                let factor = _mm512_set1_epi32(*a.add(m * p.a_stride + i) as i32);
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = _mm512_dpbf16_ps(
-                        *sum,
-                        std::mem::transmute::<__m512i, __m512bh>(factor),
-                        std::mem::transmute::<__m512i, __m512bh>(b),
-                    );
+        for &(of_a, of_b) in terms(p.parts) {
+            let (a, b) = (a.add(of_a * p.a_part), b.add(of_b * p.b_part));
+            for i in 0..p.inner {
+                let mut b_row = [_mm512_setzero_si512(); N];
+                for (n, b_row) in b_row.iter_mut().enumerate() {
+                    *b_row = _mm512_loadu_si512(b.add(i * p.b_stride + n * SIDE).cast());
+                }
+                for (m, sums) in sums.iter_mut().enumerate() {
+                    let factor = _mm512_set1_epi32(*a.add(m * p.a_stride + i) as i32);
+                    for (sum, b) in sums.iter_mut().zip(b_row) {
+                        *sum = _mm512_dpbf16_ps(
+                            *sum,
+                            std::mem::transmute::<__m512i, __m512bh>(factor),
+                            std::mem::transmute::<__m512i, __m512bh>(b),
+                        );
+                    }
                 }
             }
         }
@@ -144,28 +155,47 @@ unsafe fn release() {
 
 /// [`PairProduct`] with AMX.
 unsafe fn tiles(p: &PairProduct) {
-    let mut row = 0;
-    while row < p.rows {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            if p.columns == 2 * SIDE && row + 2 * SIDE <= p.rows {
-                four_tiles(p, row);
-                row += 2 * SIDE;
-            } else {
-                (0..p.columns).step_by(SIDE).for_each(|column| one_tile(p, row, column));
-                row += SIDE;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match p.parts {
+            1 => tiles_of::<1>(p),
+            2 => tiles_of::<2>(p),
+            _ => tiles_of::<3>(p),
+        }
+    }
+}
+
+/// The same, of numbers of so many parts.
+unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
+    for column in (0..p.columns).step_by(2 * SIDE) {
+        let mut row = 0;
+        while row < p.rows {
+            let is_wide = p.columns - column > SIDE;
+            // SAFETY: passed on to the caller.
+            unsafe {
+                if is_wide && row + 2 * SIDE <= p.rows {
+                    four_tiles::<PARTS>(p, row, column);
+                    row += 2 * SIDE;
+                } else {
+                    one_tile::<PARTS>(p, row, column);
+                    if is_wide {
+                        one_tile::<PARTS>(p, row, column + SIDE);
+                    }
+                    row += SIDE;
+                }
             }
         }
     }
 }
 
-/// Two by two tiles of c: each tile of a and of b that is loaded serves two products.
+/// Two by two tiles of c: each tile of a and of b that is loaded serves two products, and more where the next of the terms has
+/// a part in common with this one.
 #[inline]
-unsafe fn four_tiles(p: &PairProduct, row: usize) {
+unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
     // SAFETY: tiles are configured as sixteen rows of 64 bytes, and the addresses are those of sixteen such rows within
     // a, b and c, says the caller. Tile registers are used nowhere else.
     unsafe {
-        let (c, c_bytes) = (p.c.add(row * p.c_stride), 4 * p.c_stride);
+        let (c, c_bytes) = (p.c.add(row * p.c_stride + column), 4 * p.c_stride);
         let c_below = c.add(SIDE * p.c_stride);
         if p.accumulate {
             asm!(
@@ -182,30 +212,34 @@ unsafe fn four_tiles(p: &PairProduct, row: usize) {
                 options(nostack, nomem)
             );
         }
-        asm!(
-            "2:",
-            "tileloadd tmm4, [{a} + {a_bytes}]",
-            "tileloadd tmm6, [{b} + {b_bytes}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {b_bytes} + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a_below} + {a_bytes}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a}, 64",
-            "add {a_below}, 64",
-            "add {b}, {b_step}",
-            "dec {count}",
-            "jnz 2b",
-            a = inout(reg) p.a.add(row * p.a_stride) => _,
-            a_below = inout(reg) p.a.add((row + SIDE) * p.a_stride) => _,
-            a_bytes = in(reg) 4 * p.a_stride,
-            b = inout(reg) p.b => _,
-            b_bytes = in(reg) 4 * p.b_stride,
-            b_step = in(reg) 4 * SIDE * p.b_stride,
-            count = inout(reg) p.inner / SIDE => _,
-            options(nostack, readonly)
-        );
+        for i in (0..p.inner).step_by(SIDE) {
+            let (a, b) = (p.a.add(row * p.a_stride + i), p.b.add(i * p.b_stride + column));
+            let mut loaded = (usize::MAX, usize::MAX);
+            for &(of_a, of_b) in const { terms(PARTS) } {
+                if of_a != loaded.0 {
+                    let a = a.add(of_a * p.a_part);
+                    asm!(
+                        "tileloadd tmm4, [{a} + {s}]", "tileloadd tmm5, [{below} + {s}]",
+                        a = in(reg) a, below = in(reg) a.add(SIDE * p.a_stride), s = in(reg) 4 * p.a_stride,
+                        options(nostack, readonly)
+                    );
+                }
+                if of_b != loaded.1 {
+                    asm!(
+                        "tileloadd tmm6, [{b} + {s}]", "tileloadd tmm7, [{b} + {s} + 64]",
+                        b = in(reg) b.add(of_b * p.b_part), s = in(reg) 4 * p.b_stride, options(nostack, readonly)
+                    );
+                }
+                asm!(
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    options(nostack, nomem)
+                );
+                loaded = (of_a, of_b);
+            }
+        }
         asm!(
             "tilestored [{c} + {s}], tmm0", "tilestored [{c} + {s} + 64], tmm1",
             "tilestored [{d} + {s}], tmm2", "tilestored [{d} + {s} + 64], tmm3",
@@ -214,9 +248,9 @@ unsafe fn four_tiles(p: &PairProduct, row: usize) {
     }
 }
 
-/// One tile of c.
+/// One tile of c, whose sums are in the same order.
 #[inline]
-unsafe fn one_tile(p: &PairProduct, row: usize, column: usize) {
+unsafe fn one_tile<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
     // SAFETY: as for `four_tiles`.
     unsafe {
         let (c, c_bytes) = (p.c.add(row * p.c_stride + column), 4 * p.c_stride);
@@ -225,23 +259,19 @@ unsafe fn one_tile(p: &PairProduct, row: usize, column: usize) {
         } else {
             asm!("tilezero tmm0", options(nostack, nomem));
         }
-        asm!(
-            "2:",
-            "tileloadd tmm4, [{a} + {a_bytes}]",
-            "tileloadd tmm6, [{b} + {b_bytes}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "add {a}, 64",
-            "add {b}, {b_step}",
-            "dec {count}",
-            "jnz 2b",
-            a = inout(reg) p.a.add(row * p.a_stride) => _,
-            a_bytes = in(reg) 4 * p.a_stride,
-            b = inout(reg) p.b.add(column) => _,
-            b_bytes = in(reg) 4 * p.b_stride,
-            b_step = in(reg) 4 * SIDE * p.b_stride,
-            count = inout(reg) p.inner / SIDE => _,
-            options(nostack, readonly)
-        );
+        for i in (0..p.inner).step_by(SIDE) {
+            let (a, b) = (p.a.add(row * p.a_stride + i), p.b.add(i * p.b_stride + column));
+            for &(of_a, of_b) in const { terms(PARTS) } {
+                asm!(
+                    "tileloadd tmm4, [{a} + {a_bytes}]",
+                    "tileloadd tmm6, [{b} + {b_bytes}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    a = in(reg) a.add(of_a * p.a_part), a_bytes = in(reg) 4 * p.a_stride,
+                    b = in(reg) b.add(of_b * p.b_part), b_bytes = in(reg) 4 * p.b_stride,
+                    options(nostack, readonly)
+                );
+            }
+        }
         asm!("tilestored [{c} + {s}], tmm0", c = in(reg) c, s = in(reg) c_bytes, options(nostack));
     }
 }
@@ -261,13 +291,13 @@ mod tests {
         }
         for (name, pairs) in kinds {
             println!("{name}");
-            for (rows, inner, columns) in [(16, 16, 16), (32, 32, 32), (48, 16, 32), (64, 64, 16)] {
+            for (rows, inner, columns) in [(16, 16, 16), (32, 32, 32), (48, 16, 32), (64, 64, 16), (48, 16, 80)] {
                 // Small whole numbers, so that every sum is exact.
                 let value = |i: usize| half::bf16::from_f32((i * 7 % 11) as f32 - 5.0);
                 let word = |i: usize| u32::from(value(2 * i).to_bits()) | u32::from(value(2 * i + 1).to_bits()) << 16;
-                let a: Vec<u32> = (0..rows * inner).map(word).collect();
-                let b: Vec<u32> = (0..inner * columns).map(|i| word(3 * i)).collect();
-                for accumulate in [false, true] {
+                let a: Vec<u32> = (0..3 * rows * inner).map(word).collect();
+                let b: Vec<u32> = (0..3 * inner * columns).map(|i| word(3 * i)).collect();
+                for (parts, accumulate) in [(1, false), (1, true), (2, true), (3, false), (3, true)] {
                     let mut c: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
                     // SAFETY: the processor has the instructions, and the matrices are of these sizes.
                     unsafe {
@@ -278,8 +308,11 @@ mod tests {
                             columns,
                             a: a.as_ptr(),
                             a_stride: inner,
+                            a_part: rows * inner,
                             b: b.as_ptr(),
                             b_stride: columns,
+                            b_part: inner * columns,
+                            parts,
                             c: c.as_mut_ptr(),
                             c_stride: columns,
                             accumulate,
@@ -289,19 +322,34 @@ mod tests {
                     let halves = |word: u32| [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)];
                     for (i, got) in c.into_iter().enumerate() {
                         let (row, column) = (i / columns, i % columns);
-                        let term = |k: usize| {
-                            let (x, y) = (halves(a[row * inner + k]), halves(b[k * columns + column]));
+                        let term = |k: usize, (of_a, of_b): (usize, usize)| {
+                            let x = halves(a[(of_a * rows + row) * inner + k]);
+                            let y = halves(b[(of_b * inner + k) * columns + column]);
                             x[0] * y[0] + x[1] * y[1]
                         };
+                        let product = |k: usize| terms(parts).iter().map(|&of| term(k, of)).sum::<f32>();
                         let before = if accumulate { i as f32 } else { 0.0 };
-                        assert_eq!(
-                            got,
-                            before + (0..inner).map(term).sum::<f32>(),
-                            "{name} ({row}, {column})"
-                        );
+                        let want = before + (0..inner).map(product).sum::<f32>();
+                        assert_eq!(got, want, "{name} ({row}, {column}), {parts} parts");
                     }
                 }
             }
+        }
+    }
+
+    /// Of the parts that a number has, those of every product down to what is asked for, and each once.
+    #[test]
+    fn terms_are_the_products_that_matter() {
+        for parts in 1..=3 {
+            let mut all: Vec<_> = terms(parts).to_vec();
+            all.sort();
+            let each = (0..parts).flat_map(|of_a| (0..parts - of_a).map(move |of_b| (of_a, of_b)));
+            assert_eq!(all, each.collect::<Vec<_>>());
+            let share = |two: &[(usize, usize)]| two[0].0 == two[1].0 || two[0].1 == two[1].1;
+            assert!(
+                terms(parts).windows(2).all(share),
+                "a part in common with the one before"
+            );
         }
     }
 }

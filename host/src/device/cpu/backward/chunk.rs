@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use super::dq::{GradientRows, SharedHead, wait_for};
 use super::scratch::{QueryTile, Scratch};
 use super::{BLOCK, Backward};
-use crate::device::cpu::kernels::Backpropagate;
+use crate::device::cpu::kernels::{Backpropagate, Pairs};
 use crate::device::cpu::team::Lines;
 
 impl Scratch {
@@ -76,6 +76,7 @@ impl Scratch {
     /// The processor has the kernels' instructions.
     unsafe fn pass(&mut self, backward: &Backward<'_>, tile: QueryTile, first_key: usize, keys: usize) {
         let head_dim = backward.head_dim();
+        let pairs = backward.pairs.filter(|_| self.keys_fit && tile.fits);
         for first in (0..keys).step_by(BLOCK) {
             let count = BLOCK.min(keys - first);
             let seen = |row: usize| {
@@ -93,7 +94,7 @@ impl Scratch {
                 }
             }
             // SAFETY: passed on to the caller; the block is one of the keys, padded as they are.
-            unsafe { self.scores(backward, tile, first, padded, masked) };
+            unsafe { self.scores(backward, pairs, tile, (first, padded), masked) };
             let finite = |keys: &Lines| {
                 let block = &keys.as_slice()[first * head_dim..][..count * head_dim];
                 block.iter().fold(true, |all, x| all & x.is_finite())
@@ -101,7 +102,7 @@ impl Scratch {
             if !masked || tile.finite && finite(&self.keys) && finite(&self.values) {
                 // SAFETY: as above.
                 unsafe {
-                    match backward.pairs {
+                    match pairs {
                         Some(pairs) => self.accumulate_pairs(backward, pairs, tile, first, padded),
                         None => self.accumulate(backward, tile, first, padded),
                     }
@@ -116,11 +117,18 @@ impl Scratch {
     ///
     /// # Safety
     /// As for [`pass`](Self::pass); the keys are among those of the task.
-    unsafe fn scores(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize, masked: bool) {
+    unsafe fn scores(
+        &mut self,
+        backward: &Backward<'_>,
+        pairs: Option<&Pairs>,
+        tile: QueryTile,
+        (first, keys): (usize, usize),
+        masked: bool,
+    ) {
         let stride = backward.tiles.block_m as usize;
         // SAFETY: passed on to the caller.
         unsafe {
-            match backward.pairs {
+            match pairs {
                 Some(pairs) => self.score_pairs(backward, pairs, tile, first, keys),
                 None => self.score(backward, tile, first, keys),
             }

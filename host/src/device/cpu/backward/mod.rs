@@ -22,10 +22,8 @@ mod pairs;
 mod scratch;
 mod single;
 
-use flash_attention_kernels::entries::Dtype;
-
 use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
-use super::team::Team;
+use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
 use crate::plan::{Plan, Tiles};
 use crate::problem::{BackwardTensors, Problem};
@@ -41,6 +39,8 @@ struct Backward<'a> {
     kernels: &'static Kernels,
     /// How pairs of bf16 are multiplied, if that is how this problem is solved.
     pairs: Option<&'static Pairs>,
+    /// How many bf16 an element is split into for them.
+    parts: usize,
     problem: &'a Problem,
     tensors: &'a BackwardTensors,
     tiles: Tiles,
@@ -64,9 +64,13 @@ pub(super) unsafe fn backward(
     reporter: &Reporter<'_>,
 ) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
+    // Where there is one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see `delta.rs`).
+    let is_exact = |&(_, parts): &(_, usize)| parts == 1 || problem.seqlen_k() > 1;
+    let (pairs, parts) = team.kernels.pairs_of(problem.dtype()).filter(is_exact).unzip();
     let backward = Backward {
         kernels: team.kernels,
-        pairs: team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16),
+        pairs,
+        parts: parts.unwrap_or(1),
         problem,
         tensors,
         tiles,
@@ -112,6 +116,16 @@ impl Backward<'_> {
     /// Words of a row of a head as pairs, in whole tiles.
     fn words(&self) -> usize {
         self.head_dim().next_multiple_of(2 * SIDE) / 2
+    }
+
+    /// Whether so many rows of a tile, of a head each and `stride` apart, are multiplied as pairs of bf16.
+    fn fit(&self, tile: &Lines, stride: usize, rows: usize) -> bool {
+        let may_be_split = |row: &[f32]| {
+            let row = &row[..self.head_dim()];
+            // SAFETY: the processor has the instructions.
+            unsafe { (self.kernels.may_be_split)(row.as_ptr(), row.len()) }
+        };
+        self.pairs.is_some() && (self.parts == 1 || tile.as_slice().chunks(stride).take(rows).all(may_be_split))
     }
 
     /// Keys of a task, as far as there are any, padded.

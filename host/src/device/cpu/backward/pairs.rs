@@ -1,88 +1,168 @@
 //! The five products of pairs of bf16: the words they read, and how they are made.
 
-use flash_attention_kernels::entries::Dtype;
-
 use super::scratch::{QueryTile, Scratch};
 use super::{BLOCK, Backward};
-use crate::device::cpu::kernels::{PairProduct, Pairs, SIDE};
+use crate::device::cpu::kernels::{PairProduct, Pairing, Pairs, SIDE};
 use crate::device::cpu::team::Lines;
+use crate::device::cpu::tensor::Head;
 
-/// What products of pairs of bf16 read: words of two neighbours along the inner axis.
+/// What products of pairs of bf16 read: words of two numbers along the inner axis, part after part. Queries of a word are
+/// [`SIDE`] apart.
 pub(super) struct Words {
-    /// Of the keys that a task owns, `block_n x words`.
-    pub(super) keys: Lines,
-    pub(super) values: Lines,
-    /// K transposed: `width x block_n / 2`.
+    /// Of the keys that a task owns, pairs within a head: `block_n x words`.
+    keys: Lines,
+    values: Lines,
+    /// K transposed, pairs of keys: `width x block_n / 2`.
     keys_lanes: Lines,
-    /// Of a tile of queries, neighbours within a head: `words x block_m`.
+    /// Of a tile of queries, pairs within a head: `words x block_m`.
     q_lanes: Lines,
     dout_lanes: Lines,
-    /// The same, neighbours among the queries: `block_m / 2 x width`.
+    /// The same, pairs of queries: `block_m / 2 x width`.
     q: Lines,
     dout: Lines,
-    /// P and dS, neighbours among the queries: `BLOCK x block_m / 2`.
+    /// P and dS, pairs of queries: `BLOCK x block_m / 2`.
     probabilities: Lines,
     ds: Lines,
-    /// dS, neighbours among the keys: `BLOCK / 2 x block_m`.
+    /// dS, pairs of keys: `BLOCK / 2 x block_m`.
     ds_lanes: Lines,
     /// Pairs of keys, before they are transposed: `block_n / 2 x width`.
     rows: Lines,
 }
 
-impl Words {
-    pub(super) fn new(backward: &Backward<'_>) -> Self {
+/// Words from one row to the next of keys transposed. A line more than there are, so that rows a power of two apart do not
+/// share a few sets of the L1 cache.
+fn keys_stride(backward: &Backward<'_>) -> usize {
+    backward.owned() / 2 + SIDE
+}
+
+/// The same of pairs of queries.
+fn queries_stride(backward: &Backward<'_>) -> usize {
+    backward.width() + SIDE
+}
+
+/// Words of one part of each.
+struct Sizes {
+    keys: usize,
+    keys_lanes: usize,
+    q_lanes: usize,
+    q: usize,
+    scores: usize,
+}
+
+impl Sizes {
+    fn new(backward: &Backward<'_>) -> Self {
         let (width, words) = (backward.width(), backward.words());
         let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
-        let lines = |count: usize| Lines::new(if backward.pairs.is_some() { count } else { 0 });
         Self {
-            keys: lines(block_n * words),
-            values: lines(block_n * words),
-            keys_lanes: lines(width * block_n / 2),
-            q_lanes: lines(words * block_m),
-            dout_lanes: lines(words * block_m),
-            q: lines(block_m / 2 * width),
-            dout: lines(block_m / 2 * width),
-            probabilities: lines(BLOCK * block_m / 2),
-            ds: lines(BLOCK * block_m / 2),
-            ds_lanes: lines(BLOCK / 2 * block_m),
-            rows: lines(block_n / 2 * width),
+            keys: block_n * words,
+            keys_lanes: width * keys_stride(backward),
+            q_lanes: words * block_m,
+            q: block_m / 2 * queries_stride(backward),
+            scores: BLOCK * block_m / 2,
+        }
+    }
+}
+
+impl Words {
+    pub(super) fn new(backward: &Backward<'_>) -> Self {
+        let sizes = Sizes::new(backward);
+        let lines = |part: usize| {
+            let parts = if backward.pairs.is_some() { backward.parts } else { 0 };
+            Lines::new(parts * part)
+        };
+        Self {
+            keys: lines(sizes.keys),
+            values: lines(sizes.keys),
+            keys_lanes: lines(sizes.keys_lanes),
+            q_lanes: lines(sizes.q_lanes),
+            dout_lanes: lines(sizes.q_lanes),
+            q: lines(sizes.q),
+            dout: lines(sizes.q),
+            probabilities: lines(sizes.scores),
+            ds: lines(sizes.scores),
+            ds_lanes: lines(sizes.scores),
+            rows: lines(sizes.keys_lanes),
         }
     }
 }
 
 impl Scratch {
-    /// The keys transposed, as pairs of bf16 that are neighbours along the keys.
-    pub(super) fn pair_keys(&mut self, backward: &Backward<'_>, keys: usize) {
+    /// So many keys and values, which are loaded, as pairs of bf16: both within a head, and the keys transposed as well.
+    pub(super) fn pair_keys(&mut self, backward: &Backward<'_>, sources: [Head; 2], first: usize, count: [usize; 2]) {
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        let (sizes, words) = (Sizes::new(backward), &mut self.words);
+        let pairing = Pairing {
+            from: self.keys.as_ptr(),
+            stride: head_dim,
+            rows: count[1],
+            columns: head_dim,
+            apart: SIDE,
+            to: words.keys.as_mut_ptr().cast(),
+            to_stride: backward.words(),
+            parts: backward.parts,
+            part: sizes.keys,
+        };
         // SAFETY: the processor has the instructions, and tiles have room for whole registers.
         unsafe {
-            let rows = self.words.rows.as_mut_ptr();
-            (kernels.pair_rows)(self.keys.as_ptr(), head_dim, keys / 2, width, rows.cast(), width);
-            let to = self.words.keys_lanes.as_mut_ptr();
-            (kernels.transpose)(rows, width, keys / 2, to, backward.owned() / 2, head_dim);
+            if backward.parts == 1 {
+                sources[0].copy_halves(first, count, &mut words.keys, backward.words());
+                sources[1].copy_halves(first, count, &mut words.values, backward.words());
+            } else {
+                (kernels.pair_columns)(&pairing);
+                let (from, to) = (self.values.as_ptr(), words.values.as_mut_ptr().cast());
+                (kernels.pair_columns)(&Pairing { from, to, ..pairing });
+            }
+            let rows = words.rows.as_mut_ptr();
+            (kernels.pair_rows)(&Pairing {
+                columns: width,
+                apart: 1,
+                to: rows.cast(),
+                to_stride: width,
+                part: sizes.keys_lanes,
+                ..pairing
+            });
+            for part in 0..backward.parts {
+                let rows = rows.add(part * sizes.keys_lanes);
+                let to = words.keys_lanes.as_mut_ptr().add(part * sizes.keys_lanes);
+                (kernels.transpose)(rows, width, count[1] / 2, to, keys_stride(backward), head_dim);
+            }
         }
     }
 
-    /// A tile of queries as pairs of bf16, neighbours within a head and neighbours among the queries.
+    /// A tile of queries as pairs of bf16, within a head and of queries.
     pub(super) fn pair_queries(&mut self, backward: &Backward<'_>, padded: usize) {
         let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
-        let words = &mut self.words;
+        let (sizes, words) = (Sizes::new(backward), &mut self.words);
         for (rows, lanes, pairs, pairs_lanes) in [
             (&self.q, &self.q_lanes, &mut words.q, &mut words.q_lanes),
             (&self.dout, &self.dout_lanes, &mut words.dout, &mut words.dout_lanes),
         ] {
             // SAFETY: the processor has the instructions; words are half as many rows as what they are made of.
             unsafe {
-                let (to, to_lanes) = (pairs.as_mut_ptr().cast(), pairs_lanes.as_mut_ptr().cast());
-                (kernels.pair_rows)(rows.as_ptr(), width, padded / 2, width, to, width);
-                (kernels.pair_rows)(
-                    lanes.as_ptr(),
-                    block_m,
-                    backward.head_dim() / 2,
-                    padded,
-                    to_lanes,
-                    block_m,
-                );
+                let of_queries = Pairing {
+                    from: rows.as_ptr(),
+                    stride: width,
+                    rows: padded,
+                    columns: width,
+                    apart: SIDE,
+                    to: pairs.as_mut_ptr().cast(),
+                    to_stride: queries_stride(backward),
+                    parts: backward.parts,
+                    part: sizes.q,
+                };
+                (kernels.pair_rows)(&of_queries);
+                (kernels.pair_rows)(&Pairing {
+                    from: lanes.as_ptr(),
+                    stride: block_m,
+                    rows: backward.head_dim(),
+                    columns: padded,
+                    // As the keys are: neighbours, where words are copied from memory.
+                    apart: if backward.parts == 1 { 1 } else { SIDE },
+                    to: pairs_lanes.as_mut_ptr().cast(),
+                    to_stride: block_m,
+                    part: sizes.q_lanes,
+                    ..of_queries
+                });
             }
         }
     }
@@ -99,30 +179,29 @@ impl Scratch {
         first: usize,
         keys: usize,
     ) {
-        let stride = backward.tiles.block_m as usize;
-        let words = (backward.words(), &self.words);
+        let (stride, inner, sizes) = (backward.tiles.block_m as usize, backward.words(), Sizes::new(backward));
+        let words = &self.words;
         for (keys_or_values, lanes, product) in [
-            (&words.1.keys, &words.1.q_lanes, &mut self.probabilities),
-            (&words.1.values, &words.1.dout_lanes, &mut self.ds),
+            (&words.keys, &words.q_lanes, &mut self.probabilities),
+            (&words.values, &words.dout_lanes, &mut self.ds),
         ] {
+            let product = PairProduct {
+                rows: keys,
+                inner,
+                columns: tile.lanes,
+                a: keys_or_values.as_ptr().cast::<u32>().wrapping_add(first * inner),
+                a_stride: inner,
+                a_part: sizes.keys,
+                b: lanes.as_ptr().cast(),
+                b_stride: stride,
+                b_part: sizes.q_lanes,
+                parts: backward.parts,
+                c: product.as_mut_ptr(),
+                c_stride: stride,
+                accumulate: false,
+            };
             // SAFETY: passed on to the caller.
-            unsafe {
-                multiply_pairs(
-                    pairs,
-                    PairProduct {
-                        rows: keys,
-                        inner: words.0,
-                        columns: tile.lanes,
-                        a: keys_or_values.as_ptr().cast::<u32>().add(first * words.0),
-                        a_stride: words.0,
-                        b: lanes.as_ptr().cast(),
-                        b_stride: stride,
-                        c: product.as_mut_ptr(),
-                        c_stride: stride,
-                        accumulate: false,
-                    },
-                );
-            }
+            unsafe { (pairs.product)(&product) };
         }
     }
 
@@ -138,71 +217,78 @@ impl Scratch {
         first: usize,
         keys: usize,
     ) {
-        let (kernels, width, stride) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
-        let words = &mut self.words;
-        // SAFETY: passed on to the caller; words are half as many as what they are made of.
-        unsafe {
-            let (p, ds) = (self.probabilities.as_ptr(), self.ds.as_ptr());
-            (kernels.narrow)(Dtype::Bf16, p, keys * stride, words.probabilities.as_mut_ptr().cast());
-            (kernels.narrow)(Dtype::Bf16, ds, keys * stride, words.ds.as_mut_ptr().cast());
-            let to = words.ds_lanes.as_mut_ptr().cast();
-            (kernels.pair_rows)(ds, stride, keys / 2, tile.lanes, to, stride);
-            multiply_pairs(
-                pairs,
-                PairProduct {
-                    rows: width,
-                    inner: keys / 2,
-                    columns: tile.lanes,
-                    a: words.keys_lanes.as_ptr().cast::<u32>().add(first / 2),
-                    a_stride: backward.owned() / 2,
-                    b: words.ds_lanes.as_ptr().cast(),
-                    b_stride: stride,
-                    c: self.dq_lanes.as_mut_ptr(),
-                    c_stride: stride,
-                    accumulate: true,
-                },
-            );
-        }
-        let products = [
-            (&words.probabilities, &words.dout, &mut self.dv),
-            (&words.ds, &words.q, &mut self.dk),
-        ];
-        for (weights, queries, gradient) in products {
-            // SAFETY: as above.
-            unsafe {
-                multiply_pairs(
-                    pairs,
-                    PairProduct {
-                        rows: keys,
-                        inner: tile.lanes / 2,
-                        columns: width,
-                        a: weights.as_ptr().cast(),
-                        a_stride: stride / 2,
-                        b: queries.as_ptr().cast(),
-                        b_stride: width,
-                        c: gradient.as_mut_ptr().add(first * width),
-                        c_stride: width,
-                        accumulate: true,
-                    },
-                );
-            }
+        let (width, stride, sizes) = (backward.width(), backward.tiles.block_m as usize, Sizes::new(backward));
+        // SAFETY: passed on to the caller.
+        unsafe { self.pair_scores(backward, tile, keys) };
+        let words = &self.words;
+        let of_queries = PairProduct {
+            rows: width,
+            inner: keys / 2,
+            columns: tile.lanes,
+            a: words.keys_lanes.as_ptr().cast::<u32>().wrapping_add(first / 2),
+            a_stride: keys_stride(backward),
+            a_part: sizes.keys_lanes,
+            b: words.ds_lanes.as_ptr().cast(),
+            b_stride: stride,
+            b_part: sizes.scores,
+            parts: backward.parts,
+            c: self.dq_lanes.as_mut_ptr(),
+            c_stride: stride,
+            accumulate: true,
+        };
+        let of_keys = |weights: &Lines, queries: &Lines, gradient: &mut Lines| PairProduct {
+            rows: keys,
+            inner: tile.lanes / 2,
+            columns: width,
+            a: weights.as_ptr().cast(),
+            a_stride: stride / 2,
+            a_part: sizes.scores,
+            b: queries.as_ptr().cast(),
+            b_stride: queries_stride(backward),
+            b_part: sizes.q,
+            parts: backward.parts,
+            c: gradient.as_mut_ptr().wrapping_add(first * width),
+            c_stride: width,
+            accumulate: true,
+        };
+        let of_values = of_keys(&words.probabilities, &words.dout, &mut self.dv);
+        let of_keys = of_keys(&words.ds, &words.q, &mut self.dk);
+        for product in [of_queries, of_values, of_keys] {
+            // SAFETY: passed on to the caller; words are half as many as what they are made of.
+            unsafe { (pairs.product)(&product) };
         }
     }
-}
 
-/// A product of any number of columns, in the widths that there are.
-///
-/// # Safety
-/// As for `pairs.product`.
-unsafe fn multiply_pairs(pairs: &Pairs, product: PairProduct) {
-    for column in (0..product.columns).step_by(2 * SIDE) {
-        // SAFETY: passed on to the caller; the columns are within b and c.
+    /// P and dS as pairs of bf16: both of queries, and dS of keys as well.
+    ///
+    /// # Safety
+    /// As for [`score_pairs`](Self::score_pairs).
+    unsafe fn pair_scores(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: usize) {
+        let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
+        let words = &mut self.words;
+        let of_queries = Pairing {
+            from: self.probabilities.as_ptr(),
+            stride,
+            rows: keys,
+            columns: tile.lanes,
+            apart: SIDE,
+            to: words.probabilities.as_mut_ptr().cast(),
+            to_stride: stride / 2,
+            parts: backward.parts,
+            part: Sizes::new(backward).scores,
+        };
+        let from = self.ds.as_ptr();
+        // SAFETY: passed on to the caller.
         unsafe {
-            (pairs.product)(&PairProduct {
-                columns: (product.columns - column).min(2 * SIDE),
-                b: product.b.add(column),
-                c: product.c.add(column),
-                ..product
+            (kernels.pair_columns)(&of_queries);
+            let to = words.ds.as_mut_ptr().cast();
+            (kernels.pair_columns)(&Pairing { from, to, ..of_queries });
+            (kernels.pair_rows)(&Pairing {
+                from,
+                apart: 1,
+                to: words.ds_lanes.as_mut_ptr().cast(),
+                to_stride: stride,
+                ..of_queries
             });
         }
     }

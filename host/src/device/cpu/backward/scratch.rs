@@ -15,6 +15,8 @@ pub(super) struct QueryTile {
     pub(super) lanes: usize,
     /// Whether q and dout are finite.
     pub(super) finite: bool,
+    /// Whether they are multiplied as pairs of bf16, if keys and values are.
+    pub(super) fits: bool,
 }
 
 /// The tiles that a thread works in. "width" is head_dim in whole registers.
@@ -24,6 +26,8 @@ pub(super) struct Scratch {
     /// Of the keys that a task owns: `block_n x head_dim`.
     pub(super) keys: Lines,
     pub(super) values: Lines,
+    /// Whether they are multiplied as pairs of bf16.
+    pub(super) keys_fit: bool,
     /// Their gradients: `block_n x width`.
     pub(super) dk: Lines,
     pub(super) dv: Lines,
@@ -52,6 +56,7 @@ impl Scratch {
             words: Words::new(backward),
             keys: Lines::new(block_n * head_dim + MAX_LANES),
             values: Lines::new(block_n * head_dim),
+            keys_fit: false,
             dk: Lines::new(block_n * width),
             dv: Lines::new(block_n * width),
             q: Lines::new(block_m * width),
@@ -83,14 +88,13 @@ impl Scratch {
         let (head_dim, width) = (backward.head_dim(), backward.width());
         let padded = keys.next_multiple_of(backward.padding());
         // SAFETY: passed on to the caller; the heads are within their tensors.
-        let of_keys = |tensor| unsafe { backward.rows(tensor, batch, kv_head) };
-        of_keys(problem.k()).load_tile(kernels, first_key, [keys, padded], self.keys.as_mut_slice(), head_dim);
-        of_keys(problem.v()).load_tile(kernels, first_key, [keys, padded], self.values.as_mut_slice(), head_dim);
-        if backward.pairs.is_some() {
-            let words = backward.words();
-            of_keys(problem.k()).copy_halves(first_key, [keys, padded], &mut self.words.keys, words);
-            of_keys(problem.v()).copy_halves(first_key, [keys, padded], &mut self.words.values, words);
-            self.pair_keys(backward, padded);
+        let sources = [problem.k(), problem.v()].map(|tensor| unsafe { backward.rows(tensor, batch, kv_head) });
+        for (source, tile) in sources.iter().zip([&mut self.keys, &mut self.values]) {
+            source.load_tile(kernels, first_key, [keys, padded], tile.as_mut_slice(), head_dim);
+        }
+        self.keys_fit = backward.fit(&self.keys, head_dim, keys) && backward.fit(&self.values, head_dim, keys);
+        if self.keys_fit {
+            self.pair_keys(backward, sources, first_key, [keys, padded]);
         }
         self.dk.as_mut_slice()[..padded * width].fill(0.0);
         self.dv.as_mut_slice()[..padded * width].fill(0.0);
@@ -110,6 +114,8 @@ impl Scratch {
     ) -> QueryTile {
         let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
         let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
+        let sees_nothing = |row: &usize| backward.visibility.visible_end((first_row + row) as u32) == 0;
+        let unseeing = (0..rows).take_while(sees_nothing).count();
         let sources = [backward.problem.q(), backward.tensors.dout];
         let tiles = [(&mut self.q, &mut self.q_lanes), (&mut self.dout, &mut self.dout_lanes)];
         for (source, (tile, lanes)) in sources.into_iter().zip(tiles) {
@@ -117,11 +123,14 @@ impl Scratch {
             unsafe {
                 let source = backward.rows(source, batch, head);
                 source.load_tile(kernels, first_row, [rows, padded], tile.as_mut_slice(), width);
+                // What sees no key gives nothing, whatever it is.
+                tile.as_mut_slice()[..unseeing * width].fill(0.0);
                 let (from, to) = (tile.as_ptr(), lanes.as_mut_ptr());
                 (kernels.transpose)(from, width, padded, to, block_m, backward.head_dim());
             }
         }
-        if backward.pairs.is_some() {
+        let fits = backward.fit(&self.q, width, rows) && backward.fit(&self.dout, width, rows);
+        if fits {
             self.pair_queries(backward, padded);
         }
         let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
@@ -141,19 +150,15 @@ impl Scratch {
         self.lse.as_mut_slice()[rows..padded].fill(f32::INFINITY);
         self.delta.as_mut_slice()[rows..padded].fill(0.0);
         self.visible.as_mut_slice()[rows..padded].fill(0.0);
-        let rows_are_finite = |tile: &Lines| {
-            let mut rows = tile.as_slice().chunks(width).take(rows);
-            rows.all(|row| {
-                row[..backward.head_dim()]
-                    .iter()
-                    .fold(true, |all, x| all & x.is_finite())
-            })
-        };
+        let head_dim = backward.head_dim();
+        let is_finite = |row: &[f32]| row[..head_dim].iter().fold(true, |all, x| all & x.is_finite());
+        let rows_are_finite = |tile: &Lines| tile.as_slice().chunks(width).take(rows).all(is_finite);
         QueryTile {
             first_row,
             rows,
             lanes: padded,
             finite: rows_are_finite(&self.q) && rows_are_finite(&self.dout),
+            fits,
         }
     }
 

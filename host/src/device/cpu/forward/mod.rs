@@ -17,7 +17,6 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use flash_attention_kernels::abi::StridedTensor;
-use flash_attention_kernels::entries::Dtype;
 
 use super::kernels::{Kernels, Pairs, SIDE};
 use super::pointer_mut;
@@ -36,12 +35,17 @@ const SEGMENT: u32 = 2048;
 /// Segments of a sequence at most.
 const MAX_SEGMENTS: u32 = 16;
 
+/// Bytes of half of the L1 cache of the processors that have AMX.
+const HALF_L1: usize = 24 << 10;
+
 /// One forward problem on its way.
 struct Forward<'a> {
     kernels: &'static Kernels,
     problem: &'a Problem,
     /// How pairs of bf16 are multiplied, if that is how this problem is solved.
     pairs: Option<&'static Pairs>,
+    /// How many bf16 an element is split into for them; 0 if it is not.
+    parts: usize,
     /// Whether queries are solved one by one. Tiles of q and the output then hold rows of `panels.depth`.
     few: bool,
     /// Query heads of a tile. More than one only where queries are few and heads share keys, which are then read from memory
@@ -81,10 +85,16 @@ struct Tile {
 pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, reporter: &Reporter<'_>) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
     let few = problem.seqlen_q() <= FEW;
-    let pairs = team.kernels.pairs.filter(|_| problem.dtype() == Dtype::Bf16 && !few);
+    let (pairs, parts) = team.kernels.pairs_of(problem.dtype()).filter(|_| !few).unzip();
+    let parts = parts.unwrap_or(0);
+    let tiles = Tiles {
+        block_n: block_n(tiles, parts, problem.head_dim()),
+        ..tiles
+    };
     let mut forward = Forward {
         kernels: team.kernels,
         pairs,
+        parts,
         few,
         together: 1,
         panels: Panels {
@@ -112,6 +122,18 @@ pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, r
         forward.by_tiles(team, tasks, tile);
     } else {
         forward.by_segments(team, tasks, segments, tile);
+    }
+}
+
+/// Keys of a tile: those of the plan; half of them where they have parts of which, with those of the values, only then half of
+/// the L1 cache is enough. Measured, that is 2 to 7 % faster, and 10 % slower where even then it is not.
+fn block_n(tiles: Tiles, parts: usize, head_dim: u32) -> u32 {
+    let fits = |keys: u32| 2 * 2 * parts * (keys * head_dim) as usize <= HALF_L1;
+    let half = tiles.block_n / 2;
+    if parts > 1 && fits(half) && !fits(tiles.block_n) {
+        half
+    } else {
+        tiles.block_n
     }
 }
 

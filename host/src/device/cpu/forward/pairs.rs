@@ -1,12 +1,12 @@
-//! What products of pairs of bf16 read: the words, and how they are made.
+//! What products of pairs of bf16 read: the words, how they are made, and for which queries.
 
-use super::Forward;
 use super::scratch::Scratch;
-use crate::device::cpu::kernels::MAX_LANES;
+use super::{Forward, Tile};
+use crate::device::cpu::kernels::{MAX_LANES, Pairing, SIDE};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Panels;
 
-/// What products of pairs of bf16 read: words of two neighbours along the inner axis.
+/// What products of pairs of bf16 read: words of two numbers along the inner axis, part after part.
 pub(super) struct Words {
     /// Panel by panel, `words x lanes`.
     pub(super) query: Lines,
@@ -17,48 +17,213 @@ pub(super) struct Words {
     rows: Lines,
     /// `block_n / 2 x lanes`: exponentials.
     pub(super) scores: Lines,
+    /// Where only some are multiplied as pairs: all scores by products of f32, `block_n x lanes`.
+    pub(super) f32_scores: Lines,
+    /// Which of the tile's queries, keys and values may be split.
+    pub(super) queries_fit: Vec<bool>,
+    pub(super) keys_fit: Vec<bool>,
+    pub(super) values_fit: Vec<bool>,
+}
+
+/// How many of some rows may be split.
+///
+/// A product of a row that may and one that may not is of f32, wherever the two are: a score is one sum in one order,
+/// whatever is in the same tile, be it a key that its query does not see.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fit {
+    None,
+    Some,
+    All,
+}
+
+impl Fit {
+    pub(super) fn of(rows: &[bool]) -> Self {
+        match rows.iter().filter(|&&fits| fits).count() {
+            count if count == rows.len() => Self::All,
+            0 => Self::None,
+            _ => Self::Some,
+        }
+    }
+
+    /// Of so many rows of heads, which exist, and writes down which.
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    pub(super) unsafe fn of_rows(forward: &Forward<'_>, rows: *const f32, count: usize, fit: &mut [bool]) -> Self {
+        let (head_dim, may_be_split) = (forward.head_dim(), forward.kernels.may_be_split);
+        fit.fill(true);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if may_be_split(rows, count * head_dim) {
+                return Self::All;
+            }
+            let fit = &mut fit[..count];
+            for (row, fits) in fit.iter_mut().enumerate() {
+                *fits = may_be_split(rows.add(row * head_dim), head_dim);
+            }
+            Self::of(fit)
+        }
+    }
+
+    /// Of the products of each of some with each of others.
+    pub(super) fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::None, _) | (_, Self::None) => Self::None,
+            (Self::All, Self::All) => Self::All,
+            _ => Self::Some,
+        }
+    }
 }
 
 impl Words {
     pub(super) fn new(forward: &Forward<'_>) -> Self {
-        let (block_n, depth, words) = (forward.tiles.block_n as usize, forward.panels.depth, forward.words());
-        let lines = |count: usize| Lines::new(if forward.pairs.is_some() { count } else { 0 });
+        let lines = |part: usize| Lines::new(forward.parts * part);
+        let (block_n, lanes) = (forward.tiles.block_n as usize, forward.panels.lanes);
         Self {
-            query: lines(forward.lanes() * words),
-            keys: lines(block_n * words),
-            values: lines(depth * block_n / 2),
-            rows: lines(block_n / 2 * depth),
-            scores: lines(block_n / 2 * forward.panels.lanes),
+            query: lines(forward.query_part()),
+            keys: lines(forward.keys_part()),
+            values: lines(forward.values_part()),
+            rows: lines(forward.values_part()),
+            scores: lines(forward.scores_part()),
+            f32_scores: Lines::new(if forward.parts > 1 { block_n * lanes } else { 0 }),
+            queries_fit: vec![true; forward.lanes()],
+            keys_fit: vec![true; block_n],
+            values_fit: vec![true; block_n],
         }
     }
 }
 
+/// Words of one part.
+impl Forward<'_> {
+    pub(super) fn query_part(&self) -> usize {
+        self.lanes() * self.words()
+    }
+
+    pub(super) fn keys_part(&self) -> usize {
+        self.tiles.block_n as usize * self.words()
+    }
+
+    pub(super) fn values_part(&self) -> usize {
+        self.panels.depth * self.tiles.block_n as usize / 2
+    }
+
+    pub(super) fn scores_part(&self) -> usize {
+        self.tiles.block_n as usize / 2 * self.panels.lanes
+    }
+
+    /// How far apart the two elements of a head are that make a word: neighbours, where words are copied from memory.
+    fn apart(&self) -> usize {
+        if self.parts == 1 { 1 } else { SIDE }
+    }
+}
+
 impl Scratch {
-    /// The queries as pairs of bf16, neighbours within a head.
-    pub(super) fn pair_queries(&mut self, forward: &Forward<'_>, rows: usize) {
+    /// The queries as pairs of bf16 within a head.
+    pub(super) fn pair_queries(&mut self, forward: &Forward<'_>, tile: &Tile) {
         let (kernels, Panels { lanes, depth }) = (forward.kernels, forward.panels);
-        for (first, used) in forward.panels(rows) {
+        for (first, used) in forward.panels(tile.rows) {
             // SAFETY: the processor has the instructions; both are panels of their tiles.
             unsafe {
-                let (from, to) = (
-                    self.query.as_ptr().add(first * depth),
-                    self.words.query.as_mut_ptr().cast::<u32>().add(first * forward.words()),
-                );
-                (kernels.pair_rows)(from, lanes, forward.head_dim() / 2, used, to, lanes);
+                (kernels.pair_rows)(&Pairing {
+                    from: self.query.as_ptr().add(first * depth),
+                    stride: lanes,
+                    rows: forward.head_dim(),
+                    columns: used,
+                    apart: forward.apart(),
+                    to: self.words.query.as_mut_ptr().cast::<u32>().add(first * forward.words()),
+                    to_stride: lanes,
+                    parts: forward.parts,
+                    part: forward.query_part(),
+                });
+            }
+        }
+        if forward.parts > 1 {
+            self.words.queries_fit.fill(true);
+            // What sees no key gives nothing, whatever it is.
+            let sees_a_key = |query: &usize| forward.visibility.visible_end(forward.position(tile, *query)) > 0;
+            let row = &mut self.rows.as_mut_slice()[..forward.head_dim()];
+            for query in (0..tile.rows).filter(sees_a_key) {
+                tile.q.load(kernels, tile.first_row as usize + query, row);
+                // SAFETY: the processor has the instructions.
+                self.words.queries_fit[query] = unsafe { (kernels.may_be_split)(row.as_ptr(), row.len()) };
             }
         }
     }
 
-    /// The values as pairs of bf16, neighbours along the keys, a row for each element of a head.
-    pub(super) fn pair_values(&mut self, forward: &Forward<'_>, keys: usize) {
+    /// So many keys at `from` as pairs of bf16 within a head, in parts.
+    pub(super) fn split_keys(&mut self, forward: &Forward<'_>, keys: usize, from: *const f32) {
+        // SAFETY: the processor has the instructions, and tiles have room for all their keys.
+        unsafe {
+            (forward.kernels.pair_columns)(&Pairing {
+                from,
+                stride: forward.head_dim(),
+                rows: keys,
+                columns: forward.head_dim(),
+                apart: SIDE,
+                to: self.words.keys.as_mut_ptr().cast(),
+                to_stride: forward.words(),
+                parts: forward.parts,
+                part: forward.keys_part(),
+            });
+        }
+    }
+
+    /// Pairs of the values that may be split, the others being 0 among them; loads those that may not, the others being 0.
+    pub(super) fn pair_some_values(&mut self, forward: &Forward<'_>, tile: &Tile, first: usize, count: [usize; 2]) {
+        let head_dim = forward.head_dim();
+        let load = |scratch: &mut Self, fit: bool| {
+            let values = scratch.values.as_mut_slice();
+            tile.v.load_tile(forward.kernels, first, count, values, head_dim);
+            for (row, fits) in values.chunks_mut(head_dim).zip(&scratch.words.values_fit) {
+                if *fits != fit {
+                    row.fill(0.0);
+                }
+            }
+        };
+        load(self, true);
+        self.pair_values(forward, count[1], self.values.as_ptr());
+        load(self, false);
+    }
+
+    /// Scores of a panel: of f32 where the query or the key may not be split.
+    pub(super) fn choose_scores(&mut self, forward: &Forward<'_>, first: usize, lanes: usize, keys: usize) {
+        let (stride, words) = (forward.panels.lanes, &self.words);
+        let rows = self.scores.as_mut_slice().chunks_mut(stride);
+        let rows = rows
+            .zip(words.f32_scores.as_slice().chunks(stride))
+            .zip(&words.keys_fit);
+        for ((scores, f32_scores), key_fits) in rows.take(keys) {
+            for (lane, query_fits) in words.queries_fit[first..first + lanes].iter().enumerate() {
+                if !(key_fits & query_fits) {
+                    scores[lane] = f32_scores[lane];
+                }
+            }
+        }
+    }
+
+    /// The values at `from` as pairs of bf16, neighbours along the keys, a row for each element of a head.
+    pub(super) fn pair_values(&mut self, forward: &Forward<'_>, keys: usize, from: *const f32) {
         let (kernels, head_dim) = (forward.kernels, forward.head_dim());
         let width = head_dim.next_multiple_of(MAX_LANES);
         // SAFETY: the processor has the instructions, and tiles have room for whole registers.
         unsafe {
-            let (from, pairs) = (self.values.as_ptr(), self.words.rows.as_mut_ptr());
-            (kernels.pair_rows)(from, head_dim, keys / 2, width, pairs.cast(), width);
-            let to = self.words.values.as_mut_ptr();
-            (kernels.transpose)(pairs, width, keys / 2, to, forward.tiles.block_n as usize / 2, head_dim);
+            let pairs = self.words.rows.as_mut_ptr();
+            (kernels.pair_rows)(&Pairing {
+                from,
+                stride: head_dim,
+                rows: keys,
+                columns: width,
+                apart: 1,
+                to: pairs.cast(),
+                to_stride: width,
+                parts: forward.parts,
+                part: forward.values_part(),
+            });
+            for part in 0..forward.parts {
+                let pairs = pairs.add(part * forward.values_part());
+                let to = self.words.values.as_mut_ptr().add(part * forward.values_part());
+                (kernels.transpose)(pairs, width, keys / 2, to, forward.tiles.block_n as usize / 2, head_dim);
+            }
         }
     }
 }

@@ -56,7 +56,7 @@ impl Scratch {
             &mut self.rows,
         );
         if forward.pairs.is_some() {
-            self.pair_queries(forward, tile.rows);
+            self.pair_queries(forward, tile);
         }
     }
 

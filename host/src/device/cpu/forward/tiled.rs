@@ -1,16 +1,35 @@
-//! The path of tiles: a tile of keys passes panels of queries, which are lanes. Products are of f32 or of pairs of bf16.
+//! The path of tiles: a tile of keys passes panels of queries, which are lanes. Products are of f32 or of pairs of
+//! bf16, and of both where only some numbers may be split into those (see `kernels/parts.rs`).
 
+use super::pairs::Fit;
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::{PairProduct, Product, ROWS, SIDE, Softmax};
+use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, ROWS, SIDE, Softmax};
+use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::{Head, Panels};
 use crate::plan::kernel_scale;
+
+/// A tile of keys and values, loaded.
+struct Block {
+    /// Rows of f32; of the keys, only where they may be wanted, of the values, those that are not multiplied as pairs.
+    keys: *const f32,
+    values: *const f32,
+    /// How many there are, padded.
+    count: usize,
+    /// Whether some query does not see all of them.
+    masked: bool,
+    /// Whether no value is infinite or NaN, as far as that matters.
+    finite: bool,
+    /// Which keys, and which values, are multiplied as pairs of bf16.
+    pairs_of_keys: Fit,
+    pairs_of_values: Fit,
+}
 
 impl Scratch {
     /// Takes in the keys and values of tile `n`.
     pub(super) fn attend_block(&mut self, forward: &Forward<'_>, tile: &Tile, n: u32, state: &mut State) {
-        let (kernels, head_dim, block_n) = (forward.kernels, forward.head_dim(), forward.tiles.block_n);
+        let block_n = forward.tiles.block_n;
         let first_key = n * block_n;
         let seen = |row: usize| {
             let end = forward.visibility.visible_end(forward.position(tile, row));
@@ -20,34 +39,14 @@ impl Scratch {
             return (0..tile.rows)
                 .for_each(|row| self.attend_one(forward, tile, row, first_key as usize, seen(row), state));
         }
-        let keys = seen(tile.rows - 1); // the last query of the tile sees the most
-        let padded = keys.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
-        let first = first_key as usize;
         let masked = n >= tile.whole_blocks;
-        let in_place = |rows: Head| (!masked && keys == padded).then(|| rows.in_place(first)).flatten();
-        let values = in_place(tile.v).unwrap_or_else(|| {
-            let values = self.values.as_mut_slice();
-            tile.v.load_tile(kernels, first, [keys, padded], values, head_dim);
-            values.as_ptr()
-        });
-        let mut rows_of_keys = self.keys.as_ptr();
-        if forward.pairs.is_some() {
-            let stride = forward.words();
-            tile.k.copy_halves(first, [keys, padded], &mut self.words.keys, stride);
-            self.pair_values(forward, padded);
-        } else if let Some(rows) = in_place(tile.k) {
-            rows_of_keys = rows;
-        } else {
-            let tile_of_keys = self.keys.as_mut_slice();
-            tile.k.load_tile(kernels, first, [keys, padded], tile_of_keys, head_dim);
-        }
+        // The last query of the tile sees the most.
+        let block = self.load_block(forward, tile, first_key as usize, seen(tile.rows - 1), masked);
         if masked {
             for (row, visible) in self.visible.as_mut_slice()[..tile.rows].iter_mut().enumerate() {
                 *visible = seen(row) as f32;
             }
         }
-        let loaded = &self.values.as_slice()[..keys * head_dim];
-        let finite = !masked || loaded.iter().fold(true, |all, x| all & x.is_finite());
         let panels = tile.rows.div_ceil(forward.panels.lanes);
         for (index, (first, lanes)) in forward.panels(tile.rows).enumerate() {
             if n + 1 < tile.blocks {
@@ -57,68 +56,153 @@ impl Scratch {
                 tile.k.prefetch(next + rows.start..(next + rows.end).min(end));
                 tile.v.prefetch(next + rows.start..(next + rows.end).min(end));
             }
-            let visible = masked.then(|| self.visible.as_ptr().wrapping_add(first));
             // SAFETY: the panel is one of the tile's, tiles are as large as the plan says, and keys and values are either
             // rows in memory, all of which exist, or the tiles they were loaded to.
             unsafe {
-                self.scores_of_panel(forward, first, lanes, (padded, rows_of_keys), visible, state);
-                if finite {
-                    self.add_values(forward, first, lanes, (padded, values), state);
-                } else {
+                self.scores_of_panel(forward, first, lanes, &block);
+                self.exponentials_of_panel(forward, first, lanes, &block, state);
+                self.add_values(forward, first, lanes, &block, state);
+                if !block.finite {
                     self.add_seen_values(forward, first, lanes.min(tile.rows - first), state);
                 }
             }
         }
     }
 
-    /// Scores of the panel that starts at lane `first`, and their exponentials.
+    /// Loads the tile of keys and values that starts at `first`, of which queries see `seen`.
+    fn load_block(&mut self, forward: &Forward<'_>, tile: &Tile, first: usize, seen: usize, masked: bool) -> Block {
+        let (kernels, head_dim) = (forward.kernels, forward.head_dim());
+        let count = seen.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
+        // Pairs are made of whole registers.
+        let suits = !masked && seen == count && (forward.pairs.is_none() || head_dim.is_multiple_of(MAX_LANES));
+        let load = |rows: Head, to: &mut Lines| match rows.in_place(first).filter(|_| suits) {
+            Some(rows) => rows,
+            None => {
+                rows.load_tile(kernels, first, [seen, count], to.as_mut_slice(), head_dim);
+                to.as_ptr()
+            }
+        };
+        let values = load(tile.v, &mut self.values);
+        let loaded = &self.values.as_slice()[..seen * head_dim];
+        let finite = !masked || loaded.iter().fold(true, |all, x| all & x.is_finite());
+        let pairs_of_values = match forward.parts {
+            0 => Fit::None,
+            1 if finite => Fit::All,
+            1 => Fit::None,
+            // SAFETY: the rows exist.
+            _ => unsafe { Fit::of_rows(forward, values, seen, &mut self.words.values_fit) },
+        };
+        match pairs_of_values {
+            Fit::All => self.pair_values(forward, count, values),
+            Fit::Some => self.pair_some_values(forward, tile, first, [seen, count]),
+            Fit::None => (),
+        }
+        let mut block = Block {
+            keys: self.keys.as_ptr(),
+            values: if pairs_of_values == Fit::Some {
+                self.values.as_ptr()
+            } else {
+                values
+            },
+            count,
+            masked,
+            finite,
+            pairs_of_keys: Fit::All,
+            pairs_of_values,
+        };
+        if forward.parts == 1 {
+            let stride = forward.words();
+            tile.k.copy_halves(first, [seen, count], &mut self.words.keys, stride);
+            return block;
+        }
+        block.keys = load(tile.k, &mut self.keys);
+        block.pairs_of_keys = match forward.parts {
+            0 => Fit::None,
+            // SAFETY: the rows exist.
+            _ => unsafe { Fit::of_rows(forward, block.keys, seen, &mut self.words.keys_fit) },
+        };
+        if block.pairs_of_keys != Fit::None {
+            self.split_keys(forward, count, block.keys);
+        }
+        block
+    }
+
+    /// Scores of the panel that starts at lane `first`.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions, the panel is one of the tile's, and there are as many rows of keys.
-    unsafe fn scores_of_panel(
-        &mut self,
-        forward: &Forward<'_>,
-        first: usize,
-        lanes: usize,
-        (keys, rows_of_keys): (usize, *const f32),
-        visible: Option<*const f32>,
-        state: &mut State,
-    ) {
-        let (kernels, head_dim) = (forward.kernels, forward.head_dim());
+    /// The processor has the kernels' instructions, the panel is one of the tile's, and the keys are there.
+    unsafe fn scores_of_panel(&mut self, forward: &Forward<'_>, first: usize, lanes: usize, block: &Block) {
         let Panels { lanes: stride, depth } = forward.panels;
-        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let queries = if forward.parts > 1 {
+            Fit::of(&self.words.queries_fit[first..first + lanes])
+        } else {
+            Fit::All
+        };
+        let fit = queries.and(block.pairs_of_keys);
         // SAFETY: passed on to the caller.
         unsafe {
-            if let Some(pairs) = forward.pairs {
+            if let Some(pairs) = forward.pairs.filter(|_| fit != Fit::None) {
                 (pairs.product)(&PairProduct {
-                    rows: keys,
+                    rows: block.count,
                     inner: forward.words(),
                     columns: lanes,
                     a: self.words.keys.as_ptr().cast(),
                     a_stride: forward.words(),
+                    a_part: forward.keys_part(),
                     b: self.words.query.as_ptr().cast::<u32>().add(first * forward.words()),
                     b_stride: stride,
-                    c: self.scores.as_mut_ptr(),
-                    c_stride: stride,
-                    accumulate: false,
-                });
-            } else {
-                (kernels.product)(&Product {
-                    rows: keys,
-                    inner: head_dim,
-                    columns: lanes,
-                    a: rows_of_keys,
-                    a_stride: head_dim,
-                    transposed: false,
-                    b: self.query.as_ptr().add(first * depth),
-                    b_stride: stride,
+                    b_part: forward.query_part(),
+                    parts: forward.parts,
                     c: self.scores.as_mut_ptr(),
                     c_stride: stride,
                     accumulate: false,
                 });
             }
-            (kernels.softmax)(&Softmax {
-                keys,
+            if fit != Fit::All {
+                let scores = if fit == Fit::None {
+                    &mut self.scores
+                } else {
+                    &mut self.words.f32_scores
+                };
+                (forward.kernels.product)(&Product {
+                    rows: block.count,
+                    inner: forward.head_dim(),
+                    columns: lanes,
+                    a: block.keys,
+                    a_stride: forward.head_dim(),
+                    transposed: false,
+                    b: self.query.as_ptr().add(first * depth),
+                    b_stride: stride,
+                    c: scores.as_mut_ptr(),
+                    c_stride: stride,
+                    accumulate: false,
+                });
+            }
+        }
+        if fit == Fit::Some {
+            self.choose_scores(forward, first, lanes, block.count);
+        }
+    }
+
+    /// Exponentials of the scores of a panel.
+    ///
+    /// # Safety
+    /// As for [`scores_of_panel`](Self::scores_of_panel).
+    unsafe fn exponentials_of_panel(
+        &mut self,
+        forward: &Forward<'_>,
+        first: usize,
+        lanes: usize,
+        block: &Block,
+        state: &mut State,
+    ) {
+        let Panels { lanes: stride, depth } = forward.panels;
+        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let visible = block.masked.then(|| self.visible.as_ptr().wrapping_add(first));
+        // SAFETY: passed on to the caller.
+        unsafe {
+            (forward.kernels.softmax)(&Softmax {
+                keys: block.count,
                 lanes,
                 scores: self.scores.as_mut_ptr(),
                 stride,
@@ -127,16 +211,20 @@ impl Scratch {
                 max: state.max.as_mut_ptr().add(first),
                 sum: state.sum.as_mut_ptr().add(first),
                 output: state.output.as_mut_ptr().add(first * depth),
-                head_dim,
-                pairs: match forward.pairs {
-                    Some(_) => self.words.scores.as_mut_ptr().cast(),
-                    None => std::ptr::null_mut(),
+                head_dim: forward.head_dim(),
+                pairs: self.words.scores.as_mut_ptr().cast(),
+                parts: if block.pairs_of_values == Fit::None {
+                    0
+                } else {
+                    forward.parts
                 },
+                part: forward.scores_part(),
+                both: block.pairs_of_values == Fit::Some,
             });
         }
     }
 
-    /// Adds exponentials times values to a panel of the output.
+    /// Adds exponentials times values to a panel of the output: of pairs, and those of f32 if all of them are finite.
     ///
     /// # Safety
     /// As for [`scores_of_panel`](Self::scores_of_panel).
@@ -145,7 +233,7 @@ impl Scratch {
         forward: &Forward<'_>,
         first: usize,
         lanes: usize,
-        (keys, values): (usize, *const f32),
+        block: &Block,
         state: &mut State,
     ) {
         let head_dim = forward.head_dim();
@@ -153,25 +241,29 @@ impl Scratch {
         // SAFETY: passed on to the caller.
         unsafe {
             let c = state.output.as_mut_ptr().add(first * depth);
-            if let Some(pairs) = forward.pairs {
+            if let Some(pairs) = forward.pairs.filter(|_| block.pairs_of_values != Fit::None) {
                 (pairs.product)(&PairProduct {
                     rows: depth,
-                    inner: keys / 2,
+                    inner: block.count / 2,
                     columns: lanes,
                     a: self.words.values.as_ptr().cast(),
                     a_stride: forward.tiles.block_n as usize / 2,
+                    a_part: forward.values_part(),
                     b: self.words.scores.as_ptr().cast(),
                     b_stride: stride,
+                    b_part: forward.scores_part(),
+                    parts: forward.parts,
                     c,
                     c_stride: stride,
                     accumulate: true,
                 });
-            } else {
+            }
+            if block.finite && block.pairs_of_values != Fit::All {
                 (forward.kernels.product)(&Product {
                     rows: head_dim,
-                    inner: keys,
+                    inner: block.count,
                     columns: lanes,
-                    a: values,
+                    a: block.values,
                     a_stride: head_dim,
                     transposed: true,
                     b: self.scores.as_ptr(),

@@ -4,7 +4,9 @@ use std::sync::OnceLock;
 
 use flash_attention_kernels::entries::Dtype;
 
-use super::{Backpropagate, Kernels, Merge, One, Product, Softmax, backward, convert, few, product, softmax};
+use super::{
+    Backpropagate, Kernels, Merge, One, Pairing, Product, Softmax, backward, convert, few, parts, product, softmax,
+};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::pairs;
 #[cfg(target_arch = "x86_64")]
@@ -116,6 +118,8 @@ macro_rules! instruction_set {
                 product,
                 pairs: None,
                 pair_rows,
+                pair_columns,
+                may_be_split,
                 softmax,
                 one,
                 merge,
@@ -134,24 +138,19 @@ macro_rules! instruction_set {
                 unsafe { product::product::<$vector>(p) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn pair_rows(
-                from: *const f32,
-                stride: usize,
-                pairs: usize,
-                columns: usize,
-                to: *mut u32,
-                to_stride: usize,
-            ) {
-                for pair in 0..pairs {
-                    for column in (0..columns).step_by(<$vector>::LANES) {
-                        // SAFETY: as above.
-                        unsafe {
-                            let low = from.add(2 * pair * stride + column);
-                            let (low, high) = (<$vector>::load(low), <$vector>::load(low.add(stride)));
-                            low.store_pairs(high, to.add(pair * to_stride + column));
-                        }
-                    }
-                }
+            unsafe fn pair_rows(p: &Pairing) {
+                // SAFETY: as above.
+                unsafe { parts::pair_rows::<$vector>(p) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pair_columns(p: &Pairing) {
+                // SAFETY: as above.
+                unsafe { parts::pair_columns::<$vector>(p) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn may_be_split(from: *const f32, count: usize) -> bool {
+                // SAFETY: as above.
+                unsafe { parts::may_be_split::<$vector>(from, count) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softmax(s: &Softmax) {

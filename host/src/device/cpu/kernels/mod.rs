@@ -11,6 +11,7 @@ mod backward;
 mod convert;
 mod few;
 mod isa;
+mod parts;
 mod product;
 mod softmax;
 #[cfg(test)]
@@ -21,6 +22,9 @@ use flash_attention_kernels::entries::Dtype;
 pub(super) use backward::Backpropagate;
 pub(super) use few::One;
 pub(super) use isa::Isa;
+pub(super) use parts::Pairing;
+#[cfg(target_arch = "x86_64")]
+pub(super) use parts::terms;
 pub(super) use product::{PairProduct, Pairs, Product, ROWS, SIDE};
 pub(super) use softmax::{Merge, Softmax};
 
@@ -40,11 +44,13 @@ pub(super) struct Kernels {
     /// Whether a product is rounded once, together with the sum it is added to.
     pub fused: bool,
     pub product: unsafe fn(&Product),
-    /// For bf16, where that is faster than widening to f32.
+    /// How pairs of bf16 are multiplied, where that is faster than widening to f32; see [`pairs_of`](Self::pairs_of).
     pub pairs: Option<&'static Pairs>,
-    /// (from, stride, pairs of rows, columns, to, stride): words of two neighbours of a column, as bf16. Columns are a
-    /// multiple of `lanes`.
-    pub pair_rows: unsafe fn(*const f32, usize, usize, usize, *mut u32, usize),
+    /// Words of two numbers: of two rows, whose columns are a multiple of `lanes`; of two columns.
+    pub pair_rows: unsafe fn(&Pairing),
+    pub pair_columns: unsafe fn(&Pairing),
+    /// Whether so many numbers may be split into parts.
+    pub may_be_split: unsafe fn(*const f32, usize) -> bool,
     pub softmax: unsafe fn(&Softmax),
     pub one: unsafe fn(&One),
     pub merge: unsafe fn(&Merge),
@@ -64,6 +70,19 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
+    /// How pairs of bf16 are multiplied where elements are of this type, and how many parts they are split into; `None` where
+    /// products of f32 are faster.
+    pub(super) fn pairs_of(&self, dtype: Dtype) -> Option<(&'static Pairs, usize)> {
+        let parts = match dtype {
+            Dtype::Bf16 => 1,
+            Dtype::F16 => 2,
+            Dtype::F32 => 3,
+        };
+        self.pairs
+            .filter(|pairs| parts <= pairs.most_parts)
+            .map(|pairs| (pairs, parts))
+    }
+
     /// `x * y + sum`, rounded as in the sums of `product`.
     pub(super) fn multiply_add(&self, x: f32, y: f32, sum: f32) -> f32 {
         if self.fused { x.mul_add(y, sum) } else { x * y + sum }

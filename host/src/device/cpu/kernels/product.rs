@@ -33,7 +33,7 @@ pub(in crate::device::cpu) struct Product {
 /// Products of pairs go by so many rows and columns: the lanes of a register, the rows of a tile.
 pub(in crate::device::cpu) const SIDE: usize = 16;
 
-/// `c (+)= a b` over pairs of bf16.
+/// `c (+)= a b` over pairs of bf16; or of sums of them, part by part (see `parts.rs`).
 #[cfg_attr(
     not(target_arch = "x86_64"),
     expect(dead_code, reason = "only x86 has products of pairs")
@@ -43,13 +43,18 @@ pub(in crate::device::cpu) struct PairProduct {
     pub rows: usize,
     /// Words of a row of a, rows of b; a multiple of [`SIDE`].
     pub inner: usize,
-    /// Columns of b and c: [`SIDE`] or twice that.
+    /// Columns of b and c, a multiple of [`SIDE`].
     pub columns: usize,
     pub a: *const u32,
     /// Words, or f32, from one row to the next.
     pub a_stride: usize,
+    /// Words from one part to the next.
+    pub a_part: usize,
     pub b: *const u32,
     pub b_stride: usize,
+    pub b_part: usize,
+    /// How many parts a and b have.
+    pub parts: usize,
     pub c: *mut f32,
     pub c_stride: usize,
     /// Whether c is added to.
@@ -62,6 +67,8 @@ pub(in crate::device::cpu) struct Pairs {
     /// To be called by a thread before its first product, and after its last.
     pub begin: unsafe fn(),
     pub end: unsafe fn(),
+    /// Into how many parts at most numbers are split, because the products of those are faster than one of f32.
+    pub most_parts: usize,
     /// Unsafe as the functions of `Kernels` are.
     pub product: unsafe fn(&PairProduct),
 }

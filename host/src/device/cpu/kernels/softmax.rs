@@ -1,6 +1,7 @@
 //! The online softmax of a panel of queries, and the merge of two.
 
 use super::MAX_LANES;
+use super::parts::store_parts;
 use crate::device::cpu::vector::Vector;
 
 /// One tile of keys passing one panel of queries: scores become exponentials relative to the largest score so far.
@@ -21,9 +22,15 @@ pub(in crate::device::cpu) struct Softmax {
     /// `head_dim x stride`: what was summed before, to be made relative to the new largest score.
     pub output: *mut f32,
     pub head_dim: usize,
-    /// `keys / 2 x stride`: the exponentials of two keys a word, as bf16; null if they are wanted as f32 alone. Where both
-    /// are wanted is where `visible` is not null.
+    /// `keys / 2 x stride` a part: the exponentials of two keys a word, as bf16, instead of the f32 that else take the place of
+    /// the scores.
     pub pairs: *mut u32,
+    /// How many parts they are wanted in; 0 if they are wanted as f32.
+    pub parts: usize,
+    /// Words from one part to the next.
+    pub part: usize,
+    /// Whether they are wanted as f32 as well.
+    pub both: bool,
 }
 
 /// Adds a partial softmax to another, each relative to its own largest score: what two runs of keys make of a panel.
@@ -71,29 +78,12 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
             let max = largest[0].max(largest[1]).max(largest[2].max(largest[3]));
             max.store(s.max.add(lane));
             let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
-            // The difference first: it is exact near 0, where exponentials are large.
-            let mut sum = V::splat(0.0);
-            if s.pairs.is_null() {
-                for key in 0..s.keys {
-                    let score = scores.add(key * s.stride);
-                    let x = V::load(score).sub(origin).mul(scale).exp2();
-                    sum = sum.add(x);
-                    x.store(score);
-                }
-            } else {
-                for pair in 0..s.keys / 2 {
-                    let first = scores.add(2 * pair * s.stride);
-                    let second = first.add(s.stride);
-                    let x = V::load(first).sub(origin).mul(scale).exp2();
-                    let y = V::load(second).sub(origin).mul(scale).exp2();
-                    sum = sum.add(x).add(y);
-                    x.store_pairs(y, s.pairs.add(pair * s.stride + lane));
-                    if !s.visible.is_null() {
-                        x.store(first);
-                        y.store(second);
-                    }
-                }
-            }
+            let sum = match s.parts {
+                0 => exponentials::<V>(s, lane, origin),
+                1 => exponentials_in_parts::<V, 1>(s, lane, origin),
+                2 => exponentials_in_parts::<V, 2>(s, lane, origin),
+                _ => exponentials_in_parts::<V, 3>(s, lane, origin),
+            };
             let rescale = old.sub(origin).mul(scale).exp2();
             let total = V::load(s.sum.add(lane)).fma(rescale, sum);
             total.store(s.sum.add(lane));
@@ -104,6 +94,44 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
                 }
             }
         }
+    }
+}
+
+/// Scores become exponentials; their sum.
+#[inline(always)]
+unsafe fn exponentials<V: Vector>(s: &Softmax, lane: usize, origin: V) -> V {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let (scale, mut sum) = (V::splat(s.scale_log2), V::splat(0.0));
+        for key in 0..s.keys {
+            let score = s.scores.add(key * s.stride + lane);
+            // The difference first: it is exact near 0, where exponentials are large.
+            let x = V::load(score).sub(origin).mul(scale).exp2();
+            sum = sum.add(x);
+            x.store(score);
+        }
+        sum
+    }
+}
+
+/// The same, written as pairs of bf16.
+#[inline(always)]
+unsafe fn exponentials_in_parts<V: Vector, const PARTS: usize>(s: &Softmax, lane: usize, origin: V) -> V {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let (scale, mut sum) = (V::splat(s.scale_log2), V::splat(0.0));
+        for pair in 0..s.keys / 2 {
+            let first = s.scores.add(2 * pair * s.stride + lane);
+            let x = V::load(first).sub(origin).mul(scale).exp2();
+            let y = V::load(first.add(s.stride)).sub(origin).mul(scale).exp2();
+            sum = sum.add(x).add(y);
+            store_parts::<V, PARTS>(x, y, s.pairs.add(pair * s.stride + lane), s.part);
+            if s.both {
+                x.store(first);
+                y.store(first.add(s.stride));
+            }
+        }
+        sum
     }
 }
 

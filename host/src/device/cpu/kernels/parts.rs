@@ -1,0 +1,153 @@
+//! Numbers as sums of bf16, which is what processors multiply in pairs.
+//!
+//! A number of f16 has 11 significant bits and is the sum of two bf16 of 8 bits each, one of f32 has 24 and is the sum of
+//! three, exactly: every part but the last is the bf16 that is nearest to what is left, and what is then left is exact in f32,
+//! since its last bit is that of the number. A part that was rounded leaves at most 2^-8 of the largest power of two in the
+//! number, of either sign, so the products of parts that are left out (see `terms`) are at most 2^-16 of the product of
+//! two f16 and 2^-24 of that of two f32, about half of a unit in the last place, and do not add up in one direction.
+
+use crate::device::cpu::kernels::SIDE;
+use crate::device::cpu::vector::Vector;
+
+/// What is split must be 0, or this large in magnitude: then no part is below the smallest normal number of bf16, and no
+/// product of two first parts is below 2^-90, which leaves the 24 bits that follow it above what the processor takes for 0.
+const LEAST: f32 = 1.0 / (1_u64 << 45) as f32;
+
+/// What is split must be less in magnitude: then no sum of products overflows, and none has an infinity to be multiplied by
+/// the 0 that is the second part of another number. All numbers of f16 lie between the two.
+const LIMIT: f32 = (1_u64 << 50) as f32;
+
+/// Which parts are multiplied, by how many parts numbers have: (of a, of b), each with one in common with the one before it.
+#[cfg(target_arch = "x86_64")]
+pub(in crate::device::cpu) const fn terms(parts: usize) -> &'static [(usize, usize)] {
+    match parts {
+        1 => &[(0, 0)],
+        2 => &[(1, 0), (0, 0), (0, 1)],
+        _ => &[(2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)],
+    }
+}
+
+/// Words of two numbers of a matrix as bf16, once for each part.
+pub(in crate::device::cpu) struct Pairing {
+    pub from: *const f32,
+    pub stride: usize,
+    /// Rows and columns of the matrix; of the axis along which numbers are paired, a multiple of 8.
+    pub rows: usize,
+    pub columns: usize,
+    /// How far apart the two numbers of a word are: 1, or [`SIDE`], so that 32 neighbours make the words (0, 16), (1, 17), … Those
+    /// past the end of the axis are 0.
+    pub apart: usize,
+    pub to: *mut u32,
+    pub to_stride: usize,
+    /// How many parts numbers have; one is the number rounded.
+    pub parts: usize,
+    /// Words from one part to the next.
+    pub part: usize,
+}
+
+/// Writes the words of two registers.
+#[inline(always)]
+pub(super) unsafe fn store_parts<V: Vector, const PARTS: usize>(mut low: V, mut high: V, to: *mut u32, part: usize) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if PARTS == 1 {
+            return low.store_pairs(high, to);
+        }
+        for i in 0..PARTS - 1 {
+            let (nearest_low, nearest_high) = (low.nearest_bf16(), high.nearest_bf16());
+            nearest_low.store_upper_halves(nearest_high, to.add(i * part));
+            (low, high) = (low.sub(nearest_low), high.sub(nearest_high));
+        }
+        low.store_upper_halves(high, to.add((PARTS - 1) * part));
+    }
+}
+
+/// [`Pairing`] of rows, whole registers of which are read and written.
+#[inline(always)]
+pub(super) unsafe fn pair_rows<V: Vector>(p: &Pairing) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match p.parts {
+            1 => rows_of::<V, 1>(p),
+            2 => rows_of::<V, 2>(p),
+            _ => rows_of::<V, 3>(p),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn rows_of<V: Vector, const PARTS: usize>(p: &Pairing) {
+    let words = p.rows.next_multiple_of(2 * p.apart) / 2;
+    for word in 0..words {
+        let first = word / p.apart * 2 * p.apart + word % p.apart;
+        for column in (0..p.columns).step_by(V::LANES) {
+            // SAFETY: passed on to the caller; rows past the last are not read.
+            unsafe {
+                let row_or_zero = |row: usize| p.from.add(row * p.stride + column);
+                let low = if first < p.rows {
+                    V::load(row_or_zero(first))
+                } else {
+                    V::splat(0.0)
+                };
+                let high = if first + p.apart < p.rows {
+                    V::load(row_or_zero(first + p.apart))
+                } else {
+                    V::splat(0.0)
+                };
+                store_parts::<V, PARTS>(low, high, p.to.add(word * p.to_stride + column), p.part);
+            }
+        }
+    }
+}
+
+/// [`Pairing`] of columns, [`SIDE`] apart.
+#[inline(always)]
+pub(super) unsafe fn pair_columns<V: Vector>(p: &Pairing) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match p.parts {
+            1 => columns_of::<V, 1>(p),
+            2 => columns_of::<V, 2>(p),
+            _ => columns_of::<V, 3>(p),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn columns_of<V: Vector, const PARTS: usize>(p: &Pairing) {
+    const GROUP: usize = 2 * SIDE;
+    for row in 0..p.rows {
+        for column in (0..p.columns).step_by(GROUP) {
+            // SAFETY: passed on to the caller; the last columns pass through an array that is long enough.
+            unsafe {
+                let mut from = p.from.add(row * p.stride + column);
+                let mut last = [0.0_f32; GROUP];
+                if column + GROUP > p.columns {
+                    std::ptr::copy_nonoverlapping(from, last.as_mut_ptr(), p.columns - column);
+                    from = last.as_ptr();
+                }
+                let to = p.to.add(row * p.to_stride + column / 2);
+                for lane in (0..SIDE).step_by(V::LANES) {
+                    let (low, high) = (V::load(from.add(lane)), V::load(from.add(SIDE + lane)));
+                    store_parts::<V, PARTS>(low, high, to.add(lane), p.part);
+                }
+            }
+        }
+    }
+}
+
+/// Whether `count` numbers may be split.
+#[inline(always)]
+pub(super) unsafe fn may_be_split<V: Vector>(from: *const f32, count: usize) -> bool {
+    let whole = count / V::LANES * V::LANES;
+    let mut all = true;
+    // SAFETY: passed on to the caller; the last numbers pass through an array that is long enough.
+    unsafe {
+        for i in (0..whole).step_by(V::LANES) {
+            all &= V::load(from.add(i)).is_within(LEAST, LIMIT);
+        }
+        let mut last = [0.0_f32; 16];
+        std::ptr::copy_nonoverlapping(from.add(whole), last.as_mut_ptr(), count - whole);
+        all & V::load(last.as_ptr()).is_within(LEAST, LIMIT)
+    }
+}

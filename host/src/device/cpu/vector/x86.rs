@@ -1,0 +1,267 @@
+//! The registers of x86: AVX2 and AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::Vector;
+
+/// AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(in crate::device::cpu) struct Avx2(__m256);
+
+// SAFETY: eight f32; the rest is the trait's own contract, which each method passes on.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the contract of the trait, for each")]
+unsafe impl Vector for Avx2 {
+    const LANES: usize = 8;
+    const ROWS: usize = 4;
+    const FUSED: bool = true;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self(unsafe { _mm256_set1_ps(value) })
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Self(unsafe { _mm256_loadu_ps(from) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { _mm256_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Self(unsafe { _mm256_sub_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, factor: Self, addend: Self) -> Self {
+        Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, addend.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        Self(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn select_greater(self, other: Self, x: Self, y: Self) -> Self {
+        Self(unsafe { _mm256_blendv_ps(y.0, x.0, _mm256_cmp_ps::<_CMP_GT_OQ>(self.0, other.0)) })
+    }
+    #[inline(always)]
+    unsafe fn times_power(self, rounded: Self) -> Self {
+        unsafe {
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded.0));
+            let power = _mm256_add_epi32(exponent, _mm256_set1_epi32(1.0_f32.to_bits() as i32));
+            self.mul(Self(_mm256_castsi256_ps(power)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        unsafe { _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+            let wide = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+            let packed = _mm256_packus_epi32(wide, wide); // within halves of 128 bits
+            let packed = _mm256_permute4x64_epi64::<0b1000>(packed);
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+}
+
+/// AVX-512 F.
+#[derive(Clone, Copy)]
+pub(in crate::device::cpu) struct Avx512(__m512);
+
+// SAFETY: sixteen f32; the rest is the trait's own contract, which each method passes on.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the contract of the trait, for each")]
+unsafe impl Vector for Avx512 {
+    const LANES: usize = 16;
+    const ROWS: usize = 8;
+    const FUSED: bool = true;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Self(unsafe { _mm512_loadu_ps(from) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Self(unsafe { _mm512_sub_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, factor: Self, addend: Self) -> Self {
+        Self(unsafe { _mm512_fmadd_ps(self.0, factor.0, addend.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        Self(unsafe { _mm512_max_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn select_greater(self, other: Self, x: Self, y: Self) -> Self {
+        unsafe {
+            let greater = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, other.0);
+            Self(_mm512_mask_blend_ps(greater, y.0, x.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn times_power(self, rounded: Self) -> Self {
+        unsafe {
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(rounded.0));
+            let power = _mm512_add_epi32(exponent, _mm512_set1_epi32(1.0_f32.to_bits() as i32));
+            self.mul(Self(_mm512_castsi512_ps(power)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let wide = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(wide));
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, high: Self, to: *mut u32) {
+        unsafe {
+            let half = _mm512_set1_epi32(0x8000);
+            let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(self.0), half));
+            let high = _mm512_add_epi32(_mm512_castps_si512(high.0), half);
+            // (high & mask) | low
+            let words = _mm512_ternarylogic_epi32::<0xf8>(low, high, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            _mm512_storeu_si512(to.cast(), words);
+        }
+    }
+    #[inline(always)]
+    unsafe fn nearest_bf16(self) -> Self {
+        unsafe {
+            let rounded = _mm512_add_epi32(_mm512_castps_si512(self.0), _mm512_set1_epi32(0x8000));
+            let upper = _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            Self(_mm512_castsi512_ps(upper))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_upper_halves(self, high: Self, to: *mut u32) {
+        unsafe {
+            let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(self.0));
+            let high = _mm512_castps_si512(high.0);
+            // (high & mask) | low
+            let words = _mm512_ternarylogic_epi32::<0xf8>(low, high, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            _mm512_storeu_si512(to.cast(), words);
+        }
+    }
+    #[inline(always)]
+    unsafe fn is_within(self, least: f32, limit: f32) -> bool {
+        unsafe {
+            let (least, limit) = (least.to_bits() as i32, limit.to_bits() as i32);
+            let magnitude = _mm512_and_si512(_mm512_castps_si512(self.0), _mm512_set1_epi32(i32::MAX));
+            let above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(least)); // what is less wraps around
+            let within = _mm512_cmplt_epu32_mask(above, _mm512_set1_epi32(limit - least));
+            within | _mm512_testn_epi32_mask(magnitude, magnitude) == u16::MAX
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(from: *const f32, stride: usize, rows: usize, to: *mut f32, to_stride: usize, columns: usize) {
+        unsafe {
+            let mut x = [_mm512_setzero_ps(); 16];
+            for (row, x) in x.iter_mut().enumerate().take(rows) {
+                *x = _mm512_loadu_ps(from.add(row * stride));
+            }
+            // Pairs of rows, then fours: register 4 g + j then holds columns j, j + 4, j + 8, j + 12 of rows 4 g .. 4 g + 4.
+            let mut pairs = x;
+            for i in (0..16).step_by(2) {
+                pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+                pairs[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+            }
+            let mut fours = pairs;
+            for g in (0..16).step_by(4) {
+                let (a, b) = (_mm512_castps_pd(pairs[g]), _mm512_castps_pd(pairs[g + 2]));
+                fours[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                let (a, b) = (_mm512_castps_pd(pairs[g + 1]), _mm512_castps_pd(pairs[g + 3]));
+                fours[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+            for j in 0..4 {
+                let (a, b, c, d) = (fours[j], fours[4 + j], fours[8 + j], fours[12 + j]);
+                let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+                let (even_2, odd_2) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                x[j] = _mm512_shuffle_f32x4::<0x88>(even, even_2);
+                x[j + 4] = _mm512_shuffle_f32x4::<0x88>(odd, odd_2);
+                x[j + 8] = _mm512_shuffle_f32x4::<0xdd>(even, even_2);
+                x[j + 12] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_2);
+            }
+            for (column, x) in x.iter().enumerate().take(columns) {
+                _mm512_storeu_ps(to.add(column * to_stride), *x);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // Rounding and writing the exponent are instructions here, and one comparison makes what underflows 0.
+        unsafe {
+            let in_range = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, _mm512_set1_ps(-126.0)); // so for NaN
+            let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0);
+            let power = Self::polynomial(self.sub(Self(whole)));
+            Self(_mm512_maskz_scalef_ps(in_range, power.0, whole))
+        }
+    }
+}

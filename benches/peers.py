@@ -9,6 +9,8 @@ events, launched without waiting, after a warm-up, on normal numbers, over input
 together. TFLOP/s count 4 B H N^2 D operations forward, 2.5 times that backward, half under a causal mask. A large matmul and a
 large copy show what the card can do.
 
+One file without dependencies, so that it can be copied to the machine with the GPU by itself.
+
 Writes DATE-CARD.json (everything measured, and on what), DATE-CARD.md (tables) and one SVG plot a pass. `--render FILE.json` writes
 tables and plots from such a file again, on any machine.
 """

@@ -1,11 +1,6 @@
-//! [`Attention`]: the options of a call, and the call.
+//! [`Attention`]: the options of a call. What a call does is in `call`.
 
-use std::sync::{RwLockReadGuard, RwLockWriteGuard};
-
-use crate::plan::Results;
-use crate::problem::{BackwardInputs, GradientOutputs, Outputs};
-use crate::progress::Reporter;
-use crate::tensor::Storage;
+use crate::call::above;
 use crate::{Arch, BackwardProblem, Element, Error, Plan, Problem, Tensor};
 
 /// `softmax(softmax_scale * q k^T) v`, with its options. Cheap to make and to clone.
@@ -101,21 +96,7 @@ impl Attention {
     /// Those of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and what
     /// the device says of the launch.
     pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
-        self.forward_reporting(q, k, v, Reporter::silent())
-    }
-
-    pub(crate) fn forward_reporting<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        reporter: Reporter<'_>,
-    ) -> Result<Output<T>, Error> {
-        let plan = self.plan(q, k, v)?;
-        let mut out = Tensor::empty(q.device(), q.shape())?;
-        let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
-        forward(&plan, [q, k, v], &mut out, &mut lse, reporter)?;
-        Ok(Output { out, lse })
+        self.silent().forward(q, k, v)
     }
 
     /// The forward pass, its results written to the caller's tensors: `out` with any strides that do not overlap and a
@@ -131,25 +112,7 @@ impl Attention {
         out: &mut Tensor<T>,
         lse: &mut Tensor<f32>,
     ) -> Result<(), Error> {
-        self.forward_into_reporting(q, k, v, out, lse, Reporter::silent())
-    }
-
-    pub(crate) fn forward_into_reporting<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        out: &mut Tensor<T>,
-        lse: &mut Tensor<f32>,
-        reporter: Reporter<'_>,
-    ) -> Result<(), Error> {
-        let outputs = Outputs {
-            out: out.info(),
-            lse: lse.info(),
-        };
-        let problem = Problem::new(self, q.info(), k.info(), v.info(), Some(outputs))?;
-        let plan = Plan::new(&problem, &q.device().info())?;
-        forward(&plan, [q, k, v], out, lse, reporter)
+        self.silent().forward_into(q, k, v, out, lse)
     }
 
     /// How [`forward`](Self::forward) would compute this: kernel, tiles, grid, and what it costs. Allocates nothing.
@@ -181,28 +144,7 @@ impl Attention {
         output: &Output<T>,
         dout: &Tensor<T>,
     ) -> Result<Gradients<T>, Error> {
-        self.backward_reporting(q, k, v, output, dout, Reporter::silent())
-    }
-
-    pub(crate) fn backward_reporting<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        output: &Output<T>,
-        dout: &Tensor<T>,
-        reporter: Reporter<'_>,
-    ) -> Result<Gradients<T>, Error> {
-        let plan = self.plan_backward(q, k, v, output, dout)?;
-        check_lse(&output.lse)?;
-        let mut gradients = Gradients {
-            dq: Tensor::empty(q.device(), q.shape())?,
-            dk: Tensor::empty(k.device(), k.shape())?,
-            dv: Tensor::empty(v.device(), v.shape())?,
-        };
-        let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, &mut gradients, reporter)?;
-        Ok(gradients)
+        self.silent().backward(q, k, v, output, dout)
     }
 
     /// The backward pass, its results written to the caller's tensors: any strides that do not overlap, a contiguous last
@@ -219,31 +161,7 @@ impl Attention {
         dout: &Tensor<T>,
         gradients: &mut Gradients<T>,
     ) -> Result<(), Error> {
-        self.backward_into_reporting(q, k, v, output, dout, gradients, Reporter::silent())
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "those of `backward_into`, and who is told")]
-    pub(crate) fn backward_into_reporting<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        output: &Output<T>,
-        dout: &Tensor<T>,
-        gradients: &mut Gradients<T>,
-        reporter: Reporter<'_>,
-    ) -> Result<(), Error> {
-        let outputs = GradientOutputs {
-            dq: gradients.dq.info(),
-            dk: gradients.dk.info(),
-            dv: gradients.dv.info(),
-        };
-        let above = above(output, dout);
-        let problem = BackwardProblem::new(self, q.info(), k.info(), v.info(), above, Some(outputs))?;
-        let plan = Plan::backward(&problem, &q.device().info())?;
-        check_lse(&output.lse)?;
-        let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, gradients, reporter)
+        self.silent().backward_into(q, k, v, output, dout, gradients)
     }
 
     /// How [`backward`](Self::backward) would compute this. Allocates nothing.
@@ -282,116 +200,5 @@ impl Attention {
     pub fn scale_for(&self, head_dim: usize) -> f32 {
         self.softmax_scale
             .unwrap_or_else(|| (1.0 / (head_dim as f64).sqrt()) as f32)
-    }
-}
-
-/// What a backward pass takes beside q, k and v.
-fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> BackwardInputs<'a> {
-    BackwardInputs {
-        out: output.out.info(),
-        lse: output.lse.info(),
-        dout: dout.info(),
-    }
-}
-
-/// In debug builds, refuses an lse that no forward pass over finite numbers gives.
-fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
-    if cfg!(debug_assertions)
-        && let Some(index) = lse.to_vec()?.iter().position(|x| x.is_nan())
-    {
-        return Err(Error::NotANumber { argument: "lse", index });
-    }
-    Ok(())
-}
-
-/// Runs a forward plan that was made for exactly these tensors.
-fn forward<T: Element>(
-    plan: &Plan,
-    inputs: [&Tensor<T>; 3],
-    out: &mut Tensor<T>,
-    lse: &mut Tensor<f32>,
-    reporter: Reporter<'_>,
-) -> Result<(), Error> {
-    let guards = Guards::lock(&inputs.map(Tensor::storage), &[out.storage(), lse.storage()]);
-    let results = Results::Forward {
-        out: out.address(),
-        lse: lse.address(),
-    };
-    // SAFETY: the plan's problem was proven from the inputs' own descriptions, and from the outputs' or, where they are
-    // new, from the contiguous layout they were allocated with. All are borrowed for the call and on one device, the
-    // outputs overlap nothing, and the guards keep other threads out.
-    let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
-    drop(guards);
-    ended(result, reporter)
-}
-
-/// Runs a backward plan that was made for exactly these tensors.
-fn backward<T: Element>(
-    plan: &Plan,
-    inputs: [&Tensor<T>; 5],
-    lse: &Tensor<f32>,
-    gradients: &mut Gradients<T>,
-    reporter: Reporter<'_>,
-) -> Result<(), Error> {
-    let device = inputs[0].device();
-    let words = plan.workspace_bytes() / size_of::<f32>() as u64;
-    let workspace = Tensor::<f32>::empty(device, [words as usize])?;
-    let [q, k, v, out, dout] = inputs.map(Tensor::storage);
-    let Gradients { dq, dk, dv } = gradients;
-    let guards = Guards::lock(
-        &[q, k, v, out, dout, lse.storage()],
-        &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()],
-    );
-    let results = Results::Backward {
-        dq: dq.address(),
-        dk: dk.address(),
-        dv: dv.address(),
-        workspace: workspace.address(),
-    };
-    // SAFETY: as in `forward`; the workspace is as large as the plan says. It is freed when the call returns, and a device
-    // keeps what is freed until the work launched before has finished.
-    let result = unsafe { device.backend().run(plan, results, &reporter) };
-    drop(guards);
-    ended(result, reporter)
-}
-
-/// Reports the end of a call, whose tensors are locked no more.
-fn ended(result: Result<(), Error>, reporter: Reporter<'_>) -> Result<(), Error> {
-    match result {
-        Ok(()) => reporter.end(),
-        Err(_) => reporter.abandon(),
-    }
-    result
-}
-
-/// Keeps storages from being written, or read while they are written, by another thread.
-struct Guards<'a> {
-    _read: Vec<RwLockReadGuard<'a, ()>>,
-    _write: Vec<RwLockWriteGuard<'a, ()>>,
-}
-
-impl<'a> Guards<'a> {
-    /// Locks each storage once, for writing if it is an output's; in order of their addresses, so that two calls can
-    /// not wait for each other.
-    fn lock(inputs: &[&'a Storage], outputs: &[&'a Storage]) -> Self {
-        let mut storages: Vec<(&Storage, bool)> = outputs
-            .iter()
-            .map(|&s| (s, true))
-            .chain(inputs.iter().map(|&s| (s, false)))
-            .collect();
-        storages.sort_by_key(|&(storage, written)| (std::ptr::from_ref(storage).addr(), !written));
-        storages.dedup_by(|(later, _), (earlier, _)| std::ptr::eq(*later, *earlier));
-        let mut guards = Self {
-            _read: Vec::new(),
-            _write: Vec::new(),
-        };
-        for (storage, written) in storages {
-            if written {
-                guards._write.push(storage.write());
-            } else {
-                guards._read.push(storage.read());
-            }
-        }
-        guards
     }
 }

@@ -39,6 +39,7 @@
 //! with an argument is an [`Error`] before anything is allocated or launched.
 
 mod attention;
+mod call;
 mod device;
 mod element;
 mod error;
@@ -50,6 +51,7 @@ pub mod reference;
 mod tensor;
 
 pub use attention::{Attention, Gradients, Output};
+pub use call::Reporting;
 pub use device::{Device, DeviceInfo, DeviceKind, EmulatorOptions, MemoryUse};
 pub use element::Element;
 pub use error::{CudaUnavailable, Error};
@@ -61,7 +63,7 @@ pub use plan::{Cost, Launch, MAX_BLOCKS, Parameters, Plan, Results, TileMap, Til
 pub use problem::{
     BackwardInputs, BackwardProblem, GradientOutputs, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, Outputs, Problem,
 };
-pub use progress::{Progress, Reporting};
+pub use progress::Progress;
 pub use ptx_emulator;
 pub use tensor::Tensor;
 

@@ -6,8 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::{Attention, Element, Error, Gradients, Output, Tensor};
-
 /// Time between two reports at least, but for the last one.
 const INTERVAL: Duration = Duration::from_millis(10);
 
@@ -26,104 +24,6 @@ impl Progress {
     /// The part that has been done, from 0 to 1.
     pub fn fraction(&self) -> f64 {
         self.done as f64 / self.total as f64
-    }
-}
-
-/// An [`Attention`] whose calls report how far they are: what [`Attention::on_progress`] gives.
-#[derive(Clone, Copy, Debug)]
-pub struct Reporting<F> {
-    attention: Attention,
-    report: F,
-}
-
-impl Attention {
-    /// The same attention, whose calls tell `report` how far they are.
-    ///
-    /// ```
-    /// # use flash_attention::{Attention, Device, Tensor};
-    /// # let q = Tensor::from_slice(&Device::cpu(), [1, 1, 64, 8], &[0.5_f32; 512])?;
-    /// # let (k, v) = (q.clone(), q.clone());
-    /// let attention = Attention::new().on_progress(|progress| {
-    ///     eprint!("\r{:3.0} %", 100.0 * progress.fraction());
-    /// });
-    /// let output = attention.forward(&q, &k, &v)?;
-    /// # Ok::<(), flash_attention::Error>(())
-    /// ```
-    ///
-    /// The CPU and the emulator report; a GPU, where a call returns as soon as its work is launched, does not. A call that
-    /// succeeds reports at least once. `done` grows from one report to the next, a hundred times a second at most, and is
-    /// `total` in the last one and in no other, which comes when the results are there. A call that fails may report, but
-    /// never that it has ended.
-    ///
-    /// `report` runs on whichever thread has finished something, never on two at a time for one call; the other threads do
-    /// not wait for it. Until the last report it must not read or write the results, which are locked. Where it
-    /// panics, the call first does all of its work without further reports; then the panic goes on from the thread that called.
-    /// Results are the same bits with and without reports.
-    pub fn on_progress<F: Fn(Progress) + Sync>(self, report: F) -> Reporting<F> {
-        Reporting {
-            attention: self,
-            report,
-        }
-    }
-}
-
-impl<F: Fn(Progress) + Sync> Reporting<F> {
-    /// [`Attention::forward`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
-        self.attention.forward_reporting(q, k, v, Reporter::new(&self.report))
-    }
-
-    /// [`Attention::forward_into`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn forward_into<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        out: &mut Tensor<T>,
-        lse: &mut Tensor<f32>,
-    ) -> Result<(), Error> {
-        let reporter = Reporter::new(&self.report);
-        self.attention.forward_into_reporting(q, k, v, out, lse, reporter)
-    }
-
-    /// [`Attention::backward`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn backward<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        output: &Output<T>,
-        dout: &Tensor<T>,
-    ) -> Result<Gradients<T>, Error> {
-        let reporter = Reporter::new(&self.report);
-        self.attention.backward_reporting(q, k, v, output, dout, reporter)
-    }
-
-    /// [`Attention::backward_into`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn backward_into<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        output: &Output<T>,
-        dout: &Tensor<T>,
-        gradients: &mut Gradients<T>,
-    ) -> Result<(), Error> {
-        let reporter = Reporter::new(&self.report);
-        self.attention
-            .backward_into_reporting(q, k, v, output, dout, gradients, reporter)
     }
 }
 

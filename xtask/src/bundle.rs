@@ -3,7 +3,7 @@
 //! It holds the suite's programs, the micro-kernels and the program that runs them, the table of speed, the data they read and
 //! a script. Programs are stripped: nothing but names is lost.
 
-use crate::{Outcome, workspace};
+use crate::{Outcome, make_executable, workspace};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -407,18 +407,6 @@ fn size(folder: &Path) -> Outcome<u64> {
         };
     }
     Ok(bytes)
-}
-
-#[cfg(unix)]
-fn make_executable(path: &Path) -> Outcome {
-    use std::os::unix::fs::PermissionsExt;
-    let executable = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(path, executable).map_err(|e| format!("{}: {e}", path.display()))
-}
-
-#[cfg(not(unix))]
-fn make_executable(_: &Path) -> Outcome {
-    Ok(())
 }
 
 #[cfg(test)]

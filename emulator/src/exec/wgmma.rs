@@ -3,12 +3,15 @@
 //! Each warp of the group computes its own 16 rows, which depend on nothing the other three hold. A product reads
 //! its shared operands when it lands, some time between issue and wait; products of a warp land in order.
 
+mod registers;
+
 use std::collections::VecDeque;
 
+use self::registers::{Owned, Role};
 use super::warp::{Frame, Warp};
 use super::{Cluster, Flow, Step, Write};
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA, WgmmaOp};
+use crate::decode::op::{Instr, Wgmma, WgmmaA, WgmmaOp};
 use crate::decode::types::{Slot, Ty};
 use crate::error::Error;
 use crate::memory::window;
@@ -57,36 +60,6 @@ pub(crate) struct WgmmaQueue {
     now: u64,
 }
 
-#[derive(Debug, Clone)]
-struct Owned {
-    frame: u32,
-    rows: Box<[Slot]>,
-    role: Role,
-    step: u32,
-    line: u32,
-}
-
-/// What a product holds a register for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
-    /// May be neither read nor written.
-    Accumulator,
-    /// May not be written.
-    Operand,
-    /// Holds a copy of an accumulator, made before the wait: may not be read.
-    Copy,
-}
-
-impl Role {
-    fn name(self) -> &'static str {
-        match self {
-            Role::Accumulator => "an accumulator",
-            Role::Operand => "an operand register",
-            Role::Copy => "a copy of an accumulator",
-        }
-    }
-}
-
 fn bytes_of(ty: Ty) -> usize {
     match ty {
         Ty::Tf32 => 4,
@@ -108,117 +81,11 @@ fn decode(ty: Ty, bits: u32) -> f32 {
     }
 }
 
-/// Whether an instruction only moves registers, whole or in parts.
-fn moves_registers(instr: &Instr) -> bool {
-    let moves = matches!(
-        &instr.op,
-        Op::Alu(Alu::Mov { .. } | Alu::Pack { .. } | Alu::Unpack { .. })
-    );
-    moves && !instr.reads.is_empty()
-}
-
-/// Whether it only moves bits, as in taking halves out of words and putting them together again.
-fn moves_bits(instr: &Instr) -> bool {
-    match &instr.op {
-        Op::Alu(Alu::Cvt { to, from, .. }) => to.int().is_some() && from.int().is_some(),
-        Op::Alu(Alu::Int2 { op, .. }) => matches!(op, Int2::Shl | Int2::Shr | Int2::And | Int2::Or),
-        Op::Alu(Alu::Int3 { op, .. }) => matches!(op, Int3::Prmt(_) | Int3::Bfe | Int3::Lop3(_)),
-        Op::Alu(Alu::Bfi { .. }) => true,
-        _ => moves_registers(instr),
-    }
-}
-
 fn major(transposed: bool) -> Major {
     if transposed { Major::Mn } else { Major::K }
 }
 
 impl<'m> Cluster<'m> {
-    /// Times register writes, and looks for instructions that touch what a product in flight owns.
-    pub(super) fn track_registers(&mut self, warp: &mut Warp, instr: &Instr) -> Result<(), Error> {
-        warp.wgmma.now += 1;
-        if matches!(&instr.op, Op::Wgmma(_)) {
-            return Ok(());
-        }
-        let now = warp.wgmma.now;
-        let frame = warp.frame_mut();
-        let renames = moves_registers(instr);
-        let when = instr.reads.iter().map(|row| frame.written[*row as usize]).max();
-        for row in &instr.writes {
-            frame.written[*row as usize] = if renames { when.unwrap_or(now) } else { now };
-        }
-        if warp.wgmma.owned.is_empty() {
-            return Ok(());
-        }
-        if moves_bits(instr) {
-            return self.track_move(warp, instr);
-        }
-        self.check_owned(warp, instr, 0);
-        Ok(())
-    }
-
-    /// Moves only rename: compilers put them between a product and its wait, and assemblers make them vanish. What is
-    /// moved out of an accumulator is the product's result, which nobody may use before the wait.
-    fn track_move(&mut self, warp: &mut Warp, instr: &Instr) -> Result<(), Error> {
-        let frame = warp.group().frame;
-        let moved = |o: &&Owned| {
-            o.frame == frame && o.role != Role::Operand && instr.reads.iter().any(|row| o.rows.contains(row))
-        };
-        let source = warp.wgmma.owned.iter().filter(moved).max_by_key(|o| o.step);
-        let copy = source.map(|source| Owned {
-            frame,
-            rows: instr.writes.clone(),
-            role: Role::Copy,
-            step: source.step,
-            line: source.line,
-        });
-        let Some(copy) = copy else {
-            self.check_owned(warp, instr, 0);
-            return Ok(());
-        };
-        while warp.wgmma.flying.front().is_some_and(|p| p.step <= copy.step) {
-            self.land_first(warp)?;
-        }
-        let only_writes = Instr {
-            reads: Box::default(),
-            ..instr.clone()
-        };
-        self.check_owned(warp, &only_writes, copy.step);
-        warp.wgmma.owned.push(copy);
-        Ok(())
-    }
-
-    /// Accumulators of products up to step `landed` may be written: they get back what was moved out of them.
-    fn check_owned(&mut self, warp: &mut Warp, instr: &Instr, landed: u32) {
-        let frame = warp.group().frame;
-        let touched = warp.wgmma.owned.iter().find_map(|owned| {
-            let mine = |row: &Slot| owned.frame == frame && owned.rows.contains(row);
-            let given_back = owned.role == Role::Accumulator && owned.step <= landed;
-            let written = owned.role != Role::Copy && !given_back && instr.writes.iter().any(mine);
-            let read = owned.role != Role::Operand && instr.reads.iter().any(mine);
-            (written || read).then_some((owned.role, owned.line, written))
-        });
-        // A copy that is overwritten is one no more.
-        warp.wgmma.owned.retain_mut(|owned| {
-            if owned.role == Role::Copy && owned.frame == frame {
-                let stays = |row: &&Slot| !instr.writes.contains(row);
-                owned.rows = owned.rows.iter().filter(stays).copied().collect();
-            }
-            !owned.rows.is_empty()
-        });
-        if let Some((role, line, written)) = touched
-            && self.ctx.checks.registers
-        {
-            let actor = self.actor(warp);
-            self.report(FindingKind::UnawaitedAsync, instr.line, actor, (None, None), || {
-                let verb = if written { "writes" } else { "reads" };
-                format!(
-                    "{verb} {} of the wgmma at line {line}, which was not waited for",
-                    role.name()
-                )
-            });
-        }
-    }
-
     pub(super) fn wgmma(&mut self, warp: &mut Warp, instr: &Instr, op: &WgmmaOp, mask: u32) -> Step {
         match op {
             WgmmaOp::Fence => {
@@ -294,26 +161,6 @@ impl<'m> Cluster<'m> {
         warp.wgmma.flying.push_back(product);
         self.land_products(warp)?;
         Ok(Flow::Next)
-    }
-
-    /// Registers written since the last `wgmma.fence` are not yet the product's to use.
-    fn check_fence(&mut self, warp: &mut Warp, instr: &Instr, op: &Wgmma) {
-        if !self.ctx.checks.registers {
-            return;
-        }
-        let fenced = warp.wgmma.fenced_at;
-        let frame = warp.frame();
-        let operands: &[Slot] = match &op.a {
-            WgmmaA::Registers(rows) => rows,
-            WgmmaA::Descriptor(_) => &[],
-        };
-        let late = |row: &&Slot| frame.written[**row as usize] > fenced;
-        if op.d.iter().chain(operands).find(late).is_some() {
-            let actor = self.actor(warp);
-            self.report(FindingKind::UnawaitedAsync, instr.line, actor, (None, None), || {
-                "uses registers that were written after the last wgmma.fence".to_owned()
-            });
-        }
     }
 
     /// The shared addresses of an operand's 16-byte chunks, with the first element each holds.

@@ -122,6 +122,31 @@ fn bulk_store_whose_source_is_overwritten_before_its_wait() {
     caught(&HOPPER, FindingKind::UnawaitedAsync, &faulty, &mended);
 }
 
+/// What was stored is in memory after a wait for the group; after one for its reads alone, in some orders not yet.
+#[test]
+fn bulk_store_writes_after_its_reads() {
+    let finds_old = |read| {
+        let body = format!(
+            "setp.ne.u32 %p1, %r1, 0;\n@%p1 bra DONE;\nst.shared.v4.u32 [%r2], {{%r1, %r1, %r1, %r1}};\n\
+             fence.proxy.async.shared::cta;\n\
+             cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r2], 16;\ncp.async.bulk.commit_group;\n\
+             cp.async.bulk.wait_group{read} 0;\n\
+             ld.global.u32 %r4, [%rd1];\nst.global.u32 [%rd1 + 16], %r4;\nDONE:"
+        );
+        let module = module(HOPPER.target, &body);
+        (0..SEEDS).any(|seed| {
+            let (_, data) = run_for_data(&module, 1, HOPPER.threads, seed).expect("it ends");
+            assert_eq!(
+                data[..16],
+                [0; 16],
+                "seed {seed}: the store has landed when the kernel has ended"
+            );
+            data[16] == 1
+        })
+    };
+    assert!(finds_old(".read") && !finds_old(""));
+}
+
 /// A 64x8x16 product of zeros, A and B in shared memory without swizzle.
 fn product(before: &str, wait: &str, after: &str) -> String {
     format!(

@@ -183,9 +183,9 @@ impl<'a> Decoder<'_, 'a> {
             return Ok(Op::Async(AsyncOp::BulkCommit));
         }
         if m.take("wait_group") {
-            m.take("read");
+            let read = m.take("read");
             let left = self.group_count(i)?;
-            return Ok(Op::Async(AsyncOp::BulkWait { left }));
+            return Ok(Op::Async(AsyncOp::BulkWait { left, read }));
         }
         if m.take("prefetch") {
             while m.next().is_some() {}

@@ -20,6 +20,11 @@ pub fn module(target: &str, body: &str) -> Module {
 }
 
 pub fn run(module: &Module, grid: u32, threads: u32, seed: u64) -> Result<Report, Error> {
+    run_for_data(module, grid, threads, seed).map(|(report, _)| report)
+}
+
+/// The report, and what the kernel leaves of `data`, which is all ones.
+pub fn run_for_data(module: &Module, grid: u32, threads: u32, seed: u64) -> Result<(Report, Vec<u8>), Error> {
     let memory = DeviceMemory::new();
     let data = memory.alloc(4096)?;
     memory.write(data, &[1; 4096])?;
@@ -36,7 +41,10 @@ pub fn run(module: &Module, grid: u32, threads: u32, seed: u64) -> Result<Report
         max_instructions: Some(10_000_000),
         ..Options::default()
     };
-    module.launch(&memory, &launch, &options)
+    let report = module.launch(&memory, &launch, &options)?;
+    let mut left = vec![0; 4096];
+    memory.read(data, &mut left)?;
+    Ok((report, left))
 }
 
 pub struct Case {

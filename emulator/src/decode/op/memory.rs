@@ -140,9 +140,10 @@ pub(crate) enum AsyncOp {
         reduction: Option<AtomicOp>,
     },
     BulkCommit,
-    /// With or without `.read`: waiting for the reads alone lands the whole operation.
     BulkWait {
         left: u32,
+        /// Whether it waits for the reads alone.
+        read: bool,
     },
 }
 

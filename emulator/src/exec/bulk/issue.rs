@@ -118,6 +118,7 @@ impl<'m> Cluster<'m> {
         Pending {
             landing: Landing::Now,
             pieces: Vec::new(),
+            read: Vec::new(),
             reduction: None,
             element: None,
             barriers: Vec::new(),

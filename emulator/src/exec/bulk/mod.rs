@@ -1,7 +1,8 @@
 //! Bulk and tensor copies: what the copy engine of an SM does in the background.
 //!
 //! An operation is checked and resolved into pieces when it is issued, and put in a queue of the cluster. It lands
-//! at its drawn moment, or when somebody waits for it; landing moves the bytes and completes the barrier or group.
+//! at its drawn moment, or when somebody waits for it; landing moves the bytes and completes the barrier or group. A wait for
+//! the reads alone has it read its sources and leaves what it writes for later.
 
 mod issue;
 
@@ -17,6 +18,9 @@ use crate::check::shared_race::Engine;
 use crate::decode::op::{AsyncOp, AtomicOp, AtomicTy, Instr, Reduction};
 use crate::schedule::Landing;
 use crate::tensor::tensor_map::{ElementType, Fill};
+
+/// Steps after its reads were waited for that an operation writes at the latest, if nobody waits for that.
+const WRITE_STEPS: u64 = 512;
 
 /// One end of a piece.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +47,8 @@ struct Piece {
 struct Pending {
     landing: Landing,
     pieces: Vec<Piece>,
+    /// What the pieces hold, once they were read ahead of landing.
+    read: Vec<Vec<u8>>,
     reduction: Option<Reduction>,
     /// Round 32-bit elements on the way in, as the map's type asks.
     element: Option<ElementType>,
@@ -110,9 +116,13 @@ impl<'m> Cluster<'m> {
                     groups.committed.push_back((n, groups.open_step));
                 }
             }
-            AsyncOp::BulkWait { left } => {
+            AsyncOp::BulkWait { left, read } => {
                 for lane in lanes(mask) {
-                    self.bulk_wait(warp, lane, *left as usize);
+                    if *read {
+                        self.bulk_wait_read(warp, lane, *left as usize);
+                    } else {
+                        self.bulk_wait(warp, lane, *left as usize);
+                    }
                 }
             }
             AsyncOp::Copy { .. } | AsyncOp::Commit | AsyncOp::WaitGroup { .. } | AsyncOp::WaitAll => {}
@@ -120,7 +130,39 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
-    /// Waits until at most `left` bulk groups of the lane are pending. Waiting for the reads alone lands the whole.
+    /// Waits until all but `left` bulk groups of the lane have read their sources. They write some time later.
+    fn bulk_wait_read(&mut self, warp: &Warp, lane: usize, left: usize) {
+        let key = (warp.id, lane);
+        let Some(groups) = self.bulk.groups.get_mut(&key) else {
+            return;
+        };
+        let waited = groups.committed.len().saturating_sub(left);
+        let waited = groups.committed.iter().take(waited);
+        let Some((count, step)) = waited.fold(None, |all, &(n, at)| Some((all.map_or(0, |(sum, _)| sum) + n, at)))
+        else {
+            return;
+        };
+        // Groups that have landed are of no more interest to anybody.
+        while groups.committed.len() > left && groups.committed.front().is_some_and(|&(n, _)| n == 0) {
+            groups.committed.pop_front();
+        }
+        let of_lane = |p: &(usize, &Pending)| p.1.group == Some(key);
+        let first = self.bulk.pending.iter().enumerate().filter(of_lane).take(count);
+        let unread = first.filter(|(_, p)| p.read.is_empty()).map(|(at, _)| at);
+        for at in unread.collect::<Vec<_>>() {
+            let pieces = &self.bulk.pending[at].pieces;
+            let read = pieces.iter().map(|piece| self.fetch(piece.from, piece.bytes)).collect();
+            let landing = Landing::Tick(self.tick + 1 + self.rng.below(WRITE_STEPS));
+            let pending = &mut self.bulk.pending[at];
+            pending.read = read;
+            if pending.landing == Landing::AtWait {
+                pending.landing = landing;
+            }
+        }
+        self.known[warp.id].generic.set(Engine::Bulk.agent(warp.id), step);
+    }
+
+    /// Waits until at most `left` bulk groups of the lane are pending.
     fn bulk_wait(&mut self, warp: &Warp, lane: usize, left: usize) {
         let key = (warp.id, lane);
         let Some(groups) = self.bulk.groups.get_mut(&key) else {
@@ -185,8 +227,10 @@ impl<'m> Cluster<'m> {
     }
 
     fn land_bulk(&mut self, done: Pending) {
+        let mut read = done.read.into_iter();
         for piece in &done.pieces {
-            self.move_piece(piece, done.reduction, done.element);
+            let bytes = read.next().unwrap_or_else(|| self.fetch(piece.from, piece.bytes));
+            self.move_piece(piece, bytes, done.reduction, done.element);
         }
         for (object, bytes) in &done.barriers {
             self.complete_tx(done.actor, done.line, *object, *bytes, &done.known);
@@ -211,8 +255,13 @@ impl<'m> Cluster<'m> {
         out
     }
 
-    fn move_piece(&mut self, piece: &Piece, reduction: Option<Reduction>, element: Option<ElementType>) {
-        let mut bytes = self.fetch(piece.from, piece.bytes);
+    fn move_piece(
+        &mut self,
+        piece: &Piece,
+        mut bytes: Vec<u8>,
+        reduction: Option<Reduction>,
+        element: Option<ElementType>,
+    ) {
         if let (Some(element), End::Global(..)) = (element, piece.from)
             && element.bytes() == 4
         {

@@ -4,7 +4,7 @@
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Arch, Attention, Device, Dtype, Element, EmulatorOptions, Plan, Problem, Tensor, TensorInfo};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
-use flash_attention_tests::{Case, Layout, Order, Outcome, drawn, emulator};
+use flash_attention_tests::{Case, Layout, Order, Outcome, devices, drawn, emulator};
 use proptest::prelude::*;
 
 /// Orders of execution that are tried.
@@ -45,6 +45,9 @@ fn kernel(arch: Arch, case: &Case) -> &'static str {
 
 /// Every forward kernel, with a ring of tiles that goes round, in every order that is tried.
 fn check_every_kernel(arch: Arch) {
+    if !devices().emulation() {
+        return;
+    }
     let kernels = ENTRIES
         .iter()
         .filter(|entry| entry.pass == Pass::Forward && entry.arch == arch);
@@ -74,6 +77,9 @@ fn every_kernel_for_hopper_is_clean_in_any_order() {
 /// Memory that forbids 16-byte copies takes another way through the loaders.
 #[test]
 fn unaligned_copies_are_clean_in_any_order() {
+    if !devices().emulation() {
+        return;
+    }
     let odd = Layout::new(Order::Bshd, 3, 1);
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
         let case = Case::new(dtype, [1, 2, 21, 40], [1, 1, 140, 40])
@@ -91,6 +97,9 @@ fn unaligned_copies_are_clean_in_any_order() {
 /// Blocks run on as many threads as the host has; what they compute and what is counted does not depend on it.
 #[test]
 fn host_threads_do_not_show() {
+    if !devices().emulation() {
+        return;
+    }
     let case = Case::new(Dtype::F16, [2, 3, 150, 32], [2, 3, 90, 32]).masked(true);
     let inputs = case.inputs::<f16>();
     for &arch in Arch::ALL {
@@ -130,6 +139,9 @@ proptest! {
 
     #[test]
     fn plans_predict_the_bytes_that_move(case in drawn::case(200, drawn::SMALL)) {
+        if !devices().emulation() {
+            return Ok(());
+        }
         for &arch in Arch::ALL {
             let [predicted, counted] = for_dtype(
                 case.dtype,
@@ -143,6 +155,9 @@ proptest! {
 
     #[test]
     fn no_order_changes_a_bit(case in drawn::case(80, drawn::SMALL / 8), seed in any::<u64>()) {
+        if !devices().emulation() {
+            return Ok(());
+        }
         fn check<T: Element>(case: &Case, seed: u64) -> bool {
             let inputs = case.inputs::<T>();
             Arch::ALL.iter().all(|&arch| {
@@ -162,6 +177,9 @@ proptest! {
 /// Where tiles are full, the tensor cores do exactly the operations that the plan counts.
 #[test]
 fn full_tiles_waste_no_products() {
+    if !devices().emulation() {
+        return;
+    }
     for (arch, seqlen_q, head_dim) in [
         (Arch::Sm80, 256, 32),
         (Arch::Sm80, 256, 64),
@@ -180,6 +198,9 @@ fn full_tiles_waste_no_products() {
 /// Swizzled tiles: no access of a warp meets itself in a bank of shared memory.
 #[test]
 fn shared_memory_has_no_bank_conflicts() {
+    if !devices().emulation() {
+        return;
+    }
     for entry in ENTRIES
         .iter()
         .filter(|e| e.pass == Pass::Forward && e.dtype == Dtype::F16)
@@ -197,6 +218,9 @@ fn shared_memory_has_no_bank_conflicts() {
 /// batch entries, and a causal mask decide what comes next.
 #[test]
 fn blocks_that_stay_take_every_tile() {
+    if !devices().emulation() {
+        return;
+    }
     let device = emulator(Arch::Sm90a, 7, 2);
     for causal in [false, true] {
         // One tile a head; three, with a last round that blocks share tile by tile; three, with one that they share by pairs.
@@ -212,6 +236,9 @@ fn blocks_that_stay_take_every_tile() {
 /// two queries or within one, batch entries, both layouts, both masks, every order of warps.
 #[test]
 fn heads_that_share_keys_are_packed() {
+    if !devices().emulation() {
+        return;
+    }
     let shapes = [(8, 1, 130), (2, 5, 70), (64, 7, 40), (16, 13, 150), (4, 40, 33)];
     for (i, (sharing, seqlen_q, seqlen_k)) in shapes.into_iter().enumerate() {
         for causal in [false, true] {

@@ -27,6 +27,15 @@ impl Pass {
             Self::Deterministic => "bwd-det",
         }
     }
+
+    /// Its name in tables.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::Deterministic => "deterministic backward",
+        }
+    }
 }
 
 impl FromStr for Pass {
@@ -34,7 +43,7 @@ impl FromStr for Pass {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let all = [Self::Forward, Self::Backward, Self::Deterministic];
-        let pass = all.into_iter().find(|pass| pass.name() == text);
+        let pass = all.into_iter().find(|pass| [pass.name(), pass.title()].contains(&text));
         pass.ok_or_else(|| format!("no pass `{text}`: fwd, bwd, bwd-det"))
     }
 }

@@ -1,30 +1,12 @@
 //! What a step of the main loops takes, counted by the emulator from the very PTX.
 
+use benches::row::Pass;
 use flash_attention::half::f16;
 use flash_attention::ptx_emulator::{Checks, Counters};
 use flash_attention::{Arch, Attention, Device, EmulatorOptions, Entry, Gradients, Plan, Tensor};
 use flash_attention_kernels::entries;
 
 use crate::Failure;
-
-/// What is predicted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pass {
-    Forward,
-    Backward,
-    /// Backward, the same bits each time.
-    Deterministic,
-}
-
-impl Pass {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Forward => "forward",
-            Self::Backward => "backward",
-            Self::Deterministic => "deterministic backward",
-        }
-    }
-}
 
 /// A row of the table of speed: both sequences of one length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

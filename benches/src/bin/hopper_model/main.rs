@@ -8,7 +8,8 @@ mod model;
 
 use std::fmt::Write as _;
 
-use counts::{Pass, Shape};
+use benches::row::Pass;
+use counts::Shape;
 use model::Prediction;
 
 type Failure = Box<dyn std::error::Error>;
@@ -60,7 +61,7 @@ fn document() -> Result<String, Failure> {
                     .iter()
                     .map(|&seqlen| model::predict(&Shape::of_table(pass, head_dim, seqlen, causal), &counts))
                     .collect::<Result<_, _>>()?;
-                let _ = write!(text, "| {} | {} | {head_dim} |", pass.name(), mask(causal));
+                let _ = write!(text, "| {} | {} | {head_dim} |", pass.title(), mask(causal));
                 for prediction in &predictions {
                     let _ = write!(text, " {:.0} |", prediction.tflops);
                 }
@@ -104,7 +105,7 @@ fn check(lines: &str) -> Result<String, Failure> {
         all += 1;
         within += u32::from(error.abs() <= TOLERANCE);
         let verdict = if error.abs() <= TOLERANCE { "within" } else { "off" };
-        let (pass, mask) = (shape.pass.name(), mask(shape.causal));
+        let (pass, mask) = (shape.pass.title(), mask(shape.causal));
         let _ = writeln!(
             text,
             "| {pass} | {mask} | {} | {} | {measured:.0} | {predicted:.0} | {:+.0} % | {verdict} |",
@@ -126,12 +127,7 @@ fn measured_row(line: &str) -> Option<(Shape, f64)> {
     if !matches!(field(line, "dtype")?, "f16" | "bf16") || field(line, "backend").is_some_and(|name| name != "ours") {
         return None;
     }
-    let pass = match field(line, "pass")? {
-        "fwd" | "forward" => Pass::Forward,
-        "bwd" | "backward" => Pass::Backward,
-        "bwd-det" | "deterministic" | "backward-deterministic" => Pass::Deterministic,
-        _ => return None,
-    };
+    let pass = field(line, "pass")?.parse().ok()?;
     let causal = matches!(
         (field(line, "mask"), field(line, "causal")),
         (Some("causal"), _) | (_, Some("true"))

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use benches::row::Pass;
 use flash_attention::half::f16;
 use flash_attention::{
     Attention, BackwardInputs, BackwardProblem, Device, DeviceInfo, Dtype, Element, Entry, Launch, Parameters, Plan,
@@ -13,7 +14,7 @@ use flash_attention_kernels::entries;
 use flash_attention_kernels::mask::Mask;
 
 use crate::Failure;
-use crate::counts::{Counts, Pass, Shape, products};
+use crate::counts::{Counts, Shape, products};
 
 /// A constant of the hardware, with where it is from.
 struct Constant(&'static str, f64, &'static str);
@@ -317,7 +318,7 @@ pub fn about() -> String {
         let [tensor, vector, _] = peer(row);
         let wait = if row.0 == Pass::Backward { wait() } else { 0.0 };
         let fit = PEAK.1 * tensor / (tensor + exposed() * vector + wait);
-        let _ = writeln!(text, "| {} {} | {} | {fit:.0} |", row.0.name(), row.1, row.4);
+        let _ = writeln!(text, "| {} {} | {} | {fit:.0} |", row.0.title(), row.1, row.4);
     }
     text
 }

@@ -92,8 +92,8 @@ impl Plan {
     ///
     /// On Hopper, up to head_dim 128, there is one kernel of five products. Blocks own keys and add up dQ in f32 in
     /// the workspace, `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes a head, in an order that is not fixed: the last
-    /// bits of dQ differ from run to run. With `.deterministic()` the order is that of the keys' tiles, and each block waits for its
-    /// turn: blocks then follow each other in steps, which costs the first of them a few hundredths of the time of a launch.
+    /// bits of dQ differ from run to run. With `.deterministic()` each block waits for its turn, in the order in which the work
+    /// of a head was dealt. What the waiting costs is predicted in `benches/results/hopper_model.md`, and not measured yet.
     /// Beyond head_dim 128 the accumulators of dK and dV fill the registers, and Hopper goes the first way too.
     ///
     /// # Errors

@@ -2,12 +2,14 @@
 
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
-use crate::attention::{Gradients, Output};
-use crate::plan::Results;
-use crate::problem::{BackwardInputs, GradientOutputs, Outputs};
+use crate::element::Element;
+use crate::error::Error;
+use crate::options::Attention;
+use crate::output::{Gradients, Output};
+use crate::plan::{Plan, Results};
+use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs, Outputs, Problem};
 use crate::progress::{Progress, Reporter};
-use crate::tensor::Storage;
-use crate::{Attention, BackwardProblem, Element, Error, Plan, Problem, Tensor};
+use crate::tensor::{Storage, Tensor};
 
 /// An [`Attention`] whose calls report how far they are: what [`Attention::on_progress`] gives.
 #[derive(Clone, Copy, Debug)]
@@ -47,8 +49,112 @@ impl Attention {
         }
     }
 
+    /// The forward pass, its results in new contiguous tensors on the inputs' device.
+    ///
+    /// q is `[batch, heads_q, seqlen_q, head_dim]`; k and v are `[batch, heads_kv, seqlen_k, head_dim]`, and each of
+    /// their heads serves `heads_q / heads_kv` query heads. All strides but the last are free. On a GPU the call
+    /// returns once the work is launched; reading a result waits for it.
+    ///
+    /// ```compile_fail
+    /// # use flash_attention::{Attention, Device, Tensor};
+    /// # let device = Device::cpu();
+    /// let q = Tensor::from_slice(&device, [1, 1, 1, 8], &[0.0_f32; 8])?;
+    /// let k = Tensor::from_slice(&device, [1, 1, 1, 8], &[half::f16::ZERO; 8])?;
+    /// Attention::new().forward(&q, &k, &k)?; // tensors of two dtypes: does not compile
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and what
+    /// the device says of the launch.
+    pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
+        self.silent().forward(q, k, v)
+    }
+
+    /// The forward pass, its results written to the caller's tensors: `out` with any strides that do not overlap and a
+    /// contiguous last axis, `lse` contiguous. Neither may share memory with an input.
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward); nothing has been written then, unless the device failed.
+    pub fn forward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        out: &mut Tensor<T>,
+        lse: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        self.silent().forward_into(q, k, v, out, lse)
+    }
+
+    /// How [`forward`](Self::forward) would compute this: kernel, tiles, grid, and what it costs. Allocates nothing.
+    ///
+    /// # Errors
+    /// Those of [`Problem::new`] and [`Plan::new`].
+    pub fn plan<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Plan, Error> {
+        Plan::new(
+            &Problem::new(self, q.info(), k.info(), v.info(), None)?,
+            &q.device().info(),
+        )
+    }
+
+    /// The backward pass: gradients of q, k and v, in new contiguous tensors, from what [`forward`](Self::forward) gave
+    /// and the gradient of its output. Scores are computed again from q, k and lse; beside the results it takes
+    /// [`Plan::workspace_bytes`].
+    ///
+    /// In debug builds an lse that holds a NaN is refused, which on a GPU waits for it; in release builds it makes NaN of
+    /// the gradients that it touches.
+    ///
+    /// # Errors
+    /// Those of [`BackwardProblem::new`] and [`Plan::backward`], before anything is allocated; then
+    /// [`Error::OutOfMemory`] and what the device says of the launch.
+    pub fn backward<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+    ) -> Result<Gradients<T>, Error> {
+        self.silent().backward(q, k, v, output, dout)
+    }
+
+    /// The backward pass, its results written to the caller's tensors: any strides that do not overlap, a contiguous last
+    /// axis, no memory shared with an input or with each other.
+    ///
+    /// # Errors
+    /// As for [`backward`](Self::backward); nothing has been written then, unless the device failed.
+    pub fn backward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+    ) -> Result<(), Error> {
+        self.silent().backward_into(q, k, v, output, dout, gradients)
+    }
+
+    /// How [`backward`](Self::backward) would compute this. Allocates nothing.
+    ///
+    /// # Errors
+    /// Those of [`BackwardProblem::new`] and [`Plan::backward`].
+    pub fn plan_backward<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+    ) -> Result<Plan, Error> {
+        let above = above(output, dout);
+        let problem = BackwardProblem::new(self, q.info(), k.info(), v.info(), above, None)?;
+        Plan::backward(&problem, &q.device().info())
+    }
+
     /// The same attention, which tells nobody.
-    pub(crate) fn silent(self) -> Reporting<fn(Progress)> {
+    fn silent(self) -> Reporting<fn(Progress)> {
         Reporting {
             attention: self,
             report: None,
@@ -148,7 +254,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
 }
 
 /// What a backward pass takes beside q, k and v.
-pub(crate) fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> BackwardInputs<'a> {
+fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> BackwardInputs<'a> {
     BackwardInputs {
         out: output.out.info(),
         lse: output.lse.info(),

@@ -1,8 +1,40 @@
 //! Where a tensor's elements lie: all that validation and planning need to know of it, and no memory.
 
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use flash_attention_kernels::entries::Dtype;
 
-use crate::{Device, Error};
+use crate::error::Error;
+
+/// The identity of a device: a number that no other device of the process has, and the text that names it.
+///
+/// Two devices may have one text: each call of [`Device::emulator`](crate::Device::emulator) makes a device with memory
+/// of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DeviceId {
+    number: u64,
+    text: Arc<str>,
+}
+
+impl DeviceId {
+    /// A new identity, equal to no other.
+    pub(crate) fn new(text: String) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self {
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            text: text.into(),
+        }
+    }
+}
+
+/// The device's text: `cpu`, `cuda:0`, `emulator:sm_80`.
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
 
 /// A tensor's device, dtype, shape, strides and address, without the tensor.
 ///
@@ -10,7 +42,7 @@ use crate::{Device, Error};
 /// allocating it. A [`Tensor`](crate::Tensor) gives its own with [`info`](crate::Tensor::info).
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorInfo {
-    device: Device,
+    device: DeviceId,
     dtype: Dtype,
     shape: Vec<usize>,
     strides: Vec<usize>,
@@ -27,7 +59,7 @@ impl TensorInfo {
     /// [`Error::StridesRank`] if shape and strides differ in length, [`Error::SizeOverflow`] if the elements' bytes can
     /// not be counted or addressed.
     pub fn new(
-        device: &Device,
+        device: &DeviceId,
         dtype: Dtype,
         shape: impl AsRef<[usize]>,
         strides: impl AsRef<[usize]>,
@@ -55,13 +87,18 @@ impl TensorInfo {
     ///
     /// # Errors
     /// [`Error::SizeOverflow`] if the elements' bytes can not be counted or addressed.
-    pub fn contiguous(device: &Device, dtype: Dtype, shape: impl AsRef<[usize]>, address: u64) -> Result<Self, Error> {
+    pub fn contiguous(
+        device: &DeviceId,
+        dtype: Dtype,
+        shape: impl AsRef<[usize]>,
+        address: u64,
+    ) -> Result<Self, Error> {
         let shape = shape.as_ref();
         Self::new(device, dtype, shape, contiguous_strides(shape), address)
     }
 
     /// Where the tensor is.
-    pub fn device(&self) -> &Device {
+    pub fn device(&self) -> &DeviceId {
         &self.device
     }
 
@@ -214,8 +251,12 @@ pub(crate) fn contiguous_strides(shape: &[usize]) -> Vec<usize> {
 mod tests {
     use super::*;
 
+    fn device() -> DeviceId {
+        DeviceId::new("cpu".to_owned())
+    }
+
     fn info(shape: &[usize], strides: &[usize]) -> TensorInfo {
-        TensorInfo::new(&Device::cpu(), Dtype::F32, shape, strides, 64).expect("a small tensor")
+        TensorInfo::new(&device(), Dtype::F32, shape, strides, 64).expect("a small tensor")
     }
 
     /// Offsets of all elements, in logical order.
@@ -288,7 +329,7 @@ mod tests {
 
     #[test]
     fn sizes_that_can_not_be_counted_are_refused() {
-        let device = Device::cpu();
+        let device = device();
         for shape in [vec![usize::MAX, 2], vec![1 << 62, 1], vec![1 << 40, 1 << 40, 1 << 60]] {
             let error = TensorInfo::contiguous(&device, Dtype::F32, &shape, 0).expect_err("too large");
             assert!(matches!(error, Error::SizeOverflow { .. }), "{error}");

@@ -38,33 +38,37 @@
 //! it costs; a [`Device`] carries it out. Each is a value that can be looked at, and made without the next. What is wrong
 //! with an argument is an [`Error`] before anything is allocated or launched.
 
-mod attention;
 mod call;
 mod device;
 mod element;
 mod error;
 mod layout;
+mod options;
+mod output;
 mod plan;
 mod problem;
 mod progress;
 pub mod reference;
+mod target;
 mod tensor;
 
-pub use attention::{Attention, Gradients, Output};
 pub use call::Reporting;
-pub use device::{Device, DeviceInfo, DeviceKind, EmulatorOptions, MemoryUse};
+pub use device::{Device, DeviceKind, EmulatorOptions, MemoryUse};
 pub use element::Element;
 pub use error::{CudaUnavailable, Error};
 pub use flash_attention_kernels::entries::{Arch, Dtype, Entry};
 pub use flash_attention_kernels::mask::MAX_SEQLEN;
 pub use half;
-pub use layout::TensorInfo;
+pub use layout::{DeviceId, TensorInfo};
+pub use options::Attention;
+pub use output::{Gradients, Output};
 pub use plan::{Cost, Launch, MAX_BLOCKS, Parameters, Plan, Results, TileMap, Tiles};
 pub use problem::{
-    BackwardInputs, BackwardProblem, GradientOutputs, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, Outputs, Problem,
+    BackwardInputs, BackwardProblem, GradientOutputs, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, Outputs, Problem, Scale,
 };
 pub use progress::Progress;
 pub use ptx_emulator;
+pub use target::DeviceInfo;
 pub use tensor::Tensor;
 
 /// Compiles and runs the example that the package's page shows.

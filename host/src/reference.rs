@@ -5,7 +5,8 @@
 
 use flash_attention_kernels::mask::Mask;
 
-use crate::{Attention, Element};
+use crate::element::Element;
+use crate::options::Attention;
 
 /// The sizes and options of a problem whose tensors are contiguous slices.
 ///

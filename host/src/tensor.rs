@@ -9,8 +9,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use flash_attention_kernels::entries::Dtype;
 
+use crate::device::Device;
+use crate::element::Element;
+use crate::error::Error;
 use crate::layout::{TensorInfo, contiguous_strides};
-use crate::{Device, Element, Error};
 
 /// A tensor of `T` in a device's memory.
 ///
@@ -82,7 +84,7 @@ impl<T: Element> Tensor<T> {
     /// [`Error::DataLength`] if `data` does not have exactly the shape's elements, [`Error::SizeOverflow`],
     /// [`Error::OutOfMemory`], or what the device's driver says.
     pub fn from_slice(device: &Device, shape: impl AsRef<[usize]>, data: &[T]) -> Result<Self, Error> {
-        let info = TensorInfo::contiguous(device, T::DTYPE, shape, 0)?;
+        let info = TensorInfo::contiguous(device.id(), T::DTYPE, shape, 0)?;
         if data.len() != info.len() {
             return Err(Error::DataLength {
                 len: data.len(),
@@ -90,7 +92,7 @@ impl<T: Element> Tensor<T> {
                 shape: info.shape().to_vec(),
             });
         }
-        Self::uploaded(info, data)
+        Self::uploaded(device, info, data)
     }
 
     /// A tensor over a copy of `data`, element `[i, j, …]` at `i * strides[0] + j * strides[1] + …`.
@@ -106,9 +108,9 @@ impl<T: Element> Tensor<T> {
         strides: impl AsRef<[usize]>,
         data: &[T],
     ) -> Result<Self, Error> {
-        let info = TensorInfo::new(device, T::DTYPE, shape, strides, 0)?;
+        let info = TensorInfo::new(device.id(), T::DTYPE, shape, strides, 0)?;
         match data.get(..info.span()) {
-            Some(data) => Self::uploaded(info, data),
+            Some(data) => Self::uploaded(device, info, data),
             None => Err(Error::DataLength {
                 len: data.len(),
                 expected: info.span(),
@@ -122,7 +124,7 @@ impl<T: Element> Tensor<T> {
     /// # Errors
     /// [`Error::SizeOverflow`], [`Error::OutOfMemory`], or what the device's driver says.
     pub fn empty(device: &Device, shape: impl AsRef<[usize]>) -> Result<Self, Error> {
-        Self::allocated(TensorInfo::contiguous(device, T::DTYPE, shape, 0)?)
+        Self::allocated(device, TensorInfo::contiguous(device.id(), T::DTYPE, shape, 0)?)
     }
 
     /// A contiguous tensor of zeros.
@@ -161,7 +163,7 @@ impl<T: Element> Tensor<T> {
         strides: impl AsRef<[usize]>,
         owner: Option<Arc<dyn Any + Send + Sync>>,
     ) -> Result<Self, Error> {
-        let info = TensorInfo::new(device, T::DTYPE, shape, strides, address)?;
+        let info = TensorInfo::new(device.id(), T::DTYPE, shape, strides, address)?;
         let align = T::DTYPE.bytes();
         if address == 0 || !address.is_multiple_of(align as u64) {
             return Err(Error::Address { address, align });
@@ -262,7 +264,7 @@ impl<T: Element> Tensor<T> {
 
     /// Where the tensor is.
     pub fn device(&self) -> &Device {
-        self.info.device()
+        &self.storage.device
     }
 
     /// Its element type at run time.
@@ -295,8 +297,8 @@ impl<T: Element> Tensor<T> {
     }
 
     /// Memory for a tensor described at address 0.
-    pub(crate) fn allocated(info: TensorInfo) -> Result<Self, Error> {
-        let storage = Storage::new(info.device(), info.span_bytes())?;
+    pub(crate) fn allocated(device: &Device, info: TensorInfo) -> Result<Self, Error> {
+        let storage = Storage::new(device, info.span_bytes())?;
         let info = info.at(storage.address);
         Ok(Self {
             info,
@@ -306,8 +308,8 @@ impl<T: Element> Tensor<T> {
     }
 
     /// Memory for a tensor described at address 0, filled from first to last element.
-    fn uploaded(info: TensorInfo, span: &[T]) -> Result<Self, Error> {
-        let tensor = Self::allocated(info)?;
+    fn uploaded(device: &Device, info: TensorInfo, span: &[T]) -> Result<Self, Error> {
+        let tensor = Self::allocated(device, info)?;
         if !span.is_empty() {
             let _guard = tensor.storage.write();
             // SAFETY: the storage was just allocated with as many bytes and nobody else has it.

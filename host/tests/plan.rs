@@ -9,7 +9,7 @@ use flash_attention_kernels::abi::ForwardParams;
 const A100: DeviceInfo = DeviceInfo::gpu((8, 0), 108, 163 * 1024);
 
 fn problem(attention: Attention, dtype: Dtype, q: [usize; 4], k: [usize; 4]) -> Problem {
-    let info = |shape: [usize; 4]| TensorInfo::contiguous(&Device::cpu(), dtype, shape, 4096).expect("countable");
+    let info = |shape: [usize; 4]| TensorInfo::contiguous(Device::cpu().id(), dtype, shape, 4096).expect("countable");
     Problem::new(&attention, &info(q), &info(k), &info(k), None).expect("valid")
 }
 
@@ -90,7 +90,8 @@ fn count_backward(problem: &Problem, block_m: usize, block_n: usize) -> (u128, u
 
 #[test]
 fn backward_costs_of_the_cpu_are_what_counting_gives() {
-    let info = |dtype, shape: &[usize]| TensorInfo::contiguous(&Device::cpu(), dtype, shape, 4096).expect("countable");
+    let info =
+        |dtype, shape: &[usize]| TensorInfo::contiguous(Device::cpu().id(), dtype, shape, 4096).expect("countable");
     for (seqlen_q, seqlen_k) in [
         (1, 1),
         (96, 256),
@@ -187,7 +188,8 @@ fn scales_become_a_magnitude_and_a_sign() {
 fn only_what_is_aligned_is_copied_in_sixteens() {
     let device = Device::cpu();
     let aligned = |address: u64, strides: [usize; 4], out: u64| {
-        let info = |address| TensorInfo::new(&device, Dtype::F16, [2, 2, 5, 8], strides, address).expect("countable");
+        let info =
+            |address| TensorInfo::new(device.id(), Dtype::F16, [2, 2, 5, 8], strides, address).expect("countable");
         let (q, k) = (info(address), info(1 << 20));
         let problem = Problem::new(&Attention::new(), &q, &k, &k, None).expect("valid");
         let plan = Plan::new(&problem, &A100).expect("there is a kernel");
@@ -203,7 +205,8 @@ fn only_what_is_aligned_is_copied_in_sixteens() {
 #[test]
 fn what_no_launch_can_hold_is_refused() {
     let heads = 1 << 31;
-    let info = |shape: [usize; 4]| TensorInfo::contiguous(&Device::cpu(), Dtype::F16, shape, 4096).expect("countable");
+    let info =
+        |shape: [usize; 4]| TensorInfo::contiguous(Device::cpu().id(), Dtype::F16, shape, 4096).expect("countable");
     let problem = |heads| {
         let q = info([1, heads, 1, 8]);
         Problem::new(&Attention::new(), &q, &q, &q, None).expect("valid")

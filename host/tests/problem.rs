@@ -3,7 +3,7 @@
 use flash_attention::{Attention, Device, Dtype, Error, Outputs, Problem, TensorInfo};
 
 fn info(shape: &[usize], address: u64) -> TensorInfo {
-    TensorInfo::contiguous(&Device::cpu(), Dtype::F16, shape, address).expect("countable")
+    TensorInfo::contiguous(Device::cpu().id(), Dtype::F16, shape, address).expect("countable")
 }
 
 fn problem(q: &TensorInfo, k: &TensorInfo) -> Result<Problem, Error> {
@@ -17,11 +17,11 @@ fn write_to(out: &TensorInfo, lse: &TensorInfo) -> Result<Problem, Error> {
 }
 
 fn out(shape: &[usize], strides: &[usize], address: u64) -> TensorInfo {
-    TensorInfo::new(&Device::cpu(), Dtype::F16, shape, strides, address).expect("countable")
+    TensorInfo::new(Device::cpu().id(), Dtype::F16, shape, strides, address).expect("countable")
 }
 
 fn lse(shape: &[usize], strides: &[usize], address: u64) -> TensorInfo {
-    TensorInfo::new(&Device::cpu(), Dtype::F32, shape, strides, address).expect("countable")
+    TensorInfo::new(Device::cpu().id(), Dtype::F32, shape, strides, address).expect("countable")
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn what_is_wrong_first_is_reported_first() {
 #[test]
 fn dtypes_and_devices_agree() {
     let good = info(&[1, 2, 4, 8], 64);
-    let other = TensorInfo::contiguous(&Device::cpu(), Dtype::Bf16, [1, 2, 4, 8], 64).expect("countable");
+    let other = TensorInfo::contiguous(Device::cpu().id(), Dtype::Bf16, [1, 2, 4, 8], 64).expect("countable");
     let mismatch = problem(&good, &other);
     assert!(matches!(
         mismatch,
@@ -105,7 +105,7 @@ fn dtypes_and_devices_agree() {
         })
     ));
     let elsewhere = Device::cpu_with_threads(1).expect("a thread");
-    let other = TensorInfo::contiguous(&elsewhere, Dtype::F16, [1, 2, 4, 8], 64).expect("countable");
+    let other = TensorInfo::contiguous(elsewhere.id(), Dtype::F16, [1, 2, 4, 8], 64).expect("countable");
     assert!(matches!(
         problem(&good, &other),
         Err(Error::DeviceMismatch { argument: "k", .. })

@@ -37,7 +37,7 @@ fn check_seeds<T: Element>(arch: Arch, case: &Case) {
 /// The kernel that is planned for a case whose tensors are contiguous.
 fn kernel(arch: Arch, case: &Case) -> &'static str {
     let device = Device::emulator(arch);
-    let info = |shape| TensorInfo::contiguous(&device, case.dtype, shape, 4096).expect("small");
+    let info = |shape| TensorInfo::contiguous(device.id(), case.dtype, shape, 4096).expect("small");
     let problem = Problem::new(&case.attention, &info(&case.q), &info(&case.kv), &info(&case.kv), None).expect("valid");
     let plan = Plan::new(&problem, &device.info()).expect("a kernel");
     plan.launches()[0].entry.name
@@ -265,7 +265,7 @@ fn heads_that_share_keys_are_packed() {
 
 /// Query heads whose queries a block of the case's forward pass owns together.
 fn packed_heads(case: &Case, device: &Device) -> u32 {
-    let info = |shape| TensorInfo::contiguous(device, case.dtype, shape, 4096).expect("small");
+    let info = |shape| TensorInfo::contiguous(device.id(), case.dtype, shape, 4096).expect("small");
     let (q, k) = (info(case.q), info(case.kv));
     let problem = Problem::new(&case.attention, &q, &k, &k, None).expect("valid");
     Plan::new(&problem, &device.info())
@@ -302,7 +302,7 @@ fn hoppers_kernels_are_chosen_where_they_serve() {
     let refused = |result: Result<&str, flash_attention::Error>| result.expect_err("no kernel").to_string();
     assert!(refused(kernel(forced, &shifted)).contains("16-byte aligned rows"));
     let older = Device::emulator(Arch::Sm80);
-    let info = TensorInfo::contiguous(&older, Dtype::F16, [1, 2, 16, 64], 4096).expect("small");
+    let info = TensorInfo::contiguous(older.id(), Dtype::F16, [1, 2, 16, 64], 4096).expect("small");
     let problem = Problem::new(&forced, &info, &info, &info, None).expect("valid");
     let error = Plan::new(&problem, &older.info()).expect_err("no kernel").to_string();
     assert!(error.contains("compute capability 9.0"), "{error}");

@@ -18,7 +18,7 @@ const CARDS: [DeviceInfo; 3] = [
 /// The problem of a case, over tensors that have no memory.
 fn problem(case: &Case) -> Problem {
     let info = |shape: [usize; 4]| {
-        TensorInfo::contiguous(&Device::cpu(), case.dtype, shape, 4096).expect("a size that can be counted")
+        TensorInfo::contiguous(Device::cpu().id(), case.dtype, shape, 4096).expect("a size that can be counted")
     };
     Problem::new(&case.attention, &info(case.q), &info(case.kv), &info(case.kv), None).expect("valid")
 }

@@ -14,10 +14,11 @@ use cudarc::driver::sys;
 use flash_attention_kernels::abi::TensorMap;
 use flash_attention_kernels::entries::{Dtype, Entry};
 
-use super::{Backend, Device, DeviceInfo, DeviceKind};
-use crate::plan::{Launch, MIN_COMPUTE_CAPABILITY, Plan, Results, TileMap};
+use super::{Backend, Device, DeviceKind};
+use crate::error::{CudaUnavailable, Error};
+use crate::plan::{Launch, Plan, Results, TileMap};
 use crate::progress::Reporter;
-use crate::{CudaUnavailable, Error};
+use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
 /// Oldest driver that loads the compiled PTX, as CUDA counts: 1000 x major + 10 x minor.
 const MIN_DRIVER: c_int = 12_000;

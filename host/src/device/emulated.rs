@@ -12,10 +12,11 @@ use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{self, ElementType, Fill, Interleave, L2Promotion, TensorMapError, Tiled};
 use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
 
-use super::{Backend, Device, DeviceInfo, DeviceKind};
-use crate::Error;
+use super::{Backend, Device, DeviceKind};
+use crate::error::Error;
 use crate::plan::{Launch, Plan, Results, TileMap};
 use crate::progress::Reporter;
+use crate::target::DeviceInfo;
 
 /// How an emulated GPU behaves.
 #[derive(Clone, Debug)]

@@ -17,9 +17,11 @@ pub use emulated::EmulatorOptions;
 use flash_attention_kernels::entries::Arch;
 use ptx_emulator::Counters;
 
-use crate::Error;
+use crate::error::Error;
+use crate::layout::DeviceId;
 use crate::plan::{Plan, Results};
 use crate::progress::Reporter;
+use crate::target::DeviceInfo;
 
 /// What every kind of device can do. Addresses are the device's own; on the CPU they are pointers.
 pub(crate) trait Backend: Send + Sync {
@@ -91,6 +93,7 @@ pub(crate) trait Backend: Send + Sync {
 pub struct Device(Arc<Shared>);
 
 struct Shared {
+    id: DeviceId,
     kind: DeviceKind,
     backend: Box<dyn Backend>,
     in_use: AtomicU64,
@@ -107,37 +110,6 @@ pub enum DeviceKind {
     Cuda,
     /// The PTX emulator.
     Emulator,
-}
-
-/// What a plan depends on, as plain numbers: a plan for a device can be made where there is no such device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DeviceInfo {
-    /// Native code.
-    Cpu {
-        /// Threads that share the work.
-        threads: usize,
-    },
-    /// Compiled kernels, on a GPU or emulated.
-    Gpu {
-        /// Compute capability: major, minor.
-        compute_capability: (u32, u32),
-        /// Streaming multiprocessors.
-        multiprocessors: u32,
-        /// Shared memory that one block may have, in bytes.
-        shared_bytes_per_block: u32,
-    },
-}
-
-impl DeviceInfo {
-    /// A GPU of this compute capability, with so many multiprocessors and bytes of shared memory a block.
-    pub const fn gpu(compute_capability: (u32, u32), multiprocessors: u32, shared_bytes_per_block: u32) -> Self {
-        Self::Gpu {
-            compute_capability,
-            multiprocessors,
-            shared_bytes_per_block,
-        }
-    }
 }
 
 /// Bytes that tensors hold on one device, by the library's own count.
@@ -185,11 +157,17 @@ impl Device {
 
     fn new(kind: DeviceKind, backend: Box<dyn Backend>) -> Self {
         Self(Arc::new(Shared {
+            id: DeviceId::new(backend.spec()),
             kind,
             backend,
             in_use: AtomicU64::new(0),
             peak: AtomicU64::new(0),
         }))
+    }
+
+    /// The device's identity, by which tensors are compared: a [`TensorInfo`](crate::TensorInfo) holds it.
+    pub fn id(&self) -> &DeviceId {
+        &self.0.id
     }
 
     /// Which kind of device it is.
@@ -280,7 +258,7 @@ impl Eq for Device {}
 /// The text that [`Device::from_str`] reads: `cpu`, `cuda:0`, `emulator:sm_80`.
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.backend.spec())
+        self.0.id.fmt(f)
     }
 }
 

@@ -4,7 +4,7 @@ use flash_attention_kernels::entries::{Arch, Pass};
 use flash_attention_kernels::mask::{Blocks, Mask};
 
 use super::{Launch, Tiles};
-use crate::Problem;
+use crate::problem::Problem;
 
 /// What a plan costs, counted exactly, but for the counters by which blocks take turns at a sum: how often they are read is
 /// a matter of time.

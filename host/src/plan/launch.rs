@@ -11,7 +11,8 @@ use flash_attention_kernels::shape::{HOPPER_ROWS, panel_columns};
 
 use super::MAX_BLOCKS;
 use super::tile_map::{self, TileMap};
-use crate::{BackwardProblem, Error, Problem};
+use crate::error::Error;
+use crate::problem::{BackwardProblem, Problem, Scale};
 
 /// One launch of a compiled kernel.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +84,12 @@ pub enum Results {
 impl Launch {
     pub(super) fn forward(problem: &Problem, entry: &'static Entry) -> Result<Self, Error> {
         let (grid, query_tiles) = grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?;
-        let (scale, scale_log2, scale_sign) = kernel_scale(problem.softmax_scale());
+        let Scale {
+            magnitude,
+            magnitude_log2,
+            sign,
+            ..
+        } = problem.scale();
         let params = ForwardParams {
             q: problem.q(),
             k: problem.k(),
@@ -95,10 +101,10 @@ impl Launch {
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
             query_tiles,
-            scale_log2,
-            scale_sign,
+            scale_log2: magnitude_log2,
+            scale_sign: sign,
             layout: unknown_alignment(problem),
-            scale,
+            scale: magnitude,
         };
         Ok(Self::new(entry, grid, Parameters::Forward(params)))
     }
@@ -125,7 +131,7 @@ impl Launch {
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
             work,
-            scale_log2: kernel_scale(problem.softmax_scale()).1,
+            scale_log2: problem.scale().magnitude_log2,
             packed_log2: packed.ilog2(),
             reserved: [0; 5],
         };
@@ -158,7 +164,6 @@ impl Launch {
             grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
         };
         let work = work_list(tiles, multiprocessors);
-        let scale = problem.softmax_scale();
         let params = HopperBackwardParams {
             q: UNKNOWN_MAP,
             k: UNKNOWN_MAP,
@@ -173,8 +178,8 @@ impl Launch {
             heads_q_per_kv,
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
-            softmax_scale: scale,
-            scale_log2: (f64::from(scale) * std::f64::consts::LOG2_E) as f32,
+            softmax_scale: problem.softmax_scale(),
+            scale_log2: problem.scale().log2,
             work,
             reserved: [0; 12],
         };
@@ -229,7 +234,6 @@ impl Launch {
         } else {
             grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
         };
-        let scale = problem.softmax_scale();
         let params = BackwardParams {
             q: problem.q(),
             k: problem.k(),
@@ -247,8 +251,8 @@ impl Launch {
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
             tiles,
-            softmax_scale: scale,
-            scale_log2: (f64::from(scale) * std::f64::consts::LOG2_E) as f32,
+            softmax_scale: problem.softmax_scale(),
+            scale_log2: problem.scale().log2,
             layout: unknown_alignment(problem),
         };
         Ok(Self::new(entry, grid, Parameters::Backward(params)))
@@ -449,15 +453,4 @@ fn unknown_alignment(problem: &Problem) -> Layout {
 fn is_aligned(tensor: &StridedTensor, element_bytes: u64) -> bool {
     let strides = [tensor.batch_stride, tensor.head_stride, tensor.row_stride];
     tensor.address.is_multiple_of(16) && strides.iter().all(|stride| (stride * element_bytes).is_multiple_of(16))
-}
-
-/// A scale as the forward kernels take it: the magnitude, the same for exponents to base 2, and the sign, which goes into
-/// q so that the largest score stays the largest.
-pub(crate) fn kernel_scale(scale: f32) -> (f32, f32, f32) {
-    if scale == 0.0 {
-        return (1.0, 1.0, 0.0);
-    }
-    let magnitude = scale.abs();
-    let log2 = (f64::from(magnitude) * std::f64::consts::LOG2_E) as f32;
-    (magnitude, log2, scale.signum())
 }

@@ -12,19 +12,15 @@ use std::fmt;
 use flash_attention_kernels::entries::{self, Arch, Entry, Pass};
 
 pub use cost::Cost;
-pub(crate) use launch::kernel_scale;
 pub use launch::{Launch, Parameters, Results};
 pub use tile_map::TileMap;
 
-use crate::device::DeviceInfo;
-use crate::problem::BackwardTensors;
-use crate::{BackwardProblem, Error, Problem};
+use crate::error::Error;
+use crate::problem::{BackwardProblem, BackwardTensors, Problem};
+use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
 /// Blocks that one launch can have along x.
 pub const MAX_BLOCKS: u32 = i32::MAX as u32;
-
-/// The oldest compute capability that kernels are compiled for.
-pub(crate) const MIN_COMPUTE_CAPABILITY: (u32, u32) = (8, 0);
 
 /// How one problem is solved on one device.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
-use crate::Problem;
+use crate::problem::Problem;
 
 /// Strides that a tensor map takes, in bytes: a multiple of 16, and less than this.
 const STRIDE_LIMIT: u64 = 1 << 40;

@@ -3,15 +3,18 @@
 //! Everything after [`Problem::new`] relies on it: plans compute without overflow, devices index without checks.
 
 mod backward;
+mod scale;
 
 pub(crate) use backward::BackwardTensors;
 pub use backward::{BackwardInputs, BackwardProblem, GradientOutputs};
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::{Arch, Dtype};
 use flash_attention_kernels::mask::MAX_SEQLEN;
+pub use scale::Scale;
 
-use crate::layout::TensorInfo;
-use crate::{Attention, Error};
+use crate::error::Error;
+use crate::layout::{TensorInfo, contiguous_strides};
+use crate::options::Attention;
 
 /// The widest head that kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -33,7 +36,7 @@ pub struct Problem {
     head_dim: u32,
     dtype: Dtype,
     causal: bool,
-    softmax_scale: f32,
+    scale: Scale,
     arch: Option<Arch>,
     q: StridedTensor,
     k: StridedTensor,
@@ -103,7 +106,7 @@ impl Problem {
             head_dim: q.shape()[3] as u32,
             dtype: q.dtype(),
             causal: attention.is_causal(),
-            softmax_scale,
+            scale: Scale::new(softmax_scale),
             arch: attention.forced_arch(),
             q: strided(q),
             k: strided(k),
@@ -154,7 +157,12 @@ impl Problem {
 
     /// What scores are multiplied by before the softmax.
     pub fn softmax_scale(&self) -> f32 {
-        self.softmax_scale
+        self.scale.value
+    }
+
+    /// The softmax scale in the forms that kernels take.
+    pub fn scale(&self) -> Scale {
+        self.scale
     }
 
     /// The architecture whose kernels were asked for; `None` leaves it to the plan.
@@ -310,7 +318,7 @@ fn check_contiguous((argument, tensor): Named<'_>) -> Result<(), Error> {
     Err(Error::NotContiguous {
         argument,
         strides: tensor.strides().to_vec(),
-        expected: crate::layout::contiguous_strides(tensor.shape()),
+        expected: contiguous_strides(tensor.shape()),
     })
 }
 

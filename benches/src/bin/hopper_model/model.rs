@@ -273,7 +273,8 @@ fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
 fn plan(shape: &Shape) -> Result<Plan, Failure> {
     let hopper = DeviceInfo::gpu((9, 0), MULTIPROCESSORS.1 as u32, 227 * 1024);
     let device = Device::cpu();
-    let tensor = |index: u64, dtype: Dtype, shape: &[usize]| TensorInfo::contiguous(&device, dtype, shape, index << 40);
+    let tensor =
+        |index: u64, dtype: Dtype, shape: &[usize]| TensorInfo::contiguous(device.id(), dtype, shape, index << 40);
     let dims = [shape.batch, shape.heads, shape.seqlen, shape.head_dim];
     let infos = (1..6)
         .map(|index| tensor(index, f16::DTYPE, &dims))

@@ -18,11 +18,12 @@ use std::num::NonZeroUsize;
 use flash_attention_kernels::abi::StridedTensor;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::{Backend, DeviceInfo};
-use crate::Error;
+use super::Backend;
+use crate::error::Error;
 use crate::plan::{Plan, Results};
 use crate::problem::BackwardTensors;
 use crate::progress::Reporter;
+use crate::target::DeviceInfo;
 use kernels::Isa;
 use team::Team;
 

@@ -230,7 +230,7 @@ pub(super) enum Visibility {
 }
 
 impl Visibility {
-    pub(super) fn new(problem: &crate::Problem) -> Self {
+    pub(super) fn new(problem: &crate::problem::Problem) -> Self {
         use flash_attention_kernels::mask::Mask;
         let (seqlen_q, seqlen_k) = (problem.seqlen_q(), problem.seqlen_k());
         if problem.causal() {

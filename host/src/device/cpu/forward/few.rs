@@ -4,7 +4,6 @@ use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::One;
-use crate::plan::kernel_scale;
 
 /// So few queries are solved one by one, lanes being elements of a head: as lanes they would leave most of a register idle.
 pub(super) const FEW: u32 = 4;
@@ -12,7 +11,7 @@ pub(super) const FEW: u32 = 4;
 impl State {
     /// Takes in what another run of keys gave for one query: largest scores, sums and outputs.
     pub(super) fn merge_one(&mut self, forward: &Forward<'_>, row: usize, other: &Self) {
-        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let scale_log2 = forward.problem.scale().magnitude_log2;
         let exp2 = |x: f32| f64::from(x * scale_log2).exp2() as f32;
         let (left, right) = (self.max.as_slice()[row], other.max.as_slice()[row]);
         let max = if left > right { left } else { right };
@@ -35,7 +34,7 @@ impl State {
 impl Scratch {
     /// Queries as rows of whole registers, times the sign of the scale.
     pub(super) fn load_few(&mut self, forward: &Forward<'_>, tile: &Tile) {
-        let (_, _, sign) = kernel_scale(forward.problem.softmax_scale());
+        let sign = forward.problem.scale().sign;
         let (queries, width) = (tile.rows / forward.together, forward.panels.depth);
         let all = &mut self.query.as_mut_slice()[..tile.rows * width];
         for (head, of_head) in all.chunks_mut(queries * width).enumerate() {
@@ -61,7 +60,7 @@ impl Scratch {
         keys: usize,
         state: &mut State,
     ) {
-        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let scale_log2 = forward.problem.scale().magnitude_log2;
         let depth = forward.panels.depth;
         let ((k, k_stride_bytes), (v, v_stride_bytes)) = (tile.k.row(first_key), tile.v.row(first_key));
         // SAFETY: the processor has the instructions, the keys exist, and rows of q and the output are whole registers.

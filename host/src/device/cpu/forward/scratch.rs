@@ -7,7 +7,6 @@ use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::MAX_LANES;
 use crate::device::cpu::team::Lines;
-use crate::plan::kernel_scale;
 
 /// The tiles that a thread works in: what is shared memory and registers on a GPU.
 pub(super) struct Scratch {
@@ -45,7 +44,7 @@ impl Scratch {
         if forward.few {
             return self.load_few(forward, tile);
         }
-        let (_, _, sign) = kernel_scale(forward.problem.softmax_scale());
+        let sign = forward.problem.scale().sign;
         let first = tile.first_row as usize;
         tile.q.load_panels(
             forward.kernels,

@@ -3,7 +3,6 @@
 use super::Forward;
 use crate::device::cpu::kernels::Merge;
 use crate::device::cpu::team::Lines;
-use crate::plan::kernel_scale;
 
 /// The softmax of a tile's queries, as far as their keys have been seen, and the output not yet divided by the sums.
 pub(super) struct State {
@@ -43,7 +42,7 @@ impl State {
 
     /// Takes in what another run of keys gave.
     pub(super) fn merge(&mut self, forward: &Forward<'_>, rows: usize, other: &Self) {
-        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let scale_log2 = forward.problem.scale().magnitude_log2;
         let (head_dim, depth) = (forward.head_dim(), forward.panels.depth);
         if forward.few {
             return (0..rows).for_each(|row| self.merge_one(forward, row, other));

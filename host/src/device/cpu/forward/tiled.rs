@@ -8,7 +8,6 @@ use super::{Forward, Tile};
 use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, ROWS, SIDE, Softmax};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::{Head, Panels};
-use crate::plan::kernel_scale;
 
 /// A tile of keys and values, loaded.
 struct Block {
@@ -197,7 +196,7 @@ impl Scratch {
         state: &mut State,
     ) {
         let Panels { lanes: stride, depth } = forward.panels;
-        let (_, scale_log2, _) = kernel_scale(forward.problem.softmax_scale());
+        let scale_log2 = forward.problem.scale().magnitude_log2;
         let visible = block.masked.then(|| self.visible.as_ptr().wrapping_add(first));
         // SAFETY: passed on to the caller.
         unsafe {

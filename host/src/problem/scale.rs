@@ -1,0 +1,37 @@
+//! The softmax scale in the forms that kernels take.
+
+/// The softmax scale, and what kernels compute with instead.
+///
+/// Forward kernels multiply q by the sign, so that the largest product is the largest score, and scores by the magnitude.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scale {
+    /// The factor of the scores, as the caller gave it.
+    pub value: f32,
+    /// `value * log2(e)`: turns a product of q and k into an exponent of 2.
+    pub log2: f32,
+    /// `|value|`; 1 where `value` is 0.
+    pub magnitude: f32,
+    /// `magnitude * log2(e)`.
+    pub magnitude_log2: f32,
+    /// 1, -1, or 0 where `value` is 0: scores are then products of zeros, whatever their factor.
+    pub sign: f32,
+}
+
+impl Scale {
+    /// The forms of a finite scale.
+    pub(super) fn new(value: f32) -> Self {
+        let log2 = |x: f32| (f64::from(x) * std::f64::consts::LOG2_E) as f32;
+        let (magnitude, sign) = if value == 0.0 {
+            (1.0, 0.0)
+        } else {
+            (value.abs(), value.signum())
+        };
+        Self {
+            value,
+            log2: log2(value),
+            magnitude,
+            magnitude_log2: log2(magnitude),
+            sign,
+        }
+    }
+}

@@ -10,9 +10,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
+use flash_attention::device::DeviceKind;
 use flash_attention::half::{bf16, f16};
 use flash_attention::reference::{self, Dims};
-use flash_attention::{Attention, Device, DeviceKind, Element, Error, Gradients, Output, Plan, Progress, Tensor};
+use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Plan, Progress, Tensor};
 use flash_attention_examples::command_line::{first_paragraph, refuse};
 use flash_attention_examples::{Accuracy, AttentionFile, Failure, Stored, write_output};
 use indicatif::{ProgressBar, ProgressStyle};

@@ -99,10 +99,7 @@ impl<T: Element> Arena<T> {
         for set in &self.sets {
             let [q, k, v, dout] = &set.inputs;
             let inputs = [view(q)?, view(k)?, view(v)?, view(dout)?];
-            let mut output = Output {
-                out: view(&set.out)?,
-                lse: self::view(&self.device, &set.lse, &shape[..3])?,
-            };
+            let mut output = Output::new(view(&set.out)?, self::view(&self.device, &set.lse, &shape[..3])?);
             if row.pass != Pass::Forward {
                 let [q, k, v, _] = &inputs;
                 attention.forward_into(q, k, v, &mut output.out, &mut output.lse)?;
@@ -110,11 +107,7 @@ impl<T: Element> Arena<T> {
             sets.push((inputs, output));
         }
         let [dq, dk, dv] = &self.gradients;
-        let gradients = Gradients {
-            dq: view(dq)?,
-            dk: view(dk)?,
-            dv: view(dv)?,
-        };
+        let gradients = Gradients::new(view(dq)?, view(dk)?, view(dv)?);
         Ok(Bound {
             attention,
             pass: row.pass,
@@ -134,7 +127,7 @@ impl<T: Element> Bound<T> {
         let ([q, k, v, dout], output) = &mut self.sets[turn];
         match self.pass {
             Pass::Forward => {
-                let Output { out, lse } = output;
+                let Output { out, lse, .. } = output;
                 self.attention.forward_into(q, k, v, out, lse)
             }
             Pass::Backward | Pass::Deterministic => {

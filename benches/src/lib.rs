@@ -105,15 +105,12 @@ impl<T: Element> Tensors<T> {
             k: draw(k)?,
             v: draw(k)?,
             dout: draw(q)?,
-            output: Output {
-                out: Tensor::zeros(device, q)?,
-                lse: Tensor::zeros(device, &q[..3])?,
-            },
-            gradients: Gradients {
-                dq: Tensor::zeros(device, q)?,
-                dk: Tensor::zeros(device, k)?,
-                dv: Tensor::zeros(device, k)?,
-            },
+            output: Output::new(Tensor::zeros(device, q)?, Tensor::zeros(device, &q[..3])?),
+            gradients: Gradients::new(
+                Tensor::zeros(device, q)?,
+                Tensor::zeros(device, k)?,
+                Tensor::zeros(device, k)?,
+            ),
         })
     }
 }
@@ -121,7 +118,7 @@ impl<T: Element> Tensors<T> {
 impl<T: Element> Problem for Tensors<T> {
     fn forward(&mut self) -> Result<Duration, Error> {
         let start = Instant::now();
-        let Output { out, lse } = &mut self.output;
+        let Output { out, lse, .. } = &mut self.output;
         self.attention.forward_into(&self.q, &self.k, &self.v, out, lse)?;
         Ok(start.elapsed())
     }

@@ -187,10 +187,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         out: &mut Tensor<T>,
         lse: &mut Tensor<f32>,
     ) -> Result<(), Error> {
-        let outputs = Outputs {
-            out: out.info(),
-            lse: lse.info(),
-        };
+        let outputs = Outputs::new(out.info(), lse.info());
         let problem = Problem::new(&self.attention, q.info(), k.info(), v.info(), Some(outputs))?;
         let plan = Plan::new(&problem, &q.device().info())?;
         forward(&plan, [q, k, v], out, lse, self.reporter())
@@ -233,11 +230,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         dout: &Tensor<T>,
         gradients: &mut Gradients<T>,
     ) -> Result<(), Error> {
-        let outputs = GradientOutputs {
-            dq: gradients.dq.info(),
-            dk: gradients.dk.info(),
-            dv: gradients.dv.info(),
-        };
+        let outputs = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
         let above = above(output, dout);
         let problem = BackwardProblem::new(&self.attention, q.info(), k.info(), v.info(), above, Some(outputs))?;
         let plan = Plan::backward(&problem, &q.device().info())?;

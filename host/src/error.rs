@@ -49,7 +49,7 @@ pub enum Error {
     },
 
     /// A tensor has another element type than it must. Typed tensors can not cause this, only a hand-made
-    /// [`TensorInfo`](crate::TensorInfo) can.
+    /// [`TensorInfo`](crate::problem::TensorInfo) can.
     #[error("`{argument}` has dtype {}, expected {}", got.name(), expected.name())]
     DtypeMismatch {
         /// The tensor.

@@ -38,7 +38,7 @@ impl fmt::Display for DeviceId {
 
 /// A tensor's device, dtype, shape, strides and address, without the tensor.
 ///
-/// [`Problem::new`](crate::Problem::new) takes these, so a problem of any size can be validated and planned without
+/// [`Problem::new`](crate::problem::Problem::new) takes these, so a problem of any size can be validated and planned without
 /// allocating it. A [`Tensor`](crate::Tensor) gives its own with [`info`](crate::Tensor::info).
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorInfo {

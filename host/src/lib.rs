@@ -32,43 +32,48 @@
 //! - Causal masks are aligned at the last query and the last key. A query that sees no key has `out = 0` and
 //!   `lse = -inf`.
 //!
-//! # The way of a call
+//! # Concepts
 //!
-//! Tensors become a [`Problem`], which proves them sane; that becomes a [`Plan`], which chooses the kernel and knows what
-//! it costs; a [`Device`] carries it out. Each is a value that can be looked at, and made without the next. What is wrong
-//! with an argument is an [`Error`] before anything is allocated or launched.
+//! Each step of a call is a value that can be made, printed and tested without the next one. A wrong argument is an
+//! [`Error`] before anything is allocated or launched.
+//!
+//! | concept | type | on the CPU | on a GPU, or emulated |
+//! | --- | --- | --- | --- |
+//! | device: memory, and who computes | [`Device`] | native code, threads of a rayon pool | a context with one stream and one memory pool |
+//! | tensor: a device's memory seen through a shape and strides | [`Tensor`] | host memory; an address is a pointer | device memory; an address is a `CUdeviceptr` |
+//! | attention: the options of a call, and the calls | [`Attention`] | returns when the results are there | returns when the work is launched; [`Tensor::to_vec`] waits |
+//! | problem: sizes and layouts, proven valid | [`problem::Problem`] | the same | the same |
+//! | plan: every choice, and its cost | [`Plan`] | instruction set, path, tiles, splits | kernels, grids, shared memory |
+//! | progress of a call | [`Progress`] | a unit is a tile of queries against a tile of keys | emulated: a block; a GPU does not report |
+//!
+//! A problem takes [`problem::TensorInfo`]s, which are tensors without memory, and a plan takes a [`device::DeviceInfo`],
+//! which is a device as plain numbers: both can be made for tensors and devices that are not there.
 
 mod call;
-mod device;
+pub mod device;
 mod element;
-mod error;
+pub mod error;
 mod layout;
 mod options;
 mod output;
-mod plan;
-mod problem;
+pub mod plan;
+pub mod problem;
 mod progress;
 pub mod reference;
 mod target;
 mod tensor;
 
 pub use call::Reporting;
-pub use device::{Device, DeviceKind, EmulatorOptions, MemoryUse};
+pub use device::Device;
 pub use element::Element;
-pub use error::{CudaUnavailable, Error};
-pub use flash_attention_kernels::entries::{Arch, Dtype, Entry};
-pub use flash_attention_kernels::mask::MAX_SEQLEN;
+pub use error::Error;
+pub use flash_attention_kernels::entries::{Arch, Dtype};
 pub use half;
-pub use layout::{DeviceId, TensorInfo};
 pub use options::Attention;
 pub use output::{Gradients, Output};
-pub use plan::{Cost, Launch, MAX_BLOCKS, Parameters, Plan, Results, TileMap, Tiles};
-pub use problem::{
-    BackwardInputs, BackwardProblem, GradientOutputs, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, Outputs, Problem, Scale,
-};
+pub use plan::Plan;
 pub use progress::Progress;
 pub use ptx_emulator;
-pub use target::DeviceInfo;
 pub use tensor::Tensor;
 
 /// Compiles and runs the example that the package's page shows.

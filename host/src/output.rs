@@ -3,24 +3,40 @@
 use crate::element::Element;
 use crate::tensor::Tensor;
 
-/// What a forward pass gives.
+/// Results of a forward pass.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Output<T: Element> {
     /// The attention output, `[batch, heads_q, seqlen_q, head_dim]`. A query that sees no key has zeros.
     pub out: Tensor<T>,
-    /// For each query the natural logarithm of the sum of exponentials of its scaled scores, `[batch, heads_q,
-    /// seqlen_q]`. A query that sees no key has minus infinity. The backward pass needs it, and it is all that is
+    /// For each query the natural logarithm of the sum of exponentials of its scaled scores, f32 `[batch, heads_q,
+    /// seqlen_q]`. A query that sees no key has minus infinity. The backward pass needs it, and out and lse are all that is
     /// needed to merge attention over two sets of keys.
     pub lse: Tensor<f32>,
 }
 
-/// What a backward pass gives.
+impl<T: Element> Output<T> {
+    /// The results of a forward pass as the backward pass takes them, for callers who kept out and lse themselves.
+    pub fn new(out: Tensor<T>, lse: Tensor<f32>) -> Self {
+        Self { out, lse }
+    }
+}
+
+/// Results of a backward pass.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Gradients<T: Element> {
     /// Gradient of q, `[batch, heads_q, seqlen_q, head_dim]`. A query that sees no key has zeros.
     pub dq: Tensor<T>,
     /// Gradient of k, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
     pub dk: Tensor<T>,
-    /// Gradient of v, as that of k.
+    /// Gradient of v, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
     pub dv: Tensor<T>,
+}
+
+impl<T: Element> Gradients<T> {
+    /// The caller's own tensors, for [`Attention::backward_into`](crate::Attention::backward_into).
+    pub fn new(dq: Tensor<T>, dk: Tensor<T>, dv: Tensor<T>) -> Self {
+        Self { dq, dk, dv }
+    }
 }

@@ -147,7 +147,7 @@ fn memory_of_another_layout_is_used_in_place() {
     let targets = [0, 1, 2].map(|_| Tensor::from_slice(&device, shape, &vec![f32::NAN; shape.iter().product()]));
     let targets = targets.map(|target| target.expect("small"));
     let [dq, dk, dv] = targets.each_ref().map(|target| parts(target)[1].clone());
-    let mut strided = Gradients { dq, dk, dv };
+    let mut strided = Gradients::new(dq, dk, dv);
     attention
         .backward_into(&q, &k, &v, &output, &dout, &mut strided)
         .expect("valid");

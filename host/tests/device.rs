@@ -1,6 +1,8 @@
 //! Devices: their names, who is whose equal, and what a machine without one says.
 
-use flash_attention::{CudaUnavailable, Device, DeviceKind, Error};
+use flash_attention::device::DeviceKind;
+use flash_attention::error::CudaUnavailable;
+use flash_attention::{Device, Error};
 
 #[test]
 fn names_make_devices_and_devices_tell_their_names() {

@@ -2,7 +2,8 @@
 
 mod common;
 
-use flash_attention::{Arch, Attention, Device, DeviceKind, Element, EmulatorOptions, Error, Tensor};
+use flash_attention::device::{DeviceKind, EmulatorOptions};
+use flash_attention::{Arch, Attention, Device, Element, Error, Tensor};
 use half::{bf16, f16};
 
 fn emulator() -> Device {

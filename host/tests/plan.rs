@@ -1,9 +1,9 @@
 //! Plans: bytes and operations against counting one by one, and what reaches the kernel.
 
-use flash_attention::{
-    Attention, BackwardInputs, BackwardProblem, Device, DeviceInfo, Dtype, Error, Launch, Parameters, Plan, Problem,
-    Results, TensorInfo, TileMap,
-};
+use flash_attention::device::DeviceInfo;
+use flash_attention::plan::{Launch, Parameters, Results, TileMap};
+use flash_attention::problem::{BackwardInputs, BackwardProblem, Problem, TensorInfo};
+use flash_attention::{Attention, Device, Dtype, Error, Plan};
 use flash_attention_kernels::abi::ForwardParams;
 
 const A100: DeviceInfo = DeviceInfo::gpu((8, 0), 108, 163 * 1024);
@@ -106,11 +106,7 @@ fn backward_costs_of_the_cpu_are_what_counting_gives() {
                 let q = info(dtype, &[2, 4, seqlen_q, 40]);
                 let k = info(dtype, &[2, 2, seqlen_k, 40]);
                 let lse = info(Dtype::F32, &[2, 4, seqlen_q]);
-                let from_above = BackwardInputs {
-                    out: &q,
-                    lse: &lse,
-                    dout: &q,
-                };
+                let from_above = BackwardInputs::new(&q, &lse, &q);
                 let problem = BackwardProblem::new(&attention, &q, &k, &k, from_above, None).expect("valid");
                 let plan = Plan::backward(&problem, &Device::cpu().info()).expect("the CPU solves all");
                 let (tiles, cost) = (plan.tiles(), plan.cost());
@@ -214,7 +210,7 @@ fn what_no_launch_can_hold_is_refused() {
     assert!(Plan::new(&problem(heads - 1), &A100).is_ok());
     let refused = Plan::new(&problem(heads), &A100);
     assert!(
-        matches!(refused, Err(Error::GridTooLarge { blocks, limit }) if blocks == 1 << 31 && limit == flash_attention::MAX_BLOCKS)
+        matches!(refused, Err(Error::GridTooLarge { blocks, limit }) if blocks == 1 << 31 && limit == flash_attention::plan::MAX_BLOCKS)
     );
 }
 

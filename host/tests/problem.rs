@@ -1,6 +1,7 @@
 //! Validation that no tensor of reasonable size can reach, and the order of what is checked.
 
-use flash_attention::{Attention, Device, Dtype, Error, Outputs, Problem, TensorInfo};
+use flash_attention::problem::{Outputs, Problem, TensorInfo};
+use flash_attention::{Attention, Device, Dtype, Error};
 
 fn info(shape: &[usize], address: u64) -> TensorInfo {
     TensorInfo::contiguous(Device::cpu().id(), Dtype::F16, shape, address).expect("countable")
@@ -13,7 +14,7 @@ fn problem(q: &TensorInfo, k: &TensorInfo) -> Result<Problem, Error> {
 /// A valid problem with these outputs.
 fn write_to(out: &TensorInfo, lse: &TensorInfo) -> Result<Problem, Error> {
     let (q, k) = (info(&[1, 2, 4, 8], 1 << 12), info(&[1, 1, 3, 8], 1 << 13));
-    Problem::new(&Attention::new(), &q, &k, &k, Some(Outputs { out, lse }))
+    Problem::new(&Attention::new(), &q, &k, &k, Some(Outputs::new(out, lse)))
 }
 
 fn out(shape: &[usize], strides: &[usize], address: u64) -> TensorInfo {
@@ -115,7 +116,7 @@ fn dtypes_and_devices_agree() {
 #[test]
 fn sequences_end_where_positions_do() {
     let q = info(&[1, 1, 1, 8], 64);
-    let limit = flash_attention::MAX_SEQLEN as usize;
+    let limit = flash_attention::problem::MAX_SEQLEN as usize;
     assert!(problem(&q, &info(&[1, 1, limit, 8], 64)).is_ok());
     let too_long = problem(&q, &info(&[1, 1, limit + 1, 8], 64));
     assert!(

@@ -83,12 +83,12 @@ fn check<T: Element>(device: &Device, attention: Attention, q: [usize; 4], k: [u
     );
     reporting.forward_into(&q, &k, &v, &mut out, &mut lse).expect("valid");
     ended();
-    let output = Output { out, lse };
-    let mut gradients = Gradients {
-        dq: Tensor::zeros(device, q.shape()).expect("small"),
-        dk: Tensor::zeros(device, k.shape()).expect("small"),
-        dv: Tensor::zeros(device, k.shape()).expect("small"),
-    };
+    let output = Output::new(out, lse);
+    let mut gradients = Gradients::new(
+        Tensor::zeros(device, q.shape()).expect("small"),
+        Tensor::zeros(device, k.shape()).expect("small"),
+        Tensor::zeros(device, k.shape()).expect("small"),
+    );
     reporting
         .backward_into(&q, &k, &v, &output, &dout, &mut gradients)
         .expect("valid");
@@ -155,15 +155,15 @@ fn a_report_that_panics_leaves_nothing_half_done() {
         let gradients = attention.backward(&q, &k, &v, &output, &dout).expect("valid");
         let right = elements(&output, &gradients);
 
-        let mut output = Output {
-            out: Tensor::zeros(&device, q.shape()).expect("small"),
-            lse: Tensor::zeros(&device, &q.shape()[..3]).expect("small"),
-        };
-        let mut gradients = Gradients {
-            dq: Tensor::zeros(&device, q.shape()).expect("small"),
-            dk: Tensor::zeros(&device, k.shape()).expect("small"),
-            dv: Tensor::zeros(&device, k.shape()).expect("small"),
-        };
+        let mut output = Output::new(
+            Tensor::zeros(&device, q.shape()).expect("small"),
+            Tensor::zeros(&device, &q.shape()[..3]).expect("small"),
+        );
+        let mut gradients = Gradients::new(
+            Tensor::zeros(&device, q.shape()).expect("small"),
+            Tensor::zeros(&device, k.shape()).expect("small"),
+            Tensor::zeros(&device, k.shape()).expect("small"),
+        );
         let calls = Mutex::new(0);
         let reporting = attention.on_progress(|_| {
             *calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
@@ -173,7 +173,7 @@ fn a_report_that_panics_leaves_nothing_half_done() {
             let panic = catch_unwind(AssertUnwindSafe(call)).expect_err("the panic goes on");
             assert_eq!(panic.downcast_ref(), Some(&"of the report"));
         };
-        let Output { out, lse } = &mut output;
+        let Output { out, lse, .. } = &mut output;
         panicked(&mut || reporting.forward_into(&q, &k, &v, out, lse));
         panicked(&mut || reporting.backward_into(&q, &k, &v, &output, &dout, &mut gradients));
         assert_eq!(*calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), 2);

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use flash_attention::{Arch, Device, DeviceKind, EmulatorOptions};
+use flash_attention::device::{DeviceKind, EmulatorOptions};
+use flash_attention::{Arch, Device};
 
 /// A device by the text that makes it.
 struct Spec {

@@ -112,10 +112,7 @@ impl Case {
         ];
         let out: Poisoned<T> = self.must(device, layouts[3].output(device, self.q));
         let lse: Poisoned<f32> = self.must(device, Poisoned::contiguous(device, &self.q[..3]));
-        let mut output = Output {
-            out: out.tensor,
-            lse: lse.tensor,
-        };
+        let mut output = Output::new(out.tensor, lse.tensor);
         let result = self
             .attention
             .forward_into(&q.tensor, &k.tensor, &v.tensor, &mut output.out, &mut output.lse);
@@ -169,7 +166,7 @@ impl<T: Element> Prepared<T> {
     pub fn backward(&self) -> Result<GradientsOutcome<T>, flash_attention::Error> {
         let [q, k, v] = self.inputs.each_ref().map(|input| &input.tensor);
         let [dq, dk, dv] = self.gradients.each_ref().map(|poisoned| poisoned.tensor.clone());
-        let mut gradients = Gradients { dq, dk, dv };
+        let mut gradients = Gradients::new(dq, dk, dv);
         self.attention
             .backward_into(q, k, v, &self.output, &self.dout.tensor, &mut gradients)?;
         let [dq, dk, dv] = &self.gradients;

@@ -33,16 +33,9 @@ fn call(device: &Device) -> Call {
         q: q(),
         k: kv(),
         v: kv(),
-        output: Output {
-            out: q(),
-            lse: Tensor::zeros(device, &Q[..3]).expect("a small tensor"),
-        },
+        output: Output::new(q(), Tensor::zeros(device, &Q[..3]).expect("a small tensor")),
         dout: q(),
-        gradients: Gradients {
-            dq: q(),
-            dk: kv(),
-            dv: kv(),
-        },
+        gradients: Gradients::new(q(), kv(), kv()),
     }
 }
 
@@ -371,7 +364,7 @@ fn an_lse_that_is_not_a_number() {
 /// Nothing stays behind when there is no memory for the results.
 #[test]
 fn results_that_do_not_fit() {
-    let mut options = flash_attention::EmulatorOptions::new(Arch::Sm80);
+    let mut options = flash_attention::device::EmulatorOptions::new(Arch::Sm80);
     options.memory_bytes = 16 << 10;
     let device = Device::emulator_with(options);
     let call = call(&device);

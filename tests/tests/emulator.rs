@@ -1,8 +1,10 @@
 //! What only the emulator can show: that kernels are clean under its checks whatever the order of warps, and that they
 //! move the bytes that plans predict.
 
+use flash_attention::device::EmulatorOptions;
 use flash_attention::half::{bf16, f16};
-use flash_attention::{Arch, Attention, Device, Dtype, Element, EmulatorOptions, Plan, Problem, Tensor, TensorInfo};
+use flash_attention::problem::{Problem, TensorInfo};
+use flash_attention::{Arch, Attention, Device, Dtype, Element, Plan, Tensor};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
 use flash_attention_tests::{Case, Layout, Order, Outcome, devices, drawn, emulator};
 use proptest::prelude::*;

@@ -1,8 +1,9 @@
 //! What is wrong with a call is a typed error that names the argument, its value and what is allowed, before anything is
 //! allocated or launched. On every device.
 
+use flash_attention::device::{DeviceKind, EmulatorOptions};
 use flash_attention::half::f16;
-use flash_attention::{Arch, Attention, Device, DeviceKind, Element, EmulatorOptions, Error, Tensor};
+use flash_attention::{Arch, Attention, Device, Element, Error, Tensor};
 use flash_attention_tests::refusals::{alone, refused};
 use flash_attention_tests::{assert_error, devices};
 
@@ -150,7 +151,7 @@ fn last_axes_that_are_not_contiguous() {
 
 #[test]
 fn sequences_too_long_to_count() {
-    let max = flash_attention::MAX_SEQLEN as usize;
+    let max = flash_attention::problem::MAX_SEQLEN as usize;
     let prepare = |device: &Device| {
         let row = [f16::ZERO; 8];
         let long = |len| Tensor::from_slice_strided(device, [1, 1, len, 8], [0, 0, 0, 1], &row).expect("one row");
@@ -179,7 +180,7 @@ fn grids_too_large_to_launch() {
         assert_eq!(device.memory(), before);
         assert_error!(
             device, error,
-            Error::GridTooLarge { blocks, limit } if (*blocks, *limit) == (1 << 31, flash_attention::MAX_BLOCKS),
+            Error::GridTooLarge { blocks, limit } if (*blocks, *limit) == (1 << 31, flash_attention::plan::MAX_BLOCKS),
             "`q`", "2147483648", "2147483647"
         );
     }

@@ -4,7 +4,8 @@
 
 use std::collections::BTreeSet;
 
-use flash_attention::{Device, DeviceInfo, Dtype, Element, Output, Tensor};
+use flash_attention::device::DeviceInfo;
+use flash_attention::{Device, Dtype, Element, Output, Tensor};
 use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
 use flash_attention_tests::gpu::loads_arch;
 use flash_attention_tests::{Case, devices, for_dtype};
@@ -49,10 +50,7 @@ fn kernels<T: Element>(case: &Case) -> Vec<&'static str> {
     let device = Device::emulator(Arch::Sm90a);
     let empty = |shape: [usize; 4]| Tensor::<T>::empty(&device, shape).expect("it fits");
     let (q, k, v, dout) = (empty(case.q), empty(case.kv), empty(case.kv), empty(case.q));
-    let output = Output {
-        out: empty(case.q),
-        lse: Tensor::empty(&device, &case.q[..3]).expect("it fits"),
-    };
+    let output = Output::new(empty(case.q), Tensor::empty(&device, &case.q[..3]).expect("it fits"));
     let attention = case.attention;
     let plans = [
         attention.plan(&q, &k, &v),

@@ -1,8 +1,9 @@
 //! What is wrong with a tensor or the name of a device is a typed error that names the argument, its value and what is
 //! allowed, before anything is allocated. On every device.
 
+use flash_attention::error::CudaUnavailable;
 use flash_attention::half::f16;
-use flash_attention::{CudaUnavailable, Device, Error, Tensor};
+use flash_attention::{Device, Error, Tensor};
 use flash_attention_tests::assert_error;
 use flash_attention_tests::refusals::refused;
 

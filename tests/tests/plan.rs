@@ -1,8 +1,9 @@
 //! Plans: a function of problem and device description alone, whose numbers are those that counting gives.
 
-use flash_attention::{
-    Arch, Attention, Device, DeviceInfo, Dtype, Entry, Parameters, Plan, Problem, Results, TensorInfo, TileMap,
-};
+use flash_attention::device::DeviceInfo;
+use flash_attention::plan::{Entry, Parameters, Results, TileMap};
+use flash_attention::problem::{Problem, TensorInfo};
+use flash_attention::{Arch, Attention, Device, Dtype, Plan};
 use flash_attention_kernels::abi::TensorMap;
 use flash_attention_tests::{Case, drawn};
 use proptest::prelude::*;

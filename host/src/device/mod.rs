@@ -1,7 +1,7 @@
 //! Devices: where tensors live and problems are solved.
 //!
 //! One small seam, [`Backend`], has three implementations. A GPU and the emulator take a [`Plan`] and launch its
-//! kernels; the CPU takes the same plan and solves the [`Problem`](crate::Problem) in it with native code.
+//! kernels; the CPU takes the same plan and solves the [`Problem`](crate::problem::Problem) in it with native code.
 
 mod cpu;
 mod cuda;
@@ -18,10 +18,10 @@ use flash_attention_kernels::entries::Arch;
 use ptx_emulator::Counters;
 
 use crate::error::Error;
-use crate::layout::DeviceId;
+pub use crate::layout::DeviceId;
 use crate::plan::{Plan, Results};
 use crate::progress::Reporter;
-use crate::target::DeviceInfo;
+pub use crate::target::DeviceInfo;
 
 /// What every kind of device can do. Addresses are the device's own; on the CPU they are pointers.
 pub(crate) trait Backend: Send + Sync {
@@ -116,6 +116,7 @@ pub enum DeviceKind {
 ///
 /// Foreign memory is not counted, and neither are the scratch tiles that the CPU device keeps per thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MemoryUse {
     /// Bytes held now.
     pub in_use: u64,
@@ -165,7 +166,7 @@ impl Device {
         }))
     }
 
-    /// The device's identity, by which tensors are compared: a [`TensorInfo`](crate::TensorInfo) holds it.
+    /// The device's identity, by which tensors are compared: a [`TensorInfo`](crate::problem::TensorInfo) holds it.
     pub fn id(&self) -> &DeviceId {
         &self.0.id
     }

@@ -9,7 +9,8 @@ mod tile_map;
 
 use std::fmt;
 
-use flash_attention_kernels::entries::{self, Arch, Entry, Pass};
+pub use flash_attention_kernels::entries::Entry;
+use flash_attention_kernels::entries::{self, Arch, Pass};
 
 pub use cost::Cost;
 pub use launch::{Launch, Parameters, Results};

@@ -30,6 +30,7 @@ pub(crate) struct BackwardTensors {
 
 /// What a backward pass takes from the forward pass and from the layers above.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct BackwardInputs<'a> {
     /// Forward's output, as q.
     pub out: &'a TensorInfo,
@@ -42,6 +43,7 @@ pub struct BackwardInputs<'a> {
 /// The caller's own memory for gradients, each shaped as what it is the gradient of, with any strides that do not
 /// overlap and a contiguous last axis.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct GradientOutputs<'a> {
     /// Gradient of q.
     pub dq: &'a TensorInfo,
@@ -49,6 +51,20 @@ pub struct GradientOutputs<'a> {
     pub dk: &'a TensorInfo,
     /// Gradient of v.
     pub dv: &'a TensorInfo,
+}
+
+impl<'a> BackwardInputs<'a> {
+    /// The results of the forward pass, and the gradient of its output.
+    pub fn new(out: &'a TensorInfo, lse: &'a TensorInfo, dout: &'a TensorInfo) -> Self {
+        Self { out, lse, dout }
+    }
+}
+
+impl<'a> GradientOutputs<'a> {
+    /// Memory for the gradients of q, k and v.
+    pub fn new(dq: &'a TensorInfo, dk: &'a TensorInfo, dv: &'a TensorInfo) -> Self {
+        Self { dq, dk, dv }
+    }
 }
 
 impl BackwardProblem {

@@ -9,11 +9,12 @@ pub(crate) use backward::BackwardTensors;
 pub use backward::{BackwardInputs, BackwardProblem, GradientOutputs};
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::{Arch, Dtype};
-use flash_attention_kernels::mask::MAX_SEQLEN;
+pub use flash_attention_kernels::mask::MAX_SEQLEN;
 pub use scale::Scale;
 
 use crate::error::Error;
-use crate::layout::{TensorInfo, contiguous_strides};
+pub use crate::layout::TensorInfo;
+use crate::layout::contiguous_strides;
 use crate::options::Attention;
 
 /// The widest head that kernels are compiled for.
@@ -46,11 +47,19 @@ pub struct Problem {
 
 /// The caller's own memory for the results of a forward pass.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Outputs<'a> {
     /// `[batch, heads_q, seqlen_q, head_dim]`, any strides that do not overlap, contiguous last axis.
     pub out: &'a TensorInfo,
     /// f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: &'a TensorInfo,
+}
+
+impl<'a> Outputs<'a> {
+    /// Memory for out and lse.
+    pub fn new(out: &'a TensorInfo, lse: &'a TensorInfo) -> Self {
+        Self { out, lse }
+    }
 }
 
 /// A tensor with the name it has in error messages.

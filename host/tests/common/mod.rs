@@ -136,11 +136,7 @@ pub fn gradients<T: Element>(
         tensor(q_shape, dout),
     );
     let output = attention.forward(&q, &k, &v).expect("valid");
-    let mut gradients = Gradients {
-        dq: poisoned(q_shape),
-        dk: poisoned(k_shape),
-        dv: poisoned(k_shape),
-    };
+    let mut gradients = Gradients::new(poisoned(q_shape), poisoned(k_shape), poisoned(k_shape));
     attention
         .backward_into(&q, &k, &v, &output, &dout, &mut gradients)
         .unwrap_or_else(|error| panic!("{attention:?} q {q_shape:?} k {k_shape:?}: {error}"));

@@ -1,9 +1,11 @@
 //! What a step of the main loops takes, counted by the emulator from the very PTX.
 
 use benches::row::Pass;
+use flash_attention::device::EmulatorOptions;
 use flash_attention::half::f16;
+use flash_attention::plan::Entry;
 use flash_attention::ptx_emulator::{Checks, Counters};
-use flash_attention::{Arch, Attention, Device, EmulatorOptions, Entry, Gradients, Plan, Tensor};
+use flash_attention::{Arch, Attention, Device, Gradients, Plan, Tensor};
 use flash_attention_kernels::entries;
 
 use crate::Failure;

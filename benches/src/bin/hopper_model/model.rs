@@ -3,11 +3,11 @@
 use std::fmt::Write as _;
 
 use benches::row::Pass;
+use flash_attention::device::DeviceInfo;
 use flash_attention::half::f16;
-use flash_attention::{
-    Attention, BackwardInputs, BackwardProblem, Device, DeviceInfo, Dtype, Element, Entry, Launch, Parameters, Plan,
-    Problem, Results, TensorInfo,
-};
+use flash_attention::plan::{Entry, Launch, Parameters, Results};
+use flash_attention::problem::{BackwardInputs, BackwardProblem, Problem, TensorInfo};
+use flash_attention::{Attention, Device, Dtype, Element, Plan};
 use flash_attention_kernels::abi::{TensorMap, WorkList};
 use flash_attention_kernels::deal::Deal;
 use flash_attention_kernels::entries;
@@ -296,7 +296,7 @@ fn plan(shape: &Shape) -> Result<Plan, Failure> {
             } else {
                 attention.deterministic()
             };
-            let above = BackwardInputs { out, lse: &lse, dout };
+            let above = BackwardInputs::new(out, &lse, dout);
             Plan::backward(&BackwardProblem::new(&attention, q, k, v, above, None)?, &hopper)?
         }
     })

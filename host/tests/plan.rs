@@ -170,8 +170,8 @@ fn scales_become_a_magnitude_and_a_sign() {
     for (scale, log2, sign) in [
         (1.0, std::f32::consts::LOG2_E, 1.0),
         (-2.0, 2.0 * std::f32::consts::LOG2_E, -1.0),
-        (0.0, 1.0, 0.0),
-        (-0.0, 1.0, 0.0),
+        (0.0, std::f32::consts::LOG2_E, 0.0), // as of a magnitude of 1: every score is 0
+        (-0.0, std::f32::consts::LOG2_E, 0.0),
     ] {
         let attention = Attention::new().softmax_scale(scale);
         let plan = Plan::new(&problem(attention, Dtype::F32, [1, 1, 1, 8], [1, 1, 1, 8]), &A100).expect("a kernel");

@@ -1,6 +1,6 @@
 //! Devices: where tensors live and problems are solved.
 //!
-//! One small seam, [`Backend`], has three implementations. A GPU and the emulator take a [`Plan`] and launch its
+//! One small seam, the trait `Backend`, has three implementations. A GPU and the emulator take a [`Plan`] and launch its
 //! kernels; the CPU takes the same plan and solves the [`Problem`](crate::problem::Problem) in it with native code.
 
 mod cpu;

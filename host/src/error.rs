@@ -273,6 +273,15 @@ pub enum Error {
         reason: CudaUnavailable,
     },
 
+    /// A device was asked for that this program was built without.
+    #[error("`device` is {device:?}, which needs the feature `{feature}` of flash-attention, left out of this build")]
+    NotBuilt {
+        /// What was asked for.
+        device: String,
+        /// The feature of the crate.
+        feature: &'static str,
+    },
+
     /// There is no GPU with this number.
     #[error("`ordinal` is {ordinal}, this machine has {count} CUDA device(s), numbered from 0")]
     UnknownDevice {
@@ -328,6 +337,7 @@ pub enum Error {
 
     /// The emulator's checks found something wrong with a kernel. The outputs were written, and are not to be trusted.
     #[error("kernel {kernel} failed {} check(s) on {device}:{}", report.total_findings, list(&report.findings))]
+    #[cfg(feature = "emulator")]
     Findings {
         /// The device.
         device: String,
@@ -339,6 +349,7 @@ pub enum Error {
 }
 
 /// Findings, one below the other.
+#[cfg(feature = "emulator")]
 fn list(findings: &[ptx_emulator::Finding]) -> String {
     findings.iter().map(|finding| format!("\n{finding}")).collect()
 }
@@ -347,6 +358,9 @@ fn list(findings: &[ptx_emulator::Finding]) -> String {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CudaUnavailable {
+    /// The program was built without the feature `cuda`.
+    #[error("this build leaves out the feature `cuda` of flash-attention")]
+    NotBuilt,
     /// The driver's library is not installed.
     #[error("no NVIDIA driver is installed (libcuda was not found)")]
     NoDriver,

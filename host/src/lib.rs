@@ -32,6 +32,16 @@
 //! - Causal masks are aligned at the last query and the last key. A query that sees no key has `out = 0` and
 //!   `lse = -inf`.
 //!
+//! # Features
+//!
+//! Both are on unless they are switched off; without them, `default-features = false` builds the CPU alone.
+//!
+//! - `cuda`: [`Device::cuda`], through cudarc, which looks for the driver when the program runs. A build needs no CUDA.
+//! - `cuda-12080`: fixes cudarc's bindings at CUDA 12.8, which every driver from 12.0 on runs. Switch it off (`features =
+//!   ["cuda"]`) where another crate of the build, such as candle, is to choose: cudarc then asks `nvcc --version`, and takes
+//!   the newest bindings it has where there is no nvcc.
+//! - `emulator`: the emulated GPUs (`Device::emulator`).
+//!
 //! # Concepts
 //!
 //! Each step of a call is a value that can be made, printed and tested without the next one. A wrong argument is an
@@ -64,6 +74,8 @@ mod target;
 mod tensor;
 
 pub use call::Reporting;
+#[cfg(feature = "cuda")]
+pub use cudarc;
 pub use device::Device;
 pub use element::Element;
 pub use error::Error;
@@ -73,6 +85,7 @@ pub use options::Attention;
 pub use output::{Gradients, Output};
 pub use plan::Plan;
 pub use progress::Progress;
+#[cfg(feature = "emulator")]
 pub use ptx_emulator;
 pub use tensor::Tensor;
 

@@ -1,16 +1,15 @@
-//! An NVIDIA GPU without the library in between: PTX in, words out. What the library does with the driver is not needed
-//! here, and what it does not do (clusters, maps of any rank) is.
+//! An NVIDIA GPU without the library in between, on the same calls of the driver: PTX in, words out, with the clusters and
+//! the tensor maps of any rank that the library does not use.
 
-use std::ffi::{CStr, CString, c_int, c_void};
+use std::ffi::c_void;
 
-use cudarc::driver::result::{self, DriverError, ctx, device, primary_ctx, stream};
+use cudarc::driver::result::{self, stream};
 use cudarc::driver::sys;
+use flash_attention::device::DeviceInfo;
+use flash_attention::device::driver::{self, DriverError, Geometry, Tiled, failed};
 use flash_attention_kernels::entries::{Arch, Entry};
 
 use crate::micro::{Element, MAP_BYTES, Map, Micro};
-
-/// Room for what the driver says about PTX that it can not load.
-const JIT_LOG_BYTES: usize = 4096;
 
 /// One GPU, its primary context current on the thread that opened it.
 #[derive(Debug)]
@@ -46,42 +45,26 @@ impl Drop for Module {
 }
 
 impl Gpu {
-    /// GPU number `ordinal`, its context made current on this thread.
+    /// GPU number `ordinal`, its context made current on this thread to the end of the process.
     ///
     /// # Errors
     /// A sentence that says what is missing: driver, GPU, or what call failed.
-    pub fn open(ordinal: c_int) -> Result<Self, String> {
-        // SAFETY: opens the driver's library, whose initialisers are the driver's.
-        if !unsafe { sys::is_culib_present() } {
-            return Err("no NVIDIA driver on this machine: libcuda is not found".to_owned());
-        }
-        let failed = |call: &'static str| move |error| format!("{call}: {}", describe(error));
-        result::init().map_err(failed("no NVIDIA GPU that the driver can start, cuInit"))?;
-        let count = device::get_count().map_err(failed("cuDeviceGetCount"))?;
+    pub fn open(ordinal: usize) -> Result<Self, String> {
+        let count = driver::start().map_err(|reason| reason.to_string())?;
         if ordinal >= count {
             return Err(format!("no GPU number {ordinal}: there are {count}"));
         }
-        let gpu = device::get(ordinal).map_err(failed("cuDeviceGet"))?;
-        let attribute = |which| {
-            // SAFETY: `gpu` is a device that the driver just gave us.
-            let value = unsafe { device::get_attribute(gpu, which) };
-            value.map(|value| value as u32).map_err(failed("cuDeviceGetAttribute"))
+        let gpu = driver::Gpu::open(ordinal).map_err(said)?;
+        let context = gpu.primary_context().map_err(said)?;
+        // SAFETY: the context was just retained, to the end of the process.
+        std::mem::forget(unsafe { driver::enter(context) }.map_err(said)?);
+        let DeviceInfo::Gpu { compute_capability, .. } = gpu.info else {
+            return Err(format!("{} is not a GPU", gpu.name));
         };
-        let mut driver = 0;
-        // SAFETY: writes one integer.
-        unsafe { sys::cuDriverGetVersion(&mut driver) }
-            .result()
-            .map_err(failed("cuDriverGetVersion"))?;
-        // SAFETY: a device the driver gave us; the context is kept to the end of the process, and was just retained.
-        let current = unsafe { primary_ctx::retain(gpu).and_then(|context| ctx::set_current(context)) };
-        current.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         Ok(Self {
-            name: device::get_name(gpu).map_err(failed("cuDeviceGetName"))?,
-            capability: (
-                attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-                attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-            ),
-            driver: (driver as u32 / 1000, driver as u32 % 1000 / 10),
+            name: gpu.name,
+            capability: compute_capability,
+            driver: driver::version().map_err(said)?,
         })
     }
 
@@ -93,10 +76,14 @@ impl Gpu {
         use sys::CUfunction_attribute::{
             CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, CU_FUNC_ATTRIBUTE_NUM_REGS,
         };
-        let module = load(entry.ptx)?;
-        let function = function(&module, entry.name)?;
-        // SAFETY: the function is of a module that is loaded.
-        let attribute = |which| unsafe { result::function::get_function_attribute(function, which) }.map_err(describe);
+        let module = Module(driver::load(entry.ptx).map_err(said)?);
+        // SAFETY: the module is loaded, and so is the function of it.
+        let function = unsafe { driver::function(module.0, entry.name) }.map_err(said)?;
+        let attribute = |which| {
+            // SAFETY: as above.
+            unsafe { result::function::get_function_attribute(function, which) }
+                .map_err(|error| said(failed("cuFuncGetAttribute")(error)))
+        };
         Ok(Compiled {
             registers: attribute(CU_FUNC_ATTRIBUTE_NUM_REGS)?,
             local_bytes: attribute(CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
@@ -109,9 +96,10 @@ impl Gpu {
     /// # Errors
     /// The call that failed, and what the driver says.
     pub fn run(&self, micro: &Micro) -> Result<Vec<u32>, String> {
-        let module = load(&micro.text)?;
-        let function = function(&module, "test")?;
-        let failed = |call: &'static str| move |error| format!("{call}: {}", describe(error));
+        let module = Module(driver::load(&micro.text).map_err(said)?);
+        // SAFETY: the module is loaded.
+        let function = unsafe { driver::function(module.0, "test") }.map_err(said)?;
+        let failed = |call: &'static str| move |error| said(failed(call)(error));
         let bytes = |words: &[u32]| (4 * words.len()).max(4);
         let mut got = vec![0_u32; micro.output.len()];
         // SAFETY: each buffer is as long as what is copied to or from it, and is freed after the kernel has finished or
@@ -121,10 +109,15 @@ impl Gpu {
             let output = result::malloc_sync(bytes(&micro.output)).map_err(failed("cuMemAlloc"))?;
             result::memcpy_htod_sync(input, &micro.input).map_err(failed("cuMemcpyHtoD"))?;
             result::memset_d8_sync(output, 0xa5, bytes(&micro.output)).map_err(failed("cuMemsetD8"))?;
-            let params = micro
-                .params(input, output, encode)
-                .map_err(failed("cuTensorMapEncodeTiled"))?;
-            launch(function, micro, &params).map_err(failed("cuLaunchKernelEx"))?;
+            let params = micro.params(input, output, encode).map_err(said)?;
+            let geometry = Geometry {
+                grid: [micro.cluster, 1, 1],
+                threads: micro.block,
+                shared_bytes: 0,
+                cluster: micro.cluster,
+            };
+            let mut arguments: Vec<*mut c_void> = params.iter().map(|param| param.as_ptr().cast_mut().cast()).collect();
+            driver::launch(function, geometry, std::ptr::null_mut(), &mut arguments).map_err(said)?;
             stream::synchronize(std::ptr::null_mut()).map_err(failed("the kernel"))?;
             result::memcpy_dtoh_sync(&mut got, output).map_err(failed("cuMemcpyDtoH"))?;
             result::free_sync(input).map_err(failed("cuMemFree"))?;
@@ -152,75 +145,6 @@ pub fn loads_arch(arch: Arch, capability: (u32, u32)) -> bool {
     loads(arch.name(), capability)
 }
 
-fn load(ptx: &str) -> Result<Module, String> {
-    let image = CString::new(ptx).map_err(|_| "the PTX holds a zero byte".to_owned())?;
-    let mut log = [0_u8; JIT_LOG_BYTES];
-    let mut options = [
-        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
-        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
-    ];
-    let mut values = [
-        log.as_mut_ptr().cast::<c_void>(),
-        std::ptr::without_provenance_mut(JIT_LOG_BYTES),
-    ];
-    let mut module = std::ptr::null_mut();
-    // SAFETY: the image ends in a zero byte; the options are a buffer and, as a value in a pointer's place, its size.
-    let loaded = unsafe {
-        sys::cuModuleLoadDataEx(
-            &mut module,
-            image.as_ptr().cast(),
-            options.len() as u32,
-            options.as_mut_ptr(),
-            values.as_mut_ptr(),
-        )
-    };
-    loaded.result().map_err(|error| {
-        let log = CStr::from_bytes_until_nul(&log)
-            .map(CStr::to_string_lossy)
-            .unwrap_or_default();
-        format!("cuModuleLoadDataEx: {}. {}", describe(error), log.trim())
-    })?;
-    Ok(Module(module))
-}
-
-fn function(module: &Module, name: &str) -> Result<sys::CUfunction, String> {
-    let name = CString::new(name).map_err(|_| "the name holds a zero byte".to_owned())?;
-    // SAFETY: the module is loaded.
-    unsafe { result::module::get_function(module.0, name) }
-        .map_err(|error| format!("cuModuleGetFunction: {}", describe(error)))
-}
-
-/// Launches a micro-kernel as one cluster of blocks.
-///
-/// # Safety
-/// `function` takes these parameters, and they hold valid addresses.
-unsafe fn launch(function: sys::CUfunction, micro: &Micro, params: &[Vec<u8>]) -> Result<(), DriverError> {
-    // SAFETY: a struct of plain numbers and a union of such, for which zero bytes are values.
-    let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-    cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    cluster.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
-        x: micro.cluster,
-        y: 1,
-        z: 1,
-    };
-    let config = sys::CUlaunchConfig {
-        gridDimX: micro.cluster,
-        gridDimY: 1,
-        gridDimZ: 1,
-        blockDimX: micro.block,
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: 0,
-        hStream: std::ptr::null_mut(),
-        attrs: &mut cluster,
-        // Cards before Hopper know no clusters.
-        numAttrs: u32::from(micro.cluster > 1),
-    };
-    let mut addresses: Vec<*mut c_void> = params.iter().map(|param| param.as_ptr().cast_mut().cast()).collect();
-    // SAFETY: passed on to the caller; the driver copies the parameters before it returns.
-    unsafe { sys::cuLaunchKernelEx(&config, function, addresses.as_mut_ptr(), std::ptr::null_mut()) }.result()
-}
-
 /// The driver's form of a map.
 fn encode(map: &Map, address: u64) -> Result<[u8; MAP_BYTES], DriverError> {
     use sys::CUtensorMapSwizzle as Swizzle;
@@ -235,39 +159,25 @@ fn encode(map: &Map, address: u64) -> Result<[u8; MAP_BYTES], DriverError> {
         128 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
     };
-    let mut encoded = sys::CUtensorMap_st { opaque: [0; 16] };
-    // SAFETY: every array has as many entries as the rank asks for; the address is only written down.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut encoded,
-            element,
-            map.dims.len() as u32,
-            address as *mut c_void,
-            map.dims.as_ptr(),
-            map.strides().as_ptr(),
-            map.box_dims.as_ptr(),
-            vec![1; map.dims.len()].as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    }
-    .result()?;
+    let words = driver::encode(&Tiled {
+        element,
+        address,
+        dims: &map.dims,
+        strides: &map.strides(),
+        box_dims: &map.box_dims,
+        swizzle,
+        l2_promotion: sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+    })?;
     let mut bytes = [0; MAP_BYTES];
-    for (chunk, word) in bytes.chunks_exact_mut(8).zip(encoded.opaque) {
+    for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
         chunk.copy_from_slice(&word.to_le_bytes());
     }
     Ok(bytes)
 }
 
-/// The driver's name for an error, and what it says of it.
-fn describe(error: DriverError) -> String {
-    let name = error.error_name().map_or("unknown".into(), CStr::to_string_lossy);
-    let meaning = error
-        .error_string()
-        .map_or("no description".into(), CStr::to_string_lossy);
-    format!("{name} ({meaning})")
+/// An error as a sentence.
+fn said(error: DriverError) -> String {
+    error.to_string()
 }
 
 #[cfg(test)]

@@ -4,7 +4,9 @@
 //! kernels; the CPU takes the same plan and solves the [`Problem`](crate::problem::Problem) in it with native code.
 
 mod cpu;
+#[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "emulator")]
 mod emulated;
 
 use std::ffi::c_void;
@@ -13,10 +15,17 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub use cuda::driver;
+#[cfg(feature = "emulator")]
 pub use emulated::EmulatorOptions;
 use flash_attention_kernels::entries::Arch;
+#[cfg(feature = "emulator")]
 use ptx_emulator::Counters;
 
+#[cfg(not(feature = "cuda"))]
+use crate::error::CudaUnavailable;
 use crate::error::Error;
 pub use crate::layout::DeviceId;
 use crate::plan::{Plan, Results};
@@ -68,6 +77,11 @@ pub(crate) trait Backend: Send + Sync {
     /// laid out as it says, all of it memory of this device. Nobody writes the inputs or touches the results meanwhile.
     unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error>;
 
+    /// Loads what a plan needs, on a device that loads anything.
+    fn prepare(&self, _plan: &Plan) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Waits until everything launched has finished.
     fn synchronize(&self) -> Result<(), Error>;
 
@@ -77,18 +91,20 @@ pub(crate) trait Backend: Send + Sync {
     }
 
     /// What launches executed and moved, on a device that counts it.
+    #[cfg(feature = "emulator")]
     fn counters(&self) -> Option<Counters> {
         None
     }
 
     /// Lets the counters start from zero.
+    #[cfg(feature = "emulator")]
     fn reset_counters(&self) {}
 }
 
 /// A device and its memory; a clone is the same device.
 ///
 /// Devices are equal if they share their memory: [`Device::cpu`] is always one device, and so is `Device::cuda(n)`.
-/// Every call of [`Device::emulator`] and [`Device::cpu_with_threads`] makes a new one.
+/// Every call of another constructor makes a new one.
 #[derive(Clone)]
 pub struct Device(Arc<Shared>);
 
@@ -156,6 +172,16 @@ impl Device {
         Ok(Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::with_threads(threads)?)))
     }
 
+    /// The error of a build without the feature `cuda`.
+    ///
+    /// # Errors
+    /// [`Error::CudaUnavailable`], always.
+    #[cfg(not(feature = "cuda"))]
+    pub fn cuda(_ordinal: usize) -> Result<Self, Error> {
+        let reason = CudaUnavailable::NotBuilt;
+        Err(Error::CudaUnavailable { reason })
+    }
+
     fn new(kind: DeviceKind, backend: Box<dyn Backend>) -> Self {
         Self(Arc::new(Shared {
             id: DeviceId::new(backend.spec()),
@@ -209,18 +235,31 @@ impl Device {
         self.0.backend.synchronize()
     }
 
-    /// The stream that a GPU's work is launched on, a `CUstream` of its primary context, to the end of the process; `None`
-    /// on other devices. Code that shares the GPU records events on it, to time our work or to wait for it.
+    /// Loads the kernels of a plan, so that the first call finds them: on a GPU its driver compiles each of them once a
+    /// context, which takes milliseconds and cannot be done while a stream is captured in a CUDA graph. Nothing on other
+    /// devices.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] if the driver cannot load a kernel.
+    pub fn prepare(&self, plan: &Plan) -> Result<(), Error> {
+        self.0.backend.prepare(plan)
+    }
+
+    /// The stream that a GPU's work is launched on, a `CUstream`; `None` on other devices. That of `Device::cuda(n)` is of the
+    /// GPU's primary context and exists to the end of the process. Code that shares the GPU records events on it, to time
+    /// our work or to wait for it.
     pub fn cuda_stream(&self) -> Option<*mut c_void> {
         self.0.backend.stream()
     }
 
     /// What the launches of an emulated GPU executed and moved, all together; `None` on other devices.
+    #[cfg(feature = "emulator")]
     pub fn counters(&self) -> Option<Counters> {
         self.0.backend.counters()
     }
 
     /// Lets [`counters`](Self::counters) start from zero.
+    #[cfg(feature = "emulator")]
     pub fn reset_counters(&self) {
         self.0.backend.reset_counters();
     }
@@ -283,7 +322,7 @@ impl FromStr for Device {
             None if text == "best" => Self::best(),
             None if text == "cpu" => Ok(Self::cpu()),
             None if text == "cuda" => Self::cuda(0),
-            None if text == "emulator" => Ok(Self::emulator(Arch::Sm80)),
+            None if text == "emulator" => Self::emulator_of(Arch::Sm80),
             Some(("cpu", instructions)) => {
                 let cpu = cpu::Cpu::with_instructions(instructions)?;
                 Ok(Self::new(DeviceKind::Cpu, Box::new(cpu)))
@@ -294,9 +333,24 @@ impl FromStr for Device {
                     .iter()
                     .find(|known| known.name() == arch)
                     .ok_or_else(unknown)?;
-                Ok(Self::emulator(*arch))
+                Self::emulator_of(*arch)
             }
             _ => Err(unknown()),
         }
+    }
+}
+
+impl Device {
+    #[cfg(feature = "emulator")]
+    fn emulator_of(arch: Arch) -> Result<Self, Error> {
+        Ok(Self::emulator(arch))
+    }
+
+    #[cfg(not(feature = "emulator"))]
+    fn emulator_of(arch: Arch) -> Result<Self, Error> {
+        Err(Error::NotBuilt {
+            device: format!("emulator:{}", arch.name()),
+            feature: "emulator",
+        })
     }
 }

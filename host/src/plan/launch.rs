@@ -328,6 +328,7 @@ impl Launch {
     }
 
     /// The error of a device that was given the results of the other pass.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
     pub(crate) fn wrong_results(&self, device: String) -> Error {
         Error::Launch {
             device,

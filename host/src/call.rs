@@ -4,12 +4,16 @@ use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use crate::element::Element;
 use crate::error::Error;
+use crate::layout::{TensorInfo, contiguous_strides};
 use crate::options::Attention;
 use crate::output::{Gradients, Output};
 use crate::plan::{Plan, Results};
 use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs, Outputs, Problem};
 use crate::progress::{Progress, Reporter};
 use crate::tensor::{Storage, Tensor};
+
+/// Addresses of workspaces are multiples of this many bytes, as those of all memory that a device allocates.
+const WORKSPACE_ALIGN: usize = 64;
 
 /// An [`Attention`] whose calls report how far they are: what [`Attention::on_progress`] gives.
 #[derive(Clone, Copy, Debug)]
@@ -136,6 +140,47 @@ impl Attention {
         self.silent().backward_into(q, k, v, output, dout, gradients)
     }
 
+    /// [`backward_into`](Self::backward_into) in a workspace that the caller brings: any contiguous f32 tensor of at least
+    /// [`Plan::workspace_bytes`], at an address that is a multiple of 64, which shares no memory with another argument. Its
+    /// content is undefined before and after.
+    ///
+    /// The call allocates nothing and, on a GPU, waits for nothing, so that a stream it works on can be captured in a CUDA
+    /// graph. An lse that holds a NaN is not refused.
+    ///
+    /// ```
+    /// # use flash_attention::{Attention, Device, Tensor};
+    /// # let device = Device::cpu();
+    /// # let q = Tensor::from_slice(&device, [1, 1, 64, 8], &[0.5_f32; 512])?;
+    /// # let (k, v, dout) = (q.clone(), q.clone(), q.clone());
+    /// let attention = Attention::new().causal();
+    /// let output = attention.forward(&q, &k, &v)?;
+    /// let mut gradients = attention.backward(&q, &k, &v, &output, &dout)?;
+    /// let bytes = attention.plan_backward(&q, &k, &v, &output, &dout)?.workspace_bytes();
+    /// let mut workspace = Tensor::empty(&device, [bytes as usize / 4])?;
+    /// for _ in 0..3 {
+    ///     attention.backward_into_with(&q, &k, &v, &output, &dout, &mut gradients, &mut workspace)?;
+    /// }
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`backward_into`](Self::backward_into); [`Error::Workspace`] if the workspace is too small,
+    /// [`Error::NotContiguous`], [`Error::DeviceMismatch`], [`Error::Address`] or [`Error::Aliased`] if it is not as said.
+    #[expect(clippy::too_many_arguments, reason = "five inputs, the results, and the workspace")]
+    pub fn backward_into_with<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+        workspace: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        self.silent()
+            .backward_into_with(q, k, v, output, dout, gradients, workspace)
+    }
+
     /// How [`backward`](Self::backward) would compute this. Allocates nothing.
     ///
     /// # Errors
@@ -213,7 +258,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
             dv: Tensor::empty(v.device(), v.shape())?,
         };
         let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, &mut gradients, self.reporter())?;
+        backward(&plan, inputs, &output.lse, &mut gradients, None, self.reporter())?;
         Ok(gradients)
     }
 
@@ -230,13 +275,57 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         dout: &Tensor<T>,
         gradients: &mut Gradients<T>,
     ) -> Result<(), Error> {
+        let plan = self.plan_backward_into(q, k, v, output, dout, gradients)?;
+        check_lse(&output.lse)?;
+        let inputs = [q, k, v, &output.out, dout];
+        backward(&plan, inputs, &output.lse, gradients, None, self.reporter())
+    }
+
+    /// [`Attention::backward_into_with`].
+    ///
+    /// # Errors
+    /// Those of [`Attention::backward_into_with`].
+    #[expect(clippy::too_many_arguments, reason = "five inputs, the results, and the workspace")]
+    pub fn backward_into_with<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+        workspace: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        let plan = self.plan_backward_into(q, k, v, output, dout, gradients)?;
+        let others = [
+            ("q", q.info()),
+            ("k", k.info()),
+            ("v", v.info()),
+            ("out", output.out.info()),
+            ("lse", output.lse.info()),
+            ("dout", dout.info()),
+            ("dq", gradients.dq.info()),
+            ("dk", gradients.dk.info()),
+            ("dv", gradients.dv.info()),
+        ];
+        check_workspace(workspace.info(), plan.workspace_bytes(), &others)?;
+        let inputs = [q, k, v, &output.out, dout];
+        backward(&plan, inputs, &output.lse, gradients, Some(workspace), self.reporter())
+    }
+
+    fn plan_backward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &Gradients<T>,
+    ) -> Result<Plan, Error> {
         let outputs = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
         let above = above(output, dout);
         let problem = BackwardProblem::new(&self.attention, q.info(), k.info(), v.info(), above, Some(outputs))?;
-        let plan = Plan::backward(&problem, &q.device().info())?;
-        check_lse(&output.lse)?;
-        let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, gradients, self.reporter())
+        Plan::backward(&problem, &q.device().info())
     }
 
     fn reporter(&self) -> Reporter<'_> {
@@ -265,6 +354,37 @@ fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
     Ok(())
 }
 
+/// Refuses memory that cannot be a workspace of so many bytes beside the other arguments; the first of them is q.
+fn check_workspace(workspace: &TensorInfo, needed: u64, others: &[(&'static str, &TensorInfo)]) -> Result<(), Error> {
+    let argument = "workspace";
+    if workspace.device() != others[0].1.device() {
+        return Err(Error::DeviceMismatch {
+            argument,
+            got: workspace.device().to_string(),
+            expected: others[0].1.device().to_string(),
+        });
+    }
+    if !workspace.is_contiguous() {
+        return Err(Error::NotContiguous {
+            argument,
+            strides: workspace.strides().to_vec(),
+            expected: contiguous_strides(workspace.shape()),
+        });
+    }
+    let bytes = workspace.span_bytes() as u64;
+    if bytes < needed {
+        return Err(Error::Workspace { bytes, needed });
+    }
+    let (address, align) = (workspace.address(), WORKSPACE_ALIGN);
+    if !address.is_multiple_of(align as u64) {
+        return Err(Error::Address { address, align });
+    }
+    match others.iter().find(|(_, other)| workspace.shares_bytes_with(other)) {
+        Some(&(other, _)) => Err(Error::Aliased { argument, other }),
+        None => Ok(()),
+    }
+}
+
 /// Runs a forward plan that was made for exactly these tensors.
 fn forward<T: Element>(
     plan: &Plan,
@@ -286,17 +406,25 @@ fn forward<T: Element>(
     ended(result, reporter)
 }
 
-/// Runs a backward plan that was made for exactly these tensors.
+/// Runs a backward plan that was made for exactly these tensors, in a new workspace or in one that was checked.
 fn backward<T: Element>(
     plan: &Plan,
     inputs: [&Tensor<T>; 5],
     lse: &Tensor<f32>,
     gradients: &mut Gradients<T>,
+    workspace: Option<&mut Tensor<f32>>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let device = inputs[0].device();
-    let words = plan.workspace_bytes() / size_of::<f32>() as u64;
-    let workspace = Tensor::<f32>::empty(device, [words as usize])?;
+    let ours;
+    let workspace = match workspace {
+        Some(workspace) => &*workspace,
+        None => {
+            let words = plan.workspace_bytes() / size_of::<f32>() as u64;
+            ours = Tensor::empty(device, [words as usize])?;
+            &ours
+        }
+    };
     let [q, k, v, out, dout] = inputs.map(Tensor::storage);
     let Gradients { dq, dk, dv } = gradients;
     let guards = Guards::lock(
@@ -309,8 +437,8 @@ fn backward<T: Element>(
         dv: dv.address(),
         workspace: workspace.address(),
     };
-    // SAFETY: as in `forward`; the workspace is as large as the plan says. It is freed when the call returns, and a device
-    // keeps what is freed until the work launched before has finished.
+    // SAFETY: as in `forward`; the workspace is as large as the plan says. One of ours is freed when the call returns, and a
+    // device keeps what is freed until the work launched before has finished.
     let result = unsafe { device.backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)

@@ -237,6 +237,15 @@ pub enum Error {
         align: usize,
     },
 
+    /// The workspace of a backward pass is too small.
+    #[error("`workspace` has {bytes} bytes, the plan needs {needed}")]
+    Workspace {
+        /// Bytes it has.
+        bytes: u64,
+        /// [`Plan::workspace_bytes`](crate::Plan::workspace_bytes).
+        needed: u64,
+    },
+
     /// A device's name could not be read.
     #[error(
         "`device` is {text:?}, expected best, cpu, cuda, cuda:N, emulator or emulator:ARCH with ARCH one of {archs}"

@@ -8,8 +8,6 @@
 
 mod calls;
 pub mod driver;
-#[cfg(test)]
-mod tests;
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -376,3 +374,6 @@ fn driver_error(device: String, error: DriverError) -> Error {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

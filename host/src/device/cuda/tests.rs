@@ -1,1 +1,302 @@
+//! The device on a driver that only writes down what it is asked for: which calls are made, in what order, on what stream.
+//! What the calls do on a GPU is for `tests/tests/gpus.rs` to see.
 
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use flash_attention_kernels::abi::TensorMap;
+
+use super::*;
+use crate::options::Attention;
+use crate::output::{Gradients, Output};
+use crate::plan::TileMap;
+use crate::tensor::Tensor;
+
+const STREAM: usize = 0xf00;
+const SHAPE: [usize; 4] = [1, 2, 256, 64];
+
+/// A driver that writes down.
+#[derive(Default)]
+struct Recorder {
+    log: Mutex<Vec<String>>,
+    allocated: AtomicU64,
+    /// Allocations that are still to fail for want of memory.
+    full: AtomicUsize,
+}
+
+impl Recorder {
+    fn note(&self, queue: Queue, what: impl std::fmt::Display) {
+        lock(&self.log).push(format!("{what} on {:#x}", queue.stream.addr()));
+    }
+
+    /// What was asked for since the last time.
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.log))
+    }
+}
+
+impl Calls for Recorder {
+    fn alloc(&self, queue: Queue, bytes: usize) -> Result<u64, DriverError> {
+        self.note(queue, format_args!("alloc {bytes}"));
+        let take = |left: usize| left.checked_sub(1);
+        if self
+            .full
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .is_ok()
+        {
+            return Err(DriverError {
+                call: "cuMemAlloc",
+                code: sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY,
+                message: "full".to_owned(),
+            });
+        }
+        let offset = self
+            .allocated
+            .fetch_add(bytes.next_multiple_of(256) as u64, Ordering::Relaxed);
+        Ok(0x7000_0000 + offset)
+    }
+    unsafe fn free(&self, queue: Queue, _address: u64) -> Result<(), DriverError> {
+        self.note(queue, "free");
+        Ok(())
+    }
+    fn trim(&self, queue: Queue) -> Result<(), DriverError> {
+        self.note(queue, "trim");
+        Ok(())
+    }
+    fn free_bytes(&self, _queue: Queue) -> Result<u64, DriverError> {
+        Ok(77)
+    }
+    unsafe fn upload(&self, queue: Queue, _address: u64, _data: &[u8]) -> Result<(), DriverError> {
+        self.note(queue, "upload");
+        Ok(())
+    }
+    unsafe fn download(&self, queue: Queue, _address: u64, _data: &mut [u8]) -> Result<(), DriverError> {
+        self.note(queue, "download");
+        Ok(())
+    }
+    unsafe fn zero(&self, queue: Queue, _address: u64, _bytes: usize) -> Result<(), DriverError> {
+        self.note(queue, "zero");
+        Ok(())
+    }
+    fn load(&self, queue: Queue, ptx: &str, name: &str, _shared_bytes: u32) -> Result<Function, DriverError> {
+        assert!(ptx.contains(name), "the PTX of {name}");
+        self.note(queue, format_args!("load {name}"));
+        Ok(Function(std::ptr::without_provenance_mut(1)))
+    }
+    fn encode(&self, tile: &TileMap) -> Result<TensorMap, DriverError> {
+        Ok(TensorMap([tile.address; 16]))
+    }
+    unsafe fn launch(
+        &self,
+        queue: Queue,
+        _function: Function,
+        geometry: Geometry,
+        _params: &[u8],
+    ) -> Result<(), DriverError> {
+        self.note(queue, format_args!("launch {:?}", geometry.grid));
+        Ok(())
+    }
+    fn synchronize(&self, queue: Queue) -> Result<(), DriverError> {
+        self.note(queue, "synchronize");
+        Ok(())
+    }
+}
+
+fn context(compute_capability: (u32, u32)) -> Arc<Context> {
+    Arc::new(Context {
+        ordinal: 3,
+        name: "a GPU on paper".to_owned(),
+        info: DeviceInfo::gpu(compute_capability, 132, 227 * 1024),
+        pool: Some(std::ptr::without_provenance_mut(8)),
+        functions: Mutex::default(),
+    })
+}
+
+/// A device on a foreign stream of a context.
+fn device(
+    context: &Arc<Context>,
+    stream: usize,
+    owner: Option<Arc<dyn Any + Send + Sync>>,
+) -> (Device, &'static Recorder) {
+    let recorder: &'static Recorder = Box::leak(Box::default());
+    let handle = std::ptr::without_provenance_mut(16);
+    let stream = std::ptr::without_provenance_mut(stream);
+    let cuda = Cuda::new(context.clone(), handle, stream, recorder, owner);
+    (Device::new(DeviceKind::Cuda, Box::new(cuda)), recorder)
+}
+
+/// A tensor in memory that somebody else allocated.
+fn foreign<T: crate::element::Element>(device: &Device, address: u64, shape: &[usize]) -> Tensor<T> {
+    let strides = crate::layout::contiguous_strides(shape);
+    // SAFETY: the device never reads nor writes any memory.
+    unsafe { Tensor::from_raw_parts(device, address, shape, strides, None) }.expect("an aligned address")
+}
+
+/// q, k, v and dout, forward's results, and gradients, all foreign.
+fn tensors(device: &Device) -> ([Tensor<half::f16>; 4], Output<half::f16>, Gradients<half::f16>) {
+    let at = |index: u64| foreign(device, index << 20, &SHAPE);
+    let output = Output {
+        out: at(5),
+        lse: foreign(device, 6 << 20, &SHAPE[..3]),
+    };
+    let gradients = Gradients {
+        dq: at(7),
+        dk: at(8),
+        dv: at(9),
+    };
+    ([at(1), at(2), at(3), at(4)], output, gradients)
+}
+
+fn launches(plan: &Plan) -> Vec<String> {
+    let note = |launch: &Launch| format!("launch {:?} on {STREAM:#x}", launch.grid);
+    plan.launches().iter().map(note).collect()
+}
+
+/// A call that a CUDA graph can capture: it launches on the foreign stream, and does nothing else.
+#[test]
+fn calls_in_the_callers_memory_only_launch_and_on_the_foreign_stream() {
+    for capability in [(8, 0), (9, 0)] {
+        let (device, recorder) = device(&context(capability), STREAM, None);
+        let ([q, k, v, dout], mut output, mut gradients) = tensors(&device);
+        for attention in [Attention::new().causal(), Attention::new().deterministic()] {
+            let plan = attention.plan(&q, &k, &v).expect("valid");
+            let backward = attention.plan_backward(&q, &k, &v, &output, &dout).expect("valid");
+            for plan in [&plan, &backward] {
+                device.prepare(plan).expect("the recorder loads everything");
+            }
+            let loaded = recorder.take();
+            assert!(loaded.iter().all(|call| call.starts_with("load ")), "{loaded:?}");
+
+            attention
+                .forward_into(&q, &k, &v, &mut output.out, &mut output.lse)
+                .expect("valid");
+            assert_eq!(recorder.take(), launches(&plan));
+
+            let words = backward.workspace_bytes() as usize / 4;
+            let mut workspace = foreign(&device, 10 << 20, &[words]);
+            attention
+                .backward_into_with(&q, &k, &v, &output, &dout, &mut gradients, &mut workspace)
+                .expect("valid");
+            assert_eq!(recorder.take(), launches(&backward));
+        }
+    }
+}
+
+#[test]
+fn a_call_without_a_workspace_allocates_and_frees_it_in_stream_order() {
+    let (device, recorder) = device(&context((9, 0)), STREAM, None);
+    let ([q, k, v, dout], output, mut gradients) = tensors(&device);
+    let attention = Attention::new();
+    let plan = attention.plan_backward(&q, &k, &v, &output, &dout).expect("valid");
+    device.prepare(&plan).expect("the recorder loads everything");
+    recorder.take();
+    attention
+        .backward_into(&q, &k, &v, &output, &dout, &mut gradients)
+        .expect("valid");
+    let alloc = format!("alloc {} on {STREAM:#x}", plan.workspace_bytes());
+    let mut expected = vec![alloc];
+    expected.extend(launches(&plan));
+    expected.push(format!("free on {STREAM:#x}"));
+    // Debug builds read lse before.
+    let calls = recorder.take();
+    assert!(calls.ends_with(&expected), "{calls:?}");
+}
+
+#[test]
+fn devices_on_streams_of_one_context_load_a_kernel_once() {
+    let context = context((8, 0));
+    let [first, second] = [STREAM, STREAM + 16].map(|stream| device(&context, stream, None));
+    assert_ne!(first.0, second.0);
+    for ((device, recorder), loads) in [(first, 1), (second, 0)] {
+        let ([q, k, v, _], ..) = tensors(&device);
+        let plan = Attention::new().plan(&q, &k, &v).expect("valid");
+        device.prepare(&plan).expect("the recorder loads everything");
+        assert_eq!(recorder.take().len(), loads);
+    }
+}
+
+#[test]
+fn full_memory_is_trimmed_once_and_then_an_error() {
+    let (device, recorder) = device(&context((8, 0)), STREAM, None);
+    recorder.full.store(1, Ordering::Relaxed);
+    assert!(Tensor::<f32>::empty(&device, [4]).is_ok());
+    let calls = recorder.take();
+    let expected = ["alloc 16", "synchronize", "trim", "alloc 16", "free"].map(|call| format!("{call} on {STREAM:#x}"));
+    assert_eq!(calls, expected);
+    recorder.full.store(2, Ordering::Relaxed);
+    let error = Tensor::<f32>::empty(&device, [4]).expect_err("full");
+    assert!(
+        matches!(&error, Error::OutOfMemory { device, requested: 16, free: Some(77) } if device == "cuda:3"),
+        "{error}"
+    );
+}
+
+/// An owner that writes down when it goes.
+struct Owner(&'static Recorder);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        lock(&self.0.log).push("owner".to_owned());
+    }
+}
+
+#[test]
+fn memory_with_an_owner_is_waited_for_before_the_owner_goes() {
+    let (device, recorder) = device(&context((8, 0)), STREAM, None);
+    let owner: Arc<dyn Any + Send + Sync> = Arc::new(Owner(recorder));
+    // SAFETY: the device never reads nor writes any memory.
+    let tensor = unsafe { Tensor::<f32>::from_raw_parts(&device, 64, [4], [1], Some(owner)) }.expect("aligned");
+    drop(tensor.narrow(0, 1, 2).expect("in range"));
+    assert!(recorder.take().is_empty());
+    drop(tensor);
+    assert_eq!(
+        recorder.take(),
+        [format!("synchronize on {STREAM:#x}"), "owner".to_owned()]
+    );
+}
+
+#[test]
+fn the_owner_of_a_stream_goes_with_the_last_user_of_the_device() {
+    let log: &'static Recorder = Box::leak(Box::default());
+    let (device, _) = device(&context((8, 0)), STREAM, Some(Arc::new(Owner(log))));
+    assert_eq!(device.cuda_stream().map(<*mut c_void>::addr), Some(STREAM));
+    let tensor = Tensor::<f32>::empty(&device, [4]).expect("the recorder has memory");
+    drop(device);
+    assert!(log.take().is_empty());
+    drop(tensor);
+    assert_eq!(log.take(), ["owner"]);
+}
+
+#[test]
+fn a_workspace_that_will_not_do_is_refused() {
+    let (device, recorder) = device(&context((9, 0)), STREAM, None);
+    let ([q, k, v, dout], output, mut gradients) = tensors(&device);
+    let attention = Attention::new();
+    let plan = attention.plan_backward(&q, &k, &v, &output, &dout).expect("valid");
+    let words = plan.workspace_bytes() as usize / 4;
+    let mut refusal = |mut workspace: Tensor<f32>| {
+        attention
+            .backward_into_with(&q, &k, &v, &output, &dout, &mut gradients, &mut workspace)
+            .expect_err("not a workspace")
+            .to_string()
+    };
+    let needed = 4 * words;
+    let small = refusal(foreign(&device, 10 << 20, &[words - 1]));
+    assert_eq!(
+        small,
+        format!("`workspace` has {} bytes, the plan needs {needed}", needed - 4)
+    );
+    let odd = refusal(foreign(&device, (10 << 20) + 32, &[words]));
+    assert_eq!(odd, "`address` is 0xa00020, expected a non-null multiple of 64");
+    let shared = refusal(foreign(&device, 8 << 20, &[words]));
+    assert_eq!(
+        shared,
+        "`workspace` shares memory with `dk`, an output needs memory of its own"
+    );
+    let strided = foreign::<f32>(&device, 10 << 20, &[words, 2])
+        .select(1, 0)
+        .expect("in range");
+    assert!(refusal(strided).starts_with("`workspace` has strides [2], expected [1]"));
+    let other = Tensor::empty(&self::device(&context((9, 0)), STREAM, None).0, [words]).expect("memory");
+    assert!(refusal(other).starts_with("`workspace` is on cuda:3, expected cuda:3"));
+    assert!(recorder.take().is_empty(), "refused before anything is done");
+}

@@ -275,6 +275,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A CPU device was asked to run on more threads than are of use.
+    #[error("`threads` is {threads}, at most {limit} can be had on this machine")]
+    TooManyThreads {
+        /// Threads asked for.
+        threads: usize,
+        /// Most threads: four a core, at least 256.
+        limit: usize,
+    },
+
     /// CUDA can not be used on this machine.
     #[error("CUDA is not available: {reason}")]
     CudaUnavailable {

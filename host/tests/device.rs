@@ -46,6 +46,19 @@ fn no_threads_are_refused() {
 }
 
 #[test]
+fn more_threads_than_are_of_use_are_refused() {
+    for threads in [100_000, usize::MAX] {
+        let error = Device::cpu_with_threads(threads).expect_err("too many");
+        let Error::TooManyThreads { threads: got, limit } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(got, threads);
+        assert!((256..100_000).contains(&limit), "{limit}");
+    }
+    assert!(Device::cpu_with_threads(256).is_ok());
+}
+
+#[test]
 fn a_gpu_is_there_or_the_error_says_what_is_missing() {
     match Device::cuda(0) {
         Ok(gpu) => {

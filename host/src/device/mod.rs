@@ -154,7 +154,8 @@ impl Device {
 
     /// The host's cores, all of them or as many as `RAYON_NUM_THREADS` says. Always the same device.
     ///
-    /// A call works on the thread it comes from, helped by the rayon pool that this thread is in, else by the global one.
+    /// A call works on the thread it comes from, helped by the rayon pool that this thread is in, else by the global one;
+    /// alone where the system grants no threads for that pool.
     /// It runs the best instructions the processor has, or those that the environment variable `FLASH_ATTENTION_CPU`
     /// names when devices are made: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`. A name that the processor has nothing
     /// of makes every use of the device an [`Error::CpuInstructions`]; [`name`](Self::name) says what it runs.
@@ -167,7 +168,8 @@ impl Device {
     /// A CPU device with threads and a memory count of its own. Results do not depend on how many threads, to the bit.
     ///
     /// # Errors
-    /// [`Error::Threads`] for 0 threads, or if the threads can not be started.
+    /// [`Error::Threads`] for 0 threads, or if the threads cannot be started; [`Error::TooManyThreads`] for more than 256 where
+    /// that is also more than four a core.
     pub fn cpu_with_threads(threads: usize) -> Result<Self, Error> {
         Ok(Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::with_threads(threads)?)))
     }

@@ -13,10 +13,13 @@ mod tensor;
 mod vector;
 
 use std::alloc::Layout;
+use std::error::Error as _;
 use std::num::NonZeroUsize;
+use std::panic::catch_unwind;
+use std::sync::OnceLock;
 
 use flash_attention_kernels::abi::StridedTensor;
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon_core::{ThreadPool, ThreadPoolBuilder};
 
 use super::Backend;
 use crate::error::Error;
@@ -69,6 +72,10 @@ impl Cpu {
                 reason: "at least 1 is needed".to_owned(),
             });
         }
+        let limit = max_threads();
+        if threads > limit {
+            return Err(Error::TooManyThreads { threads, limit });
+        }
         let pool = ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|index| format!("attention-{index}"))
@@ -101,9 +108,11 @@ impl Cpu {
 
     /// The threads of one call.
     fn team(&self) -> Result<Team<'_>, Error> {
-        let threads = match rayon::current_thread_index() {
-            Some(_) if self.pool.is_none() => rayon::current_num_threads(),
-            _ => self.threads,
+        let threads = match (&self.pool, rayon_core::current_thread_index()) {
+            (Some(_), _) => self.threads,
+            (None, Some(_)) => rayon_core::current_num_threads(),
+            (None, None) if self.threads > 1 && has_global_pool() => self.threads,
+            (None, None) => 1,
         };
         Ok(Team {
             kernels: self.isa()?.kernels(),
@@ -111,6 +120,25 @@ impl Cpu {
             pool: self.pool.as_ref(),
         })
     }
+}
+
+/// Most threads that a CPU device can be asked for. More than a few a core only wait for each other, and a pool of thousands
+/// takes a minute to start: 37 s for 2000 on two cores.
+fn max_threads() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    (4 * cores).max(256)
+}
+
+/// Returns true if rayon's global pool runs, having started it if nobody has. Where the system grants no threads it does
+/// not, for the rest of the process, and a call is the work of the thread it comes from.
+fn has_global_pool() -> bool {
+    static STARTED: OnceLock<bool> = OnceLock::new();
+    *STARTED.get_or_init(|| match ThreadPoolBuilder::new().build_global() {
+        Ok(()) => true,
+        Err(error) if error.source().is_some() => false,
+        // Somebody else was first. Where that attempt failed, the pool is missing, and to use it panics.
+        Err(_) => catch_unwind(rayon_core::current_num_threads).is_ok(),
+    })
 }
 
 /// The instruction set of this name, if the processor has it.

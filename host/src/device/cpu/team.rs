@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use rayon::ThreadPool;
+use rayon_core::ThreadPool;
 
 use super::kernels::Kernels;
 
@@ -50,7 +50,7 @@ impl Team<'_> {
             let help = move || gate.help(work);
             match self.pool {
                 Some(pool) => pool.spawn(help),
-                None => rayon::spawn(help),
+                None => rayon_core::spawn(help),
             }
         }
         let closing = Closing(&gate);

@@ -1,0 +1,91 @@
+//! Where the system grants no threads, a call is the work of the thread it comes from.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+use common::noise;
+use flash_attention::half::bf16;
+use flash_attention::{Attention, Device, Tensor};
+
+/// Says to a process of this test which failure it is to meet.
+const FAILURE: &str = "NO_THREADS";
+
+/// User id of `nobody`, whom limits bind as they do not bind root.
+const NOBODY: u32 = 65534;
+
+/// Bits of out, of a problem with tasks for many threads.
+fn out(device: &Device) -> Vec<u16> {
+    let shape = [1, 4, 512, 64];
+    let data: Vec<bf16> = noise(shape.iter().product(), 7)
+        .into_iter()
+        .map(bf16::from_f64)
+        .collect();
+    let q = Tensor::from_slice(device, shape, &data).expect("small");
+    let output = Attention::new().causal().forward(&q, &q, &q).expect("valid");
+    output
+        .out
+        .to_vec()
+        .expect("cpu")
+        .into_iter()
+        .map(bf16::to_bits)
+        .collect()
+}
+
+fn checksum(bits: &[u16]) -> u64 {
+    bits.iter()
+        .fold(0, |sum: u64, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()))
+}
+
+/// Runs this test again in a process of its own, which computes while `failure` holds, and gives its checksum.
+fn checksum_under(failure: &str) -> u64 {
+    // A copy that everybody may run, wherever the build lies.
+    let copy = std::env::temp_dir().join(format!("no-threads-{}-{failure}", std::process::id()));
+    std::fs::copy(std::env::current_exe().expect("this test"), &copy).expect("a writable folder");
+    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).expect("the copy is ours");
+    let mut command = Command::new("prlimit");
+    if failure == "limit" {
+        command.arg("--nproc=1");
+        // SAFETY: asks for a number.
+        if unsafe { libc::geteuid() } == 0 {
+            command.uid(NOBODY);
+        }
+    }
+    let threads = ["--exact", "a_call_without_threads", "--nocapture", "--test-threads=1"];
+    let command = command.arg(&copy).args(threads).current_dir("/");
+    let output = command.env(FAILURE, failure).env("RAYON_NUM_THREADS", "4").output();
+    std::fs::remove_file(&copy).expect("the copy is ours");
+    let output = output.expect("prlimit of util-linux");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let line = text.lines().find_map(|line| line.split_once("checksum "));
+    line.expect("a checksum").1.trim().parse().expect("a number")
+}
+
+#[test]
+fn a_call_without_threads() {
+    let Ok(failure) = std::env::var(FAILURE) else {
+        let expected = checksum(&out(&Device::cpu_with_threads(2).expect("two threads")));
+        for failure in ["limit", "another"] {
+            assert_eq!(checksum_under(failure), expected, "{failure}");
+        }
+        return;
+    };
+    if failure == "limit" {
+        let thread = std::thread::Builder::new().spawn(|| ());
+        assert!(thread.is_err(), "the limit does not hold: nothing would be seen here");
+    } else {
+        // Somebody else's attempt to start the global pool.
+        let refuse = |_| Err(std::io::Error::other("no thread"));
+        let built = rayon::ThreadPoolBuilder::new().spawn_handler(refuse).build_global();
+        assert!(built.is_err());
+    }
+    println!("checksum {}", checksum(&out(&Device::cpu())));
+}

@@ -6,6 +6,7 @@ use flash_attention::half::{bf16, f16};
 use flash_attention::{Device, Dtype, Element, Gradients, Output, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use zerocopy::IntoBytes;
 
 use crate::Failure;
 
@@ -114,7 +115,7 @@ impl Stored {
             // A file's tensors start anywhere.
             bytes
                 .chunks_exact(size_of::<T>())
-                .map(|chunk| bytemuck::pod_read_unaligned::<T>(chunk).to_f32())
+                .map(|chunk| T::read_from_bytes(chunk).expect("a chunk is an element").to_f32())
                 .collect()
         }
         let widen = match view.dtype() {
@@ -166,7 +167,7 @@ pub fn write_output<T: Element>(
         "lse",
         safetensors::Dtype::F32,
         output.lse.shape(),
-        bytemuck::cast_slice(&lse).to_vec(),
+        lse.as_bytes().to_vec(),
     )];
     let dtype = match T::DTYPE {
         Dtype::F32 => safetensors::Dtype::F32,
@@ -174,7 +175,7 @@ pub fn write_output<T: Element>(
         Dtype::Bf16 => safetensors::Dtype::BF16,
     };
     for (name, tensor) in rows {
-        let bytes = bytemuck::cast_slice(&tensor.to_vec()?).to_vec();
+        let bytes = tensor.to_vec()?.as_bytes().to_vec();
         contents.push((name, dtype, tensor.shape(), bytes));
     }
     let views = contents

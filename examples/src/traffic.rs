@@ -6,6 +6,7 @@ use flash_attention_kernels::abi::{ForwardParams, Layout, Params, StandardParams
 use flash_attention_kernels::entries::{ENTRIES, Entry, Pass};
 use ptx_emulator::{Checks, DeviceMemory, DevicePtr, Launch, Module, Options};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+use zerocopy::IntoBytes;
 
 use crate::Failure;
 
@@ -67,7 +68,7 @@ impl Study {
         let mut tensor = || -> Result<DevicePtr, Failure> {
             let data: Vec<f32> = (0..seqlen * HEAD_DIM).map(|_| random.random_range(-2.0..2.0)).collect();
             let address = memory.alloc(data.len() * 4).map_err(failure)?;
-            memory.write(address, bytemuck::cast_slice(&data)).map_err(failure)?;
+            memory.write(address, data.as_bytes()).map_err(failure)?;
             Ok(address)
         };
         let (q, k, v) = (tensor()?, tensor()?, tensor()?);
@@ -212,9 +213,7 @@ impl Study {
 
     fn out(&self) -> Result<Vec<f32>, Failure> {
         let mut out = vec![0.0_f32; (self.seqlen.get() * HEAD_DIM) as usize];
-        self.memory
-            .read(self.out, bytemuck::cast_slice_mut(&mut out))
-            .map_err(failure)?;
+        self.memory.read(self.out, out.as_mut_bytes()).map_err(failure)?;
         Ok(out)
     }
 }

@@ -5,6 +5,7 @@ use std::fmt::{Debug, Display};
 use flash_attention_kernels::entries::Dtype;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 mod sealed {
     pub trait Sealed {}
@@ -17,7 +18,19 @@ mod sealed {
 ///
 /// Every bit pattern of such a type is a value, which is what lets tensors move as bytes.
 pub trait Element:
-    sealed::Sealed + bytemuck::Pod + Default + PartialEq + PartialOrd + Debug + Display + Send + Sync
+    sealed::Sealed
+    + FromBytes
+    + IntoBytes
+    + Immutable
+    + Copy
+    + Default
+    + PartialEq
+    + PartialOrd
+    + Debug
+    + Display
+    + Send
+    + Sync
+    + 'static
 {
     /// The type's name at run time.
     const DTYPE: Dtype;

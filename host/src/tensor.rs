@@ -8,6 +8,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use flash_attention_kernels::entries::Dtype;
+use zerocopy::IntoBytes;
 
 use crate::device::Device;
 use crate::element::Element;
@@ -187,14 +188,14 @@ impl<T: Element> Tensor<T> {
     /// # Errors
     /// [`Error::Driver`] or [`Error::Launch`] if that work failed.
     pub fn to_vec(&self) -> Result<Vec<T>, Error> {
-        let mut span = vec![T::zeroed(); self.info.span()];
+        let mut span = vec![T::default(); self.info.span()];
         if !span.is_empty() {
             let _guard = self.storage.read();
             // SAFETY: every view keeps its span within its storage, and the guard keeps writers out.
             unsafe {
                 self.device()
                     .backend()
-                    .download(self.info.address(), bytemuck::cast_slice_mut(&mut span))?
+                    .download(self.info.address(), span.as_mut_bytes())?
             };
         }
         if self.info.is_contiguous() {
@@ -317,7 +318,7 @@ impl<T: Element> Tensor<T> {
                 tensor
                     .device()
                     .backend()
-                    .upload(tensor.storage.address, bytemuck::cast_slice(span))?
+                    .upload(tensor.storage.address, span.as_bytes())?
             };
         }
         Ok(tensor)

@@ -227,7 +227,7 @@ fn encode(tile: &TileMap) -> Result<TensorMap, TensorMapError> {
         l2_promotion: L2Promotion::B256,
         fill: Fill::Zero,
     })?;
-    Ok(TensorMap(bytemuck::cast(map.encode())))
+    Ok(TensorMap(zerocopy::transmute!(map.encode())))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -11,6 +11,7 @@ use crate::plan::{Plan, Results};
 use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs, Outputs, Problem};
 use crate::progress::{Progress, Reporter};
 use crate::tensor::{Storage, Tensor};
+use crate::trace;
 
 /// Addresses of workspaces are multiples of this many bytes, as those of all memory that a device allocates.
 const WORKSPACE_ALIGN: usize = 64;
@@ -393,6 +394,7 @@ fn forward<T: Element>(
     lse: &mut Tensor<f32>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
+    let _span = trace::enter(plan, inputs[0].device());
     let guards = Guards::lock(&inputs.map(Tensor::storage), &[out.storage(), lse.storage()]);
     let results = Results::Forward {
         out: out.address(),
@@ -416,6 +418,7 @@ fn backward<T: Element>(
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let device = inputs[0].device();
+    let _span = trace::enter(plan, device);
     let ours;
     let workspace = match workspace {
         Some(workspace) => &*workspace,

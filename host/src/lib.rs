@@ -34,13 +34,14 @@
 //!
 //! # Features
 //!
-//! Both are on unless they are switched off; without them, `default-features = false` builds the CPU alone.
+//! The first three are on by default; `default-features = false` builds the CPU alone.
 //!
 //! - `cuda`: [`Device::cuda`], through cudarc, which looks for the driver when the program runs. A build needs no CUDA.
 //! - `cuda-12080`: fixes cudarc's bindings at CUDA 12.8, which every driver from 12.0 on runs. Switch it off (`features =
 //!   ["cuda"]`) where another crate of the build, such as candle, is to choose: cudarc then asks `nvcc --version`, and takes
 //!   the newest bindings it has where there is no nvcc.
 //! - `emulator`: the emulated GPUs (`Device::emulator`).
+//! - `tracing`, off by default: a span for each call, with device, kernels, shape, bytes and FLOPs as its plan has them.
 //!
 //! # Concepts
 //!
@@ -72,6 +73,7 @@ mod progress;
 pub mod reference;
 mod target;
 mod tensor;
+mod trace;
 
 pub use call::Reporting;
 #[cfg(feature = "cuda")]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// `floors` lists the rooms of each floor, the lowest floor first. A room may name what is on a lower floor, from the room
 /// itself: `crate::problem::Problem`, never `crate::Problem`, which goes through the root. Rooms of one floor do not import
 /// each other. `use` lines and paths that begin with `crate::` are read; comments and modules of unit tests
-/// (`#[cfg(test)] mod tests` to the end of its file) are not.
+/// (`#[cfg(test)] mod tests` to the end of its file, files `tests.rs`) are not.
 ///
 /// # Panics
 /// If a file cannot be read.
@@ -77,7 +77,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     let (folders, files): (Vec<_>, Vec<_>) = entries(folder).into_iter().partition(|path| path.is_dir());
     let sources = files
         .into_iter()
-        .filter(|file| file.extension().is_some_and(|extension| extension == "rs"));
+        .filter(|file| file.extension().is_some_and(|extension| extension == "rs") && !file.ends_with("tests.rs"));
     sources
         .chain(folders.iter().flat_map(|folder| self::sources(folder)))
         .collect()

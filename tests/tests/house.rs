@@ -11,7 +11,7 @@ const HOST: &[&[&str]] = &[
     &["plan"],
     &["device"],
     &["tensor"],
-    &["output"],
+    &["output", "trace"],
     &["call"],
 ];
 

@@ -1,0 +1,59 @@
+//! A span for each call, for programs that collect them with `tracing`; nothing without that feature.
+
+use crate::device::Device;
+use crate::plan::Plan;
+
+/// Begins the span of a call, which ends when the value is dropped. Its fields are read from the plan, and only if a
+/// subscriber takes the span.
+#[cfg(feature = "tracing")]
+pub(crate) fn enter(plan: &Plan, device: &Device) -> tracing::span::EnteredSpan {
+    macro_rules! span {
+        ($name:literal) => {
+            tracing::info_span!(
+                $name,
+                device = display(device),
+                kernel = kernels(plan),
+                dtype = plan.problem().dtype().name(),
+                q = debug(shape(plan, plan.problem().heads_q(), plan.problem().seqlen_q())),
+                k = debug(shape(plan, plan.problem().heads_kv(), plan.problem().seqlen_k())),
+                causal = plan.problem().causal(),
+                workspace_bytes = plan.workspace_bytes(),
+                bytes_read = plan.cost().bytes_read,
+                bytes_written = plan.cost().bytes_written,
+                flops = plan.cost().flops,
+            )
+        };
+    }
+    let span = match plan.backward_tensors() {
+        None => span!("flash_attention.forward"),
+        Some(_) => span!("flash_attention.backward"),
+    };
+    span.entered()
+}
+
+/// What stands for a span in a build without the feature.
+#[cfg(not(feature = "tracing"))]
+pub(crate) struct NoSpan;
+
+/// Begins nothing.
+#[cfg(not(feature = "tracing"))]
+pub(crate) fn enter(_plan: &Plan, _device: &Device) -> NoSpan {
+    NoSpan
+}
+
+/// Names of the kernels that are launched, in order; `native` on the CPU.
+#[cfg(feature = "tracing")]
+fn kernels(plan: &Plan) -> String {
+    let names: Vec<_> = plan.launches().iter().map(|launch| launch.entry.name).collect();
+    if names.is_empty() {
+        "native".to_owned()
+    } else {
+        names.join(", ")
+    }
+}
+
+#[cfg(feature = "tracing")]
+fn shape(plan: &Plan, heads: usize, seqlen: u32) -> [usize; 4] {
+    let problem = plan.problem();
+    [problem.batch(), heads, seqlen as usize, problem.head_dim() as usize]
+}

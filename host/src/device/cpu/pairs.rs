@@ -24,6 +24,13 @@ pub(super) static AMX: Pairs = Pairs {
 
 unsafe fn nothing() {}
 
+/// A leaf of what the processor says of itself.
+#[allow(unused_unsafe, reason = "the function is unsafe to the oldest compilers that build this crate")]
+fn cpuid(leaf: u32) -> CpuidResult {
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe { __cpuid_count(leaf, 0) }
+}
+
 /// Whether the processor has AVX512-BF16.
 pub(super) fn has_avx512_bf16() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
@@ -32,7 +39,7 @@ pub(super) fn has_avx512_bf16() -> bool {
 /// Whether AVX512-BF16 is faster than widening to f32: it is on AMD's processors, where it does twice the work of an FMA in
 /// the same time. Measured on Sapphire Rapids, it takes nearly four times as long.
 pub(super) fn prefers_avx512_bf16() -> bool {
-    let vendor = __cpuid(0);
+    let vendor = cpuid(0);
     has_avx512_bf16() && (vendor.ebx, vendor.edx, vendor.ecx) == (0x6874_7541, 0x6974_6e65, 0x444d_4163)
 }
 
@@ -41,10 +48,10 @@ pub(super) fn has_amx() -> bool {
     static GRANTED: OnceLock<bool> = OnceLock::new();
     *GRANTED.get_or_init(|| {
         const AMX_BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
-        if __cpuid(0).eax < 7 || !is_x86_feature_detected!("avx512f") {
+        if cpuid(0).eax < 7 || !is_x86_feature_detected!("avx512f") {
             return false;
         }
-        __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE && ask_for_tiles()
+        cpuid(7).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE && ask_for_tiles()
     })
 }
 

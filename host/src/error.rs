@@ -3,14 +3,15 @@
 //! Bad input is found before anything is allocated or launched. What can fail later is the device: its driver, its
 //! memory, a launch, or the emulator's checks.
 
+use std::fmt;
+
 use flash_attention_kernels::entries::Dtype;
 
 /// Why a call was refused or failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// A tensor does not have the number of axes that attention takes.
-    #[error("`{argument}` has rank {rank} (shape {shape:?}), expected {expected}")]
     Rank {
         /// The tensor.
         argument: &'static str,
@@ -23,7 +24,6 @@ pub enum Error {
     },
 
     /// A tensor has no elements.
-    #[error("`{argument}` has {axis} = 0 (shape {shape:?}), every size must be at least 1")]
     ZeroSize {
         /// The tensor.
         argument: &'static str,
@@ -34,7 +34,6 @@ pub enum Error {
     },
 
     /// Two tensors that must agree on an axis do not.
-    #[error("`{argument}` has {axis} = {got}, expected {expected} as in `{other}`")]
     ShapeMismatch {
         /// The tensor that disagrees.
         argument: &'static str,
@@ -50,7 +49,6 @@ pub enum Error {
 
     /// A tensor has another element type than it must. Typed tensors can not cause this, only a hand-made
     /// [`TensorInfo`](crate::problem::TensorInfo) can.
-    #[error("`{argument}` has dtype {}, expected {}", got.name(), expected.name())]
     DtypeMismatch {
         /// The tensor.
         argument: &'static str,
@@ -61,7 +59,6 @@ pub enum Error {
     },
 
     /// Tensors of one call lie on different devices.
-    #[error("`{argument}` is on {got}, expected {expected} as `q` (two devices of one name are two memories)")]
     DeviceMismatch {
         /// The tensor.
         argument: &'static str,
@@ -72,7 +69,6 @@ pub enum Error {
     },
 
     /// Query heads can not be shared out evenly among key/value heads.
-    #[error("`q` has {heads_q} heads, expected a multiple of the {heads_kv} heads of `k` and `v`")]
     HeadsNotDivisible {
         /// Heads of `q`.
         heads_q: usize,
@@ -81,7 +77,6 @@ pub enum Error {
     },
 
     /// No kernel serves this head_dim.
-    #[error("`{argument}` has head_dim = {head_dim}, expected a multiple of {multiple_of} up to {max}")]
     HeadDim {
         /// The tensor.
         argument: &'static str,
@@ -94,7 +89,6 @@ pub enum Error {
     },
 
     /// The elements of a row do not lie side by side.
-    #[error("`{argument}` has stride {stride} on its last axis, expected 1 (strides {strides:?})")]
     LastAxisStride {
         /// The tensor.
         argument: &'static str,
@@ -105,7 +99,6 @@ pub enum Error {
     },
 
     /// A sequence is longer than positions can count.
-    #[error("`{argument}` has seqlen = {seqlen}, expected at most {max}")]
     SequenceTooLong {
         /// The tensor.
         argument: &'static str,
@@ -116,7 +109,6 @@ pub enum Error {
     },
 
     /// A tensor that must be contiguous is not.
-    #[error("`{argument}` has strides {strides:?}, expected {expected:?} (contiguous)")]
     NotContiguous {
         /// The tensor.
         argument: &'static str,
@@ -127,9 +119,6 @@ pub enum Error {
     },
 
     /// An output would write one element of memory from two places.
-    #[error(
-        "`{argument}` has strides {strides:?} over shape {shape:?}: its elements overlap, each needs its own memory"
-    )]
     OverlappingStrides {
         /// The tensor.
         argument: &'static str,
@@ -140,7 +129,6 @@ pub enum Error {
     },
 
     /// An output shares memory with another argument.
-    #[error("`{argument}` shares memory with `{other}`, an output needs memory of its own")]
     Aliased {
         /// The output.
         argument: &'static str,
@@ -149,7 +137,6 @@ pub enum Error {
     },
 
     /// A tensor's bytes can not be counted or addressed.
-    #[error("`{argument}` with shape {shape:?} and {element_bytes}-byte elements spans more than {limit} bytes")]
     SizeOverflow {
         /// The tensor, or `shape`.
         argument: &'static str,
@@ -162,14 +149,12 @@ pub enum Error {
     },
 
     /// The softmax scale is not a number that can scale.
-    #[error("`softmax_scale` is {value}, expected a finite number")]
     SoftmaxScale {
         /// The scale.
         value: f32,
     },
 
     /// A number that must be one is not.
-    #[error("`{argument}` holds a NaN at element {index}")]
     NotANumber {
         /// The tensor.
         argument: &'static str,
@@ -178,7 +163,6 @@ pub enum Error {
     },
 
     /// The problem needs more blocks than one launch has.
-    #[error("`q` needs a grid of {blocks} blocks (tiles x heads x batch), at most {limit} can be launched")]
     GridTooLarge {
         /// Blocks needed.
         blocks: u128,
@@ -187,7 +171,6 @@ pub enum Error {
     },
 
     /// The slice does not hold what the shape says.
-    #[error("`data` has {len} elements, shape {shape:?} needs {expected}")]
     DataLength {
         /// Elements given.
         len: usize,
@@ -198,7 +181,6 @@ pub enum Error {
     },
 
     /// Shape and strides do not have the same number of axes.
-    #[error("`strides` has {strides} entries, shape has {rank}")]
     StridesRank {
         /// Entries of `strides`.
         strides: usize,
@@ -207,7 +189,6 @@ pub enum Error {
     },
 
     /// The tensor has no such axis.
-    #[error("`axis` is {axis}, the tensor has {rank} axes")]
     Axis {
         /// The axis asked for.
         axis: usize,
@@ -216,7 +197,6 @@ pub enum Error {
     },
 
     /// A range reaches past the end of its axis.
-    #[error("`start` {start} and `len` {len} reach past the end of axis {axis}, which has {size} entries")]
     Range {
         /// The axis.
         axis: usize,
@@ -229,7 +209,6 @@ pub enum Error {
     },
 
     /// Foreign memory starts at an address where no element can.
-    #[error("`address` is {address:#x}, expected a non-null multiple of {align}")]
     Address {
         /// The address.
         address: u64,
@@ -238,7 +217,6 @@ pub enum Error {
     },
 
     /// The workspace of a backward pass is too small.
-    #[error("`workspace` has {bytes} bytes, the plan needs {needed}")]
     Workspace {
         /// Bytes it has.
         bytes: u64,
@@ -247,9 +225,6 @@ pub enum Error {
     },
 
     /// A device's name could not be read.
-    #[error(
-        "`device` is {text:?}, expected best, cpu, cuda, cuda:N, emulator or emulator:ARCH with ARCH one of {archs}"
-    )]
     ParseDevice {
         /// What was given.
         text: String,
@@ -258,7 +233,6 @@ pub enum Error {
     },
 
     /// A CPU device was asked for instructions, by its text or by `FLASH_ATTENTION_CPU`, that this processor has not.
-    #[error("the CPU's instructions are to be {name:?}, expected one of those that this processor has: {available}")]
     CpuInstructions {
         /// What was asked for.
         name: String,
@@ -267,7 +241,6 @@ pub enum Error {
     },
 
     /// A CPU device was asked to run on no threads, or its threads could not be started.
-    #[error("a cpu device with {threads} threads can not be had: {reason}")]
     Threads {
         /// Threads asked for.
         threads: usize,
@@ -276,7 +249,6 @@ pub enum Error {
     },
 
     /// A CPU device was asked to run on more threads than are of use.
-    #[error("`threads` is {threads}, at most {limit} can be had on this machine")]
     TooManyThreads {
         /// Threads asked for.
         threads: usize,
@@ -285,14 +257,12 @@ pub enum Error {
     },
 
     /// CUDA can not be used on this machine.
-    #[error("CUDA is not available: {reason}")]
     CudaUnavailable {
         /// What is missing.
         reason: CudaUnavailable,
     },
 
     /// A device was asked for that this program was built without.
-    #[error("`device` is {device:?}, which needs the feature `{feature}` of flash-attention, left out of this build")]
     NotBuilt {
         /// What was asked for.
         device: String,
@@ -301,7 +271,6 @@ pub enum Error {
     },
 
     /// There is no GPU with this number.
-    #[error("`ordinal` is {ordinal}, this machine has {count} CUDA device(s), numbered from 0")]
     UnknownDevice {
         /// The number asked for.
         ordinal: usize,
@@ -310,7 +279,6 @@ pub enum Error {
     },
 
     /// No compiled kernel runs this problem on this device.
-    #[error("no kernel for {wanted} on {device}: {reason}")]
     NoKernel {
         /// The device.
         device: String,
@@ -321,7 +289,6 @@ pub enum Error {
     },
 
     /// The device has too little free memory.
-    #[error("out of memory on {device}: {requested} bytes asked, {} free", free.map_or("an unknown number".into(), |f| f.to_string()))]
     OutOfMemory {
         /// The device.
         device: String,
@@ -332,7 +299,6 @@ pub enum Error {
     },
 
     /// A call of the CUDA driver failed.
-    #[error("{call} failed on {device}: {message}")]
     Driver {
         /// The device.
         device: String,
@@ -343,7 +309,6 @@ pub enum Error {
     },
 
     /// A kernel could not be loaded or launched.
-    #[error("kernel {kernel} failed on {device}: {message}")]
     Launch {
         /// The device.
         device: String,
@@ -354,7 +319,6 @@ pub enum Error {
     },
 
     /// The emulator's checks found something wrong with a kernel. The outputs were written, and are not to be trusted.
-    #[error("kernel {kernel} failed {} check(s) on {device}:{}", report.total_findings, list(&report.findings))]
     #[cfg(feature = "emulator")]
     Findings {
         /// The device.
@@ -366,6 +330,167 @@ pub enum Error {
     },
 }
 
+/// A sentence with the argument's name, its value and what was allowed. One line a variant.
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rank {
+                argument,
+                shape,
+                rank,
+                expected,
+            } => write!(f, "`{argument}` has rank {rank} (shape {shape:?}), expected {expected}"),
+            Self::ZeroSize { argument, axis, shape } => write!(
+                f,
+                "`{argument}` has {axis} = 0 (shape {shape:?}), every size must be at least 1"
+            ),
+            Self::ShapeMismatch {
+                argument,
+                axis,
+                got,
+                other,
+                expected,
+            } => write!(
+                f,
+                "`{argument}` has {axis} = {got}, expected {expected} as in `{other}`"
+            ),
+            Self::DtypeMismatch {
+                argument,
+                got,
+                expected,
+            } => write!(f, "`{argument}` has dtype {}, expected {}", got.name(), expected.name()),
+            Self::DeviceMismatch {
+                argument,
+                got,
+                expected,
+            } => write!(
+                f,
+                "`{argument}` is on {got}, expected {expected} as `q` (two devices of one name are two memories)"
+            ),
+            Self::HeadsNotDivisible { heads_q, heads_kv } => write!(
+                f,
+                "`q` has {heads_q} heads, expected a multiple of the {heads_kv} heads of `k` and `v`"
+            ),
+            Self::HeadDim {
+                argument,
+                head_dim,
+                multiple_of,
+                max,
+            } => write!(
+                f,
+                "`{argument}` has head_dim = {head_dim}, expected a multiple of {multiple_of} up to {max}"
+            ),
+            Self::LastAxisStride {
+                argument,
+                stride,
+                strides,
+            } => write!(
+                f,
+                "`{argument}` has stride {stride} on its last axis, expected 1 (strides {strides:?})"
+            ),
+            Self::SequenceTooLong { argument, seqlen, max } => {
+                write!(f, "`{argument}` has seqlen = {seqlen}, expected at most {max}")
+            }
+            Self::NotContiguous {
+                argument,
+                strides,
+                expected,
+            } => write!(
+                f,
+                "`{argument}` has strides {strides:?}, expected {expected:?} (contiguous)"
+            ),
+            Self::OverlappingStrides {
+                argument,
+                shape,
+                strides,
+            } => write!(
+                f,
+                "`{argument}` has strides {strides:?} over shape {shape:?}: its elements overlap, each needs its own memory"
+            ),
+            Self::Aliased { argument, other } => write!(
+                f,
+                "`{argument}` shares memory with `{other}`, an output needs memory of its own"
+            ),
+            Self::SizeOverflow {
+                argument,
+                shape,
+                element_bytes,
+                limit,
+            } => write!(
+                f,
+                "`{argument}` with shape {shape:?} and {element_bytes}-byte elements spans more than {limit} bytes"
+            ),
+            Self::SoftmaxScale { value } => write!(f, "`softmax_scale` is {value}, expected a finite number"),
+            Self::NotANumber { argument, index } => write!(f, "`{argument}` holds a NaN at element {index}"),
+            Self::GridTooLarge { blocks, limit } => write!(
+                f,
+                "`q` needs a grid of {blocks} blocks (tiles x heads x batch), at most {limit} can be launched"
+            ),
+            Self::DataLength { len, expected, shape } => {
+                write!(f, "`data` has {len} elements, shape {shape:?} needs {expected}")
+            }
+            Self::StridesRank { strides, rank } => write!(f, "`strides` has {strides} entries, shape has {rank}"),
+            Self::Axis { axis, rank } => write!(f, "`axis` is {axis}, the tensor has {rank} axes"),
+            Self::Range { axis, start, len, size } => write!(
+                f,
+                "`start` {start} and `len` {len} reach past the end of axis {axis}, which has {size} entries"
+            ),
+            Self::Address { address, align } => {
+                write!(f, "`address` is {address:#x}, expected a non-null multiple of {align}")
+            }
+            Self::Workspace { bytes, needed } => write!(f, "`workspace` has {bytes} bytes, the plan needs {needed}"),
+            Self::ParseDevice { text, archs } => write!(
+                f,
+                "`device` is {text:?}, expected best, cpu, cuda, cuda:N, emulator or emulator:ARCH with ARCH one of {archs}"
+            ),
+            Self::CpuInstructions { name, available } => write!(
+                f,
+                "the CPU's instructions are to be {name:?}, expected one of those that this processor has: {available}"
+            ),
+            Self::Threads { threads, reason } => {
+                write!(f, "a cpu device with {threads} threads can not be had: {reason}")
+            }
+            Self::TooManyThreads { threads, limit } => {
+                write!(f, "`threads` is {threads}, at most {limit} can be had on this machine")
+            }
+            Self::CudaUnavailable { reason } => write!(f, "CUDA is not available: {reason}"),
+            Self::NotBuilt { device, feature } => write!(
+                f,
+                "`device` is {device:?}, which needs the feature `{feature}` of flash-attention, left out of this build"
+            ),
+            Self::UnknownDevice { ordinal, count } => write!(
+                f,
+                "`ordinal` is {ordinal}, this machine has {count} CUDA device(s), numbered from 0"
+            ),
+            Self::NoKernel { device, wanted, reason } => write!(f, "no kernel for {wanted} on {device}: {reason}"),
+            Self::OutOfMemory {
+                device,
+                requested,
+                free,
+            } => write!(
+                f,
+                "out of memory on {device}: {requested} bytes asked, {} free",
+                free.map_or("an unknown number".into(), |f| f.to_string())
+            ),
+            Self::Driver { device, call, message } => write!(f, "{call} failed on {device}: {message}"),
+            Self::Launch {
+                device,
+                kernel,
+                message,
+            } => write!(f, "kernel {kernel} failed on {device}: {message}"),
+            #[cfg(feature = "emulator")]
+            Self::Findings { device, kernel, report } => write!(
+                f,
+                "kernel {kernel} failed {} check(s) on {device}:{}",
+                report.total_findings,
+                list(&report.findings)
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
 /// Findings, one below the other.
 #[cfg(feature = "emulator")]
 fn list(findings: &[ptx_emulator::Finding]) -> String {
@@ -373,20 +498,16 @@ fn list(findings: &[ptx_emulator::Finding]) -> String {
 }
 
 /// Which part of CUDA is missing.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CudaUnavailable {
     /// The program was built without the feature `cuda`.
-    #[error("this build leaves out the feature `cuda` of flash-attention")]
     NotBuilt,
     /// The driver's library is not installed.
-    #[error("no NVIDIA driver is installed (libcuda was not found)")]
     NoDriver,
     /// The driver is there, a GPU is not.
-    #[error("the NVIDIA driver finds no GPU")]
     NoGpu,
     /// The driver is older than the kernels need.
-    #[error("the NVIDIA driver supports CUDA {}.{}, {}.{} or newer is needed", found.0, found.1, needed.0, needed.1)]
     DriverTooOld {
         /// CUDA version of the driver: major, minor.
         found: (u32, u32),
@@ -394,7 +515,6 @@ pub enum CudaUnavailable {
         needed: (u32, u32),
     },
     /// The GPU is older than the kernels need.
-    #[error("{name} has compute capability {}.{}, {}.{} or newer is needed", found.0, found.1, needed.0, needed.1)]
     GpuTooOld {
         /// The GPU's name.
         name: String,
@@ -404,6 +524,29 @@ pub enum CudaUnavailable {
         needed: (u32, u32),
     },
     /// The driver is there but does not start.
-    #[error("the NVIDIA driver does not start: {0}")]
     Broken(String),
 }
+
+/// The part that is missing.
+impl fmt::Display for CudaUnavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotBuilt => write!(f, "this build leaves out the feature `cuda` of flash-attention"),
+            Self::NoDriver => write!(f, "no NVIDIA driver is installed (libcuda was not found)"),
+            Self::NoGpu => write!(f, "the NVIDIA driver finds no GPU"),
+            Self::DriverTooOld { found, needed } => write!(
+                f,
+                "the NVIDIA driver supports CUDA {}.{}, {}.{} or newer is needed",
+                found.0, found.1, needed.0, needed.1
+            ),
+            Self::GpuTooOld { name, found, needed } => write!(
+                f,
+                "{name} has compute capability {}.{}, {}.{} or newer is needed",
+                found.0, found.1, needed.0, needed.1
+            ),
+            Self::Broken(reason) => write!(f, "the NVIDIA driver does not start: {reason}"),
+        }
+    }
+}
+
+impl std::error::Error for CudaUnavailable {}

@@ -25,7 +25,10 @@ pub(super) static AMX: Pairs = Pairs {
 unsafe fn nothing() {}
 
 /// A leaf of what the processor says of itself.
-#[allow(unused_unsafe, reason = "the function is unsafe to the oldest compilers that build this crate")]
+#[allow(
+    unused_unsafe,
+    reason = "the function is unsafe to the oldest compilers that build this crate"
+)]
 fn cpuid(leaf: u32) -> CpuidResult {
     // SAFETY: every x86-64 processor has the instruction.
     unsafe { __cpuid_count(leaf, 0) }

@@ -158,7 +158,7 @@ impl Study {
 
     /// Bytes that one launch moves.
     fn launch(&self, entry: &Entry, blocks: u32, params: &[u8]) -> Result<u64, Failure> {
-        let module = Module::parse(entry.ptx, &format!("{}.ptx", entry.name)).map_err(failure)?;
+        let module = Module::parse(&entry.ptx(), &format!("{}.ptx", entry.name)).map_err(failure)?;
         let launch = Launch {
             entry: entry.name,
             grid: [blocks, 1, 1],

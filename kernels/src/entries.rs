@@ -84,7 +84,7 @@ pub enum Pass {
 /// One compiled kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// Name of the `.entry` and of its file.
+    /// Name of the `.entry`, and of the kernel in its archive.
     pub name: &'static str,
     /// What it computes.
     pub pass: Pass,
@@ -109,9 +109,6 @@ pub struct Entry {
     pub shared_bytes: u32,
     /// Whether the kernel streams the queries twice, once for dK and once for dV.
     pub two_walks: bool,
-    /// The compiled module.
-    #[cfg(feature = "embedded")]
-    pub ptx: &'static str,
 }
 
 /// The kernel of `pass` that serves this head_dim with the least waste.
@@ -145,8 +142,6 @@ macro_rules! entry {
             min_blocks: $min_blocks,
             shared_bytes: <$shape>::$shared,
             two_walks: matches!(Pass::$pass, Pass::BackwardKeys) && <$shape>::TWO_WALKS,
-            #[cfg(feature = "embedded")]
-            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_80/", $name, ".ptx")),
         }
     };
 }
@@ -167,8 +162,6 @@ macro_rules! hopper_entry {
             min_blocks: 1,
             shared_bytes: <$shape>::SHARED_BYTES,
             two_walks: hopper_entry!(two_walks $pass $shape),
-            #[cfg(feature = "embedded")]
-            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_90a/", $name, ".ptx")),
         }
     };
     (m Forward $shape:ty) => { <$shape>::BLOCK_M };
@@ -238,8 +231,6 @@ macro_rules! entries {
                 min_blocks: 8,
                 shared_bytes: 0,
                 two_walks: false,
-                #[cfg(feature = "embedded")]
-                ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_80/", $delta, ".ptx")),
             },)*
             $(
                 hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
@@ -258,8 +249,6 @@ macro_rules! entries {
                 min_blocks: 8,
                 shared_bytes: $sums_bytes,
                 two_walks: false,
-                #[cfg(feature = "embedded")]
-                ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_90a/", $sums, ".ptx")),
             },)*
         ];
         $(

@@ -93,7 +93,7 @@ impl Gpu {
         use sys::CUfunction_attribute::{
             CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, CU_FUNC_ATTRIBUTE_NUM_REGS,
         };
-        let module = load(entry.ptx)?;
+        let module = load(&entry.ptx())?;
         let function = function(&module, entry.name)?;
         // SAFETY: the function is of a module that is loaded.
         let attribute = |which| unsafe { result::function::get_function_attribute(function, which) }.map_err(describe);

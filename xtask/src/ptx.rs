@@ -1,156 +1,137 @@
-//! `cargo xtask ptx`: the committed PTX, written and checked.
+//! `cargo xtask ptx`: the committed kernels, written, checked and shown.
 
 use crate::compiler::Compiler;
-use crate::{Outcome, module, ptx_folder, read, workspace};
+use crate::{Outcome, module, pack, ptx_folder, source};
+use flash_attention_kernels::archive::Archive;
 use flash_attention_kernels::entries::{Arch, ENTRIES, Entry};
-use sha2::{Digest, Sha256};
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use rayon::prelude::*;
+use std::path::PathBuf;
+
+const REMEDY: &str = "run `cargo xtask ptx` and commit the result";
 
 /// Compiles every kernel and writes `kernels/ptx`, which holds nothing else afterwards.
 pub fn write() -> Outcome {
     let compiler = Compiler::find()?;
-    let hash = source_hash()?;
-    let files = compile(&compiler, &hash)?;
-    let _ = std::fs::remove_dir_all(ptx_folder());
-    for (path, text) in &files {
-        let folder = path.parent().expect("a file lies in a folder");
-        std::fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-        std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+    let source = source::hash()?;
+    let compiled = compile(&compiler)?;
+    let folder = ptx_folder();
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    for (arch, kernels) in &compiled {
+        let path = path(*arch);
+        let archive = pack::archive(&compiler.version, &source, kernels)?;
+        std::fs::write(&path, &archive).map_err(|e| format!("{}: {e}", path.display()))?;
+        let text: usize = kernels.iter().map(|(_, text)| text.len()).sum();
+        println!(
+            "{}: {} kernels, {text} bytes in {}, by {}",
+            path.display(),
+            kernels.len(),
+            archive.len(),
+            compiler.version
+        );
     }
-    println!(
-        "{} kernels written to {}, by {}",
-        files.len(),
-        ptx_folder().display(),
-        compiler.version
-    );
     Ok(())
 }
 
-/// Compiles every kernel and compares with what is committed. By the compiler that made the files, to the letter; by
+/// Compiles every kernel and compares with what is committed. By the compiler that made the archives, to the letter; by
 /// another, the hash of the sources, the set of entries and their parameters.
 pub fn check() -> Outcome {
     let compiler = Compiler::find()?;
-    let hash = source_hash()?;
-    let files = compile(&compiler, &hash)?;
-    let expected: BTreeSet<PathBuf> = files.iter().map(|(path, _)| path.clone()).collect();
-    let committed = committed_files(&ptx_folder())?;
-    if let Some(path) = expected.symmetric_difference(&committed).next() {
-        return Err(format!(
-            "{}: in the table of entries or in kernels/ptx, but not in both; {REMEDY}",
-            path.display()
-        ));
-    }
-    let mut other_compiler = None;
-    for (path, fresh) in &files {
-        let committed = read(path)?;
-        let made_by = header_field(&committed, "rustc").unwrap_or_default();
-        if header_field(&committed, "source") != Some(&hash) {
+    let source = source::hash()?;
+    // Before the minutes that compiling takes.
+    for &arch in Arch::ALL {
+        let bytes = read(arch)?;
+        let archive = parse(arch, &bytes)?;
+        if archive.source != source {
             return Err(format!(
                 "{}: made from other sources than kernels/src holds; {REMEDY}",
-                path.display()
+                path(arch).display()
             ));
         }
-        let same = if made_by == compiler.version {
-            committed == *fresh
-        } else {
-            other_compiler = Some(made_by.to_owned());
-            module::signature(&committed) == module::signature(fresh)
-        };
-        if !same {
+        if !archive.names().eq(table(arch).map(|entry| entry.name)) {
             return Err(format!(
-                "{}: differs from what {} makes; {REMEDY}",
-                path.display(),
-                compiler.version
+                "{}: holds other kernels than the table of entries; {REMEDY}",
+                path(arch).display()
             ));
         }
     }
-    match other_compiler {
-        None => println!(
-            "{} kernels are what {} makes of kernels/src, to the letter",
-            files.len(),
-            compiler.version
-        ),
-        Some(made_by) => println!(
-            "{} kernels: same sources, entries and parameters; the text was not compared, since {made_by} made it and {} \
-             is here",
-            files.len(),
-            compiler.version
-        ),
+    for (arch, kernels) in compile(&compiler)? {
+        let bytes = read(arch)?;
+        let archive = parse(arch, &bytes)?;
+        let same_compiler = archive.rustc == compiler.version;
+        for (name, fresh) in &kernels {
+            let committed = archive
+                .text(name)
+                .map_err(|e| format!("{}: {e}", path(arch).display()))?;
+            let same = if same_compiler {
+                committed == *fresh
+            } else {
+                module::signature(&committed) == module::signature(fresh)
+            };
+            if !same {
+                return Err(format!(
+                    "{name}: differs from what {} makes; {REMEDY}",
+                    compiler.version
+                ));
+            }
+        }
+        let (count, name, version) = (kernels.len(), arch.name(), &compiler.version);
+        if same_compiler {
+            println!("{count} kernels for {name} are what {version} makes of kernels/src, to the letter");
+        } else {
+            println!(
+                "{count} kernels for {name}: same sources, entries and parameters; the text was not compared, since {} made \
+                 it and {version} is here",
+                archive.rustc
+            );
+        }
     }
     Ok(())
 }
 
-const REMEDY: &str = "run `cargo xtask ptx` and commit the result";
-
-/// Every file of `kernels/ptx` and its text.
-fn compile(compiler: &Compiler, hash: &str) -> Outcome<Vec<(PathBuf, String)>> {
-    let mut files = Vec::new();
-    for &arch in Arch::ALL {
-        let compiled = compiler.compile(arch)?;
-        for entry in ENTRIES.iter().filter(|entry| entry.arch == arch) {
-            let kernel = module::extract(&compiled, entry)?;
-            let header = format!(
-                "// Generated by `cargo xtask ptx` from kernels/src; do not edit.\n// rustc: {}\n// source: {hash}\n",
-                compiler.version
-            );
-            files.push((path_of(entry), header + &kernel));
-        }
-    }
-    Ok(files)
+/// Prints the committed PTX of one kernel.
+pub fn show(name: &str) -> Outcome {
+    let entry = ENTRIES.iter().find(|entry| entry.name == name);
+    let entry = entry.ok_or_else(|| format!("the table of entries has no {name}"))?;
+    print!("{}", text(entry)?);
+    Ok(())
 }
 
-/// Where the kernel's PTX is committed.
-pub fn path_of(entry: &Entry) -> PathBuf {
-    ptx_folder()
-        .join(entry.arch.name())
-        .join(entry.name)
-        .with_extension("ptx")
+/// The committed PTX of one kernel.
+pub fn text(entry: &Entry) -> Outcome<String> {
+    let bytes = read(entry.arch)?;
+    let text = parse(entry.arch, &bytes)?.text(entry.name);
+    text.map_err(|e| format!("{}: {e}", path(entry.arch).display()))
 }
 
-/// The value of `// field: value` in a file's header.
-fn header_field<'a>(text: &'a str, field: &str) -> Option<&'a str> {
-    text.lines()
-        .take_while(|line| line.starts_with("//"))
-        .find_map(|line| line.strip_prefix("// ")?.strip_prefix(field)?.strip_prefix(": "))
+/// A kernel's name and its PTX.
+pub type Kernel = (&'static str, String);
+
+/// Compiles the kernels of every target, all targets at once; each target's kernels in the order of the table.
+fn compile(compiler: &Compiler) -> Outcome<Vec<(Arch, Vec<Kernel>)>> {
+    let compiled = Arch::ALL.par_iter().map(|&arch| {
+        let module = compiler.compile(arch)?;
+        let kernels = table(arch).map(|entry| Ok((entry.name, module::extract(&module, entry)?)));
+        Ok((arch, kernels.collect::<Outcome<_>>()?))
+    });
+    compiled.collect()
 }
 
-/// SHA-256 over the paths and contents of all that the kernels are compiled from.
-fn source_hash() -> Outcome<String> {
-    let root = workspace().join("kernels");
-    let mut sources = files_below(&root.join("src"))?;
-    sources.insert(root.join("Cargo.toml"));
-    let mut hasher = Sha256::new();
-    for path in sources {
-        let name = path
-            .strip_prefix(&root)
-            .expect("collected below it")
-            .to_string_lossy()
-            .replace('\\', "/");
-        let text = read(&path)?;
-        hasher.update(format!("{name}\n{}\n", text.len()));
-        hasher.update(text);
-    }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+/// The rows of the table for a target.
+fn table(arch: Arch) -> impl Iterator<Item = &'static Entry> {
+    ENTRIES.iter().filter(move |entry| entry.arch == arch)
 }
 
-fn committed_files(folder: &Path) -> Outcome<BTreeSet<PathBuf>> {
-    if folder.exists() {
-        files_below(folder)
-    } else {
-        Ok(BTreeSet::new())
-    }
+/// The archive of a target's kernels.
+fn path(arch: Arch) -> PathBuf {
+    ptx_folder().join(arch.name()).with_extension("lzma")
 }
 
-fn files_below(folder: &Path) -> Outcome<BTreeSet<PathBuf>> {
-    let mut files = BTreeSet::new();
-    for item in std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))? {
-        let path = item.map_err(|e| format!("{}: {e}", folder.display()))?.path();
-        if path.is_dir() {
-            files.append(&mut files_below(&path)?);
-        } else {
-            files.insert(path);
-        }
-    }
-    Ok(files)
+fn read(arch: Arch) -> Outcome<Vec<u8>> {
+    let path = path(arch);
+    std::fs::read(&path).map_err(|e| format!("{}: {e}; {REMEDY}", path.display()))
+}
+
+fn parse(arch: Arch, bytes: &[u8]) -> Outcome<Archive<'_>> {
+    Archive::parse(bytes).map_err(|e| format!("{}: {e}; {REMEDY}", path(arch).display()))
 }

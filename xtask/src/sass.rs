@@ -4,7 +4,7 @@
 //! for. So is, on Hopper, a main loop with other products than its tiles ask for, or with more instructions beside them than
 //! [`most_others`] allows.
 
-use crate::{Outcome, make_executable, ptx::path_of, read, workspace};
+use crate::{Outcome, make_executable, ptx, workspace};
 use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -169,8 +169,8 @@ impl Loop {
 fn assemble(ptxas: &Path, nvdisasm: &Path, entry: &'static Entry, target: &'static str) -> Outcome<Assembled> {
     let folder = workspace().join("target/sass").join(target);
     std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let source = path_of(entry);
-    read(&source)?;
+    let source = folder.join(entry.name).with_extension("ptx");
+    std::fs::write(&source, ptx::text(entry)?).map_err(|e| format!("{}: {e}", source.display()))?;
     let cubin = folder.join(entry.name).with_extension("cubin");
     let log = run(Command::new(ptxas)
         .args(["-v", "-arch", target])

@@ -390,7 +390,7 @@ fn encode(tile: &TileMap) -> Result<TensorMap, DriverError> {
 
 /// Hands a kernel's PTX to the driver, which compiles it for this GPU. The context is current.
 fn load(entry: &'static Entry) -> Result<Function, String> {
-    let image = CString::new(entry.ptx).map_err(|_| "its PTX holds a zero byte".to_owned())?;
+    let image = CString::new(entry.ptx()).map_err(|_| "its PTX holds a zero byte".to_owned())?;
     let name = CString::new(entry.name).map_err(|_| "its name holds a zero byte".to_owned())?;
     let mut log = [0_u8; JIT_LOG_BYTES];
     let mut options = [

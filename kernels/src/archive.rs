@@ -1,4 +1,5 @@
-//! The door through which compiled kernels are read: one compressed archive for each target in `kernels/ptx`.
+//! The door through which compiled kernels are read: one compressed archive for each target in `kernels/ptx`,
+//! and one for the study.
 //!
 //! An archive starts with a manifest in text, so that `head` shows it:
 //!
@@ -6,8 +7,8 @@
 //! flash-attention-kernels 1
 //! rustc: rustc 1.96.0 (ac68faa20 2026-05-25)
 //! source: <SHA-256 of the kernels' sources, without comments>
-//! entry: forward_f16_d64 142346 6431
-//! entry: forward_bf16_d64 142992 704 forward_f16_d64
+//! entry: forward_f16_d64 141924 12876
+//! entry: forward_bf16_d64 142570 1542 forward_f16_d64
 //! ```
 //!
 //! An entry's line holds its name, the bytes of its text, the bytes of its stream, and its base if it has one. An empty line
@@ -153,13 +154,27 @@ impl crate::entries::Entry {
     /// It takes about a millisecond. A device keeps what it makes of the text, so it asks once.
     pub fn ptx(&self) -> String {
         use crate::entries::Arch;
-        let bytes: &[u8] = match self.arch {
+        let archive: &[u8] = match self.arch {
             Arch::Sm80 => include_bytes!("../ptx/sm_80.lzma"),
             Arch::Sm90a => include_bytes!("../ptx/sm_90a.lzma"),
         };
-        let text = Archive::parse(bytes).and_then(|archive| archive.text(self.name));
-        text.expect("a test inflates every kernel of the archives in this crate")
+        embedded(archive, self.name)
     }
+}
+
+#[cfg(all(feature = "embedded", feature = "study"))]
+impl crate::entries::Entry<crate::study::Step> {
+    /// Inflates the PTX of this kernel: a module that holds it alone.
+    pub fn ptx(&self) -> String {
+        embedded(include_bytes!("../ptx/study.lzma"), self.name)
+    }
+}
+
+/// A kernel of an archive in this crate.
+#[cfg(feature = "embedded")]
+fn embedded(archive: &[u8], name: &str) -> String {
+    let text = Archive::parse(archive).and_then(|archive| archive.text(name));
+    text.expect("a test inflates every kernel of the archives in this crate")
 }
 
 #[cfg(test)]

@@ -7,24 +7,25 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, QuerySumsParams, StandardParams,
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, QuerySumsParams,
 };
 use flash_attention_kernels::archive::Archive;
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, Pass};
 use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES};
+use flash_attention_kernels::study::{self, StandardParams};
 use flash_attention_tests::files::workspace;
 
-/// A row of the table and its text.
+/// A row of a table and its text. Kernels of the study have no pass.
 struct Kernel {
-    entry: &'static Entry,
+    entry: Entry<Option<Pass>>,
     ptx: String,
 }
 
 impl Deref for Kernel {
-    type Target = Entry;
+    type Target = Entry<Option<Pass>>;
 
-    fn deref(&self) -> &Entry {
-        self.entry
+    fn deref(&self) -> &Entry<Option<Pass>> {
+        &self.entry
     }
 }
 
@@ -36,13 +37,17 @@ impl Kernel {
     }
 }
 
-/// Every kernel of the table, inflated once for all tests.
+/// Every kernel that is compiled, the study's too, inflated once for all tests.
 static KERNELS: LazyLock<Vec<Kernel>> = LazyLock::new(|| {
-    let kernel = |entry: &'static Entry| Kernel {
-        entry,
+    let product = ENTRIES.iter().map(|entry| Kernel {
+        entry: entry.with_pass(Some(entry.pass)),
         ptx: entry.ptx(),
-    };
-    ENTRIES.iter().map(kernel).collect()
+    });
+    let study = study::KERNELS.iter().map(|kernel| Kernel {
+        entry: kernel.with_pass(None),
+        ptx: kernel.ptx(),
+    });
+    product.chain(study).collect()
 });
 
 fn files_below(folder: &Path, extension: &str) -> Vec<PathBuf> {
@@ -73,9 +78,9 @@ fn nothing_leaves_the_registers_and_nothing_is_called() {
 }
 
 /// `mma.sync` m16n8k16 that one warp issues for one product of its rows, a streamed tile and head_dim.
-fn mma_of_one_product(entry: &Entry) -> u32 {
+fn mma_of_one_product(entry: &Kernel) -> u32 {
     let (owned, streamed) = match entry.pass {
-        Pass::BackwardKeys => (entry.block_n, entry.block_m),
+        Some(Pass::BackwardKeys) => (entry.block_n, entry.block_m),
         _ => (entry.block_m, entry.block_n),
     };
     let rows = owned / (entry.threads / 32);
@@ -88,17 +93,16 @@ fn mma_of_one_product(entry: &Entry) -> u32 {
 fn tensor_core_instructions_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm80) {
         let products = match (entry.pass, entry.two_walks) {
-            (Pass::BackwardDelta, _) => 0,
-            (Pass::Forward | Pass::Study, _) => 2, // Q K^T, P V
-            (Pass::StandardSoftmax, _) => 0,
-            (Pass::StandardScores | Pass::StandardOutput, _) => 1,
-            (Pass::BackwardQueries, _) => 3,  // Q K^T, dO V^T, dS K
-            (Pass::BackwardKeys, false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
-            (Pass::BackwardKeys, true) => 5,  // K Q^T twice
-            (Pass::BackwardAll | Pass::BackwardFinish, _) => panic!("{} is not portable", entry.name),
+            (None, _) => 0, // the study's are f32
+            (Some(Pass::BackwardDelta), _) => 0,
+            (Some(Pass::Forward), _) => 2,          // Q K^T, P V
+            (Some(Pass::BackwardQueries), _) => 3,  // Q K^T, dO V^T, dS K
+            (Some(Pass::BackwardKeys), false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
+            (Some(Pass::BackwardKeys), true) => 5,  // K Q^T twice
+            (Some(Pass::BackwardAll | Pass::BackwardFinish), _) => panic!("{} is not portable", entry.name),
         };
         let bodies = match entry.pass {
-            Pass::BackwardKeys if !entry.causal => 1,
+            Some(Pass::BackwardKeys) if !entry.causal => 1,
             _ => 2,
         };
         let expected = match entry.dtype {
@@ -125,20 +129,20 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
 fn warpgroup_products_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm90a) {
         let streamed = match entry.pass {
-            Pass::BackwardKeys | Pass::BackwardAll => entry.block_m,
+            Some(Pass::BackwardKeys | Pass::BackwardAll) => entry.block_m,
             _ => entry.block_n,
         };
         // Products of tiles in shared memory, along head_dim; and of registers with a tile, along its rows.
         let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
-            (Pass::Forward, _) => (2 + u32::from(entry.causal), 1, 1),
-            (Pass::BackwardQueries, _) => (2, 2, 1),
-            (Pass::BackwardKeys, true) => (1, 3, 2),
-            (Pass::BackwardAll, _) => (1, 2, 2),
-            (Pass::BackwardDelta | Pass::BackwardFinish, _) => (0, 0, 0),
+            (Some(Pass::Forward), _) => (2 + u32::from(entry.causal), 1, 1),
+            (Some(Pass::BackwardQueries), _) => (2, 2, 1),
+            (Some(Pass::BackwardKeys), true) => (1, 3, 2),
+            (Some(Pass::BackwardAll), _) => (1, 2, 2),
+            (Some(Pass::BackwardDelta | Pass::BackwardFinish), _) => (0, 0, 0),
             other => panic!("no kernel of {other:?} is compiled for Hopper"),
         };
         // A square of dQ, down the keys of both warpgroups.
-        let dq = if entry.pass == Pass::BackwardAll {
+        let dq = if entry.pass == Some(Pass::BackwardAll) {
             entry.block_n / 16
         } else {
             0
@@ -208,18 +212,16 @@ fn the_header_is_the_table() {
             0 => assert!(!entry.ptx.contains(".minnctapersm"), "{}", entry.name),
             blocks => has(&format!(".minnctapersm {blocks}")),
         }
+        let hopper = entry.arch == Arch::Sm90a;
         let bytes = match entry.pass {
-            Pass::Forward if entry.arch == Arch::Sm90a => size_of::<HopperForwardParams>(),
-            Pass::BackwardQueries | Pass::BackwardKeys if entry.arch == Arch::Sm90a => {
+            None if entry.name.starts_with("standard_") => size_of::<StandardParams>(),
+            Some(Pass::Forward) if hopper => size_of::<HopperForwardParams>(),
+            None | Some(Pass::Forward) => size_of::<ForwardParams>(),
+            Some(Pass::BackwardDelta | Pass::BackwardFinish) if hopper => size_of::<QuerySumsParams>(),
+            Some(Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardAll) if hopper => {
                 size_of::<HopperBackwardParams>()
             }
-            Pass::BackwardAll => size_of::<HopperBackwardParams>(),
-            Pass::BackwardDelta | Pass::BackwardFinish if entry.arch == Arch::Sm90a => size_of::<QuerySumsParams>(),
-            Pass::Forward | Pass::Study => size_of::<ForwardParams>(),
-            Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => size_of::<StandardParams>(),
-            Pass::BackwardDelta | Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardFinish => {
-                size_of::<BackwardParams>()
-            }
+            Some(_) => size_of::<BackwardParams>(),
         };
         // Tensor maps, which come first on Hopper, lie at multiples of 64 bytes.
         let align = if entry.arch == Arch::Sm90a { 64 } else { 8 };
@@ -265,13 +267,20 @@ fn one_source_made_them_all() {
 fn files_and_table_are_the_same_set() {
     let mut packed = Vec::new();
     for_each_archive(|arch, archive| packed.extend(archive.names().map(|name| (arch.clone(), name.to_owned()))));
-    let table = ENTRIES
-        .iter()
-        .map(|entry| (entry.arch.name().to_owned(), entry.name.to_owned()));
+    let product = ENTRIES.iter().map(|entry| (entry.arch.name(), entry.name));
+    let study = study::KERNELS.iter().map(|kernel| ("study", kernel.name));
+    let table = product
+        .chain(study)
+        .map(|(archive, name)| (archive.to_owned(), name.to_owned()));
     let table: BTreeSet<_> = table.collect();
     assert_eq!(packed.len(), table.len(), "a kernel is packed twice");
     assert_eq!(packed.into_iter().collect::<BTreeSet<_>>(), table);
-    assert_eq!(table.len(), ENTRIES.len(), "two entries of one name");
+    let names: BTreeSet<_> = table.iter().map(|(_, name)| name).collect();
+    assert_eq!(
+        names.len(),
+        ENTRIES.len() + study::KERNELS.len(),
+        "two entries of one name"
+    );
 }
 
 /// What every card that runs a kernel grants: 99 KiB of shared memory from sm_80 on, 227 on Hopper.

@@ -7,6 +7,7 @@ mod pack;
 mod ptx;
 mod sass;
 mod source;
+mod table;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 Usage: cargo xtask <TASK>
 
-  ptx                   compile kernels/ to kernels/ptx, one compressed archive for each target
+  ptx                   compile kernels/ to kernels/ptx, one compressed archive for each target and for the study
   ptx --check           compile afresh and fail if a committed kernel differs
   ptx --show NAME       print the committed PTX of one kernel
   sass [--output FILE]  assemble every kernel with ptxas; report registers, spills, stack and tensor-core

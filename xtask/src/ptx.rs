@@ -1,9 +1,9 @@
 //! `cargo xtask ptx`: the committed kernels, written, checked and shown.
 
 use crate::compiler::Compiler;
+use crate::table::{Table, tables};
 use crate::{Outcome, module, pack, ptx_folder, source};
 use flash_attention_kernels::archive::Archive;
-use flash_attention_kernels::entries::{Arch, ENTRIES, Entry};
 use rayon::prelude::*;
 use std::path::PathBuf;
 
@@ -17,8 +17,8 @@ pub fn write() -> Outcome {
     let folder = ptx_folder();
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    for (arch, kernels) in &compiled {
-        let path = path(*arch);
+    for (table, kernels) in &compiled {
+        let path = table.path();
         let archive = pack::archive(&compiler.version, &source, kernels)?;
         std::fs::write(&path, &archive).map_err(|e| format!("{}: {e}", path.display()))?;
         let text: usize = kernels.iter().map(|(_, text)| text.len()).sum();
@@ -37,36 +37,21 @@ pub fn write() -> Outcome {
 /// another, the hash of the sources, the set of entries and their parameters.
 pub fn check() -> Outcome {
     let compiler = Compiler::find()?;
-    let source = source::hash()?;
     // Before the minutes that compiling takes.
-    for &arch in Arch::ALL {
-        let bytes = read(arch)?;
-        let archive = parse(arch, &bytes)?;
-        if archive.source != source {
-            return Err(format!(
-                "{}: made from other sources than kernels/src holds; {REMEDY}",
-                path(arch).display()
-            ));
-        }
-        if !archive.names().eq(table(arch).map(|entry| entry.name)) {
-            return Err(format!(
-                "{}: holds other kernels than the table of entries; {REMEDY}",
-                path(arch).display()
-            ));
-        }
+    let source = source::hash()?;
+    for table in tables() {
+        table.committed()?.check(&table, &source)?;
     }
-    for (arch, kernels) in compile(&compiler)? {
-        let bytes = read(arch)?;
-        let archive = parse(arch, &bytes)?;
+    for (table, kernels) in compile(&compiler)? {
+        let committed = table.committed()?;
+        let archive = committed.archive()?;
         let same_compiler = archive.rustc == compiler.version;
         for (name, fresh) in &kernels {
-            let committed = archive
-                .text(name)
-                .map_err(|e| format!("{}: {e}", path(arch).display()))?;
+            let text = committed.text(name)?;
             let same = if same_compiler {
-                committed == *fresh
+                text == *fresh
             } else {
-                module::signature(&committed) == module::signature(fresh)
+                module::signature(&text) == module::signature(fresh)
             };
             if !same {
                 return Err(format!(
@@ -75,13 +60,13 @@ pub fn check() -> Outcome {
                 ));
             }
         }
-        let (count, name, version) = (kernels.len(), arch.name(), &compiler.version);
+        let (count, name, version) = (kernels.len(), table.name, &compiler.version);
         if same_compiler {
-            println!("{count} kernels for {name} are what {version} makes of kernels/src, to the letter");
+            println!("{name}: {count} kernels are what {version} makes of kernels/src, to the letter");
         } else {
             println!(
-                "{count} kernels for {name}: same sources, entries and parameters; the text was not compared, since {} made \
-                 it and {version} is here",
+                "{name}: {count} kernels have the same sources, entries and parameters; the text was not compared, since {} \
+                 made it and {version} is here",
                 archive.rustc
             );
         }
@@ -91,47 +76,74 @@ pub fn check() -> Outcome {
 
 /// Prints the committed PTX of one kernel.
 pub fn show(name: &str) -> Outcome {
-    let entry = ENTRIES.iter().find(|entry| entry.name == name);
-    let entry = entry.ok_or_else(|| format!("the table of entries has no {name}"))?;
-    print!("{}", text(entry)?);
+    let tables = tables();
+    let table = tables
+        .iter()
+        .find(|table| table.rows.iter().any(|row| row.name == name));
+    let table = table.ok_or_else(|| format!("no table of kernels has {name}"))?;
+    print!("{}", table.committed()?.text(name)?);
     Ok(())
-}
-
-/// The committed PTX of one kernel.
-pub fn text(entry: &Entry) -> Outcome<String> {
-    let bytes = read(entry.arch)?;
-    let text = parse(entry.arch, &bytes)?.text(entry.name);
-    text.map_err(|e| format!("{}: {e}", path(entry.arch).display()))
 }
 
 /// A kernel's name and its PTX.
 pub type Kernel = (&'static str, String);
 
-/// Compiles the kernels of every target, all targets at once; each target's kernels in the order of the table.
-fn compile(compiler: &Compiler) -> Outcome<Vec<(Arch, Vec<Kernel>)>> {
-    let compiled = Arch::ALL.par_iter().map(|&arch| {
-        let module = compiler.compile(arch)?;
-        let kernels = table(arch).map(|entry| Ok((entry.name, module::extract(&module, entry)?)));
-        Ok((arch, kernels.collect::<Outcome<_>>()?))
+/// Compiles the kernels of every table, all tables at once; each table's kernels in its order.
+fn compile(compiler: &Compiler) -> Outcome<Vec<(Table, Vec<Kernel>)>> {
+    let compiled = tables().into_par_iter().map(|table| {
+        let module = compiler.compile(&table)?;
+        let kernels = table
+            .rows
+            .iter()
+            .map(|row| Ok((row.name, module::extract(&module, row)?)));
+        let kernels = kernels.collect::<Outcome<_>>()?;
+        Ok((table, kernels))
     });
     compiled.collect()
 }
 
-/// The rows of the table for a target.
-fn table(arch: Arch) -> impl Iterator<Item = &'static Entry> {
-    ENTRIES.iter().filter(move |entry| entry.arch == arch)
+/// An archive as it is committed.
+pub struct Committed {
+    path: PathBuf,
+    bytes: Vec<u8>,
 }
 
-/// The archive of a target's kernels.
-fn path(arch: Arch) -> PathBuf {
-    ptx_folder().join(arch.name()).with_extension("lzma")
+impl Table {
+    fn path(&self) -> PathBuf {
+        ptx_folder().join(self.name).with_extension("lzma")
+    }
+
+    /// Reads the archive of this table's kernels.
+    pub fn committed(&self) -> Outcome<Committed> {
+        let path = self.path();
+        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}; {REMEDY}", path.display()))?;
+        Ok(Committed { path, bytes })
+    }
 }
 
-fn read(arch: Arch) -> Outcome<Vec<u8>> {
-    let path = path(arch);
-    std::fs::read(&path).map_err(|e| format!("{}: {e}; {REMEDY}", path.display()))
-}
+impl Committed {
+    fn archive(&self) -> Outcome<Archive<'_>> {
+        Archive::parse(&self.bytes).map_err(|e| self.fault(e))
+    }
 
-fn parse(arch: Arch, bytes: &[u8]) -> Outcome<Archive<'_>> {
-    Archive::parse(bytes).map_err(|e| format!("{}: {e}; {REMEDY}", path(arch).display()))
+    /// Inflates the PTX of one kernel.
+    pub fn text(&self, name: &str) -> Outcome<String> {
+        self.archive()?.text(name).map_err(|e| self.fault(e))
+    }
+
+    /// Refuses an archive of other sources or kernels.
+    fn check(&self, table: &Table, source: &str) -> Outcome {
+        let archive = self.archive()?;
+        if archive.source != source {
+            return Err(self.fault("made from other sources than kernels/src holds"));
+        }
+        if !archive.names().eq(table.rows.iter().map(|row| row.name)) {
+            return Err(self.fault("holds other kernels than its table"));
+        }
+        Ok(())
+    }
+
+    fn fault(&self, what: impl std::fmt::Display) -> String {
+        format!("{}: {what}; {REMEDY}", self.path.display())
+    }
 }

@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn prose_layout_and_tests_are_not_code() {
         let plain =
-            r#"fn f(x: &u32) -> u32 { asm!("mov {x}; // kept"); a && b & &c } macro_rules! m { () => { struct S; } }"#;
+            r#"fn f(x: &u32) -> u32 { text!("mov {x}; // kept"); a && b & &c } macro_rules! m { () => { struct S; } }"#;
         let dressed = r#"
             //! About the file.
             #![doc = "more"]
@@ -124,7 +124,7 @@ mod tests {
             /// About f. /* not nested */
             fn f(x: &u32) -> u32 {
                 /* a /* nested */ comment */
-                asm!("mov {x}; // kept"); // why
+                text!("mov {x}; // kept"); // why
                 a && b & &c
             }
             #[cfg(test)]

@@ -4,7 +4,8 @@
 //! for O = P V. The N x N matrix is written twice and read three times; nothing here is slow on purpose: products go
 //! through shared memory in the tiles that the fused kernel has, and the softmax finds maximum and sum in one pass.
 
-use crate::abi::{ForwardParams, StandardParams};
+use super::StandardParams;
+use crate::abi::ForwardParams;
 use crate::block::{RowBlock, owned_tile, split};
 use crate::mask::Mask;
 use crate::ptx::{copy, math, memory, sreg, sync};

@@ -2,8 +2,9 @@
 
 use std::num::NonZeroU32;
 
-use flash_attention_kernels::abi::{ForwardParams, Layout, Params, StandardParams, StridedTensor};
-use flash_attention_kernels::entries::{ENTRIES, Entry, Pass};
+use flash_attention_kernels::abi::{ForwardParams, Layout, Params, StridedTensor};
+use flash_attention_kernels::entries::Entry;
+use flash_attention_kernels::study::{KERNELS, StandardParams, Step};
 use ptx_emulator::{Checks, DeviceMemory, DevicePtr, Launch, Module, Options};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use zerocopy::IntoBytes;
@@ -99,8 +100,8 @@ impl Study {
         let n = self.seqlen.get();
         let mut bytes = 0;
         let mut shape = (0, 0);
-        for pass in [Pass::StandardScores, Pass::StandardSoftmax, Pass::StandardOutput] {
-            let entry = find(pass, self.causal, None)?;
+        for step in [Step::StandardScores, Step::StandardSoftmax, Step::StandardOutput] {
+            let entry = find(step, self.causal, None)?;
             let key_tiles = tiles(n, entry.block_n)?;
             let params = StandardParams {
                 forward: self.params(entry)?,
@@ -109,7 +110,7 @@ impl Study {
                 reserved: 0,
             };
             let blocks = n.div_ceil(entry.block_m)
-                * if pass == Pass::StandardScores {
+                * if step == Step::StandardScores {
                     key_tiles.get()
                 } else {
                     1
@@ -133,7 +134,7 @@ impl Study {
     /// What the emulator says of the launch, or that the results differ.
     pub fn flash(&self, block_m: u32) -> Result<Measured, Failure> {
         let n = self.seqlen.get();
-        let entry = find(Pass::Study, self.causal, Some(block_m))?;
+        let entry = find(Step::Flash, self.causal, Some(block_m))?;
         let bytes = self.launch(entry, n.div_ceil(block_m), self.params(entry)?.as_bytes())?;
         if let Some(reference) = self.reference.get() {
             let error = self
@@ -158,8 +159,8 @@ impl Study {
     }
 
     /// Bytes that one launch moves.
-    fn launch(&self, entry: &Entry, blocks: u32, params: &[u8]) -> Result<u64, Failure> {
-        let module = Module::parse(entry.ptx, &format!("{}.ptx", entry.name)).map_err(failure)?;
+    fn launch(&self, entry: &Entry<Step>, blocks: u32, params: &[u8]) -> Result<u64, Failure> {
+        let module = Module::parse(&entry.ptx(), &format!("{}.ptx", entry.name)).map_err(failure)?;
         let launch = Launch {
             entry: entry.name,
             grid: [blocks, 1, 1],
@@ -180,7 +181,7 @@ impl Study {
         Ok(counters.global_read_bytes + counters.global_written_bytes)
     }
 
-    fn params(&self, entry: &Entry) -> Result<ForwardParams, Failure> {
+    fn params(&self, entry: &Entry<Step>) -> Result<ForwardParams, Failure> {
         let n = self.seqlen.get();
         let one = NonZeroU32::MIN;
         let tensor = |address: DevicePtr| StridedTensor {
@@ -218,13 +219,14 @@ impl Study {
     }
 }
 
-fn find(pass: Pass, causal: bool, block_m: Option<u32>) -> Result<&'static Entry, Failure> {
-    let fits =
-        |entry: &&Entry| (entry.pass, entry.causal) == (pass, causal) && block_m.is_none_or(|m| entry.block_m == m);
-    ENTRIES
+fn find(step: Step, causal: bool, block_m: Option<u32>) -> Result<&'static Entry<Step>, Failure> {
+    let fits = |entry: &&Entry<Step>| {
+        (entry.pass, entry.causal) == (step, causal) && block_m.is_none_or(|m| entry.block_m == m)
+    };
+    KERNELS
         .iter()
         .find(fits)
-        .ok_or_else(|| Failure(format!("no kernel is compiled for {pass:?} with {block_m:?} queries")))
+        .ok_or_else(|| Failure(format!("no kernel is compiled for {step:?} with {block_m:?} queries")))
 }
 
 fn tiles(seqlen: u32, tile: u32) -> Result<NonZeroU32, Failure> {

@@ -55,20 +55,6 @@ pub struct ForwardParams {
     pub scale: f32,
 }
 
-/// Parameters of the three kernels of standard attention.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct StandardParams {
-    /// What is computed.
-    pub forward: ForwardParams,
-    /// Device address of the scores, then probabilities: f32, contiguous `[batch, heads_q, seqlen_q, seqlen_k]`.
-    pub scores: u64,
-    /// Key tiles of a head, `ceil(seqlen_k / block_n)`.
-    pub key_tiles: NonZeroU32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-}
-
 /// Parameters of every backward kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -288,10 +274,11 @@ macro_rules! params {
         }
     };
 }
+#[cfg(feature = "study")]
+pub(crate) use params;
 
 params!(ForwardParams);
 params!(BackwardParams);
-params!(StandardParams);
 params!(HopperForwardParams);
 params!(HopperBackwardParams);
 params!(QuerySumsParams);
@@ -303,6 +290,5 @@ const _: () = {
     assert!(size_of::<QuerySums>() == 5 * 8);
     assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 40 + 22 * 4);
     assert!(size_of::<QuerySumsParams>() == 3 * 32 + 8 + 40 + 6 * 4);
-    assert!(size_of::<StandardParams>() == size_of::<ForwardParams>() + 8 + 2 * 4);
     assert!(size_of::<BackwardParams>() == 8 * 32 + 2 * 8 + 10 * 4);
 };

@@ -71,23 +71,15 @@ pub enum Pass {
     BackwardAll,
     /// dQ from those sums.
     BackwardFinish,
-    /// Forward with another amount of SRAM than `Forward` would take, for the study of IO.
-    Study,
-    /// Standard attention, first kernel: S = scale * Q K^T.
-    StandardScores,
-    /// Standard attention, second kernel: P = softmax(S).
-    StandardSoftmax,
-    /// Standard attention, third kernel: O = P V.
-    StandardOutput,
 }
 
-/// One compiled kernel.
+/// One compiled kernel. `P` says what it computes: a [`Pass`], unless the kernel is of the study.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry {
-    /// Name of the `.entry` and of its file.
+pub struct Entry<P = Pass> {
+    /// Name of the `.entry`, and of the kernel in its archive.
     pub name: &'static str,
     /// What it computes.
-    pub pass: Pass,
+    pub pass: P,
     /// What it runs on.
     pub arch: Arch,
     /// Element type.
@@ -109,9 +101,26 @@ pub struct Entry {
     pub shared_bytes: u32,
     /// Whether the kernel streams the queries twice, once for dK and once for dV.
     pub two_walks: bool,
-    /// The compiled module.
-    #[cfg(feature = "embedded")]
-    pub ptx: &'static str,
+}
+
+impl<P> Entry<P> {
+    /// The same kernel, for a table that names passes by another type.
+    pub const fn with_pass<Q: Copy>(&self, pass: Q) -> Entry<Q> {
+        Entry {
+            name: self.name,
+            pass,
+            arch: self.arch,
+            dtype: self.dtype,
+            causal: self.causal,
+            head_dim: self.head_dim,
+            block_m: self.block_m,
+            block_n: self.block_n,
+            threads: self.threads,
+            min_blocks: self.min_blocks,
+            shared_bytes: self.shared_bytes,
+            two_walks: self.two_walks,
+        }
+    }
 }
 
 /// The kernel of `pass` that serves this head_dim with the least waste.
@@ -145,8 +154,6 @@ macro_rules! entry {
             min_blocks: $min_blocks,
             shared_bytes: <$shape>::$shared,
             two_walks: matches!(Pass::$pass, Pass::BackwardKeys) && <$shape>::TWO_WALKS,
-            #[cfg(feature = "embedded")]
-            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_80/", $name, ".ptx")),
         }
     };
 }
@@ -167,8 +174,6 @@ macro_rules! hopper_entry {
             min_blocks: 1,
             shared_bytes: <$shape>::SHARED_BYTES,
             two_walks: hopper_entry!(two_walks $pass $shape),
-            #[cfg(feature = "embedded")]
-            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_90a/", $name, ".ptx")),
         }
     };
     (m Forward $shape:ty) => { <$shape>::BLOCK_M };
@@ -199,16 +204,18 @@ macro_rules! hopper_kernel {
 /// Compiles one kernel of the table.
 #[cfg(target_arch = "nvptx64")]
 macro_rules! kernel {
-    ($name:expr, $($module:ident)::+, $params:ident, $($argument:tt)*) => {
+    ($name:expr, $($module:ident)::+, $params:ty, $($argument:tt)*) => {
         const _: () = {
             #[unsafe(export_name = $name)]
-            unsafe extern "ptx-kernel" fn kernel(params: crate::abi::$params) {
+            unsafe extern "ptx-kernel" fn kernel(params: $params) {
                 // SAFETY: the host launches a row of the table as the row says.
                 unsafe { crate::$($module)::+::<$($argument)*>(&params) }
             }
         };
     };
 }
+#[cfg(all(target_arch = "nvptx64", feature = "study"))]
+pub(crate) use kernel;
 
 macro_rules! entries {
     (
@@ -238,8 +245,6 @@ macro_rules! entries {
                 min_blocks: 8,
                 shared_bytes: 0,
                 two_walks: false,
-                #[cfg(feature = "embedded")]
-                ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_80/", $delta, ".ptx")),
             },)*
             $(
                 hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
@@ -258,13 +263,11 @@ macro_rules! entries {
                 min_blocks: 8,
                 shared_bytes: $sums_bytes,
                 two_walks: false,
-                #[cfg(feature = "embedded")]
-                ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/sm_90a/", $sums, ".ptx")),
             },)*
         ];
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            kernel!($sums, hopper::backward::sums::$sums_function, QuerySumsParams, $sums_dtype);
+            kernel!($sums, hopper::backward::sums::$sums_function, crate::abi::QuerySumsParams, $sums_dtype);
         )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
@@ -274,13 +277,13 @@ macro_rules! entries {
         )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($name, $module::$function, $params, $shape, false);
+            kernel!($name, $module::$function, crate::abi::$params, $shape, false);
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!(concat!($name, "_causal"), $module::$function, $params, $shape, true);
+            kernel!(concat!($name, "_causal"), $module::$function, crate::abi::$params, $shape, true);
         )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($delta, backward::delta, BackwardParams, crate::tile::element::$delta_dtype);
+            kernel!($delta, backward::delta, crate::abi::BackwardParams, crate::tile::element::$delta_dtype);
         )*
     };
 }
@@ -341,13 +344,6 @@ entries! {
         "backward_keys_bf16_d128": BackwardKeys Sm80 Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
         "backward_keys_bf16_d192": BackwardKeys Sm80 Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
         "backward_keys_bf16_d256": BackwardKeys Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "study_f32_d64_m16": Study Sm80 F32, StudyM16, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "study_f32_d64_m32": Study Sm80 F32, StudyM32, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "study_f32_d64_m64": Study Sm80 F32, StudyM64, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "study_f32_d64_m128": Study Sm80 F32, StudyM128, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "standard_scores_f32_d64": StandardScores Sm80 F32, ForwardF32D64, STANDARD_BYTES, standard::scores(StandardParams), min_blocks 1;
-        "standard_softmax_f32_d64": StandardSoftmax Sm80 F32, ForwardF32D64, STANDARD_BYTES, standard::softmax(StandardParams), min_blocks 1;
-        "standard_output_f32_d64": StandardOutput Sm80 F32, ForwardF32D64, STANDARD_BYTES, standard::output(StandardParams), min_blocks 1;
     }
     delta {
         "backward_delta_f32": Sm80 F32;

@@ -2,7 +2,8 @@
 //!
 //! The crate compiles twice. For `nvptx64` it is the code that a GPU runs. For the host it is the contract: the
 //! parameter structs ([`abi`]), the tile shapes ([`shape`]), the mask ([`mask`]) and the table of what was compiled
-//! ([`entries`]), so that nothing is declared on both sides.
+//! ([`entries`]), so that nothing is declared on both sides. The feature `embedded` adds the compiled PTX, 1.05 MB, of
+//! which `Entry::ptx` inflates a kernel at a time.
 //!
 //! # The algorithm
 //!
@@ -36,11 +37,18 @@
 // Compiled once for each architecture, with the kernels of that one alone.
 #![cfg_attr(target_arch = "nvptx64", allow(dead_code, unused_imports, unused_macros))]
 
+#[cfg(feature = "archive")]
+extern crate std;
+
 pub mod abi;
+#[cfg(feature = "archive")]
+pub mod archive;
 pub mod deal;
 pub mod entries;
 pub mod mask;
 pub mod shape;
+#[cfg(feature = "study")]
+pub mod study;
 pub mod tile;
 
 #[cfg(target_arch = "nvptx64")]
@@ -57,8 +65,6 @@ mod pipeline;
 mod ptx;
 #[cfg(target_arch = "nvptx64")]
 mod softmax;
-#[cfg(target_arch = "nvptx64")]
-mod standard;
 
 /// Never reached: a test proves that no kernel's PTX calls or traps.
 #[cfg(target_arch = "nvptx64")]

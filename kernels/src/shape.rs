@@ -62,8 +62,6 @@ pub trait TileShape {
     const STREAMED_BYTES: u32 = Self::COLUMNS * Self::ROW_BYTES;
     /// Dynamic shared memory of a forward block: the query tile and the ring.
     const FORWARD_BYTES: u32 = Self::OWNED_BYTES + Self::STAGES * Self::STREAMED_BYTES;
-    /// Dynamic shared memory of a block of standard attention: one tile of each side.
-    const STANDARD_BYTES: u32 = Self::OWNED_BYTES + Self::STREAMED_BYTES;
     /// Dynamic shared memory of a backward block: two owned tiles, and two stages of two streamed tiles with an lse and a
     /// delta a row.
     const BACKWARD_BYTES: u32 = 2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + 2 * 4 * Self::COLUMNS);
@@ -77,7 +75,7 @@ pub trait TileShape {
 }
 
 /// Whether the threads of a block, side by side along the rows, cover a tile in whole steps.
-const fn loads_evenly<S: TileShape>() -> bool {
+pub(crate) const fn loads_evenly<S: TileShape>() -> bool {
     let rows = S::THREADS / neighbours(S::ROW_BYTES);
     S::ROWS.is_multiple_of(rows) && S::COLUMNS.is_multiple_of(rows)
 }
@@ -151,6 +149,8 @@ macro_rules! simt_shape {
         };
     };
 }
+#[cfg(feature = "study")]
+pub(crate) use simt_shape;
 
 // Forward. 32 rows a warp up to head_dim 128: each key fragment read from shared memory then feeds two mma's, and shared
 // memory reads (128 bytes a clock) fall to half of what the tensor cores need. Past 128 the output alone would take 192
@@ -170,12 +170,6 @@ simt_shape!(ForwardF32D96, FORWARD_BYTES: 64 x 64, head_dim 96, warps 8, stages 
 simt_shape!(ForwardF32D128, FORWARD_BYTES: 64 x 64, head_dim 128, warps 8, stages 2);
 simt_shape!(ForwardF32D192, FORWARD_BYTES: 64 x 32, head_dim 192, warps 8, stages 2);
 simt_shape!(ForwardF32D256, FORWARD_BYTES: 32 x 32, head_dim 256, warps 4, stages 2);
-
-// The study of IO: one head_dim, ever more queries a block, so ever more SRAM and ever less traffic.
-simt_shape!(StudyM16, FORWARD_BYTES: 16 x 64, head_dim 64, warps 2, stages 2);
-simt_shape!(StudyM32, FORWARD_BYTES: 32 x 64, head_dim 64, warps 4, stages 2);
-simt_shape!(StudyM64, FORWARD_BYTES: 64 x 64, head_dim 64, warps 8, stages 2);
-simt_shape!(StudyM128, FORWARD_BYTES: 128 x 64, head_dim 64, warps 16, stages 2);
 
 // Backward. A block holds two owned tiles and two stages of two streamed ones, so 99 KiB bind sooner; a lane holds two
 // score tiles beside the gradients, so a warp owns 16 rows (32 spill with ptxas 13.5). One shape serves dQ and, with two

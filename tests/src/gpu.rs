@@ -76,7 +76,7 @@ impl Gpu {
         use sys::CUfunction_attribute::{
             CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, CU_FUNC_ATTRIBUTE_NUM_REGS,
         };
-        let module = Module(driver::load(entry.ptx).map_err(said)?);
+        let module = Module(driver::load(&entry.ptx()).map_err(said)?);
         // SAFETY: the module is loaded, and so is the function of it.
         let function = unsafe { driver::function(module.0, entry.name) }.map_err(said)?;
         let attribute = |which| {

@@ -2,20 +2,53 @@
 //! take and no more, and the bounds of the table.
 
 use std::collections::BTreeSet;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, QuerySumsParams, StandardParams,
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, QuerySumsParams,
 };
+use flash_attention_kernels::archive::Archive;
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, Pass};
 use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES};
+use flash_attention_kernels::study::{self, StandardParams};
 use flash_attention_tests::files::workspace;
 
-/// The instructions of a kernel, without comments and directives.
-fn instructions(entry: &Entry) -> impl Iterator<Item = &str> {
-    let lines = entry.ptx.lines().map(str::trim);
-    lines.filter(|line| !line.is_empty() && !line.starts_with("//") && !line.starts_with('.'))
+/// A row of a table and its text. Kernels of the study have no pass.
+struct Kernel {
+    entry: Entry<Option<Pass>>,
+    ptx: String,
 }
+
+impl Deref for Kernel {
+    type Target = Entry<Option<Pass>>;
+
+    fn deref(&self) -> &Entry<Option<Pass>> {
+        &self.entry
+    }
+}
+
+impl Kernel {
+    /// The instructions, without comments and directives.
+    fn instructions(&self) -> impl Iterator<Item = &str> {
+        let lines = self.ptx.lines().map(str::trim);
+        lines.filter(|line| !line.is_empty() && !line.starts_with("//") && !line.starts_with('.'))
+    }
+}
+
+/// Every kernel that is compiled, the study's too, inflated once for all tests.
+static KERNELS: LazyLock<Vec<Kernel>> = LazyLock::new(|| {
+    let product = ENTRIES.iter().map(|entry| Kernel {
+        entry: entry.with_pass(Some(entry.pass)),
+        ptx: entry.ptx(),
+    });
+    let study = study::KERNELS.iter().map(|kernel| Kernel {
+        entry: kernel.with_pass(None),
+        ptx: kernel.ptx(),
+    });
+    product.chain(study).collect()
+});
 
 fn files_below(folder: &Path, extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -32,8 +65,8 @@ fn files_below(folder: &Path, extension: &str) -> Vec<PathBuf> {
 
 #[test]
 fn nothing_leaves_the_registers_and_nothing_is_called() {
-    for entry in ENTRIES {
-        for line in instructions(entry) {
+    for entry in KERNELS.iter() {
+        for line in entry.instructions() {
             for word in [".local", "call", "trap", ".func", "brx", ".f64"] {
                 assert!(!line.contains(word), "{}: {line}", entry.name);
             }
@@ -45,9 +78,9 @@ fn nothing_leaves_the_registers_and_nothing_is_called() {
 }
 
 /// `mma.sync` m16n8k16 that one warp issues for one product of its rows, a streamed tile and head_dim.
-fn mma_of_one_product(entry: &Entry) -> u32 {
+fn mma_of_one_product(entry: &Kernel) -> u32 {
     let (owned, streamed) = match entry.pass {
-        Pass::BackwardKeys => (entry.block_n, entry.block_m),
+        Some(Pass::BackwardKeys) => (entry.block_n, entry.block_m),
         _ => (entry.block_m, entry.block_n),
     };
     let rows = owned / (entry.threads / 32);
@@ -58,26 +91,25 @@ fn mma_of_one_product(entry: &Entry) -> u32 {
 /// masks nothing.
 #[test]
 fn tensor_core_instructions_are_those_of_the_tiles() {
-    for entry in ENTRIES.iter().filter(|entry| entry.arch == Arch::Sm80) {
+    for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm80) {
         let products = match (entry.pass, entry.two_walks) {
-            (Pass::BackwardDelta, _) => 0,
-            (Pass::Forward | Pass::Study, _) => 2, // Q K^T, P V
-            (Pass::StandardSoftmax, _) => 0,
-            (Pass::StandardScores | Pass::StandardOutput, _) => 1,
-            (Pass::BackwardQueries, _) => 3,  // Q K^T, dO V^T, dS K
-            (Pass::BackwardKeys, false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
-            (Pass::BackwardKeys, true) => 5,  // K Q^T twice
-            (Pass::BackwardAll | Pass::BackwardFinish, _) => panic!("{} is not portable", entry.name),
+            (None, _) => 0, // the study's are f32
+            (Some(Pass::BackwardDelta), _) => 0,
+            (Some(Pass::Forward), _) => 2,          // Q K^T, P V
+            (Some(Pass::BackwardQueries), _) => 3,  // Q K^T, dO V^T, dS K
+            (Some(Pass::BackwardKeys), false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
+            (Some(Pass::BackwardKeys), true) => 5,  // K Q^T twice
+            (Some(Pass::BackwardAll | Pass::BackwardFinish), _) => panic!("{} is not portable", entry.name),
         };
         let bodies = match entry.pass {
-            Pass::BackwardKeys if !entry.causal => 1,
+            Some(Pass::BackwardKeys) if !entry.causal => 1,
             _ => 2,
         };
         let expected = match entry.dtype {
             Dtype::F32 => 0,
             Dtype::F16 | Dtype::Bf16 => bodies * products * mma_of_one_product(entry),
         };
-        let found: Vec<_> = instructions(entry).filter(|line| line.contains("mma.")).collect();
+        let found: Vec<_> = entry.instructions().filter(|line| line.contains("mma.")).collect();
         assert_eq!(found.len() as u32, expected, "{}", entry.name);
         let kind = match entry.dtype {
             Dtype::Bf16 => "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
@@ -95,27 +127,28 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
 /// loop of its own.
 #[test]
 fn warpgroup_products_are_those_of_the_tiles() {
-    for entry in ENTRIES.iter().filter(|entry| entry.arch == Arch::Sm90a) {
+    for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm90a) {
         let streamed = match entry.pass {
-            Pass::BackwardKeys | Pass::BackwardAll => entry.block_m,
+            Some(Pass::BackwardKeys | Pass::BackwardAll) => entry.block_m,
             _ => entry.block_n,
         };
         // Products of tiles in shared memory, along head_dim; and of registers with a tile, along its rows.
         let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
-            (Pass::Forward, _) => (2 + u32::from(entry.causal), 1, 1),
-            (Pass::BackwardQueries, _) => (2, 2, 1),
-            (Pass::BackwardKeys, true) => (1, 3, 2),
-            (Pass::BackwardAll, _) => (1, 2, 2),
-            (Pass::BackwardDelta | Pass::BackwardFinish, _) => (0, 0, 0),
+            (Some(Pass::Forward), _) => (2 + u32::from(entry.causal), 1, 1),
+            (Some(Pass::BackwardQueries), _) => (2, 2, 1),
+            (Some(Pass::BackwardKeys), true) => (1, 3, 2),
+            (Some(Pass::BackwardAll), _) => (1, 2, 2),
+            (Some(Pass::BackwardDelta | Pass::BackwardFinish), _) => (0, 0, 0),
             other => panic!("no kernel of {other:?} is compiled for Hopper"),
         };
         // A square of dQ, down the keys of both warpgroups.
-        let dq = if entry.pass == Pass::BackwardAll {
+        let dq = if entry.pass == Some(Pass::BackwardAll) {
             entry.block_n / 16
         } else {
             0
         };
-        let products: Vec<_> = instructions(entry)
+        let products: Vec<_> = entry
+            .instructions()
             .filter(|line| line.contains("wgmma.mma_async"))
             .collect();
         let dtype = entry.dtype.name();
@@ -147,7 +180,7 @@ fn warpgroup_products_are_those_of_the_tiles() {
 /// f32 is true f32: fused multiply-adds, and no type that is narrower.
 #[test]
 fn f32_kernels_compute_in_f32() {
-    for entry in ENTRIES.iter().filter(|entry| entry.dtype == Dtype::F32) {
+    for entry in KERNELS.iter().filter(|entry| entry.dtype == Dtype::F32) {
         assert!(entry.ptx.contains("fma.rn.f32"), "{}", entry.name);
         for word in [
             "tf32",
@@ -166,7 +199,7 @@ fn f32_kernels_compute_in_f32() {
 
 #[test]
 fn the_header_is_the_table() {
-    for entry in ENTRIES {
+    for entry in KERNELS.iter() {
         let has = |line: &str| {
             let lines = entry.ptx.lines().filter(|l| l.trim() == line).count();
             assert_eq!(lines, 1, "{}: {lines} lines are `{line}`", entry.name);
@@ -179,39 +212,28 @@ fn the_header_is_the_table() {
             0 => assert!(!entry.ptx.contains(".minnctapersm"), "{}", entry.name),
             blocks => has(&format!(".minnctapersm {blocks}")),
         }
+        let hopper = entry.arch == Arch::Sm90a;
         let bytes = match entry.pass {
-            Pass::Forward if entry.arch == Arch::Sm90a => size_of::<HopperForwardParams>(),
-            Pass::BackwardQueries | Pass::BackwardKeys if entry.arch == Arch::Sm90a => {
+            None if entry.name.starts_with("standard_") => size_of::<StandardParams>(),
+            Some(Pass::Forward) if hopper => size_of::<HopperForwardParams>(),
+            None | Some(Pass::Forward) => size_of::<ForwardParams>(),
+            Some(Pass::BackwardDelta | Pass::BackwardFinish) if hopper => size_of::<QuerySumsParams>(),
+            Some(Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardAll) if hopper => {
                 size_of::<HopperBackwardParams>()
             }
-            Pass::BackwardAll => size_of::<HopperBackwardParams>(),
-            Pass::BackwardDelta | Pass::BackwardFinish if entry.arch == Arch::Sm90a => size_of::<QuerySumsParams>(),
-            Pass::Forward | Pass::Study => size_of::<ForwardParams>(),
-            Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => size_of::<StandardParams>(),
-            Pass::BackwardDelta | Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardFinish => {
-                size_of::<BackwardParams>()
-            }
+            Some(_) => size_of::<BackwardParams>(),
         };
         // Tensor maps, which come first on Hopper, lie at multiples of 64 bytes.
         let align = if entry.arch == Arch::Sm90a { 64 } else { 8 };
         has(&format!(".param .align {align} .b8 {}_param_0[{bytes}]", entry.name));
         assert_eq!(entry.ptx.matches(".entry").count(), 1, "{}", entry.name);
-        let field = |name: &str| {
-            entry
-                .ptx
-                .lines()
-                .find_map(|line| line.strip_prefix(name))
-                .unwrap_or_default()
-        };
-        assert!(field("// rustc: ").starts_with("rustc 1."), "{}", entry.name);
-        assert_eq!(field("// source: ").len(), 64, "{}: a SHA-256 in hex", entry.name);
     }
 }
 
 /// Any driver from CUDA 12.0 on loads both versions.
 #[test]
 fn the_version_is_old_enough() {
-    for entry in ENTRIES {
+    for entry in KERNELS.iter() {
         let version = entry.ptx.lines().find_map(|line| line.strip_prefix(".version "));
         let expected = match entry.arch {
             Arch::Sm80 => "7.0",
@@ -221,34 +243,50 @@ fn the_version_is_old_enough() {
     }
 }
 
+/// Calls `check` with the name of each committed archive, and the archive.
+fn for_each_archive(mut check: impl FnMut(String, Archive<'_>)) {
+    for path in files_below(&workspace().join("kernels/ptx"), "lzma") {
+        let name = path.file_stem().expect("a file has a name").to_string_lossy();
+        let bytes = std::fs::read(&path).expect("a readable file");
+        check(name.into_owned(), Archive::parse(&bytes).expect("an archive"));
+    }
+}
+
 #[test]
 fn one_source_made_them_all() {
-    let sources: BTreeSet<_> = ENTRIES
-        .iter()
-        .flat_map(|entry| entry.ptx.lines().filter(|line| line.starts_with("// source: ")))
-        .collect();
+    let mut sources = BTreeSet::new();
+    for_each_archive(|name, archive| {
+        assert!(archive.rustc.starts_with("rustc 1."), "{name}: {}", archive.rustc);
+        assert_eq!(archive.source.len(), 64, "{name}: a SHA-256 in hex");
+        sources.insert(archive.source.to_owned());
+    });
     assert_eq!(sources.len(), 1, "{sources:?}");
 }
 
 #[test]
 fn files_and_table_are_the_same_set() {
-    let folder = workspace().join("kernels/ptx");
-    let files: BTreeSet<_> = files_below(&folder, "ptx")
-        .iter()
-        .map(|path| path.strip_prefix(&folder).expect("below it").with_extension(""))
-        .collect();
-    let table: BTreeSet<_> = ENTRIES
-        .iter()
-        .map(|entry| Path::new(entry.arch.name()).join(entry.name))
-        .collect();
-    assert_eq!(files, table);
-    assert_eq!(table.len(), ENTRIES.len(), "two entries of one name");
+    let mut packed = Vec::new();
+    for_each_archive(|arch, archive| packed.extend(archive.names().map(|name| (arch.clone(), name.to_owned()))));
+    let product = ENTRIES.iter().map(|entry| (entry.arch.name(), entry.name));
+    let study = study::KERNELS.iter().map(|kernel| ("study", kernel.name));
+    let table = product
+        .chain(study)
+        .map(|(archive, name)| (archive.to_owned(), name.to_owned()));
+    let table: BTreeSet<_> = table.collect();
+    assert_eq!(packed.len(), table.len(), "a kernel is packed twice");
+    assert_eq!(packed.into_iter().collect::<BTreeSet<_>>(), table);
+    let names: BTreeSet<_> = table.iter().map(|(_, name)| name).collect();
+    assert_eq!(
+        names.len(),
+        ENTRIES.len() + study::KERNELS.len(),
+        "two entries of one name"
+    );
 }
 
 /// What every card that runs a kernel grants: 99 KiB of shared memory from sm_80 on, 227 on Hopper.
 #[test]
 fn blocks_fit_every_card() {
-    for entry in ENTRIES {
+    for entry in KERNELS.iter() {
         let granted = match entry.arch {
             Arch::Sm80 => PORTABLE_SHARED_BYTES,
             Arch::Sm90a => HOPPER_SHARED_BYTES,

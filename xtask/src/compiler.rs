@@ -4,8 +4,8 @@
 //! rust-src`, or from Debian's packages. Both are stable compilers; `RUSTC_BOOTSTRAP` opens the few features the
 //! kernels need.
 
+use crate::table::Table;
 use crate::{Outcome, workspace};
-use flash_attention_kernels::entries::Arch;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -35,16 +35,16 @@ impl Compiler {
             })
     }
 
-    /// Compiles `kernels/` for `arch` and returns the PTX module.
-    pub fn compile(&self, arch: Arch) -> Outcome<String> {
-        let target = workspace().join("target/kernels").join(arch.name());
+    /// Compiles the kernels of a table and returns the PTX module.
+    pub fn compile(&self, table: &Table) -> Outcome<String> {
+        let target = workspace().join("target/kernels").join(table.name);
         let artifacts = target.join("nvptx64-nvidia-cuda/release/deps");
         // What an earlier run left is not what this one makes.
         let _ = std::fs::remove_dir_all(&artifacts);
         let status = Command::new(&self.cargo)
             .current_dir(workspace().join("kernels"))
             .args(["rustc", "--quiet", "--release", "--lib", "--crate-type", "cdylib"])
-            .args(["--features", arch.name()])
+            .args(["--features", table.name])
             .args([
                 "--target",
                 "nvptx64-nvidia-cuda",
@@ -53,7 +53,12 @@ impl Compiler {
                 "--emit=asm",
             ])
             // The .s of a fat-LTO cdylib is one finished module; there is nothing to link.
-            .args(["-C", "linker=/bin/true", "-C", &format!("target-cpu={}", arch.name())])
+            .args([
+                "-C",
+                "linker=/bin/true",
+                "-C",
+                &format!("target-cpu={}", table.arch.name()),
+            ])
             // Register arrays stay in registers only where every index is a constant after unrolling.
             .args(["-C", "llvm-args=-unroll-threshold=100000"])
             .env("RUSTC", &self.rustc)
@@ -72,7 +77,7 @@ impl Compiler {
             .status()
             .map_err(|e| format!("{}: {e}", self.cargo.display()))?;
         if !status.success() {
-            return Err(format!("compiling the kernels for {} failed ({status})", arch.name()));
+            return Err(format!("compiling the kernels of {} failed ({status})", table.name));
         }
         let assembly = find_assembly(&artifacts)?;
         crate::read(&assembly)

@@ -1,10 +1,13 @@
-//! Build tasks: `cargo xtask ptx [--check]`, `cargo xtask sass [--output FILE]`, `cargo xtask gpu-bundle`.
+//! Build tasks: `cargo xtask ptx [--check | --show NAME]`, `cargo xtask sass [--output FILE]`, `cargo xtask gpu-bundle`.
 
 mod bundle;
 mod compiler;
 mod module;
+mod pack;
 mod ptx;
 mod sass;
+mod source;
+mod table;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,8 +15,9 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 Usage: cargo xtask <TASK>
 
-  ptx                   compile kernels/ to kernels/ptx/<arch>/<entry>.ptx
-  ptx --check           compile afresh and fail if a committed file differs
+  ptx                   compile kernels/ to kernels/ptx, one compressed archive for each target and for the study
+  ptx --check           compile afresh and fail if a committed kernel differs
+  ptx --show NAME       print the committed PTX of one kernel
   sass [--output FILE]  assemble every kernel with ptxas; report registers, spills, stack and tensor-core
                         instructions; fail on a spill, a stack frame or a warning
   gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
@@ -29,6 +33,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["ptx"] => ptx::write(),
         ["ptx", "--check"] => ptx::check(),
+        ["ptx", "--show", name] => ptx::show(name),
         ["sass"] => sass::report(None),
         ["sass", "--output", file] => sass::report(Some(Path::new(file))),
         ["gpu-bundle", "--check", folder] => bundle::check(Path::new(folder)),
@@ -59,7 +64,7 @@ fn workspace() -> PathBuf {
         .to_owned()
 }
 
-/// The folder of the compiled kernels.
+/// The folder of the archives of compiled kernels.
 fn ptx_folder() -> PathBuf {
     workspace().join("kernels/ptx")
 }

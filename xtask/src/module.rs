@@ -4,10 +4,11 @@
 //! can be added from the table of entries. Without them ptxas would have to allow for 1024 threads a block.
 
 use crate::Outcome;
-use flash_attention_kernels::entries::{Arch, Entry};
+use crate::table::Row;
+use flash_attention_kernels::entries::Arch;
 
 /// The module that holds `entry` alone, cut out of the compiler's `module`.
-pub fn extract(module: &str, entry: &Entry) -> Outcome<String> {
+pub fn extract(module: &str, entry: &Row) -> Outcome<String> {
     let name = entry.name;
     let header = lines_between(module, ".version", ".address_size").ok_or("the module has no header")?;
     let shared = module
@@ -25,6 +26,7 @@ pub fn extract(module: &str, entry: &Entry) -> Outcome<String> {
         .filter(|line| is_code(line))
         .flat_map(|l| [l, "\n"])
         .collect();
+    let instructions = own_labels(&instructions);
     if instructions.contains("call") {
         return Err(format!("{name} calls a function, which its file would lack"));
     }
@@ -45,6 +47,16 @@ fn parameters(list: &str, arch: Arch) -> String {
         Arch::Sm80 => list.to_owned(),
         Arch::Sm90a => list.replace(".param .align 8 ", ".param .align 64 "),
     }
+}
+
+/// A kernel's code with labels `$L__BB_2` for `$L__BB11_2`: the compiler numbers the functions of a module, and a kernel would
+/// change with what is compiled beside it.
+fn own_labels(code: &str) -> String {
+    let mut parts = code.split("$L__BB");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |code, part| {
+        code + "$L__BB" + part.trim_start_matches(|c: char| c.is_ascii_digit())
+    })
 }
 
 /// Whether a line is worth keeping: the compiler's remarks around inline assembly double a kernel's length.
@@ -71,4 +83,16 @@ pub fn signature(module: &str) -> Option<&str> {
     let start = module.find(".entry ")?;
     let end = module[start..].find(')')?;
     Some(&module[start..=start + end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_do_not_count_functions() {
+        let code = "\t@%p1 bra \t$L__BB11_2;\n$L__BB11_2:\n\tadd.s32 %r11, %r1, 2;\n";
+        assert_eq!(own_labels(code), code.replace("BB11_", "BB_"));
+        assert_eq!(own_labels("ret;"), "ret;");
+    }
 }

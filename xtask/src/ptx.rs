@@ -1,156 +1,149 @@
-//! `cargo xtask ptx`: the committed PTX, written and checked.
+//! `cargo xtask ptx`: the committed kernels, written, checked and shown.
 
 use crate::compiler::Compiler;
-use crate::{Outcome, module, ptx_folder, read, workspace};
-use flash_attention_kernels::entries::{Arch, ENTRIES, Entry};
-use sha2::{Digest, Sha256};
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use crate::table::{Table, tables};
+use crate::{Outcome, module, pack, ptx_folder, source};
+use flash_attention_kernels::archive::Archive;
+use rayon::prelude::*;
+use std::path::PathBuf;
+
+const REMEDY: &str = "run `cargo xtask ptx` and commit the result";
 
 /// Compiles every kernel and writes `kernels/ptx`, which holds nothing else afterwards.
 pub fn write() -> Outcome {
     let compiler = Compiler::find()?;
-    let hash = source_hash()?;
-    let files = compile(&compiler, &hash)?;
-    let _ = std::fs::remove_dir_all(ptx_folder());
-    for (path, text) in &files {
-        let folder = path.parent().expect("a file lies in a folder");
-        std::fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-        std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+    let source = source::hash()?;
+    let compiled = compile(&compiler)?;
+    let folder = ptx_folder();
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    for (table, kernels) in &compiled {
+        let path = table.path();
+        let archive = pack::archive(&compiler.version, &source, kernels)?;
+        std::fs::write(&path, &archive).map_err(|e| format!("{}: {e}", path.display()))?;
+        let text: usize = kernels.iter().map(|(_, text)| text.len()).sum();
+        println!(
+            "{}: {} kernels, {text} bytes in {}, by {}",
+            path.display(),
+            kernels.len(),
+            archive.len(),
+            compiler.version
+        );
     }
-    println!(
-        "{} kernels written to {}, by {}",
-        files.len(),
-        ptx_folder().display(),
-        compiler.version
-    );
     Ok(())
 }
 
-/// Compiles every kernel and compares with what is committed. By the compiler that made the files, to the letter; by
+/// Compiles every kernel and compares with what is committed. By the compiler that made the archives, to the letter; by
 /// another, the hash of the sources, the set of entries and their parameters.
 pub fn check() -> Outcome {
     let compiler = Compiler::find()?;
-    let hash = source_hash()?;
-    let files = compile(&compiler, &hash)?;
-    let expected: BTreeSet<PathBuf> = files.iter().map(|(path, _)| path.clone()).collect();
-    let committed = committed_files(&ptx_folder())?;
-    if let Some(path) = expected.symmetric_difference(&committed).next() {
-        return Err(format!(
-            "{}: in the table of entries or in kernels/ptx, but not in both; {REMEDY}",
-            path.display()
-        ));
+    // Before the minutes that compiling takes.
+    let source = source::hash()?;
+    for table in tables() {
+        table.committed()?.check(&table, &source)?;
     }
-    let mut other_compiler = None;
-    for (path, fresh) in &files {
-        let committed = read(path)?;
-        let made_by = header_field(&committed, "rustc").unwrap_or_default();
-        if header_field(&committed, "source") != Some(&hash) {
-            return Err(format!(
-                "{}: made from other sources than kernels/src holds; {REMEDY}",
-                path.display()
-            ));
+    for (table, kernels) in compile(&compiler)? {
+        let committed = table.committed()?;
+        let archive = committed.archive()?;
+        let same_compiler = archive.rustc == compiler.version;
+        for (name, fresh) in &kernels {
+            let text = committed.text(name)?;
+            let same = if same_compiler {
+                text == *fresh
+            } else {
+                module::signature(&text) == module::signature(fresh)
+            };
+            if !same {
+                return Err(format!(
+                    "{name}: differs from what {} makes; {REMEDY}",
+                    compiler.version
+                ));
+            }
         }
-        let same = if made_by == compiler.version {
-            committed == *fresh
+        let (count, name, version) = (kernels.len(), table.name, &compiler.version);
+        if same_compiler {
+            println!("{name}: {count} kernels are what {version} makes of kernels/src, to the letter");
         } else {
-            other_compiler = Some(made_by.to_owned());
-            module::signature(&committed) == module::signature(fresh)
-        };
-        if !same {
-            return Err(format!(
-                "{}: differs from what {} makes; {REMEDY}",
-                path.display(),
-                compiler.version
-            ));
+            println!(
+                "{name}: {count} kernels have the same sources, entries and parameters; the text was not compared, since {} \
+                 made it and {version} is here",
+                archive.rustc
+            );
         }
-    }
-    match other_compiler {
-        None => println!(
-            "{} kernels are what {} makes of kernels/src, to the letter",
-            files.len(),
-            compiler.version
-        ),
-        Some(made_by) => println!(
-            "{} kernels: same sources, entries and parameters; the text was not compared, since {made_by} made it and {} \
-             is here",
-            files.len(),
-            compiler.version
-        ),
     }
     Ok(())
 }
 
-const REMEDY: &str = "run `cargo xtask ptx` and commit the result";
+/// Prints the committed PTX of one kernel.
+pub fn show(name: &str) -> Outcome {
+    let tables = tables();
+    let table = tables
+        .iter()
+        .find(|table| table.rows.iter().any(|row| row.name == name));
+    let table = table.ok_or_else(|| format!("no table of kernels has {name}"))?;
+    print!("{}", table.committed()?.text(name)?);
+    Ok(())
+}
 
-/// Every file of `kernels/ptx` and its text.
-fn compile(compiler: &Compiler, hash: &str) -> Outcome<Vec<(PathBuf, String)>> {
-    let mut files = Vec::new();
-    for &arch in Arch::ALL {
-        let compiled = compiler.compile(arch)?;
-        for entry in ENTRIES.iter().filter(|entry| entry.arch == arch) {
-            let kernel = module::extract(&compiled, entry)?;
-            let header = format!(
-                "// Generated by `cargo xtask ptx` from kernels/src; do not edit.\n// rustc: {}\n// source: {hash}\n",
-                compiler.version
-            );
-            files.push((path_of(entry), header + &kernel));
+/// A kernel's name and its PTX.
+pub type Kernel = (&'static str, String);
+
+/// Compiles the kernels of every table, all tables at once; each table's kernels in its order.
+fn compile(compiler: &Compiler) -> Outcome<Vec<(Table, Vec<Kernel>)>> {
+    let compiled = tables().into_par_iter().map(|table| {
+        let module = compiler.compile(&table)?;
+        let kernels = table
+            .rows
+            .iter()
+            .map(|row| Ok((row.name, module::extract(&module, row)?)));
+        let kernels = kernels.collect::<Outcome<_>>()?;
+        Ok((table, kernels))
+    });
+    compiled.collect()
+}
+
+/// An archive as it is committed.
+pub struct Committed {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl Table {
+    fn path(&self) -> PathBuf {
+        ptx_folder().join(self.name).with_extension("lzma")
+    }
+
+    /// Reads the archive of this table's kernels.
+    pub fn committed(&self) -> Outcome<Committed> {
+        let path = self.path();
+        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}; {REMEDY}", path.display()))?;
+        Ok(Committed { path, bytes })
+    }
+}
+
+impl Committed {
+    fn archive(&self) -> Outcome<Archive<'_>> {
+        Archive::parse(&self.bytes).map_err(|e| self.fault(e))
+    }
+
+    /// Inflates the PTX of one kernel.
+    pub fn text(&self, name: &str) -> Outcome<String> {
+        self.archive()?.text(name).map_err(|e| self.fault(e))
+    }
+
+    /// Refuses an archive of other sources or kernels.
+    fn check(&self, table: &Table, source: &str) -> Outcome {
+        let archive = self.archive()?;
+        if archive.source != source {
+            return Err(self.fault("made from other sources than kernels/src holds"));
         }
-    }
-    Ok(files)
-}
-
-/// Where the kernel's PTX is committed.
-pub fn path_of(entry: &Entry) -> PathBuf {
-    ptx_folder()
-        .join(entry.arch.name())
-        .join(entry.name)
-        .with_extension("ptx")
-}
-
-/// The value of `// field: value` in a file's header.
-fn header_field<'a>(text: &'a str, field: &str) -> Option<&'a str> {
-    text.lines()
-        .take_while(|line| line.starts_with("//"))
-        .find_map(|line| line.strip_prefix("// ")?.strip_prefix(field)?.strip_prefix(": "))
-}
-
-/// SHA-256 over the paths and contents of all that the kernels are compiled from.
-fn source_hash() -> Outcome<String> {
-    let root = workspace().join("kernels");
-    let mut sources = files_below(&root.join("src"))?;
-    sources.insert(root.join("Cargo.toml"));
-    let mut hasher = Sha256::new();
-    for path in sources {
-        let name = path
-            .strip_prefix(&root)
-            .expect("collected below it")
-            .to_string_lossy()
-            .replace('\\', "/");
-        let text = read(&path)?;
-        hasher.update(format!("{name}\n{}\n", text.len()));
-        hasher.update(text);
-    }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-fn committed_files(folder: &Path) -> Outcome<BTreeSet<PathBuf>> {
-    if folder.exists() {
-        files_below(folder)
-    } else {
-        Ok(BTreeSet::new())
-    }
-}
-
-fn files_below(folder: &Path) -> Outcome<BTreeSet<PathBuf>> {
-    let mut files = BTreeSet::new();
-    for item in std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))? {
-        let path = item.map_err(|e| format!("{}: {e}", folder.display()))?.path();
-        if path.is_dir() {
-            files.append(&mut files_below(&path)?);
-        } else {
-            files.insert(path);
+        if !archive.names().eq(table.rows.iter().map(|row| row.name)) {
+            return Err(self.fault("holds other kernels than its table"));
         }
+        Ok(())
     }
-    Ok(files)
+
+    fn fault(&self, what: impl std::fmt::Display) -> String {
+        format!("{}: {what}; {REMEDY}", self.path.display())
+    }
 }

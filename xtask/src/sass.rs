@@ -4,8 +4,10 @@
 //! for. So is, on Hopper, a main loop with other products than its tiles ask for, or with more instructions beside them than
 //! [`most_others`] allows.
 
-use crate::{Outcome, make_executable, ptx::path_of, read, workspace};
-use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
+use crate::ptx::Committed;
+use crate::table::{Row, tables};
+use crate::{Outcome, make_executable, workspace};
+use flash_attention_kernels::entries::{Arch, Pass};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -23,7 +25,7 @@ fn targets(arch: Arch) -> &'static [&'static str] {
 
 /// One kernel, assembled for one card.
 struct Assembled {
-    entry: &'static Entry,
+    entry: Row,
     target: &'static str,
     registers: u32,
     spilled: u32,
@@ -38,14 +40,18 @@ struct Assembled {
 pub fn report(output: Option<&Path>) -> Outcome {
     let ptxas = tool("ptxas")?;
     let nvdisasm = tool("nvdisasm")?;
-    let work: Vec<_> = ENTRIES
-        .iter()
-        .flat_map(|e| targets(e.arch).iter().map(move |&target| (e, target)))
-        .collect();
-    let assembled = work
-        .par_iter()
-        .map(|(entry, target)| assemble(&ptxas, &nvdisasm, entry, target))
-        .collect::<Outcome<Vec<_>>>()?;
+    let (mut assembled, mut kernels) = (Vec::new(), 0);
+    for table in tables() {
+        let committed = table.committed()?;
+        let work: Vec<_> = (table.rows.iter())
+            .flat_map(|row| targets(row.arch).iter().map(move |&target| (*row, target)))
+            .collect();
+        let outcomes = work
+            .into_par_iter()
+            .map(|(row, target)| assemble(&ptxas, &nvdisasm, &committed, row, target));
+        assembled.extend(outcomes.collect::<Outcome<Vec<_>>>()?);
+        kernels += table.rows.len();
+    }
     let table = table(&assembled);
     print!("{table}");
     if let Some(path) = output {
@@ -55,7 +61,7 @@ pub fn report(output: Option<&Path>) -> Outcome {
     if faults.is_empty() {
         println!(
             "{} kernels, {} assemblies: no stack, no spill, no warning; main loops on Hopper as computed from the tiles",
-            ENTRIES.len(),
+            kernels,
             assembled.len()
         );
         Ok(())
@@ -76,8 +82,8 @@ fn fault(kernel: &Assembled) -> Option<String> {
     } else if kernel.entry.arch == Arch::Sm90a {
         let fault = main_loop_fault(
             &kernel.loops,
-            &products_of_step(kernel.entry),
-            most_others(kernel.entry),
+            &products_of_step(&kernel.entry),
+            most_others(&kernel.entry),
         );
         fault.map(|fault| format!("{name}: {fault}"))
     } else {
@@ -89,17 +95,17 @@ fn fault(kernel: &Assembled) -> Option<String> {
 /// 16 deep. One number for each walk of the kernel; none if it does not multiply.
 ///
 /// ptxas 13 neither rotates nor unrolls these loops, so each is found in the code as one loop with exactly its step.
-fn products_of_step(entry: &Entry) -> Vec<u32> {
+fn products_of_step(entry: &Row) -> Vec<u32> {
     let (head_dim, queries, keys) = (entry.head_dim / 16, entry.block_m / 16, entry.block_n / 16);
     match entry.pass {
         // Q K^T along head_dim, P V along keys.
-        Pass::Forward => vec![head_dim + keys],
+        Some(Pass::Forward) => vec![head_dim + keys],
         // Q K^T, dO V^T; dS K.
-        Pass::BackwardQueries => vec![2 * head_dim + keys],
+        Some(Pass::BackwardQueries) => vec![2 * head_dim + keys],
         // K Q^T, V dO^T, dS^T Q; then K Q^T again, P^T dO.
-        Pass::BackwardKeys => vec![2 * head_dim + queries, head_dim + queries],
+        Some(Pass::BackwardKeys) => vec![2 * head_dim + queries, head_dim + queries],
         // K Q^T, V dO^T; P^T dO, dS^T Q; a square of dS K along all keys.
-        Pass::BackwardAll => vec![2 * head_dim + 2 * queries + keys],
+        Some(Pass::BackwardAll) => vec![2 * head_dim + 2 * queries + keys],
         _ => vec![],
     }
 }
@@ -112,20 +118,20 @@ fn products_of_step(entry: &Entry) -> Vec<u32> {
 /// for 16 products, 22 each. Ours has 28.8, 31 % more: some 65 instructions on uniform registers, which make descriptors of
 /// tiles, then barriers and waits. At head_dim 64 it is 320 for 12, 26.7 each, and ours has 34.5, 29 % more.
 /// FlashAttention-3 does the same arithmetic; what it has beside that was not counted.
-fn most_others(entry: &Entry) -> f64 {
+fn most_others(entry: &Row) -> f64 {
     match (entry.pass, entry.head_dim) {
-        (Pass::Forward, 64) => 36.5,
-        (Pass::Forward, 96) => 34.0,
-        (Pass::Forward, 128) => 30.5,
-        (Pass::Forward, 192) => 26.0,
-        (Pass::Forward, 256) => 22.5,
-        (Pass::BackwardQueries, 192) => 10.5,
-        (Pass::BackwardQueries, 256) => 8.5,
-        (Pass::BackwardKeys, 192) => 15.5,
-        (Pass::BackwardKeys, 256) => 11.5,
-        (Pass::BackwardAll, 64) => 27.5,
-        (Pass::BackwardAll, 96) => 19.5,
-        (Pass::BackwardAll, 128) => 17.5,
+        (Some(Pass::Forward), 64) => 36.5,
+        (Some(Pass::Forward), 96) => 34.0,
+        (Some(Pass::Forward), 128) => 30.5,
+        (Some(Pass::Forward), 192) => 26.0,
+        (Some(Pass::Forward), 256) => 22.5,
+        (Some(Pass::BackwardQueries), 192) => 10.5,
+        (Some(Pass::BackwardQueries), 256) => 8.5,
+        (Some(Pass::BackwardKeys), 192) => 15.5,
+        (Some(Pass::BackwardKeys), 256) => 11.5,
+        (Some(Pass::BackwardAll), 64) => 27.5,
+        (Some(Pass::BackwardAll), 96) => 19.5,
+        (Some(Pass::BackwardAll), 128) => 17.5,
         // A tile without a limit must get one; what does not multiply needs none.
         _ => 0.0,
     }
@@ -166,11 +172,17 @@ impl Loop {
     }
 }
 
-fn assemble(ptxas: &Path, nvdisasm: &Path, entry: &'static Entry, target: &'static str) -> Outcome<Assembled> {
+fn assemble(
+    ptxas: &Path,
+    nvdisasm: &Path,
+    committed: &Committed,
+    entry: Row,
+    target: &'static str,
+) -> Outcome<Assembled> {
     let folder = workspace().join("target/sass").join(target);
     std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let source = path_of(entry);
-    read(&source)?;
+    let source = folder.join(entry.name).with_extension("ptx");
+    std::fs::write(&source, committed.text(entry.name)?).map_err(|e| format!("{}: {e}", source.display()))?;
     let cubin = folder.join(entry.name).with_extension("cubin");
     let log = run(Command::new(ptxas)
         .args(["-v", "-arch", target])
@@ -425,17 +437,15 @@ mod tests {
     #[test]
     fn products_follow_from_tiles() {
         let steps = |name: &str| {
-            let entry = ENTRIES.iter().find(|entry| entry.name == name);
-            let entry = Entry {
+            let rows: Vec<_> = tables().into_iter().flat_map(|table| table.rows).collect();
+            let row = rows.into_iter().find(|row| row.name == name);
+            let row = Row {
                 head_dim: 64,
                 block_m: 64,
                 block_n: 128,
-                ..*entry.expect("in the table")
+                ..row.expect("in a table")
             };
-            (
-                products_of_step(&entry),
-                products_of_step(&Entry { head_dim: 128, ..entry }),
-            )
+            (products_of_step(&row), products_of_step(&Row { head_dim: 128, ..row }))
         };
         assert_eq!(steps("hopper_forward_f16_d64"), (vec![12], vec![16]));
         assert_eq!(steps("hopper_backward_queries_f16_d256"), (vec![16], vec![24]));

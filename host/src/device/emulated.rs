@@ -78,7 +78,7 @@ impl Emulated {
         if let Some(module) = modules.get(entry.name) {
             return Ok(module.clone());
         }
-        let module = Arc::new(Module::parse(entry.ptx, &format!("{}.ptx", entry.name))?);
+        let module = Arc::new(Module::parse(&entry.ptx(), &format!("{}.ptx", entry.name))?);
         modules.insert(entry.name, module.clone());
         Ok(module)
     }

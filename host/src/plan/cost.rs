@@ -114,7 +114,7 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch) -> (u128,
             (keys + walks * streamed(whole), keys + heads_q * whole * dq_row)
         }
         Pass::BackwardFinish => (heads_q * padded_q * dq_row, heads_q * seqlen_q * row),
-        Pass::Forward | Pass::Study | Pass::StandardScores | Pass::StandardSoftmax | Pass::StandardOutput => (0, 0),
+        Pass::Forward => (0, 0),
     }
 }
 

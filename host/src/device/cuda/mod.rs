@@ -201,7 +201,7 @@ impl Cuda {
         }
         let function = self
             .calls
-            .load(self.queue, entry.ptx, entry.name, entry.shared_bytes)
+            .load(self.queue, &entry.ptx(), entry.name, entry.shared_bytes)
             .map_err(self.launch_error(entry))?;
         functions.insert(entry.name, function);
         Ok(function)

@@ -1,0 +1,32 @@
+//! A device that the build leaves out is an error that says so, and one that it has is there.
+
+use flash_attention::Device;
+use flash_attention::error::{CudaUnavailable, Error};
+
+#[test]
+fn emulated_gpus_are_there_or_left_out() {
+    for text in ["emulator:sm_90a", "emulator:sm_80"] {
+        match text.parse::<Device>() {
+            Ok(device) => assert!(cfg!(feature = "emulator"), "{device}"),
+            Err(error) => {
+                assert!(!cfg!(feature = "emulator"), "{error}");
+                assert!(
+                    matches!(&error, Error::NotBuilt { device, feature: "emulator" } if device == text),
+                    "{error}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn gpus_are_left_out_where_the_feature_is() {
+    let left_out = matches!(
+        Device::cuda(0),
+        Err(Error::CudaUnavailable {
+            reason: CudaUnavailable::NotBuilt
+        })
+    );
+    assert_eq!(left_out, !cfg!(feature = "cuda"));
+    assert!(Device::best().is_ok());
+}

@@ -15,6 +15,7 @@ pub mod drawn;
 pub mod files;
 pub mod gpu;
 mod gradients;
+pub mod house;
 mod layout;
 pub mod micro;
 pub mod refusals;

@@ -1,10 +1,10 @@
 //! Integer, logic, shift, compare and select instructions.
 
 use super::modifiers::Modifiers;
-use super::op::{Alu, BoolOp, Carry, Int1, Int2, Int3, Op, Packed};
 use super::operand::{count, operand};
-use super::types::{IntTy, Pred, SINK, Slot, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{IntTy, Pred, SINK, Slot, Ty};
+use crate::isa::{Alu, BoolOp, Carry, Int1, Int2, Int3, Op, Packed};
 use crate::numeric::integer::{Permute, Video, VideoMode};
 use crate::parse::ast::{Instruction, Operand};
 

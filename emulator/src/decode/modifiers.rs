@@ -3,8 +3,8 @@
 //! Decoding takes the modifiers it understands; whatever is left at the end makes the instruction
 //! unknown. Nothing is ever ignored by accident.
 
-use super::types::Ty;
 use super::{Failure, fail};
+use crate::isa::types::Ty;
 use crate::numeric::{IntegerRounding, Rounding};
 
 pub(crate) struct Modifiers<'a> {

@@ -4,11 +4,11 @@ use super::warp::Warp;
 use super::{Actor, Cluster, Write, is_narrow};
 use crate::check::global_race::Who;
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::Instr;
-use crate::decode::types::{Addr, Order, Space};
 use crate::error::Error;
+use crate::isa::Instr;
+use crate::isa::types::{Addr, Order, Space};
+use crate::isa::window;
 use crate::memory::global::Outside;
-use crate::memory::window;
 use crate::report::FindingKind;
 
 /// Where an access landed.

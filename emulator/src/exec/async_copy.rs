@@ -7,8 +7,8 @@ use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step, Write};
 use crate::check::shared_race::Engine;
-use crate::decode::op::{AsyncOp, Instr};
-use crate::decode::types::{Addr, Order, Pred, Slot};
+use crate::isa::types::{Addr, Order, Pred, Slot};
+use crate::isa::{AsyncOp, Instr};
 use crate::schedule::Landing;
 
 /// One lane's copy of up to 16 bytes.

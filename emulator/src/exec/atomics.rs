@@ -3,8 +3,8 @@
 use super::access::{Access, Target, effective};
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{AtomicOp, AtomicTy, Instr, Memory};
-use crate::decode::types::{FloatTy, IntTy, Order};
+use crate::isa::types::{FloatTy, IntTy, Order};
+use crate::isa::{AtomicOp, AtomicTy, Instr, Memory};
 use crate::numeric::Rounding;
 use crate::numeric::float16::{self, Half, HalfMode};
 use crate::numeric::float32::{self, Mode};

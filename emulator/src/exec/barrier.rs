@@ -3,8 +3,8 @@
 use super::warp::{Wait, Warp};
 use super::{Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
-use crate::decode::op::{BarrierOp, BarrierRed, Instr};
-use crate::decode::types::{Pred, Slot};
+use crate::isa::types::{Pred, Slot};
+use crate::isa::{BarrierOp, BarrierRed, Instr};
 use crate::report::FindingKind;
 
 /// Barriers a block has.

@@ -2,11 +2,11 @@
 
 use super::warp::{Frame, Group, Lanes, Wait, Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{CallTarget, Control, Instr, Passed};
-use crate::decode::types::{PRED_TRUE, Slot};
 use crate::error::Error;
+use crate::isa::types::{PRED_TRUE, Slot};
+use crate::isa::{CallTarget, Control, Instr, Passed};
+use crate::isa::{Preload, Special};
 use crate::memory::local;
-use crate::module::{Preload, Special};
 
 /// Function addresses: far from any memory, one step an index.
 pub(crate) const FUNCTION_BASE: u64 = 0x5_0000_0000;
@@ -39,7 +39,7 @@ impl<'m> Cluster<'m> {
                 Ok(Flow::Moved)
             }
             Control::Trap => Err(Error::Trap {
-                file: self.ctx.module.file().to_owned(),
+                file: self.ctx.program.source.file.clone(),
                 line: instr.line,
                 block: self.block_name(warp.cta),
                 warp: warp.index,
@@ -162,7 +162,7 @@ impl<'m> Cluster<'m> {
                     let same = lanes(left).filter(|lane| row[*lane] == first);
                     let same = same.fold(0, |m, lane| m | 1 << lane);
                     let index = first.wrapping_sub(FUNCTION_BASE) / FUNCTION_STEP;
-                    let known = first >= FUNCTION_BASE && (index as usize) < self.ctx.module.functions.len();
+                    let known = first >= FUNCTION_BASE && (index as usize) < self.ctx.program.functions.len();
                     if !known {
                         return Err(self.fault(warp, instr.line, format!("call of {first:#x}, which is no function")));
                     }
@@ -195,7 +195,7 @@ impl<'m> Cluster<'m> {
         mask: u32,
         args: &[Passed],
     ) -> Result<(), Error> {
-        let function = &self.ctx.module.functions[callee as usize];
+        let function = &self.ctx.program.functions[callee as usize];
         if !function.has_body {
             let message = format!("call of `{}`, which this module does not define", function.name);
             return Err(self.fault(warp, instr.line, message));
@@ -246,10 +246,10 @@ impl<'m> Cluster<'m> {
             return self.exit(warp, mask);
         };
         let (function, call_pc, base) = (frame.function, frame.call_pc, frame.base);
-        let returns = &self.ctx.module.functions[function as usize].returns;
+        let returns = &self.ctx.program.functions[function as usize].returns;
         let caller_function = warp.frame_at(caller).function;
-        let call = &self.ctx.module.functions[caller_function as usize].code[call_pc as usize];
-        if let crate::decode::op::Op::Control(Control::Call { returns: to, .. }) = &call.op {
+        let call = &self.ctx.program.functions[caller_function as usize].code[call_pc as usize];
+        if let crate::isa::Op::Control(Control::Call { returns: to, .. }) = &call.op {
             for (from, to) in returns.iter().zip(to.iter()) {
                 let row = match from {
                     Passed::Register { slot } => Some(*warp.frame_at(group.frame).row(*slot)),
@@ -297,7 +297,7 @@ impl<'m> Cluster<'m> {
         mask: u32,
         caller: Option<(u32, u32)>,
     ) -> Option<Box<Frame>> {
-        let decoded = &self.ctx.module.functions[function as usize];
+        let decoded = &self.ctx.program.functions[function as usize];
         let mut base = [0; 32];
         for lane in lanes(mask) {
             let start = warp.local_top[lane].next_multiple_of(decoded.frame_align);

@@ -8,8 +8,8 @@ use super::warp::{Wait, Warp, lanes};
 use super::{Actor, Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{Instr, MbarrierOp, Phase};
-use crate::decode::types::{Addr, Slot};
+use crate::isa::types::{Addr, Slot};
+use crate::isa::{Instr, MbarrierOp, Phase};
 use crate::report::FindingKind;
 
 /// Largest arrival count, and largest transaction count either way.

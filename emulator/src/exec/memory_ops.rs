@@ -5,8 +5,8 @@ use super::alu::truncate;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
 use crate::counters::{sectors, wavefronts};
-use crate::decode::op::{Instr, Memory};
-use crate::decode::types::{Addr, Order, Slot, Space};
+use crate::isa::types::{Addr, Order, Slot, Space};
+use crate::isa::{Instr, Memory};
 
 /// Bytes of the widest store (`st.v8.b32`, `st.v4.b64`), and then some.
 const MAX_STORE: usize = 64;

@@ -30,15 +30,15 @@ use crate::check::clock::{Clock, Knowledge};
 use crate::check::global_race::GlobalShadow;
 use crate::check::shared_race::{ENGINES, Engine, SharedShadow, Site};
 use crate::counters::Counters;
-use crate::decode::op::{Alu, Counter, Instr, Op};
-use crate::decode::types::Space;
 use crate::error::Error;
-use crate::launch::Launch;
+use crate::isa::types::Space;
+use crate::isa::window;
+use crate::isa::{Alu, Counter, Instr, Op};
 use crate::memory::global::View;
 use crate::memory::shared::SharedMemory;
-use crate::memory::window;
-use crate::module::Module;
+use crate::program::Program;
 use crate::report::{Finding, FindingKind, Findings};
+use crate::request::Launch;
 use crate::schedule::{Rng, Temper};
 
 pub(crate) use barrier::BARRIERS;
@@ -48,11 +48,10 @@ pub(crate) use control::function_address;
 use mbarrier::Mbarrier;
 pub(crate) use memory_ops::may_be_global;
 use warp::Warp;
-pub(crate) use wmma::operand_named;
 
 /// What all blocks of a launch share.
 pub(crate) struct Context<'m> {
-    pub module: &'m Module,
+    pub program: &'m Program,
     pub launch: &'m Launch<'m>,
     pub entry: u32,
     pub checks: Checks,
@@ -165,7 +164,7 @@ impl<'m> Cluster<'m> {
         let group = warp.groups[warp.current];
         let frame = warp.frame();
         let function = frame.function as usize;
-        let instr: &'m Instr = &ctx.module.functions[function].code[group.pc as usize];
+        let instr: &'m Instr = &ctx.program.functions[function].code[group.pc as usize];
         let mut mask = group.mask;
         if let Some(guard) = instr.guard {
             mask &= frame.pred(guard);
@@ -297,7 +296,7 @@ impl<'m> Cluster<'m> {
     }
 
     pub fn line_at(&self, site: Site) -> u32 {
-        let function = self.ctx.module.functions.get(site.function as usize);
+        let function = self.ctx.program.functions.get(site.function as usize);
         let instr = function.and_then(|f| f.code.get(site.pc as usize));
         instr.map_or(0, |i| i.line)
     }
@@ -311,13 +310,13 @@ impl<'m> Cluster<'m> {
         at: (Option<usize>, Option<u64>),
         message: impl FnOnce() -> String,
     ) {
-        let module = self.ctx.module;
+        let source = &self.ctx.program.source;
         let block = self.ctas[actor.cta].coordinates;
         self.findings.add(kind, line, || Finding {
             kind,
-            file: module.file().to_owned(),
+            file: source.file.clone(),
             line,
-            text: module.line(line),
+            text: source.line(line),
             block,
             warp: actor.warp,
             lane: at.0.map(|lane| lane as u32),
@@ -336,7 +335,7 @@ impl<'m> Cluster<'m> {
     /// Ends the launch: there is no sensible way to go on.
     pub fn fault(&self, warp: &Warp, line: u32, message: impl Into<String>) -> Error {
         Error::Fault {
-            file: self.ctx.module.file().to_owned(),
+            file: self.ctx.program.source.file.clone(),
             line,
             message: message.into(),
             block: self.block_name(warp.cta),
@@ -362,7 +361,7 @@ impl<'m> Cluster<'m> {
                 Err(Error::Runaway {
                     limit,
                     executed,
-                    file: self.ctx.module.file().to_owned(),
+                    file: self.ctx.program.source.file.clone(),
                     line,
                     block: self.block_name(warp.cta),
                 })

@@ -5,8 +5,8 @@ use super::memory_ops::Touched;
 use super::warp::{FULL, Warp, lanes};
 use super::wmma::gather;
 use super::{Cluster, Flow, Step, warp_ops};
-use crate::decode::op::{AsyncOp, BarrierOp, Instr, Op, TensorOp, WarpOp};
-use crate::decode::types::{Addr, Order, Slot};
+use crate::isa::types::{Addr, Order, Slot};
+use crate::isa::{AsyncOp, BarrierOp, Instr, Op, TensorOp, WarpOp};
 use crate::report::FindingKind;
 use crate::tensor::matrix::{self, Matrix};
 

@@ -5,9 +5,9 @@ use super::Cluster;
 use super::access::{Access, Target, effective};
 use super::bulk::access_of;
 use super::warp::Warp;
-use crate::decode::op::Instr;
-use crate::decode::types::{Addr, Order, Slot};
 use crate::error::Error;
+use crate::isa::Instr;
+use crate::isa::types::{Addr, Order, Slot};
 use crate::report::FindingKind;
 use crate::tensor::tensor_map::{Field, TENSOR_MAP_BYTES, TensorMap};
 

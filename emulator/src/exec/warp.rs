@@ -3,7 +3,7 @@
 //! Lanes that stand at the same instruction of the same frame form a [`Group`] and execute together. A divergent
 //! branch splits a group; groups that meet again merge. Usually there is one group, and nothing is looked up.
 
-use crate::decode::types::{PRED_TRUE, Pred, Slot};
+use crate::isa::types::{PRED_TRUE, Pred, Slot};
 use crate::memory::local::LocalMemory;
 
 use super::async_copy::LaneCopies;

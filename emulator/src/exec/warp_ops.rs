@@ -3,8 +3,8 @@
 use super::alu::truncate;
 use super::warp::{Lanes, Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{Instr, ReduxOp, ShflMode, VoteMode, WarpOp};
-use crate::decode::types::Slot;
+use crate::isa::types::Slot;
+use crate::isa::{Instr, ReduxOp, ShflMode, VoteMode, WarpOp};
 use crate::report::FindingKind;
 
 /// The row that holds the member mask of an instruction that has one.

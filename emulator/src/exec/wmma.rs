@@ -4,10 +4,10 @@ use super::access::{Access, effective};
 use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{Instr, WmmaOp};
-use crate::decode::types::{Order, Slot};
+use crate::isa::types::{Order, Slot};
+use crate::isa::{Instr, WmmaOp};
 use crate::tensor::mma::{Fragment, MAX_REGISTERS};
-use crate::tensor::wmma::{Operand, Wmma};
+use crate::tensor::wmma::Wmma;
 
 impl<'m> Cluster<'m> {
     pub(super) fn wmma(&mut self, warp: &mut Warp, instr: &Instr, op: &WmmaOp, mask: u32) -> Step {
@@ -97,15 +97,4 @@ pub(super) fn gather(warp: &Warp, slots: &[Slot]) -> Fragment {
         }
     }
     fragment
-}
-
-/// The operand a `wmma.load` names, or `wmma.store`'s.
-pub(crate) fn operand_named(word: &str) -> Option<Operand> {
-    match word {
-        "a" => Some(Operand::A),
-        "b" => Some(Operand::B),
-        "c" => Some(Operand::C),
-        "d" => Some(Operand::D),
-        _ => None,
-    }
 }

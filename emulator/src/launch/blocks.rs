@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::Launch;
 use crate::check::shared_race::SharedShadow;
 use crate::counters::Counters;
 use crate::error::Error;
 use crate::exec::warp::Warp;
 use crate::exec::{Cluster, Context, Cta};
 use crate::memory::shared::SharedMemory;
-use crate::module::Module;
+use crate::program::Program;
 use crate::report::{Findings, Report};
+use crate::request::Launch;
 use crate::schedule::{Rng, Temper, Turns};
 
 /// What a cluster's run leaves.
@@ -94,7 +94,7 @@ impl Merge {
         Self {
             findings: Findings::new(context.max_findings),
             counters: Counters::default(),
-            counts: blank_counts(context.module),
+            counts: blank_counts(context.program),
             early: HashMap::new(),
             next: 0,
             error: None,
@@ -123,13 +123,13 @@ impl Merge {
         if let Some((_, error)) = self.error {
             return Err(error);
         }
-        let module = context.module;
-        for (function, counts) in module.functions.iter().zip(&self.counts) {
+        let program = context.program;
+        for (function, counts) in program.functions.iter().zip(&self.counts) {
             for (instr, [warps, lanes]) in function.code.iter().zip(counts) {
                 if *warps == 0 {
                     continue;
                 }
-                let name = &module.names[instr.name as usize];
+                let name = &program.names[instr.name as usize];
                 let entry = self.counters.opcodes.entry(name.clone()).or_default();
                 entry.warp += warps;
                 entry.thread += lanes;
@@ -146,8 +146,8 @@ impl Merge {
     }
 }
 
-fn blank_counts(module: &Module) -> Vec<Vec<[u64; 2]>> {
-    module.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
+fn blank_counts(program: &Program) -> Vec<Vec<[u64; 2]>> {
+    program.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
 }
 
 /// Host memory that a cluster takes while it runs, roughly: its shared memory and the shadow of it.
@@ -233,7 +233,7 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
         tick: 0,
         findings: Findings::new(context.max_findings),
         counters: Counters::default(),
-        counts: blank_counts(context.module),
+        counts: blank_counts(context.program),
         known,
         steps,
         released: HashMap::new(),

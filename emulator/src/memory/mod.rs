@@ -7,7 +7,6 @@
 pub(crate) mod global;
 pub(crate) mod local;
 pub(crate) mod shared;
-pub(crate) mod window;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

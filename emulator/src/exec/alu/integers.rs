@@ -1,9 +1,9 @@
 //! Integer operations, lane by lane.
 
 use super::{map, map2, map3, truncate};
-use crate::decode::op::{Alu, Carry, Int1, Int2, Int3, Packed};
-use crate::decode::types::{IntTy, Slot};
 use crate::exec::warp::{Frame, lanes};
+use crate::isa::types::{IntTy, Slot};
+use crate::isa::{Alu, Carry, Int1, Int2, Int3, Packed};
 use crate::numeric::integer::{self, MulPart, Overflow};
 
 pub(super) fn int1(f: &mut Frame, mask: u32, op: Int1, ty: IntTy, d: Slot, a: Slot) {

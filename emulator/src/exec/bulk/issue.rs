@@ -3,13 +3,13 @@
 use super::{End, Pending, Piece};
 use crate::check::clock::Knowledge;
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{AsyncOp, AtomicTy, Completion, Instr, Op, Reduction};
-use crate::decode::types::{Addr, FloatTy, IntTy, Order, Slot, Space};
 use crate::error::Error;
 use crate::exec::Cluster;
 use crate::exec::access::{Access, Target, effective};
 use crate::exec::warp::Warp;
-use crate::memory::window;
+use crate::isa::types::{Addr, FloatTy, IntTy, Order, Slot, Space};
+use crate::isa::window;
+use crate::isa::{AsyncOp, AtomicTy, Completion, Instr, Op, Reduction};
 use crate::report::FindingKind;
 use crate::schedule::Landing;
 use crate::tensor::tensor_map::{ElementType, TILE_ALIGNMENT};

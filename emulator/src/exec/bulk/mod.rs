@@ -15,7 +15,7 @@ use super::warp::{Warp, lanes};
 use super::{Actor, Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
 use crate::check::shared_race::Engine;
-use crate::decode::op::{AsyncOp, AtomicOp, AtomicTy, Instr, Reduction};
+use crate::isa::{AsyncOp, AtomicOp, AtomicTy, Instr, Reduction};
 use crate::schedule::Landing;
 use crate::tensor::tensor_map::{ElementType, Fill};
 

@@ -1,10 +1,10 @@
 //! Whose registers are whose while products are in flight: what a product owns until it is waited for may not be touched.
 
 use super::Cluster;
-use crate::decode::op::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA};
-use crate::decode::types::Slot;
 use crate::error::Error;
 use crate::exec::warp::Warp;
+use crate::isa::types::Slot;
+use crate::isa::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA};
 use crate::report::FindingKind;
 
 /// Rows of registers that a product holds.

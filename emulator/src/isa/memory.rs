@@ -1,6 +1,6 @@
 //! Loads, stores, atomics, fences, and asynchronous copies.
 
-use crate::decode::types::{Addr, FloatTy, IntTy, Order, Pred, Slot};
+use super::types::{Addr, FloatTy, IntTy, Order, Pred, Slot};
 use crate::tensor::tensor_map::Field;
 
 #[derive(Debug, Clone)]

@@ -1,6 +1,6 @@
 //! Generic addresses: each state space has a window, global memory is everything else.
 
-use crate::decode::types::Space;
+use super::types::Space;
 
 /// First generic address of shared memory. A shared address has the block's rank within its cluster, plus one, in
 /// the bits from [`RANK_SHIFT`] when it comes from `mapa`; zero there means the executing block.

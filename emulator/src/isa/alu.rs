@@ -1,6 +1,6 @@
 //! Operations of one lane: registers to registers.
 
-use crate::decode::types::{FloatMode, FloatTy, IntTy, Pred, Slot, Space};
+use super::types::{FloatMode, FloatTy, IntTy, Pred, Slot, Space};
 use crate::numeric::cvt::{CvtMode, Fp8, NarrowMode, PackType, Scalar};
 use crate::numeric::float16::Half;
 use crate::numeric::float32::Property;

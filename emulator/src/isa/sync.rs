@@ -1,6 +1,6 @@
 //! Operations across lanes and warps: shuffles, votes, barriers, mbarriers.
 
-use crate::decode::types::{Addr, Pred, Slot};
+use super::types::{Addr, Pred, Slot};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ShflMode {

@@ -17,6 +17,7 @@ mod memory;
 mod modifiers;
 mod operand;
 mod scope;
+mod video;
 mod warp;
 mod wmma;
 

@@ -18,6 +18,7 @@
 //! | [`cvt`] | every `cvt`, and `cvt.pack` |
 //! | [`integer`] | integer arithmetic, carries, dot products |
 //! | [`bits`] | bit counting, bit fields, prmt, shifts, lop3 |
+//! | [`video`] | scalar video instructions (`vadd`, `vset`, `vmad`, …) |
 
 pub mod approx;
 pub mod bits;
@@ -29,5 +30,6 @@ pub mod format;
 pub mod integer;
 pub mod minmax;
 pub mod round;
+pub mod video;
 
 pub use round::{IntegerRounding, Rounding};

@@ -127,6 +127,8 @@ pub(crate) enum Operand<'a> {
     F64(u64),
     /// `!p`
     Not(Box<Operand<'a>>),
+    /// `-r` of a register (`vmad`)
+    Negative(Box<Operand<'a>>),
     /// `{a, b, …}`
     Vector(Vec<Operand<'a>>),
     /// `[base + offset]`, with `{c0, …}` coordinates for tensor copies.

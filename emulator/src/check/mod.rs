@@ -2,6 +2,7 @@
 
 pub(crate) mod clock;
 pub(crate) mod global_race;
+pub(crate) mod guess;
 pub(crate) mod shared_race;
 
 /// Which checks are on. The accesses themselves stay safe for the host whatever is switched off: an access outside

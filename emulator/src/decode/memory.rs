@@ -148,6 +148,7 @@ impl<'a> Decoder<'_, 'a> {
             signed: ty.signed(),
             dst_bits,
             dsts: dsts.iter().map(|d| d.slot).collect(),
+            guess: false,
         }))
     }
 

@@ -23,8 +23,8 @@ mod wmma;
 
 use std::collections::HashMap;
 
-use crate::isa::types::{PRED_SINK, PRED_TRUE, Pred, SINK, Slot};
-use crate::isa::{self, Instr, Op, Preload};
+use crate::isa::types::{Order, PRED_SINK, PRED_TRUE, Pred, SINK, Slot};
+use crate::isa::{self, AtomicOp, Instr, Memory, Op, Preload};
 use crate::parse::ast::{self, Instruction, Statement};
 use crate::program::{Function, Program, Source, Unknown};
 use modifiers::Modifiers;
@@ -284,6 +284,7 @@ impl<'s, 'a> Decoder<'s, 'a> {
                 _ => {}
             }
         }
+        mark_guesses(&mut self.out.code);
         self.out.directives = parsed.directives;
         self.out.has_body = parsed.body.is_some();
         self.out
@@ -315,5 +316,26 @@ impl<'s, 'a> Decoder<'s, 'a> {
             slot: PRED_TRUE,
             negated: false,
         }
+    }
+}
+
+/// Marks the ordinary loads that a compare-and-swap on the same address register and offset follows in the text, with no
+/// write of that register in between.
+fn mark_guesses(code: &mut [Instr]) {
+    // Address registers and offsets of the compare-and-swaps below the line that is looked at.
+    let mut swapped: Vec<(Slot, i64)> = Vec::new();
+    for instr in code.iter_mut().rev() {
+        match &mut instr.op {
+            Op::Memory(Memory::Atomic {
+                op: AtomicOp::Cas,
+                addr,
+                ..
+            }) => swapped.push((addr.base, addr.offset)),
+            Op::Memory(Memory::Load { addr, order, guess, .. }) if *order == Order::Weak => {
+                *guess = swapped.contains(&(addr.base, addr.offset));
+            }
+            _ => {}
+        }
+        swapped.retain(|(base, _)| !instr.writes.contains(base));
     }
 }

@@ -1,13 +1,14 @@
 //! From an address to the bytes: finding the memory, and the checks every access passes.
 
 use super::warp::Warp;
-use super::{Actor, Cluster, Write, is_narrow};
+use super::{Cluster, Write, is_narrow};
 use crate::check::global_race::Who;
+use crate::check::guess::Location;
 use crate::check::shared_race::{Engine, Site};
 use crate::error::Error;
-use crate::isa::Instr;
 use crate::isa::types::{Addr, Order, Space};
 use crate::isa::window;
+use crate::isa::{Instr, Memory, Op};
 use crate::memory::global::Outside;
 use crate::report::FindingKind;
 
@@ -34,21 +35,6 @@ pub(crate) struct Access {
     pub align: u64,
     pub write: bool,
 }
-
-/// An ordinary read that races with an atomic update by another block, unless the reader's block updates the location
-/// in its turn, as a compare-and-swap loop does that begins with an ordinary read.
-#[derive(Debug)]
-pub(crate) struct Guess {
-    cta: usize,
-    address: u64,
-    actor: Actor,
-    lane: usize,
-    line: u32,
-    message: String,
-}
-
-/// Guesses that are remembered; further ones are findings at once.
-const MAX_GUESSES: usize = 1 << 12;
 
 /// The address a lane's base register and the instruction's offset make.
 #[inline]
@@ -206,7 +192,11 @@ impl<'m> Cluster<'m> {
                 let range = (at, access.bytes);
                 let lane = Some(access.lane);
                 let silent = !bytes.is_empty() && self.ctas[cta].shared.holds(at, bytes);
-                let write = if silent { Write::Silent } else { access.write.into() };
+                let write = match &instr.op {
+                    Op::Memory(Memory::Atomic { .. }) => Write::Update,
+                    _ if silent => Write::Silent,
+                    _ => access.write.into(),
+                };
                 self.watch_shared(warp.id, agent, actor, site, cta, range, write, lane);
                 if order.is_strong() {
                     self.release_shared(warp.id, cta, at as u64);
@@ -251,8 +241,7 @@ impl<'m> Cluster<'m> {
             update: atomic,
         };
         if atomic {
-            self.guesses
-                .retain(|g| g.cta != warp.cta || g.address != access.address);
+            self.guesses.updated(who.block, Location::Global(access.address));
         }
         let conflict = shadow.access(allocation, at, access.bytes, access.write, who, stored);
         if let Some(conflict) = conflict {
@@ -268,28 +257,12 @@ impl<'m> Cluster<'m> {
                     conflict.line
                 )
             };
-            if conflict.guess && self.guesses.len() < MAX_GUESSES {
-                self.guesses.push(Guess {
-                    cta: warp.cta,
-                    address: access.address,
-                    actor,
-                    lane: access.lane,
-                    line: instr.line,
-                    message: message(),
-                });
+            if conflict.guess {
+                let read = (self.site(warp), who.block, Location::Global(access.address));
+                self.report_guess(FindingKind::GlobalRace, instr.line, actor, place, read, message);
             } else {
                 self.report(FindingKind::GlobalRace, instr.line, actor, place, message);
             }
-        }
-    }
-
-    /// At the end: reads of what other blocks update, after which the reader updated nothing.
-    pub fn report_guesses(&mut self) {
-        for guess in std::mem::take(&mut self.guesses) {
-            let place = (Some(guess.lane), Some(guess.address));
-            self.report(FindingKind::GlobalRace, guess.line, guess.actor, place, || {
-                guess.message
-            });
         }
     }
 

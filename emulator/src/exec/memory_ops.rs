@@ -39,6 +39,7 @@ impl<'m> Cluster<'m> {
                 signed,
                 dst_bits,
                 dsts,
+                guess: _,
             } => {
                 let extend = signed.then_some(*dst_bits);
                 self.load(warp, instr, mask, addr, *order, *bytes, extend, dsts)

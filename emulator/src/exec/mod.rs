@@ -28,15 +28,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::check::Checks;
 use crate::check::clock::{Clock, Knowledge};
 use crate::check::global_race::GlobalShadow;
+use crate::check::guess::{Guesses, Location};
 use crate::check::shared_race::{ENGINES, Engine, SharedShadow, Site};
 use crate::counters::Counters;
 use crate::error::Error;
 use crate::isa::types::Space;
 use crate::isa::window;
-use crate::isa::{Alu, Counter, Instr, Op};
+use crate::isa::{Alu, Counter, Instr, Memory, Op};
 use crate::memory::global::View;
 use crate::memory::shared::SharedMemory;
-use crate::program::Program;
+use crate::program::{Program, Source};
 use crate::report::{Finding, FindingKind, Findings};
 use crate::request::Launch;
 use crate::schedule::{Rng, Temper};
@@ -111,7 +112,7 @@ pub(crate) struct Cluster<'m> {
     /// What strong operations left at shared addresses.
     pub released: HashMap<(usize, u64), Knowledge>,
     /// Reads that may turn out to be races.
-    pub guesses: Vec<access::Guess>,
+    pub guesses: Guesses,
     pub barrier: ClusterBarrier,
     pub bulk: BulkQueue,
     pub warps_per_cta: usize,
@@ -141,6 +142,8 @@ pub(crate) enum Write {
     Yes,
     /// It writes the very bytes that were there.
     Silent,
+    /// It updates them atomically.
+    Update,
 }
 
 impl From<bool> for Write {
@@ -310,19 +313,34 @@ impl<'m> Cluster<'m> {
         at: (Option<usize>, Option<u64>),
         message: impl FnOnce() -> String,
     ) {
-        let source = &self.ctx.program.source;
-        let block = self.ctas[actor.cta].coordinates;
-        self.findings.add(kind, line, || Finding {
-            kind,
-            file: source.file.clone(),
-            line,
-            text: source.line(line),
-            block,
-            warp: actor.warp,
-            lane: at.0.map(|lane| lane as u32),
-            address: at.1,
-            message: message(),
+        self.findings.add(kind, line, || {
+            let block = self.ctas[actor.cta].coordinates;
+            finding(&self.ctx.program.source, block, kind, line, actor, at, message())
         });
+    }
+
+    /// A race of `reader`, which read at `site`: a finding unless the read proves to be the first guess of a
+    /// compare-and-swap loop.
+    pub fn report_guess(
+        &mut self,
+        kind: FindingKind,
+        line: u32,
+        actor: Actor,
+        at: (Option<usize>, Option<u64>),
+        read: (Site, u32, Location),
+        message: impl FnOnce() -> String,
+    ) {
+        let (site, reader, location) = read;
+        let function = self.ctx.program.functions.get(site.function as usize);
+        let instr = function.and_then(|f| f.code.get(site.pc as usize));
+        if matches!(instr.map(|i| &i.op), Some(Op::Memory(Memory::Load { guess: true, .. }))) {
+            return;
+        }
+        let block = self.ctas[actor.cta].coordinates;
+        let found = finding(&self.ctx.program.source, block, kind, line, actor, at, message());
+        if let Some(found) = self.guesses.add(site, reader, location, found) {
+            self.findings.add(kind, line, || found);
+        }
     }
 
     pub fn actor(&self, warp: &Warp) -> Actor {
@@ -382,6 +400,28 @@ impl<'m> Cluster<'m> {
             }
         });
         (known.collect(), vec![1; agents])
+    }
+}
+
+fn finding(
+    source: &Source,
+    block: [u32; 3],
+    kind: FindingKind,
+    line: u32,
+    actor: Actor,
+    at: (Option<usize>, Option<u64>),
+    message: String,
+) -> Finding {
+    Finding {
+        kind,
+        file: source.file.clone(),
+        line,
+        text: source.line(line),
+        block,
+        warp: actor.warp,
+        lane: at.0.map(|lane| lane as u32),
+        address: at.1,
+        message,
     }
 }
 

@@ -13,6 +13,8 @@ pub(crate) enum Memory {
         signed: bool,
         dst_bits: u32,
         dsts: Box<[Slot]>,
+        /// An ordinary read that a compare-and-swap on the same address follows: a first guess, which may race.
+        guess: bool,
     },
     Store {
         addr: Addr,

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::check::guess::{AllGuesses, Guesses};
 use crate::check::shared_race::SharedShadow;
 use crate::counters::Counters;
 use crate::error::Error;
@@ -18,6 +19,7 @@ use crate::schedule::{Rng, Temper, Turns};
 /// What a cluster's run leaves.
 struct Outcome {
     findings: Findings,
+    guesses: Guesses,
     counters: Counters,
     counts: Vec<Vec<[u64; 2]>>,
     result: Result<(), Error>,
@@ -84,7 +86,9 @@ struct Merge {
     findings: Findings,
     counters: Counters,
     counts: Vec<Vec<[u64; 2]>>,
-    early: HashMap<usize, Findings>,
+    guesses: AllGuesses,
+    max_findings: usize,
+    early: HashMap<usize, (Findings, Guesses)>,
     next: usize,
     error: Option<(usize, Error)>,
 }
@@ -95,6 +99,8 @@ impl Merge {
             findings: Findings::new(context.max_findings),
             counters: Counters::default(),
             counts: blank_counts(context.program),
+            guesses: AllGuesses::default(),
+            max_findings: context.max_findings,
             early: HashMap::new(),
             next: 0,
             error: None,
@@ -112,9 +118,10 @@ impl Merge {
         {
             self.error = Some((index, error));
         }
-        self.early.insert(index, outcome.findings);
-        while let Some(findings) = self.early.remove(&self.next) {
+        self.early.insert(index, (outcome.findings, outcome.guesses));
+        while let Some((findings, guesses)) = self.early.remove(&self.next) {
             self.findings.merge(findings);
+            self.guesses.merge(guesses, self.max_findings);
             self.next += 1;
         }
     }
@@ -122,6 +129,9 @@ impl Merge {
     fn finish(mut self, context: &Context<'_>) -> Result<Report, Error> {
         if let Some((_, error)) = self.error {
             return Err(error);
+        }
+        for findings in std::mem::take(&mut self.guesses).finish() {
+            self.findings.merge(findings);
         }
         let program = context.program;
         for (function, counts) in program.functions.iter().zip(&self.counts) {
@@ -181,10 +191,10 @@ impl<'m> Resident<'m> {
         }
     }
 
-    fn end(mut self, result: Result<(), Error>) -> (usize, Outcome) {
-        self.cluster.report_guesses();
+    fn end(self, result: Result<(), Error>) -> (usize, Outcome) {
         let outcome = Outcome {
             findings: self.cluster.findings,
+            guesses: self.cluster.guesses,
             counters: self.cluster.counters,
             counts: self.cluster.counts,
             result,
@@ -237,7 +247,7 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
         known,
         steps,
         released: HashMap::new(),
-        guesses: Vec::new(),
+        guesses: Guesses::default(),
         barrier: Default::default(),
         bulk: Default::default(),
         warps_per_cta,

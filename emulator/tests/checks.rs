@@ -45,16 +45,6 @@ fn use_after_free() {
     assert_eq!(report.total_findings, 32);
 }
 
-#[test]
-fn uninitialized() {
-    let read = "ld.shared.u32 %r4, [tile];";
-    let mended = format!("mov.u32 %r4, 0;\nst.shared.u32 [tile], %r4;\n{read}");
-    caught(&ONE_WARP, FindingKind::Uninitialized, read, &mended);
-    let local = ".local .align 4 .b8 depot[16];\nld.local.u32 %r4, [depot];";
-    let mended = ".local .align 4 .b8 depot[16];\nst.local.u32 [depot], %r1;\nld.local.u32 %r4, [depot];";
-    caught(&ONE_WARP, FindingKind::Uninitialized, local, mended);
-}
-
 /// Each thread writes its word and reads its neighbour's across the warp boundary.
 fn exchange(between: &str) -> String {
     format!(

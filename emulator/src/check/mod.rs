@@ -1,6 +1,7 @@
 //! The checks: observers of what the executor does to memory and of how threads meet.
 
 pub(crate) mod clock;
+pub(crate) mod definedness;
 pub(crate) mod global_race;
 pub(crate) mod guess;
 pub(crate) mod shared_race;

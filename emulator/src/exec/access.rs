@@ -159,7 +159,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// The checks on an access whose memory was found: initialised, and not racing.
+    /// Watches an access whose memory was found for races.
     #[inline]
     pub fn observe(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target, order: Order, site: Site) {
         self.observe_store(warp, instr, access, target, order, site, &[]);
@@ -179,9 +179,6 @@ impl<'m> Cluster<'m> {
         bytes: &[u8],
     ) {
         let checks = self.ctx.checks;
-        if !access.write && checks.uninitialized {
-            self.check_initialized(warp, instr, access, target);
-        }
         match target {
             Target::Shared { cta, at } if checks.shared_races => {
                 if order.is_strong() {
@@ -263,32 +260,6 @@ impl<'m> Cluster<'m> {
             } else {
                 self.report(FindingKind::GlobalRace, instr.line, actor, place, message);
             }
-        }
-    }
-
-    fn check_initialized(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target) {
-        let bytes = access.bytes;
-        let (space, missing) = match target {
-            Target::Global { allocation, at } => {
-                let memory = &self.ctx.view.allocations[allocation];
-                ("global", memory.first_uninitialized(at, bytes).map(|m| m - at))
-            }
-            Target::Shared { cta, at } => {
-                let memory = &self.ctas[cta].shared;
-                ("shared", memory.first_uninitialized(at, bytes).map(|m| m - at))
-            }
-            Target::Local { at } => {
-                let untouched = warp.local.untouched(access.lane, at, bytes);
-                ("local", untouched.then_some(0))
-            }
-            Target::Param { .. } => return,
-        };
-        if let Some(missing) = missing {
-            let actor = self.actor(warp);
-            let at = (Some(access.lane), Some(access.address));
-            self.report(FindingKind::Uninitialized, instr.line, actor, at, || {
-                format!("read of {bytes} bytes of {space} memory, of which byte {missing} was never written")
-            });
         }
     }
 }

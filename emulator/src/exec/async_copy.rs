@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use super::access::{Access, Target, effective};
+use super::bulk::End;
 use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step, Write};
@@ -23,6 +24,7 @@ pub(crate) struct Copy {
     landed: bool,
     /// Step of the warp's copy engine.
     step: u32,
+    line: u32,
 }
 
 /// Copies of each lane that were not waited for: those of no group yet, and the groups, oldest first.
@@ -152,6 +154,7 @@ impl<'m> Cluster<'m> {
                 landing,
                 landed: false,
                 step,
+                line: instr.line,
             };
             if landing.due(self.tick) {
                 self.land(&mut copy);
@@ -173,6 +176,14 @@ impl<'m> Cluster<'m> {
             self.ctx.view.allocations[allocation].copy_out(at, &mut bytes[..len]);
         }
         self.ctas[copy.cta].shared.write(copy.at, &bytes[..copy.bytes]);
+        if let Some((allocation, at, len)) = copy.source {
+            self.copy_undefined(
+                End::Global(allocation, at),
+                End::Shared(copy.cta, copy.at),
+                len,
+                copy.line,
+            );
+        }
         self.counters.shared_written_bytes += copy.bytes as u64;
         copy.landed = true;
     }

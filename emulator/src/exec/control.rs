@@ -2,11 +2,13 @@
 
 use super::warp::{Frame, Group, Lanes, Wait, Warp, lanes};
 use super::{Cluster, Flow, Step};
+use crate::check::definedness::Row;
 use crate::error::Error;
 use crate::isa::types::{PRED_TRUE, Slot};
 use crate::isa::{CallTarget, Control, Instr, Passed};
 use crate::isa::{Preload, Special};
 use crate::memory::local;
+use crate::memory::origin::{Origin, bits_of_bytes, bytes_of_bits};
 
 /// Function addresses: far from any memory, one step an index.
 pub(crate) const FUNCTION_BASE: u64 = 0x5_0000_0000;
@@ -210,17 +212,18 @@ impl<'m> Cluster<'m> {
         };
         frame.call_pc = group.pc;
         let caller_base = warp.frame_at(group.frame).base;
+        let call = self.ctx.checks.uninitialized.then_some(instr.line);
         for (arg, formal) in args.iter().zip(&function.formals) {
             let caller = match &warp.frames[group.frame as usize] {
                 Some(caller) => caller,
                 None => continue,
             };
             let row = match arg {
-                Passed::Register { slot } => Some(*caller.row(*slot)),
+                Passed::Register { slot } => Some((*caller.row(*slot), undefined_row(caller, *slot))),
                 Passed::Bytes { .. } => None,
             };
             let bases = (&caller_base, &frame.base.clone());
-            pass(warp, mask, (*arg, row), *formal, bases, &mut frame);
+            pass(warp, (mask, call), (*arg, row), *formal, bases, &mut frame);
         }
         let index = place(warp, frame);
         let part = Group {
@@ -249,17 +252,21 @@ impl<'m> Cluster<'m> {
         let returns = &self.ctx.program.functions[function as usize].returns;
         let caller_function = warp.frame_at(caller).function;
         let call = &self.ctx.program.functions[caller_function as usize].code[call_pc as usize];
+        let line = self.ctx.checks.uninitialized.then_some(call.line);
         if let crate::isa::Op::Control(Control::Call { returns: to, .. }) = &call.op {
             for (from, to) in returns.iter().zip(to.iter()) {
                 let row = match from {
-                    Passed::Register { slot } => Some(*warp.frame_at(group.frame).row(*slot)),
+                    Passed::Register { slot } => {
+                        let frame = warp.frame_at(group.frame);
+                        Some((*frame.row(*slot), undefined_row(frame, *slot)))
+                    }
                     Passed::Bytes { .. } => None,
                 };
                 let Some(mut target) = warp.frames[caller as usize].take() else {
                     continue;
                 };
                 let to_base = target.base;
-                pass(warp, mask, (*from, row), *to, (&base, &to_base), &mut target);
+                pass(warp, (mask, line), (*from, row), *to, (&base, &to_base), &mut target);
                 warp.frames[caller as usize] = Some(target);
             }
         }
@@ -327,6 +334,7 @@ impl<'m> Cluster<'m> {
             } else {
                 Vec::new()
             },
+            shadow: None,
         });
         for (slot, preload) in &decoded.preloads {
             let row = self.preload(warp, *preload, &base);
@@ -420,15 +428,22 @@ pub(crate) fn place(warp: &mut Warp, frame: Box<Frame>) -> u32 {
     }
 }
 
-/// Copies an argument or a result between two frames. Bytes lie in local memory, at the bases of their frames.
+/// The undefined bits of a register, if there are any.
+fn undefined_row(frame: &Frame, slot: Slot) -> Option<Row> {
+    frame.shadow.as_ref().map(|shadow| *shadow.row(slot))
+}
+
+/// Copies an argument or a result between two frames, for the lanes of a mask and at the line of the call (no line if
+/// undefined values are not followed). Bytes lie in local memory, at the bases of their frames.
 fn pass(
     warp: &mut Warp,
-    mask: u32,
-    from: (Passed, Option<Lanes>),
+    of: (u32, Option<u32>),
+    from: (Passed, Option<(Lanes, Option<Row>)>),
     to: Passed,
     bases: (&Lanes, &Lanes),
     target: &mut Frame,
 ) {
+    let (mask, line) = of;
     for lane in lanes(mask) {
         match (from, to) {
             ((Passed::Bytes { offset: a, size }, _), Passed::Bytes { offset: b, size: room }) => {
@@ -439,19 +454,41 @@ fn pass(
             ((Passed::Bytes { offset, size }, _), Passed::Register { slot }) => {
                 let from = bases.0[lane] as usize + offset as usize;
                 let n = (size as usize).min(8);
-                if from + n <= warp.local.len(lane) {
-                    target.row_mut(slot)[lane] = warp.local.load(lane, from, n);
+                if from + n > warp.local.len(lane) {
+                    continue;
+                }
+                target.row_mut(slot)[lane] = warp.local.load(lane, from, n);
+                let missing = (0..n).filter(|i| warp.local.first_uninitialized(lane, from + i, 1).is_some());
+                let missing = missing.fold(0, |m: u8, i| m | 1 << i);
+                if let Some(line) = line
+                    && (missing != 0 || target.shadow.is_some())
+                {
+                    let fresh = Origin { line, computed: false };
+                    let origin = warp.local.origin(lane, from, n).unwrap_or(fresh);
+                    target.set_undefined(slot, lane, bits_of_bytes(missing), origin);
                 }
             }
-            ((Passed::Register { .. }, Some(row)), Passed::Bytes { offset, size }) => {
+            ((Passed::Register { .. }, Some((row, undefined))), Passed::Bytes { offset, size }) => {
                 let to = bases.1[lane] as usize + offset as usize;
                 let n = (size as usize).min(8);
-                if to + n <= warp.local.len(lane) {
-                    warp.local.store(lane, to, n, row[lane]);
+                if to + n > warp.local.len(lane) {
+                    continue;
+                }
+                warp.local.store(lane, to, n, row[lane]);
+                if let Some(undefined) = undefined {
+                    let bytes = bytes_of_bits(undefined.bits[lane]);
+                    for index in (0..n).filter(|i| bytes >> i & 1 != 0) {
+                        warp.local.unmark(lane, to + index, undefined.origin[lane]);
+                    }
                 }
             }
-            ((Passed::Register { .. }, Some(row)), Passed::Register { slot }) => {
+            ((Passed::Register { .. }, Some((row, undefined))), Passed::Register { slot }) => {
                 target.row_mut(slot)[lane] = row[lane];
+                let undefined = undefined.map(|u| (u.bits[lane], u.origin[lane]));
+                let (bits, origin) = undefined.unwrap_or_default();
+                if bits != 0 || target.shadow.is_some() {
+                    target.set_undefined(slot, lane, bits, origin);
+                }
             }
             ((Passed::Register { .. }, None), _) => {}
         }

@@ -100,13 +100,21 @@ impl<'m> Cluster<'m> {
             };
             self.observe(warp, instr, access, target, order, site);
             touched.add(target, access.address);
-            for (index, dst) in dsts.iter().enumerate() {
-                let mut value = self.peek(warp, lane, target, index * size, size);
-                if let Some(bits) = extend {
+            let extended = |value: u64| match extend {
+                Some(bits) => {
                     let shift = 64 - bytes * 8;
-                    value = truncate(bits, ((value << shift) as i64 >> shift) as u64);
+                    truncate(bits, ((value << shift) as i64 >> shift) as u64)
                 }
-                warp.frame_mut().row_mut(*dst)[lane] = value;
+                None => value,
+            };
+            let lacks = self.lacks(warp, lane, target, total);
+            for (index, dst) in dsts.iter().enumerate() {
+                let value = self.peek(warp, lane, target, index * size, size);
+                warp.frame_mut().row_mut(*dst)[lane] = extended(value);
+                if lacks {
+                    let (bits, origin) = self.undefined(warp, lane, target, (index * size, size), instr.line);
+                    warp.frame_mut().set_undefined(*dst, lane, extended(bits), origin);
+                }
             }
         }
         self.count_access(&touched, total as u64, false);
@@ -180,6 +188,9 @@ impl<'m> Cluster<'m> {
             for (index, src) in srcs.iter().enumerate() {
                 let value = warp.frame().row(*src)[lane];
                 self.poke(warp, lane, target, index * size, size, value);
+                if let Some(undefined) = warp.frame().undefined(*src, lane, size) {
+                    self.stain(warp, instr, lane, target, index * size, undefined);
+                }
             }
         }
         self.count_access(&touched, total as u64, true);

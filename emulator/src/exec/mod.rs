@@ -17,6 +17,7 @@ mod races;
 mod run;
 pub(crate) mod tensor;
 mod tensor_maps;
+mod undefined;
 pub(crate) mod warp;
 mod warp_ops;
 pub(crate) mod wgmma;
@@ -172,6 +173,9 @@ impl<'m> Cluster<'m> {
         if let Some(guard) = instr.guard {
             mask &= frame.pred(guard);
             if mask == 0 {
+                if frame.shadow.is_some() {
+                    self.follow(warp, instr);
+                }
                 self.counts[function][group.pc as usize][0] += 1;
                 warp.group().pc += 1;
                 return Ok(());
@@ -181,6 +185,9 @@ impl<'m> Cluster<'m> {
             && !self.converged(warp, instr, required, mask)
         {
             return Ok(());
+        }
+        if warp.frame().shadow.is_some() {
+            self.follow(warp, instr);
         }
         let count = &mut self.counts[function][group.pc as usize];
         count[0] += 1;

@@ -3,6 +3,7 @@
 //! Lanes that stand at the same instruction of the same frame form a [`Group`] and execute together. A divergent
 //! branch splits a group; groups that meet again merge. Usually there is one group, and nothing is looked up.
 
+use crate::check::definedness::Shadow;
 use crate::isa::types::{PRED_TRUE, Pred, Slot};
 use crate::memory::local::LocalMemory;
 
@@ -46,6 +47,8 @@ pub(crate) struct Frame {
     pub inside: u32,
     /// When each row was last written by an ordinary instruction (only kept for kernels with `wgmma`).
     pub written: Vec<u64>,
+    /// Which registers are undefined; nothing if none is.
+    pub shadow: Option<Box<Shadow>>,
 }
 
 impl Frame {

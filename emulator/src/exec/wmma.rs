@@ -6,6 +6,7 @@ use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
 use crate::isa::types::{Order, Slot};
 use crate::isa::{Instr, WmmaOp};
+use crate::memory::origin::Origin;
 use crate::tensor::mma::{Fragment, MAX_REGISTERS};
 use crate::tensor::wmma::Wmma;
 
@@ -55,6 +56,8 @@ impl<'m> Cluster<'m> {
             let stride = stride.map_or(default, |s| warp.frame().row(s)[lane] as u32 as usize);
             for (register, row) in rows.iter().enumerate() {
                 let mut value = if *store { warp.frame().row(*row)[lane] } else { 0 };
+                let stored = warp.frame().undefined(*row, lane, 8).filter(|_| *store);
+                let mut loaded = (0, Origin::default());
                 for part in 0..pack {
                     let (r, c) = wmma.element(*operand, lane, register * pack + part);
                     let index = Wmma::memory_index(*column_major, stride, r, c);
@@ -74,12 +77,23 @@ impl<'m> Cluster<'m> {
                     let shift = part * bytes * 8;
                     if *store {
                         self.poke(warp, lane, target, 0, bytes, value >> shift);
+                        if let Some((bits, origin)) = stored {
+                            let bits = bits >> shift & u64::MAX >> (64 - 8 * bytes);
+                            self.stain(warp, instr, lane, target, 0, (bits, origin));
+                        }
                     } else {
                         value |= self.peek(warp, lane, target, 0, bytes) << shift;
+                        if self.lacks(warp, lane, target, bytes) {
+                            let (bits, origin) = self.undefined(warp, lane, target, (0, bytes), instr.line);
+                            loaded = (loaded.0 | bits << shift, origin);
+                        }
                     }
                 }
                 if !store {
                     warp.frame_mut().row_mut(*row)[lane] = value;
+                    if loaded.0 != 0 {
+                        warp.frame_mut().set_undefined(*row, lane, loaded.0, loaded.1);
+                    }
                 }
             }
         }

@@ -6,6 +6,7 @@
 
 pub(crate) mod global;
 pub(crate) mod local;
+pub(crate) mod origin;
 pub(crate) mod shared;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};

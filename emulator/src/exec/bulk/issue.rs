@@ -48,7 +48,7 @@ impl<'m> Cluster<'m> {
                 Ok(Some(End::Global(allocation, at)))
             }
             Target::Shared { cta, at } => {
-                self.watch_bulk(warp, instr, access, cta, at, site);
+                self.watch_bulk(warp, access, cta, at, site);
                 Ok(Some(End::Shared(cta, at)))
             }
             Target::Local { .. } | Target::Param { .. } => {
@@ -58,20 +58,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    fn watch_bulk(&mut self, warp: &Warp, instr: &Instr, access: Access, cta: usize, at: usize, site: Site) {
-        if !access.write && self.ctx.checks.uninitialized {
-            let missing = self.ctas[cta].shared.first_uninitialized(at, access.bytes);
-            if let Some(missing) = missing {
-                let actor = self.actor(warp);
-                let place = (Some(access.lane), Some(missing as u64));
-                self.report(FindingKind::Uninitialized, instr.line, actor, place, || {
-                    format!(
-                        "bulk copy of {} bytes of shared memory, of which {missing:#x} was never written",
-                        access.bytes
-                    )
-                });
-            }
-        }
+    fn watch_bulk(&mut self, warp: &Warp, access: Access, cta: usize, at: usize, site: Site) {
         if access.write {
             self.counters.shared_written_bytes += access.bytes as u64;
         } else {

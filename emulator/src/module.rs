@@ -88,7 +88,7 @@ impl Module {
     ///
     /// # Errors
     ///
-    /// As for [`launch`](Self::launch).
+    /// Those of [`launch`](Self::launch).
     pub fn launch_watched(
         &self,
         memory: &DeviceMemory,

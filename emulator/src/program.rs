@@ -83,9 +83,9 @@ impl Program {
 /// A kernel of a module.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// Its name in the text.
+    /// Name in the text.
     pub name: String,
-    /// Its parameters, in order.
+    /// Parameters, in order.
     pub params: Vec<Parameter>,
     /// Bytes of the parameter buffer.
     pub param_bytes: u32,
@@ -105,7 +105,7 @@ pub struct Entry {
 /// One kernel parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parameter {
-    /// Its name in the text.
+    /// Name in the text.
     pub name: String,
     /// Byte offset in the parameter buffer.
     pub offset: u32,

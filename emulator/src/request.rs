@@ -1,8 +1,8 @@
-//! What a launch is asked to do, and how.
+//! A launch: which kernel on how many blocks, and how it is run.
 
 use crate::check::Checks;
 
-/// What to launch.
+/// A kernel with its grid and parameters.
 #[derive(Debug, Clone)]
 pub struct Launch<'a> {
     /// Name of the kernel.

@@ -1,4 +1,4 @@
-//! As `checks`, for values that were never written: a finding where the program depends on one, none where it only moves it
+//! Faulty kernels and their mended twins, as in `checks`, for values that were never written: a finding where the program depends on one, none where it only moves it
 //! or ignores it.
 
 mod common;

@@ -13,7 +13,7 @@ use crate::report::{Finding, Findings};
 /// Guesses of a cluster that are remembered; further ones are findings at once.
 const MAX_GUESSES: usize = 1 << 12;
 
-/// What was read: an address of global memory, or a block and an offset in its shared memory.
+/// Place of a read: an address of global memory, or a block and an offset in its shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Location {
     Global(u64),

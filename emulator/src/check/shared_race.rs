@@ -15,16 +15,16 @@ use std::collections::HashMap;
 
 use super::clock::{Agent, Knowledge};
 
-/// What an agent is. Each warp has one of each; the last three act for it asynchronously.
+/// Kind of agent. Each warp has one of each; the last three act for it asynchronously.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Engine {
     /// The warp's own instructions.
     Warp,
-    /// Its `cp.async` copies.
+    /// The warp's `cp.async` copies.
     CpAsync,
-    /// Its bulk and tensor copies.
+    /// The warp's bulk and tensor copies.
     Bulk,
-    /// Its `wgmma` products.
+    /// The warp's `wgmma` products.
     Wgmma,
 }
 
@@ -50,7 +50,7 @@ impl Engine {
         (warp * ENGINES + engine) as Agent
     }
 
-    /// Whether it accesses memory through the async proxy.
+    /// True if it accesses memory through the async proxy.
     pub fn is_async_proxy(self) -> bool {
         matches!(self, Engine::Bulk | Engine::Wgmma)
     }
@@ -200,13 +200,13 @@ impl SharedShadow {
     }
 }
 
-/// Whether a silent store is one more copy of a write that its agent does not know of.
+/// True if a silent store is one more copy of a write that its agent does not know of.
 fn echoes(cell: &Cell, who: Accessor<'_>) -> bool {
     let plain = Engine::of(cell.agent) == Engine::Warp && Engine::of(who.agent) == Engine::Warp;
     plain && cell.agent != who.agent && who.known.generic.get(cell.agent) < cell.step
 }
 
-/// Whether a copy of the bytes was made that is ordered before this access, for every proxy it passes.
+/// True if a copy of the bytes was made that is ordered before this access, for every proxy it passes.
 fn heard(echoes: &HashMap<usize, Vec<Echo>>, index: usize, mask: u8, who: Accessor<'_>) -> bool {
     let covers = |e: &Echo| e.bytes & mask == mask && (e.agent == who.agent || ordered(e, who));
     echoes.get(&index).is_some_and(|all| all.iter().any(covers))

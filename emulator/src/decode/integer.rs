@@ -419,7 +419,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 }
 
-/// Whether the instruction's type is a floating-point one.
+/// True if the instruction's type is a floating-point one.
 pub(super) fn is_float(i: &Instruction<'_>) -> bool {
     i.modifiers
         .iter()

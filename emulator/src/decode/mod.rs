@@ -38,7 +38,7 @@ pub(crate) fn fail<T>(message: impl Into<String>) -> Result<T, Failure> {
     Err(Failure(message.into()))
 }
 
-/// What functions of a module see of each other.
+/// Names that all functions of a module share.
 #[derive(Default)]
 pub(crate) struct Symbols {
     /// Module variables and function-level static ones, by index into `Program::variables`.

@@ -200,7 +200,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// As [`srcs`](Self::srcs), for destinations.
+    /// Rows of the destinations `{a, b, …}`, a vector register, or one register.
     pub(super) fn dsts(&mut self, operand: &Operand<'a>) -> Result<Vec<Dst>, Failure> {
         match operand {
             Operand::Vector(list) => list.iter().map(|o| self.dst(o)).collect(),

@@ -9,7 +9,7 @@ use crate::isa::types::{Slot, Ty};
 use crate::parse::ast;
 use crate::program::Parameter;
 
-/// What a name stands for.
+/// Meaning of a name.
 #[derive(Debug, Clone)]
 pub(super) enum Entity<'a> {
     Register(Register),

@@ -8,7 +8,7 @@ use crate::isa::{Alu, Int3, Op};
 use crate::numeric::video::{Comparison, Operation, Part, ScalarVideo, Second};
 use crate::parse::ast::{Instruction, Operand};
 
-/// Whether the opcode is one of this family.
+/// True if the opcode is one of this family.
 pub(super) fn is_scalar_video(opcode: &str) -> bool {
     matches!(
         opcode,

@@ -114,12 +114,11 @@ impl<'m> Cluster<'m> {
             verb(access.write),
             access.bytes
         );
-        if !self.ctx.checks.alignment {
-            return Err(self.fault(warp, instr.line, format!("misaligned address: {message}")));
-        }
         let actor = self.actor(warp);
         let at = (Some(access.lane), Some(address));
-        self.report(FindingKind::Misaligned, instr.line, actor, at, || message);
+        if !self.report(FindingKind::Misaligned, instr.line, actor, at, || message.clone()) {
+            return Err(self.fault(warp, instr.line, format!("misaligned address: {message}")));
+        }
         Ok(())
     }
 
@@ -150,12 +149,11 @@ impl<'m> Cluster<'m> {
             ),
         };
         let message = format!("{} of {bytes} bytes of {place}", verb(access.write));
-        if !self.ctx.checks.bounds {
-            return Err(self.fault(warp, instr.line, format!("illegal address: {message}")));
-        }
         let actor = self.actor(warp);
         let at = (Some(access.lane), Some(access.address));
-        self.report(kind, instr.line, actor, at, || message);
+        if !self.report(kind, instr.line, actor, at, || message.clone()) {
+            return Err(self.fault(warp, instr.line, format!("illegal address: {message}")));
+        }
         Ok(())
     }
 
@@ -165,7 +163,7 @@ impl<'m> Cluster<'m> {
         self.observe_store(warp, instr, access, target, order, site, &[]);
     }
 
-    /// The same for a store of `bytes`; nothing if they are not known yet.
+    /// Watches a store of `bytes` for races; `bytes` is empty if they are not known yet.
     #[inline]
     #[expect(clippy::too_many_arguments, reason = "a store is all of these")]
     pub fn observe_store(
@@ -178,9 +176,8 @@ impl<'m> Cluster<'m> {
         site: Site,
         bytes: &[u8],
     ) {
-        let checks = self.ctx.checks;
         match target {
-            Target::Shared { cta, at } if checks.shared_races => {
+            Target::Shared { cta, at } if self.ctas[cta].shadow.is_some() => {
                 if order.is_strong() {
                     self.acquire_shared(warp.id, cta, at as u64);
                 }
@@ -199,7 +196,7 @@ impl<'m> Cluster<'m> {
                     self.release_shared(warp.id, cta, at as u64);
                 }
             }
-            Target::Global { allocation, at } if checks.global_races => {
+            Target::Global { allocation, at } => {
                 let range = (allocation, at);
                 self.watch_global(warp, instr, access, range, order, false, bytes);
             }

@@ -141,11 +141,9 @@ impl<'m> Cluster<'m> {
                     source = Some((allocation, at, wanted));
                 }
             }
-            if self.watches_shared() {
-                let agent = Engine::CpAsync.agent(warp.id);
-                let actor = self.actor(warp);
-                self.watch_shared(warp.id, agent, actor, site, cta, (at, bytes), Write::Yes, Some(lane));
-            }
+            let agent = Engine::CpAsync.agent(warp.id);
+            let actor = self.actor(warp);
+            self.watch_shared(warp.id, agent, actor, site, cta, (at, bytes), Write::Yes, Some(lane));
             let mut copy = Copy {
                 cta,
                 at,

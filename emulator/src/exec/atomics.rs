@@ -12,7 +12,7 @@ use crate::numeric::float64;
 use crate::numeric::minmax::{Extremum, MinMaxMode};
 use crate::report::FindingKind;
 
-/// What `op` makes of the old value, `b`, and for `cas` `c`.
+/// Result of `op` on the old value, `b`, and for `cas` `c`.
 pub(crate) fn combine(op: AtomicOp, ty: AtomicTy, old: u64, b: u64, c: u64) -> u64 {
     match ty {
         AtomicTy::Int(ty) => combine_int(op, ty, old, b, c),
@@ -183,7 +183,6 @@ impl<'m> Cluster<'m> {
         order: Order,
         site: crate::check::shared_race::Site,
     ) {
-        let checks = self.ctx.checks;
         if let Target::Global { allocation, at } = target {
             self.counters.global_read_bytes += access.bytes as u64 * u64::from(returns);
             self.counters.global_written_bytes += access.bytes as u64;
@@ -191,9 +190,7 @@ impl<'m> Cluster<'m> {
             // A plain `red` hands nothing to whoever comes next but the sum; an `atom` may be a lock or a ticket.
             let synchronizes = returns || order == Order::Release || self.ctas[warp.cta].fenced;
             let order = if synchronizes { order } else { Order::Weak };
-            if checks.global_races {
-                self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
-            }
+            self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
             let memory = &self.ctx.view.allocations[allocation];
             memory.mark(at, access.bytes);
             return;

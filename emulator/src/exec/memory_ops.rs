@@ -165,6 +165,7 @@ impl<'m> Cluster<'m> {
         let size = bytes as usize;
         let total = size * srcs.len();
         let site = self.site(warp);
+        let shadowed = warp.frame().shadow.is_some();
         let mut touched = Touched::default();
         for lane in lanes(mask) {
             let access = Access {
@@ -188,7 +189,7 @@ impl<'m> Cluster<'m> {
             for (index, src) in srcs.iter().enumerate() {
                 let value = warp.frame().row(*src)[lane];
                 self.poke(warp, lane, target, index * size, size, value);
-                if let Some(undefined) = warp.frame().undefined(*src, lane, size) {
+                if shadowed && let Some(undefined) = warp.frame().undefined(*src, lane, size) {
                     self.stain(warp, instr, lane, target, index * size, undefined);
                 }
             }
@@ -225,7 +226,7 @@ impl<'m> Cluster<'m> {
     }
 }
 
-/// Whether an access in `space` may reach global memory.
+/// True if an access in `space` may reach global memory.
 pub(crate) fn may_be_global(space: Space) -> bool {
     matches!(space, Space::Global | Space::Generic)
 }

@@ -51,7 +51,7 @@ use mbarrier::Mbarrier;
 pub(crate) use memory_ops::may_be_global;
 use warp::Warp;
 
-/// What all blocks of a launch share.
+/// State and settings that all blocks of a launch share.
 pub(crate) struct Context<'m> {
     pub program: &'m Program,
     pub launch: &'m Launch<'m>,
@@ -73,7 +73,7 @@ pub(crate) struct Context<'m> {
     pub registers: Option<u32>,
     pub limit: Option<u64>,
     pub executed: AtomicU64,
-    /// Whether the kernel uses `wgmma`: then writes of registers are timed.
+    /// True if the kernel uses `wgmma`: then writes of registers are timed.
     pub uses_wgmma: bool,
 }
 
@@ -110,7 +110,7 @@ pub(crate) struct Cluster<'m> {
     pub known: Vec<Knowledge>,
     /// Step of every agent.
     pub steps: Vec<u32>,
-    /// What strong operations left at shared addresses.
+    /// Knowledge that strong operations left at shared addresses.
     pub released: HashMap<(usize, u64), Knowledge>,
     /// Reads that may turn out to be races.
     pub guesses: Guesses,
@@ -134,7 +134,7 @@ pub(crate) enum Flow {
 
 pub(crate) type Step = Result<Flow, Error>;
 
-/// What an access does to the bytes.
+/// Effect of an access on the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Write {
     /// It reads them.
@@ -311,7 +311,7 @@ impl<'m> Cluster<'m> {
         instr.map_or(0, |i| i.line)
     }
 
-    /// Adds a finding made by `actor` at `line`.
+    /// Adds a finding made by `actor` at `line`; false if the check that makes such findings is off.
     pub fn report(
         &mut self,
         kind: FindingKind,
@@ -319,11 +319,15 @@ impl<'m> Cluster<'m> {
         actor: Actor,
         at: (Option<usize>, Option<u64>),
         message: impl FnOnce() -> String,
-    ) {
+    ) -> bool {
+        if !self.ctx.checks.covers(kind) {
+            return false;
+        }
         self.findings.add(kind, line, || {
             let block = self.ctas[actor.cta].coordinates;
             finding(&self.ctx.program.source, block, kind, line, actor, at, message())
         });
+        true
     }
 
     /// A race of `reader`, which read at `site`: a finding unless the read proves to be the first guess of a
@@ -432,7 +436,7 @@ fn finding(
     }
 }
 
-/// Whether `space` holds 32-bit addresses.
+/// True if `space` holds 32-bit addresses.
 pub(crate) fn is_narrow(space: Space) -> bool {
     matches!(
         space,

@@ -25,13 +25,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Whether shared-memory races are watched.
-    #[inline]
-    pub fn watches_shared(&self) -> bool {
-        self.ctx.checks.shared_races
-    }
-
-    /// What a warp knows, to be left at a synchronisation object; begins its next step.
+    /// Releases: returns the warp's vector clock, to be left at a synchronisation object, and starts the warp's next step.
     pub fn release(&mut self, id: usize) -> Knowledge {
         let known = self.known[id].clone();
         let agent = Engine::Warp.agent(id);
@@ -143,7 +137,9 @@ impl<'m> Cluster<'m> {
         let place = (lane, Some(at as u64));
         match read {
             Some(read) => self.report_guess(kind, line, actor, place, read, message),
-            None => self.report(kind, line, actor, place, message),
+            None => {
+                self.report(kind, line, actor, place, message);
+            }
         }
     }
 

@@ -34,7 +34,7 @@ pub(crate) fn required_lanes(warp: &Warp, op: &Op, mask: u32) -> Option<u32> {
 }
 
 impl<'m> Cluster<'m> {
-    /// Whether the lanes an instruction needs are all here; if not, the group waits for them.
+    /// True if the lanes an instruction needs are all here; if not, the group waits for them.
     pub(super) fn converged(&mut self, warp: &mut Warp, instr: &Instr, required: u32, mask: u32) -> bool {
         let group = *warp.group();
         let is_sync = matches!(instr.op, Op::Warp(WarpOp::Sync { .. }));
@@ -51,7 +51,7 @@ impl<'m> Cluster<'m> {
         warp.group().forced = false;
         let aligned = !matches!(instr.op, Op::Warp(_));
         let absent = required & !mask;
-        if aligned && absent != 0 && self.ctx.checks.barriers {
+        if aligned && absent != 0 {
             let actor = self.actor(warp);
             let lane = absent.trailing_zeros() as usize;
             let elsewhere = warp

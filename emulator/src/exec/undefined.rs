@@ -79,7 +79,7 @@ impl<'m> Cluster<'m> {
         });
     }
 
-    /// Whether any byte of a range is undefined, as far as that is checked.
+    /// True if any byte of a range is undefined, as far as that is checked.
     #[inline]
     pub(super) fn lacks(&self, warp: &Warp, lane: usize, target: Target, bytes: usize) -> bool {
         self.ctx.checks.uninitialized && self.first_undefined(warp, lane, target, 0, bytes).is_some()
@@ -127,8 +127,8 @@ impl<'m> Cluster<'m> {
         (bits_of_bytes(missing), origin.unwrap_or(fresh))
     }
 
-    /// What was just stored at an offset from where an access landed is undefined in these bits. In global memory that is a
-    /// finding, unless the value was only moved.
+    /// Marks these bits of a value that was just stored, at an offset from where an access landed, as undefined. In global
+    /// memory that is a finding unless the value was only moved.
     #[cold]
     pub(super) fn stain(
         &mut self,

@@ -77,7 +77,7 @@ impl Frame {
     }
 }
 
-/// What a group waits for.
+/// Condition that a group waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wait {
     Ready,
@@ -280,7 +280,7 @@ impl Warp {
     }
 }
 
-/// What tells a new warp from the others.
+/// Fields that differ between new warps.
 pub(crate) struct LocalState {
     pub cta: usize,
     pub index: u32,

@@ -49,9 +49,6 @@ impl<'m> Cluster<'m> {
 
     fn check_members(&mut self, warp: &Warp, instr: &Instr, members: u32, here: u32) {
         let strangers = here & !members;
-        if !self.ctx.checks.barriers {
-            return;
-        }
         let actor = self.actor(warp);
         if strangers != 0 {
             let lane = strangers.trailing_zeros() as usize;

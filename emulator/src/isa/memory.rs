@@ -144,13 +144,13 @@ pub(crate) enum AsyncOp {
     BulkCommit,
     BulkWait {
         left: u32,
-        /// Whether it waits for the reads alone.
+        /// True if it waits for the reads alone.
         read: bool,
     },
 }
 
 impl AsyncOp {
-    /// Whether it combines with what is at its destination.
+    /// True if it combines with what is at its destination.
     pub fn reduces(&self) -> bool {
         match self {
             AsyncOp::Bulk { reduction, .. } => reduction.is_some(),
@@ -159,7 +159,7 @@ impl AsyncOp {
         }
     }
 
-    /// Whether it sums floats in global memory, where the order of blocks shows in the last bit.
+    /// True if it sums floats in global memory, where the order of blocks shows in the last bit.
     pub fn reduces_floats(&self) -> bool {
         match self {
             AsyncOp::Bulk {

@@ -34,7 +34,7 @@ pub(crate) struct Instr {
     pub writes: Box<[Slot]>,
 }
 
-/// What an instruction does.
+/// Operation of an instruction.
 #[derive(Debug, Clone)]
 pub(crate) enum Op {
     /// Arithmetic of one lane: registers to registers.

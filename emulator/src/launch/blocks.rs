@@ -16,7 +16,7 @@ use crate::report::{Findings, Report};
 use crate::request::Launch;
 use crate::schedule::{Rng, Temper, Turns};
 
-/// What a cluster's run leaves.
+/// Results of a cluster's run.
 struct Outcome {
     findings: Findings,
     guesses: Guesses,

@@ -200,7 +200,7 @@ impl Program {
     }
 }
 
-/// What about a kernel decides how it is run.
+/// Properties of a kernel that decide how it is run.
 #[derive(Default)]
 struct Traits {
     wgmma: bool,
@@ -212,7 +212,7 @@ struct Traits {
     grid_workspace: bool,
 }
 
-/// What a driver gives the grid of a cooperative launch: the size of the workspace, and a barrier.
+/// Allocates the workspace that a driver gives the grid of a cooperative launch: its size, and a barrier.
 fn grid_workspace(memory: &DeviceMemory) -> Result<DevicePtr, Error> {
     const BYTES: u32 = 16;
     let ptr = memory.alloc_named(BYTES as usize, Some("the grid's workspace".into()))?;

@@ -166,7 +166,7 @@ impl DeviceMemory {
         Ok(())
     }
 
-    /// Whether the host or a kernel has written all of a range.
+    /// True if the host or a kernel has written all of a range.
     ///
     /// # Errors
     ///

@@ -62,7 +62,7 @@ impl SharedMemory {
         self.origins.first(at, bytes)
     }
 
-    /// Whether these very bytes were written there.
+    /// True if these very bytes were written there.
     #[inline]
     pub fn holds(&self, at: usize, bytes: &[u8]) -> bool {
         self.bytes(at, bytes.len()) == bytes && self.first_uninitialized(at, bytes.len()).is_none()

@@ -88,7 +88,7 @@ pub enum Operation {
     },
     /// `vmad`: the product plus `c`, shifted right.
     Mad {
-        /// Whether the product and `c` are negated.
+        /// True if the product and `c` are negated.
         negate: [bool; 2],
         /// `.po`: adds one more.
         plus_one: bool,

@@ -67,7 +67,7 @@ pub(crate) struct Init<'a> {
     pub value: InitValue<'a>,
 }
 
-/// What an initialiser puts there.
+/// Value that an initialiser puts there.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum InitValue<'a> {
     Bits(u64),

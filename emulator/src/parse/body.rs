@@ -207,7 +207,7 @@ impl<'a> Parser<'a> {
         Ok(out)
     }
 
-    /// What stands between brackets, the opening one taken.
+    /// Reads an address in brackets, after the opening one.
     fn address(&mut self) -> Result<Operand<'a>> {
         let base = match self.peek() {
             Token::Word(name) => {

@@ -68,7 +68,7 @@ pub struct Cli {
     pub arguments: Vec<String>,
 }
 
-/// What the command line asks for.
+/// A request of the command line.
 #[derive(Debug)]
 pub enum Request {
     Help,

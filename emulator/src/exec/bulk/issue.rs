@@ -32,7 +32,7 @@ impl<'m> Cluster<'m> {
                 let reduces = matches!(&instr.op, Op::Async(op) if op.reduces());
                 if !(access.write && reduces) {
                     self.observe(warp, instr, access, target, Order::Weak, site);
-                } else if self.ctx.checks.global_races {
+                } else {
                     // Each element is updated atomically.
                     self.watch_global(warp, instr, access, (allocation, at), Order::Weak, true, &[]);
                 }
@@ -64,21 +64,19 @@ impl<'m> Cluster<'m> {
         } else {
             self.counters.shared_read_bytes += access.bytes as u64;
         }
-        if self.watches_shared() {
-            let agent = Engine::Bulk.agent(warp.id);
-            let actor = self.actor(warp);
-            let range = (at, access.bytes);
-            self.watch_shared(
-                warp.id,
-                agent,
-                actor,
-                site,
-                cta,
-                range,
-                access.write.into(),
-                Some(access.lane),
-            );
-        }
+        let agent = Engine::Bulk.agent(warp.id);
+        let actor = self.actor(warp);
+        let range = (at, access.bytes);
+        self.watch_shared(
+            warp.id,
+            agent,
+            actor,
+            site,
+            cta,
+            range,
+            access.write.into(),
+            Some(access.lane),
+        );
     }
 
     /// Queues an operation that was resolved, or lands it at once.

@@ -56,7 +56,7 @@ struct Fetched {
 struct Pending {
     landing: Landing,
     pieces: Vec<Piece>,
-    /// What the pieces hold, once they were read ahead of landing.
+    /// Bytes of the pieces, once they were read ahead of landing.
     read: Vec<Fetched>,
     reduction: Option<Reduction>,
     /// Round 32-bit elements on the way in, as the map's type asks.

@@ -196,7 +196,7 @@ impl<'m> Cluster<'m> {
                     self.release_shared(warp.id, cta, at as u64);
                 }
             }
-            Target::Global { allocation, at } => {
+            Target::Global { allocation, at } if self.ctx.shadow.is_some() => {
                 let range = (allocation, at);
                 self.watch_global(warp, instr, access, range, order, false, bytes);
             }

@@ -1,4 +1,4 @@
-//! What a launch executed and moved, counted as a profiler would.
+//! Counters of a launch, as a profiler has them: instructions executed, bytes moved.
 //!
 //! Instructions are counted by index while running and gathered by opcode at the end, so counting costs two
 //! additions an instruction. Memory is counted where it is touched.

@@ -1,4 +1,4 @@
-//! What can go wrong before, or instead of, a report: text that is not PTX, an instruction nobody
+//! Errors that come before, or instead of, a report: text that is not PTX, an instruction nobody
 //! knows, a launch that no device would accept, and kernels that trap or never end.
 
 use thiserror::Error;
@@ -14,7 +14,7 @@ pub enum Error {
         file: String,
         /// One-based line.
         line: u32,
-        /// What was expected and what stood there.
+        /// Expected text, and the text that stood there.
         message: String,
         /// The source line.
         text: String,
@@ -48,9 +48,9 @@ pub enum Error {
         entry: String,
         /// Which argument.
         argument: &'static str,
-        /// Its value.
+        /// Value of the argument.
         value: String,
-        /// What is allowed.
+        /// Allowed values.
         limit: String,
     },
     /// The kernel executed `trap`.
@@ -88,7 +88,7 @@ pub enum Error {
         file: String,
         /// One-based line.
         line: u32,
-        /// What happened.
+        /// Description of the fault.
         message: String,
         /// Block coordinates, written x,y,z.
         block: String,
@@ -123,7 +123,7 @@ pub enum MemoryError {
     OutOfBounds {
         /// First byte of the copy.
         address: u64,
-        /// Its length.
+        /// Length of the range in bytes.
         bytes: u64,
     },
 }

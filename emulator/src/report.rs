@@ -1,11 +1,11 @@
-//! What a launch found: findings, bounded in number, and counters.
+//! Results of a launch: findings, bounded in number, and counters.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use crate::counters::Counters;
 
-/// What was wrong.
+/// Kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum FindingKind {
@@ -15,7 +15,7 @@ pub enum FindingKind {
     Misaligned,
     /// An access to memory that was freed.
     UseAfterFree,
-    /// A read of bytes that nobody wrote.
+    /// A branch, an address, an operand or a stored result that depends on bytes which were never written.
     Uninitialized,
     /// Two accesses to shared memory that nothing orders.
     SharedRace,
@@ -44,7 +44,7 @@ impl FindingKind {
             FindingKind::OutOfBounds => "out of bounds",
             FindingKind::Misaligned => "misaligned",
             FindingKind::UseAfterFree => "use after free",
-            FindingKind::Uninitialized => "uninitialised read",
+            FindingKind::Uninitialized => "uninitialised value",
             FindingKind::SharedRace => "shared-memory race",
             FindingKind::GlobalRace => "global-memory race",
             FindingKind::MissingProxyFence => "missing proxy fence",
@@ -61,13 +61,13 @@ impl FindingKind {
 /// One thing that was wrong, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// What.
+    /// Kind of fault.
     pub kind: FindingKind,
     /// Name of the module's file.
     pub file: String,
     /// Line of the instruction.
     pub line: u32,
-    /// Its text.
+    /// Text of that line, trimmed.
     pub text: String,
     /// Block coordinates.
     pub block: [u32; 3],
@@ -103,7 +103,7 @@ pub struct Report {
     pub findings: Vec<Finding>,
     /// How many there were in all.
     pub total_findings: u64,
-    /// What was executed and moved.
+    /// Counters of instructions executed and bytes moved.
     pub counters: Counters,
 }
 

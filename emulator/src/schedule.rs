@@ -28,7 +28,7 @@ impl Rng {
 /// When an asynchronous operation takes effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Landing {
-    /// As it is issued.
+    /// At its issue.
     Now,
     /// When this many scheduler steps have passed, or at its wait.
     Tick(u64),
@@ -37,7 +37,7 @@ pub(crate) enum Landing {
 }
 
 impl Landing {
-    /// Whether an operation with this landing is due at `tick`.
+    /// True if an operation with this landing is due at `tick`.
     pub fn due(self, tick: u64) -> bool {
         match self {
             Landing::Now => true,

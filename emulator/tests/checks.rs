@@ -45,16 +45,6 @@ fn use_after_free() {
     assert_eq!(report.total_findings, 32);
 }
 
-#[test]
-fn uninitialized() {
-    let read = "ld.shared.u32 %r4, [tile];";
-    let mended = format!("mov.u32 %r4, 0;\nst.shared.u32 [tile], %r4;\n{read}");
-    caught(&ONE_WARP, FindingKind::Uninitialized, read, &mended);
-    let local = ".local .align 4 .b8 depot[16];\nld.local.u32 %r4, [depot];";
-    let mended = ".local .align 4 .b8 depot[16];\nst.local.u32 [depot], %r1;\nld.local.u32 %r4, [depot];";
-    caught(&ONE_WARP, FindingKind::Uninitialized, local, mended);
-}
-
 /// Each thread writes its word and reads its neighbour's across the warp boundary.
 fn exchange(between: &str) -> String {
     format!(
@@ -231,6 +221,38 @@ fn a_guess_before_compare_and_swap_is_no_race() {
     let look = "mov.u32 %r4, %ctaid.x;\nsetp.eq.u32 %p1, %r4, 0;\n@%p1 atom.global.add.u32 %r4, [%rd1], 1;\n\
                 @!%p1 ld.global.u32 %r5, [%rd1];";
     caught(&case, FindingKind::GlobalRace, look, add);
+    // A float maximum reads first, and swaps only if its own value is larger.
+    let maximum = |after: &str| {
+        format!(
+            "mov.u32 %r4, %ctaid.x;\nadd.u32 %r5, %r4, %r1;\ncvt.rn.f32.u32 %f1, %r5;\nmov.b32 %r6, %f1;\n\
+             ld.global.u32 %r7, [%rd1];\n\
+             L:\nmov.b32 %f2, %r7;\nsetp.ge.f32 %p1, %f2, %f1;\n@%p1 bra DONE;\nmov.u32 %r8, %r7;\n\
+             atom.global.cas.b32 %r7, [%rd1], %r8, %r6;\nsetp.ne.u32 %p2, %r7, %r8;\n@%p2 bra L;\nDONE:\n{after}"
+        )
+    };
+    let again = maximum("ld.global.u32 %r9, [%rd1];");
+    caught(&case, FindingKind::GlobalRace, &again, &maximum(""));
+}
+
+#[test]
+fn a_guess_before_compare_and_swap_in_shared_memory_is_no_race() {
+    let start = "setp.eq.u32 %p1, %r1, 0;\nmov.u64 %rd2, 0;\n@%p1 st.shared.u64 [%r2], %rd2;\nbar.sync 0;\n";
+    let add = format!(
+        "{start}ld.shared.u64 %rd3, [%r2];\nL:\nmov.u64 %rd4, %rd3;\nadd.u64 %rd5, %rd4, 3;\n\
+         atom.shared.cas.b64 %rd3, [%r2], %rd4, %rd5;\nsetp.ne.u64 %p2, %rd3, %rd4;\n@%p2 bra L;"
+    );
+    // The second warp looks without counting.
+    let look = format!(
+        "{start}setp.lt.u32 %p2, %r1, 32;\n@%p2 atom.shared.add.u64 %rd3, [%r2], 1;\n\
+         @!%p2 ld.shared.u64 %rd4, [%r2];"
+    );
+    caught(&TWO_WARPS, FindingKind::SharedRace, &look, &add);
+    // The address comes from elsewhere for the read: what tells is that a thread updates what it read.
+    let elsewhere = add.replace(
+        "ld.shared.u64 %rd3, [%r2];",
+        "add.u32 %r5, %r2, 0;\nld.shared.u64 %rd3, [%r5];",
+    );
+    caught(&TWO_WARPS, FindingKind::SharedRace, &look, &elsewhere);
 }
 
 #[test]

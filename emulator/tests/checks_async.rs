@@ -1,4 +1,4 @@
-//! As `checks`, for asynchronous copies, mbarriers, `wgmma` and registers that move.
+//! Faulty kernels and their mended twins, as in `checks`, for asynchronous copies, mbarriers, `wgmma` and registers that move.
 
 mod common;
 
@@ -122,7 +122,7 @@ fn bulk_store_whose_source_is_overwritten_before_its_wait() {
     caught(&HOPPER, FindingKind::UnawaitedAsync, &faulty, &mended);
 }
 
-/// What was stored is in memory after a wait for the group; after one for its reads alone, in some orders not yet.
+/// A bulk store is in memory after a wait for its group; after a wait for the reads alone, in some orders not yet.
 #[test]
 fn bulk_store_writes_after_its_reads() {
     let finds_old = |read| {

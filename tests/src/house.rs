@@ -1,189 +1,206 @@
-//! The floors of a crate: a room (a module of the crate's root) imports from the floors below its own only.
+//! The floors of a crate: which of its rooms may import which.
+//!
+//! A room is a module of the crate root with everything below it. The rooms stand on floors; a room imports from itself and
+//! from rooms on lower floors, and names the room an item lives in, not the front door (`lib.rs`) that shows it to users.
+//! Unit tests are left out: they may look anywhere.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Imports of the crate in `src` that `floors` forbid, one message each, and rooms without a floor.
+use proc_macro2::{Delimiter, TokenStream, TokenTree};
+
+/// Reads the sources below `src` and returns a sentence for every import that the floors do not allow. `floors` lists the
+/// rooms of each floor, ground floor first; two rooms of one floor do not import each other. `lib.rs` and the programs in
+/// `bin` stand above all and are not read.
 ///
-/// `floors` lists the rooms of each floor, the lowest floor first. A room may name what is on a lower floor, from the room
-/// itself: `crate::problem::Problem`, never `crate::Problem`, which goes through the root. Rooms of one floor do not import
-/// each other. `use` lines and paths that begin with `crate::` are read; comments and modules of unit tests
-/// (`#[cfg(test)] mod tests` to the end of its file, files `tests.rs`) are not.
+/// # Errors
 ///
-/// # Panics
-/// If a file cannot be read.
-pub fn forbidden_imports(src: &Path, floors: &[&[&str]]) -> Vec<String> {
-    let rooms = rooms(src);
-    let floor_of: BTreeMap<&str, usize> = floors
-        .iter()
-        .enumerate()
-        .flat_map(|(floor, rooms)| rooms.iter().map(move |&room| (room, floor)))
-        .collect();
-    let mut found = Vec::new();
-    for room in rooms.keys().filter(|room| !floor_of.contains_key(room.as_str())) {
-        found.push(format!("{room} ({}) has no floor", below(src, &rooms[room][0])));
-    }
-    for room in floor_of.keys().filter(|&&room| !rooms.contains_key(room)) {
-        found.push(format!("{room} has a floor, but {} has no such room", src.display()));
-    }
-    for (room, files) in &rooms {
-        for file in files {
-            let text = std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-            for target in imported(&text) {
-                let fault = match (
-                    rooms.get(&target),
-                    floor_of.get(room.as_str()),
-                    floor_of.get(target.as_str()),
-                ) {
-                    (None, ..) => "is no room: import it from the room that defines it".to_owned(),
-                    (Some(files), Some(own), Some(other)) if other >= own && target != *room => {
-                        format!("({}) is not below {room}", below(src, &files[0]))
-                    }
-                    _ => continue,
-                };
-                found.push(format!("{} imports crate::{target}, which {fault}", below(src, file)));
+/// A sentence if a file cannot be read or is not Rust.
+pub fn forbidden_imports(src: &Path, floors: &[&[&str]]) -> Result<Vec<String>, String> {
+    let mut files = Vec::new();
+    sources(src, &mut files)?;
+    let mut forbidden = Vec::new();
+    for file in files {
+        let module = module_path(src, &file);
+        let Some(room) = module.first().filter(|room| *room != "lib" && *room != "bin") else {
+            continue;
+        };
+        let Some(floor) = floor_of(floors, room) else {
+            forbidden.push(format!("{}: the room `{room}` stands on no floor", file.display()));
+            continue;
+        };
+        for import in imports(&file, &module)? {
+            let Some(target) = import.first().filter(|target| *target != room) else {
+                continue;
+            };
+            let path = import.join("::");
+            match floor_of(floors, target) {
+                Some(below) if below < floor => {}
+                Some(above) => forbidden.push(format!(
+                    "{} (floor {floor}) imports `crate::{path}` of {} (floor {above})",
+                    file.display(),
+                    defined_in(src, &import).display(),
+                )),
+                None => forbidden.push(format!(
+                    "{} imports `crate::{path}` through {}: name the room it lives in",
+                    file.display(),
+                    src.join("lib.rs").display(),
+                )),
             }
         }
     }
-    found
+    Ok(forbidden)
 }
 
-/// The path of a file within a folder.
-fn below<'a>(folder: &Path, file: &'a Path) -> std::path::Display<'a> {
-    file.strip_prefix(folder).unwrap_or(file).display()
+fn floor_of(floors: &[&[&str]], room: &str) -> Option<usize> {
+    floors.iter().position(|rooms| rooms.contains(&room))
 }
 
-/// The rooms of a crate with their files; the file that declares the room comes first.
-fn rooms(src: &Path) -> BTreeMap<String, Vec<PathBuf>> {
-    let mut rooms: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
-    for path in entries(src) {
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_dir() {
-            if stem != "bin" {
-                rooms.entry(stem).or_default().extend(sources(&path));
-            }
-        } else if path.extension().is_some_and(|extension| extension == "rs") && stem != "lib" && stem != "main" {
-            rooms.entry(stem).or_default().insert(0, path);
-        }
-    }
-    for files in rooms.values_mut() {
-        files.sort_by_key(|file| (!file.ends_with("mod.rs"), file.components().count()));
-    }
-    rooms
-}
-
-/// All `.rs` files below a folder.
-fn sources(folder: &Path) -> Vec<PathBuf> {
-    let (folders, files): (Vec<_>, Vec<_>) = entries(folder).into_iter().partition(|path| path.is_dir());
-    let sources = files
-        .into_iter()
-        .filter(|file| file.extension().is_some_and(|extension| extension == "rs") && !file.ends_with("tests.rs"));
-    sources
-        .chain(folders.iter().flat_map(|folder| self::sources(folder)))
-        .collect()
-}
-
-fn entries(folder: &Path) -> Vec<PathBuf> {
-    let items = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let mut paths: Vec<_> = items.map(|item| item.expect("a readable folder").path()).collect();
+/// The Rust files of a folder and of those below it, without files of unit tests.
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), String> {
+    let describe = |error: std::io::Error| format!("{}: {error}", folder.display());
+    let items = std::fs::read_dir(folder).map_err(describe)?;
+    let mut paths: Vec<PathBuf> = items
+        .map(|item| Ok(item.map_err(describe)?.path()))
+        .collect::<Result<_, String>>()?;
     paths.sort();
-    paths
-}
-
-/// The names that follow `crate::` in a file, each once.
-fn imported(text: &str) -> BTreeSet<String> {
-    let end = text.find("#[cfg(test)]\nmod tests").unwrap_or(text.len());
-    let lines = text[..end]
-        .lines()
-        .map(|line| line.split("//").next().unwrap_or_default());
-    let code = lines.collect::<Vec<_>>().join("\n");
-    let mut names = BTreeSet::new();
-    for (at, path) in code.match_indices("crate::") {
-        let is_part_of_a_name = code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '$');
-        if !is_part_of_a_name {
-            names.extend(first_names(&code[at + path.len()..]));
+    for path in paths {
+        let name = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
+        if path.is_dir() {
+            sources(&path, found)?;
+        } else if path.extension().is_some_and(|e| e == "rs") && name != "tests" && !name.ends_with("_tests") {
+            found.push(path);
         }
     }
-    names
+    Ok(())
 }
 
-/// The first name of a path, or of each path in a group `{a::B, c}`.
-fn first_names(path: &str) -> Vec<String> {
-    let name = |path: &str| -> String {
-        let path = path.trim_start();
-        path.chars().take_while(|&c| c.is_alphanumeric() || c == '_').collect()
-    };
-    let Some(group) = path.strip_prefix('{') else {
-        return vec![name(path)];
-    };
-    let (mut names, mut depth, mut start) = (Vec::new(), 0_usize, 0);
-    for (at, c) in group.char_indices() {
-        match c {
-            '{' => depth += 1,
-            '}' if depth > 0 => depth -= 1,
-            ',' | '}' if depth == 0 => {
-                names.push(name(&group[start..at]));
-                start = at + 1;
-                if c == '}' {
-                    break;
+/// The path of a file's module from the crate root, of which `lib.rs` is `lib`.
+fn module_path(src: &Path, file: &Path) -> Vec<String> {
+    let inside = file.strip_prefix(src).unwrap_or(file).with_extension("");
+    let mut path: Vec<String> = inside.iter().map(|part| part.to_string_lossy().into_owned()).collect();
+    if path.last().is_some_and(|last| last == "mod") {
+        path.pop();
+    }
+    path
+}
+
+/// The file in which the start of a path is defined.
+fn defined_in(src: &Path, path: &[String]) -> PathBuf {
+    let candidates = (1..=path.len()).rev().flat_map(|n| {
+        let module = src.join(path[..n].iter().collect::<PathBuf>());
+        [module.with_extension("rs"), module.join("mod.rs")]
+    });
+    let mut files = candidates.filter(|file| file.is_file());
+    files.next().unwrap_or_else(|| src.join("lib.rs"))
+}
+
+/// The paths from the crate root that a file names, in `use` lines or anywhere else outside its unit tests.
+fn imports(file: &Path, module: &[String]) -> Result<Vec<Vec<String>>, String> {
+    let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let tokens: TokenStream = text.parse().map_err(|error| format!("{}: {error}", file.display()))?;
+    let mut found = Vec::new();
+    scan(tokens, module, &mut found);
+    Ok(found)
+}
+
+fn scan(tokens: TokenStream, module: &[String], found: &mut Vec<Vec<String>>) {
+    let tokens: Vec<TokenTree> = tokens.into_iter().collect();
+    let mut at = 0;
+    while at < tokens.len() {
+        if is_test_attribute(&tokens[at..]) {
+            // The item the attribute belongs to: up to its body, or its semicolon.
+            while at < tokens.len() && !ends_item(&tokens[at]) {
+                at += 1;
+            }
+            at += 1;
+            continue;
+        }
+        // A path goes on after a name that is part of one: only its first name may be `crate` or `super`.
+        let continues = at >= 2 && is_separator(&tokens[at - 2..]);
+        match &tokens[at] {
+            TokenTree::Ident(name) if !continues && (name == "crate" || name == "super") => {
+                let (base, next) = base_of(&tokens, at, module);
+                if let Some(base) = base
+                    && is_separator(&tokens[next..])
+                {
+                    tree(&tokens[next + 2..], base, found);
+                }
+                // The path has been read to its end, a list in braces included.
+                at = next - 1;
+                while is_separator(&tokens[(at + 1).min(tokens.len())..]) {
+                    at += 3;
                 }
             }
+            TokenTree::Group(group) => scan(group.stream(), module, found),
             _ => {}
         }
+        at += 1;
     }
-    names.retain(|name| !name.is_empty());
-    names
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A crate of three rooms in a folder of its own.
-    fn house(name: &str, files: &[(&str, &str)]) -> PathBuf {
-        let src = std::env::temp_dir().join(format!("flash-attention-{name}-{}", std::process::id()));
-        for (path, text) in files {
-            let path = src.join(path);
-            std::fs::create_dir_all(path.parent().expect("a folder")).expect("a writable folder");
-            std::fs::write(path, text).expect("a writable file");
-        }
-        src
+/// The module that `crate` or a chain of `super` stands for, and the place after it; no module past the crate root.
+fn base_of(tokens: &[TokenTree], at: usize, module: &[String]) -> (Option<Vec<String>>, usize) {
+    let is_super = |at: usize| matches!(tokens.get(at), Some(TokenTree::Ident(name)) if name == "super");
+    if !is_super(at) {
+        return (Some(Vec::new()), at + 1);
     }
+    let (mut up, mut next) = (1, at + 1);
+    while is_separator(&tokens[next.min(tokens.len())..]) && is_super(next + 2) {
+        up += 1;
+        next += 3;
+    }
+    (module.len().checked_sub(up).map(|n| module[..n].to_vec()), next)
+}
 
-    #[test]
-    fn upward_sideways_and_root_imports_are_found() {
-        let src = house(
-            "house",
-            &[
-                ("lib.rs", "mod error; mod plan; mod device; pub use plan::Plan;"),
-                (
-                    "error.rs",
-                    "// crate::device is only a comment\npub(crate) struct Error;",
-                ),
-                (
-                    "plan/mod.rs",
-                    "use crate::{error::Error, device::{Device, Kind}};\nmod cost;",
-                ),
-                ("plan/cost.rs", "use crate::Plan;\nfn f(_: crate::tensor::Tensor) {}"),
-                (
-                    "tensor.rs",
-                    "use crate::plan::Plan;\n#[cfg(test)]\nmod tests { use crate::device::Device; }",
-                ),
-                ("device.rs", "use crate::plan::Plan;"),
-            ],
-        );
-        let found = forbidden_imports(&src, &[&["error"], &["plan", "tensor"], &["device", "gone"]]);
-        std::fs::remove_dir_all(&src).expect("the folder exists");
-        assert_eq!(
-            found[0],
-            format!("gone has a floor, but {} has no such room", src.display())
-        );
-        let expected = [
-            "plan/mod.rs imports crate::device, which (device.rs) is not below plan",
-            "plan/cost.rs imports crate::Plan, which is no room: import it from the room that defines it",
-            "plan/cost.rs imports crate::tensor, which (tensor.rs) is not below plan",
-            "tensor.rs imports crate::plan, which (plan/mod.rs) is not below tensor",
-        ];
-        assert_eq!(found[1..], expected);
+/// Collects the paths of a `use` tree, or of a plain path, that begins after `base`.
+fn tree(tokens: &[TokenTree], base: Vec<String>, found: &mut Vec<Vec<String>>) {
+    match tokens.first() {
+        Some(TokenTree::Ident(name)) => {
+            // A macro is at the crate root wherever it is written.
+            let is_macro = matches!(tokens.get(1), Some(TokenTree::Punct(p)) if p.as_char() == '!');
+            if base.is_empty() && is_macro {
+                return;
+            }
+            let mut path = base;
+            match name.to_string().as_str() {
+                "self" => {}
+                "super" => drop(path.pop()),
+                name => path.push(name.to_owned()),
+            }
+            if is_separator(&tokens[1..]) {
+                tree(&tokens[3..], path, found);
+            } else {
+                found.push(path);
+            }
+        }
+        Some(TokenTree::Group(group)) if group.delimiter() == Delimiter::Brace => {
+            let inner: Vec<TokenTree> = group.stream().into_iter().collect();
+            let is_comma = |t: &TokenTree| matches!(t, TokenTree::Punct(p) if p.as_char() == ',');
+            for part in inner.split(is_comma).filter(|part| !part.is_empty()) {
+                tree(part, base.clone(), found);
+            }
+        }
+        _ => found.push(base),
+    }
+}
+
+fn is_separator(tokens: &[TokenTree]) -> bool {
+    let colon = |at: usize| matches!(tokens.get(at), Some(TokenTree::Punct(p)) if p.as_char() == ':');
+    colon(0) && colon(1)
+}
+
+/// Whether an item of unit tests begins here: `#[cfg(test)]`.
+fn is_test_attribute(tokens: &[TokenTree]) -> bool {
+    let hash = matches!(tokens.first(), Some(TokenTree::Punct(p)) if p.as_char() == '#');
+    let is_cfg = |g: &proc_macro2::Group| g.stream().to_string().replace(' ', "") == "cfg(test)";
+    let test = matches!(tokens.get(1), Some(TokenTree::Group(g)) if is_cfg(g));
+    hash && test
+}
+
+fn ends_item(token: &TokenTree) -> bool {
+    match token {
+        TokenTree::Punct(p) => p.as_char() == ';',
+        TokenTree::Group(group) => group.delimiter() == Delimiter::Brace,
+        _ => false,
     }
 }

@@ -1,9 +1,24 @@
-//! The floors of the crates: no room imports from its own floor or from one above.
+//! The floors of the crates: a room imports from itself and from rooms below it.
+
+use std::path::Path;
 
 use flash_attention_tests::files::workspace;
 use flash_attention_tests::house::forbidden_imports;
 
-/// The rooms of `host/src`, the lowest floor first.
+/// The emulator's rooms, ground floor first.
+const EMULATOR: &[&[&str]] = &[
+    &["error", "counters", "lex", "numeric", "schedule"],
+    &["memory", "parse", "report", "tensor"],
+    &["isa"],
+    &["program"],
+    &["check"],
+    &["decode", "request"],
+    &["exec"],
+    &["launch"],
+    &["module"],
+];
+
+/// The host's rooms, ground floor first.
 const HOST: &[&[&str]] = &[
     &["error", "element", "progress"],
     &["layout", "options", "target"],
@@ -16,7 +31,68 @@ const HOST: &[&[&str]] = &[
 ];
 
 #[test]
-fn imports_of_the_host_go_down() {
-    let found = forbidden_imports(&workspace().join("host/src"), HOST);
-    assert!(found.is_empty(), "{}", found.join("\n"));
+fn the_emulator_imports_downwards() {
+    imports_go_down("emulator/src", EMULATOR);
+}
+
+#[test]
+fn the_host_imports_downwards() {
+    imports_go_down("host/src", HOST);
+}
+
+fn imports_go_down(src: &str, floors: &[&[&str]]) {
+    let forbidden = forbidden_imports(&workspace().join(src), floors).expect("Rust");
+    assert!(forbidden.is_empty(), "{}", forbidden.join("\n"));
+}
+
+/// Writes the files of a small crate to a folder that is removed at the end.
+fn with_crate(name: &str, files: &[(&str, &str)], check: impl FnOnce(&Path)) {
+    let folder = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
+    for (path, text) in files {
+        let path = folder.join(path);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        std::fs::write(path, text).expect("a file");
+    }
+    check(&folder);
+    std::fs::remove_dir_all(folder).expect("the folder");
+}
+
+#[test]
+fn an_upward_import_is_named_with_both_files() {
+    let files = [
+        ("lib.rs", "mod low; mod high; pub use high::Thing;"),
+        (
+            "low/mod.rs",
+            "mod inner;\n#[cfg(test)]\nmod tests { use crate::high::Thing; }",
+        ),
+        (
+            "low/inner.rs",
+            "// crate::high in a comment\nuse super::{super::high::{deep::Part}};",
+        ),
+        (
+            "high/mod.rs",
+            "pub mod deep;\nuse crate::{low::inner, Thing};\nfn f() { super::low::f() }",
+        ),
+        ("high/deep.rs", "pub struct Part;"),
+        ("stray.rs", ""),
+    ];
+    with_crate("house", &files, |src| {
+        let found = forbidden_imports(src, &[&["low"], &["high"]]).expect("Rust");
+        let places = [
+            ["high/mod.rs", "crate::Thing", "lib.rs"],
+            ["low/inner.rs", "crate::high::deep::Part", "high/deep.rs"],
+            ["stray.rs", "no floor", "stray"],
+        ];
+        assert_eq!(found.len(), places.len(), "{found:?}");
+        for (sentence, words) in found.iter().zip(places) {
+            assert!(words.iter().all(|word| sentence.contains(word)), "{sentence}");
+        }
+        let found = forbidden_imports(src, &[&["low", "high"], &["stray"]]).expect("Rust");
+        assert!(
+            found
+                .iter()
+                .any(|s| s.contains("high/mod.rs") && s.contains("low/inner.rs")),
+            "{found:?}"
+        );
+    });
 }

@@ -45,7 +45,7 @@ impl Clock {
     }
 }
 
-/// What a synchronisation object or a warp carries: what is known through the generic proxy, and which generic
+/// Clocks that a synchronisation object or a warp carries: what is known through the generic proxy, and which generic
 /// writes a proxy fence has made known to the async proxy as well.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Knowledge {

@@ -95,17 +95,17 @@ pub(crate) struct GlobalShadow {
 
 #[derive(Debug, Default)]
 struct Sync {
-    /// What was released at each address.
+    /// Epochs released at each address, by block.
     objects: HashMap<u64, HashMap<u32, u32>>,
     blocks: HashMap<u32, Block>,
     gave_up: bool,
 }
 
-/// What a block knows of the epochs of others, and its own epoch.
+/// Epochs of other blocks that a block knows of, and its own epoch.
 #[derive(Debug, Default)]
 struct Block {
     known: HashMap<u32, u32>,
-    /// What it knew at its last fence.
+    /// Epochs that it knew at its last fence.
     fenced: HashMap<u32, u32>,
 }
 
@@ -117,7 +117,8 @@ fn join(mine: &mut HashMap<u32, u32>, other: &HashMap<u32, u32>) {
     }
 }
 
-/// What a write of `stored` at `at` leaves in a cell: which bytes, above their values; zero if it is not known.
+/// Record of the bytes that a write of `stored` at `at` leaves in a cell: a mask of bytes above their values; zero if the
+/// bytes are not known.
 fn left_by(stored: &[u8], at: usize, cell: usize) -> u64 {
     let mut left = 0;
     for byte in 0..4 {

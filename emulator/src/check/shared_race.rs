@@ -15,16 +15,16 @@ use std::collections::HashMap;
 
 use super::clock::{Agent, Knowledge};
 
-/// What an agent is. Each warp has one of each; the last three act for it asynchronously.
+/// Kind of agent. Each warp has one of each; the last three act for it asynchronously.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Engine {
     /// The warp's own instructions.
     Warp,
-    /// Its `cp.async` copies.
+    /// The warp's `cp.async` copies.
     CpAsync,
-    /// Its bulk and tensor copies.
+    /// The warp's bulk and tensor copies.
     Bulk,
-    /// Its `wgmma` products.
+    /// The warp's `wgmma` products.
     Wgmma,
 }
 
@@ -50,7 +50,7 @@ impl Engine {
         (warp * ENGINES + engine) as Agent
     }
 
-    /// Whether it accesses memory through the async proxy.
+    /// True if it accesses memory through the async proxy.
     pub fn is_async_proxy(self) -> bool {
         matches!(self, Engine::Bulk | Engine::Wgmma)
     }
@@ -60,7 +60,7 @@ impl Engine {
 const MASK_BITS: u32 = 4;
 
 /// Where an access was made: function and instruction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) struct Site {
     pub function: u32,
     pub pc: u32,
@@ -73,6 +73,8 @@ struct Cell {
     site: Site,
     /// Bytes the write covered; zero if there was none.
     bytes: u8,
+    /// It was an atomic update.
+    update: bool,
     read_site: Site,
 }
 
@@ -93,6 +95,8 @@ pub(crate) struct Conflict {
     pub was_write: bool,
     /// Ordered, but the proxy fence is missing.
     pub only_proxy: bool,
+    /// The write was an atomic update.
+    pub was_update: bool,
 }
 
 /// The shadow of one block's shared memory.
@@ -113,6 +117,8 @@ pub(crate) struct Accessor<'a> {
     pub step: u32,
     pub known: &'a Knowledge,
     pub site: Site,
+    /// It updates what it accesses atomically.
+    pub update: bool,
 }
 
 impl SharedShadow {
@@ -179,6 +185,7 @@ impl SharedShadow {
                     site: cell.read_site,
                     was_write: false,
                     only_proxy: false,
+                    was_update: false,
                 });
             }
             // Bytes of the cell that this write leaves alone keep their writer only if it is the same.
@@ -187,18 +194,19 @@ impl SharedShadow {
             cell.agent = who.agent;
             cell.step = who.step;
             cell.site = who.site;
+            cell.update = who.update;
         }
         found
     }
 }
 
-/// Whether a silent store is one more copy of a write that its agent does not know of.
+/// True if a silent store is one more copy of a write that its agent does not know of.
 fn echoes(cell: &Cell, who: Accessor<'_>) -> bool {
     let plain = Engine::of(cell.agent) == Engine::Warp && Engine::of(who.agent) == Engine::Warp;
     plain && cell.agent != who.agent && who.known.generic.get(cell.agent) < cell.step
 }
 
-/// Whether a copy of the bytes was made that is ordered before this access, for every proxy it passes.
+/// True if a copy of the bytes was made that is ordered before this access, for every proxy it passes.
 fn heard(echoes: &HashMap<usize, Vec<Echo>>, index: usize, mask: u8, who: Accessor<'_>) -> bool {
     let covers = |e: &Echo| e.bytes & mask == mask && (e.agent == who.agent || ordered(e, who));
     echoes.get(&index).is_some_and(|all| all.iter().any(covers))
@@ -216,6 +224,7 @@ fn echo_conflict(echo: &Echo, who: Accessor<'_>) -> Option<Conflict> {
         site: echo.site,
         was_write: true,
         only_proxy: false,
+        was_update: false,
     })
 }
 
@@ -229,6 +238,7 @@ fn write_conflict(cell: &Cell, who: Accessor<'_>) -> Option<Conflict> {
             site: cell.site,
             was_write: true,
             only_proxy,
+            was_update: cell.update,
         })
     };
     if who.known.generic.get(cell.agent) < cell.step {
@@ -276,6 +286,7 @@ mod tests {
             step: known.generic.get(agent),
             known,
             site: Site::default(),
+            update: false,
         };
         let found = if write {
             shadow.write(8, 4, who, false)
@@ -318,12 +329,14 @@ mod tests {
             step: 1,
             known: &a,
             site,
+            update: false,
         };
         let second = Accessor {
             agent: 4,
             step: 1,
             known: &b,
             site,
+            update: false,
         };
         assert!(shadow.write(8, 1, first, false).is_none());
         assert!(shadow.write(9, 1, second, false).is_none());
@@ -337,6 +350,7 @@ mod tests {
             step: 1,
             known,
             site: Site::default(),
+            update: false,
         };
         let [a, b] = [0, 4].map(|agent| knowing(&[(agent, 1)]));
         assert!(shadow.write(8, 4, who(0, &a), false).is_none());

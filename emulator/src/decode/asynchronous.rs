@@ -3,10 +3,10 @@
 use super::convert::SPACES;
 use super::memory::{ATOMICS, atomic_ty, take_cache_hints};
 use super::modifiers::Modifiers;
-use super::op::{AsyncOp, AtomicOp, AtomicTy, Completion, MbarrierOp, Op, Reduction};
 use super::operand::{count, operand};
-use super::types::{Addr, Slot, Space, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{Addr, Slot, Space, Ty};
+use crate::isa::{AsyncOp, AtomicOp, AtomicTy, Completion, MbarrierOp, Op, Reduction};
 use crate::parse::ast::{Instruction, Operand};
 use crate::tensor::tensor_map::Field;
 

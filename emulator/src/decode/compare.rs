@@ -2,10 +2,10 @@
 
 use super::integer::int_ty;
 use super::modifiers::Modifiers;
-use super::op::{Alu, BoolOp, Cmp, CmpTy, Op};
 use super::operand::{count, operand};
-use super::types::{FloatTy, PRED_SINK, Pred, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{FloatTy, PRED_SINK, Pred, Ty};
+use crate::isa::{Alu, BoolOp, Cmp, CmpTy, Op};
 use crate::parse::ast::{Instruction, Operand};
 
 const COMPARISONS: &[(&str, Cmp)] = &[

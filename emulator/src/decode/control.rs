@@ -1,11 +1,11 @@
 //! Branches, calls, and whatever else moves the instruction pointer.
 
 use super::modifiers::Modifiers;
-use super::op::{CallTarget, Control, Op, Passed};
 use super::operand::{count, operand};
 use super::scope::Entity;
-use super::types::Ty;
 use super::{Decoder, Failure, fail};
+use crate::isa::types::Ty;
+use crate::isa::{CallTarget, Control, Op, Passed};
 use crate::parse::ast::{Instruction, Operand};
 
 type Decoded = Result<Option<Op>, Failure>;

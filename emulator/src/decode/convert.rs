@@ -1,10 +1,10 @@
 //! Moves, conversions between types, and conversions between address spaces.
 
 use super::modifiers::Modifiers;
-use super::op::{Alu, Counter, Op};
 use super::operand::{count, operand};
-use super::types::{Space, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{Space, Ty};
+use crate::isa::{Alu, Counter, Op};
 use crate::numeric::Rounding;
 use crate::numeric::cvt::{CvtMode, CvtRounding, Fp8, NarrowMode, PackType, Scalar};
 use crate::numeric::float16::Half;

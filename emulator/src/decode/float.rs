@@ -2,10 +2,10 @@
 
 use super::integer::is_float;
 use super::modifiers::Modifiers;
-use super::op::{Alu, Float1, Float2, MinMax, Op};
 use super::operand::{count, operand};
-use super::types::{FloatMode, FloatTy, Slot, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{FloatMode, FloatTy, Slot, Ty};
+use crate::isa::{Alu, Float1, Float2, MinMax, Op};
 use crate::numeric::Rounding;
 use crate::numeric::float32::Property;
 use crate::parse::ast::Instruction;

@@ -1,10 +1,11 @@
 //! Integer, logic, shift, compare and select instructions.
 
 use super::modifiers::Modifiers;
-use super::op::{Alu, BoolOp, Carry, Int1, Int2, Int3, Op, Packed};
 use super::operand::{count, operand};
-use super::types::{IntTy, Pred, SINK, Slot, Ty};
+use super::video::is_scalar_video;
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{IntTy, Pred, SINK, Slot, Ty};
+use crate::isa::{Alu, BoolOp, Carry, Int1, Int2, Int3, Op, Packed};
 use crate::numeric::integer::{Permute, Video, VideoMode};
 use crate::parse::ast::{Instruction, Operand};
 
@@ -91,6 +92,7 @@ impl<'a> Decoder<'_, 'a> {
             "lop3" => self.lop3(i, m)?,
             "fns" => self.int3(i, m, Int3::Fns)?,
             "dp4a" | "dp2a" => self.dot(i, m)?,
+            word if is_scalar_video(word) => return self.scalar_video(i, m).map(Some),
             word if word.starts_with('v') && word.ends_with(['2', '4']) => return self.video(i, m).map(Some),
             "setp" => self.setp(i, m)?,
             "set" => self.set(i, m)?,
@@ -417,7 +419,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 }
 
-/// Whether the instruction's type is a floating-point one.
+/// True if the instruction's type is a floating-point one.
 pub(super) fn is_float(i: &Instruction<'_>) -> bool {
     i.modifiers
         .iter()

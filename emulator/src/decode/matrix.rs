@@ -1,10 +1,10 @@
 //! Tensor-core instructions: fragment moves, `mma.sync`, `wgmma`.
 
 use super::modifiers::Modifiers;
-use super::op::{Op, TensorOp, Wgmma, WgmmaA, WgmmaOp};
 use super::operand::{count, operand};
-use super::types::{Slot, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{Slot, Ty};
+use crate::isa::{Op, TensorOp, Wgmma, WgmmaA, WgmmaOp};
 use crate::numeric::Rounding;
 use crate::parse::ast::{Instruction, Operand};
 use crate::tensor::mma::{Accumulator, BitOp, Element, Mma, Shape};

@@ -2,10 +2,10 @@
 
 use super::convert::SPACES;
 use super::modifiers::Modifiers;
-use super::op::{AtomicOp, AtomicTy, Memory, Op};
 use super::operand::{Dst, count, operand};
-use super::types::{Addr, Order, Slot, Space, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{Addr, Order, Slot, Space, Ty};
+use crate::isa::{AtomicOp, AtomicTy, Memory, Op};
 use crate::parse::ast::{Instruction, Operand};
 
 type Decoded = Result<Option<Op>, Failure>;
@@ -91,7 +91,7 @@ impl<'a> Decoder<'_, 'a> {
                 while m.next().is_some() {}
                 let dst = self.dst_of(operand(i, 0)?, Ty::B64)?;
                 let src = self.constant(0);
-                Op::Alu(super::op::Alu::Mov { dst, src, bits: 64 })
+                Op::Alu(crate::isa::Alu::Mov { dst, src, bits: 64 })
             }
             _ => return Ok(None),
         };
@@ -148,6 +148,7 @@ impl<'a> Decoder<'_, 'a> {
             signed: ty.signed(),
             dst_bits,
             dsts: dsts.iter().map(|d| d.slot).collect(),
+            guess: false,
         }))
     }
 
@@ -292,7 +293,7 @@ impl<'a> Decoder<'_, 'a> {
         if srcs.len() != vector {
             return fail("the number of sources is not that of the vector");
         }
-        Ok(Op::Async(super::op::AsyncOp::Store {
+        Ok(Op::Async(crate::isa::AsyncOp::Store {
             addr: self.addr(operand(i, 0)?, space)?,
             bytes: ty.bytes(),
             srcs: srcs.into(),
@@ -313,7 +314,7 @@ impl<'a> Decoder<'_, 'a> {
         let AtomicTy::Int(int) = atomic_ty(op, ty)? else {
             return fail("`red.async` exists for integers only");
         };
-        Ok(Op::Async(super::op::AsyncOp::Reduce {
+        Ok(Op::Async(crate::isa::AsyncOp::Reduce {
             op,
             ty: int,
             addr: self.addr(operand(i, 0)?, space)?,

@@ -9,26 +9,26 @@ mod asynchronous;
 mod compare;
 mod control;
 mod convert;
+mod declare;
 mod float;
 mod integer;
 mod matrix;
 mod memory;
 mod modifiers;
-pub(crate) mod op;
 mod operand;
 mod scope;
-pub(crate) mod types;
+mod video;
 mod warp;
 mod wmma;
 
 use std::collections::HashMap;
 
-use crate::module::{Function, Preload, Unknown};
+use crate::isa::types::{Order, PRED_SINK, PRED_TRUE, Pred, SINK, Slot};
+use crate::isa::{self, AtomicOp, Instr, Memory, Op, Preload};
 use crate::parse::ast::{self, Instruction, Statement};
+use crate::program::{Function, Program, Source, Unknown};
 use modifiers::Modifiers;
-use op::{Instr, Op};
 use scope::{Entity, Scope};
-use types::{PRED_SINK, PRED_TRUE, Pred, SINK, Slot};
 
 /// Why an instruction cannot be decoded.
 #[derive(Debug)]
@@ -38,10 +38,10 @@ pub(crate) fn fail<T>(message: impl Into<String>) -> Result<T, Failure> {
     Err(Failure(message.into()))
 }
 
-/// What functions of a module see of each other.
+/// Names that all functions of a module share.
 #[derive(Default)]
 pub(crate) struct Symbols {
-    /// Module variables and function-level static ones, by index into `Module::variables`.
+    /// Module variables and function-level static ones, by index into `Program::variables`.
     pub variables: HashMap<String, u32>,
     pub functions: HashMap<String, u32>,
     /// Interned opcode names.
@@ -61,14 +61,46 @@ impl Symbols {
     }
 }
 
-/// A static variable declared inside a function, to be added to the module's.
-pub(crate) type NewVariable<'a> = ast::Variable<'a>;
+/// Decodes a module. Fails at a line, with a message, where a declaration makes no sense; instructions that are not known
+/// are kept in their function.
+pub(crate) fn program(parsed: &ast::Module<'_>, source: Source) -> Result<Program, (u32, String, Source)> {
+    let mut symbols = declare::symbols(parsed);
+    let first_static = parsed.variables.len() as u32;
+    let mut statics = Vec::new();
+    let mut functions = Vec::new();
+    for declared in &parsed.functions {
+        // A declaration gives way to the definition of the same name.
+        if symbols.functions.get(declared.name) != Some(&(functions.len() as u32)) {
+            functions.push(Function::new(declared.name, false, declared.line));
+            continue;
+        }
+        functions.push(function(declared, &mut symbols, &mut statics, first_static));
+    }
+    let mut variables = Vec::new();
+    for variable in parsed.variables.iter().chain(&statics) {
+        match declare::variable(variable, &symbols) {
+            Ok(made) => variables.push(made),
+            Err(message) => return Err((variable.line, message, source)),
+        }
+    }
+    let entries = functions.iter().enumerate();
+    let entries = entries.filter(|(_, f)| f.is_entry && f.has_body);
+    let entries = entries.map(|(index, f)| declare::entry(index, f)).collect();
+    Ok(Program {
+        source,
+        target: parsed.target.to_owned(),
+        functions,
+        variables,
+        names: symbols.names,
+        entries,
+    })
+}
 
-/// Decodes one function with a body.
-pub(crate) fn function<'a>(
+/// Decodes one function with a body. Its static variables are added to `statics`, to become the module's.
+fn function<'a>(
     parsed: &ast::Function<'a>,
     symbols: &mut Symbols,
-    statics: &mut Vec<NewVariable<'a>>,
+    statics: &mut Vec<ast::Variable<'a>>,
     next_variable: u32,
 ) -> Function {
     let mut decoder = Decoder::new(parsed, symbols, statics, next_variable);
@@ -81,7 +113,7 @@ pub(crate) fn function<'a>(
 
 pub(crate) struct Decoder<'s, 'a> {
     symbols: &'s mut Symbols,
-    statics: &'s mut Vec<NewVariable<'a>>,
+    statics: &'s mut Vec<ast::Variable<'a>>,
     next_variable: u32,
     is_entry: bool,
     out: Function,
@@ -98,7 +130,7 @@ impl<'s, 'a> Decoder<'s, 'a> {
     fn new(
         parsed: &ast::Function<'a>,
         symbols: &'s mut Symbols,
-        statics: &'s mut Vec<NewVariable<'a>>,
+        statics: &'s mut Vec<ast::Variable<'a>>,
         next_variable: u32,
     ) -> Self {
         let mut out = Function::new(parsed.name, parsed.is_entry, parsed.line);
@@ -231,7 +263,7 @@ impl<'s, 'a> Decoder<'s, 'a> {
         let end = self.out.code.len() as u32;
         let name = self.symbols.intern("ret");
         self.out.code.push(Instr {
-            op: Op::Control(op::Control::Ret),
+            op: Op::Control(isa::Control::Ret),
             guard: None,
             line: self.line.max(parsed.line),
             name,
@@ -243,8 +275,8 @@ impl<'s, 'a> Decoder<'s, 'a> {
         let place = |id: u32| labels.get(id as usize).copied().flatten().unwrap_or(end);
         for instr in &mut self.out.code {
             match &mut instr.op {
-                Op::Control(op::Control::Bra { target }) => *target = place(*target),
-                Op::Control(op::Control::Brx { targets, .. }) => {
+                Op::Control(isa::Control::Bra { target }) => *target = place(*target),
+                Op::Control(isa::Control::Brx { targets, .. }) => {
                     for target in targets.iter_mut() {
                         *target = place(*target);
                     }
@@ -252,6 +284,7 @@ impl<'s, 'a> Decoder<'s, 'a> {
                 _ => {}
             }
         }
+        mark_guesses(&mut self.out.code);
         self.out.directives = parsed.directives;
         self.out.has_body = parsed.body.is_some();
         self.out
@@ -283,5 +316,26 @@ impl<'s, 'a> Decoder<'s, 'a> {
             slot: PRED_TRUE,
             negated: false,
         }
+    }
+}
+
+/// Marks the ordinary loads that a compare-and-swap on the same address register and offset follows in the text, with no
+/// write of that register in between.
+fn mark_guesses(code: &mut [Instr]) {
+    // Address registers and offsets of the compare-and-swaps below the line that is looked at.
+    let mut swapped: Vec<(Slot, i64)> = Vec::new();
+    for instr in code.iter_mut().rev() {
+        match &mut instr.op {
+            Op::Memory(Memory::Atomic {
+                op: AtomicOp::Cas,
+                addr,
+                ..
+            }) => swapped.push((addr.base, addr.offset)),
+            Op::Memory(Memory::Load { addr, order, guess, .. }) if *order == Order::Weak => {
+                *guess = swapped.contains(&(addr.base, addr.offset));
+            }
+            _ => {}
+        }
+        swapped.retain(|(base, _)| !instr.writes.contains(base));
     }
 }

@@ -3,8 +3,8 @@
 //! Decoding takes the modifiers it understands; whatever is left at the end makes the instruction
 //! unknown. Nothing is ever ignored by accident.
 
-use super::types::Ty;
 use super::{Failure, fail};
+use crate::isa::types::Ty;
 use crate::numeric::{IntegerRounding, Rounding};
 
 pub(crate) struct Modifiers<'a> {
@@ -37,7 +37,7 @@ impl<'a> Modifiers<'a> {
         None
     }
 
-    /// As [`one_of`](Self::one_of), for a modifier that must be there.
+    /// Takes the first of `table`'s words that is there; fails if none is.
     pub fn need<T: Copy>(&mut self, what: &str, table: &[(&str, T)]) -> Result<T, Failure> {
         match self.one_of(table) {
             Some(value) => Ok(value),

@@ -1,9 +1,9 @@
 //! Operands to rows: registers, immediates, special registers, symbols, vectors, addresses.
 
 use super::scope::{Entity, Register};
-use super::types::{Addr, PRED_SINK, Pred, SINK, Slot, Space, Ty};
 use super::{Decoder, Failure, fail};
-use crate::module::{Preload, Special};
+use crate::isa::types::{Addr, PRED_SINK, Pred, SINK, Slot, Space, Ty};
+use crate::isa::{Preload, Special};
 use crate::parse::ast::{Instruction, Operand};
 
 /// A destination: its row and the width of its register.
@@ -200,7 +200,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// As [`srcs`](Self::srcs), for destinations.
+    /// Rows of the destinations `{a, b, …}`, a vector register, or one register.
     pub(super) fn dsts(&mut self, operand: &Operand<'a>) -> Result<Vec<Dst>, Failure> {
         match operand {
             Operand::Vector(list) => list.iter().map(|o| self.dst(o)).collect(),
@@ -261,8 +261,8 @@ impl<'a> Decoder<'_, 'a> {
     }
 
     /// Where a call passes an operand: a `.param` variable of the frame, a register or a constant.
-    pub(super) fn passed(&mut self, operand: &Operand<'a>) -> Result<super::op::Passed, Failure> {
-        use super::op::Passed;
+    pub(super) fn passed(&mut self, operand: &Operand<'a>) -> Result<crate::isa::Passed, Failure> {
+        use crate::isa::Passed;
         if let Operand::Name(name) = operand {
             if let Some(Entity::Frame { offset, size }) = self.lookup(name) {
                 return Ok(Passed::Bytes {

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 
-use super::types::{Slot, Ty};
 use super::{Decoder, Failure, fail};
-use crate::decode::op::Passed;
-use crate::module::{Parameter, Preload};
+use crate::isa::Passed;
+use crate::isa::Preload;
+use crate::isa::types::{Slot, Ty};
 use crate::parse::ast;
+use crate::program::Parameter;
 
-/// What a name stands for.
+/// Meaning of a name.
 #[derive(Debug, Clone)]
 pub(super) enum Entity<'a> {
     Register(Register),

@@ -1,10 +1,10 @@
 //! Instructions whose lanes, warps or blocks meet: shuffles, votes, barriers, mbarriers.
 
 use super::modifiers::Modifiers;
-use super::op::{BarrierOp, BarrierRed, MbarrierOp, Op, Phase, ReduxOp, ShflMode, VoteMode, WarpOp};
 use super::operand::{count, operand};
-use super::types::{PRED_SINK, SINK, Slot, Ty};
 use super::{Decoder, Failure, fail};
+use crate::isa::types::{PRED_SINK, SINK, Slot, Ty};
+use crate::isa::{BarrierOp, BarrierRed, MbarrierOp, Op, Phase, ReduxOp, ShflMode, VoteMode, WarpOp};
 use crate::parse::ast::{Instruction, Operand};
 
 type Decoded = Result<Option<Op>, Failure>;
@@ -318,7 +318,7 @@ impl<'a> Decoder<'_, 'a> {
     fn arrive(
         &mut self,
         i: &Instruction<'a>,
-        space: super::types::Space,
+        space: crate::isa::types::Space,
         expect_tx: bool,
         no_complete: bool,
         drop: bool,

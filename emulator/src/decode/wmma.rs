@@ -2,11 +2,10 @@
 
 use super::matrix::{ACCUMULATORS, ELEMENTS, next_of, shape};
 use super::modifiers::Modifiers;
-use super::op::{Op, WmmaOp};
 use super::operand::{count, operand};
-use super::types::{Slot, Ty};
 use super::{Decoder, Failure, fail};
-use crate::exec::operand_named;
+use crate::isa::types::{Slot, Ty};
+use crate::isa::{Op, WmmaOp};
 use crate::parse::ast::Instruction;
 use crate::tensor::mma::{Accumulator, Element, Shape};
 use crate::tensor::wmma::{Operand as Matrix, Wmma};
@@ -27,6 +26,17 @@ fn element_of(accumulator: Accumulator, k: usize) -> Element {
         (Accumulator::S32, _) => Element::S8,
         (Accumulator::F32, 8) => Element::Tf32,
         _ => Element::F16,
+    }
+}
+
+/// The operand a `wmma.load` names, or `wmma.store`'s.
+fn operand_named(word: &str) -> Option<Matrix> {
+    match word {
+        "a" => Some(Matrix::A),
+        "b" => Some(Matrix::B),
+        "c" => Some(Matrix::C),
+        "d" => Some(Matrix::D),
+        _ => None,
     }
 }
 

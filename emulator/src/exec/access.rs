@@ -1,14 +1,15 @@
 //! From an address to the bytes: finding the memory, and the checks every access passes.
 
 use super::warp::Warp;
-use super::{Actor, Cluster, Write, is_narrow};
+use super::{Cluster, Write, is_narrow};
 use crate::check::global_race::Who;
+use crate::check::guess::Location;
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::Instr;
-use crate::decode::types::{Addr, Order, Space};
 use crate::error::Error;
+use crate::isa::types::{Addr, Order, Space};
+use crate::isa::window;
+use crate::isa::{Instr, Memory, Op};
 use crate::memory::global::Outside;
-use crate::memory::window;
 use crate::report::FindingKind;
 
 /// Where an access landed.
@@ -34,21 +35,6 @@ pub(crate) struct Access {
     pub align: u64,
     pub write: bool,
 }
-
-/// An ordinary read that races with an atomic update by another block, unless the reader's block updates the location
-/// in its turn, as a compare-and-swap loop does that begins with an ordinary read.
-#[derive(Debug)]
-pub(crate) struct Guess {
-    cta: usize,
-    address: u64,
-    actor: Actor,
-    lane: usize,
-    line: u32,
-    message: String,
-}
-
-/// Guesses that are remembered; further ones are findings at once.
-const MAX_GUESSES: usize = 1 << 12;
 
 /// The address a lane's base register and the instruction's offset make.
 #[inline]
@@ -128,12 +114,11 @@ impl<'m> Cluster<'m> {
             verb(access.write),
             access.bytes
         );
-        if !self.ctx.checks.alignment {
-            return Err(self.fault(warp, instr.line, format!("misaligned address: {message}")));
-        }
         let actor = self.actor(warp);
         let at = (Some(access.lane), Some(address));
-        self.report(FindingKind::Misaligned, instr.line, actor, at, || message);
+        if !self.report(FindingKind::Misaligned, instr.line, actor, at, || message.clone()) {
+            return Err(self.fault(warp, instr.line, format!("misaligned address: {message}")));
+        }
         Ok(())
     }
 
@@ -164,22 +149,21 @@ impl<'m> Cluster<'m> {
             ),
         };
         let message = format!("{} of {bytes} bytes of {place}", verb(access.write));
-        if !self.ctx.checks.bounds {
-            return Err(self.fault(warp, instr.line, format!("illegal address: {message}")));
-        }
         let actor = self.actor(warp);
         let at = (Some(access.lane), Some(access.address));
-        self.report(kind, instr.line, actor, at, || message);
+        if !self.report(kind, instr.line, actor, at, || message.clone()) {
+            return Err(self.fault(warp, instr.line, format!("illegal address: {message}")));
+        }
         Ok(())
     }
 
-    /// The checks on an access whose memory was found: initialised, and not racing.
+    /// Watches an access whose memory was found for races.
     #[inline]
     pub fn observe(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target, order: Order, site: Site) {
         self.observe_store(warp, instr, access, target, order, site, &[]);
     }
 
-    /// The same for a store of `bytes`; nothing if they are not known yet.
+    /// Watches a store of `bytes` for races; `bytes` is empty if they are not known yet.
     #[inline]
     #[expect(clippy::too_many_arguments, reason = "a store is all of these")]
     pub fn observe_store(
@@ -192,12 +176,8 @@ impl<'m> Cluster<'m> {
         site: Site,
         bytes: &[u8],
     ) {
-        let checks = self.ctx.checks;
-        if !access.write && checks.uninitialized {
-            self.check_initialized(warp, instr, access, target);
-        }
         match target {
-            Target::Shared { cta, at } if checks.shared_races => {
+            Target::Shared { cta, at } if self.ctas[cta].shadow.is_some() => {
                 if order.is_strong() {
                     self.acquire_shared(warp.id, cta, at as u64);
                 }
@@ -206,13 +186,17 @@ impl<'m> Cluster<'m> {
                 let range = (at, access.bytes);
                 let lane = Some(access.lane);
                 let silent = !bytes.is_empty() && self.ctas[cta].shared.holds(at, bytes);
-                let write = if silent { Write::Silent } else { access.write.into() };
+                let write = match &instr.op {
+                    Op::Memory(Memory::Atomic { .. }) => Write::Update,
+                    _ if silent => Write::Silent,
+                    _ => access.write.into(),
+                };
                 self.watch_shared(warp.id, agent, actor, site, cta, range, write, lane);
                 if order.is_strong() {
                     self.release_shared(warp.id, cta, at as u64);
                 }
             }
-            Target::Global { allocation, at } if checks.global_races => {
+            Target::Global { allocation, at } if self.ctx.shadow.is_some() => {
                 let range = (allocation, at);
                 self.watch_global(warp, instr, access, range, order, false, bytes);
             }
@@ -251,8 +235,7 @@ impl<'m> Cluster<'m> {
             update: atomic,
         };
         if atomic {
-            self.guesses
-                .retain(|g| g.cta != warp.cta || g.address != access.address);
+            self.guesses.updated(who.block, Location::Global(access.address));
         }
         let conflict = shadow.access(allocation, at, access.bytes, access.write, who, stored);
         if let Some(conflict) = conflict {
@@ -268,54 +251,12 @@ impl<'m> Cluster<'m> {
                     conflict.line
                 )
             };
-            if conflict.guess && self.guesses.len() < MAX_GUESSES {
-                self.guesses.push(Guess {
-                    cta: warp.cta,
-                    address: access.address,
-                    actor,
-                    lane: access.lane,
-                    line: instr.line,
-                    message: message(),
-                });
+            if conflict.guess {
+                let read = (self.site(warp), who.block, Location::Global(access.address));
+                self.report_guess(FindingKind::GlobalRace, instr.line, actor, place, read, message);
             } else {
                 self.report(FindingKind::GlobalRace, instr.line, actor, place, message);
             }
-        }
-    }
-
-    /// At the end: reads of what other blocks update, after which the reader updated nothing.
-    pub fn report_guesses(&mut self) {
-        for guess in std::mem::take(&mut self.guesses) {
-            let place = (Some(guess.lane), Some(guess.address));
-            self.report(FindingKind::GlobalRace, guess.line, guess.actor, place, || {
-                guess.message
-            });
-        }
-    }
-
-    fn check_initialized(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target) {
-        let bytes = access.bytes;
-        let (space, missing) = match target {
-            Target::Global { allocation, at } => {
-                let memory = &self.ctx.view.allocations[allocation];
-                ("global", memory.first_uninitialized(at, bytes).map(|m| m - at))
-            }
-            Target::Shared { cta, at } => {
-                let memory = &self.ctas[cta].shared;
-                ("shared", memory.first_uninitialized(at, bytes).map(|m| m - at))
-            }
-            Target::Local { at } => {
-                let untouched = warp.local.untouched(access.lane, at, bytes);
-                ("local", untouched.then_some(0))
-            }
-            Target::Param { .. } => return,
-        };
-        if let Some(missing) = missing {
-            let actor = self.actor(warp);
-            let at = (Some(access.lane), Some(access.address));
-            self.report(FindingKind::Uninitialized, instr.line, actor, at, || {
-                format!("read of {bytes} bytes of {space} memory, of which byte {missing} was never written")
-            });
         }
     }
 }

@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 
 use super::access::{Access, Target, effective};
+use super::bulk::End;
 use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step, Write};
 use crate::check::shared_race::Engine;
-use crate::decode::op::{AsyncOp, Instr};
-use crate::decode::types::{Addr, Order, Pred, Slot};
+use crate::isa::types::{Addr, Order, Pred, Slot};
+use crate::isa::{AsyncOp, Instr};
 use crate::schedule::Landing;
 
 /// One lane's copy of up to 16 bytes.
@@ -23,6 +24,7 @@ pub(crate) struct Copy {
     landed: bool,
     /// Step of the warp's copy engine.
     step: u32,
+    line: u32,
 }
 
 /// Copies of each lane that were not waited for: those of no group yet, and the groups, oldest first.
@@ -139,11 +141,9 @@ impl<'m> Cluster<'m> {
                     source = Some((allocation, at, wanted));
                 }
             }
-            if self.watches_shared() {
-                let agent = Engine::CpAsync.agent(warp.id);
-                let actor = self.actor(warp);
-                self.watch_shared(warp.id, agent, actor, site, cta, (at, bytes), Write::Yes, Some(lane));
-            }
+            let agent = Engine::CpAsync.agent(warp.id);
+            let actor = self.actor(warp);
+            self.watch_shared(warp.id, agent, actor, site, cta, (at, bytes), Write::Yes, Some(lane));
             let mut copy = Copy {
                 cta,
                 at,
@@ -152,6 +152,7 @@ impl<'m> Cluster<'m> {
                 landing,
                 landed: false,
                 step,
+                line: instr.line,
             };
             if landing.due(self.tick) {
                 self.land(&mut copy);
@@ -173,6 +174,14 @@ impl<'m> Cluster<'m> {
             self.ctx.view.allocations[allocation].copy_out(at, &mut bytes[..len]);
         }
         self.ctas[copy.cta].shared.write(copy.at, &bytes[..copy.bytes]);
+        if let Some((allocation, at, len)) = copy.source {
+            self.copy_undefined(
+                End::Global(allocation, at),
+                End::Shared(copy.cta, copy.at),
+                len,
+                copy.line,
+            );
+        }
         self.counters.shared_written_bytes += copy.bytes as u64;
         copy.landed = true;
     }

@@ -3,8 +3,8 @@
 use super::access::{Access, Target, effective};
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{AtomicOp, AtomicTy, Instr, Memory};
-use crate::decode::types::{FloatTy, IntTy, Order};
+use crate::isa::types::{FloatTy, IntTy, Order};
+use crate::isa::{AtomicOp, AtomicTy, Instr, Memory};
 use crate::numeric::Rounding;
 use crate::numeric::float16::{self, Half, HalfMode};
 use crate::numeric::float32::{self, Mode};
@@ -12,7 +12,7 @@ use crate::numeric::float64;
 use crate::numeric::minmax::{Extremum, MinMaxMode};
 use crate::report::FindingKind;
 
-/// What `op` makes of the old value, `b`, and for `cas` `c`.
+/// Result of `op` on the old value, `b`, and for `cas` `c`.
 pub(crate) fn combine(op: AtomicOp, ty: AtomicTy, old: u64, b: u64, c: u64) -> u64 {
     match ty {
         AtomicTy::Int(ty) => combine_int(op, ty, old, b, c),
@@ -131,6 +131,22 @@ impl<'m> Cluster<'m> {
             let Some(target) = self.locate(warp, instr, access)? else {
                 continue;
             };
+            let mut taken = Vec::new();
+            if self.lacks(warp, lane, target, total) {
+                // An exchange only moves what was there; everything else computes with it.
+                let read = (0..total).step_by(size.min(8));
+                taken = read
+                    .map(|at| self.undefined(warp, lane, target, (at, size.min(8)), instr.line))
+                    .collect();
+                if *op != AtomicOp::Exch {
+                    taken.clear();
+                    let actor = self.actor(warp);
+                    let place = (Some(lane), Some(access.address));
+                    self.report(FindingKind::Uninitialized, instr.line, actor, place, || {
+                        format!("atomic operation on {total} bytes, some of which were never written")
+                    });
+                }
+            }
             self.observe_atomic(warp, instr, access, target, dsts.is_some(), *order, site);
             self.counters.atomics += 1;
             if let Target::Param { .. } = target {
@@ -138,9 +154,9 @@ impl<'m> Cluster<'m> {
             }
             if *ty == AtomicTy::B128 {
                 self.atomic_wide(warp, lane, target, *op, [dsts.as_deref(), Some(b), Some(c)]);
-                continue;
             }
-            for index in 0..b.len() {
+            let elements = if *ty == AtomicTy::B128 { 0 } else { b.len() };
+            for index in 0..elements {
                 let operand = warp.frame().row(b[index])[lane];
                 let swap = c.get(index).map_or(0, |c| warp.frame().row(*c)[lane]);
                 let f = |old: u64| combine(*op, *ty, old, operand, swap);
@@ -148,6 +164,9 @@ impl<'m> Cluster<'m> {
                 if let Some(dsts) = dsts {
                     warp.frame_mut().row_mut(dsts[index])[lane] = old;
                 }
+            }
+            for (dst, (bits, origin)) in dsts.iter().flatten().zip(taken) {
+                warp.frame_mut().set_undefined(*dst, lane, bits, origin);
             }
         }
         Ok(Flow::Next)
@@ -164,7 +183,6 @@ impl<'m> Cluster<'m> {
         order: Order,
         site: crate::check::shared_race::Site,
     ) {
-        let checks = self.ctx.checks;
         if let Target::Global { allocation, at } = target {
             self.counters.global_read_bytes += access.bytes as u64 * u64::from(returns);
             self.counters.global_written_bytes += access.bytes as u64;
@@ -172,20 +190,8 @@ impl<'m> Cluster<'m> {
             // A plain `red` hands nothing to whoever comes next but the sum; an `atom` may be a lock or a ticket.
             let synchronizes = returns || order == Order::Release || self.ctas[warp.cta].fenced;
             let order = if synchronizes { order } else { Order::Weak };
-            if checks.global_races {
-                self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
-            }
+            self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
             let memory = &self.ctx.view.allocations[allocation];
-            if checks.uninitialized && memory.first_uninitialized(at, access.bytes).is_some() {
-                let actor = self.actor(warp);
-                let place = (Some(access.lane), Some(access.address));
-                self.report(FindingKind::Uninitialized, instr.line, actor, place, || {
-                    format!(
-                        "atomic on {} bytes of global memory that were never written",
-                        access.bytes
-                    )
-                });
-            }
             memory.mark(at, access.bytes);
             return;
         }

@@ -3,8 +3,8 @@
 use super::warp::{Wait, Warp};
 use super::{Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
-use crate::decode::op::{BarrierOp, BarrierRed, Instr};
-use crate::decode::types::{Pred, Slot};
+use crate::isa::types::{Pred, Slot};
+use crate::isa::{BarrierOp, BarrierRed, Instr};
 use crate::report::FindingKind;
 
 /// Barriers a block has.
@@ -18,9 +18,9 @@ pub(crate) struct BlockBarrier {
     arrived: u32,
     /// Threads expected, where the instructions say so.
     expected: Option<u32>,
-    /// What those who arrived knew.
+    /// Knowledge of the warps that arrived.
     arriving: Knowledge,
-    /// The same of the completed phase, for those who leave.
+    /// Knowledge of the completed phase, for the warps that leave.
     pub left: Knowledge,
     all: bool,
     any: bool,
@@ -156,7 +156,7 @@ impl<'m> Cluster<'m> {
             barrier.votes += votes.count_ones();
         }
         self.progress += 1;
-        if clash && self.ctx.checks.barriers {
+        if clash {
             let earlier = self.ctas[warp.cta].barriers[arrival.id as usize].expected;
             let actor = self.actor(warp);
             let id = arrival.id;
@@ -264,7 +264,7 @@ impl<'m> Cluster<'m> {
     fn set_registers(&mut self, warp: &mut Warp, instr: &Instr, increase: bool, count: u32) -> Step {
         let have = warp.registers;
         let wrong = if increase { count < have } else { count > have };
-        if wrong && self.ctx.checks.barriers {
+        if wrong {
             let actor = self.actor(warp);
             let verb = if increase { "raises" } else { "lowers" };
             self.report(FindingKind::Limit, instr.line, actor, (None, None), || {

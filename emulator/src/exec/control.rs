@@ -2,11 +2,13 @@
 
 use super::warp::{Frame, Group, Lanes, Wait, Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{CallTarget, Control, Instr, Passed};
-use crate::decode::types::{PRED_TRUE, Slot};
+use crate::check::definedness::Row;
 use crate::error::Error;
+use crate::isa::types::{PRED_TRUE, Slot};
+use crate::isa::{CallTarget, Control, Instr, Passed};
+use crate::isa::{Preload, Special};
 use crate::memory::local;
-use crate::module::{Preload, Special};
+use crate::memory::origin::{Origin, bits_of_bytes, bytes_of_bits};
 
 /// Function addresses: far from any memory, one step an index.
 pub(crate) const FUNCTION_BASE: u64 = 0x5_0000_0000;
@@ -39,7 +41,7 @@ impl<'m> Cluster<'m> {
                 Ok(Flow::Moved)
             }
             Control::Trap => Err(Error::Trap {
-                file: self.ctx.module.file().to_owned(),
+                file: self.ctx.program.source.file.clone(),
                 line: instr.line,
                 block: self.block_name(warp.cta),
                 warp: warp.index,
@@ -162,7 +164,7 @@ impl<'m> Cluster<'m> {
                     let same = lanes(left).filter(|lane| row[*lane] == first);
                     let same = same.fold(0, |m, lane| m | 1 << lane);
                     let index = first.wrapping_sub(FUNCTION_BASE) / FUNCTION_STEP;
-                    let known = first >= FUNCTION_BASE && (index as usize) < self.ctx.module.functions.len();
+                    let known = first >= FUNCTION_BASE && (index as usize) < self.ctx.program.functions.len();
                     if !known {
                         return Err(self.fault(warp, instr.line, format!("call of {first:#x}, which is no function")));
                     }
@@ -195,7 +197,7 @@ impl<'m> Cluster<'m> {
         mask: u32,
         args: &[Passed],
     ) -> Result<(), Error> {
-        let function = &self.ctx.module.functions[callee as usize];
+        let function = &self.ctx.program.functions[callee as usize];
         if !function.has_body {
             let message = format!("call of `{}`, which this module does not define", function.name);
             return Err(self.fault(warp, instr.line, message));
@@ -210,17 +212,18 @@ impl<'m> Cluster<'m> {
         };
         frame.call_pc = group.pc;
         let caller_base = warp.frame_at(group.frame).base;
+        let call = self.ctx.checks.uninitialized.then_some(instr.line);
         for (arg, formal) in args.iter().zip(&function.formals) {
             let caller = match &warp.frames[group.frame as usize] {
                 Some(caller) => caller,
                 None => continue,
             };
             let row = match arg {
-                Passed::Register { slot } => Some(*caller.row(*slot)),
+                Passed::Register { slot } => Some((*caller.row(*slot), undefined_row(caller, *slot))),
                 Passed::Bytes { .. } => None,
             };
             let bases = (&caller_base, &frame.base.clone());
-            pass(warp, mask, (*arg, row), *formal, bases, &mut frame);
+            pass(warp, (mask, call), (*arg, row), *formal, bases, &mut frame);
         }
         let index = place(warp, frame);
         let part = Group {
@@ -246,20 +249,24 @@ impl<'m> Cluster<'m> {
             return self.exit(warp, mask);
         };
         let (function, call_pc, base) = (frame.function, frame.call_pc, frame.base);
-        let returns = &self.ctx.module.functions[function as usize].returns;
+        let returns = &self.ctx.program.functions[function as usize].returns;
         let caller_function = warp.frame_at(caller).function;
-        let call = &self.ctx.module.functions[caller_function as usize].code[call_pc as usize];
-        if let crate::decode::op::Op::Control(Control::Call { returns: to, .. }) = &call.op {
+        let call = &self.ctx.program.functions[caller_function as usize].code[call_pc as usize];
+        let line = self.ctx.checks.uninitialized.then_some(call.line);
+        if let crate::isa::Op::Control(Control::Call { returns: to, .. }) = &call.op {
             for (from, to) in returns.iter().zip(to.iter()) {
                 let row = match from {
-                    Passed::Register { slot } => Some(*warp.frame_at(group.frame).row(*slot)),
+                    Passed::Register { slot } => {
+                        let frame = warp.frame_at(group.frame);
+                        Some((*frame.row(*slot), undefined_row(frame, *slot)))
+                    }
                     Passed::Bytes { .. } => None,
                 };
                 let Some(mut target) = warp.frames[caller as usize].take() else {
                     continue;
                 };
                 let to_base = target.base;
-                pass(warp, mask, (*from, row), *to, (&base, &to_base), &mut target);
+                pass(warp, (mask, line), (*from, row), *to, (&base, &to_base), &mut target);
                 warp.frames[caller as usize] = Some(target);
             }
         }
@@ -297,7 +304,7 @@ impl<'m> Cluster<'m> {
         mask: u32,
         caller: Option<(u32, u32)>,
     ) -> Option<Box<Frame>> {
-        let decoded = &self.ctx.module.functions[function as usize];
+        let decoded = &self.ctx.program.functions[function as usize];
         let mut base = [0; 32];
         for lane in lanes(mask) {
             let start = warp.local_top[lane].next_multiple_of(decoded.frame_align);
@@ -327,6 +334,7 @@ impl<'m> Cluster<'m> {
             } else {
                 Vec::new()
             },
+            shadow: None,
         });
         for (slot, preload) in &decoded.preloads {
             let row = self.preload(warp, *preload, &base);
@@ -420,15 +428,22 @@ pub(crate) fn place(warp: &mut Warp, frame: Box<Frame>) -> u32 {
     }
 }
 
-/// Copies an argument or a result between two frames. Bytes lie in local memory, at the bases of their frames.
+/// The undefined bits of a register, if there are any.
+fn undefined_row(frame: &Frame, slot: Slot) -> Option<Row> {
+    frame.shadow.as_ref().map(|shadow| *shadow.row(slot))
+}
+
+/// Copies an argument or a result between two frames, for the lanes of a mask and at the line of the call (no line if
+/// undefined values are not followed). Bytes lie in local memory, at the bases of their frames.
 fn pass(
     warp: &mut Warp,
-    mask: u32,
-    from: (Passed, Option<Lanes>),
+    of: (u32, Option<u32>),
+    from: (Passed, Option<(Lanes, Option<Row>)>),
     to: Passed,
     bases: (&Lanes, &Lanes),
     target: &mut Frame,
 ) {
+    let (mask, line) = of;
     for lane in lanes(mask) {
         match (from, to) {
             ((Passed::Bytes { offset: a, size }, _), Passed::Bytes { offset: b, size: room }) => {
@@ -439,19 +454,41 @@ fn pass(
             ((Passed::Bytes { offset, size }, _), Passed::Register { slot }) => {
                 let from = bases.0[lane] as usize + offset as usize;
                 let n = (size as usize).min(8);
-                if from + n <= warp.local.len(lane) {
-                    target.row_mut(slot)[lane] = warp.local.load(lane, from, n);
+                if from + n > warp.local.len(lane) {
+                    continue;
+                }
+                target.row_mut(slot)[lane] = warp.local.load(lane, from, n);
+                let missing = (0..n).filter(|i| warp.local.first_uninitialized(lane, from + i, 1).is_some());
+                let missing = missing.fold(0, |m: u8, i| m | 1 << i);
+                if let Some(line) = line
+                    && (missing != 0 || target.shadow.is_some())
+                {
+                    let fresh = Origin { line, computed: false };
+                    let origin = warp.local.origin(lane, from, n).unwrap_or(fresh);
+                    target.set_undefined(slot, lane, bits_of_bytes(missing), origin);
                 }
             }
-            ((Passed::Register { .. }, Some(row)), Passed::Bytes { offset, size }) => {
+            ((Passed::Register { .. }, Some((row, undefined))), Passed::Bytes { offset, size }) => {
                 let to = bases.1[lane] as usize + offset as usize;
                 let n = (size as usize).min(8);
-                if to + n <= warp.local.len(lane) {
-                    warp.local.store(lane, to, n, row[lane]);
+                if to + n > warp.local.len(lane) {
+                    continue;
+                }
+                warp.local.store(lane, to, n, row[lane]);
+                if let Some(undefined) = undefined {
+                    let bytes = bytes_of_bits(undefined.bits[lane]);
+                    for index in (0..n).filter(|i| bytes >> i & 1 != 0) {
+                        warp.local.unmark(lane, to + index, undefined.origin[lane]);
+                    }
                 }
             }
-            ((Passed::Register { .. }, Some(row)), Passed::Register { slot }) => {
+            ((Passed::Register { .. }, Some((row, undefined))), Passed::Register { slot }) => {
                 target.row_mut(slot)[lane] = row[lane];
+                let undefined = undefined.map(|u| (u.bits[lane], u.origin[lane]));
+                let (bits, origin) = undefined.unwrap_or_default();
+                if bits != 0 || target.shadow.is_some() {
+                    target.set_undefined(slot, lane, bits, origin);
+                }
             }
             ((Passed::Register { .. }, None), _) => {}
         }

@@ -2,8 +2,8 @@
 
 use super::alu::{map, map2, map3};
 use super::warp::Frame;
-use crate::decode::op::{Alu, Cmp, Float1, Float2, MinMax};
-use crate::decode::types::{FloatMode, FloatTy, Slot};
+use crate::isa::types::{FloatMode, FloatTy, Slot};
+use crate::isa::{Alu, Cmp, Float1, Float2, MinMax};
 use crate::numeric::Rounding;
 use crate::numeric::approx::{self, Function};
 use crate::numeric::float16::{self, Clamp, Half, HalfMode};

@@ -8,8 +8,8 @@ use super::warp::{Wait, Warp, lanes};
 use super::{Actor, Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{Instr, MbarrierOp, Phase};
-use crate::decode::types::{Addr, Slot};
+use crate::isa::types::{Addr, Slot};
+use crate::isa::{Instr, MbarrierOp, Phase};
 use crate::report::FindingKind;
 
 /// Largest arrival count, and largest transaction count either way.
@@ -123,17 +123,13 @@ impl<'m> Cluster<'m> {
     }
 
     fn watch_object(&mut self, warp: &Warp, cta: usize, at: usize, write: bool, lane: usize, site: Site) {
-        if self.watches_shared() {
-            let agent = Engine::Warp.agent(warp.id);
-            let actor = self.actor(warp);
-            self.watch_shared(warp.id, agent, actor, site, cta, (at, 8), write.into(), Some(lane));
-        }
+        let agent = Engine::Warp.agent(warp.id);
+        let actor = self.actor(warp);
+        self.watch_shared(warp.id, agent, actor, site, cta, (at, 8), write.into(), Some(lane));
     }
 
     fn misuse(&mut self, actor: Actor, line: u32, at: u32, message: impl FnOnce() -> String) {
-        if self.ctx.checks.barriers {
-            self.report(FindingKind::Mbarrier, line, actor, (None, Some(u64::from(at))), message);
-        }
+        self.report(FindingKind::Mbarrier, line, actor, (None, Some(u64::from(at))), message);
     }
 
     fn mbarrier_init(

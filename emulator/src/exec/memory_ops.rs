@@ -5,8 +5,8 @@ use super::alu::truncate;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
 use crate::counters::{sectors, wavefronts};
-use crate::decode::op::{Instr, Memory};
-use crate::decode::types::{Addr, Order, Slot, Space};
+use crate::isa::types::{Addr, Order, Slot, Space};
+use crate::isa::{Instr, Memory};
 
 /// Bytes of the widest store (`st.v8.b32`, `st.v4.b64`), and then some.
 const MAX_STORE: usize = 64;
@@ -39,6 +39,7 @@ impl<'m> Cluster<'m> {
                 signed,
                 dst_bits,
                 dsts,
+                guess: _,
             } => {
                 let extend = signed.then_some(*dst_bits);
                 self.load(warp, instr, mask, addr, *order, *bytes, extend, dsts)
@@ -99,13 +100,21 @@ impl<'m> Cluster<'m> {
             };
             self.observe(warp, instr, access, target, order, site);
             touched.add(target, access.address);
-            for (index, dst) in dsts.iter().enumerate() {
-                let mut value = self.peek(warp, lane, target, index * size, size);
-                if let Some(bits) = extend {
+            let extended = |value: u64| match extend {
+                Some(bits) => {
                     let shift = 64 - bytes * 8;
-                    value = truncate(bits, ((value << shift) as i64 >> shift) as u64);
+                    truncate(bits, ((value << shift) as i64 >> shift) as u64)
                 }
-                warp.frame_mut().row_mut(*dst)[lane] = value;
+                None => value,
+            };
+            let lacks = self.lacks(warp, lane, target, total);
+            for (index, dst) in dsts.iter().enumerate() {
+                let value = self.peek(warp, lane, target, index * size, size);
+                warp.frame_mut().row_mut(*dst)[lane] = extended(value);
+                if lacks {
+                    let (bits, origin) = self.undefined(warp, lane, target, (index * size, size), instr.line);
+                    warp.frame_mut().set_undefined(*dst, lane, extended(bits), origin);
+                }
             }
         }
         self.count_access(&touched, total as u64, false);
@@ -156,6 +165,7 @@ impl<'m> Cluster<'m> {
         let size = bytes as usize;
         let total = size * srcs.len();
         let site = self.site(warp);
+        let shadowed = warp.frame().shadow.is_some();
         let mut touched = Touched::default();
         for lane in lanes(mask) {
             let access = Access {
@@ -179,6 +189,9 @@ impl<'m> Cluster<'m> {
             for (index, src) in srcs.iter().enumerate() {
                 let value = warp.frame().row(*src)[lane];
                 self.poke(warp, lane, target, index * size, size, value);
+                if shadowed && let Some(undefined) = warp.frame().undefined(*src, lane, size) {
+                    self.stain(warp, instr, lane, target, index * size, undefined);
+                }
             }
         }
         self.count_access(&touched, total as u64, true);
@@ -213,7 +226,7 @@ impl<'m> Cluster<'m> {
     }
 }
 
-/// Whether an access in `space` may reach global memory.
+/// True if an access in `space` may reach global memory.
 pub(crate) fn may_be_global(space: Space) -> bool {
     matches!(space, Space::Global | Space::Generic)
 }

@@ -17,6 +17,7 @@ mod races;
 mod run;
 pub(crate) mod tensor;
 mod tensor_maps;
+mod undefined;
 pub(crate) mod warp;
 mod warp_ops;
 pub(crate) mod wgmma;
@@ -28,17 +29,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::check::Checks;
 use crate::check::clock::{Clock, Knowledge};
 use crate::check::global_race::GlobalShadow;
+use crate::check::guess::{Guesses, Location};
 use crate::check::shared_race::{ENGINES, Engine, SharedShadow, Site};
 use crate::counters::Counters;
-use crate::decode::op::{Alu, Counter, Instr, Op};
-use crate::decode::types::Space;
 use crate::error::Error;
-use crate::launch::Launch;
+use crate::isa::types::Space;
+use crate::isa::window;
+use crate::isa::{Alu, Counter, Instr, Memory, Op};
 use crate::memory::global::View;
 use crate::memory::shared::SharedMemory;
-use crate::memory::window;
-use crate::module::Module;
+use crate::program::{Program, Source};
 use crate::report::{Finding, FindingKind, Findings};
+use crate::request::Launch;
 use crate::schedule::{Rng, Temper};
 
 pub(crate) use barrier::BARRIERS;
@@ -48,11 +50,10 @@ pub(crate) use control::function_address;
 use mbarrier::Mbarrier;
 pub(crate) use memory_ops::may_be_global;
 use warp::Warp;
-pub(crate) use wmma::operand_named;
 
-/// What all blocks of a launch share.
+/// State and settings that all blocks of a launch share.
 pub(crate) struct Context<'m> {
-    pub module: &'m Module,
+    pub program: &'m Program,
     pub launch: &'m Launch<'m>,
     pub entry: u32,
     pub checks: Checks,
@@ -72,7 +73,7 @@ pub(crate) struct Context<'m> {
     pub registers: Option<u32>,
     pub limit: Option<u64>,
     pub executed: AtomicU64,
-    /// Whether the kernel uses `wgmma`: then writes of registers are timed.
+    /// True if the kernel uses `wgmma`: then writes of registers are timed.
     pub uses_wgmma: bool,
 }
 
@@ -109,10 +110,10 @@ pub(crate) struct Cluster<'m> {
     pub known: Vec<Knowledge>,
     /// Step of every agent.
     pub steps: Vec<u32>,
-    /// What strong operations left at shared addresses.
+    /// Knowledge that strong operations left at shared addresses.
     pub released: HashMap<(usize, u64), Knowledge>,
     /// Reads that may turn out to be races.
-    pub guesses: Vec<access::Guess>,
+    pub guesses: Guesses,
     pub barrier: ClusterBarrier,
     pub bulk: BulkQueue,
     pub warps_per_cta: usize,
@@ -133,7 +134,7 @@ pub(crate) enum Flow {
 
 pub(crate) type Step = Result<Flow, Error>;
 
-/// What an access does to the bytes.
+/// Effect of an access on the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Write {
     /// It reads them.
@@ -142,6 +143,8 @@ pub(crate) enum Write {
     Yes,
     /// It writes the very bytes that were there.
     Silent,
+    /// It updates them atomically.
+    Update,
 }
 
 impl From<bool> for Write {
@@ -165,11 +168,14 @@ impl<'m> Cluster<'m> {
         let group = warp.groups[warp.current];
         let frame = warp.frame();
         let function = frame.function as usize;
-        let instr: &'m Instr = &ctx.module.functions[function].code[group.pc as usize];
+        let instr: &'m Instr = &ctx.program.functions[function].code[group.pc as usize];
         let mut mask = group.mask;
         if let Some(guard) = instr.guard {
             mask &= frame.pred(guard);
             if mask == 0 {
+                if frame.shadow.is_some() {
+                    self.follow(warp, instr);
+                }
                 self.counts[function][group.pc as usize][0] += 1;
                 warp.group().pc += 1;
                 return Ok(());
@@ -179,6 +185,9 @@ impl<'m> Cluster<'m> {
             && !self.converged(warp, instr, required, mask)
         {
             return Ok(());
+        }
+        if warp.frame().shadow.is_some() {
+            self.follow(warp, instr);
         }
         let count = &mut self.counts[function][group.pc as usize];
         count[0] += 1;
@@ -297,12 +306,12 @@ impl<'m> Cluster<'m> {
     }
 
     pub fn line_at(&self, site: Site) -> u32 {
-        let function = self.ctx.module.functions.get(site.function as usize);
+        let function = self.ctx.program.functions.get(site.function as usize);
         let instr = function.and_then(|f| f.code.get(site.pc as usize));
         instr.map_or(0, |i| i.line)
     }
 
-    /// Adds a finding made by `actor` at `line`.
+    /// Adds a finding made by `actor` at `line`; false if the check that makes such findings is off.
     pub fn report(
         &mut self,
         kind: FindingKind,
@@ -310,20 +319,39 @@ impl<'m> Cluster<'m> {
         actor: Actor,
         at: (Option<usize>, Option<u64>),
         message: impl FnOnce() -> String,
-    ) {
-        let module = self.ctx.module;
-        let block = self.ctas[actor.cta].coordinates;
-        self.findings.add(kind, line, || Finding {
-            kind,
-            file: module.file().to_owned(),
-            line,
-            text: module.line(line),
-            block,
-            warp: actor.warp,
-            lane: at.0.map(|lane| lane as u32),
-            address: at.1,
-            message: message(),
+    ) -> bool {
+        if !self.ctx.checks.covers(kind) {
+            return false;
+        }
+        self.findings.add(kind, line, || {
+            let block = self.ctas[actor.cta].coordinates;
+            finding(&self.ctx.program.source, block, kind, line, actor, at, message())
         });
+        true
+    }
+
+    /// A race of `reader`, which read at `site`: a finding unless the read proves to be the first guess of a
+    /// compare-and-swap loop.
+    pub fn report_guess(
+        &mut self,
+        kind: FindingKind,
+        line: u32,
+        actor: Actor,
+        at: (Option<usize>, Option<u64>),
+        read: (Site, u32, Location),
+        message: impl FnOnce() -> String,
+    ) {
+        let (site, reader, location) = read;
+        let function = self.ctx.program.functions.get(site.function as usize);
+        let instr = function.and_then(|f| f.code.get(site.pc as usize));
+        if matches!(instr.map(|i| &i.op), Some(Op::Memory(Memory::Load { guess: true, .. }))) {
+            return;
+        }
+        let block = self.ctas[actor.cta].coordinates;
+        let found = finding(&self.ctx.program.source, block, kind, line, actor, at, message());
+        if let Some(found) = self.guesses.add(site, reader, location, found) {
+            self.findings.add(kind, line, || found);
+        }
     }
 
     pub fn actor(&self, warp: &Warp) -> Actor {
@@ -336,7 +364,7 @@ impl<'m> Cluster<'m> {
     /// Ends the launch: there is no sensible way to go on.
     pub fn fault(&self, warp: &Warp, line: u32, message: impl Into<String>) -> Error {
         Error::Fault {
-            file: self.ctx.module.file().to_owned(),
+            file: self.ctx.program.source.file.clone(),
             line,
             message: message.into(),
             block: self.block_name(warp.cta),
@@ -362,7 +390,7 @@ impl<'m> Cluster<'m> {
                 Err(Error::Runaway {
                     limit,
                     executed,
-                    file: self.ctx.module.file().to_owned(),
+                    file: self.ctx.program.source.file.clone(),
                     line,
                     block: self.block_name(warp.cta),
                 })
@@ -386,7 +414,29 @@ impl<'m> Cluster<'m> {
     }
 }
 
-/// Whether `space` holds 32-bit addresses.
+fn finding(
+    source: &Source,
+    block: [u32; 3],
+    kind: FindingKind,
+    line: u32,
+    actor: Actor,
+    at: (Option<usize>, Option<u64>),
+    message: String,
+) -> Finding {
+    Finding {
+        kind,
+        file: source.file.clone(),
+        line,
+        text: source.line(line),
+        block,
+        warp: actor.warp,
+        lane: at.0.map(|lane| lane as u32),
+        address: at.1,
+        message,
+    }
+}
+
+/// True if `space` holds 32-bit addresses.
 pub(crate) fn is_narrow(space: Space) -> bool {
     matches!(
         space,

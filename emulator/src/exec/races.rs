@@ -2,6 +2,7 @@
 
 use super::{Actor, Cluster, Write};
 use crate::check::clock::Knowledge;
+use crate::check::guess::Location;
 use crate::check::shared_race::{Accessor, ENGINES, Engine, Site};
 use crate::report::FindingKind;
 
@@ -24,13 +25,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Whether shared-memory races are watched.
-    #[inline]
-    pub fn watches_shared(&self) -> bool {
-        self.ctx.checks.shared_races
-    }
-
-    /// What a warp knows, to be left at a synchronisation object; begins its next step.
+    /// Releases: returns the warp's vector clock, to be left at a synchronisation object, and starts the warp's next step.
     pub fn release(&mut self, id: usize) -> Knowledge {
         let known = self.known[id].clone();
         let agent = Engine::Warp.agent(id);
@@ -71,7 +66,11 @@ impl<'m> Cluster<'m> {
             step: self.steps[agent as usize],
             known: &self.known[warp_id],
             site,
+            update: write == Write::Update,
         };
+        if write == Write::Update {
+            self.guesses.updated(agent, Location::Shared(cta, at));
+        }
         let Some(shadow) = &mut self.ctas[cta].shadow else {
             return;
         };
@@ -80,8 +79,15 @@ impl<'m> Cluster<'m> {
             write => shadow.write(at, bytes, who, write == Write::Silent),
         };
         if let Some(conflict) = conflict {
+            // Of a read and an update, the read may be a guess.
+            let read = match write {
+                Write::Update if !conflict.was_write => Some((conflict.site, conflict.agent)),
+                Write::No if conflict.was_update => Some((site, agent)),
+                _ => None,
+            };
+            let read = read.map(|(site, reader)| (site, reader, Location::Shared(cta, at)));
             let write = write != Write::No;
-            self.report_conflict(conflict, actor, site, (at, bytes), write, lane, agent);
+            self.report_conflict(conflict, actor, site, (at, bytes), write, lane, agent, read);
         }
     }
 
@@ -96,6 +102,7 @@ impl<'m> Cluster<'m> {
         write: bool,
         lane: Option<usize>,
         agent: u32,
+        read: Option<(Site, u32, Location)>,
     ) {
         let earlier = self.describe_agent(conflict.agent);
         let earlier_line = self.line_at(conflict.site);
@@ -115,11 +122,9 @@ impl<'m> Cluster<'m> {
             Engine::Bulk => "bulk copy: ",
             Engine::Wgmma => "wgmma: ",
         };
-        self.report(kind, line, actor, (lane, Some(at as u64)), || {
+        let message = || {
             let why = match kind {
-                FindingKind::MissingProxyFence => {
-                    "which no fence.proxy.async made visible to the async proxy"
-                }
+                FindingKind::MissingProxyFence => "which no fence.proxy.async made visible to the async proxy",
                 FindingKind::UnawaitedAsync => "which was not waited for",
                 _ => "which nothing orders before it",
             };
@@ -128,7 +133,14 @@ impl<'m> Cluster<'m> {
                 verb(write),
                 verb(conflict.was_write),
             )
-        });
+        };
+        let place = (lane, Some(at as u64));
+        match read {
+            Some(read) => self.report_guess(kind, line, actor, place, read, message),
+            None => {
+                self.report(kind, line, actor, place, message);
+            }
+        }
     }
 
     /// Before a strong operation on shared memory: the warp learns what earlier ones left at the address.

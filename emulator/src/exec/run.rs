@@ -35,7 +35,7 @@ impl<'m> Cluster<'m> {
                     return Err(Error::Launch {
                         entry: self.ctx.launch.entry.to_owned(),
                         argument: "local memory of a thread",
-                        value: self.ctx.module.functions[self.ctx.entry as usize]
+                        value: self.ctx.program.functions[self.ctx.entry as usize]
                             .frame_bytes
                             .to_string(),
                         limit: format!("the limit is {} bytes", crate::memory::local::LIMIT),

@@ -5,8 +5,9 @@ use super::memory_ops::Touched;
 use super::warp::{FULL, Warp, lanes};
 use super::wmma::gather;
 use super::{Cluster, Flow, Step, warp_ops};
-use crate::decode::op::{AsyncOp, BarrierOp, Instr, Op, TensorOp, WarpOp};
-use crate::decode::types::{Addr, Order, Slot};
+use crate::isa::types::{Addr, Order, Slot};
+use crate::isa::{AsyncOp, BarrierOp, Instr, Op, TensorOp, WarpOp};
+use crate::memory::origin::Origin;
 use crate::report::FindingKind;
 use crate::tensor::matrix::{self, Matrix};
 
@@ -33,7 +34,7 @@ pub(crate) fn required_lanes(warp: &Warp, op: &Op, mask: u32) -> Option<u32> {
 }
 
 impl<'m> Cluster<'m> {
-    /// Whether the lanes an instruction needs are all here; if not, the group waits for them.
+    /// True if the lanes an instruction needs are all here; if not, the group waits for them.
     pub(super) fn converged(&mut self, warp: &mut Warp, instr: &Instr, required: u32, mask: u32) -> bool {
         let group = *warp.group();
         let is_sync = matches!(instr.op, Op::Warp(WarpOp::Sync { .. }));
@@ -50,7 +51,7 @@ impl<'m> Cluster<'m> {
         warp.group().forced = false;
         let aligned = !matches!(instr.op, Op::Warp(_));
         let absent = required & !mask;
-        if aligned && absent != 0 && self.ctx.checks.barriers {
+        if aligned && absent != 0 {
             let actor = self.actor(warp);
             let lane = absent.trailing_zeros() as usize;
             let elsewhere = warp
@@ -135,8 +136,10 @@ impl<'m> Cluster<'m> {
     fn ldmatrix(&mut self, warp: &mut Warp, instr: &Instr, mask: u32, addr: &Addr, trans: bool, dsts: &[Slot]) -> Step {
         let mut touched = Touched::default();
         let mut results = [[0u32; 32]; 4];
+        let mut undefined = [None; 4];
         for (index, result) in results.iter_mut().enumerate().take(dsts.len()) {
             let mut tile = Matrix::default();
+            let mut missing: Option<(Matrix, Origin)> = None;
             for (row, out) in tile.iter_mut().enumerate() {
                 let lane = matrix::address_lane(index, row);
                 let target = self.matrix_row(warp, instr, addr, lane, None, &mut touched)?;
@@ -147,13 +150,30 @@ impl<'m> Cluster<'m> {
                         *out = (value >> (16 * part)) as u16;
                     }
                 }
+                if self.lacks(warp, lane, target, 16) {
+                    for word in 0..2 {
+                        let (bits, origin) = self.undefined(warp, lane, target, (word * 8, 8), instr.line);
+                        let (rows, _) = missing.get_or_insert_with(|| (Matrix::default(), origin));
+                        for (part, out) in rows[row][word * 4..][..4].iter_mut().enumerate() {
+                            *out = (bits >> (16 * part)) as u16;
+                        }
+                    }
+                }
             }
             *result = matrix::distribute(&tile, trans);
+            undefined[index] = missing.map(|(tile, origin)| (matrix::distribute(&tile, trans), origin));
         }
         for (dst, result) in dsts.iter().zip(&results) {
             let row = warp.frame_mut().row_mut(*dst);
             for lane in lanes(mask & FULL) {
                 row[lane] = u64::from(result[lane]);
+            }
+        }
+        for (dst, undefined) in dsts.iter().zip(&undefined) {
+            let Some((bits, origin)) = undefined else { continue };
+            for lane in lanes(mask & FULL) {
+                warp.frame_mut()
+                    .set_undefined(*dst, lane, u64::from(bits[lane]), *origin);
             }
         }
         self.count_access(&touched, 16, false);
@@ -173,6 +193,7 @@ impl<'m> Cluster<'m> {
         for (index, src) in srcs.iter().enumerate() {
             let registers = warp.frame().row(*src).map(|v| v as u32);
             let tile = matrix::collect(&registers, trans);
+            let undefined = warp.frame().undefined_tile(*src, trans);
             for (row, values) in tile.iter().enumerate() {
                 let lane = matrix::address_lane(index, row);
                 let mut bytes = [0; 16];
@@ -183,6 +204,11 @@ impl<'m> Cluster<'m> {
                 let Some(target) = target else { continue };
                 for (word, part) in bytes.chunks_exact(8).enumerate() {
                     self.poke(warp, lane, target, word * 8, 8, crate::memory::shared::load(part));
+                    if let Some((tile, origin)) = &undefined {
+                        let parts = tile[row][word * 4..][..4].iter().rev();
+                        let bits = parts.fold(0, |bits, part| bits << 16 | u64::from(*part));
+                        self.stain(warp, instr, lane, target, word * 8, (bits, *origin));
+                    }
                 }
             }
         }

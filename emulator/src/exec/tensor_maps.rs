@@ -5,9 +5,9 @@ use super::Cluster;
 use super::access::{Access, Target, effective};
 use super::bulk::access_of;
 use super::warp::Warp;
-use crate::decode::op::Instr;
-use crate::decode::types::{Addr, Order, Slot};
 use crate::error::Error;
+use crate::isa::Instr;
+use crate::isa::types::{Addr, Order, Slot};
 use crate::report::FindingKind;
 use crate::tensor::tensor_map::{Field, TENSOR_MAP_BYTES, TensorMap};
 
@@ -30,6 +30,7 @@ impl<'m> Cluster<'m> {
         let Some(target) = self.locate(warp, instr, access)? else {
             return Ok(None);
         };
+        self.map_is_defined(warp, instr, lane, target);
         let bytes = self.map_bytes(warp, lane, target);
         match TensorMap::decode(&bytes) {
             Ok(map) => Ok(Some(map)),
@@ -46,6 +47,20 @@ impl<'m> Cluster<'m> {
         bytes
     }
 
+    /// A map decides addresses and sizes: no byte of it may be undefined.
+    fn map_is_defined(&mut self, warp: &Warp, instr: &Instr, lane: usize, target: Target) {
+        if self.lacks(warp, lane, target, TENSOR_MAP_BYTES) {
+            let actor = self.actor(warp);
+            self.report(
+                FindingKind::Uninitialized,
+                instr.line,
+                actor,
+                (Some(lane), None),
+                || "a tensor map, some bytes of which were never written".to_owned(),
+            );
+        }
+    }
+
     fn put_map(&mut self, warp: &mut Warp, lane: usize, target: Target, bytes: &MapBytes) {
         for (index, word) in bytes.chunks_exact(8).enumerate() {
             let value = crate::memory::shared::load(word);
@@ -57,6 +72,9 @@ impl<'m> Cluster<'m> {
     fn map_at(&mut self, warp: &mut Warp, instr: &Instr, access: Access) -> Result<Option<Target>, Error> {
         let target = self.locate(warp, instr, access)?;
         if let Some(target) = target {
+            if !access.write {
+                self.map_is_defined(warp, instr, access.lane, target);
+            }
             let site = self.site(warp);
             self.observe(warp, instr, access, target, Order::Weak, site);
         }

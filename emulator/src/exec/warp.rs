@@ -3,7 +3,8 @@
 //! Lanes that stand at the same instruction of the same frame form a [`Group`] and execute together. A divergent
 //! branch splits a group; groups that meet again merge. Usually there is one group, and nothing is looked up.
 
-use crate::decode::types::{PRED_TRUE, Pred, Slot};
+use crate::check::definedness::Shadow;
+use crate::isa::types::{PRED_TRUE, Pred, Slot};
 use crate::memory::local::LocalMemory;
 
 use super::async_copy::LaneCopies;
@@ -46,6 +47,8 @@ pub(crate) struct Frame {
     pub inside: u32,
     /// When each row was last written by an ordinary instruction (only kept for kernels with `wgmma`).
     pub written: Vec<u64>,
+    /// Which registers are undefined; nothing if none is.
+    pub shadow: Option<Box<Shadow>>,
 }
 
 impl Frame {
@@ -74,7 +77,7 @@ impl Frame {
     }
 }
 
-/// What a group waits for.
+/// Condition that a group waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wait {
     Ready,
@@ -277,7 +280,7 @@ impl Warp {
     }
 }
 
-/// What tells a new warp from the others.
+/// Fields that differ between new warps.
 pub(crate) struct LocalState {
     pub cta: usize,
     pub index: u32,

@@ -1,10 +1,10 @@
 //! Shuffles, votes, matches and reductions among the lanes of a warp.
 
 use super::alu::truncate;
-use super::warp::{Lanes, Warp, lanes};
+use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{Instr, ReduxOp, ShflMode, VoteMode, WarpOp};
-use crate::decode::types::Slot;
+use crate::isa::types::Slot;
+use crate::isa::{Instr, ReduxOp, VoteMode, WarpOp};
 use crate::report::FindingKind;
 
 /// The row that holds the member mask of an instruction that has one.
@@ -49,9 +49,6 @@ impl<'m> Cluster<'m> {
 
     fn check_members(&mut self, warp: &Warp, instr: &Instr, members: u32, here: u32) {
         let strangers = here & !members;
-        if !self.ctx.checks.barriers {
-            return;
-        }
         let actor = self.actor(warp);
         if strangers != 0 {
             let lane = strangers.trailing_zeros() as usize;
@@ -85,7 +82,7 @@ fn exchange(warp: &mut Warp, op: &WarpOp, here: u32) {
             mode, dst, p, a, b, c, ..
         } => {
             let (source, b, c) = (*f.row(*a), *f.row(*b), *f.row(*c));
-            let (out, valid) = shuffle(*mode, &source, &b, &c, here);
+            let (out, valid) = mode.shuffle(&source, &b, &c, here);
             let row = f.row_mut(*dst);
             for lane in lanes(here) {
                 row[lane] = out[lane];
@@ -158,31 +155,4 @@ fn reduce(op: ReduxOp, signed: bool, x: u32, y: u32) -> u32 {
         ReduxOp::Or => x | y,
         ReduxOp::Xor => x ^ y,
     }
-}
-
-/// `shfl.sync`: each lane's value from its source lane, and whether the source was in range.
-fn shuffle(mode: ShflMode, a: &Lanes, b: &Lanes, c: &Lanes, here: u32) -> (Lanes, u32) {
-    let mut out = *a;
-    let mut valid = 0;
-    for lane in lanes(here) {
-        let own = lane as i64;
-        let by = (b[lane] & 0x1f) as i64;
-        let clamp = (c[lane] & 0x1f) as i64;
-        let segment = (c[lane] >> 8 & 0x1f) as i64;
-        let (max, min) = ((own & segment) | (clamp & !segment), own & segment);
-        let (source, fits) = match mode {
-            ShflMode::Up => (own - by, own - by >= max),
-            ShflMode::Down => (own + by, own + by <= max),
-            ShflMode::Bfly => (own ^ by, (own ^ by) <= max),
-            ShflMode::Idx => {
-                let source = min | (by & !segment);
-                (source, source <= max)
-            }
-        };
-        let source = if fits { source } else { own };
-        // A source lane that takes no part leaves the value undefined; its register is what hardware gives.
-        out[lane] = a[source as usize & 31];
-        valid |= u32::from(fits) << lane;
-    }
-    (out, valid)
 }

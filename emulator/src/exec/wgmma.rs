@@ -11,10 +11,10 @@ use self::registers::{Owned, Role};
 use super::warp::{Frame, Warp};
 use super::{Cluster, Flow, Step, Write};
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{Instr, Wgmma, WgmmaA, WgmmaOp};
-use crate::decode::types::{Slot, Ty};
 use crate::error::Error;
-use crate::memory::window;
+use crate::isa::types::{Slot, Ty};
+use crate::isa::window;
+use crate::isa::{Instr, Wgmma, WgmmaA, WgmmaOp};
 use crate::numeric::float32::canonical;
 use crate::numeric::format;
 use crate::report::FindingKind;
@@ -154,7 +154,7 @@ impl<'m> Cluster<'m> {
             step,
             line: instr.line,
         };
-        self.watch_operands(warp, instr, &product);
+        self.watch_operands(warp, instr, &product)?;
         self.counters.tensor_flops += 2 * (ROWS as u64) * u64::from(op.n) * u64::from(op.k);
         warp.wgmma.open_step = step;
         warp.wgmma.open_any = true;
@@ -164,7 +164,7 @@ impl<'m> Cluster<'m> {
     }
 
     /// The shared addresses of an operand's 16-byte chunks, with the first element each holds.
-    fn watch_operands(&mut self, warp: &Warp, instr: &Instr, product: &Product) {
+    fn watch_operands(&mut self, warp: &Warp, instr: &Instr, product: &Product) -> Result<(), Error> {
         let op = &product.op;
         let k = op.k as usize;
         let mut chunks: Vec<u32> = Vec::new();
@@ -189,18 +189,14 @@ impl<'m> Cluster<'m> {
             let at = address as usize;
             if (at as u64) < window::SHARED_BASE || at + CHUNK_BYTES > self.ctas[warp.cta].shared.len() {
                 let end = self.ctas[warp.cta].shared.len();
-                self.report(
-                    FindingKind::OutOfBounds,
-                    instr.line,
-                    actor,
-                    (None, Some(at as u64)),
-                    || format!("wgmma reads 16 bytes of shared memory at {at:#x}; the block has up to {end:#x}"),
-                );
+                let place = (None, Some(at as u64));
+                let message = format!("wgmma reads 16 bytes of shared memory at {at:#x}; the block has up to {end:#x}");
+                if !self.report(FindingKind::OutOfBounds, instr.line, actor, place, || message.clone()) {
+                    return Err(self.fault(warp, instr.line, message));
+                }
                 continue;
             }
-            if self.ctx.checks.uninitialized
-                && let Some(missing) = self.ctas[warp.cta].shared.first_uninitialized(at, CHUNK_BYTES)
-            {
+            if let Some(missing) = self.ctas[warp.cta].shared.first_uninitialized(at, CHUNK_BYTES) {
                 self.report(
                     FindingKind::Uninitialized,
                     instr.line,
@@ -209,19 +205,18 @@ impl<'m> Cluster<'m> {
                     || "wgmma reads shared memory that was never written".to_owned(),
                 );
             }
-            if self.watches_shared() {
-                self.watch_shared(
-                    warp.id,
-                    agent,
-                    actor,
-                    site,
-                    warp.cta,
-                    (at, CHUNK_BYTES),
-                    Write::No,
-                    None,
-                );
-            }
+            self.watch_shared(
+                warp.id,
+                agent,
+                actor,
+                site,
+                warp.cta,
+                (at, CHUNK_BYTES),
+                Write::No,
+                None,
+            );
         }
+        Ok(())
     }
 
     /// Lands the products whose moment has come; a product never passes an earlier one.

@@ -4,10 +4,11 @@ use super::access::{Access, effective};
 use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::decode::op::{Instr, WmmaOp};
-use crate::decode::types::{Order, Slot};
+use crate::isa::types::{Order, Slot};
+use crate::isa::{Instr, WmmaOp};
+use crate::memory::origin::Origin;
 use crate::tensor::mma::{Fragment, MAX_REGISTERS};
-use crate::tensor::wmma::{Operand, Wmma};
+use crate::tensor::wmma::Wmma;
 
 impl<'m> Cluster<'m> {
     pub(super) fn wmma(&mut self, warp: &mut Warp, instr: &Instr, op: &WmmaOp, mask: u32) -> Step {
@@ -55,6 +56,8 @@ impl<'m> Cluster<'m> {
             let stride = stride.map_or(default, |s| warp.frame().row(s)[lane] as u32 as usize);
             for (register, row) in rows.iter().enumerate() {
                 let mut value = if *store { warp.frame().row(*row)[lane] } else { 0 };
+                let stored = warp.frame().undefined(*row, lane, 8).filter(|_| *store);
+                let mut loaded = (0, Origin::default());
                 for part in 0..pack {
                     let (r, c) = wmma.element(*operand, lane, register * pack + part);
                     let index = Wmma::memory_index(*column_major, stride, r, c);
@@ -74,12 +77,23 @@ impl<'m> Cluster<'m> {
                     let shift = part * bytes * 8;
                     if *store {
                         self.poke(warp, lane, target, 0, bytes, value >> shift);
+                        if let Some((bits, origin)) = stored {
+                            let bits = bits >> shift & u64::MAX >> (64 - 8 * bytes);
+                            self.stain(warp, instr, lane, target, 0, (bits, origin));
+                        }
                     } else {
                         value |= self.peek(warp, lane, target, 0, bytes) << shift;
+                        if self.lacks(warp, lane, target, bytes) {
+                            let (bits, origin) = self.undefined(warp, lane, target, (0, bytes), instr.line);
+                            loaded = (loaded.0 | bits << shift, origin);
+                        }
                     }
                 }
                 if !store {
                     warp.frame_mut().row_mut(*row)[lane] = value;
+                    if loaded.0 != 0 {
+                        warp.frame_mut().set_undefined(*row, lane, loaded.0, loaded.1);
+                    }
                 }
             }
         }
@@ -97,15 +111,4 @@ pub(super) fn gather(warp: &Warp, slots: &[Slot]) -> Fragment {
         }
     }
     fragment
-}
-
-/// The operand a `wmma.load` names, or `wmma.store`'s.
-pub(crate) fn operand_named(word: &str) -> Option<Operand> {
-    match word {
-        "a" => Some(Operand::A),
-        "b" => Some(Operand::B),
-        "c" => Some(Operand::C),
-        "d" => Some(Operand::D),
-        _ => None,
-    }
 }

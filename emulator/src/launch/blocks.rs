@@ -4,20 +4,22 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::Launch;
+use crate::check::guess::{AllGuesses, Guesses};
 use crate::check::shared_race::SharedShadow;
 use crate::counters::Counters;
 use crate::error::Error;
 use crate::exec::warp::Warp;
 use crate::exec::{Cluster, Context, Cta};
 use crate::memory::shared::SharedMemory;
-use crate::module::Module;
+use crate::program::Program;
 use crate::report::{Findings, Report};
+use crate::request::Launch;
 use crate::schedule::{Rng, Temper, Turns};
 
-/// What a cluster's run leaves.
+/// Results of a cluster's run.
 struct Outcome {
     findings: Findings,
+    guesses: Guesses,
     counters: Counters,
     counts: Vec<Vec<[u64; 2]>>,
     result: Result<(), Error>,
@@ -84,7 +86,9 @@ struct Merge {
     findings: Findings,
     counters: Counters,
     counts: Vec<Vec<[u64; 2]>>,
-    early: HashMap<usize, Findings>,
+    guesses: AllGuesses,
+    max_findings: usize,
+    early: HashMap<usize, (Findings, Guesses)>,
     next: usize,
     error: Option<(usize, Error)>,
 }
@@ -94,7 +98,9 @@ impl Merge {
         Self {
             findings: Findings::new(context.max_findings),
             counters: Counters::default(),
-            counts: blank_counts(context.module),
+            counts: blank_counts(context.program),
+            guesses: AllGuesses::default(),
+            max_findings: context.max_findings,
             early: HashMap::new(),
             next: 0,
             error: None,
@@ -112,9 +118,10 @@ impl Merge {
         {
             self.error = Some((index, error));
         }
-        self.early.insert(index, outcome.findings);
-        while let Some(findings) = self.early.remove(&self.next) {
+        self.early.insert(index, (outcome.findings, outcome.guesses));
+        while let Some((findings, guesses)) = self.early.remove(&self.next) {
             self.findings.merge(findings);
+            self.guesses.merge(guesses, self.max_findings);
             self.next += 1;
         }
     }
@@ -123,13 +130,16 @@ impl Merge {
         if let Some((_, error)) = self.error {
             return Err(error);
         }
-        let module = context.module;
-        for (function, counts) in module.functions.iter().zip(&self.counts) {
+        for findings in std::mem::take(&mut self.guesses).finish() {
+            self.findings.merge(findings);
+        }
+        let program = context.program;
+        for (function, counts) in program.functions.iter().zip(&self.counts) {
             for (instr, [warps, lanes]) in function.code.iter().zip(counts) {
                 if *warps == 0 {
                     continue;
                 }
-                let name = &module.names[instr.name as usize];
+                let name = &program.names[instr.name as usize];
                 let entry = self.counters.opcodes.entry(name.clone()).or_default();
                 entry.warp += warps;
                 entry.thread += lanes;
@@ -146,8 +156,8 @@ impl Merge {
     }
 }
 
-fn blank_counts(module: &Module) -> Vec<Vec<[u64; 2]>> {
-    module.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
+fn blank_counts(program: &Program) -> Vec<Vec<[u64; 2]>> {
+    program.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
 }
 
 /// Host memory that a cluster takes while it runs, roughly: its shared memory and the shadow of it.
@@ -181,10 +191,10 @@ impl<'m> Resident<'m> {
         }
     }
 
-    fn end(mut self, result: Result<(), Error>) -> (usize, Outcome) {
-        self.cluster.report_guesses();
+    fn end(self, result: Result<(), Error>) -> (usize, Outcome) {
         let outcome = Outcome {
             findings: self.cluster.findings,
+            guesses: self.cluster.guesses,
             counters: self.cluster.counters,
             counts: self.cluster.counts,
             result,
@@ -233,11 +243,11 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
         tick: 0,
         findings: Findings::new(context.max_findings),
         counters: Counters::default(),
-        counts: blank_counts(context.module),
+        counts: blank_counts(context.program),
         known,
         steps,
         released: HashMap::new(),
-        guesses: Vec::new(),
+        guesses: Guesses::default(),
         barrier: Default::default(),
         bulk: Default::default(),
         warps_per_cta,

@@ -5,164 +5,96 @@ mod blocks;
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
 
-use crate::check::Checks;
 use crate::check::global_race::{self, GlobalShadow};
-use crate::decode::op::{AtomicTy, Memory, Op, WgmmaOp};
 use crate::error::Error;
 use crate::exec::Context;
-use crate::memory::{DeviceMemory, DevicePtr, window};
-use crate::module::{Entry, Module, Preload, Relocation, Special, VariableSpace};
+use crate::isa::{AtomicTy, Memory, Op, Preload, Special, WgmmaOp, window};
+use crate::memory::{DeviceMemory, DevicePtr};
+use crate::program::{Entry, Program, Relocation, VariableSpace};
 use crate::report::Report;
+use crate::request::{Launch, Options};
 
-/// What to launch.
-#[derive(Debug, Clone)]
-pub struct Launch<'a> {
-    /// Name of the kernel.
-    pub entry: &'a str,
-    /// Blocks in x, y, z.
-    pub grid: [u32; 3],
-    /// Threads of a block in x, y, z.
-    pub block: [u32; 3],
-    /// Blocks of a cluster in x, y, z; `[1, 1, 1]` for none.
-    pub cluster: [u32; 3],
-    /// Bytes of dynamic shared memory.
-    pub shared_bytes: u32,
-    /// The parameter buffer, each parameter at its offset (see [`Entry::params`]).
-    pub params: &'a [u8],
-}
-
-impl Launch<'_> {
-    /// Coordinates of a block by its number.
-    pub(crate) fn block_coordinates(&self, linear: u32) -> [u32; 3] {
-        let [x, y, _] = self.grid;
-        [linear % x, linear / x % y, linear / x / y]
-    }
-}
-
-/// How to run it.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Decides the order of warps and the moments at which asynchronous work lands.
-    pub seed: u64,
-    /// Which checks are on.
-    pub checks: Checks,
-    /// Thread instructions after which the launch is stopped with [`Error::Runaway`].
-    pub max_instructions: Option<u64>,
-    /// Host threads to use; all cores if `None`. Results do not depend on it.
-    pub threads: Option<usize>,
-    /// Findings that are kept; the rest are counted.
-    pub max_findings: usize,
-    /// Most bytes of shared memory a block may have; what the module's target has if `None` (163 KiB for sm_80, 227 KiB
-    /// for sm_90).
-    pub max_shared_bytes: Option<u32>,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            seed: 0,
-            checks: Checks::all(),
-            max_instructions: Some(1 << 36),
-            threads: None,
-            max_findings: 64,
-            max_shared_bytes: None,
-        }
-    }
-}
-
-impl Module {
-    /// Runs a kernel to its end.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoEntry`] and [`Error::Launch`] before anything runs, [`Error::UnknownInstruction`] if the entry can
-    /// reach an instruction that is not known, and [`Error::Trap`], [`Error::Fault`] or [`Error::Runaway`] from the run.
-    pub fn launch(&self, memory: &DeviceMemory, launch: &Launch<'_>, options: &Options) -> Result<Report, Error> {
-        self.launch_watched(memory, launch, options, &|_| ())
-    }
-
-    /// [`launch`](Self::launch), which calls `ended` with a number of blocks whenever so many more have come to their end.
-    /// It is called from the host threads that ran them, several at a time, and must not panic.
-    ///
-    /// # Errors
-    ///
-    /// As for [`launch`](Self::launch).
-    pub fn launch_watched(
-        &self,
-        memory: &DeviceMemory,
-        launch: &Launch<'_>,
-        options: &Options,
-        ended: &(dyn Fn(u64) + Sync),
-    ) -> Result<Report, Error> {
-        let Some(entry) = self.entry(launch.entry) else {
-            let names: Vec<&str> = self.entries().iter().map(|e| e.name.as_str()).collect();
-            return Err(Error::NoEntry {
-                name: launch.entry.to_owned(),
-                file: self.file().to_owned(),
-                available: if names.is_empty() {
-                    "none".into()
-                } else {
-                    names.join(", ")
-                },
-            });
-        };
-        let reachable = self.reachable(entry.function);
-        self.refuse_unknown(&reachable)?;
-        validate(entry, launch)?;
-        let addresses = memory.module_variables(self.id, || self.place_variables(memory))?;
-        let (variables, shared_end) = self.shared_layout(&reachable, &addresses, launch.shared_bytes);
-        let used = shared_end - window::SHARED_BASE;
-        let most = options.max_shared_bytes.unwrap_or_else(|| shared_limit(self.target()));
-        if used > u64::from(most) {
-            return Err(refused(
-                launch,
-                "shared memory",
-                format!("{used} bytes"),
-                format!("a block of {} has at most {most}", self.target()),
-            ));
-        }
-        let traits = self.traits(&reachable);
-        let workspace = traits.grid_workspace.then(|| grid_workspace(memory)).transpose()?;
-        let view = memory.snapshot();
-        let blocks: u64 = launch.grid.iter().map(|n| u64::from(*n)).product();
-        let watch = options.checks.global_races && blocks > 1 && blocks <= global_race::MAX_BLOCKS;
-        let shadow = watch.then(|| GlobalShadow::new(view.allocations.iter().map(|a| a.len())));
-        let context = Context {
-            module: self,
-            launch,
-            entry: entry.function,
-            checks: options.checks,
-            max_findings: options.max_findings,
-            seed: options.seed,
-            view,
-            shadow,
-            variables,
-            workspace: workspace.map_or(0, |ptr| ptr.0),
-            shared_start: if traits.reserved_shared {
-                window::RESERVED_FOR_GROUPS
+/// Runs a kernel to its end; `id` names the module in `memory`. See [`Module::launch`](crate::Module::launch).
+pub(crate) fn run(
+    program: &Program,
+    id: u64,
+    memory: &DeviceMemory,
+    launch: &Launch<'_>,
+    options: &Options,
+    ended: &(dyn Fn(u64) + Sync),
+) -> Result<Report, Error> {
+    let Some(entry) = program.entry(launch.entry) else {
+        let names: Vec<&str> = program.entries.iter().map(|e| e.name.as_str()).collect();
+        return Err(Error::NoEntry {
+            name: launch.entry.to_owned(),
+            file: program.source.file.clone(),
+            available: if names.is_empty() {
+                "none".into()
             } else {
-                window::SHARED_BASE
+                names.join(", ")
             },
-            shared_end,
-            registers: registers_per_thread(entry),
-            limit: options.max_instructions,
-            executed: AtomicU64::new(0),
-            uses_wgmma: traits.wgmma,
-        };
-        let size: u64 = launch.cluster.iter().map(|n| u64::from(*n)).product();
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = if traits.ordered {
-            1
-        } else {
-            options.threads.unwrap_or(cores).max(1)
-        };
-        let outcome = blocks::run_clusters(&context, blocks / size, threads, traits.ordered, &|| ended(size));
-        if let Some(ptr) = workspace {
-            memory.free(ptr)?;
-        }
-        outcome
+        });
+    };
+    let reachable = program.reachable(entry.function);
+    program.refuse_unknown(&reachable)?;
+    validate(entry, launch)?;
+    let addresses = memory.module_variables(id, || program.place_variables(memory))?;
+    let (variables, shared_end) = program.shared_layout(&reachable, &addresses, launch.shared_bytes);
+    let used = shared_end - window::SHARED_BASE;
+    let most = options
+        .max_shared_bytes
+        .unwrap_or_else(|| shared_limit(&program.target));
+    if used > u64::from(most) {
+        return Err(refused(
+            launch,
+            "shared memory",
+            format!("{used} bytes"),
+            format!("a block of {} has at most {most}", program.target),
+        ));
     }
+    let traits = program.traits(&reachable);
+    let workspace = traits.grid_workspace.then(|| grid_workspace(memory)).transpose()?;
+    let view = memory.snapshot();
+    let blocks: u64 = launch.grid.iter().map(|n| u64::from(*n)).product();
+    let watch = options.checks.global_races && blocks > 1 && blocks <= global_race::MAX_BLOCKS;
+    let shadow = watch.then(|| GlobalShadow::new(view.allocations.iter().map(|a| a.len())));
+    let context = Context {
+        program,
+        launch,
+        entry: entry.function,
+        checks: options.checks,
+        max_findings: options.max_findings,
+        seed: options.seed,
+        view,
+        shadow,
+        variables,
+        workspace: workspace.map_or(0, |ptr| ptr.0),
+        shared_start: if traits.reserved_shared {
+            window::RESERVED_FOR_GROUPS
+        } else {
+            window::SHARED_BASE
+        },
+        shared_end,
+        registers: registers_per_thread(entry),
+        limit: options.max_instructions,
+        executed: AtomicU64::new(0),
+        uses_wgmma: traits.wgmma,
+    };
+    let size: u64 = launch.cluster.iter().map(|n| u64::from(*n)).product();
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = if traits.ordered {
+        1
+    } else {
+        options.threads.unwrap_or(cores).max(1)
+    };
+    let outcome = blocks::run_clusters(&context, blocks / size, threads, traits.ordered, &|| ended(size));
+    if let Some(ptr) = workspace {
+        memory.free(ptr)?;
+    }
+    outcome
+}
 
+impl Program {
     fn refuse_unknown(&self, reachable: &[u32]) -> Result<(), Error> {
         let first = reachable
             .iter()
@@ -170,10 +102,10 @@ impl Module {
         match first {
             None => Ok(()),
             Some(unknown) => Err(Error::UnknownInstruction {
-                file: self.file().to_owned(),
+                file: self.source.file.clone(),
                 line: unknown.line,
                 message: unknown.message.clone(),
-                text: self.line(unknown.line),
+                text: self.source.line(unknown.line),
             }),
         }
     }
@@ -268,7 +200,7 @@ impl Module {
     }
 }
 
-/// What about a kernel decides how it is run.
+/// Properties of a kernel that decide how it is run.
 #[derive(Default)]
 struct Traits {
     wgmma: bool,
@@ -280,7 +212,7 @@ struct Traits {
     grid_workspace: bool,
 }
 
-/// What a driver gives the grid of a cooperative launch: the size of the workspace, and a barrier.
+/// Allocates the workspace that a driver gives the grid of a cooperative launch: its size, and a barrier.
 fn grid_workspace(memory: &DeviceMemory) -> Result<DevicePtr, Error> {
     const BYTES: u32 = 16;
     let ptr = memory.alloc_named(BYTES as usize, Some("the grid's workspace".into()))?;

@@ -132,6 +132,12 @@ impl Allocation {
         });
     }
 
+    /// Marks a byte as not initialised: what was stored there is undefined.
+    pub fn unmark(&self, at: usize) {
+        self.all_init.store(false, Ordering::Relaxed);
+        self.init[at / 64].fetch_and(!(1 << (at % 64)), Ordering::Relaxed);
+    }
+
     /// Offset of the first byte of a range that was never written.
     #[inline]
     pub fn first_uninitialized(&self, at: usize, bytes: usize) -> Option<usize> {

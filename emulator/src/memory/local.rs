@@ -1,6 +1,7 @@
 //! Local memory: one growing stack a lane, holding frames, their variables and the parameters of calls.
 
 use super::global::for_words;
+use super::origin::{Origin, Origins};
 use super::shared;
 
 /// Most bytes of local memory a thread may have (512 KiB, as on hardware).
@@ -16,6 +17,7 @@ pub(crate) struct LocalMemory {
 struct Stack {
     bytes: Vec<u8>,
     init: Vec<u64>,
+    origins: Origins,
 }
 
 impl LocalMemory {
@@ -34,6 +36,7 @@ impl LocalMemory {
             stack.init.resize(len.div_ceil(64), 0);
         }
         let from = (from as usize).min(len);
+        stack.origins.forget(from);
         for_words(from, len - from, |word, mask| {
             stack.init[word] &= !mask;
             true
@@ -71,17 +74,37 @@ impl LocalMemory {
             let set = stack.init[source / 64] >> (source % 64) & 1;
             stack.init[target / 64] &= !(1 << (target % 64));
             stack.init[target / 64] |= set << (target % 64);
+            if set == 0
+                && let Some(origin) = stack.origins.first(source, 1)
+            {
+                stack.origins.insert(target, origin);
+            }
         }
     }
 
-    /// Whether no byte of a range was ever written. A range written in part may be padding, which compilers do copy.
+    /// Offset of the first byte of a range that was never written.
     #[inline]
-    pub fn untouched(&self, lane: usize, at: usize, bytes: usize) -> bool {
-        let mut any = false;
+    pub fn first_uninitialized(&self, lane: usize, at: usize, bytes: usize) -> Option<usize> {
+        let mut first = None;
         for_words(at, bytes, |word, mask| {
-            any |= self.lanes[lane].init[word] & mask != 0;
-            true
+            let missing = !self.lanes[lane].init[word] & mask;
+            if missing != 0 {
+                first = Some(word * 64 + missing.trailing_zeros() as usize);
+            }
+            first.is_none()
         });
-        !any
+        first
+    }
+
+    /// Marks a byte as not initialised: what was stored there is undefined.
+    pub fn unmark(&mut self, lane: usize, at: usize, origin: Origin) {
+        let stack = &mut self.lanes[lane];
+        stack.init[at / 64] &= !(1 << (at % 64));
+        stack.origins.insert(at, origin);
+    }
+
+    /// The origin of the undefined value that these bytes hold, if they were written.
+    pub fn origin(&self, lane: usize, at: usize, bytes: usize) -> Option<Origin> {
+        self.lanes[lane].origins.first(at, bytes)
     }
 }

@@ -6,8 +6,8 @@
 
 pub(crate) mod global;
 pub(crate) mod local;
+pub(crate) mod origin;
 pub(crate) mod shared;
-pub(crate) mod window;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -166,7 +166,7 @@ impl DeviceMemory {
         Ok(())
     }
 
-    /// Whether the host or a kernel has written all of a range.
+    /// True if the host or a kernel has written all of a range.
     ///
     /// # Errors
     ///

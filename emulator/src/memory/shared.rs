@@ -1,12 +1,14 @@
 //! Shared memory of one block: bytes and their initialised bits.
 
 use super::global::for_words;
+use super::origin::{Origin, Origins};
 
 /// Shared memory of a block, addressed from zero; what lies below the first variable is never used.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
     bytes: Vec<u8>,
     init: Vec<u64>,
+    origins: Origins,
 }
 
 impl SharedMemory {
@@ -14,6 +16,7 @@ impl SharedMemory {
         Self {
             bytes: vec![0xcd; len],
             init: vec![0; len.div_ceil(64)],
+            origins: Origins::default(),
         }
     }
 
@@ -48,7 +51,18 @@ impl SharedMemory {
         });
     }
 
-    /// Whether these very bytes were written there.
+    /// Marks a byte as not initialised: what was stored there is undefined.
+    pub fn unmark(&mut self, at: usize, origin: Origin) {
+        self.init[at / 64] &= !(1 << (at % 64));
+        self.origins.insert(at, origin);
+    }
+
+    /// The origin of the undefined value that these bytes hold, if they were written.
+    pub fn origin(&self, at: usize, bytes: usize) -> Option<Origin> {
+        self.origins.first(at, bytes)
+    }
+
+    /// True if these very bytes were written there.
     #[inline]
     pub fn holds(&self, at: usize, bytes: &[u8]) -> bool {
         self.bytes(at, bytes.len()) == bytes && self.first_uninitialized(at, bytes.len()).is_none()

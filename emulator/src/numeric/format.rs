@@ -28,7 +28,7 @@ pub struct Format {
     pub exponent_bits: u32,
     /// Width of the fraction field in bits.
     pub fraction_bits: u32,
-    /// Whether the top exponent means infinity and NaN. If not, only the all-ones pattern is NaN (e4m3).
+    /// True if the top exponent means infinity and NaN. If not, only the all-ones pattern is NaN (e4m3).
     pub has_infinity: bool,
 }
 
@@ -99,7 +99,7 @@ impl Format {
         self.infinity() - 1
     }
 
-    /// Whether the bits are a NaN.
+    /// True if the bits are a NaN.
     pub const fn is_nan(self, bits: u32) -> bool {
         let magnitude = bits & (self.sign_mask() - 1);
         if self.has_infinity {
@@ -109,7 +109,7 @@ impl Format {
         }
     }
 
-    /// Whether the bits are a subnormal number (not zero).
+    /// True if the bits are a subnormal number (not zero).
     pub const fn is_subnormal(self, bits: u32) -> bool {
         let magnitude = bits & (self.sign_mask() - 1);
         magnitude != 0 && magnitude < 1 << self.fraction_bits

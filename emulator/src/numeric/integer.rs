@@ -35,7 +35,7 @@ impl IntType {
         }
     }
 
-    /// Whether the type is signed.
+    /// True if the type is signed.
     #[inline]
     pub const fn signed(self) -> bool {
         matches!(self, IntType::S8 | IntType::S16 | IntType::S32 | IntType::S64)
@@ -202,7 +202,7 @@ pub enum Video {
 pub struct VideoMode {
     /// 2 halves or 4 bytes.
     pub parts: u32,
-    /// Whether the lanes of the result, of a and of b are signed.
+    /// True if the lanes of the result, of a and of b are signed.
     pub signed: [bool; 3],
     /// Clamp each lane to its range instead of wrapping.
     pub saturate: bool,
@@ -299,7 +299,7 @@ pub const fn max(ty: IntType, a: u64, b: u64, relu: bool) -> u64 {
     relu_if(ty, if less(ty, b, a) { a } else { b }, relu)
 }
 
-/// Whether a < b, as `setp` and `min` compare.
+/// True if a < b, as `setp` and `min` compare.
 #[inline]
 pub const fn less(ty: IntType, a: u64, b: u64) -> bool {
     let (a, b) = (ty.extend(a), ty.extend(b));

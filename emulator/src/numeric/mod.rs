@@ -1,4 +1,4 @@
-//! What PTX arithmetic means, one scalar at a time.
+//! Meaning of PTX arithmetic, one scalar at a time.
 //!
 //! Everything here is a pure function of register contents: no lanes, no memory, no state. An `f16` or `bf16` is
 //! its 16 bits in a `u16`, a packed pair is a `u32` with element 0 in the low half, `f32` and `f64` are Rust's own.
@@ -18,6 +18,7 @@
 //! | [`cvt`] | every `cvt`, and `cvt.pack` |
 //! | [`integer`] | integer arithmetic, carries, dot products |
 //! | [`bits`] | bit counting, bit fields, prmt, shifts, lop3 |
+//! | [`video`] | scalar video instructions (`vadd`, `vset`, `vmad`, …) |
 
 pub mod approx;
 pub mod bits;
@@ -29,5 +30,6 @@ pub mod format;
 pub mod integer;
 pub mod minmax;
 pub mod round;
+pub mod video;
 
 pub use round::{IntegerRounding, Rounding};

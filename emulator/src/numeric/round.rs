@@ -25,7 +25,7 @@ pub enum Rounding {
 }
 
 impl Rounding {
-    /// Whether a magnitude goes up by one unit in the last place, given its parity, the first bit cut off and whether
+    /// True if a magnitude goes up by one unit in the last place, given its parity, the first bit cut off and whether
     /// anything non-zero follows that bit.
     #[inline]
     pub const fn increments(self, negative: bool, odd: bool, half: bool, sticky: bool) -> bool {
@@ -38,7 +38,7 @@ impl Rounding {
         }
     }
 
-    /// Whether a magnitude too large for the format becomes infinity (otherwise the largest finite value).
+    /// True if a magnitude too large for the format becomes infinity (otherwise the largest finite value).
     #[inline]
     pub const fn overflows_to_infinity(self, negative: bool) -> bool {
         match self {
@@ -164,7 +164,7 @@ impl Exact {
         }
     }
 
-    /// The same value with the highest set bit at position 125, two below the top, where sums have room.
+    /// Returns this value with the highest set bit at position 125, two below the top, where sums have room.
     const fn normalised(self) -> Exact {
         if self.significand == 0 {
             return self;

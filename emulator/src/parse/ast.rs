@@ -67,7 +67,7 @@ pub(crate) struct Init<'a> {
     pub value: InitValue<'a>,
 }
 
-/// What an initialiser puts there.
+/// Value that an initialiser puts there.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum InitValue<'a> {
     Bits(u64),
@@ -127,6 +127,8 @@ pub(crate) enum Operand<'a> {
     F64(u64),
     /// `!p`
     Not(Box<Operand<'a>>),
+    /// `-r` of a register (`vmad`)
+    Negative(Box<Operand<'a>>),
     /// `{a, b, …}`
     Vector(Vec<Operand<'a>>),
     /// `[base + offset]`, with `{c0, …}` coordinates for tensor copies.

@@ -191,7 +191,8 @@ impl<'a> Parser<'a> {
             Token::Int(i) => Ok(Operand::Int(i.wrapping_neg())),
             Token::F32(b) => Ok(Operand::F32(b ^ (1 << 31))),
             Token::F64(b) => Ok(Operand::F64(b ^ (1 << 63))),
-            other => self.fail(format!("expected a number, found {other}")),
+            Token::Word(name) => Ok(Operand::Negative(Box::new(Operand::Name(name)))),
+            other => self.fail(format!("expected a number or a register, found {other}")),
         }
     }
 
@@ -206,7 +207,7 @@ impl<'a> Parser<'a> {
         Ok(out)
     }
 
-    /// What stands between brackets, the opening one taken.
+    /// Reads an address in brackets, after the opening one.
     fn address(&mut self) -> Result<Operand<'a>> {
         let base = match self.peek() {
             Token::Word(name) => {

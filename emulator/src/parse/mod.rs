@@ -8,7 +8,7 @@ mod declare;
 use crate::lex::{self, Token};
 use ast::{Directives, Function, Module};
 
-/// What does not parse, and where.
+/// Syntax error: a line and a message.
 #[derive(Debug)]
 pub(crate) struct SyntaxError {
     pub line: u32,

@@ -167,7 +167,7 @@ impl Mma {
         }
     }
 
-    /// Whether this is the Volta-style product, which has maps of its own.
+    /// True if this is the Volta-style product, which has maps of its own.
     pub const fn is_volta(&self) -> bool {
         matches!(self.a, Element::F16) && self.shape.m == 8
     }

@@ -1,4 +1,4 @@
-//! What the tensor instructions mean: which lane holds which element, where a tile lies in shared memory, and what the
+//! Meaning of the tensor instructions: which lane holds which element, where a tile lies in shared memory, and what the
 //! product is.
 //!
 //! Lane maps and swizzles are `const fn` over plain integers; the products are pure functions of registers (and, for

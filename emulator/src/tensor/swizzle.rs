@@ -47,7 +47,7 @@ impl Swizzle {
         self.apply_from(address, 0)
     }
 
-    /// The same for a pattern whose row 0 is at 128-byte line `base` (modulo 8) instead of at a multiple of
+    /// Swizzles by a pattern whose row 0 is at 128-byte line `base` (modulo 8) instead of at a multiple of
     /// [`Swizzle::pattern_bytes`]: wgmma's matrix base offset.
     #[inline]
     pub const fn apply_from(self, address: u32, base: u32) -> u32 {

@@ -4,7 +4,7 @@
 //! The hardware's encoding is secret, so this one is the emulator's own; its first bytes are a mark, and a map made by
 //! a driver is recognised as foreign instead of being misread. What is checked, and with which limits, is what the
 //! driver's documentation demands; each broken rule is an error that names the argument, the value and the limit.
-//! What a copy through a map moves is in [`super::tile_copy`].
+//! Copies through a map are in [`super::tile_copy`].
 //!
 //! Dimension 0 is the innermost: its elements are contiguous, and `strides` starts with dimension 1.
 
@@ -25,7 +25,7 @@ pub const MAX_RANK: usize = 5;
 
 const MARK: [u8; 8] = *b"\x7fptxTMA1";
 
-/// What [`TensorMap::tiled`] takes: the arguments of `cuTensorMapEncodeTiled`.
+/// Arguments of [`TensorMap::tiled`], those of `cuTensorMapEncodeTiled`.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiled<'a> {
     /// Element type.
@@ -335,7 +335,7 @@ impl TensorMap {
         self.swizzle
     }
 
-    /// The same map over another address (`cuTensorMapReplaceAddress`).
+    /// Returns this map over another address (`cuTensorMapReplaceAddress`).
     ///
     /// # Errors
     ///

@@ -43,7 +43,7 @@ impl ElementType {
         }
     }
 
-    /// Whether the type is a floating-point one.
+    /// True if the type is a floating-point one.
     pub const fn is_float(self) -> bool {
         use ElementType::*;
         matches!(self, F16 | F32 | F64 | Bf16 | F32Ftz | Tf32 | Tf32Ftz)
@@ -66,7 +66,7 @@ impl ElementType {
     ///
     /// # Errors
     ///
-    /// As [`from_number`](Self::from_number).
+    /// The variant of this number, if there is one; see [`from_number`](Self::from_number).
     pub fn from_ptx(number: u64) -> Result<ElementType, TensorMapError> {
         use ElementType::*;
         let all = [U8, U16, U32, S32, U64, S64, F16, F32, F32Ftz, F64, Bf16, Tf32, Tf32Ftz];
@@ -77,7 +77,7 @@ impl ElementType {
         })
     }
 
-    /// What a load writes for an in-bounds 32-bit element: `.tf32` maps round to tf32 (to nearest, ties away: the manual
+    /// Value that a load writes for an in-bounds 32-bit element: `.tf32` maps round to tf32 (to nearest, ties away: the manual
     /// does not say), with NaN 0x7fffe000; every other type copies bits.
     pub const fn loaded(self, bits: u32) -> u32 {
         match self {
@@ -136,7 +136,7 @@ pub enum L2Promotion {
     B256,
 }
 
-/// What a load writes for elements outside the tensor (`CUtensorMapFloatOOBfill`, numbered alike).
+/// Bytes that a load writes for elements outside the tensor (`CUtensorMapFloatOOBfill`, numbered alike).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Fill {
@@ -191,7 +191,7 @@ pub enum TensorMapError {
     Length {
         /// The argument's name.
         argument: &'static str,
-        /// Its length.
+        /// Length found.
         length: usize,
         /// The length it must have.
         expected: usize,
@@ -203,7 +203,7 @@ pub enum TensorMapError {
         argument: &'static str,
         /// The entry.
         index: usize,
-        /// Its value.
+        /// Value found.
         value: u64,
         /// The least allowed.
         min: u64,
@@ -217,9 +217,9 @@ pub enum TensorMapError {
         argument: &'static str,
         /// The entry; 0 for the address.
         index: usize,
-        /// Its value.
+        /// Value found.
         value: u64,
-        /// What it must be a multiple of.
+        /// Divisor that it must have.
         multiple: u64,
     },
     /// An inner box row that is not a multiple of 16 bytes.
@@ -253,7 +253,7 @@ pub enum TensorMapError {
     Unsupported {
         /// The argument's name.
         argument: &'static str,
-        /// Its value.
+        /// Value found.
         value: u64,
     },
     /// 128 bytes that this emulator did not write.

@@ -1,4 +1,4 @@
-//! What a tensor copy moves: the box of a [`TensorMap`] at given coordinates, as pieces (manual sections "Bounding Box",
+//! Bytes that a tensor copy moves: the box of a [`TensorMap`] at given coordinates, as pieces (manual sections "Bounding Box",
 //! "Traversal-Stride", "Out of Boundary Access", "Swizzling Modes").
 //!
 //! In shared memory the box is dense, dimension 0 innermost, except that with a swizzle each row starts on a new

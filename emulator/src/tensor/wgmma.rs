@@ -4,7 +4,7 @@
 //! [`Descriptor`]. The work is done on plain row-major arrays: operands are decoded once into f32 (or i32), the product
 //! runs as tight loops that vectorise, and [`accumulator`] says which thread's register an element belongs to.
 //!
-//! What the manual leaves open is decided as for `mma.sync` ([`super::mma`]): products are exact, summed in f32 with k
+//! Rounding that the manual leaves open is decided as for `mma.sync` ([`super::mma`]): products are exact, summed in f32 with k
 //! rising, added to what the accumulator holds. f16 accumulators are widened before and rounded once after. Integers are
 //! summed exactly, then wrap or, with `.satfinite`, clamp. When the work happens (the instruction is asynchronous) is
 //! the caller's business, and so is which proxy sees which bytes; [`Wgmma::chunks_of_a`] and [`Wgmma::chunks_of_b`]
@@ -193,7 +193,7 @@ impl Wgmma {
         Ok(())
     }
 
-    /// The same for `.s8` and `.u8`, with i32 accumulators.
+    /// Multiplies `.s8` and `.u8` operands, with i32 accumulators.
     ///
     /// # Errors
     ///
@@ -396,7 +396,7 @@ fn product_f32(left: &[[f32; MAX_K]; M], right: &[[f32; MAX_N]; MAX_K], n: usize
     product(left, right, n, k, sums, |sum, x, y| sum + x * y);
 }
 
-/// The same loops compiled for wider registers. Without the fma feature the result is the same to the bit.
+/// Product loops compiled for wider registers. Without the fma feature the result is the same to the bit.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn product_f32_avx2(left: &[[f32; MAX_K]; M], right: &[[f32; MAX_N]; MAX_K], n: usize, k: usize, sums: &mut [f32]) {

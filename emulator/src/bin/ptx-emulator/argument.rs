@@ -80,12 +80,12 @@ impl Argument {
         Ok(argument)
     }
 
-    /// What goes in the parameter buffer.
+    /// Bytes for the parameter buffer.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// As written on the command line.
+    /// Text on the command line.
     pub fn text(&self) -> &str {
         &self.text
     }

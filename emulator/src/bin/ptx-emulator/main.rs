@@ -1,107 +1,15 @@
 //! `ptx-emulator`: runs one kernel of a PTX file on arrays from the command line.
 
 mod argument;
+mod cli;
 mod npy;
 
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use argument::Argument;
-use clap::{Parser, ValueEnum};
+use cli::{Cli, Request, StatsFormat};
 use ptx_emulator::{Checks, DeviceMemory, Entry, Error, Launch, Module, Options, Report};
-
-const EXAMPLE: &str = "\
-Arguments, one for each kernel parameter:
-  i32:5 u32:5 i64:5 u64:5 f32:0.5 f64:0.5   a scalar
-  null                                      a null pointer
-  in:A.npy                                  A copied to device memory, its address passed
-  out:B.npy                                 the same, and written back to B.npy after the launch
-  tma:in:A.npy:elem=f16,swizzle=3,dims=128x64,strides=256,box=64x64   (or tma:out:…)
-                                            a tensor map over A, passed by value; dims and box innermost first,
-                                            strides in bytes of the outer dims, swizzle as in CUtensorMapSwizzle
-
-Example: y = 2 x + y on 1000 floats, under every check, with the counters:
-  ptx-emulator saxpy.ptx --entry saxpy --grid 4 --block 256 in:x.npy out:y.npy f32:2 u32:1000 --stats
-
-Exit status: 0 clean, 1 findings or a trap, 2 unusable arguments or PTX.";
-
-/// Runs a PTX kernel on the CPU, checks every memory access and counts what it did
-#[derive(Debug, Parser)]
-#[command(version, after_help = EXAMPLE)]
-struct Cli {
-    /// PTX text
-    file: PathBuf,
-    /// Kernel to run; may be left out if the file has one
-    #[arg(long)]
-    entry: Option<String>,
-    /// Blocks: X, X,Y or X,Y,Z
-    #[arg(long, default_value = "1", value_parser = dimensions)]
-    grid: [u32; 3],
-    /// Threads of a block: X, X,Y or X,Y,Z
-    #[arg(long, default_value = "1", value_parser = dimensions)]
-    block: [u32; 3],
-    /// Blocks of a cluster: X, X,Y or X,Y,Z [default: what the kernel requires, else 1]
-    #[arg(long, value_parser = dimensions)]
-    cluster: Option<[u32; 3]>,
-    /// Bytes of dynamic shared memory
-    #[arg(long, default_value_t = 0)]
-    smem: u32,
-    /// Print the counters
-    #[arg(long, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "table", require_equals = false)]
-    stats: Option<StatsFormat>,
-    /// Switch all checks off
-    #[arg(long)]
-    no_check: bool,
-    /// Decides the order of warps and when asynchronous work lands
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Stop after so many thread instructions
-    #[arg(long, default_value_t = 1 << 36)]
-    max_instructions: u64,
-    /// Host threads [default: all cores]
-    #[arg(long)]
-    threads: Option<usize>,
-    /// Findings to print; the others are counted
-    #[arg(long, default_value_t = 20)]
-    max_findings: usize,
-    /// Kernel arguments, see below
-    #[arg(value_name = "ARG", allow_hyphen_values = false)]
-    arguments: Vec<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum StatsFormat {
-    Table,
-    Json,
-}
-
-fn dimensions(text: &str) -> Result<[u32; 3], String> {
-    let mut out = [1; 3];
-    let parts: Vec<&str> = text.split(',').collect();
-    if parts.len() > 3 {
-        return Err("at most three sizes".into());
-    }
-    for (size, part) in out.iter_mut().zip(parts) {
-        *size = part.trim().parse().map_err(|_| format!("`{part}` is not a size"))?;
-    }
-    Ok(out)
-}
-
-/// `--stats` takes its format as the next word only if that word is one.
-fn words() -> Vec<String> {
-    let mut out: Vec<String> = Vec::new();
-    let mut words = std::env::args().peekable();
-    while let Some(word) = words.next() {
-        if word == "--stats" {
-            let format = words.next_if(|next| next == "json" || next == "table");
-            out.push(format!("--stats={}", format.as_deref().unwrap_or("table")));
-        } else {
-            out.push(word);
-        }
-    }
-    out
-}
 
 /// Why the program ends with status 2 (or 1, if the kernel is to blame).
 struct Failure {
@@ -126,8 +34,19 @@ impl From<Error> for Failure {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(words());
-    match run(&cli) {
+    let outcome = match cli::parse(std::env::args().skip(1)) {
+        Ok(Request::Help) => {
+            print(cli::HELP);
+            return ExitCode::SUCCESS;
+        }
+        Ok(Request::Version) => {
+            print(concat!("ptx-emulator ", env!("CARGO_PKG_VERSION"), "\n"));
+            return ExitCode::SUCCESS;
+        }
+        Ok(Request::Launch(cli)) => run(&cli),
+        Err(message) => Err(message.into()),
+    };
+    match outcome {
         Ok(report) => ExitCode::from(u8::from(!report.is_clean())),
         Err(failure) => {
             eprintln!("ptx-emulator: {}", failure.message);
@@ -168,7 +87,7 @@ fn run(cli: &Cli) -> Result<Report, Failure> {
     for argument in &arguments {
         argument.write_back(&memory)?;
     }
-    print(cli, &report);
+    print_report(cli, &report);
     Ok(report)
 }
 
@@ -217,7 +136,7 @@ fn buffer(entry: &Entry, arguments: &[Argument]) -> Result<Vec<u8>, Failure> {
     Ok(out)
 }
 
-fn print(cli: &Cli, report: &Report) {
+fn print_report(cli: &Cli, report: &Report) {
     for finding in &report.findings {
         eprintln!("{finding}");
     }
@@ -235,6 +154,10 @@ fn print(cli: &Cli, report: &Report) {
         }
         None => return,
     };
-    // Whoever closed the pipe has read what it wanted.
+    print(&text);
+}
+
+/// Prints to the standard output. A reader that closed the pipe has read what it wanted.
+fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }

@@ -1,9 +1,9 @@
 //! Integer operations, lane by lane.
 
 use super::{map, map2, map3, truncate};
-use crate::decode::op::{Alu, Carry, Int1, Int2, Int3, Packed};
-use crate::decode::types::{IntTy, Slot};
 use crate::exec::warp::{Frame, lanes};
+use crate::isa::types::{IntTy, Slot};
+use crate::isa::{Alu, Carry, Int1, Int2, Int3, Packed};
 use crate::numeric::integer::{self, MulPart, Overflow};
 
 pub(super) fn int1(f: &mut Frame, mask: u32, op: Int1, ty: IntTy, d: Slot, a: Slot) {
@@ -109,6 +109,7 @@ pub(super) fn int3(f: &mut Frame, mask: u32, op: Int3, ty: IntTy, d: Slot, s: [S
         Int3::Dp2a(x, y, hi) => map3(f, mask, d, s, |a, b, c| {
             word(integer::dp2a(hi, x, y, a as u32, b as u32, c as u32))
         }),
+        Int3::ScalarVideo(video) => map3(f, mask, d, s, |a, b, c| word(video.apply(a as u32, b as u32, c as u32))),
         Int3::Video(op, mode) => map3(f, mask, d, s, |a, b, c| {
             word(integer::video(op, mode, a as u32, b as u32, c as u32))
         }),

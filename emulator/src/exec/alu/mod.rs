@@ -5,8 +5,8 @@
 
 use super::float;
 use super::warp::{FULL, Frame, Lanes, lanes};
-use crate::decode::op::{Alu, BoolOp, Cmp, CmpTy};
-use crate::decode::types::{FloatTy, IntTy, Pred, Slot};
+use crate::isa::types::{FloatTy, IntTy, Pred, Slot};
+use crate::isa::{Alu, BoolOp, Cmp, CmpTy};
 use crate::numeric::cvt;
 use crate::numeric::integer;
 

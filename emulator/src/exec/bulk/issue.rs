@@ -3,13 +3,13 @@
 use super::{End, Pending, Piece};
 use crate::check::clock::Knowledge;
 use crate::check::shared_race::{Engine, Site};
-use crate::decode::op::{AsyncOp, AtomicTy, Completion, Instr, Op, Reduction};
-use crate::decode::types::{Addr, FloatTy, IntTy, Order, Slot, Space};
 use crate::error::Error;
 use crate::exec::Cluster;
 use crate::exec::access::{Access, Target, effective};
 use crate::exec::warp::Warp;
-use crate::memory::window;
+use crate::isa::types::{Addr, FloatTy, IntTy, Order, Slot, Space};
+use crate::isa::window;
+use crate::isa::{AsyncOp, AtomicTy, Completion, Instr, Op, Reduction};
 use crate::report::FindingKind;
 use crate::schedule::Landing;
 use crate::tensor::tensor_map::{ElementType, TILE_ALIGNMENT};
@@ -32,7 +32,7 @@ impl<'m> Cluster<'m> {
                 let reduces = matches!(&instr.op, Op::Async(op) if op.reduces());
                 if !(access.write && reduces) {
                     self.observe(warp, instr, access, target, Order::Weak, site);
-                } else if self.ctx.checks.global_races {
+                } else {
                     // Each element is updated atomically.
                     self.watch_global(warp, instr, access, (allocation, at), Order::Weak, true, &[]);
                 }
@@ -48,7 +48,7 @@ impl<'m> Cluster<'m> {
                 Ok(Some(End::Global(allocation, at)))
             }
             Target::Shared { cta, at } => {
-                self.watch_bulk(warp, instr, access, cta, at, site);
+                self.watch_bulk(warp, access, cta, at, site);
                 Ok(Some(End::Shared(cta, at)))
             }
             Target::Local { .. } | Target::Param { .. } => {
@@ -58,40 +58,25 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    fn watch_bulk(&mut self, warp: &Warp, instr: &Instr, access: Access, cta: usize, at: usize, site: Site) {
-        if !access.write && self.ctx.checks.uninitialized {
-            let missing = self.ctas[cta].shared.first_uninitialized(at, access.bytes);
-            if let Some(missing) = missing {
-                let actor = self.actor(warp);
-                let place = (Some(access.lane), Some(missing as u64));
-                self.report(FindingKind::Uninitialized, instr.line, actor, place, || {
-                    format!(
-                        "bulk copy of {} bytes of shared memory, of which {missing:#x} was never written",
-                        access.bytes
-                    )
-                });
-            }
-        }
+    fn watch_bulk(&mut self, warp: &Warp, access: Access, cta: usize, at: usize, site: Site) {
         if access.write {
             self.counters.shared_written_bytes += access.bytes as u64;
         } else {
             self.counters.shared_read_bytes += access.bytes as u64;
         }
-        if self.watches_shared() {
-            let agent = Engine::Bulk.agent(warp.id);
-            let actor = self.actor(warp);
-            let range = (at, access.bytes);
-            self.watch_shared(
-                warp.id,
-                agent,
-                actor,
-                site,
-                cta,
-                range,
-                access.write.into(),
-                Some(access.lane),
-            );
-        }
+        let agent = Engine::Bulk.agent(warp.id);
+        let actor = self.actor(warp);
+        let range = (at, access.bytes);
+        self.watch_shared(
+            warp.id,
+            agent,
+            actor,
+            site,
+            cta,
+            range,
+            access.write.into(),
+            Some(access.lane),
+        );
     }
 
     /// Queues an operation that was resolved, or lands it at once.

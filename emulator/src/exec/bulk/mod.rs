@@ -15,7 +15,9 @@ use super::warp::{Warp, lanes};
 use super::{Actor, Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
 use crate::check::shared_race::Engine;
-use crate::decode::op::{AsyncOp, AtomicOp, AtomicTy, Instr, Reduction};
+use crate::isa::{AsyncOp, AtomicOp, AtomicTy, Instr, Reduction};
+use crate::memory::origin::Origin;
+use crate::report::FindingKind;
 use crate::schedule::Landing;
 use crate::tensor::tensor_map::{ElementType, Fill};
 
@@ -24,7 +26,7 @@ const WRITE_STEPS: u64 = 512;
 
 /// One end of a piece.
 #[derive(Debug, Clone, Copy)]
-enum End {
+pub(super) enum End {
     /// Allocation and offset.
     Global(usize, usize),
     /// Block and offset.
@@ -42,13 +44,20 @@ struct Piece {
     bytes: usize,
 }
 
+/// Bytes that were read, and which of them are undefined.
+#[derive(Debug)]
+struct Fetched {
+    bytes: Vec<u8>,
+    undefined: Vec<usize>,
+}
+
 /// A bulk operation in flight.
 #[derive(Debug)]
 struct Pending {
     landing: Landing,
     pieces: Vec<Piece>,
-    /// What the pieces hold, once they were read ahead of landing.
-    read: Vec<Vec<u8>>,
+    /// Bytes of the pieces, once they were read ahead of landing.
+    read: Vec<Fetched>,
     reduction: Option<Reduction>,
     /// Round 32-bit elements on the way in, as the map's type asks.
     element: Option<ElementType>,
@@ -227,10 +236,11 @@ impl<'m> Cluster<'m> {
     }
 
     fn land_bulk(&mut self, done: Pending) {
-        let mut read = done.read.into_iter();
+        let mut done = done;
+        let mut read = std::mem::take(&mut done.read).into_iter();
         for piece in &done.pieces {
             let bytes = read.next().unwrap_or_else(|| self.fetch(piece.from, piece.bytes));
-            self.move_piece(piece, bytes, done.reduction, done.element);
+            self.move_piece(piece, bytes, &done);
         }
         for (object, bytes) in &done.barriers {
             self.complete_tx(done.actor, done.line, *object, *bytes, &done.known);
@@ -238,7 +248,8 @@ impl<'m> Cluster<'m> {
         self.progress += 1;
     }
 
-    fn fetch(&self, from: End, bytes: usize) -> Vec<u8> {
+    fn fetch(&self, from: End, bytes: usize) -> Fetched {
+        let undefined = self.undefined_bytes(from, bytes);
         let mut out = vec![0; bytes];
         match from {
             End::Global(allocation, at) => {
@@ -252,17 +263,12 @@ impl<'m> Cluster<'m> {
             }
             End::Value(value) => out.copy_from_slice(&value.to_le_bytes()[..bytes]),
         }
-        out
+        Fetched { bytes: out, undefined }
     }
 
-    fn move_piece(
-        &mut self,
-        piece: &Piece,
-        mut bytes: Vec<u8>,
-        reduction: Option<Reduction>,
-        element: Option<ElementType>,
-    ) {
-        if let (Some(element), End::Global(..)) = (element, piece.from)
+    fn move_piece(&mut self, piece: &Piece, fetched: Fetched, of: &Pending) {
+        let Fetched { mut bytes, undefined } = fetched;
+        if let (Some(element), End::Global(..)) = (of.element, piece.from)
             && element.bytes() == 4
         {
             for word in bytes.chunks_exact_mut(4) {
@@ -270,7 +276,12 @@ impl<'m> Cluster<'m> {
                 word.copy_from_slice(&element.loaded(value).to_le_bytes());
             }
         }
-        if let Some(Reduction { op, ty }) = reduction {
+        if let Some(Reduction { op, ty }) = of.reduction {
+            if let Some(first) = undefined.first() {
+                self.report(FindingKind::Uninitialized, of.line, of.actor, (None, None), || {
+                    format!("reduces {} bytes, of which byte {first} was never written", piece.bytes)
+                });
+            }
             return self.reduce_piece(piece, &bytes, op, ty);
         }
         match piece.to {
@@ -279,6 +290,13 @@ impl<'m> Cluster<'m> {
             }
             End::Shared(cta, at) => self.ctas[cta].shared.write(at, &bytes),
             End::Fill(_) | End::Value(_) => {}
+        }
+        for index in undefined {
+            let origin = Origin {
+                line: of.line,
+                computed: false,
+            };
+            self.unmark(piece.to, index, origin);
         }
     }
 

@@ -1,10 +1,10 @@
 //! Whose registers are whose while products are in flight: what a product owns until it is waited for may not be touched.
 
 use super::Cluster;
-use crate::decode::op::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA};
-use crate::decode::types::Slot;
 use crate::error::Error;
 use crate::exec::warp::Warp;
+use crate::isa::types::Slot;
+use crate::isa::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA};
 use crate::report::FindingKind;
 
 /// Rows of registers that a product holds.
@@ -17,7 +17,7 @@ pub(super) struct Owned {
     pub(super) line: u32,
 }
 
-/// What a product holds a register for.
+/// Use that a product makes of a register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
     /// May be neither read nor written.
@@ -38,7 +38,7 @@ impl Role {
     }
 }
 
-/// Whether an instruction only moves registers, whole or in parts.
+/// True if an instruction only moves registers, whole or in parts.
 fn moves_registers(instr: &Instr) -> bool {
     let moves = matches!(
         &instr.op,
@@ -47,7 +47,7 @@ fn moves_registers(instr: &Instr) -> bool {
     moves && !instr.reads.is_empty()
 }
 
-/// Whether it only moves bits, as in taking halves out of words and putting them together again.
+/// True if it only moves bits, as in taking halves out of words and putting them together again.
 fn moves_bits(instr: &Instr) -> bool {
     match &instr.op {
         Op::Alu(Alu::Cvt { to, from, .. }) => to.int().is_some() && from.int().is_some(),
@@ -131,11 +131,8 @@ impl<'m> Cluster<'m> {
             }
             !owned.rows.is_empty()
         });
-        if let Some((role, line, written)) = touched
-            && self.ctx.checks.registers
-        {
-            let actor = self.actor(warp);
-            self.report(FindingKind::UnawaitedAsync, instr.line, actor, (None, None), || {
+        if let Some((role, line, written)) = touched {
+            self.report_register(warp, instr, || {
                 let verb = if written { "writes" } else { "reads" };
                 format!(
                     "{verb} {} of the wgmma at line {line}, which was not waited for",
@@ -147,9 +144,6 @@ impl<'m> Cluster<'m> {
 
     /// Registers written since the last `wgmma.fence` are not yet the product's to use.
     pub(super) fn check_fence(&mut self, warp: &mut Warp, instr: &Instr, op: &Wgmma) {
-        if !self.ctx.checks.registers {
-            return;
-        }
         let fenced = warp.wgmma.fenced_at;
         let frame = warp.frame();
         let operands: &[Slot] = match &op.a {
@@ -158,10 +152,17 @@ impl<'m> Cluster<'m> {
         };
         let late = |row: &&Slot| frame.written[**row as usize] > fenced;
         if op.d.iter().chain(operands).find(late).is_some() {
-            let actor = self.actor(warp);
-            self.report(FindingKind::UnawaitedAsync, instr.line, actor, (None, None), || {
+            self.report_register(warp, instr, || {
                 "uses registers that were written after the last wgmma.fence".to_owned()
             });
+        }
+    }
+
+    /// A finding about a register, if registers are checked.
+    fn report_register(&mut self, warp: &Warp, instr: &Instr, message: impl FnOnce() -> String) {
+        if self.ctx.checks.registers {
+            let actor = self.actor(warp);
+            self.report(FindingKind::UnawaitedAsync, instr.line, actor, (None, None), message);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Loads, stores, atomics, fences, and asynchronous copies.
 
-use crate::decode::types::{Addr, FloatTy, IntTy, Order, Pred, Slot};
+use super::types::{Addr, FloatTy, IntTy, Order, Pred, Slot};
 use crate::tensor::tensor_map::Field;
 
 #[derive(Debug, Clone)]
@@ -13,6 +13,8 @@ pub(crate) enum Memory {
         signed: bool,
         dst_bits: u32,
         dsts: Box<[Slot]>,
+        /// An ordinary read that a compare-and-swap on the same address follows: a first guess, which may race.
+        guess: bool,
     },
     Store {
         addr: Addr,
@@ -142,13 +144,13 @@ pub(crate) enum AsyncOp {
     BulkCommit,
     BulkWait {
         left: u32,
-        /// Whether it waits for the reads alone.
+        /// True if it waits for the reads alone.
         read: bool,
     },
 }
 
 impl AsyncOp {
-    /// Whether it combines with what is at its destination.
+    /// True if it combines with what is at its destination.
     pub fn reduces(&self) -> bool {
         match self {
             AsyncOp::Bulk { reduction, .. } => reduction.is_some(),
@@ -157,7 +159,7 @@ impl AsyncOp {
         }
     }
 
-    /// Whether it sums floats in global memory, where the order of blocks shows in the last bit.
+    /// True if it sums floats in global memory, where the order of blocks shows in the last bit.
     pub fn reduces_floats(&self) -> bool {
         match self {
             AsyncOp::Bulk {

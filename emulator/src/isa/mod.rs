@@ -5,15 +5,19 @@
 
 mod alu;
 mod memory;
+mod special;
 mod sync;
 mod tensor;
+pub(crate) mod types;
+pub(crate) mod window;
 
 pub(crate) use alu::*;
 pub(crate) use memory::*;
+pub(crate) use special::*;
 pub(crate) use sync::*;
 pub(crate) use tensor::*;
 
-use super::types::{Pred, Slot};
+use types::{Pred, Slot};
 
 /// A decoded instruction.
 #[derive(Debug, Clone)]
@@ -30,7 +34,7 @@ pub(crate) struct Instr {
     pub writes: Box<[Slot]>,
 }
 
-/// What an instruction does.
+/// Operation of an instruction.
 #[derive(Debug, Clone)]
 pub(crate) enum Op {
     /// Arithmetic of one lane: registers to registers.

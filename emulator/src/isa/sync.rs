@@ -1,6 +1,6 @@
 //! Operations across lanes and warps: shuffles, votes, barriers, mbarriers.
 
-use crate::decode::types::{Addr, Pred, Slot};
+use super::types::{Addr, Pred, Slot};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ShflMode {
@@ -8,6 +8,35 @@ pub(crate) enum ShflMode {
     Down,
     Bfly,
     Idx,
+}
+
+impl ShflMode {
+    /// `shfl.sync`: each lane's value from its source lane, and whether the source was in range.
+    pub fn shuffle(self, a: &[u64; 32], b: &[u64; 32], c: &[u64; 32], here: u32) -> ([u64; 32], u32) {
+        let mut out = *a;
+        let mut valid = 0;
+        for lane in (0..32).filter(|lane| here >> lane & 1 != 0) {
+            let own = lane as i64;
+            let by = (b[lane] & 0x1f) as i64;
+            let clamp = (c[lane] & 0x1f) as i64;
+            let segment = (c[lane] >> 8 & 0x1f) as i64;
+            let (max, min) = ((own & segment) | (clamp & !segment), own & segment);
+            let (source, fits) = match self {
+                ShflMode::Up => (own - by, own - by >= max),
+                ShflMode::Down => (own + by, own + by <= max),
+                ShflMode::Bfly => (own ^ by, (own ^ by) <= max),
+                ShflMode::Idx => {
+                    let source = min | (by & !segment);
+                    (source, source <= max)
+                }
+            };
+            let source = if fits { source } else { own };
+            // A source lane that takes no part leaves the value undefined; its register is what hardware gives.
+            out[lane] = a[source as usize & 31];
+            valid |= u32::from(fits) << lane;
+        }
+        (out, valid)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,10 +1,11 @@
 //! Operations of one lane: registers to registers.
 
-use crate::decode::types::{FloatMode, FloatTy, IntTy, Pred, Slot, Space};
+use super::types::{FloatMode, FloatTy, IntTy, Pred, Slot, Space};
 use crate::numeric::cvt::{CvtMode, Fp8, NarrowMode, PackType, Scalar};
 use crate::numeric::float16::Half;
 use crate::numeric::float32::Property;
 use crate::numeric::integer::{Permute, Video, VideoMode};
+use crate::numeric::video::ScalarVideo;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Int1 {
@@ -69,6 +70,7 @@ pub(crate) enum Int3 {
     /// `dp2a` with signedness of a and b, and `.hi`.
     Dp2a(bool, bool, bool),
     Video(Video, VideoMode),
+    ScalarVideo(ScalarVideo),
 }
 
 /// Packed 16-bit integer operations.

@@ -1,6 +1,6 @@
 //! Generic addresses: each state space has a window, global memory is everything else.
 
-use crate::decode::types::Space;
+use super::types::Space;
 
 /// First generic address of shared memory. A shared address has the block's rank within its cluster, plus one, in
 /// the bits from [`RANK_SHIFT`] when it comes from `mapa`; zero there means the executing block.
@@ -20,7 +20,7 @@ pub(crate) const OFFSET_MASK: u64 = (1 << RANK_SHIFT) - 1;
 /// Shared variables begin here, as on hardware that keeps the first kilobyte to itself: null is no shared address.
 pub(crate) const SHARED_BASE: u64 = 1024;
 
-/// What lies between here and [`SHARED_BASE`] belongs to cooperative groups (`%reserved_smem_offset_1`).
+/// Start of the bytes below [`SHARED_BASE`] that belong to cooperative groups (`%reserved_smem_offset_1`).
 pub(crate) const RESERVED_FOR_GROUPS: u64 = 512;
 
 /// The window of `space`, if it has one.
@@ -43,7 +43,7 @@ pub(crate) fn resolve(address: u64) -> (Space, u64) {
     }
 }
 
-/// Whether a generic address lies in `space`.
+/// True if a generic address lies in `space`.
 pub(crate) fn contains(space: Space, address: u64, own_rank: u32) -> bool {
     let (actual, offset) = resolve(address);
     match space {

@@ -1,6 +1,6 @@
 //! Operations of tensor cores.
 
-use crate::decode::types::{Addr, Pred, Slot, Ty};
+use super::types::{Addr, Pred, Slot, Ty};
 
 #[derive(Debug, Clone)]
 pub(crate) enum TensorOp {

@@ -174,7 +174,7 @@ pub(crate) enum Order {
 }
 
 impl Order {
-    /// Whether it is a strong operation.
+    /// True if it is a strong operation.
     pub fn is_strong(self) -> bool {
         self != Order::Weak
     }

@@ -1,0 +1,93 @@
+//! Ordinary reads that may be the first guess of a compare-and-swap loop.
+//!
+//! Such a read races with the updates of other threads, and is harmless: the compare-and-swap tells whether the guess was
+//! right. A read is taken for a guess if a compare-and-swap on the same address register follows it in the text
+//! (`Load::guess`), or if some thread of the launch that read there went on to update what it had read. The other reads
+//! are findings when the launch has ended.
+
+use std::collections::{HashMap, HashSet};
+
+use super::shared_race::Site;
+use crate::report::{Finding, Findings};
+
+/// Guesses of a cluster that are remembered; further ones are findings at once.
+const MAX_GUESSES: usize = 1 << 12;
+
+/// Place of a read: an address of global memory, or a block and an offset in its shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Location {
+    Global(u64),
+    Shared(usize, usize),
+}
+
+/// A read that races with an update, unless it proves to be a guess.
+#[derive(Debug)]
+struct Guess {
+    site: Site,
+    /// Who read: a block for global memory, an agent for shared memory.
+    reader: u32,
+    location: Location,
+    finding: Finding,
+}
+
+/// The reads of a cluster that are not yet findings.
+#[derive(Debug, Default)]
+pub(crate) struct Guesses {
+    open: Vec<Guess>,
+    confirmed: HashSet<Site>,
+}
+
+impl Guesses {
+    /// Remembers a read; gives the finding back if there is no more room.
+    pub fn add(&mut self, site: Site, reader: u32, location: Location, finding: Finding) -> Option<Finding> {
+        if self.open.len() >= MAX_GUESSES {
+            return Some(finding);
+        }
+        self.open.push(Guess {
+            site,
+            reader,
+            location,
+            finding,
+        });
+        None
+    }
+
+    /// `reader` updates a location: what it read there before was a guess.
+    pub fn updated(&mut self, reader: u32, location: Location) {
+        let confirmed = &mut self.confirmed;
+        self.open.retain(|guess| {
+            let mine = guess.reader == reader && guess.location == location;
+            if mine {
+                confirmed.insert(guess.site);
+            }
+            !mine
+        });
+    }
+}
+
+/// The guesses of all clusters of a launch, by the place of the read.
+#[derive(Debug, Default)]
+pub(crate) struct AllGuesses {
+    open: HashMap<Site, Findings>,
+    confirmed: HashSet<Site>,
+}
+
+impl AllGuesses {
+    /// Adds those of a cluster that has ended, of which `max` findings are kept.
+    pub fn merge(&mut self, other: Guesses, max: usize) {
+        self.confirmed.extend(other.confirmed);
+        for guess in other.open {
+            let findings = self.open.entry(guess.site).or_insert_with(|| Findings::new(max));
+            let Finding { kind, line, .. } = guess.finding;
+            findings.add(kind, line, || guess.finding);
+        }
+    }
+
+    /// The reads that were no guesses, in the order of the text.
+    pub fn finish(mut self) -> Vec<Findings> {
+        self.open.retain(|site, _| !self.confirmed.contains(site));
+        let mut open: Vec<(Site, Findings)> = self.open.into_iter().collect();
+        open.sort_by_key(|(site, _)| *site);
+        open.into_iter().map(|(_, findings)| findings).collect()
+    }
+}

@@ -102,6 +102,7 @@ impl<T: Element> Arena<T> {
             let mut output = Output {
                 out: view(&set.out)?,
                 lse: self::view(&self.device, &set.lse, &shape[..3])?,
+                statistics: None,
             };
             if row.pass != Pass::Forward {
                 let [q, k, v, _] = &inputs;
@@ -134,7 +135,7 @@ impl<T: Element> Bound<T> {
         let ([q, k, v, dout], output) = &mut self.sets[turn];
         match self.pass {
             Pass::Forward => {
-                let Output { out, lse } = output;
+                let Output { out, lse, .. } = output;
                 self.attention.forward_into(q, k, v, out, lse)
             }
             Pass::Backward | Pass::Deterministic => {

@@ -108,6 +108,7 @@ impl<T: Element> Tensors<T> {
             output: Output {
                 out: Tensor::zeros(device, q)?,
                 lse: Tensor::zeros(device, &q[..3])?,
+                statistics: None,
             },
             gradients: Gradients {
                 dq: Tensor::zeros(device, q)?,
@@ -121,7 +122,7 @@ impl<T: Element> Tensors<T> {
 impl<T: Element> Problem for Tensors<T> {
     fn forward(&mut self) -> Result<Duration, Error> {
         let start = Instant::now();
-        let Output { out, lse } = &mut self.output;
+        let Output { out, lse, .. } = &mut self.output;
         self.attention.forward_into(&self.q, &self.k, &self.v, out, lse)?;
         Ok(start.elapsed())
     }

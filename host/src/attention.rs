@@ -21,6 +21,21 @@ pub struct Output<T: Element> {
     /// seqlen_q]`. A query that sees no key has minus infinity. The backward pass needs it, and it is all that is
     /// needed to merge attention over two sets of keys.
     pub lse: Tensor<f32>,
+    /// lse in two numbers, without its rounding error. `None`: a backward pass has lse alone, and recomputes weights with
+    /// a relative error of up to `|lse| * 2^-24`, none of them above 1.
+    pub statistics: Option<Statistics>,
+}
+
+/// What lse is made of, for each query: key j weighs `exp(softmax_scale * (q.k_j - row_max)) / row_sum`.
+///
+/// lse is `softmax_scale * row_max + ln(row_sum)`, rounded to 24 bits, which is little where it is large.
+#[derive(Clone, Debug)]
+pub struct Statistics {
+    /// Product q.k, before it is scaled, of the key that weighs most, contiguous `[batch, heads_q, seqlen_q]`. A query that
+    /// sees no key has minus infinity.
+    pub row_max: Tensor<f32>,
+    /// Sum of the weights relative to that key's, contiguous `[batch, heads_q, seqlen_q]`. A query that sees no key has 0.
+    pub row_sum: Tensor<f32>,
 }
 
 /// What a backward pass gives.

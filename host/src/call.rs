@@ -2,7 +2,7 @@
 
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
-use crate::attention::{Gradients, Output};
+use crate::attention::{Gradients, Output, Statistics};
 use crate::plan::Results;
 use crate::problem::{BackwardInputs, GradientOutputs, Outputs};
 use crate::progress::{Progress, Reporter};
@@ -65,8 +65,23 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let plan = self.attention.plan(q, k, v)?;
         let mut out = Tensor::empty(q.device(), q.shape())?;
         let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
-        forward(&plan, [q, k, v], &mut out, &mut lse, self.reporter())?;
-        Ok(Output { out, lse })
+        let new = || Tensor::empty(q.device(), &q.shape()[..3]);
+        let mut statistics = match plan.writes_statistics() {
+            true => Some(Statistics {
+                row_max: new()?,
+                row_sum: new()?,
+            }),
+            false => None,
+        };
+        forward(
+            &plan,
+            [q, k, v],
+            &mut out,
+            &mut lse,
+            statistics.as_mut(),
+            self.reporter(),
+        )?;
+        Ok(Output { out, lse, statistics })
     }
 
     /// [`Attention::forward_into`].
@@ -84,10 +99,11 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let outputs = Outputs {
             out: out.info(),
             lse: lse.info(),
+            statistics: None,
         };
         let problem = Problem::new(&self.attention, q.info(), k.info(), v.info(), Some(outputs))?;
         let plan = Plan::new(&problem, &q.device().info())?;
-        forward(&plan, [q, k, v], out, lse, self.reporter())
+        forward(&plan, [q, k, v], out, lse, None, self.reporter())
     }
 
     /// [`Attention::backward`].
@@ -110,7 +126,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
             dv: Tensor::empty(v.device(), v.shape())?,
         };
         let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, &mut gradients, self.reporter())?;
+        backward(&plan, inputs, output, &mut gradients, self.reporter())?;
         Ok(gradients)
     }
 
@@ -137,7 +153,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let plan = Plan::backward(&problem, &q.device().info())?;
         check_lse(&output.lse)?;
         let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, gradients, self.reporter())
+        backward(&plan, inputs, output, gradients, self.reporter())
     }
 
     fn reporter(&self) -> Reporter<'_> {
@@ -152,6 +168,8 @@ pub(crate) fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) 
     BackwardInputs {
         out: output.out.info(),
         lse: output.lse.info(),
+        statistics: (output.statistics.as_ref())
+            .map(|Statistics { row_max, row_sum }| [row_max.info(), row_sum.info()]),
         dout: dout.info(),
     }
 }
@@ -172,12 +190,19 @@ fn forward<T: Element>(
     inputs: [&Tensor<T>; 3],
     out: &mut Tensor<T>,
     lse: &mut Tensor<f32>,
+    statistics: Option<&mut Statistics>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
-    let guards = Guards::lock(&inputs.map(Tensor::storage), &[out.storage(), lse.storage()]);
+    let statistics = statistics.map(|Statistics { row_max, row_sum }| [&*row_max, row_sum]);
+    let written: Vec<&Storage> = [out.storage(), lse.storage()]
+        .into_iter()
+        .chain(statistics.into_iter().flatten().map(Tensor::storage))
+        .collect();
+    let guards = Guards::lock(&inputs.map(Tensor::storage), &written);
     let results = Results::Forward {
         out: out.address(),
         lse: lse.address(),
+        statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
     };
     // SAFETY: the plan's problem was proven from the inputs' own descriptions, and from the outputs' or, where they are
     // new, from the contiguous layout they were allocated with. All are borrowed for the call and on one device, the
@@ -191,7 +216,7 @@ fn forward<T: Element>(
 fn backward<T: Element>(
     plan: &Plan,
     inputs: [&Tensor<T>; 5],
-    lse: &Tensor<f32>,
+    output: &Output<T>,
     gradients: &mut Gradients<T>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
@@ -200,10 +225,15 @@ fn backward<T: Element>(
     let workspace = Tensor::<f32>::empty(device, [words as usize])?;
     let [q, k, v, out, dout] = inputs.map(Tensor::storage);
     let Gradients { dq, dk, dv } = gradients;
-    let guards = Guards::lock(
-        &[q, k, v, out, dout, lse.storage()],
-        &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()],
-    );
+    let statistics = output.statistics.as_ref();
+    let of_rows = statistics
+        .into_iter()
+        .flat_map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
+    let read: Vec<&Storage> = [q, k, v, out, dout, output.lse.storage()]
+        .into_iter()
+        .chain(of_rows.map(Tensor::storage))
+        .collect();
+    let guards = Guards::lock(&read, &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()]);
     let results = Results::Backward {
         dq: dq.address(),
         dk: dk.address(),

@@ -50,7 +50,7 @@ mod progress;
 pub mod reference;
 mod tensor;
 
-pub use attention::{Attention, Gradients, Output};
+pub use attention::{Attention, Gradients, Output, Statistics};
 pub use call::Reporting;
 pub use device::{Device, DeviceInfo, DeviceKind, EmulatorOptions, MemoryUse};
 pub use element::Element;

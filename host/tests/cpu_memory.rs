@@ -56,10 +56,14 @@ fn peaks<T: Element>(threads: usize, heads: usize, seqlen: usize, head_dim: usiz
     let zeros = || Tensor::<T>::zeros(&device, shape).expect("it fits");
     let [q, k, v, dout, out, dq, dk, dv] = [(); 8].map(|()| zeros());
     let lse = Tensor::<f32>::zeros(&device, &shape[..3]).expect("it fits");
-    let mut output = Output { out, lse };
+    let mut output = Output {
+        out,
+        lse,
+        statistics: None,
+    };
     let mut gradients = Gradients { dq, dk, dv };
     let attention = Attention::new();
-    let Output { out, lse } = &mut output;
+    let Output { out, lse, .. } = &mut output;
     let forward = peak_of(|| attention.forward_into(&q, &k, &v, out, lse).expect("valid"));
     let backward = peak_of(|| {
         let result = attention.backward_into(&q, &k, &v, &output, &dout, &mut gradients);

@@ -108,6 +108,7 @@ fn backward_costs_of_the_cpu_are_what_counting_gives() {
                 let from_above = BackwardInputs {
                     out: &q,
                     lse: &lse,
+                    statistics: None,
                     dout: &q,
                 };
                 let problem = BackwardProblem::new(&attention, &q, &k, &k, from_above, None).expect("valid");
@@ -145,7 +146,14 @@ fn the_grid_has_a_block_for_every_tile_of_every_head() {
 /// The parameters of a forward launch, for results at these addresses.
 fn forward_params(launch: &Launch, out: u64, lse: u64) -> ForwardParams {
     let no_map = |map: &TileMap| Err(format!("a tensor map of {map:?}"));
-    match launch.params(Results::Forward { out, lse }, no_map) {
+    match launch.params(
+        Results::Forward {
+            out,
+            lse,
+            statistics: None,
+        },
+        no_map,
+    ) {
         Ok(Some(Parameters::Forward(params))) => params,
         other => panic!("{other:?}"),
     }

@@ -13,7 +13,17 @@ fn problem(q: &TensorInfo, k: &TensorInfo) -> Result<Problem, Error> {
 /// A valid problem with these outputs.
 fn write_to(out: &TensorInfo, lse: &TensorInfo) -> Result<Problem, Error> {
     let (q, k) = (info(&[1, 2, 4, 8], 1 << 12), info(&[1, 1, 3, 8], 1 << 13));
-    Problem::new(&Attention::new(), &q, &k, &k, Some(Outputs { out, lse }))
+    Problem::new(
+        &Attention::new(),
+        &q,
+        &k,
+        &k,
+        Some(Outputs {
+            out,
+            lse,
+            statistics: None,
+        }),
+    )
 }
 
 fn out(shape: &[usize], strides: &[usize], address: u64) -> TensorInfo {

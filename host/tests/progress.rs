@@ -83,7 +83,11 @@ fn check<T: Element>(device: &Device, attention: Attention, q: [usize; 4], k: [u
     );
     reporting.forward_into(&q, &k, &v, &mut out, &mut lse).expect("valid");
     ended();
-    let output = Output { out, lse };
+    let output = Output {
+        out,
+        lse,
+        statistics: None,
+    };
     let mut gradients = Gradients {
         dq: Tensor::zeros(device, q.shape()).expect("small"),
         dk: Tensor::zeros(device, k.shape()).expect("small"),
@@ -158,6 +162,7 @@ fn a_report_that_panics_leaves_nothing_half_done() {
         let mut output = Output {
             out: Tensor::zeros(&device, q.shape()).expect("small"),
             lse: Tensor::zeros(&device, &q.shape()[..3]).expect("small"),
+            statistics: None,
         };
         let mut gradients = Gradients {
             dq: Tensor::zeros(&device, q.shape()).expect("small"),
@@ -173,7 +178,7 @@ fn a_report_that_panics_leaves_nothing_half_done() {
             let panic = catch_unwind(AssertUnwindSafe(call)).expect_err("the panic goes on");
             assert_eq!(panic.downcast_ref(), Some(&"of the report"));
         };
-        let Output { out, lse } = &mut output;
+        let Output { out, lse, .. } = &mut output;
         panicked(&mut || reporting.forward_into(&q, &k, &v, out, lse));
         panicked(&mut || reporting.backward_into(&q, &k, &v, &output, &dout, &mut gradients));
         assert_eq!(*calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), 2);

@@ -115,6 +115,7 @@ impl Case {
         let mut output = Output {
             out: out.tensor,
             lse: lse.tensor,
+            statistics: None,
         };
         let result = self
             .attention

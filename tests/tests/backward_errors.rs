@@ -36,6 +36,7 @@ fn call(device: &Device) -> Call {
         output: Output {
             out: q(),
             lse: Tensor::zeros(device, &Q[..3]).expect("a small tensor"),
+            statistics: None,
         },
         dout: q(),
         gradients: Gradients {

@@ -52,6 +52,7 @@ fn kernels<T: Element>(case: &Case) -> Vec<&'static str> {
     let output = Output {
         out: empty(case.q),
         lse: Tensor::empty(&device, &case.q[..3]).expect("it fits"),
+        statistics: None,
     };
     let attention = case.attention;
     let plans = [

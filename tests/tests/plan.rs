@@ -73,7 +73,11 @@ proptest! {
             prop_assert_eq!(plan.to_string(), again.to_string());
             prop_assert_eq!((plan.cost(), plan.tiles()), (again.cost(), again.tiles()));
             for (launch, same) in plan.launches().iter().zip(again.launches()) {
-                let results = Results::Forward { out: 1 << 20, lse: 1 << 21 };
+                let results = Results::Forward {
+                    out: 1 << 20,
+                    lse: 1 << 21,
+                    statistics: None,
+                };
                 // A map that differs where what it describes does.
                 let encode = |tile: &TileMap| Ok::<_, Infallible>(TensorMap([tile.address + u64::from(tile.box_dims[2]); 16]));
                 let params = launch.params(results, encode).unwrap_or_else(|never| match never {});

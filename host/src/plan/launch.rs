@@ -66,6 +66,8 @@ pub enum Results {
         out: u64,
         /// The log-sum-exp.
         lse: u64,
+        /// row_max and row_sum, if they are wanted.
+        statistics: Option<[u64; 2]>,
     },
     /// Of a backward pass.
     Backward {
@@ -295,11 +297,11 @@ impl Launch {
         let aligned = |tensors: &[StridedTensor]| tensors.iter().all(|tensor| is_aligned(tensor, bytes)).into();
         let mut params = self.params;
         match (&mut params, results) {
-            (Parameters::Forward(p), Results::Forward { out, lse }) => {
+            (Parameters::Forward(p), Results::Forward { out, lse, .. }) => {
                 (p.out.address, p.lse) = (out, lse);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out]);
             }
-            (Parameters::HopperForward(p, maps), Results::Forward { out, lse }) => {
+            (Parameters::HopperForward(p, maps), Results::Forward { out, lse, .. }) => {
                 maps[3].address = out;
                 [p.q, p.k, p.v, p.out] = encode_all(maps, encode)?;
                 p.lse = lse;

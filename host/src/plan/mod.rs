@@ -131,6 +131,15 @@ impl Plan {
         self.backward.as_ref()
     }
 
+    /// Whether a forward pass writes row_max and row_sum.
+    pub fn writes_statistics(&self) -> bool {
+        let device_can = match self.device {
+            DeviceInfo::Cpu { .. } => false,
+            DeviceInfo::Gpu { .. } => false,
+        };
+        device_can && self.problem.keeps_statistics()
+    }
+
     /// Device memory that is needed while the plan runs, beside inputs and results: in backward an f32 a query, or on Hopper
     /// two, and where dQ is added up an f32 for each of its elements, queries in whole tiles of 64 and head_dim in whole 64s,
     /// with a u32 for each such square where they are added in a fixed order.

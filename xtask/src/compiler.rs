@@ -36,7 +36,7 @@ impl Compiler {
     }
 
     /// Compiles `kernels/` for `arch` and returns the PTX module.
-    pub fn compile(&self, arch: Arch) -> Outcome<String> {
+    pub fn compile(&self, arch: Arch, selected: &[&str]) -> Outcome<String> {
         let target = workspace().join("target/kernels").join(arch.name());
         let artifacts = target.join("nvptx64-nvidia-cuda/release/deps");
         // What an earlier run left is not what this one makes.
@@ -54,6 +54,14 @@ impl Compiler {
             ])
             // The .s of a fat-LTO cdylib is one finished module; there is nothing to link.
             .args(["-C", "linker=/bin/true", "-C", &format!("target-cpu={}", arch.name())])
+            .args(selected.iter().flat_map(|name| {
+                [
+                    "--cfg".to_owned(),
+                    format!("selected=\"{}\"", name.trim_end_matches("_causal")),
+                    "--cfg".to_owned(),
+                    "selected".to_owned(),
+                ]
+            }))
             // Register arrays stay in registers only where every index is a constant after unrolling.
             .args(["-C", "llvm-args=-unroll-threshold=100000"])
             .env("RUSTC", &self.rustc)

@@ -27,10 +27,12 @@ type Outcome<T = ()> = Result<T, String>;
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["ptx"] => ptx::write(),
+        ["ptx"] => ptx::write(None),
         ["ptx", "--check"] => ptx::check(),
-        ["sass"] => sass::report(None),
-        ["sass", "--output", file] => sass::report(Some(Path::new(file))),
+        ["ptx", selected] => ptx::write(Some(selected)),
+        ["sass"] => sass::report("", None),
+        ["sass", "--output", file] => sass::report("", Some(Path::new(file))),
+        ["sass", selected] => sass::report(selected, None),
         ["gpu-bundle", "--check", folder] => bundle::check(Path::new(folder)),
         ["gpu-bundle", ref arguments @ ..] => match bundle::Options::parse(arguments) {
             Some(options) => bundle::make(&options),

@@ -1,6 +1,7 @@
 //! THE table of compiled kernels. The kernels are emitted from it, the host chooses from it, the tests sweep it, and
 //! `cargo xtask ptx` takes the launch bounds from it. A shape that is not here can not be planned.
 
+use crate::element::{Bf16, F16};
 use crate::shape::*;
 
 /// The least capable card a kernel runs on, and the target it is compiled for.
@@ -263,24 +264,24 @@ macro_rules! entries {
             },)*
         ];
         $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a", any(not(selected), selected = $sums)))]
             kernel!($sums, hopper::backward::sums::$sums_function, QuerySumsParams, $sums_dtype);
         )*
         $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a", any(not(selected), selected = $hopper)))]
             hopper_kernel!($hopper, $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, false);
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a", any(not(selected), selected = $hopper)))]
             hopper_kernel!(concat!($hopper, "_causal"), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, true);
         )*
         $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80", any(not(selected), selected = $name)))]
             kernel!($name, $module::$function, $params, $shape, false);
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80", any(not(selected), selected = $name)))]
             kernel!(concat!($name, "_causal"), $module::$function, $params, $shape, true);
         )*
         $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($delta, backward::delta, BackwardParams, crate::tile::element::$delta_dtype);
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80", any(not(selected), selected = $delta)))]
+            kernel!($delta, delta::delta, BackwardParams, crate::element::$delta_dtype);
         )*
     };
 }

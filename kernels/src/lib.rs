@@ -38,6 +38,7 @@
 
 pub mod abi;
 pub mod deal;
+pub mod element;
 pub mod entries;
 pub mod mask;
 pub mod shape;
@@ -48,13 +49,19 @@ mod backward;
 #[cfg(target_arch = "nvptx64")]
 mod block;
 #[cfg(target_arch = "nvptx64")]
+mod delta;
+#[cfg(target_arch = "nvptx64")]
 mod forward;
 #[cfg(target_arch = "nvptx64")]
 mod hopper;
 #[cfg(target_arch = "nvptx64")]
+mod nonfinite;
+#[cfg(target_arch = "nvptx64")]
 mod pipeline;
 #[cfg(target_arch = "nvptx64")]
 mod ptx;
+#[cfg(target_arch = "nvptx64")]
+mod scores;
 #[cfg(target_arch = "nvptx64")]
 mod softmax;
 #[cfg(target_arch = "nvptx64")]

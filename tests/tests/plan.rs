@@ -48,7 +48,8 @@ fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
     let (heads, packs) = ((batch * heads) as u128, (batch * heads / packed) as u128);
     (
         packs * rows_read as u128 * row_bytes,
-        heads * seqlen_q as u128 * (row_bytes + 4),
+        // On a GPU row_max and row_sum are written beside lse.
+        heads * seqlen_q as u128 * (row_bytes + if plan.launches().is_empty() { 4 } else { 12 }),
         packs * 4 * (pairs * head_dim) as u128,
     )
 }

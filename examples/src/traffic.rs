@@ -197,6 +197,8 @@ impl Study {
             v: tensor(self.v),
             out: tensor(self.out),
             lse: self.lse.0,
+            row_max: 0,
+            row_sum: 0,
             heads_q: one,
             heads_q_per_kv: one,
             seqlen_q: n,

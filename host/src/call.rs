@@ -6,7 +6,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::layout::{TensorInfo, contiguous_strides};
 use crate::options::Attention;
-use crate::output::{Gradients, Output};
+use crate::output::{Gradients, Output, Statistics};
 use crate::plan::{Plan, Results};
 use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs, Outputs, Problem};
 use crate::progress::{Progress, Reporter};
@@ -217,8 +217,23 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let plan = self.attention.plan(q, k, v)?;
         let mut out = Tensor::empty(q.device(), q.shape())?;
         let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
-        forward(&plan, [q, k, v], &mut out, &mut lse, self.reporter())?;
-        Ok(Output { out, lse })
+        let new = || Tensor::empty(q.device(), &q.shape()[..3]);
+        let mut statistics = match plan.writes_statistics() {
+            true => Some(Statistics {
+                row_max: new()?,
+                row_sum: new()?,
+            }),
+            false => None,
+        };
+        forward(
+            &plan,
+            [q, k, v],
+            &mut out,
+            &mut lse,
+            statistics.as_mut(),
+            self.reporter(),
+        )?;
+        Ok(Output { out, lse, statistics })
     }
 
     /// [`Attention::forward_into`].
@@ -236,7 +251,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let outputs = Outputs::new(out.info(), lse.info());
         let problem = Problem::new(&self.attention, q.info(), k.info(), v.info(), Some(outputs))?;
         let plan = Plan::new(&problem, &q.device().info())?;
-        forward(&plan, [q, k, v], out, lse, self.reporter())
+        forward(&plan, [q, k, v], out, lse, None, self.reporter())
     }
 
     /// [`Attention::backward`].
@@ -259,7 +274,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
             dv: Tensor::empty(v.device(), v.shape())?,
         };
         let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, &mut gradients, None, self.reporter())?;
+        backward(&plan, inputs, output, &mut gradients, None, self.reporter())?;
         Ok(gradients)
     }
 
@@ -279,7 +294,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let plan = self.plan_backward_into(q, k, v, output, dout, gradients)?;
         check_lse(&output.lse)?;
         let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, gradients, None, self.reporter())
+        backward(&plan, inputs, output, gradients, None, self.reporter())
     }
 
     /// [`Attention::backward_into_with`].
@@ -311,7 +326,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         ];
         check_workspace(workspace.info(), plan.workspace_bytes(), &others)?;
         let inputs = [q, k, v, &output.out, dout];
-        backward(&plan, inputs, &output.lse, gradients, Some(workspace), self.reporter())
+        backward(&plan, inputs, output, gradients, Some(workspace), self.reporter())
     }
 
     fn plan_backward_into<T: Element>(
@@ -341,6 +356,8 @@ fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> Backward
     BackwardInputs {
         out: output.out.info(),
         lse: output.lse.info(),
+        statistics: (output.statistics.as_ref())
+            .map(|Statistics { row_max, row_sum }| [row_max.info(), row_sum.info()]),
         dout: dout.info(),
     }
 }
@@ -392,13 +409,20 @@ fn forward<T: Element>(
     inputs: [&Tensor<T>; 3],
     out: &mut Tensor<T>,
     lse: &mut Tensor<f32>,
+    statistics: Option<&mut Statistics>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let _span = trace::enter(plan, inputs[0].device());
-    let guards = Guards::lock(&inputs.map(Tensor::storage), &[out.storage(), lse.storage()]);
+    let statistics = statistics.map(|Statistics { row_max, row_sum }| [&*row_max, row_sum]);
+    let written: Vec<&Storage> = [out.storage(), lse.storage()]
+        .into_iter()
+        .chain(statistics.into_iter().flatten().map(Tensor::storage))
+        .collect();
+    let guards = Guards::lock(&inputs.map(Tensor::storage), &written);
     let results = Results::Forward {
         out: out.address(),
         lse: lse.address(),
+        statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
     };
     // SAFETY: the plan's problem was proven from the inputs' own descriptions, and from the outputs' or, where they are
     // new, from the contiguous layout they were allocated with. All are borrowed for the call and on one device, the
@@ -412,7 +436,7 @@ fn forward<T: Element>(
 fn backward<T: Element>(
     plan: &Plan,
     inputs: [&Tensor<T>; 5],
-    lse: &Tensor<f32>,
+    output: &Output<T>,
     gradients: &mut Gradients<T>,
     workspace: Option<&mut Tensor<f32>>,
     reporter: Reporter<'_>,
@@ -430,10 +454,15 @@ fn backward<T: Element>(
     };
     let [q, k, v, out, dout] = inputs.map(Tensor::storage);
     let Gradients { dq, dk, dv } = gradients;
-    let guards = Guards::lock(
-        &[q, k, v, out, dout, lse.storage()],
-        &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()],
-    );
+    let statistics = output.statistics.as_ref();
+    let of_rows = statistics
+        .into_iter()
+        .flat_map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
+    let read: Vec<&Storage> = [q, k, v, out, dout, output.lse.storage()]
+        .into_iter()
+        .chain(of_rows.map(Tensor::storage))
+        .collect();
+    let guards = Guards::lock(&read, &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()]);
     let results = Results::Backward {
         dq: dq.address(),
         dk: dk.address(),

@@ -84,7 +84,7 @@ pub use error::Error;
 pub use flash_attention_kernels::entries::{Arch, Dtype};
 pub use half;
 pub use options::Attention;
-pub use output::{Gradients, Output};
+pub use output::{Gradients, Output, Statistics};
 pub use plan::Plan;
 pub use progress::Progress;
 #[cfg(feature = "emulator")]

@@ -53,9 +53,9 @@ impl Dims {
     fn visible(&self, row: usize) -> usize {
         let (seqlen_q, seqlen_k, row) = (self.seqlen_q as u32, self.seqlen_k as u32, row as u32);
         let end = if self.causal {
-            Mask::<true>::new(seqlen_q, seqlen_k).visible_end(row)
+            Mask::<true>::new(seqlen_q, seqlen_k).keys_of(row).end
         } else {
-            Mask::<false>::new(seqlen_q, seqlen_k).visible_end(row)
+            Mask::<false>::new(seqlen_q, seqlen_k).keys_of(row).end
         };
         end as usize
     }

@@ -14,7 +14,7 @@ fn problem(attention: Attention, dtype: Dtype, q: [usize; 4], k: [usize; 4]) -> 
 }
 
 /// Bytes read, bytes written and operations, by walking every tile, key block and pair.
-fn count(problem: &Problem, block_m: usize, block_n: usize) -> (u128, u128, u128) {
+fn count(problem: &Problem, block_m: usize, block_n: usize, statistics: usize) -> (u128, u128, u128) {
     let (seqlen_q, seqlen_k) = (problem.seqlen_q() as usize, problem.seqlen_k() as usize);
     let visible = |i: usize, j: usize| !problem.causal() || j + seqlen_q <= i + seqlen_k;
     let row_bytes = problem.head_dim() as usize * problem.dtype().bytes();
@@ -23,7 +23,7 @@ fn count(problem: &Problem, block_m: usize, block_n: usize) -> (u128, u128, u128
         for first in (0..seqlen_q).step_by(block_m) {
             let rows = first..(first + block_m).min(seqlen_q);
             read += rows.len() * row_bytes;
-            written += rows.len() * (row_bytes + 4);
+            written += rows.len() * (row_bytes + 4 * statistics);
             for first_key in (0..seqlen_k).step_by(block_n) {
                 let keys = first_key..(first_key + block_n).min(seqlen_k);
                 let seen = rows
@@ -51,7 +51,9 @@ fn costs_are_what_counting_gives() {
                     let problem = problem(attention, dtype, [2, 4, seqlen_q, 40], [2, 2, seqlen_k, 40]);
                     let plan = Plan::new(&problem, &device).expect("there is a kernel");
                     let (tiles, cost) = (plan.tiles(), plan.cost());
-                    let counted = count(&problem, tiles.block_m as usize, tiles.block_n as usize);
+                    // lse, and on a GPU row_max and row_sum.
+                    let statistics = if plan.launches().is_empty() { 1 } else { 3 };
+                    let counted = count(&problem, tiles.block_m as usize, tiles.block_n as usize, statistics);
                     assert_eq!((cost.bytes_read, cost.bytes_written, cost.flops), counted, "{plan}");
                 }
             }
@@ -142,7 +144,14 @@ fn the_grid_has_a_block_for_every_tile_of_every_head() {
 /// The parameters of a forward launch, for results at these addresses.
 fn forward_params(launch: &Launch, out: u64, lse: u64) -> ForwardParams {
     let no_map = |map: &TileMap| Err(format!("a tensor map of {map:?}"));
-    match launch.params(Results::Forward { out, lse }, no_map) {
+    match launch.params(
+        Results::Forward {
+            out,
+            lse,
+            statistics: None,
+        },
+        no_map,
+    ) {
         Ok(Some(Parameters::Forward(params))) => params,
         other => panic!("{other:?}"),
     }

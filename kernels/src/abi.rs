@@ -35,6 +35,10 @@ pub struct ForwardParams {
     pub out: StridedTensor,
     /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
     pub lse: u64,
+    /// Device address of each query's largest q.k, as lse, or 0 if it is not wanted.
+    pub row_max: u64,
+    /// Device address of each query's sum of weights relative to that key's, as lse; used if `row_max` is.
+    pub row_sum: u64,
     /// Query heads.
     pub heads_q: NonZeroU32,
     /// Query heads that share one key/value head.
@@ -75,10 +79,10 @@ pub struct BackwardParams {
     pub dk: StridedTensor,
     /// Gradient of v, as v.
     pub dv: StridedTensor,
-    /// Device address of forward's log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`.
-    pub lse: u64,
-    /// Device address of rowsum(dO * O), f32, contiguous `[batch, heads_q, seqlen_q]`.
-    pub delta: u64,
+    /// What forward left of each query.
+    pub rows: ForwardRows,
+    /// What the first kernel makes of it.
+    pub exponents: Exponents,
     /// Query heads.
     pub heads_q: NonZeroU32,
     /// Key/value heads.
@@ -97,6 +101,34 @@ pub struct BackwardParams {
     pub scale_log2: f32,
     /// What the tensors have in common.
     pub layout: Layout,
+}
+
+/// What forward leaves of each query: device addresses of f32, contiguous `[batch, heads_q, seqlen_q]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ForwardRows {
+    /// Log-sum-exp, natural logarithm.
+    pub lse: u64,
+    /// Largest q.k, or 0 if lse is all there is.
+    pub row_max: u64,
+    /// Sum of weights relative to that key's; used if `row_max` is.
+    pub row_sum: u64,
+}
+
+/// How backward recomputes weights: P = exp2((s - shift) * scale_log2 - lse_log2), with delta = rowsum(dO * O) beside it. Device
+/// addresses of f32, one a query.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exponents {
+    /// Logarithm to base 2 of the sum of weights relative to `shift`.
+    pub lse_log2: u64,
+    /// rowsum(dO * O).
+    pub delta: u64,
+    /// Score that is subtracted before others are scaled; 0 where that changes nothing in 16 bits.
+    pub shift: u64,
+    /// A u32 for each `DELTA_ROWS` queries of a head: 1 if any of them has a shift, or an exponent so large that a weight may
+    /// come out above 1.
+    pub far: u64,
 }
 
 /// A tensor as the tensor memory accelerator knows it: 128 opaque bytes that the driver makes (`cuTensorMapEncodeTiled`).
@@ -125,6 +157,14 @@ pub struct HopperForwardParams {
     pub out: TensorMap,
     /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
     pub lse: u64,
+    /// Device address of each query's largest q.k, as lse, or 0 if it is not wanted.
+    pub row_max: u64,
+    /// Device address of each query's sum of weights relative to that key's, as lse; used if `row_max` is.
+    pub row_sum: u64,
+    /// Values once more, for the few that are read one by one.
+    pub values: StridedTensor,
+    /// What the tensors have in common.
+    pub layout: Layout,
     /// Heads of a batch entry: query heads, or what they are packed into.
     pub heads: NonZeroU32,
     /// Such heads that share one key/value head.
@@ -140,7 +180,7 @@ pub struct HopperForwardParams {
     /// `1 << packed_log2` query heads are packed: row `r` of a head is query `r >> packed_log2`.
     pub packed_log2: u32,
     /// Fills the struct up to a multiple of 64 bytes.
-    pub reserved: [u32; 5],
+    pub reserved: [u32; 7],
 }
 
 /// Tiles of work that blocks which stay for the whole launch share out between them, as [`deal`](crate::deal) says.
@@ -192,8 +232,12 @@ pub struct HopperBackwardParams {
     pub scale_log2: f32,
     /// The tiles of all heads: of queries, or of keys where a block owns keys.
     pub work: WorkList,
+    /// Gradient of the output once more, for the few elements that are read one by one.
+    pub dout_rows: StridedTensor,
+    /// What the tensors have in common.
+    pub layout: Layout,
     /// Fills the struct up to a multiple of 64 bytes.
-    pub reserved: [u32; 12],
+    pub reserved: [u32; 14],
 }
 
 /// What the backward kernels for Hopper keep of each query beside the tensors: workspace, `[batch, heads_q, padded_q]` with
@@ -201,10 +245,8 @@ pub struct HopperBackwardParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct QuerySums {
-    /// Device address of the log-sum-exp, f32, to base 2; 0 from `seqlen_q` on.
-    pub lse_log2: u64,
-    /// Device address of rowsum(dO * O), f32; 0 from `seqlen_q` on.
-    pub delta: u64,
+    /// How weights are recomputed; all 0 from `seqlen_q` on.
+    pub exponents: Exponents,
     /// Device address of dQ before it is scaled, f32, `dq_columns` a query: by squares of 64 queries and 64 columns, in those
     /// in the order of a warpgroup's registers.
     pub dq: u64,
@@ -228,8 +270,8 @@ pub struct QuerySumsParams {
     pub dout: StridedTensor,
     /// Gradient of q, as out.
     pub dq: StridedTensor,
-    /// Device address of forward's log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`.
-    pub lse: u64,
+    /// What forward left of each query.
+    pub rows: ForwardRows,
     /// Where the sums are.
     pub sums: QuerySums,
     /// Query heads.
@@ -240,8 +282,12 @@ pub struct QuerySumsParams {
     pub tiles: NonZeroU32,
     /// `softmax_scale`, of either sign.
     pub softmax_scale: f32,
+    /// `softmax_scale * log2(e)`.
+    pub scale_log2: f32,
     /// What the tensors have in common.
     pub layout: Layout,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
 }
 
 /// What the tensors of a call have in common.
@@ -285,10 +331,10 @@ params!(QuerySumsParams);
 
 const _: () = {
     assert!(size_of::<StridedTensor>() == 4 * 8);
-    assert!(size_of::<ForwardParams>() == 4 * 32 + 8 + 10 * 4);
-    assert!(size_of::<HopperForwardParams>() == 4 * 128 + 8 + 14 * 4);
-    assert!(size_of::<QuerySums>() == 5 * 8);
-    assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 40 + 22 * 4);
-    assert!(size_of::<QuerySumsParams>() == 3 * 32 + 8 + 40 + 6 * 4);
-    assert!(size_of::<BackwardParams>() == 8 * 32 + 2 * 8 + 10 * 4);
+    assert!(size_of::<ForwardParams>() == 4 * 32 + 3 * 8 + 10 * 4);
+    assert!(size_of::<HopperForwardParams>() == 4 * 128 + 3 * 8 + 32 + 18 * 4);
+    assert!(size_of::<QuerySums>() == 7 * 8);
+    assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 56 + 32 + 26 * 4);
+    assert!(size_of::<QuerySumsParams>() == 3 * 32 + 24 + 56 + 8 * 4);
+    assert!(size_of::<BackwardParams>() == 8 * 32 + 7 * 8 + 10 * 4);
 };

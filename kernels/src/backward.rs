@@ -1,6 +1,6 @@
 //! The backward pass: gradients by recomputation. FlashAttention-2, Algorithm 2, without its atomics.
 //!
-//! With P = exp(scale * S - lse) and delta = rowsum(dO * O), which [`delta`] makes first,
+//! With P = exp(scale * S - lse) and delta = rowsum(dO * O), which [`delta`](crate::delta) makes first,
 //!
 //! ```text
 //! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
@@ -12,17 +12,17 @@
 //! and in return every gradient is written once, by its owner, in a fixed order: no atomics, no f32 copy of dQ, the same
 //! bits each time at every head_dim.
 
-use crate::abi::BackwardParams;
+use crate::abi::{BackwardParams, Exponents};
 use crate::block::{RowBlock, owned_tile, split};
-use crate::mask::{Blocks, Mask};
+use crate::delta::any_far_of_share;
+use crate::mask::{Blocks, Mask, Span, for_blocks};
+use crate::nonfinite;
 use crate::pipeline::{PairRing, Stage, StreamedRows};
-use crate::ptx::math::{ex2, fma};
-use crate::ptx::{memory, sreg, sync};
+use crate::ptx::{sreg, sync};
+use crate::scores::{self, OfRows, QueryValues};
 use crate::shape::{DELTA_ROWS, TileShape};
-use crate::softmax::log2_of;
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
 use crate::tile::{
-    element::Element,
     global::{GlobalTile, Walk},
     shared::SharedTile,
 };
@@ -30,7 +30,7 @@ use crate::tile::{
 /// dQ of `ROWS` queries of one head.
 ///
 /// # Safety
-/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`delta`].
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
@@ -50,27 +50,30 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
             .window(&p.dout, block.head, p.seqlen_q, &p.layout)
             .rows_from(block.first_row);
         let owned = load_owned::<S>(q, dout);
-        let k = block.window(&p.k, kv_head, keys, &p.layout);
-        let v = block.window(&p.v, kv_head, keys, &p.layout);
-        let mut ring = PairRing::<S>::start(ring_base::<S>(), 0, k, v, None);
-        let first = (block.row_of_head(p.heads_q, p.seqlen_q) + first_row as u64) * 4;
-        let rows = p.seqlen_q.saturating_sub(first_row);
-        let statistics = OfRows {
-            lse_log2: S::Scores::load_rows(p.lse + first, rows).map(log2_of),
-            delta: S::Scores::load_rows(p.delta + first, rows),
+        let window = |tensor| {
+            block
+                .window(tensor, kv_head, keys, &p.layout)
+                .rows_from(blocks.begin * S::COLUMNS)
         };
+        let (k, v) = (window(&p.k), window(&p.v));
+        let mut ring = PairRing::<S>::start(ring_base::<S>(), blocks.begin, k, v, None);
+        let first = block.row_of_head(p.heads_q, p.seqlen_q) + first_row as u64;
+        let shifts = sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS + sreg::warp_id() * S::WARP_ROWS * 4;
+        let rows = p.seqlen_q.saturating_sub(first_row);
+        let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts);
 
         let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
-        let Blocks { begin, boundary, end } = blocks;
-        for n in begin..boundary {
+        let span = |row| mask.keys_of(first_row + row);
+        for_blocks!(blocks, |n, MASKED| {
             let stage = ring.acquire(n);
-            add::<S, false, true, false>(p, owned, stage, statistics, |_, _| true, &mut dq, &mut none);
-        }
-        for n in boundary..end {
-            let stage = ring.acquire(n);
-            let visible = |row, column| n * S::COLUMNS + column < mask.visible_end(first_row + row);
-            add::<S, true, true, false>(p, owned, stage, statistics, visible, &mut dq, &mut none);
-        }
+            let tile = Tile {
+                first_column: n * S::COLUMNS,
+                span,
+                is_far,
+                is_of_keys: true,
+            };
+            add::<S, MASKED, CAUSAL, true, false>(p, owned, stage, queries, tile, &mut dq, &mut none);
+        });
         ring.drain();
 
         let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_q, CAUSAL);
@@ -82,7 +85,7 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
 /// dK and dV of `ROWS` keys of one key/value head.
 ///
 /// # Safety
-/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`delta`].
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
@@ -105,80 +108,147 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
         };
 
         let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
-        if S::TWO_WALKS {
+        let cleaned = if S::TWO_WALKS {
             walk_queries::<S, CAUSAL, true, false>(p, owned, &mut dk, &mut dv);
             // V is not needed any more: dV asks for Q, K and dO only.
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
-            walk_queries::<S, CAUSAL, false, true>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, false, true>(p, owned, &mut dk, &mut dv)
         } else {
-            walk_queries::<S, CAUSAL, true, true>(p, owned, &mut dk, &mut dv);
+            let cleaned = walk_queries::<S, CAUSAL, true, true>(p, owned, &mut dk, &mut dv);
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
+            cleaned
+        };
+        if cleaned {
+            restore_values::<S, CAUSAL>(p, &mut dv);
         }
         store_gradient::<S>(dv, 1.0, owned.first, target(&p.dv));
     }
 }
 
-/// Streams every query that sees the block's keys, head by head of those that share them.
+/// Streams every query that sees the block's keys, head by head of those that share them. Returns whether dO was
+/// [cleaned](nonfinite).
 #[inline(always)]
 unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const DV: bool>(
     p: &BackwardParams,
     owned: Owned,
     dk: &mut S::Output,
     dv: &mut S::Output,
-) {
+) -> bool {
+    let mut cleaned = false;
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
-    let Blocks { begin, boundary, end } = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
+    let blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
     for shared in 0..p.heads_q_per_kv.get() {
         let head = block.head * p.heads_q_per_kv.get() + shared;
         let row_of_head = (block.batch as u64 * p.heads_q.get() as u64 + head as u64) * p.seqlen_q as u64;
+        let Exponents {
+            lse_log2, delta, shift, ..
+        } = p.exponents;
         let statistics = StreamedRows {
-            lse: p.lse + row_of_head * 4,
-            delta: p.delta + row_of_head * 4,
+            lines: [lse_log2, delta, shift].map(|line| line + row_of_head * 4),
             rows: p.seqlen_q,
         };
         let window = |tensor| {
             block
                 .window(tensor, head, p.seqlen_q, &p.layout)
-                .rows_from(begin * S::COLUMNS)
+                .rows_from(blocks.begin * S::COLUMNS)
         };
         // SAFETY (whole body): as in `queries`.
         unsafe {
-            let mut ring =
-                PairRing::<S>::start(ring_base::<S>(), begin, window(&p.q), window(&p.dout), Some(statistics));
-            for m in begin..boundary {
+            let mut ring = PairRing::<S>::start(
+                ring_base::<S>(),
+                blocks.begin,
+                window(&p.q),
+                window(&p.dout),
+                Some(statistics),
+            );
+            let is_far = S::ELEMENT_BYTES == 2 && any_far::<S>(p, block.batch * p.heads_q.get() + head, blocks);
+            let span = |row| mask.queries_of(first_row + row);
+            for_blocks!(blocks, |m, MASKED| {
                 let stage = ring.acquire(m);
-                let visible = |row, column| m * S::COLUMNS + column >= mask.visible_begin(first_row + row);
-                add::<S, true, DK, DV>(p, owned, stage, OfColumns, visible, dk, dv);
-            }
-            for m in boundary..end {
-                let stage = ring.acquire(m);
-                add::<S, false, DK, DV>(p, owned, stage, OfColumns, |_, _| true, dk, dv);
-            }
+                let tile = Tile {
+                    first_column: m * S::COLUMNS,
+                    span,
+                    is_far,
+                    is_of_keys: false,
+                };
+                // Of queries that are not finite neither are the sums of weights, so that whatever sees them is NaN without them.
+                if MASKED && CAUSAL {
+                    stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
+                    cleaned |= stage.second.clean::<S::Element>(split::<S>(), S::COLUMNS);
+                }
+                add::<S, MASKED, CAUSAL, DK, DV>(p, owned, stage, stage.queries, tile, dk, dv);
+            });
             ring.drain();
         }
     }
+    cleaned
+}
+
+/// Adds to dV what was zeroed in tiles of dO.
+#[inline(always)]
+unsafe fn restore_values<S: TileShape, const CAUSAL: bool>(p: &BackwardParams, dv: &mut S::Output) {
+    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
+    let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
+    let blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
+    let span = |row| mask.queries_of(first_row + row);
+    for shared in 0..p.heads_q_per_kv.get() {
+        let head = block.head * p.heads_q_per_kv.get() + shared;
+        let douts = block.window(&p.dout, head, p.seqlen_q, &p.layout);
+        // SAFETY: the window clips what does not exist.
+        unsafe { nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, span) }
+    }
+}
+
+/// Whether any query of a head that `blocks` walks is far. The block asks together.
+#[inline(always)]
+unsafe fn any_far<S: TileShape>(p: &BackwardParams, head: u32, blocks: Blocks) -> bool {
+    let first = head as u64 * p.seqlen_q.div_ceil(DELTA_ROWS) as u64;
+    let flag = |block: u32| first + (block * S::COLUMNS).min(p.seqlen_q).div_ceil(DELTA_ROWS) as u64;
+    let flags = flag(blocks.begin)..flag(blocks.end);
+    // SAFETY: there is a flag for each `DELTA_ROWS` queries, and a tile is whole runs of them.
+    let any = unsafe { any_far_of_share(&p.exponents, flags, sreg::thread_idx_x(), S::THREADS) };
+    sync::sync_threads_or(any)
+}
+
+/// How a streamed tile is to be taken.
+#[derive(Clone, Copy)]
+struct Tile<F> {
+    /// Position of column 0.
+    first_column: u32,
+    /// What a row sees of the columns' sequence.
+    span: F,
+    /// Whether a query may be far.
+    is_far: bool,
+    /// Whether keys are streamed, to be [cleaned](nonfinite) here: only after their scores, which may be minus infinity.
+    is_of_keys: bool,
 }
 
 /// One streamed pair: `ds_first += dS first` and `p_second += P second`, or one of them.
 #[inline(always)]
-unsafe fn add<S: TileShape, const MASKED: bool, const DS: bool, const P: bool>(
+unsafe fn add<S: TileShape, const MASKED: bool, const HIDES: bool, const DS: bool, const P: bool>(
     p: &BackwardParams,
     owned: Owned,
     stage: Stage,
-    statistics: impl Statistics<S::Scores>,
-    visible: impl Fn(u32, u32) -> bool,
+    queries: impl QueryValues<S::Scores>,
+    tile: Tile<impl Fn(u32) -> Span>,
     ds_first: &mut S::Output,
     p_second: &mut S::Output,
 ) {
-    // SAFETY (whole body): the caller acquired the stage.
+    // SAFETY (whole body): the caller acquired the stage; keys are cleaned after the products that need them as they are.
     unsafe {
         let mut probabilities = S::Scores::zero();
         probabilities.add_abt(owned.first, stage.first);
-        statistics.exponentiate(&mut probabilities, p.scale_log2, stage);
+        scores::weights(
+            &mut probabilities,
+            queries,
+            p.scale_log2,
+            S::ELEMENT_BYTES == 4 || tile.is_far,
+        );
         if MASKED {
-            probabilities.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
+            probabilities.hide(tile.first_column, &tile.span, 0.0);
         }
         if P {
             p_second.add_ab(&probabilities.operand(), stage.second);
@@ -186,62 +256,12 @@ unsafe fn add<S: TileShape, const MASKED: bool, const DS: bool, const P: bool>(
         if DS {
             let mut ds = S::Scores::zero();
             ds.add_abt(owned.second, stage.second);
-            statistics.center(&mut ds, stage);
-            ds.zip(&probabilities, |p, x| p * x);
+            scores::score_gradients(&mut ds, &probabilities, queries, MASKED && HIDES);
+            if MASKED && HIDES && tile.is_of_keys {
+                stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
+            }
             ds_first.add_ab(&ds.operand(), stage.first);
         }
-    }
-}
-
-/// lse and delta of the queries, which are the rows of a tile in [`queries`] and its columns in [`keys`].
-trait Statistics<A: Accumulator>: Copy {
-    /// Scores to probabilities: `exp(scale * s - lse)`.
-    ///
-    /// # Safety
-    /// The caller acquired the stage.
-    unsafe fn exponentiate(self, scores: &mut A, scale_log2: f32, stage: Stage);
-
-    /// `dP - delta`.
-    ///
-    /// # Safety
-    /// The caller acquired the stage.
-    unsafe fn center(self, dp: &mut A, stage: Stage);
-}
-
-/// The queries are rows: their statistics stay in registers.
-#[derive(Clone, Copy)]
-struct OfRows<R> {
-    lse_log2: R,
-    delta: R,
-}
-
-impl<A: Accumulator> Statistics<A> for OfRows<A::Rows> {
-    #[inline(always)]
-    unsafe fn exponentiate(self, scores: &mut A, scale_log2: f32, _: Stage) {
-        scores.map_rows(self.lse_log2, |lse, s| ex2(fma(s, scale_log2, -lse)));
-    }
-
-    #[inline(always)]
-    unsafe fn center(self, dp: &mut A, _: Stage) {
-        dp.map_rows(self.delta, |delta, x| x - delta);
-    }
-}
-
-/// The queries are columns: their statistics come with their tiles.
-#[derive(Clone, Copy)]
-struct OfColumns;
-
-impl<A: Accumulator> Statistics<A> for OfColumns {
-    #[inline(always)]
-    unsafe fn exponentiate(self, scores: &mut A, scale_log2: f32, stage: Stage) {
-        // SAFETY: the caller's contract.
-        unsafe { scores.map_columns(stage.lse, |lse, s| ex2(fma(s, scale_log2, -log2_of(lse)))) }
-    }
-
-    #[inline(always)]
-    unsafe fn center(self, dp: &mut A, stage: Stage) {
-        // SAFETY: the caller's contract.
-        unsafe { dp.map_columns(stage.delta, |delta, x| x - delta) }
     }
 }
 
@@ -281,48 +301,3 @@ unsafe fn store_gradient<S: TileShape>(mut gradient: S::Output, factor: f32, sta
     // SAFETY: the caller's target, and a tile whose readers were this warp alone.
     unsafe { gradient.store(staging, &target) }
 }
-
-/// delta = rowsum(dO * O), one f32 a query, for [`DELTA_ROWS`] queries a block. 8 lanes share a row.
-///
-/// # Safety
-/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
-#[inline(always)]
-pub unsafe fn delta<E: Element>(p: &BackwardParams) {
-    let block = sync::renew(sreg::block_idx_x());
-    let (rest, tile) = (block / p.tiles, block % p.tiles);
-    let (batch, head) = (rest / p.heads_q, rest % p.heads_q);
-    let row = tile * DELTA_ROWS + sreg::thread_idx_x() / LANES;
-    let window = |tensor| GlobalTile::new(tensor, batch, head, p.seqlen_q, &p.layout, E::BYTES);
-    // SAFETY: windows clip what does not exist.
-    let sum = unsafe { dot_of_row::<E>(window(&p.out), window(&p.dout), row) };
-    if sreg::thread_idx_x() % LANES == 0 && row < p.seqlen_q {
-        let index = (batch as u64 * p.heads_q.get() as u64 + head as u64) * p.seqlen_q as u64 + row as u64;
-        // SAFETY: delta holds an f32 for each query.
-        unsafe { memory::st_global_u32(p.delta + index * 4, sum.to_bits()) }
-    }
-}
-
-/// The sum of the products of row `row` of two windows; [`LANES`] lanes share the row, and all receive the sum.
-///
-/// # Safety
-/// The windows are readable, and as wide as each other. The whole warp calls this together.
-#[inline(always)]
-pub unsafe fn dot_of_row<E: Element>(a: GlobalTile, b: GlobalTile, row: u32) -> f32 {
-    let mut sum = 0.0;
-    for step in 0..a.chunks().div_ceil(LANES) {
-        let chunk = step * LANES + sreg::thread_idx_x() % LANES;
-        if a.contains(row, chunk) {
-            // SAFETY: the chunk exists.
-            sum += unsafe { E::dot(a.load(row, chunk), b.load(row, chunk)) };
-        }
-    }
-    let mut distance = 1;
-    while distance < LANES {
-        sum += sync::shuffle_xor(sum, distance);
-        distance *= 2;
-    }
-    sum
-}
-
-/// Lanes that share a row in [`dot_of_row`].
-pub const LANES: u32 = 8;

@@ -1,7 +1,7 @@
 //! Which part of the problem a block of threads owns, and how its threads share the loading.
 
 use crate::abi::{Layout, StridedTensor};
-use crate::ptx::{sreg, sync};
+use crate::ptx::{optimizer, sreg};
 use crate::shape::TileShape;
 use crate::tile::{
     global::GlobalTile,
@@ -26,7 +26,7 @@ impl<S: TileShape> RowBlock<S> {
     /// tiles around: where later tiles have more work, starting them first keeps the last wave short.
     #[inline(always)]
     pub fn of_this_thread_block(tiles: NonZeroU32, heads: NonZeroU32, last_first: bool) -> Self {
-        Self::of_block(sync::renew(sreg::block_idx_x()), tiles, heads, last_first)
+        Self::of_block(optimizer::renew(sreg::block_idx_x()), tiles, heads, last_first)
     }
 
     /// The same for a block of any number.

@@ -11,7 +11,7 @@
 
 use crate::abi::WorkList;
 #[cfg(target_arch = "nvptx64")]
-use crate::ptx::sync::renew;
+use crate::ptx::optimizer::renew;
 use core::num::NonZeroU32;
 
 /// On a GPU, where registers are few, a number that is not to be kept but worked out anew.
@@ -27,10 +27,10 @@ pub struct Deal {
     pub head: u32,
     /// Tile of the head.
     pub tile: u32,
-    /// What [`place`](Self::place) is at least.
-    least: i32,
-    /// What it grows from.
-    offset: i32,
+    /// Tiles of the head from 0 up that come before this one: `0 .. low`.
+    low: u32,
+    /// Tiles of the head from the last one down that come before this one: those above `high`.
+    high: u32,
 }
 
 impl WorkList {
@@ -95,32 +95,27 @@ impl WorkList {
             } else {
                 index + count - ahead
             };
-        let (tiles, share) = (self.tiles_per_head.get() as i32, share as i32);
-        let (tile, least, offset) = if !CAUSAL {
-            (share, share, -tiles)
+        let tiles = self.tiles_per_head.get();
+        let (tile, low, high) = if !CAUSAL {
+            (share, share, tiles)
         } else if second {
-            // After all seconds before it, and all firsts so far that the query sees.
-            (share, share, share + end as i32 + 1 - tiles)
+            // After all seconds before it, and all firsts so far.
+            (share, share, (tiles - 1).saturating_sub(end))
         } else {
-            // After all of earlier rounds, and of this one's firsts those nearer to the last that the query sees.
+            // After the seconds of earlier rounds, and the firsts nearer to the last.
             let tile = tiles - 1 - share;
-            (tile, 0, begin as i32 - tile)
+            (tile, begin, tile)
         };
-        Deal {
-            head,
-            tile: tile as u32,
-            least,
-            offset,
-        }
+        Deal { head, tile, low, high }
     }
 }
 
 impl Deal {
-    /// How many of the head's tiles of keys add to the dQ of a query before this one does, if `last` is the last that the query
-    /// sees.
+    /// Number of tiles of the head's keys that add to the dQ of a query before this one does, if `first` and `last` are the
+    /// first and the last that the query sees: of the tiles below `low` and above `high`, those from `first` to `last`.
     #[inline(always)]
-    pub fn place(&self, last: u32) -> u32 {
-        self.least.max(self.offset + last as i32) as u32
+    pub fn place(&self, first: u32, last: u32) -> u32 {
+        self.low.max(first) - first + last.max(self.high) - self.high
     }
 }
 
@@ -169,11 +164,14 @@ mod tests {
         for_lists(check::<true>);
     }
 
-    /// Keys stand against as many tiles of queries: tile `q` sees tiles of keys up to `q`, or all. A block goes through a tile's
-    /// queries from the first that sees it, adding where it has its turn; whoever can go on does.
+    /// Keys stand against as many tiles of queries: tile `q` sees tiles of keys up to `q`, or all, or of those the ones at most
+    /// `window` away. A block goes through a tile's queries from the first that sees it, adding where it has its turn; whoever
+    /// can go on does.
     #[test]
     fn blocks_that_take_their_places_never_wait_for_ever() {
-        fn check<const CAUSAL: bool>(tiles: u32, heads: u32, blocks: u32) {
+        fn check<const CAUSAL: bool>(tiles: u32, heads: u32, blocks: u32, window: u32) {
+            let limit = |q: u32| if CAUSAL { q } else { tiles - 1 };
+            let seen = |q: u32| (q.saturating_sub(window), limit(q).min(q.saturating_add(window)));
             let work = deals::<CAUSAL>(tiles, heads, blocks);
             let mut sums = HashMap::new();
             let mut at: Vec<(usize, Option<u32>)> = work.iter().map(|_| (0, None)).collect();
@@ -181,8 +179,10 @@ mod tests {
                 let mut moved = false;
                 for (deals, (next, query)) in work.iter().zip(&mut at) {
                     while let Some(deal) = deals.get(*next) {
-                        let q = query.unwrap_or(if CAUSAL { deal.tile } else { 0 });
-                        let place = deal.place(if CAUSAL { q } else { tiles - 1 });
+                        let first_query = if CAUSAL { deal.tile } else { 0 };
+                        let q = query.unwrap_or(first_query.max(deal.tile.saturating_sub(window)));
+                        let (first, last) = seen(q);
+                        let place = deal.place(first, last);
                         let sum = sums.entry((deal.head, q)).or_insert(0);
                         if *sum != place {
                             assert!(*sum < place, "two have one place");
@@ -190,7 +190,7 @@ mod tests {
                         }
                         *sum += 1;
                         moved = true;
-                        *query = (q + 1 < tiles).then_some(q + 1);
+                        *query = (q < (tiles - 1).min(deal.tile.saturating_add(window))).then_some(q + 1);
                         *next += usize::from(query.is_none());
                     }
                 }
@@ -199,12 +199,12 @@ mod tests {
                 }
             }
             assert!(work.iter().zip(&at).all(|(deals, (next, _))| *next == deals.len()));
-            assert!(
-                (0..heads).all(|head| (0..tiles).all(|q| { sums[&(head, q)] == if CAUSAL { q + 1 } else { tiles } }))
-            );
+            assert!((0..heads).all(|head| (0..tiles).all(|q| sums[&(head, q)] == seen(q).1 + 1 - seen(q).0)));
         }
-        for_lists(check::<false>);
-        for_lists(check::<true>);
+        for window in [0, 1, 5, u32::MAX] {
+            for_lists(|tiles, heads, blocks| check::<false>(tiles, heads, blocks, window));
+            for_lists(|tiles, heads, blocks| check::<true>(tiles, heads, blocks, window));
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! THE table of compiled kernels. The kernels are emitted from it, the host chooses from it, the tests sweep it, and
 //! `cargo xtask ptx` takes the launch bounds from it. A shape that is not here can not be planned.
 
+use crate::element::{Bf16, F16};
 use crate::shape::*;
 
 /// The least capable card a kernel runs on, and the target it is compiled for.
@@ -283,7 +284,7 @@ macro_rules! entries {
         )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($delta, backward::delta, crate::abi::BackwardParams, crate::tile::element::$delta_dtype);
+            kernel!($delta, delta::delta, crate::abi::BackwardParams, crate::element::$delta_dtype);
         )*
     };
 }

@@ -5,12 +5,13 @@
 
 use crate::abi::ForwardParams;
 use crate::block::{RowBlock, owned_tile, split};
-use crate::mask::{Blocks, Mask};
+use crate::mask::{Mask, for_blocks};
+use crate::nonfinite;
 use crate::pipeline::KeyValueRing;
-use crate::ptx::{memory, sreg};
+use crate::ptx::sreg;
 use crate::shape::TileShape;
-use crate::softmax::OnlineSoftmax;
-use crate::tile::register::{Accumulator, OutputTile, ScoreTile};
+use crate::softmax::{Finished, OnlineSoftmax};
+use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
 use crate::tile::{element::Element, global::Walk, shared::SharedTile};
 
 /// One block: `ROWS` queries of one head against all the keys they see.
@@ -40,43 +41,62 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
         if p.scale_sign != 1.0 {
             // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
             ring.drain();
-            query.map(S::WARP_ROWS, |words| {
-                <S::Scores as ScoreTile>::Element::scale(words, p.scale_sign)
-            });
+            query.map(S::WARP_ROWS, |words| S::Element::scale(words, p.scale_sign));
         }
 
         let mut softmax = OnlineSoftmax::new(p.scale_log2);
         let mut output = S::Output::zero();
-        let Blocks { begin, boundary, end } = blocks;
-        for n in begin..boundary {
-            attend::<S, CAUSAL, false>(&block, mask, query, &mut ring, n, &mut softmax, &mut output);
-        }
-        for n in boundary..end {
-            attend::<S, CAUSAL, true>(&block, mask, query, &mut ring, n, &mut softmax, &mut output);
-        }
+        let mut cleaned = false;
+        for_blocks!(blocks, |n, MASKED| {
+            cleaned |= attend::<S, CAUSAL, MASKED>(&block, mask, query, &mut ring, n, &mut softmax, &mut output)
+        });
         ring.drain();
 
         // Worked out again: kept, its addresses would hold registers all through the loop.
         let block = RowBlock::<S>::of_this_thread_block(p.query_tiles, p.heads_q, CAUSAL);
         let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
-        let (inverse, lse) = softmax.finish(|row| mask.visible_end(first_row + row) > 0);
-        output.map_rows(inverse, |inverse, o| o * inverse);
+        let span = |row| mask.keys_of(first_row + row);
+        let Finished {
+            inverse,
+            lse,
+            row_max,
+            row_sum,
+        } = softmax.finish(|row| !span(row).is_empty());
+        output.map_rows(inverse, |inverse, o| S::Element::mean(o * inverse));
+        if cleaned {
+            let values = block.window(&p.v, block.head / p.heads_q_per_kv, p.seqlen_k, &p.layout);
+            let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
+            nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::COLUMNS, span);
+        }
         output.store(
             query,
             &block
                 .window(&p.out, block.head, p.seqlen_q, &p.layout)
                 .rows_from(first_row),
         );
-        let lse_row = p.lse + (block.row_of_head(p.heads_q, p.seqlen_q) + first_row as u64) * 4;
-        S::Scores::for_each_row(lse, |row, lse| {
-            if first_row + row < p.seqlen_q {
-                memory::st_global_u32(lse_row + row as u64 * 4, lse.to_bits());
-            }
-        });
+        let first = (block.row_of_head(p.heads_q, p.seqlen_q) + first_row as u64) * 4;
+        let rows = p.seqlen_q.saturating_sub(first_row);
+        S::Scores::store_rows(lse, p.lse + first, rows);
+        if p.row_max != 0 {
+            // Of q.k as the caller knows it, before its sign was changed.
+            S::Scores::store_rows(row_max.map(|max| unsigned(max, p.scale_sign)), p.row_max + first, rows);
+            S::Scores::store_rows(row_sum, p.row_sum + first, rows);
+        }
     }
 }
 
-/// One key block: scores, online softmax, and their product with the values. Scores never leave the registers.
+/// The q.k that a score was before Q was multiplied by `sign`; nothing seen stays minus infinity.
+#[inline(always)]
+fn unsigned(score: f32, sign: f32) -> f32 {
+    if score == f32::NEG_INFINITY {
+        score
+    } else {
+        score * sign
+    }
+}
+
+/// One key block: scores, online softmax, and their product with the values. Scores never leave the registers. Returns whether
+/// values were [cleaned](nonfinite).
 #[inline(always)]
 unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool>(
     block: &RowBlock<S>,
@@ -86,7 +106,7 @@ unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool>(
     n: u32,
     softmax: &mut OnlineSoftmax<S::Scores>,
     output: &mut S::Output,
-) {
+) -> bool {
     // SAFETY (whole body): `forward`'s; acquired tiles are initialised and visible until the next acquire.
     unsafe {
         let mut scores = S::Scores::zero();
@@ -94,15 +114,14 @@ unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool>(
         scores.add_abt(query, key);
         if MASKED {
             let (first_row, first_key) = (block.first_row + sreg::warp_id() * S::WARP_ROWS, n * S::COLUMNS);
-            scores.map_coordinates(|row, column, score| {
-                let visible = first_key + column < mask.visible_end(first_row + row);
-                if visible { score } else { f32::NEG_INFINITY }
-            });
+            scores.hide(first_key, |row| mask.keys_of(first_row + row), f32::NEG_INFINITY);
         }
         let rescale = softmax.update(&mut scores);
         output.map_rows(rescale, |rescale, o| o * rescale);
         let probabilities = scores.operand();
         let value = ring.acquire_value(n);
+        let cleaned = MASKED && Mask::<CAUSAL>::HIDES_PAIRS && value.clean::<S::Element>(split::<S>(), S::COLUMNS);
         output.add_ab(&probabilities, value);
+        cleaned
     }
 }

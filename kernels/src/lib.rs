@@ -44,6 +44,7 @@ pub mod abi;
 #[cfg(feature = "archive")]
 pub mod archive;
 pub mod deal;
+pub mod element;
 pub mod entries;
 pub mod mask;
 pub mod shape;
@@ -56,13 +57,19 @@ mod backward;
 #[cfg(target_arch = "nvptx64")]
 mod block;
 #[cfg(target_arch = "nvptx64")]
+mod delta;
+#[cfg(target_arch = "nvptx64")]
 mod forward;
 #[cfg(target_arch = "nvptx64")]
 mod hopper;
 #[cfg(target_arch = "nvptx64")]
+mod nonfinite;
+#[cfg(target_arch = "nvptx64")]
 mod pipeline;
 #[cfg(target_arch = "nvptx64")]
 mod ptx;
+#[cfg(target_arch = "nvptx64")]
+mod scores;
 #[cfg(target_arch = "nvptx64")]
 mod softmax;
 

@@ -1,25 +1,125 @@
 //! Which (query, key) pairs are visible. The one place that compares sequence lengths.
 //!
-//! Query `i` sees the keys `0 .. visible_end(i)`. Full attention sees all of them; causal attention is aligned
-//! bottom-right, so the last query sees the last key and query `i` sees `j <= i + seqlen_k - seqlen_q`. Where
-//! `seqlen_q > seqlen_k` the first queries see nothing at all.
+//! Full attention sees every pair. Causal attention is aligned bottom-right, so the last query sees the last key and query
+//! `i` sees the keys `j <= i + seqlen_k - seqlen_q`. Where `seqlen_q > seqlen_k` the first queries see nothing at all.
 //!
-//! The forward pass walks key blocks for a block of queries ([`Mask::key_blocks`]); the backward pass asks the
-//! transposed question, which query blocks a block of keys is seen by ([`Mask::query_blocks`]).
+//! Two questions, each asked from both sides. Of a row: [`Mask::keys_of`] a query, [`Mask::queries_of`] a key, a [`Span`]. Of a
+//! tile: [`Mask::key_blocks`] that a block of queries walks, [`Mask::query_blocks`] that a block of keys walks, [`Blocks`]. Every
+//! loader, loop, store and cost asks these, and takes neither the first key as seen nor one end of a walk as free of the mask:
+//! another mask (a window, a list of blocks) is another way to make the same values.
 
 /// The largest sequence length a kernel takes: positions and their block-rounded ends fit an `i32`.
 pub const MAX_SEQLEN: u32 = i32::MAX as u32 - 1024;
 
-/// A run of blocks, split where masking starts or stops to matter.
+/// Positions of one sequence that a position of the other is paired with: `begin .. end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First position.
+    pub begin: u32,
+    /// One past the last position, or [`Span::OPEN`].
+    pub end: u32,
+}
+
+impl Span {
+    /// The end of a span that only the end of its sequence bounds, where positions past that end are zeros and weigh nothing.
+    pub const OPEN: u32 = u32::MAX;
+
+    /// Whether `position` lies in the span.
+    #[inline(always)]
+    pub const fn contains(self, position: u32) -> bool {
+        position >= self.begin && (self.end == Self::OPEN || position < self.end)
+    }
+
+    /// Whether no position lies in the span.
+    #[inline(always)]
+    pub const fn is_empty(self) -> bool {
+        self.begin >= self.end
+    }
+}
+
+/// A walk over blocks of one sequence: those that hold a visible pair, split where all their pairs are visible.
+///
+/// `begin .. whole_begin` and `whole_end .. end` need the mask, `whole_begin .. whole_end` need none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocks {
     /// First block that holds a visible pair.
     pub begin: u32,
-    /// Forward: blocks `begin .. boundary` need no mask. Backward: blocks `boundary .. end` need none.
-    pub boundary: u32,
+    /// First block of those whose pairs are all visible.
+    pub whole_begin: u32,
+    /// One past the last of those.
+    pub whole_end: u32,
     /// One past the last block that holds a visible pair; `begin == end` if there is none.
     pub end: u32,
 }
+
+impl Blocks {
+    /// Whether no block holds a visible pair.
+    #[inline(always)]
+    pub const fn is_empty(self) -> bool {
+        self.begin >= self.end
+    }
+
+    /// Whether block `n` of the walk needs the mask.
+    #[inline(always)]
+    pub const fn is_masked(self, n: u32) -> bool {
+        n < self.whole_begin || n >= self.whole_end
+    }
+
+    /// The same walk, in which every block needs the mask.
+    #[inline(always)]
+    pub const fn all_masked(self) -> Self {
+        Self {
+            whole_begin: self.end,
+            whole_end: self.end,
+            ..self
+        }
+    }
+}
+
+/// Runs `$body` for each block of `$blocks` in order, with `$masked` a constant: one body, compiled once for the blocks that
+/// need the mask and once for those that need none. A walk that has no masked blocks at an end, as is known when it is
+/// compiled, costs no copy of the body there.
+#[cfg(any(test, target_arch = "nvptx64"))]
+macro_rules! for_blocks {
+    ($blocks:expr, |$n:ident, $masked:ident| $body:expr) => {{
+        let blocks: $crate::mask::Blocks = $blocks;
+        for $n in blocks.begin..blocks.whole_begin {
+            const $masked: bool = true;
+            $body
+        }
+        for $n in blocks.whole_begin..blocks.whole_end {
+            const $masked: bool = false;
+            $body
+        }
+        for $n in blocks.whole_end..blocks.end {
+            const $masked: bool = true;
+            $body
+        }
+    }};
+}
+
+/// As `for_blocks`, from the last block to the first.
+#[cfg(any(test, target_arch = "nvptx64"))]
+macro_rules! for_blocks_backwards {
+    ($blocks:expr, |$n:ident, $masked:ident| $body:expr) => {{
+        let blocks: $crate::mask::Blocks = $blocks;
+        for $n in (blocks.whole_end..blocks.end).rev() {
+            const $masked: bool = true;
+            $body
+        }
+        for $n in (blocks.whole_begin..blocks.whole_end).rev() {
+            const $masked: bool = false;
+            $body
+        }
+        for $n in (blocks.begin..blocks.whole_begin).rev() {
+            const $masked: bool = true;
+            $body
+        }
+    }};
+}
+
+#[cfg(target_arch = "nvptx64")]
+pub(crate) use {for_blocks, for_blocks_backwards};
 
 /// The visible pairs of one attention problem.
 #[derive(Clone, Copy, Debug)]
@@ -29,54 +129,66 @@ pub struct Mask<const CAUSAL: bool> {
 }
 
 impl<const CAUSAL: bool> Mask<CAUSAL> {
+    /// Whether pairs are hidden that both exist; else the ends of the sequences are all there is to mind.
+    pub const HIDES_PAIRS: bool = CAUSAL;
+
     /// The mask of a problem with these sequence lengths, each at most [`MAX_SEQLEN`].
     #[inline(always)]
     pub const fn new(seqlen_q: u32, seqlen_k: u32) -> Self {
         Self { seqlen_q, seqlen_k }
     }
 
-    /// Keys that query `row` sees: `0 .. visible_end(row)`.
+    /// Keys that query `row` sees.
     #[inline(always)]
-    pub const fn visible_end(&self, row: u32) -> u32 {
-        if !CAUSAL {
-            return self.seqlen_k;
-        }
-        let end = row as i32 + 1 + (self.seqlen_k as i32 - self.seqlen_q as i32);
-        if end < 0 {
-            0
-        } else if end > self.seqlen_k as i32 {
-            self.seqlen_k
+    pub const fn keys_of(&self, row: u32) -> Span {
+        let end = if CAUSAL {
+            clamp(row as i32 + 1 + self.diagonal(), self.seqlen_k)
         } else {
-            end as u32
-        }
+            self.seqlen_k
+        };
+        Span { begin: 0, end }
     }
 
-    /// First query that sees key `column`, `seqlen_q` if none does.
+    /// Queries that see key `column`.
     #[inline(always)]
-    pub const fn visible_begin(&self, column: u32) -> u32 {
-        if !CAUSAL {
-            return 0;
-        }
-        let begin = column as i32 - (self.seqlen_k as i32 - self.seqlen_q as i32);
-        if begin < 0 {
-            0
-        } else if begin > self.seqlen_q as i32 {
-            self.seqlen_q
+    pub const fn queries_of(&self, column: u32) -> Span {
+        let begin = if CAUSAL {
+            clamp(column as i32 - self.diagonal(), self.seqlen_q)
         } else {
-            begin as u32
-        }
+            0
+        };
+        Span { begin, end: Span::OPEN }
+    }
+
+    /// How many keys query 0 sees besides key 0: negative where it sees none.
+    #[inline(always)]
+    const fn diagonal(&self) -> i32 {
+        self.seqlen_k as i32 - self.seqlen_q as i32
     }
 
     /// The key blocks of `block_n` that queries `first_row .. first_row + rows` see, walked left to right.
     #[inline(always)]
     pub const fn key_blocks(&self, first_row: u32, rows: u32, block_n: u32) -> Blocks {
-        let boundary = self.visible_end(first_row) / block_n;
-        let end = self.visible_end(first_row + rows - 1).div_ceil(block_n);
         Blocks {
             begin: 0,
-            boundary,
-            end,
+            whole_begin: 0,
+            whole_end: self.keys_of(first_row).end / block_n,
+            end: self.keys_of(first_row + rows - 1).end.div_ceil(block_n),
         }
+    }
+
+    /// The last block of a walk over keys, and the walk before it. Full attention then has no other that needs the mask.
+    #[inline(always)]
+    pub const fn split_last(&self, blocks: Blocks) -> (u32, Blocks) {
+        let last = blocks.end - 1;
+        let whole_end = if CAUSAL { min(blocks.whole_end, last) } else { last };
+        let before = Blocks {
+            whole_begin: min(blocks.whole_begin, last),
+            whole_end,
+            end: last,
+            ..blocks
+        };
+        (last, before)
     }
 
     /// The query blocks of `block_m` that see keys `first_column .. first_column + columns`, walked top to bottom.
@@ -87,17 +199,47 @@ impl<const CAUSAL: bool> Mask<CAUSAL> {
     #[inline(always)]
     pub const fn query_blocks(&self, first_column: u32, columns: u32, block_m: u32) -> Blocks {
         let end = self.seqlen_q.div_ceil(block_m);
-        let begin = self.visible_begin(first_column) / block_m;
-        let begin = if begin > end { end } else { begin };
         let last_column = first_column + columns - 1;
-        let boundary = self.visible_begin(last_column).div_ceil(block_m);
-        let boundary = if boundary > end { end } else { boundary };
-        Blocks { begin, boundary, end }
+        Blocks {
+            begin: min(self.queries_of(first_column).begin / block_m, end),
+            whole_begin: min(self.queries_of(last_column).begin.div_ceil(block_m), end),
+            whole_end: end,
+            end,
+        }
     }
+
+    /// Visible pairs, counted.
+    pub const fn pairs(&self) -> u128 {
+        let (seqlen_q, seqlen_k) = (self.seqlen_q as u128, self.seqlen_k as u128);
+        if !CAUSAL {
+            return seqlen_q * seqlen_k;
+        }
+        // The last min(seqlen_q, seqlen_k) queries see up to seqlen_k keys, each one more than the query before it.
+        let rows = if seqlen_q < seqlen_k { seqlen_q } else { seqlen_k };
+        rows * (seqlen_k - rows) + rows * (rows + 1) / 2
+    }
+}
+
+/// `position`, moved into `0 ..= limit`.
+#[inline(always)]
+const fn clamp(position: i32, limit: u32) -> u32 {
+    if position < 0 {
+        0
+    } else if position > limit as i32 {
+        limit
+    } else {
+        position as u32
+    }
+}
+
+#[inline(always)]
+const fn min(a: u32, b: u32) -> u32 {
+    if a < b { a } else { b }
 }
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
     use super::*;
 
     /// Every pair, block by block, against the definition of causal attention.
@@ -106,20 +248,17 @@ mod tests {
         let visible = |i: u32, j: u32| {
             i < seqlen_q && j < seqlen_k && (!CAUSAL || j as i64 <= i as i64 + seqlen_k as i64 - seqlen_q as i64)
         };
+        let mut pairs = 0;
         for i in 0..seqlen_q {
+            assert_eq!(mask.keys_of(i).is_empty(), !(0..seqlen_k).any(|j| visible(i, j)));
             for j in 0..seqlen_k {
-                assert_eq!(
-                    j < mask.visible_end(i),
-                    visible(i, j),
-                    "({i}, {j}) of {seqlen_q}x{seqlen_k}"
-                );
-                assert_eq!(
-                    i >= mask.visible_begin(j),
-                    visible(i, j),
-                    "({i}, {j}) of {seqlen_q}x{seqlen_k}"
-                );
+                let pair = std::format!("({i}, {j}) of {seqlen_q}x{seqlen_k}");
+                assert_eq!(mask.keys_of(i).contains(j), visible(i, j), "{pair}");
+                assert_eq!(mask.queries_of(j).contains(i), visible(i, j), "{pair}");
+                pairs += u128::from(visible(i, j));
             }
         }
+        assert_eq!(mask.pairs(), pairs);
         for tile in 0..seqlen_q.div_ceil(block_m) {
             let rows = tile * block_m..((tile + 1) * block_m).min(seqlen_q);
             let blocks = mask.key_blocks(rows.start, rows.end - rows.start, block_n);
@@ -128,7 +267,15 @@ mod tests {
                 let any = rows.clone().any(|i| columns.clone().any(|j| visible(i, j)));
                 let all = rows.clone().all(|i| columns.clone().all(|j| visible(i, j)));
                 assert_eq!((blocks.begin..blocks.end).contains(&n), any);
-                assert_eq!((blocks.begin..blocks.boundary).contains(&n), all);
+                assert_eq!((blocks.whole_begin..blocks.whole_end).contains(&n), all);
+                assert_eq!(any && blocks.is_masked(n), any && !all);
+            }
+            if !blocks.is_empty() {
+                let (last, before) = mask.split_last(blocks);
+                assert_eq!((last, before.begin, before.end), (blocks.end - 1, blocks.begin, last));
+                for n in before.begin..before.end {
+                    assert_eq!(before.is_masked(n), blocks.is_masked(n));
+                }
             }
         }
         for tile in 0..seqlen_k.div_ceil(block_n) {
@@ -143,9 +290,27 @@ mod tests {
                     any,
                     "{seqlen_q}x{seqlen_k} {blocks:?} {m}"
                 );
-                assert_eq!((blocks.boundary..blocks.end).contains(&m), all);
+                assert_eq!((blocks.whole_begin..blocks.whole_end).contains(&m), all);
+                assert!(blocks.all_masked().is_masked(m) || !any);
             }
         }
+    }
+
+    #[test]
+    fn walks_visit_each_block_once_with_its_kind() {
+        let blocks = Blocks {
+            begin: 2,
+            whole_begin: 4,
+            whole_end: 5,
+            end: 8,
+        };
+        let (mut forwards, mut backwards) = (std::vec![], std::vec![]);
+        for_blocks!(blocks, |n, MASKED| forwards.push((n, MASKED)));
+        for_blocks_backwards!(blocks, |n, MASKED| backwards.push((n, MASKED)));
+        let expected: std::vec::Vec<_> = (2..8).map(|n| (n, blocks.is_masked(n))).collect();
+        assert_eq!(forwards, expected);
+        backwards.reverse();
+        assert_eq!(backwards, expected);
     }
 
     #[test]

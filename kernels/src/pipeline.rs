@@ -7,6 +7,7 @@ pub mod bulk;
 
 use crate::block::split;
 use crate::ptx::{copy, sreg, sync};
+use crate::scores::OfColumns;
 use crate::shape::TileShape;
 use crate::tile::{
     global::{GlobalTile, Walk},
@@ -104,26 +105,22 @@ impl<S: TileShape> KeyValueRing<S> {
     }
 }
 
-/// Two tiles of the same rows, and two f32 a row: what backward streams past the rows it owns.
+/// Two tiles of the same rows, and three f32 a row: what backward streams past the rows it owns.
 #[derive(Clone, Copy)]
 pub struct Stage {
     /// K or Q.
     pub first: SharedTile,
     /// V or dO.
     pub second: SharedTile,
-    /// Shared address of each row's lse, where queries are streamed.
-    pub lse: u32,
-    /// Shared address of each row's delta, where queries are streamed.
-    pub delta: u32,
+    /// Where the values of the rows are, if queries are streamed.
+    pub queries: OfColumns,
 }
 
 /// The per-row statistics that go with streamed queries.
 #[derive(Clone, Copy)]
 pub struct StreamedRows {
-    /// Device address of the lse of row 0.
-    pub lse: u64,
-    /// Device address of the delta of row 0.
-    pub delta: u64,
+    /// Device addresses of lse_log2, delta and shift of row 0.
+    pub lines: [u64; 3],
     /// Rows that exist.
     pub rows: u32,
 }
@@ -138,8 +135,8 @@ pub struct PairRing<S> {
 }
 
 impl<S: TileShape> PairRing<S> {
-    /// Bytes of one stage: two tiles and two f32 a row.
-    const STAGE_BYTES: u32 = 2 * S::STREAMED_BYTES + 2 * 4 * S::COLUMNS;
+    /// Bytes of one stage: two tiles and three f32 a row.
+    const STAGE_BYTES: u32 = 2 * S::STREAMED_BYTES + 3 * 4 * S::COLUMNS;
 
     /// Starts to load pair `n` into the stages at shared address `base`; `first` and `second` begin at that pair's rows.
     /// Copies that the caller started before (the owned tiles) are awaited together with it.
@@ -201,8 +198,11 @@ impl<S: TileShape> PairRing<S> {
                 if thread < S::COLUMNS {
                     let row = n * S::COLUMNS + thread;
                     let bytes = if row < statistics.rows { 4 } else { 0 };
-                    copy::cp_async_4(stage.lse + thread * 4, statistics.lse + row as u64 * 4, bytes);
-                    copy::cp_async_4(stage.delta + thread * 4, statistics.delta + row as u64 * 4, bytes);
+                    let OfColumns { lse_log2, delta, shift } = stage.queries;
+                    let targets = [lse_log2, delta, shift];
+                    for i in 0..3 {
+                        copy::cp_async_4(targets[i] + thread * 4, statistics.lines[i] + row as u64 * 4, bytes);
+                    }
                 }
             }
         }
@@ -216,8 +216,11 @@ impl<S: TileShape> PairRing<S> {
         Stage {
             first: SharedTile::new(base, S::ROW_BYTES),
             second: SharedTile::new(base + S::STREAMED_BYTES, S::ROW_BYTES),
-            lse,
-            delta: lse + 4 * S::COLUMNS,
+            queries: OfColumns {
+                lse_log2: lse,
+                delta: lse + 4 * S::COLUMNS,
+                shift: lse + 8 * S::COLUMNS,
+            },
         }
     }
 }

@@ -9,8 +9,9 @@
 //! Shared memory stays within 99 KiB a block, the least that any card from sm_80 on grants (sm_86, sm_89 and sm_120;
 //! A100 has 163 KiB, H100 227 KiB), so the portable kernels are portable.
 
+use crate::element::F16;
 #[cfg(target_arch = "nvptx64")]
-use crate::tile::{fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
+use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
 
 /// Shared memory that every card from sm_80 on grants a block.
@@ -24,14 +25,6 @@ const REGISTERS: u32 = 65536;
 
 /// Queries in a block of the delta kernel, 8 threads each.
 pub const DELTA_ROWS: u32 = 16;
-
-/// IEEE binary16.
-#[derive(Clone, Copy)]
-pub struct F16;
-
-/// bfloat16.
-#[derive(Clone, Copy)]
-pub struct Bf16;
 
 /// A compiled tile shape.
 pub trait TileShape {
@@ -62,10 +55,14 @@ pub trait TileShape {
     const STREAMED_BYTES: u32 = Self::COLUMNS * Self::ROW_BYTES;
     /// Dynamic shared memory of a forward block: the query tile and the ring.
     const FORWARD_BYTES: u32 = Self::OWNED_BYTES + Self::STAGES * Self::STREAMED_BYTES;
-    /// Dynamic shared memory of a backward block: two owned tiles, and two stages of two streamed tiles with an lse and a
-    /// delta a row.
-    const BACKWARD_BYTES: u32 = 2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + 2 * 4 * Self::COLUMNS);
+    /// Dynamic shared memory of a backward block: two owned tiles, and two stages of two streamed tiles with three f32 a row,
+    /// and one for each owned row.
+    const BACKWARD_BYTES: u32 =
+        2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + 3 * 4 * Self::COLUMNS) + 4 * Self::ROWS;
 
+    /// Element type of q, k, v and out.
+    #[cfg(target_arch = "nvptx64")]
+    type Element: Element;
     /// The scores of one warp: `WARP_ROWS` x `COLUMNS`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Scores: ScoreTile;
@@ -95,6 +92,7 @@ macro_rules! ampere_shape {
         #[cfg(target_arch = "nvptx64")]
         impl<T: crate::ptx::matrix::Half> TileShape for $name<T> {
             ampere_shape!(numbers $rows, $columns, $d, $warps, $stages $(, $two_walks)?);
+            type Element = T;
             type Scores = Fragments<T, { $rows / $warps / 16 }, { $columns / 8 }>;
             type Output = Fragments<T, { $rows / $warps / 16 }, { $d / 8 }>;
         }
@@ -106,6 +104,8 @@ macro_rules! ampere_shape {
 
         const _: () = {
             assert!($rows % ($warps * 16) == 0 && $columns % 16 == 0 && $d % 16 == 0);
+            // Rows that the swizzle and the loader take: whole runs of four chunks.
+            assert!(<$name<F16> as TileShape>::ROW_BYTES % 64 == 0);
             assert!(matches!($stages, 2 | 4));
             assert!(loads_evenly::<$name<F16>>() && <$name<F16> as TileShape>::$bytes <= PORTABLE_SHARED_BYTES);
         };
@@ -137,6 +137,8 @@ macro_rules! simt_shape {
             const ELEMENT_BYTES: u32 = 4;
             const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
             #[cfg(target_arch = "nvptx64")]
+            type Element = crate::element::F32;
+            #[cfg(target_arch = "nvptx64")]
             type Scores = LaneRows<{ $columns / 16 }, 1>;
             #[cfg(target_arch = "nvptx64")]
             type Output = LaneRows<{ $d / 16 }, 2>;
@@ -144,6 +146,7 @@ macro_rules! simt_shape {
 
         const _: () = {
             assert!($rows == $warps * 8 && $columns % 16 == 0 && $d % 32 == 0);
+            assert!(<$name as TileShape>::ROW_BYTES % 64 == 0);
             assert!(matches!($stages, 2 | 4));
             assert!(loads_evenly::<$name>() && <$name as TileShape>::$bytes <= PORTABLE_SHARED_BYTES);
         };
@@ -214,9 +217,13 @@ pub trait HopperShape {
     const TILE_BYTES: u32 = Self::BLOCK_N * panel_columns(Self::HEAD_DIM) * 2;
     /// Bytes of all tiles: the queries, and the slots of keys and of values.
     const TILES_BYTES: u32 = Self::CONSUMERS * Self::QUERY_BYTES + 2 * HOPPER_SLOTS * Self::TILE_BYTES;
-    /// Dynamic shared memory of a block: the tiles, and a pair of barriers for the queries and for each slot.
-    const SHARED_BYTES: u32 = Self::TILES_BYTES + (1 + 2 * HOPPER_SLOTS) * 16;
+    /// Dynamic shared memory of a block: the tiles, a pair of barriers for the queries and for each slot, and a word for each
+    /// consumer.
+    const SHARED_BYTES: u32 = Self::TILES_BYTES + (2 + 2 * HOPPER_SLOTS) * 16;
 
+    /// Element type of q, k, v and out.
+    #[cfg(target_arch = "nvptx64")]
+    type Element: Element;
     /// The scores of one warpgroup, 64 x `BLOCK_N`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Scores: WarpgroupScores;
@@ -224,6 +231,9 @@ pub trait HopperShape {
     #[cfg(target_arch = "nvptx64")]
     type Output: WarpgroupOutput<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
 }
+
+/// The most warpgroups of a block that compute.
+pub const MAX_CONSUMERS: u32 = 3;
 
 /// Queries of one warpgroup.
 pub const HOPPER_ROWS: u32 = 64;
@@ -248,6 +258,7 @@ macro_rules! hopper_shape {
             [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
         {
             hopper_shape!(numbers $columns, $d, $consumers, $few, $many);
+            type Element = T;
             type Scores = Fragments<T, 1, { $columns / 8 }>;
             type Output = Fragments<T, 1, { $d / 8 }>;
         }
@@ -261,6 +272,7 @@ macro_rules! hopper_shape {
             assert!($columns % 16 == 0 && $d % 16 == 0);
             // Every panel starts where the swizzle does.
             assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
+            assert!($consumers <= MAX_CONSUMERS);
             // What the loading threads give back of a launch's equal shares is all that the others can take.
             assert!($few + $consumers * $many <= ($consumers + 1) * (REGISTERS / 128 / ($consumers + 1) / 8 * 8));
             assert!($few % 8 == 0 && $many % 8 == 0);
@@ -327,10 +339,13 @@ pub trait HopperBackwardShape {
     /// Bytes of all tiles: two owned, and slots of two streamed ones and of dS^T, and dQ.
     const TILES_BYTES: u32 = Self::CONSUMERS * (2 * Self::OWNED_BYTES + HOPPER_SLOTS * Self::DS_BYTES + Self::DQ_BYTES)
         + 2 * HOPPER_SLOTS * Self::STREAMED_BYTES;
-    /// Dynamic shared memory of a block: the tiles, an lse and a delta for each streamed row, and a pair of barriers for the owned
-    /// tiles, for each slot and for each warpgroup's dQ.
-    const SHARED_BYTES: u32 =
-        Self::TILES_BYTES + HOPPER_SLOTS * 2 * Self::COLUMNS * 4 + (1 + HOPPER_SLOTS + Self::CONSUMERS) * 16;
+    /// Dynamic shared memory of a block: the tiles, three f32 for each streamed row, and a pair of barriers for the owned
+    /// tiles, for each slot and for each warpgroup's dQ, two words, and one for each
+    /// owned row.
+    const SHARED_BYTES: u32 = Self::TILES_BYTES
+        + HOPPER_SLOTS * 3 * Self::COLUMNS * 4
+        + (2 + HOPPER_SLOTS + Self::CONSUMERS) * 16
+        + Self::ROWS * 4;
 
     /// Which 64 queries of a streamed tile and which 64 columns of their dQ fall to warpgroup `group`.
     #[inline(always)]
@@ -338,6 +353,9 @@ pub trait HopperBackwardShape {
         if Self::HEAD_DIM <= 64 { (group, 0) } else { (0, group) }
     }
 
+    /// Element type of q, k, v and out.
+    #[cfg(target_arch = "nvptx64")]
+    type Element: Element;
     /// Two-operand products of one warpgroup, 64 x `COLUMNS`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Scores: WarpgroupScores;
@@ -385,6 +403,7 @@ macro_rules! hopper_backward_shape {
             [[f32; 4]; 8]: crate::ptx::wgmma::WarpgroupMma<T>,
         {
             hopper_backward_shape!(numbers $walk, $columns, $d);
+            type Element = T;
             type Scores = Fragments<T, 1, { $columns / 8 }>;
             type Output = Fragments<T, 1, { $d / 8 }>;
             type Square = Square<T>;

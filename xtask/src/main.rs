@@ -18,7 +18,7 @@ Usage: cargo xtask <TASK>
   ptx                   compile kernels/ to kernels/ptx, one compressed archive for each target and for the study
   ptx --check           compile afresh and fail if a committed kernel differs
   ptx --show NAME       print the committed PTX of one kernel
-  sass [--output FILE]  assemble every kernel with ptxas; report registers, spills, stack and tensor-core
+  sass [--output FILE | PART]  assemble every kernel, or those with PART in their name, with ptxas; report registers, spills, stack and tensor-core
                         instructions; fail on a spill, a stack frame or a warning
   gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
                         put all that a machine with a GPU and no Rust needs into DIR (target/gpu-bundle): the suite, the
@@ -34,8 +34,9 @@ fn main() -> ExitCode {
         ["ptx"] => ptx::write(),
         ["ptx", "--check"] => ptx::check(),
         ["ptx", "--show", name] => ptx::show(name),
-        ["sass"] => sass::report(None),
-        ["sass", "--output", file] => sass::report(Some(Path::new(file))),
+        ["sass"] => sass::report("", None),
+        ["sass", "--output", file] => sass::report("", Some(Path::new(file))),
+        ["sass", part] => sass::report(part, None),
         ["gpu-bundle", "--check", folder] => bundle::check(Path::new(folder)),
         ["gpu-bundle", ref arguments @ ..] => match bundle::Options::parse(arguments) {
             Some(options) => bundle::make(&options),

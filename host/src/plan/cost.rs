@@ -2,6 +2,7 @@
 
 use flash_attention_kernels::entries::{Arch, Pass};
 use flash_attention_kernels::mask::{Blocks, Mask};
+use flash_attention_kernels::shape::DELTA_ROWS;
 
 use super::{Launch, Tiles};
 use crate::problem::Problem;
@@ -23,11 +24,15 @@ pub struct Cost {
     pub flops: u128,
 }
 
-/// Bytes of lse, or of delta, for one query.
+/// Bytes of lse, or of another number that is kept of a query.
 const STATISTIC: u128 = size_of::<f32>() as u128;
 
+/// Bytes of what backward on a GPU keeps of one query: lse in base 2, delta and a shift.
+const EXPONENT: u128 = 3 * STATISTIC;
+
 impl Cost {
-    pub(super) fn forward(problem: &Problem, tiles: Tiles) -> Self {
+    /// A forward pass that writes `statistics` f32 a query.
+    pub(super) fn forward(problem: &Problem, tiles: Tiles, statistics: u32) -> Self {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
         let packs = heads / u128::from(tiles.packed_heads);
@@ -35,7 +40,7 @@ impl Cost {
         let row = row_bytes(problem);
         Self {
             bytes_read: (heads * seqlen_q + packs * 2 * (walked.keys)(problem, tiles)) * row,
-            bytes_written: heads * seqlen_q * (row + STATISTIC),
+            bytes_written: heads * seqlen_q * (row + u128::from(statistics) * STATISTIC),
             flops: 4 * heads * walked.visible_pairs * u128::from(problem.head_dim()),
         }
     }
@@ -47,7 +52,7 @@ impl Cost {
         let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
         let (row, row_of_sums) = (row_bytes(problem), 4 * u128::from(problem.head_dim()));
         let streamed = (walked.queries)(problem, tiles.block_m, tiles.block_n);
-        let added = heads_q * (streamed - (walked.first_queries)(problem, tiles.block_m)) * row_of_sums;
+        let added = heads_q * (streamed - (walked.seeing_queries)(problem, tiles.block_m)) * row_of_sums;
         let delta = heads_q * seqlen_q * STATISTIC;
         Self {
             bytes_read: heads_q * seqlen_q * 2 * row
@@ -59,7 +64,8 @@ impl Cost {
         }
     }
 
-    pub(super) fn backward(problem: &Problem, launches: &[Launch]) -> Self {
+    /// A backward pass that reads `statistics` f32 a query of what forward left.
+    pub(super) fn backward(problem: &Problem, launches: &[Launch], statistics: u32) -> Self {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
         let flops = 10 * heads * walked.visible_pairs * u128::from(problem.head_dim());
@@ -69,7 +75,7 @@ impl Cost {
             flops,
         };
         launches.iter().fold(zero, |total, launch| {
-            let (read, written) = backward_bytes(problem, &walked, launch);
+            let (read, written) = backward_bytes(problem, &walked, launch, statistics.into());
             Self {
                 bytes_read: total.bytes_read + read,
                 bytes_written: total.bytes_written + written,
@@ -80,38 +86,50 @@ impl Cost {
 }
 
 /// (bytes read, bytes written) by one kernel of the backward pass.
-fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch) -> (u128, u128) {
+fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistics: u128) -> (u128, u128) {
     let entry = launch.entry;
     let batch = problem.batch() as u128;
     let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);
     let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
     let row = row_bytes(problem);
     let queries = || (walked.queries)(problem, entry.block_m, entry.block_n);
-    // Queries with their dO and statistics, which on Hopper come in whole tiles.
-    let streamed = |statistics: u128| heads_q * (queries() * 2 * row + statistics * 2 * STATISTIC);
+    // Queries with their dO and exponents, which on Hopper come in whole tiles, and in 16 bits the flags of those.
+    let flags = |rows: u128| {
+        if problem.dtype().bytes() == 2 {
+            rows / u128::from(DELTA_ROWS)
+        } else {
+            0
+        }
+    };
+    let streamed =
+        |rows: u128, whole: u128| heads_q * (queries() * 2 * row + rows * EXPONENT + flags(whole) * STATISTIC);
     let keys = heads_kv * seqlen_k * 2 * row;
     let sums = launch.kept_sums();
     let padded_q = sums.map_or(seqlen_q, |sums| sums.padded_q.get().into());
     let dq_row = sums.map_or(0, |sums| u128::from(sums.dq_columns) * STATISTIC);
     match entry.pass {
         Pass::BackwardDelta if entry.arch == Arch::Sm90a => (
-            heads_q * seqlen_q * (2 * row + STATISTIC),
-            heads_q * padded_q * (2 * STATISTIC + dq_row),
+            heads_q * seqlen_q * (2 * row + statistics * STATISTIC),
+            heads_q * (padded_q * (EXPONENT + dq_row) + padded_q / u128::from(DELTA_ROWS) * STATISTIC),
         ),
-        Pass::BackwardDelta => (heads_q * seqlen_q * 2 * row, heads_q * seqlen_q * STATISTIC),
+        Pass::BackwardDelta => (
+            heads_q * seqlen_q * (2 * row + statistics * STATISTIC),
+            heads_q * (seqlen_q * EXPONENT + seqlen_q.div_ceil(DELTA_ROWS.into()) * STATISTIC),
+        ),
         Pass::BackwardQueries => {
             let keys = (walked.keys)(problem, Tiles::of(entry));
-            let read = heads_q * (seqlen_q * 2 * (row + STATISTIC) + keys * 2 * row);
+            let read = heads_q * (seqlen_q * (2 * row + EXPONENT) + keys * 2 * row);
             (read, heads_q * seqlen_q * row)
         }
         Pass::BackwardKeys if entry.arch == Arch::Sm80 => {
             let walks = if entry.two_walks { 2 } else { 1 };
-            (keys + walks * streamed(queries()), keys)
+            let runs = (walked.query_runs)(problem, entry.block_m, entry.block_n);
+            (keys + walks * streamed(queries(), runs), keys)
         }
         Pass::BackwardKeys | Pass::BackwardAll => {
             let walks = if entry.two_walks { 2 } else { 1 };
             let whole = (walked.whole_queries)(problem, entry.block_m, entry.block_n);
-            (keys + walks * streamed(whole), keys + heads_q * whole * dq_row)
+            (keys + walks * streamed(whole, whole), keys + heads_q * whole * dq_row)
         }
         Pass::BackwardFinish => (heads_q * padded_q * dq_row, heads_q * seqlen_q * row),
         Pass::Forward => (0, 0),
@@ -130,32 +148,34 @@ struct Walked {
     keys: fn(&Problem, Tiles) -> u128,
     /// Rows of Q that the key tiles of one head load, all together.
     queries: fn(&Problem, u32, u32) -> u128,
+    /// The same in whole runs of [`DELTA_ROWS`].
+    query_runs: fn(&Problem, u32, u32) -> u128,
     /// The same, counting the rows past the end of the last tile as well.
     whole_queries: fn(&Problem, u32, u32) -> u128,
-    /// Rows of Q in the query tiles of one head that see the first key.
-    first_queries: fn(&Problem, u32) -> u128,
+    /// Rows of Q in the query tiles of one head that see any key.
+    seeing_queries: fn(&Problem, u32) -> u128,
 }
 
 impl Walked {
     fn new(problem: &Problem) -> Self {
-        let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
+        let (seqlen_q, seqlen_k) = (problem.seqlen_q(), problem.seqlen_k());
         if problem.causal() {
-            // The last min(seqlen_q, seqlen_k) queries see up to seqlen_k keys, each one more than the query before it.
-            let rows = seqlen_q.min(seqlen_k);
             Self {
-                visible_pairs: rows * (seqlen_k - rows) + rows * (rows + 1) / 2,
+                visible_pairs: Mask::<true>::new(seqlen_q, seqlen_k).pairs(),
                 keys: keys::<true>,
                 queries: queries::<true>,
+                query_runs: query_runs::<true>,
                 whole_queries: whole_queries::<true>,
-                first_queries: first_queries::<true>,
+                seeing_queries: seeing_queries::<true>,
             }
         } else {
             Self {
-                visible_pairs: seqlen_q * seqlen_k,
+                visible_pairs: Mask::<false>::new(seqlen_q, seqlen_k).pairs(),
                 keys: keys::<false>,
                 queries: queries::<false>,
+                query_runs: query_runs::<false>,
                 whole_queries: whole_queries::<false>,
-                first_queries: first_queries::<false>,
+                seeing_queries: seeing_queries::<false>,
             }
         }
     }
@@ -180,6 +200,14 @@ fn queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) ->
         .sum()
 }
 
+fn query_runs<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) -> u128 {
+    let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
+    tiles(problem.seqlen_k(), block_n)
+        .map(|(first, rows)| rows_of(mask.query_blocks(first, rows, block_m), block_m, problem.seqlen_q()))
+        .map(|rows| rows.next_multiple_of(DELTA_ROWS.into()))
+        .sum()
+}
+
 fn whole_queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) -> u128 {
     let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
     tiles(problem.seqlen_k(), block_n)
@@ -188,9 +216,13 @@ fn whole_queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u
         .sum()
 }
 
-fn first_queries<const CAUSAL: bool>(problem: &Problem, block_m: u32) -> u128 {
+fn seeing_queries<const CAUSAL: bool>(problem: &Problem, block_m: u32) -> u128 {
     let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
-    rows_of(mask.query_blocks(0, 1, block_m), block_m, problem.seqlen_q())
+    rows_of(
+        mask.query_blocks(0, problem.seqlen_k(), block_m),
+        block_m,
+        problem.seqlen_q(),
+    )
 }
 
 /// (first row, rows) of each tile of a sequence.

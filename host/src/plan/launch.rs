@@ -3,16 +3,16 @@
 use std::num::NonZeroU32;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, Layout, Params, QuerySums,
-    QuerySumsParams, StridedTensor, TensorMap, WorkList,
+    BackwardParams, Exponents, ForwardParams, ForwardRows, HopperBackwardParams, HopperForwardParams, Layout, Params,
+    QuerySums, QuerySumsParams, StridedTensor, TensorMap, WorkList,
 };
 use flash_attention_kernels::entries::{Entry, Pass};
-use flash_attention_kernels::shape::{HOPPER_ROWS, panel_columns};
+use flash_attention_kernels::shape::{DELTA_ROWS, HOPPER_ROWS, panel_columns};
 
 use super::MAX_BLOCKS;
 use super::tile_map::{self, TileMap};
 use crate::error::Error;
-use crate::problem::{BackwardProblem, Problem, Scale};
+use crate::problem::{BackwardProblem, BackwardTensors, Problem, Scale};
 
 /// One launch of a compiled kernel.
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +67,8 @@ pub enum Results {
         out: u64,
         /// The log-sum-exp.
         lse: u64,
+        /// row_max and row_sum, if they are wanted.
+        statistics: Option<[u64; 2]>,
     },
     /// Of a backward pass.
     Backward {
@@ -96,6 +98,8 @@ impl Launch {
             v: problem.v(),
             out: problem.out(),
             lse: 0,
+            row_max: 0,
+            row_sum: 0,
             heads_q: count(problem.heads_q())?,
             heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
             seqlen_q: problem.seqlen_q(),
@@ -126,6 +130,10 @@ impl Launch {
             v: UNKNOWN_MAP,
             out: UNKNOWN_MAP,
             lse: 0,
+            row_max: 0,
+            row_sum: 0,
+            values: problem.v(),
+            layout: unknown_alignment(problem),
             heads: count(heads)?,
             heads_per_kv,
             seqlen_q: problem.seqlen_q(),
@@ -133,7 +141,7 @@ impl Launch {
             work,
             scale_log2: problem.scale().magnitude_log2,
             packed_log2: packed.ilog2(),
-            reserved: [0; 5],
+            reserved: [0; 7],
         };
         let (q, k) = tile_map::dims(problem);
         let query = |tensor| TileMap::packed(tensor, q, problem.dtype(), HOPPER_ROWS, packed);
@@ -181,7 +189,9 @@ impl Launch {
             softmax_scale: problem.softmax_scale(),
             scale_log2: problem.scale().log2,
             work,
-            reserved: [0; 12],
+            dout_rows: tensors.dout,
+            layout: unknown_alignment(problem),
+            reserved: [0; 14],
         };
         let (of_queries, of_keys) = tile_map::dims(problem);
         let (q_rows, k_rows) = if owns_keys {
@@ -216,18 +226,25 @@ impl Launch {
             out: problem.out(),
             dout: tensors.dout,
             dq: tensors.dq,
-            lse: tensors.lse,
+            rows: forward_rows(tensors),
             sums,
             heads_q: count(problem.heads_q())?,
             seqlen_q: problem.seqlen_q(),
             tiles,
             softmax_scale: problem.softmax_scale(),
+            scale_log2: problem.scale().log2,
             layout: unknown_alignment(problem),
+            reserved: 0,
         };
         Ok(Self::new(entry, grid, Parameters::QuerySums(params)))
     }
 
-    pub(super) fn backward(problem: &BackwardProblem, entry: &'static Entry) -> Result<Self, Error> {
+    /// A portable kernel of a backward pass.
+    pub(super) fn backward(
+        problem: &BackwardProblem,
+        entry: &'static Entry,
+        exponents: Exponents,
+    ) -> Result<Self, Error> {
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let (grid, tiles) = if entry.pass == Pass::BackwardKeys {
             grid(problem.batch(), problem.heads_kv(), problem.seqlen_k(), entry.block_n)?
@@ -243,8 +260,8 @@ impl Launch {
             dq: tensors.dq,
             dk: tensors.dk,
             dv: tensors.dv,
-            lse: tensors.lse,
-            delta: 0,
+            rows: forward_rows(tensors),
+            exponents,
             heads_q: count(problem.heads_q())?,
             heads_kv: count(problem.heads_kv())?,
             heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
@@ -299,17 +316,20 @@ impl Launch {
         let aligned = |tensors: &[StridedTensor]| tensors.iter().all(|tensor| is_aligned(tensor, bytes)).into();
         let mut params = self.params;
         match (&mut params, results) {
-            (Parameters::Forward(p), Results::Forward { out, lse }) => {
+            (Parameters::Forward(p), Results::Forward { out, lse, statistics }) => {
                 (p.out.address, p.lse) = (out, lse);
+                [p.row_max, p.row_sum] = statistics.unwrap_or_default();
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out]);
             }
-            (Parameters::HopperForward(p, maps), Results::Forward { out, lse }) => {
-                maps[3].address = out;
-                [p.q, p.k, p.v, p.out] = encode_all(maps, encode)?;
+            (Parameters::HopperForward(p, [q, k, v, o]), Results::Forward { out, lse, statistics }) => {
+                o.address = out;
+                [p.q, p.k, p.v, p.out] = encode_all(&[*q, *k, *v, *o], encode)?;
                 p.lse = lse;
+                [p.row_max, p.row_sum] = statistics.unwrap_or_default();
             }
             (Parameters::HopperBackward(p, maps), Results::Backward { dq, dk, dv, workspace }) => {
-                (maps[4].address, maps[5].address, maps[6].address) = (dq, dk, dv);
+                let [.., dq_map, dk_map, dv_map] = maps;
+                (dq_map.address, dk_map.address, dv_map.address) = (dq, dk, dv);
                 [p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv] = encode_all(maps, encode)?;
                 p.sums = placed(p.sums, workspace);
             }
@@ -319,7 +339,8 @@ impl Launch {
                 p.layout.aligned = aligned(&[p.out, p.dout, p.dq]);
             }
             (Parameters::Backward(p), Results::Backward { dq, dk, dv, workspace }) => {
-                (p.dq.address, p.dk.address, p.dv.address, p.delta) = (dq, dk, dv, workspace);
+                (p.dq.address, p.dk.address, p.dv.address) = (dq, dk, dv);
+                p.exponents = exponents_at(p.exponents, workspace);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv]);
             }
             _ => return Ok(None),
@@ -362,11 +383,11 @@ pub(super) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySu
         0
     };
     let is_ordered = dq_columns > 0 && problem.deterministic();
-    let summed = statistic * u64::from(2 + dq_columns);
+    let (exponents, kept) = exponents(rows, rows / u64::from(DELTA_ROWS));
+    let summed = kept + statistic * u64::from(dq_columns);
     let sums = QuerySums {
-        lse_log2: 0,
-        delta: statistic,
-        dq: 2 * statistic,
+        exponents,
+        dq: kept,
         turns: if is_ordered { summed } else { 0 },
         padded_q: seqlen_q,
         dq_columns,
@@ -380,11 +401,53 @@ pub(super) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySu
     (sums, summed + turns)
 }
 
+/// What the portable backward kernels keep of each query, as offsets into a workspace, and its bytes.
+pub(super) fn portable_exponents(problem: &BackwardProblem) -> (Exponents, u64) {
+    let forward = problem.forward();
+    let heads = forward.batch() as u64 * forward.heads_q() as u64;
+    let flags = u64::from(forward.seqlen_q().div_ceil(DELTA_ROWS));
+    exponents(heads * u64::from(forward.seqlen_q()), heads * flags)
+}
+
+/// Exponents of `rows` queries with `flags` flags, as offsets, and their bytes in whole 16s.
+fn exponents(rows: u64, flags: u64) -> (Exponents, u64) {
+    let line = rows * size_of::<f32>() as u64;
+    let exponents = Exponents {
+        lse_log2: 0,
+        delta: line,
+        shift: 2 * line,
+        far: 3 * line,
+    };
+    (
+        exponents,
+        (3 * line + flags * size_of::<u32>() as u64).next_multiple_of(16),
+    )
+}
+
+/// The exponents in the workspace at this address.
+fn exponents_at(offsets: Exponents, workspace: u64) -> Exponents {
+    Exponents {
+        lse_log2: workspace + offsets.lse_log2,
+        delta: workspace + offsets.delta,
+        shift: workspace + offsets.shift,
+        far: workspace + offsets.far,
+    }
+}
+
+/// Where forward left what it knows of each query.
+fn forward_rows(tensors: &BackwardTensors) -> ForwardRows {
+    let [row_max, row_sum] = tensors.statistics.unwrap_or_default();
+    ForwardRows {
+        lse: tensors.lse,
+        row_max,
+        row_sum,
+    }
+}
+
 /// The sums in the workspace at this address.
 fn placed(sums: QuerySums, workspace: u64) -> QuerySums {
     QuerySums {
-        lse_log2: workspace + sums.lse_log2,
-        delta: workspace + sums.delta,
+        exponents: exponents_at(sums.exponents, workspace),
         dq: workspace + sums.dq,
         turns: if sums.turns == 0 { 0 } else { workspace + sums.turns },
         ..sums

@@ -76,7 +76,7 @@ impl Plan {
             backward: None,
             device: *device,
             tiles,
-            cost: Cost::forward(problem, tiles),
+            cost: Cost::forward(problem, tiles, 1 + 2 * u32::from(writes_statistics(problem, device))),
             launches,
             workspace_bytes: 0,
         })
@@ -111,7 +111,11 @@ impl Plan {
             tiles,
             cost: match device {
                 DeviceInfo::Cpu { .. } => Cost::cpu_backward(forward, tiles),
-                DeviceInfo::Gpu { .. } => Cost::backward(forward, &launches),
+                DeviceInfo::Gpu { .. } => Cost::backward(
+                    forward,
+                    &launches,
+                    if problem.tensors().statistics.is_some() { 2 } else { 1 },
+                ),
             },
             launches,
             workspace_bytes,
@@ -128,8 +132,13 @@ impl Plan {
         self.backward.as_ref()
     }
 
-    /// Device memory that is needed while the plan runs, beside inputs and results: in backward an f32 a query, or on Hopper
-    /// two, and where dQ is added up an f32 for each of its elements, queries in whole tiles of 64 and head_dim in whole 64s,
+    /// Whether a forward pass writes row_max and row_sum.
+    pub fn writes_statistics(&self) -> bool {
+        writes_statistics(&self.problem, &self.device)
+    }
+
+    /// Device memory that is needed while the plan runs, beside inputs and results: in backward on the CPU an f32 a query, on
+    /// a GPU three and a u32 for 16 queries, and where dQ is added up an f32 for each of its elements, queries in whole tiles of 64 and head_dim in whole 64s,
     /// with a u32 for each such square where they are added in a fixed order.
     pub fn workspace_bytes(&self) -> u64 {
         self.workspace_bytes
@@ -154,6 +163,15 @@ impl Plan {
     pub fn cost(&self) -> Cost {
         self.cost
     }
+}
+
+/// Whether a forward pass writes row_max and row_sum on this device.
+fn writes_statistics(problem: &Problem, device: &DeviceInfo) -> bool {
+    let device_can = match device {
+        DeviceInfo::Cpu { .. } => false,
+        DeviceInfo::Gpu { .. } => true,
+    };
+    device_can && problem.keeps_statistics()
 }
 
 /// The tiles of a forward pass on the CPU.
@@ -197,11 +215,12 @@ fn backward_launches(
     let choose = |pass| choose(forward, pass, device, hopper);
     let first = choose(Pass::BackwardDelta)?;
     if first.arch == Arch::Sm80 {
+        let (exponents, workspace_bytes) = launch::portable_exponents(problem);
         let launches = [first, choose(Pass::BackwardQueries)?, choose(Pass::BackwardKeys)?]
-            .map(|entry| Launch::backward(problem, entry))
+            .map(|entry| Launch::backward(problem, entry, exponents))
             .into_iter()
             .collect::<Result<Vec<_>, Error>>()?;
-        return Ok((launches, problem.delta_bytes()));
+        return Ok((launches, workspace_bytes));
     }
     // None is compiled for the widest heads.
     let (dtype, causal) = (forward.dtype(), forward.causal());

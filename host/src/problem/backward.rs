@@ -26,6 +26,8 @@ pub(crate) struct BackwardTensors {
     pub dv: StridedTensor,
     /// Address of forward's lse.
     pub lse: u64,
+    /// Addresses of forward's row_max and row_sum, if they are there.
+    pub statistics: Option<[u64; 2]>,
 }
 
 /// What a backward pass takes from the forward pass and from the layers above.
@@ -36,6 +38,8 @@ pub struct BackwardInputs<'a> {
     pub out: &'a TensorInfo,
     /// Forward's log-sum-exp, f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: &'a TensorInfo,
+    /// Forward's row_max and row_sum, as lse, if they are there.
+    pub statistics: Option<[&'a TensorInfo; 2]>,
     /// Gradient of the output, as q.
     pub dout: &'a TensorInfo,
 }
@@ -54,9 +58,14 @@ pub struct GradientOutputs<'a> {
 }
 
 impl<'a> BackwardInputs<'a> {
-    /// The results of the forward pass, and the gradient of its output.
+    /// The results of the forward pass without its statistics, and the gradient of its output.
     pub fn new(out: &'a TensorInfo, lse: &'a TensorInfo, dout: &'a TensorInfo) -> Self {
-        Self { out, lse, dout }
+        Self {
+            out,
+            lse,
+            statistics: None,
+            dout,
+        }
     }
 }
 
@@ -85,8 +94,13 @@ impl BackwardProblem {
         gradients: Option<GradientOutputs<'_>>,
     ) -> Result<Self, Error> {
         let forward = Problem::new(attention, q, k, v, None)?;
-        let BackwardInputs { out, lse, dout } = from_above;
-        let (lse_named, q_named) = (("lse", lse), ("q", q));
+        let BackwardInputs {
+            out,
+            lse,
+            statistics,
+            dout,
+        } = from_above;
+        let (of_rows, q_named) = (of_rows(lse, statistics), ("q", q));
         let shaped_like = [("out", out, q_named), ("dout", dout, q_named)];
         let results: Vec<_> = gradients.map_or(Vec::new(), |g| {
             vec![("dq", g.dq, q_named), ("dk", g.dk, ("k", k)), ("dv", g.dv, ("v", v))]
@@ -96,19 +110,22 @@ impl BackwardProblem {
         let all: Vec<Named<'_>> = [q_named]
             .into_iter()
             .chain(named.iter().copied())
-            .chain([lse_named])
+            .chain(of_rows.iter().copied())
             .collect();
 
         check_rank_and_sizes(&all)?;
         for &(name, tensor, model) in &rows {
             agree((name, tensor), model, &[0, 1, 2, 3])?;
         }
-        agree(lse_named, q_named, &[0, 1, 2])?;
+        of_rows
+            .iter()
+            .try_for_each(|&tensor| agree(tensor, q_named, &[0, 1, 2]))?;
         check_dtypes_and_devices(&all)?;
         named.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
-        check_contiguous(lse_named)?;
+        of_rows.iter().try_for_each(|&tensor| check_contiguous(tensor))?;
         let written: Vec<Named<'_>> = results.iter().map(|&(name, tensor, _)| (name, tensor)).collect();
-        let read = [q_named, ("k", k), ("v", v), ("out", out), lse_named, ("dout", dout)];
+        let read = [q_named, ("k", k), ("v", v), ("out", out), ("dout", dout)];
+        let read: Vec<Named<'_>> = read.into_iter().chain(of_rows.iter().copied()).collect();
         check_written(&read, &written)?;
 
         let new = |like: &TensorInfo| TensorInfo::contiguous(like.device(), like.dtype(), like.shape(), 0);
@@ -120,6 +137,7 @@ impl BackwardProblem {
             dk: strided(dk),
             dv: strided(dv),
             lse: lse.address(),
+            statistics: statistics.map(|tensors| tensors.map(TensorInfo::address)),
         };
         Ok(Self {
             forward: Problem {

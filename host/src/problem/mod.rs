@@ -43,6 +43,7 @@ pub struct Problem {
     k: StridedTensor,
     v: StridedTensor,
     out: StridedTensor,
+    keeps_statistics: bool,
 }
 
 /// The caller's own memory for the results of a forward pass.
@@ -53,14 +54,23 @@ pub struct Outputs<'a> {
     pub out: &'a TensorInfo,
     /// f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: &'a TensorInfo,
+    /// row_max and row_sum, as lse; `None` if they are not wanted.
+    pub statistics: Option<[&'a TensorInfo; 2]>,
 }
 
 impl<'a> Outputs<'a> {
     /// Memory for out and lse.
     pub fn new(out: &'a TensorInfo, lse: &'a TensorInfo) -> Self {
-        Self { out, lse }
+        Self {
+            out,
+            lse,
+            statistics: None,
+        }
     }
 }
+
+/// Names of the tensors of [`Statistics`](crate::Statistics) in error messages.
+const STATISTICS: [&str; 2] = ["row_max", "row_sum"];
 
 /// A tensor with the name it has in error messages.
 type Named<'a> = (&'static str, &'a TensorInfo);
@@ -85,22 +95,21 @@ impl Problem {
     ) -> Result<Self, Error> {
         let inputs = [("q", q), ("k", k), ("v", v)];
         let out = outputs.map(|outputs| ("out", outputs.out));
-        let lse = outputs.map(|outputs| ("lse", outputs.lse));
-        let all: Vec<Named<'_>> = inputs.into_iter().chain(out).chain(lse).collect();
+        let of_rows = outputs.map_or(Vec::new(), |outputs| of_rows(outputs.lse, outputs.statistics));
+        let all: Vec<Named<'_>> = inputs.into_iter().chain(out).chain(of_rows.iter().copied()).collect();
         let rows: Vec<Named<'_>> = inputs.into_iter().chain(out).collect(); // those with a head_dim
 
         check_rank_and_sizes(&all)?;
-        check_shapes_agree(&inputs, out, lse)?;
+        check_shapes_agree(&inputs, out, &of_rows)?;
         check_dtypes_and_devices(&all)?;
         check_heads(q, k)?;
         check_head_dim(("q", q))?;
         rows.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
         inputs.iter().try_for_each(|&tensor| check_seqlen(tensor))?;
         let new_out = TensorInfo::contiguous(q.device(), q.dtype(), q.shape(), 0)?;
-        if let (Some(out), Some(lse)) = (out, lse) {
-            check_contiguous(lse)?;
-            check_written(&inputs, &[out, lse])?;
-        }
+        of_rows.iter().try_for_each(|&tensor| check_contiguous(tensor))?;
+        let written: Vec<Named<'_>> = out.into_iter().chain(of_rows).collect();
+        check_written(&inputs, &written)?;
         let softmax_scale = attention.scale_for(q.shape()[3]);
         if !softmax_scale.is_finite() {
             return Err(Error::SoftmaxScale { value: softmax_scale });
@@ -121,6 +130,7 @@ impl Problem {
             k: strided(k),
             v: strided(v),
             out: strided(out.map_or(&new_out, |(_, out)| out)),
+            keeps_statistics: outputs.is_none_or(|outputs| outputs.statistics.is_some()),
         })
     }
 
@@ -194,15 +204,33 @@ impl Problem {
         self.v
     }
 
+    /// Whether forward writes row_max and row_sum beside lse, on a device that does.
+    pub fn keeps_statistics(&self) -> bool {
+        self.keeps_statistics
+    }
+
     /// The output; its address is 0 until it is allocated.
     pub fn out(&self) -> StridedTensor {
         self.out
     }
 }
 
+/// The tensors that hold one f32 a query, with their names.
+fn of_rows<'a>(lse: &'a TensorInfo, statistics: Option<[&'a TensorInfo; 2]>) -> Vec<Named<'a>> {
+    let statistics = statistics
+        .into_iter()
+        .flat_map(|tensors| STATISTICS.into_iter().zip(tensors));
+    [("lse", lse)].into_iter().chain(statistics).collect()
+}
+
+/// Whether a tensor of this name holds one f32 a query.
+fn is_of_rows(argument: &str) -> bool {
+    argument == "lse" || STATISTICS.contains(&argument)
+}
+
 fn check_rank_and_sizes(tensors: &[Named<'_>]) -> Result<(), Error> {
     for &(argument, tensor) in tensors {
-        let (rank, expected) = (tensor.shape().len(), if argument == "lse" { 3 } else { 4 });
+        let (rank, expected) = (tensor.shape().len(), if is_of_rows(argument) { 3 } else { 4 });
         if rank != expected {
             return Err(Error::Rank {
                 argument,
@@ -224,15 +252,11 @@ fn check_rank_and_sizes(tensors: &[Named<'_>]) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_shapes_agree(
-    &[q, k, v]: &[Named<'_>; 3],
-    out: Option<Named<'_>>,
-    lse: Option<Named<'_>>,
-) -> Result<(), Error> {
+fn check_shapes_agree(&[q, k, v]: &[Named<'_>; 3], out: Option<Named<'_>>, of_rows: &[Named<'_>]) -> Result<(), Error> {
     agree(k, q, &[0, 3])?; // heads and seqlen are k's own
     agree(v, k, &[0, 1, 2, 3])?;
     out.map_or(Ok(()), |out| agree(out, q, &[0, 1, 2, 3]))?;
-    lse.map_or(Ok(()), |lse| agree(lse, q, &[0, 1, 2]))
+    of_rows.iter().try_for_each(|&tensor| agree(tensor, q, &[0, 1, 2]))
 }
 
 /// Whether `argument` has the size of `model` along these axes.
@@ -255,7 +279,7 @@ fn agree((argument, tensor): Named<'_>, (other, model): Named<'_>, axes: &[usize
 fn check_dtypes_and_devices(tensors: &[Named<'_>]) -> Result<(), Error> {
     let q = tensors[0].1;
     for &(argument, tensor) in tensors {
-        let expected = if argument == "lse" { Dtype::F32 } else { q.dtype() };
+        let expected = if is_of_rows(argument) { Dtype::F32 } else { q.dtype() };
         if tensor.dtype() != expected {
             return Err(Error::DtypeMismatch {
                 argument,

@@ -7,7 +7,7 @@
 pub struct Scale {
     /// The factor of the scores, as the caller gave it.
     pub value: f32,
-    /// `value * log2(e)`: turns a product of q and k into an exponent of 2.
+    /// `value * log2(e)`, at most the largest f32: turns a product of q and k into an exponent of 2.
     pub log2: f32,
     /// `|value|`; 1 where `value` is 0.
     pub magnitude: f32,
@@ -20,7 +20,8 @@ pub struct Scale {
 impl Scale {
     /// The forms of a finite scale.
     pub(super) fn new(value: f32) -> Self {
-        let log2 = |x: f32| (f64::from(x) * std::f64::consts::LOG2_E) as f32;
+        let most = f64::from(f32::MAX);
+        let log2 = |x: f32| (f64::from(x) * std::f64::consts::LOG2_E).clamp(-most, most) as f32;
         let (magnitude, sign) = if value == 0.0 {
             (1.0, 0.0)
         } else {

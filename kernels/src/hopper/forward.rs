@@ -11,23 +11,18 @@
 //! Blocks stay for the whole launch and take one tile of work after the other. Keys are walked from the last to the first:
 //! those that need a mask come first, where they are few, and the loop over the others has none.
 
-use super::{Shared, WARPGROUP, warp_of_group, work::Work};
+use super::{Barrier, Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperForwardParams;
-use crate::mask::{Blocks, Mask};
+use crate::mask::{Blocks, Mask, for_blocks_backwards};
+use crate::nonfinite;
 use crate::pipeline::bulk::{Cursor, Slots};
-use crate::ptx::{mbarrier, memory, sreg, sync, tma, tma::Corner, wgmma};
+use crate::ptx::{mbarrier, memory, optimizer, sreg, sync, tma, tma::Corner, wgmma};
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperShape};
-use crate::softmax::OnlineSoftmax;
-use crate::tile::panels::Panels;
+use crate::softmax::{Finished, OnlineSoftmax};
 use crate::tile::register::{Accumulator, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
+use crate::tile::{element::Element, global::GlobalTile, panels::Panels};
 use core::mem::offset_of;
-
-/// First of the barriers by which consumers take turns, one each.
-const TURNS: u32 = 1;
-
-/// First of the barriers of a single consumer each.
-const GROUPS: u32 = 4;
 
 /// A block's share of the launch. `maps` is the generic address of `p`, a kernel parameter.
 ///
@@ -42,6 +37,9 @@ pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParam
             shared.query_slots().init(1, 1, S::CONSUMERS);
             shared.key_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
             shared.value_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
+            for group in 0..S::CONSUMERS {
+                memory::st_shared_word(shared.cleaned(group), 0);
+            }
             mbarrier::fence_init();
         }
         sync::sync_threads();
@@ -74,8 +72,8 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
             }
             queries.advance();
             // The same for every tile if nothing is masked; but registers are few here.
-            let end = sync::renew(key_blocks::<S, CAUSAL>(p, &mask, &work).end);
-            for n in (0..end).rev() {
+            let blocks = key_blocks::<S, CAUSAL>(p, &mask, &work);
+            for n in (blocks.begin..optimizer::renew(blocks.end)).rev() {
                 let corner = Corner {
                     batch: work.head / p.heads,
                     head: work.head % p.heads / p.heads_per_kv,
@@ -166,10 +164,10 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn attend(&mut self, work: &Work, softmax: &mut OnlineSoftmax<S::Scores>, output: &mut S::Output) {
         let blocks = key_blocks::<S, CAUSAL>(self.p, &self.mask, work);
-        if blocks.end == 0 {
+        if blocks.is_empty() {
             return;
         }
-        let last = blocks.end - 1;
+        let (last, before) = self.mask.split_last(blocks);
         // SAFETY (whole body): as in `consume`.
         unsafe {
             wgmma::fence();
@@ -181,14 +179,12 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             softmax.update(&mut scores);
             let mut probabilities = scores.pinned_operand();
             self.shared.value_slots().acquire(self.values);
-            if CAUSAL {
-                for n in (blocks.boundary..last).rev() {
-                    self.step::<true>(work, n, softmax, output, &mut probabilities);
-                }
+            if Mask::<CAUSAL>::HIDES_PAIRS && blocks.is_masked(last) {
+                self.clean(self.values.slot);
             }
-            for n in (0..blocks.boundary.min(last)).rev() {
-                self.step::<false>(work, n, softmax, output, &mut probabilities);
-            }
+            for_blocks_backwards!(before, |n, MASKED| {
+                self.step::<MASKED>(work, n, softmax, output, &mut probabilities)
+            });
             wgmma::fence();
             self.add_values(&probabilities, output);
             wgmma::wait::<0>();
@@ -231,6 +227,30 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             self.release_value();
             output.map_rows(rescale, |rescale, o| o * rescale);
             *probabilities = scores.pinned_operand();
+            if MASKED && Mask::<CAUSAL>::HIDES_PAIRS {
+                self.clean(self.values.slot);
+            }
+        }
+    }
+
+    /// Zeroes NaN and infinity in a slot of values that none of the consumers has multiplied yet. A word in shared memory says that
+    /// there were any, until the tile of work is finished.
+    #[inline(always)]
+    unsafe fn clean(&self, slot: u32) {
+        let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
+        let values = self.shared.value(slot);
+        // SAFETY (whole body): each chunk is one thread's; the first barrier comes when all have the tile, the second before
+        // any multiplies it.
+        unsafe {
+            let any = Barrier::Consumers.sync_or(threads, values.has_nonfinite::<S::Element>(thread, threads));
+            if any {
+                values.zero_nonfinite::<S::Element>(thread, threads);
+                if thread % WARPGROUP == 0 {
+                    memory::st_shared_word(self.shared.cleaned(self.group), 1);
+                }
+                tma::fence_async();
+                Barrier::Consumers.sync(threads);
+            }
         }
     }
 
@@ -260,18 +280,39 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     fn hide(&self, work: &Work, n: u32, scores: &mut S::Scores) {
         let (first_row, first_key) = (self.first_row(work), n * S::BLOCK_N);
-        scores.map_coordinates(|row, column, score| {
-            let visible = first_key + column < self.mask.visible_end(self.query(first_row + row));
-            if visible { score } else { f32::NEG_INFINITY }
-        });
+        let span = |row| self.mask.keys_of(self.query(first_row + row));
+        scores.hide(first_key, span, f32::NEG_INFINITY);
     }
 
     /// Normalises and stores the output, by way of the shared memory that held the queries, and lse.
     #[inline(always)]
     unsafe fn finish(&mut self, work: &Work, softmax: OnlineSoftmax<S::Scores>, mut output: S::Output, maps: u64) {
         let first_row = self.first_row(work);
-        let (inverse, lse) = softmax.finish(|row| self.mask.visible_end(self.query(first_row + row)) > 0);
-        output.map_rows(inverse, |inverse, o| o * inverse);
+        let span = |row| self.mask.keys_of(self.query(first_row + row));
+        let Finished {
+            inverse,
+            lse,
+            row_max,
+            row_sum,
+        } = softmax.finish(|row| !span(row).is_empty());
+        output.map_rows(inverse, |inverse, o| S::Element::mean(o * inverse));
+        // SAFETY: initialised before the block went on, and set before a barrier of all consumers.
+        let cleaned =
+            Mask::<CAUSAL>::HIDES_PAIRS && unsafe { memory::ld_shared_u32(self.shared.cleaned(self.group)) } != 0;
+        if cleaned {
+            let (batch, head) = (work.head / self.p.heads, work.head % self.p.heads / self.p.heads_per_kv);
+            let values = GlobalTile::new(
+                &self.p.values,
+                batch,
+                head,
+                self.p.seqlen_k,
+                &self.p.layout,
+                S::Element::BYTES,
+            );
+            let blocks = key_blocks::<S, CAUSAL>(self.p, &self.mask, work);
+            // SAFETY: the window clips what does not exist.
+            unsafe { nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::BLOCK_N, span) }
+        }
         let staging = self.shared.query(self.group);
         // SAFETY (whole body): the warpgroup's products with these queries were awaited, by each of its warps before it
         // arrives at the first barrier; lse holds an f32 for each query.
@@ -285,18 +326,36 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                     maps + offset_of!(HopperForwardParams, out) as u64,
                     corner(self.p, work, self.group),
                 );
-                tma::wait_read();
-                self.shared.query_slots().release(self.queries);
-            }
-            S::Scores::for_each_row(lse, |row, lse| {
-                let query = self.query(first_row + row);
-                if query < self.p.seqlen_q {
-                    let head = (work.head << self.p.packed_log2) + (first_row + row - (query << self.p.packed_log2));
-                    let index = head as u64 * self.p.seqlen_q as u64 + query as u64;
-                    memory::st_global_u32(self.p.lse + index * 4, lse.to_bits());
+                if cleaned {
+                    memory::st_shared_word(self.shared.cleaned(self.group), 0);
                 }
-            });
+                tma::wait_read();
+                self.shared.query_slots().release(self.queries.slot);
+            }
+            self.store_rows(work, lse, self.p.lse);
+            if self.p.row_max != 0 {
+                self.store_rows(work, row_max, self.p.row_max);
+                self.store_rows(work, row_sum, self.p.row_sum);
+            }
         }
+    }
+
+    /// Stores an f32 for each of the warp's queries to the line at `address`.
+    ///
+    /// # Safety
+    /// The line holds one for each query.
+    #[inline(always)]
+    unsafe fn store_rows(&self, work: &Work, values: <S::Scores as Accumulator>::Rows, address: u64) {
+        let first_row = self.first_row(work);
+        S::Scores::for_each_row(values, |row, value| {
+            let query = self.query(first_row + row);
+            if query < self.p.seqlen_q {
+                let head = (work.head << self.p.packed_log2) + (first_row + row - (query << self.p.packed_log2));
+                let index = head as u64 * self.p.seqlen_q as u64 + query as u64;
+                // SAFETY: the caller's contract.
+                unsafe { memory::st_global_u32(address + index * 4, value.to_bits()) }
+            }
+        });
     }
 
     /// The query that row `row` of a head is.
@@ -315,7 +374,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn release_key(&mut self) {
         // SAFETY: as in `consume`.
-        unsafe { self.release(self.shared.key_slots(), self.keys) };
+        unsafe { self.release(self.shared.key_slots(), self.keys.slot) };
         self.keys.advance();
     }
 
@@ -323,16 +382,16 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn release_value(&mut self) {
         // SAFETY: as in `consume`.
-        unsafe { self.release(self.shared.value_slots(), self.values) };
+        unsafe { self.release(self.shared.value_slots(), self.values.slot) };
         self.values.advance();
     }
 
     /// Each warp says so for itself: a wait covers its own part of a product only.
     #[inline(always)]
-    unsafe fn release(&self, slots: Slots, cursor: Cursor<HOPPER_SLOTS>) {
+    unsafe fn release(&self, slots: Slots, slot: u32) {
         if sreg::lane_id() == 0 {
             // SAFETY: as in `consume`.
-            unsafe { slots.release(cursor) }
+            unsafe { slots.release(slot) }
         }
     }
 
@@ -341,7 +400,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     fn take_turn(&self) {
         // SAFETY: a whole warpgroup waits and a whole warpgroup arrives; the ring is started by `consume`, which also
         // takes the last turn that was passed.
-        unsafe { sync::sync_some(TURNS + self.group, 2 * WARPGROUP) }
+        unsafe { Barrier::Turn(self.group).sync(2 * WARPGROUP) }
     }
 
     /// Lets the next warpgroup issue its products.
@@ -353,14 +412,14 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             self.group + 1
         };
         // SAFETY: as for `take_turn`.
-        unsafe { sync::arrive_some(TURNS + next, 2 * WARPGROUP) }
+        unsafe { Barrier::Turn(next).arrive(2 * WARPGROUP) }
     }
 
     /// Waits for the whole of this warpgroup.
     #[inline(always)]
     fn sync_group(&self) {
         // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
-        unsafe { sync::sync_some(GROUPS + self.group, WARPGROUP) }
+        unsafe { Barrier::Group(self.group).sync(WARPGROUP) }
     }
 }
 
@@ -400,6 +459,12 @@ impl<S: HopperShape> Shared<S> {
     #[inline(always)]
     fn key_slots(self) -> Slots {
         Slots::new(self.base + S::TILES_BYTES + Slots::BYTES)
+    }
+
+    /// Address of a word that says whether values were cleaned of which consumer `group` works on.
+    #[inline(always)]
+    fn cleaned(self, group: u32) -> u32 {
+        self.base + S::TILES_BYTES + (1 + 2 * HOPPER_SLOTS) * Slots::BYTES + group * 4
     }
 
     /// The same for each slot of values.

@@ -1,6 +1,6 @@
 //! Attention by Hopper's own instructions: tiles copied by the tensor memory accelerator, products of warpgroups.
 //!
-//! Every kernel here has the same cast. The first warpgroup loads, through rings of slots guarded by barriers; it keeps few
+//! Every kernel here that multiplies has the same cast. The first warpgroup loads, through rings of slots guarded by barriers; it keeps few
 //! registers. The others each own 64 rows of the result and compute. Blocks stay for the whole launch and take one tile of
 //! work after the other, so that the loads of the next overlap the end of the last.
 
@@ -8,11 +8,86 @@ pub mod backward;
 pub mod forward;
 mod work;
 
-use crate::ptx::sreg;
+use crate::ptx::{sreg, sync};
+use crate::shape::MAX_CONSUMERS;
 use core::marker::PhantomData;
 
 /// Threads of a warpgroup.
 const WARPGROUP: u32 = 128;
+
+/// Named barriers of a block. Barrier 0 is that of all threads, and the hardware has 16.
+#[derive(Clone, Copy)]
+enum Barrier {
+    /// The whole of consumer `group`.
+    Group(u32),
+    /// Consumer `group`, whose turn it is, and the one before it, which says so.
+    Turn(u32),
+    /// All consumers.
+    Consumers,
+}
+
+impl Barrier {
+    /// The number that the hardware knows it by.
+    const fn id(self) -> u32 {
+        match self {
+            Self::Consumers => 1,
+            Self::Group(group) => 2 + group,
+            Self::Turn(group) => 2 + MAX_CONSUMERS + group,
+        }
+    }
+
+    /// Waits for `threads` threads, this one among them.
+    ///
+    /// # Safety
+    /// As [`sync::named_barrier_sync`].
+    #[inline(always)]
+    unsafe fn sync(self, threads: u32) {
+        // SAFETY: the caller's contract; ids are distinct, asserted below.
+        unsafe { sync::named_barrier_sync(self.id(), threads) }
+    }
+
+    /// As [`sync`](Self::sync), and whether `predicate` holds for any of them.
+    ///
+    /// # Safety
+    /// As [`sync::named_barrier_sync`].
+    #[inline(always)]
+    unsafe fn sync_or(self, threads: u32, predicate: bool) -> bool {
+        // SAFETY: the caller's contract; ids are distinct, asserted below.
+        unsafe { sync::named_barrier_or(self.id(), threads, predicate) }
+    }
+
+    /// Arrives as one of `threads` threads, and does not wait.
+    ///
+    /// # Safety
+    /// As [`sync::named_barrier_sync`].
+    #[inline(always)]
+    unsafe fn arrive(self, threads: u32) {
+        // SAFETY: the caller's contract; ids are distinct, asserted below.
+        unsafe { sync::named_barrier_arrive(self.id(), threads) }
+    }
+}
+
+// Ids are distinct, none is 0, and all are below 16.
+const _: () = {
+    let mut used = 1_u32;
+    let mut group = 0;
+    while group <= MAX_CONSUMERS {
+        let barriers = if group == MAX_CONSUMERS {
+            [Barrier::Consumers, Barrier::Consumers]
+        } else {
+            [Barrier::Group(group), Barrier::Turn(group)]
+        };
+        let kinds = if group == MAX_CONSUMERS { 1 } else { 2 };
+        let mut kind = 0;
+        while kind < kinds {
+            let id = barriers[kind].id();
+            assert!(id < 16 && used >> id & 1 == 0);
+            used |= 1 << id;
+            kind += 1;
+        }
+        group += 1;
+    }
+};
 
 /// Index of the warp in its warpgroup.
 #[inline(always)]

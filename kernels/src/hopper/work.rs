@@ -2,6 +2,7 @@
 
 use crate::abi::WorkList;
 use crate::deal::Deal;
+use crate::mask::Blocks;
 use crate::ptx::{sreg, tma::Corner};
 use crate::shape::HOPPER_ROWS;
 use core::num::NonZeroU32;
@@ -47,10 +48,9 @@ impl Work {
         }
     }
 
-    /// How many tiles of the head's keys add to dQ of some queries before this one, if the last key that they see is number
-    /// `last_key`.
+    /// How many tiles of the head's keys add to dQ of some queries before this one, if the queries see the tiles `keys`.
     #[inline(always)]
-    pub fn place(&self, last_key: u32) -> u32 {
-        self.deal.place(last_key / self.block)
+    pub fn place(&self, keys: Blocks) -> u32 {
+        self.deal.place(keys.begin, keys.end - 1)
     }
 }

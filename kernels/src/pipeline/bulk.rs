@@ -99,14 +99,14 @@ impl Slots {
         unsafe { mbarrier::wait(self.full(cursor.slot), cursor.parity) }
     }
 
-    /// Consumer: one of the arrivals that empty the slot.
+    /// Consumer: one of the arrivals that empty slot `slot`.
     ///
     /// # Safety
     /// The slot was acquired, and those for whom this thread arrives are done with it.
     #[inline(always)]
-    pub unsafe fn release<const SLOTS: u32>(self, cursor: Cursor<SLOTS>) {
+    pub unsafe fn release(self, slot: u32) {
         // SAFETY: the caller's contract.
-        unsafe { mbarrier::arrive(self.empty(cursor.slot)) }
+        unsafe { mbarrier::arrive(self.empty(slot)) }
     }
 }
 
@@ -127,11 +127,10 @@ impl<const SLOTS: u32> Cursor<SLOTS> {
         }
     }
 
-    /// Of the slot before, to release it.
+    /// The slot before, to release it. Not a position: past the ring's end the parity is another.
     #[inline(always)]
-    pub fn previous(self) -> Self {
-        let slot = if self.slot == 0 { SLOTS - 1 } else { self.slot - 1 };
-        Self { slot, ..self }
+    pub fn previous_slot(self) -> u32 {
+        if self.slot == 0 { SLOTS - 1 } else { self.slot - 1 }
     }
 }
 

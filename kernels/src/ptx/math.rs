@@ -27,6 +27,18 @@ unary!(
     /// 1/x, correctly rounded.
     rcp, "rcp.rn.f32");
 
+/// The smaller of x and y, NaN if either is: `min.NaN.f32`. PTX 7.0, sm_80.
+#[inline(always)]
+pub fn min_nan(x: f32, y: f32) -> f32 {
+    let r;
+    // SAFETY: arithmetic on one lane's registers.
+    unsafe {
+        asm!("min.NaN.f32 {r}, {x}, {y};", r = out(reg32) r, x = in(reg32) x, y = in(reg32) y,
+            options(pure, nomem, nostack));
+    }
+    r
+}
+
 /// x * y + z, rounded once.
 #[inline(always)]
 pub fn fma(x: f32, y: f32, z: f32) -> f32 {

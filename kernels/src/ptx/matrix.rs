@@ -1,11 +1,15 @@
 //! Tensor cores and their operands. PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions".
 
-use crate::shape::{Bf16, F16};
-use crate::tile::element::Element;
+use crate::element::{Bf16, F16};
 use core::arch::asm;
 
 /// A 16-bit element type of the tensor cores.
-pub trait Half: Element {
+pub trait Half: Copy {
+    /// The exponent, all ones.
+    const EXPONENT: u16;
+    /// The largest finite number.
+    const MAX: f32;
+
     /// `mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32` — d += a b. PTX 7.0, sm_80. The whole warp executes it.
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]);
     /// Two f32 to one word, each rounded to nearest even; `low` in the low half.
@@ -17,8 +21,11 @@ pub trait Half: Element {
 }
 
 macro_rules! half {
-    ($type:ident, $name:literal, $unpack:expr) => {
+    ($type:ident, $name:literal, $exponent:literal, $max:expr, $unpack:expr) => {
         impl Half for $type {
+            const EXPONENT: u16 = $exponent;
+            const MAX: f32 = $max;
+
             #[inline(always)]
             fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
                 // SAFETY: registers only; the kernels call it where control is uniform over the warp.
@@ -61,8 +68,8 @@ macro_rules! half {
     };
 }
 
-half!(F16, "f16", unpack_f16);
-half!(Bf16, "bf16", |pair: u32| [
+half!(F16, "f16", 0x7c00, 65504.0, unpack_f16);
+half!(Bf16, "bf16", 0x7f80, f32::from_bits(0x7f7f_0000), |pair: u32| [
     f32::from_bits(pair << 16),
     f32::from_bits(pair & 0xffff_0000)
 ]);

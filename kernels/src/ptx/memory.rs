@@ -48,6 +48,16 @@ pub unsafe fn ld_shared(address: u32) -> f32 {
     value
 }
 
+/// `ld.shared.b32` — one word.
+///
+/// # Safety
+/// As [`ld_shared`].
+#[inline(always)]
+pub unsafe fn ld_shared_u32(address: u32) -> u32 {
+    // SAFETY: the caller's contract.
+    unsafe { ld_shared(address) }.to_bits()
+}
+
 /// `ld.shared.v4.b32` — 16 bytes as four words.
 ///
 /// # Safety

@@ -1,4 +1,4 @@
-//! The only `asm!` in the project: one PTX instruction, one function.
+//! The only `asm!` of the kernels: a function is one PTX instruction, or a loop around one that waits.
 //!
 //! Options tell the truth. Arithmetic on one lane's values is `pure, nomem`. What reads or writes memory, or orders it,
 //! keeps the default clobber. What a whole warp executes together (`mma`, `ldmatrix`, `shfl`, `bar`) is never `pure`:
@@ -9,6 +9,7 @@ pub mod math;
 pub mod matrix;
 pub mod mbarrier;
 pub mod memory;
+pub mod optimizer;
 pub mod sreg;
 pub mod sync;
 pub mod tma;

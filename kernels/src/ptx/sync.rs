@@ -9,23 +9,52 @@ pub fn sync_threads() {
     unsafe { asm!("bar.sync 0;", options(nostack)) }
 }
 
-/// `bar.sync barrier, threads;` — `threads` threads arrive at barrier `barrier`, this one among them, and see what the
-/// others wrote before.
+/// `bar.sync barrier, threads;` — `threads` threads arrive at named barrier `barrier` (1 to 15), this one among them, and see
+/// what the others wrote before.
 ///
 /// # Safety
-/// Whole warps call it, and barrier 0 is [`sync_threads`]'s.
+/// Whole warps call it, and all threads that use the barrier mean the same by it. Barrier 0 is [`sync_threads`]'s.
 #[inline(always)]
-pub unsafe fn sync_some(barrier: u32, threads: u32) {
+pub unsafe fn named_barrier_sync(barrier: u32, threads: u32) {
     // SAFETY: the caller's contract.
     unsafe { asm!("bar.sync {b}, {n};", b = in(reg32) barrier, n = in(reg32) threads, options(nostack)) }
+}
+
+/// `bar.red.or.pred` on barrier 0 — every thread of the block arrives, sees what the others wrote before, and learns whether
+/// `predicate` holds for any.
+#[inline(always)]
+pub fn sync_threads_or(predicate: bool) -> bool {
+    let result: u32;
+    // SAFETY: the kernels call it where control is uniform over the block.
+    unsafe {
+        asm!("{{ .reg .pred one, any; setp.ne.u32 one, {p}, 0; bar.red.or.pred any, 0, one; selp.u32 {r}, 1, 0, any; }}",
+            r = out(reg32) result, p = in(reg32) predicate as u32, options(nostack));
+    }
+    result != 0
+}
+
+/// `bar.red.or.pred` on named barrier `barrier` — as [`named_barrier_sync`], and whether `predicate` holds for any.
+///
+/// # Safety
+/// As [`named_barrier_sync`].
+#[inline(always)]
+pub unsafe fn named_barrier_or(barrier: u32, threads: u32, predicate: bool) -> bool {
+    let result: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("{{ .reg .pred one, any; setp.ne.u32 one, {p}, 0; bar.red.or.pred any, {b}, {n}, one; selp.u32 {r}, 1, 0, any; }}",
+            r = out(reg32) result, p = in(reg32) predicate as u32, b = in(reg32) barrier, n = in(reg32) threads,
+            options(nostack));
+    }
+    result != 0
 }
 
 /// `bar.arrive barrier, threads;` — the same without waiting.
 ///
 /// # Safety
-/// As [`sync_some`].
+/// As [`named_barrier_sync`].
 #[inline(always)]
-pub unsafe fn arrive_some(barrier: u32, threads: u32) {
+pub unsafe fn named_barrier_arrive(barrier: u32, threads: u32) {
     // SAFETY: the caller's contract.
     unsafe { asm!("bar.arrive {b}, {n};", b = in(reg32) barrier, n = in(reg32) threads, options(nostack)) }
 }
@@ -65,6 +94,18 @@ pub unsafe fn signal(address: u64) {
     unsafe { asm!("red.release.gpu.global.add.u32 [{p}], 1;", p = in(reg64) address, options(nostack)) }
 }
 
+/// `vote.sync.any.pred` — whether `predicate` holds in any lane of the warp, which executes it together.
+#[inline(always)]
+pub fn any(predicate: bool) -> bool {
+    let result: u32;
+    // SAFETY: the kernels call it where control is uniform over the warp.
+    unsafe {
+        asm!("{{ .reg .pred one, any; setp.ne.u32 one, {p}, 0; vote.sync.any.pred any, one, -1; selp.u32 {r}, 1, 0, any; }}",
+            r = out(reg32) result, p = in(reg32) predicate as u32, options(nomem, nostack));
+    }
+    result != 0
+}
+
 /// `shfl.sync.bfly.b32` — the value of lane `lane_id ^ mask`.
 #[inline(always)]
 pub fn shuffle_xor(value: f32, mask: u32) -> f32 {
@@ -98,23 +139,5 @@ pub fn uniform(value: u32) -> u32 {
         asm!("shfl.sync.idx.b32 {r}, {v}, 0, 31, -1;", r = out(reg32) result, v = in(reg32) value,
             options(nomem, nostack));
     }
-    result
-}
-
-/// The same number, but the optimiser can not know it: keeps a loop with this trip count rolled.
-#[inline(always)]
-pub fn opaque(value: u32) -> u32 {
-    let result;
-    // SAFETY: a register move.
-    unsafe { asm!("mov.u32 {r}, {v};", r = out(reg32) result, v = in(reg32) value, options(pure, nomem, nostack)) }
-    result
-}
-
-/// The same number, but what follows from it is worked out anew: not kept in registers since the last time.
-#[inline(always)]
-pub fn renew(value: u32) -> u32 {
-    let result;
-    // SAFETY: a register move; not `pure`, so that two of them stay two.
-    unsafe { asm!("mov.u32 {r}, {v};", r = out(reg32) result, v = in(reg32) value, options(nomem, nostack)) }
     result
 }

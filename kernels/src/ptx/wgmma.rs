@@ -4,7 +4,7 @@
 //! A product is issued, committed to a group and awaited. Until then its accumulators belong to the tensor cores: the
 //! compiler knows nothing of that, so what reads them is kept behind the wait by [`WarpgroupMma::pin`].
 
-use crate::shape::{Bf16, F16};
+use crate::element::{Bf16, F16};
 use core::arch::asm;
 
 /// Accumulators of m64nNk16 as a lane holds them: four of each 8 columns, as in m16n8.

@@ -59,7 +59,7 @@ pub unsafe fn scores<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
         scores.map_coordinates(|row, column, score| {
             let (row, column) = (block.first_row + warp_row + row, first_key + column);
             if row < seqlen_q && column < seqlen_k {
-                let visible = column < mask.visible_end(row);
+                let visible = mask.keys_of(row).contains(column);
                 let score = if visible {
                     score * p.forward.scale * p.forward.scale_sign
                 } else {
@@ -102,7 +102,7 @@ pub unsafe fn softmax<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
             (max, sum) = add(max, sum, other_max, other_sum);
             distance *= 2;
         }
-        let sees_keys = mask.visible_end(row) > 0;
+        let sees_keys = !mask.keys_of(row).is_empty();
         let inverse = if sees_keys { math::rcp(sum) } else { 0.0 };
         let mut column = lane;
         while column < seqlen_k {

@@ -1,7 +1,7 @@
-//! Element types, as 16-byte chunks of four words.
+//! What kernels do with 16-byte chunks, four words, of elements of each type.
 
-use crate::ptx::{math::fma, matrix::Half};
-pub use crate::shape::{Bf16, F16};
+use crate::element::F32;
+use crate::ptx::{math::fma, matrix::Half, memory};
 
 /// An element type of q, k, v and out.
 pub trait Element: Copy {
@@ -11,11 +11,47 @@ pub trait Element: Copy {
     fn scale(words: [u32; 4], factor: f32) -> [u32; 4];
     /// The sum of the products of two chunks' elements, in f32.
     fn dot(a: [u32; 4], b: [u32; 4]) -> f32;
-}
+    /// The element at a device address.
+    ///
+    /// # Safety
+    /// The address is readable, and aligned to an element.
+    unsafe fn load(address: u64) -> f32;
+    /// The exponents of a word's elements, all ones: NaN and infinity have them.
+    const EXPONENTS: u32;
+    /// Lowest bits of those exponents.
+    const LOWEST: u32;
+    /// The largest finite number.
+    const MAX: f32;
 
-/// IEEE binary32.
-#[derive(Clone, Copy)]
-pub struct F32;
+    /// The highest bit of each element of a word that is NaN or infinite: there the exponent carries.
+    #[inline(always)]
+    fn nonfinite(word: u32) -> u32 {
+        ((word & Self::EXPONENTS) + Self::LOWEST) & 0x8000_8000
+    }
+
+    /// A word with zeros for NaN and infinity.
+    #[inline(always)]
+    fn finite(word: u32) -> u32 {
+        let nonfinite = Self::nonfinite(word);
+        let ones = if Self::BYTES == 4 { u32::MAX } else { 0xffff };
+        let lowest = if Self::BYTES == 4 {
+            nonfinite >> 31
+        } else {
+            nonfinite >> 15
+        };
+        word & !(lowest * ones)
+    }
+
+    /// A mean of elements as this type holds it: rounding alone can have brought it past the largest.
+    #[inline(always)]
+    fn mean(x: f32) -> f32 {
+        if Self::BYTES == 2 && x.abs() > Self::MAX && x.abs() < f32::INFINITY {
+            Self::MAX.copysign(x)
+        } else {
+            x
+        }
+    }
+}
 
 impl Element for F32 {
     const BYTES: u32 = 4;
@@ -33,31 +69,44 @@ impl Element for F32 {
         }
         sum
     }
+
+    #[inline(always)]
+    unsafe fn load(address: u64) -> f32 {
+        // SAFETY: the caller's contract.
+        f32::from_bits(unsafe { memory::ld_global_u32(address) })
+    }
+
+    const EXPONENTS: u32 = 0x7f80_0000;
+    const LOWEST: u32 = 0x0080_0000;
+    const MAX: f32 = f32::MAX;
 }
 
-macro_rules! half_element {
-    ($type:ident) => {
-        impl Element for $type {
-            const BYTES: u32 = 2;
+impl<T: Half> Element for T {
+    const BYTES: u32 = 2;
 
-            #[inline(always)]
-            fn scale(words: [u32; 4], factor: f32) -> [u32; 4] {
-                let factor = Self::pack(factor, factor);
-                words.map(|pair| <Self as Half>::scale(pair, factor))
-            }
+    #[inline(always)]
+    fn scale(words: [u32; 4], factor: f32) -> [u32; 4] {
+        let factor = T::pack(factor, factor);
+        words.map(|pair| <T as Half>::scale(pair, factor))
+    }
 
-            #[inline(always)]
-            fn dot(a: [u32; 4], b: [u32; 4]) -> f32 {
-                let mut sum = 0.0;
-                for i in 0..4 {
-                    let (x, y) = (Self::unpack(a[i]), Self::unpack(b[i]));
-                    sum = fma(x[1], y[1], fma(x[0], y[0], sum));
-                }
-                sum
-            }
+    #[inline(always)]
+    fn dot(a: [u32; 4], b: [u32; 4]) -> f32 {
+        let mut sum = 0.0;
+        for i in 0..4 {
+            let (x, y) = (T::unpack(a[i]), T::unpack(b[i]));
+            sum = fma(x[1], y[1], fma(x[0], y[0], sum));
         }
-    };
-}
+        sum
+    }
 
-half_element!(F16);
-half_element!(Bf16);
+    #[inline(always)]
+    unsafe fn load(address: u64) -> f32 {
+        // SAFETY: the caller's contract.
+        T::unpack(unsafe { memory::ld_global_u16(address) } as u32)[0]
+    }
+
+    const EXPONENTS: u32 = T::EXPONENT as u32 * 0x0001_0001;
+    const LOWEST: u32 = (T::EXPONENT & !(T::EXPONENT << 1)) as u32 * 0x0001_0001;
+    const MAX: f32 = T::MAX;
+}

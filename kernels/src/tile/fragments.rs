@@ -112,15 +112,12 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
     #[inline(always)]
     unsafe fn map_columns(&mut self, columns: u32, f: impl Fn(f32, f32) -> f32) {
         let (_, first) = fragment::accumulator(sreg::lane_id(), 0);
-        let mut values = [[0.0; 2]; N];
         for n in 0..N {
             // SAFETY: the caller's contract; columns come in pairs.
-            values[n] = unsafe { memory::ld_shared_v2(columns + (n as u32 * 8 + first) * 4) };
-        }
-        for m in 0..M {
-            for n in 0..N {
+            let values = unsafe { memory::ld_shared_v2(columns + (n as u32 * 8 + first) * 4) };
+            for m in 0..M {
                 for e in 0..4 {
-                    self.0[m][n][e] = f(values[n][e % 2], self.0[m][n][e]);
+                    self.0[m][n][e] = f(values[e % 2], self.0[m][n][e]);
                 }
             }
         }

@@ -57,6 +57,18 @@ impl GlobalTile {
         self.chunks
     }
 
+    /// Rows that exist.
+    #[inline(always)]
+    pub fn rows(&self) -> u32 {
+        self.rows
+    }
+
+    /// Address of an element.
+    #[inline(always)]
+    pub fn element_address(&self, row: u32, column: u32) -> u64 {
+        self.base + row as u64 * self.row_bytes + (column * self.element_bytes) as u64
+    }
+
     /// Whether chunk `chunk` of row `row` exists.
     #[inline(always)]
     pub fn contains(&self, row: u32, chunk: u32) -> bool {

@@ -5,8 +5,9 @@
 //! other 15: one shuffle feeds as many FMA as a lane has columns, and no shared memory is spent on it.
 
 use super::register::{Accumulator, OutputTile, RowValues, Rows, ScoreTile};
-use super::{element::F32, fragment, global::GlobalTile, shared::SharedTile};
-use crate::ptx::{math::fma, memory, sreg, sync};
+use super::{fragment, global::GlobalTile, shared::SharedTile};
+use crate::element::F32;
+use crate::ptx::{math::fma, memory, optimizer, sreg, sync};
 
 /// Four rows by `N` columns in each lane, 16 lanes to a row, taken in turns of `RUN` columns.
 #[derive(Clone, Copy)]
@@ -19,7 +20,7 @@ impl<const N: usize> ScoreTile for LaneRows<N, 1> {
     #[inline(always)]
     unsafe fn add_abt(&mut self, a: SharedTile, b: SharedTile) {
         let lane = sreg::lane_id();
-        for chunk in 0..sync::opaque(a.chunks()) {
+        for chunk in 0..optimizer::opaque(a.chunks()) {
             let mut x = [[0.0; 4]; 4];
             for r in 0..4 {
                 let (row, _) = fragment::simt(lane, r as u32, 0, 1);
@@ -50,7 +51,7 @@ impl<const N: usize, const K: usize> OutputTile<LaneRows<K, 1>> for LaneRows<N, 
     unsafe fn add_ab(&mut self, a: &LaneRows<K, 1>, b: SharedTile) {
         let lane = sreg::lane_id();
         for k in 0..K {
-            for owner in 0..sync::opaque(16) {
+            for owner in 0..optimizer::opaque(16) {
                 let mut x = [0.0; 4];
                 for r in 0..4 {
                     x[r] = sync::shuffle(a.0[r][k], (lane & 16) + owner);

@@ -4,8 +4,9 @@
 //! PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout": with rows of 128 bytes the pattern repeats every 8
 //! rows, 1024 bytes, and that is the unit that descriptors count in.
 
-use super::swizzle::swizzle;
+use super::{element::Element, swizzle::swizzle};
 use crate::ptx::tma::{self, Corner};
+use crate::ptx::{memory, optimizer};
 
 /// Columns of a panel.
 pub const PANEL_COLUMNS: u32 = 64;
@@ -79,6 +80,65 @@ impl Panels {
     pub fn chunk(self, row: u32, column: u32) -> u32 {
         let chunk = swizzle(row, column % PANEL_COLUMNS / 8, ROW_BYTES);
         self.base + column / PANEL_COLUMNS * self.panel_bytes() + row * ROW_BYTES + chunk * 16
+    }
+
+    /// Whether there is NaN or infinity in this thread's share of the tile, of `threads` threads.
+    ///
+    /// # Safety
+    /// The tile is initialised and visible to this thread.
+    #[inline(always)]
+    pub unsafe fn has_nonfinite<E: Element>(self, thread: u32, threads: u32) -> bool {
+        let mut nonfinite = 0;
+        let mut at = thread * 16;
+        while at < optimizer::renew(self.panels() * self.panel_bytes()) {
+            // SAFETY: the caller's contract.
+            let words = unsafe { memory::ld_shared_words(self.base + at) };
+            for i in 0..4 {
+                nonfinite |= E::nonfinite(words[i]);
+            }
+            at += threads * 16;
+        }
+        nonfinite != 0
+    }
+
+    /// Zeroes NaN and infinity in a row; whether there were any.
+    ///
+    /// # Safety
+    /// The tile is initialised and visible to this thread, and no other touches the row meanwhile.
+    #[inline(always)]
+    pub unsafe fn clean_row<E: Element>(self, row: u32) -> bool {
+        let mut nonfinite = 0;
+        let mut column = 0;
+        while column < optimizer::renew(self.panels() * PANEL_COLUMNS) {
+            let address = self.chunk(row, column);
+            // SAFETY (whole body): the caller's contract.
+            let words = unsafe { memory::ld_shared_words(address) };
+            let mut here = 0;
+            for i in 0..4 {
+                here |= E::nonfinite(words[i]);
+            }
+            if here != 0 {
+                unsafe { memory::st_shared_words(address, words.map(E::finite)) }
+            }
+            nonfinite |= here;
+            column += 8;
+        }
+        nonfinite != 0
+    }
+
+    /// Zeroes NaN and infinity in this thread's share of the tile.
+    ///
+    /// # Safety
+    /// As [`has_nonfinite`](Self::has_nonfinite), and no other thread touches the share meanwhile.
+    #[inline(always)]
+    pub unsafe fn zero_nonfinite<E: Element>(self, thread: u32, threads: u32) {
+        let mut at = thread * 16;
+        while at < optimizer::renew(self.panels() * self.panel_bytes()) {
+            let address = self.base + at;
+            // SAFETY: the caller's contract.
+            unsafe { memory::st_shared_words(address, memory::ld_shared_words(address).map(E::finite)) }
+            at += threads * 16;
+        }
     }
 
     /// Starts to fill the tile from `corner` on; `barrier` counts the bytes of all its panels.

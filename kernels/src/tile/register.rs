@@ -5,6 +5,7 @@
 //! array to local memory.
 
 use super::{element::Element, global::GlobalTile, shared::SharedTile};
+use crate::mask::Span;
 use crate::ptx::{memory, sreg, sync};
 
 /// One f32 for each row a lane holds part of: `A` groups of `B` rows.
@@ -19,6 +20,8 @@ pub trait RowValues: Copy {
     fn map(self, f: impl Fn(f32) -> f32) -> Self;
     /// Row by row, of two.
     fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self;
+    /// Whether it holds for any row.
+    fn any(self, holds: impl Fn(f32) -> bool) -> bool;
 }
 
 impl<const A: usize, const B: usize> RowValues for Rows<A, B> {
@@ -46,6 +49,17 @@ impl<const A: usize, const B: usize> RowValues for Rows<A, B> {
         }
         self
     }
+
+    #[inline(always)]
+    fn any(self, holds: impl Fn(f32) -> bool) -> bool {
+        let mut any = false;
+        for a in 0..A {
+            for b in 0..B {
+                any |= holds(self.0[a][b]);
+            }
+        }
+        any
+    }
 }
 
 /// A matrix of f32 spread over a warp, some columns of some rows in each lane.
@@ -69,6 +83,19 @@ pub trait Accumulator: Copy {
 
     /// Each element with its coordinates in the warp's tile: `x = f(row, column, x)`.
     fn map_coordinates(&mut self, f: impl Fn(u32, u32, f32) -> f32);
+
+    /// Hides what a row does not see: each element whose column lies outside its row's span becomes `hidden`. Column 0 of the
+    /// tile is position `first`.
+    #[inline(always)]
+    fn hide(&mut self, first: u32, span: impl Fn(u32) -> Span, hidden: f32) {
+        self.hide_pairs(|row, column| span(row).contains(first + column), hidden);
+    }
+
+    /// Each element becomes `hidden` where (row, column) is not `visible`.
+    #[inline(always)]
+    fn hide_pairs(&mut self, visible: impl Fn(u32, u32) -> bool, hidden: f32) {
+        self.map_coordinates(|row, column, x| if visible(row, column) { x } else { hidden });
+    }
 
     /// Each element with its counterpart: `x = f(other, x)`.
     fn zip(&mut self, other: &Self, f: impl Fn(f32, f32) -> f32);
@@ -96,6 +123,20 @@ pub trait Accumulator: Copy {
             }
             sync::shuffle(value, first)
         })
+    }
+
+    /// Stores a value for each of the first `rows` rows to global memory.
+    ///
+    /// # Safety
+    /// `address` is writable and 4-byte aligned, for `rows` values that no other warp touches.
+    #[inline(always)]
+    unsafe fn store_rows(values: Self::Rows, address: u64, rows: u32) {
+        Self::for_each_row(values, |row, value| {
+            if row < rows {
+                // SAFETY: the caller's contract.
+                unsafe { memory::st_global_u32(address + row as u64 * 4, value.to_bits()) }
+            }
+        });
     }
 
     /// Calls `f(row, value)` for each row, in one of the lanes that share it.

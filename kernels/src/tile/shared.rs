@@ -1,11 +1,12 @@
 //! A tile in shared memory: rows of swizzled 16-byte chunks.
 
 use super::{
+    element::Element,
     fragment,
     global::{GlobalTile, Walk},
     swizzle::swizzle,
 };
-use crate::ptx::{copy, matrix, memory, sreg, sync};
+use crate::ptx::{copy, matrix, memory, optimizer, sreg, sync};
 use crate::shape::neighbours;
 
 /// Bytes of the unit that is copied, swizzled and loaded.
@@ -73,8 +74,8 @@ impl SharedTile {
                 source.advance();
             }
         } else {
-            for i in 0..sync::opaque(rows / split.rows) {
-                for j in 0..sync::opaque(chunks) {
+            for i in 0..optimizer::opaque(rows / split.rows) {
+                for j in 0..optimizer::opaque(chunks) {
                     // SAFETY: the caller's contract.
                     unsafe { memory::st_shared_words(slot(i, j), source.gather(j)) }
                 }
@@ -90,7 +91,7 @@ impl SharedTile {
     #[inline(always)]
     pub unsafe fn store(self, target: &GlobalTile, rows: u32) {
         let split = Split::new(self.row_bytes, sreg::lane_id(), 32);
-        split.for_each(sync::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
+        split.for_each(optimizer::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
             if target.contains(row, chunk) {
                 // SAFETY: the caller's contract, and the chunk exists.
                 unsafe { target.store(row, chunk, memory::ld_shared_words(self.address(row, chunk))) }
@@ -105,12 +106,40 @@ impl SharedTile {
     #[inline(always)]
     pub unsafe fn map(self, rows: u32, f: impl Fn([u32; 4]) -> [u32; 4]) {
         let split = Split::new(self.row_bytes, sreg::lane_id(), 32);
-        split.for_each(sync::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
+        split.for_each(optimizer::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
             let address = self.address(row, chunk);
             // SAFETY: the caller's contract; each chunk belongs to one lane.
             unsafe { memory::st_shared_words(address, f(memory::ld_shared_words(address))) }
         });
         sync::sync_warp();
+    }
+
+    /// Zeroes NaN and infinity in the first `rows` rows, by all threads of the block, which share the rows as `split` says; whether
+    /// there were any. They see all of it when this returns.
+    ///
+    /// # Safety
+    /// The tile is initialised and visible to the block, and after this call's first barrier nobody reads it. Every thread
+    /// of the block calls this together.
+    #[inline(always)]
+    pub unsafe fn clean<E: Element>(self, split: Split, rows: u32) -> bool {
+        let mut nonfinite = 0;
+        split.for_each(optimizer::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
+            // SAFETY: the caller's contract.
+            let words = unsafe { memory::ld_shared_words(self.address(row, chunk)) };
+            for word in words {
+                nonfinite |= E::nonfinite(word);
+            }
+        });
+        let any = sync::sync_threads_or(nonfinite != 0);
+        if any {
+            split.for_each(optimizer::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
+                let address = self.address(row, chunk);
+                // SAFETY: the caller's contract; each chunk belongs to one thread.
+                unsafe { memory::st_shared_words(address, memory::ld_shared_words(address).map(E::finite)) }
+            });
+            sync::sync_threads();
+        }
+        any
     }
 
     /// The A operand at rows `row ..+ 16`, k block `k` (16 elements).
@@ -178,7 +207,7 @@ impl Split {
 
     /// Visits this thread's (row, chunk) pairs in `steps` steps down the rows.
     #[inline(always)]
-    fn for_each(&self, steps: u32, row_bytes: u32, visit: impl Fn(u32, u32)) {
+    fn for_each(&self, steps: u32, row_bytes: u32, mut visit: impl FnMut(u32, u32)) {
         for i in 0..steps {
             for j in 0..row_bytes / CHUNK / self.chunks {
                 visit(self.row + i * self.rows, self.chunk + j * self.chunks);

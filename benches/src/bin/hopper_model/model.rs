@@ -254,7 +254,11 @@ fn steps_of_blocks(launch: &Launch, list: &WorkList, shape: &Shape) -> (f64, f64
 
 fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
     let results = match launch.entry.pass {
-        entries::Pass::Forward => Results::Forward { out: 0, lse: 0 },
+        entries::Pass::Forward => Results::Forward {
+            out: 0,
+            lse: 0,
+            statistics: None,
+        },
         _ => Results::Backward {
             dq: 0,
             dk: 0,

@@ -250,7 +250,7 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
     // SAFETY: passed on to the caller.
     unsafe {
         match results {
-            Results::Forward { out, lse } => forward::forward(team, plan, out, lse, reporter),
+            Results::Forward { out, lse, .. } => forward::forward(team, plan, out, lse, reporter),
             Results::Backward {
                 dq,
                 dk,

@@ -246,14 +246,14 @@ impl Visibility {
             Self::Full(mask) => mask.key_blocks(first, rows, block_n),
             Self::Causal(mask) => mask.key_blocks(first, rows, block_n),
         };
-        (blocks.end, blocks.boundary)
+        (blocks.end, blocks.whole_end)
     }
 
     /// Keys that query `row` sees, from the first.
     pub(super) fn visible_end(&self, row: u32) -> u32 {
         match self {
-            Self::Full(mask) => mask.visible_end(row),
-            Self::Causal(mask) => mask.visible_end(row),
+            Self::Full(mask) => mask.keys_of(row).end,
+            Self::Causal(mask) => mask.keys_of(row).end,
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::abi::HopperBackwardParams;
 use crate::hopper::{Shared, work::Work};
-use crate::mask::{Blocks, Mask};
+use crate::mask::Mask;
 use crate::pipeline::bulk::Cursor;
-use crate::ptx::{sync, tma};
+use crate::ptx::{optimizer, sync, tma};
 use crate::shape::HopperBackwardShape;
 
 /// Adds what warpgroup `group` makes of dQ. One thread.
@@ -21,10 +21,10 @@ pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     let mut shares = Cursor::<1>::start();
     let slots = shared.dq_slots(group);
     for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
-        let Blocks { begin, end, .. } = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
+        let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
         for i in 0..p.heads_q_per_kv.get() {
             let first = (work.head * p.heads_q_per_kv.get() + i) * (p.sums.padded_q.get() / S::COLUMNS);
-            for m in (begin..).take_while(|&m| m < sync::renew(end)) {
+            for m in (blocks.begin..).take_while(|&m| m < optimizer::renew(blocks.end)) {
                 let square = ((first + m) * S::CONSUMERS + group) as u64;
                 let (turn, is_ordered) = (p.sums.turns + square * 4, p.sums.turns != 0);
                 // SAFETY (whole body): the sums are padded to whole squares and have a counter each; the share of dQ is
@@ -32,13 +32,13 @@ pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
                 unsafe {
                     slots.acquire(shares);
                     if is_ordered {
-                        let last_key = mask.visible_end((m + 1) * S::COLUMNS - 1) - 1;
-                        sync::wait_for(turn, work.place(last_key));
+                        let keys = mask.key_blocks(m * S::COLUMNS, S::COLUMNS, S::ROWS);
+                        sync::wait_for(turn, work.place(keys));
                         tma::fence_async_global();
                     }
                     tma::add_run(p.sums.dq + square * S::DQ_BYTES as u64, shared.dq(group), S::DQ_BYTES);
                     tma::wait_read();
-                    slots.release(shares);
+                    slots.release(shares.slot);
                     if is_ordered {
                         tma::wait_written();
                         sync::signal(turn);

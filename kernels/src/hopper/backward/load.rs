@@ -2,9 +2,9 @@
 
 use crate::abi::HopperBackwardParams;
 use crate::hopper::{Shared, work::Work};
-use crate::mask::{Blocks, Mask};
+use crate::mask::Mask;
 use crate::pipeline::bulk::Cursor;
-use crate::ptx::{sync, tma::Corner};
+use crate::ptx::{optimizer, tma::Corner};
 use crate::shape::{HOPPER_SLOTS, HopperBackwardShape};
 use core::mem::offset_of;
 
@@ -23,9 +23,9 @@ pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
             shared.load_owned(&mut owned, [map!(maps, q), map!(maps, dout)], |group| {
                 work.corner(p.heads_q, group)
             });
-            let end = mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::COLUMNS).end;
+            let blocks = mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::COLUMNS);
             // Registers are few here: the loop must not be unrolled.
-            for n in (0..).take_while(|&n| n < sync::renew(end)) {
+            for n in (blocks.begin..).take_while(|&n| n < optimizer::renew(blocks.end)) {
                 let corner = Corner {
                     batch: work.head / p.heads_q,
                     head: work.head % p.heads_q / p.heads_q_per_kv,
@@ -54,11 +54,11 @@ pub unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
             shared.load_owned(&mut owned, [map!(maps, k), map!(maps, v)], |group| {
                 work.corner(p.heads_kv, group)
             });
-            let Blocks { begin, end, .. } = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
+            let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
             let walks = if S::WALK.is_twice() { 2 } else { 1 };
             for i in 0..walks * p.heads_q_per_kv.get() {
                 let head = work.head * p.heads_q_per_kv.get() + i % p.heads_q_per_kv;
-                for m in (begin..).take_while(|&m| m < sync::renew(end)) {
+                for m in (blocks.begin..).take_while(|&m| m < optimizer::renew(blocks.end)) {
                     let corner = Corner {
                         batch: head / p.heads_q,
                         head: head % p.heads_q,

@@ -41,22 +41,20 @@ pub mod sums;
 
 use self::add::add_queries;
 use self::load::{load_keys, load_queries};
-use super::{Shared, WARPGROUP, warp_of_group, work::Work};
+use super::{Barrier, Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperBackwardParams;
-use crate::mask::{Blocks, Mask};
+use crate::delta::any_far_of_share;
+use crate::mask::{Blocks, Mask, Span, for_blocks};
+use crate::nonfinite;
 use crate::pipeline::bulk::Cursor;
-use crate::ptx::math::{ex2, fma};
-use crate::ptx::{sreg, sync, tma, tma::Corner, wgmma};
-use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
+use crate::ptx::{memory, sreg, sync, tma, tma::Corner, wgmma};
+use crate::scores::{self, OfRows};
+use crate::shape::{DELTA_ROWS, HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
+use crate::tile::panels::Panels;
 use crate::tile::register::{Accumulator, RowValues, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores, WarpgroupSquare};
+use crate::tile::{element::Element, global::GlobalTile};
 use core::mem::offset_of;
-
-/// First of the barriers of a single consumer each.
-const GROUPS: u32 = 1;
-
-/// The barrier of all consumers.
-const CONSUMERS: u32 = 3;
 
 /// dQ of the queries that fall to this block. `maps` is the generic address of `p`, a kernel parameter.
 ///
@@ -100,6 +98,15 @@ pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwar
     }
 }
 
+/// How a streamed tile of queries is to be taken.
+#[derive(Clone, Copy)]
+struct Tile {
+    /// Query of column 0.
+    first_column: u32,
+    /// Whether pairs are hidden.
+    is_masked: bool,
+}
+
 /// One warpgroup that computes.
 struct Consumer<'a, S: HopperBackwardShape, const CAUSAL: bool> {
     p: &'a HopperBackwardParams,
@@ -138,22 +145,16 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
                 let rows = self.p.seqlen_q.saturating_sub(first_row);
-                let at = (work.head as u64 * self.p.sums.padded_q.get() as u64 + first_row as u64) * 4;
-                let statistics = (
-                    S::Scores::load_rows(self.p.sums.lse_log2 + at, rows),
-                    S::Scores::load_rows(self.p.sums.delta + at, rows),
-                );
+                let first = work.head as u64 * self.p.sums.padded_q.get() as u64 + first_row as u64;
+                let shifts = self.shared.row_words(self.group) + warp_of_group() * 16 * 4;
+                let (queries, is_far) = OfRows::load::<S::Scores>(&self.p.sums.exponents, first, rows, shifts);
                 let mut dq = S::Output::zero();
-                let Blocks { begin, boundary, end } =
-                    mask.key_blocks(work.first_row, work.rows(self.p.seqlen_q), S::COLUMNS);
-                for n in begin..boundary {
-                    self.add_to_queries(n > begin, statistics, |_, _| true, &mut dq);
-                }
-                for n in boundary..end {
-                    let visible = |row, column| n * S::COLUMNS + column < mask.visible_end(first_row + row);
-                    self.add_to_queries(n > begin, statistics, visible, &mut dq);
-                }
-                self.await_sums(end > begin);
+                let blocks = mask.key_blocks(work.first_row, work.rows(self.p.seqlen_q), S::COLUMNS);
+                let span = |row| mask.keys_of(first_row + row);
+                for_blocks!(blocks, |n, MASKED| {
+                    self.add_to_queries::<MASKED>(n > blocks.begin, queries, is_far, n * S::COLUMNS, span, &mut dq)
+                });
+                self.await_sums(!blocks.is_empty());
                 dq.pin();
                 let corner = work.corner(self.p.heads_q, self.group);
                 self.store(dq, self.p.softmax_scale, 0, map!(self.maps, dq), corner);
@@ -164,11 +165,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// `dQ += dS K` with the next tile of keys and values. `follows` another of the same tile of work.
     #[inline(always)]
-    unsafe fn add_to_queries(
+    unsafe fn add_to_queries<const MASKED: bool>(
         &mut self,
         follows: bool,
-        (lse_log2, delta): (<S::Scores as Accumulator>::Rows, <S::Scores as Accumulator>::Rows),
-        visible: impl Fn(u32, u32) -> bool,
+        queries: OfRows<<S::Scores as Accumulator>::Rows>,
+        is_far: bool,
+        first_key: u32,
+        span: impl Fn(u32) -> Span,
         dq: &mut S::Output,
     ) {
         // SAFETY (whole body): as in `queries`.
@@ -176,12 +179,16 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             let (mut p, mut ds) = self.issue_products::<true>(follows);
             wgmma::wait::<1>();
             p.pin();
-            p.map_rows(lse_log2, |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
-            p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
+            scores::weights(&mut p, queries, self.p.scale_log2, is_far);
+            if MASKED {
+                p.hide(first_key, &span, 0.0);
+            }
             wgmma::wait::<0>();
             ds.pin();
-            ds.map_rows(delta, |delta, x| x - delta);
-            ds.zip(&p, |p, x| p * x);
+            scores::score_gradients(&mut ds, &p, queries, MASKED && Mask::<CAUSAL>::HIDES_PAIRS);
+            if MASKED && Mask::<CAUSAL>::HIDES_PAIRS {
+                self.clean([self.shared.streamed(0, self.streamed.slot)]);
+            }
             let ds = ds.pinned_operand();
             wgmma::fence();
             dq.add_product(&ds, self.shared.streamed(0, self.streamed.slot));
@@ -199,14 +206,15 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             // SAFETY (whole body): as in `queries`.
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
+                let is_tainted = S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && self.clean_keys();
                 let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
                 if S::WALK.is_twice() {
-                    self.walk_queries::<true, false>(&work, &mut dk, &mut dv);
+                    self.walk_queries::<true, false>(&work, is_tainted, &mut dk, &mut dv);
                     // V is not needed any more: dV asks for Q, K and dO only.
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
-                    self.walk_queries::<false, true>(&work, &mut dk, &mut dv);
+                    self.walk_queries::<false, true>(&work, is_tainted, &mut dk, &mut dv);
                 } else {
-                    self.walk_queries::<true, true>(&work, &mut dk, &mut dv);
+                    self.walk_queries::<true, true>(&work, is_tainted, &mut dk, &mut dv);
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
                     if S::WALK.adds_queries() {
                         // The other warpgroup's dQ needed this one's keys.
@@ -224,25 +232,33 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn walk_queries<const DK: bool, const DV: bool>(
         &mut self,
         work: &Work,
+        is_tainted: bool,
         dk: &mut S::Output,
         dv: &mut S::Output,
     ) {
         let (mask, first_row, seqlen_k) = (self.mask, self.first_row(work), self.p.seqlen_k);
-        let Blocks { begin, boundary, end } = mask.query_blocks(work.first_row, work.rows(seqlen_k), S::COLUMNS);
+        let mut blocks = mask.query_blocks(work.first_row, work.rows(seqlen_k), S::COLUMNS);
         // Keys that do not exist must not weigh in dQ.
-        let partial = S::WALK.adds_queries() && work.first_row + S::ROWS > seqlen_k;
-        let boundary = if partial { end } else { boundary };
+        if S::WALK.adds_queries() && work.first_row + S::ROWS > seqlen_k {
+            blocks = blocks.all_masked();
+        }
+        let visible = |row, query| {
+            let key = first_row + row;
+            mask.queries_of(key).contains(query) && (!S::WALK.adds_queries() || key < seqlen_k)
+        };
         // SAFETY (whole body): as in `queries`.
         unsafe {
             let mut follows = false;
-            for _ in 0..self.p.heads_q_per_kv.get() {
-                for m in begin..end {
-                    let visible = |row, column| {
-                        let key = first_row + row;
-                        m * S::COLUMNS + column >= mask.visible_begin(key)
-                            && (!S::WALK.adds_queries() || key < seqlen_k)
+            for i in 0..self.p.heads_q_per_kv.get() {
+                let head = work.head * self.p.heads_q_per_kv.get() + i;
+                self.find_far(head, blocks, i == 0, is_tainted);
+                // One copy of the body, the largest there is, for both kinds of blocks.
+                for m in blocks.begin..blocks.end {
+                    let tile = Tile {
+                        first_column: m * S::COLUMNS,
+                        is_masked: blocks.is_masked(m),
                     };
-                    self.add_to_keys::<DK, DV>(follows, m < boundary, visible, dk, dv);
+                    self.add_to_keys::<DK, DV>(follows, tile, visible, dk, dv);
                     follows = true;
                 }
             }
@@ -252,7 +268,25 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             }
             if DV {
                 dv.pin();
+                if Mask::<CAUSAL>::HIDES_PAIRS && memory::ld_shared_u32(self.shared.findings()[1]) != 0 {
+                    self.restore_values(work, blocks, dv);
+                }
             }
+        }
+    }
+
+    /// Adds to dV what was zeroed in tiles of dO.
+    #[inline(always)]
+    unsafe fn restore_values(&self, work: &Work, blocks: Blocks, dv: &mut S::Output) {
+        let first_row = self.first_row(work);
+        let span = |row| self.mask.queries_of(first_row + row);
+        for i in 0..self.p.heads_q_per_kv.get() {
+            let head = work.head * self.p.heads_q_per_kv.get() + i;
+            let (batch, head) = (head / self.p.heads_q, head % self.p.heads_q);
+            let (tensor, layout) = (&self.p.dout_rows, &self.p.layout);
+            let douts = GlobalTile::new(tensor, batch, head, self.p.seqlen_q, layout, S::Element::BYTES);
+            // SAFETY: the window clips what does not exist.
+            unsafe { nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, span) }
         }
     }
 
@@ -261,14 +295,19 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn add_to_keys<const DK: bool, const DV: bool>(
         &mut self,
         follows: bool,
-        masked: bool,
+        tile: Tile,
         visible: impl Fn(u32, u32) -> bool,
         dk: &mut S::Output,
         dv: &mut S::Output,
     ) {
         let slot = self.streamed.slot;
+        let visible = |row, column| visible(row, tile.first_column + column);
         // SAFETY (whole body): as in `queries`; the slot's statistics came with its tiles.
         unsafe {
+            if Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked {
+                self.shared.streamed_slots().acquire(self.streamed);
+                self.clean([0, 1].map(|which| self.shared.streamed(which, slot)));
+            }
             let (mut p, mut ds) = self.issue_products::<DK>(follows);
             if DK {
                 wgmma::wait::<1>();
@@ -276,9 +315,18 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 wgmma::wait::<0>();
             }
             p.pin();
-            p.map_columns(self.shared.lse(slot), |lse, s| ex2(fma(s, self.p.scale_log2, -lse)));
-            if masked {
-                p.map_coordinates(|row, column, x| if visible(row, column) { x } else { 0.0 });
+            let queries = self.shared.queries(slot);
+            let is_far = memory::ld_shared_u32(self.shared.findings()[0]) != 0;
+            scores::weights(&mut p, queries, self.p.scale_log2, is_far);
+            if S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && is_far {
+                let taints = self.shared.row_words(self.group) + warp_of_group() * 16 * 4;
+                p.map_rows(
+                    S::Scores::rows_from(|row| memory::ld_shared(taints + row * 4)),
+                    |taint, p| p + taint,
+                );
+            }
+            if tile.is_masked {
+                p.hide_pairs(visible, 0.0);
             }
             if DV {
                 let p = p.pinned_operand();
@@ -293,8 +341,8 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                     wgmma::wait::<0>();
                 }
                 ds.pin();
-                ds.map_columns(self.shared.delta(slot), |delta, x| x - delta);
-                ds.zip(&p, |p, x| p * x);
+                let hides = Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked;
+                scores::score_gradients(&mut ds, &p, queries, hides);
                 let ds = ds.pinned_operand();
                 if S::WALK.adds_queries() {
                     self.show_ds(&ds);
@@ -316,6 +364,74 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 }
             }
             self.streamed.advance();
+        }
+    }
+
+    /// Zeroes NaN and infinity in this warpgroup's keys, which others multiply by gradients of pairs that are hidden; whether there were
+    /// any. Whatever sees such a key is NaN, as is its query's sum of weights; what its score would have been is not asked.
+    #[inline(always)]
+    unsafe fn clean_keys(&self) -> bool {
+        let thread = sreg::thread_idx_x() % WARPGROUP;
+        let keys = self.shared.owned(0, self.group);
+        let mut is_tainted = false;
+        // SAFETY (whole body): the tile and its taints are the warpgroup's own until all consumers meet in `find_far`.
+        unsafe {
+            if thread < HOPPER_ROWS {
+                is_tainted = keys.clean_row::<S::Element>(thread);
+                let taint = if is_tainted { f32::NAN } else { 0.0 };
+                memory::st_shared_word(self.shared.row_words(self.group) + thread * 4, taint.to_bits());
+            }
+            tma::fence_async();
+        }
+        is_tainted
+    }
+
+    /// Finds whether any query of a head that `blocks` walks is far; the `first` head's walk begins with no tile cleaned. Both warpgroups
+    /// look together.
+    #[inline(always)]
+    unsafe fn find_far(&self, head: u32, blocks: Blocks, first: bool, is_tainted: bool) {
+        let flags_per_tile = (S::COLUMNS / DELTA_ROWS) as u64;
+        let start = head as u64 * (self.p.sums.padded_q.get() / DELTA_ROWS) as u64;
+        let flags = start + blocks.begin as u64 * flags_per_tile..start + blocks.end as u64 * flags_per_tile;
+        // SAFETY (whole body): there is a flag for each `DELTA_ROWS` queries; a barrier of its own, and both walk the same tiles.
+        unsafe {
+            let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
+            let any = any_far_of_share(&self.p.sums.exponents, flags, thread, threads);
+            let any = Barrier::Consumers.sync_or(threads, any || is_tainted);
+            if thread == 0 {
+                let [far, cleaned] = self.shared.findings();
+                memory::st_shared_word(far, any as u32);
+                if first {
+                    memory::st_shared_word(cleaned, 0);
+                }
+            }
+            Barrier::Consumers.sync(threads);
+        }
+    }
+
+    /// Zeroes NaN and infinity in streamed tiles, by both warpgroups. Products with the tiles as they are were
+    /// awaited, and those that follow take them as they are then. It is among the findings that there were any.
+    #[inline(always)]
+    unsafe fn clean<const TILES: usize>(&self, tiles: [Panels; TILES]) {
+        let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
+        // SAFETY (whole body): each chunk is one thread's; the first barrier comes after every read of the tile as it is, the
+        // second before those that follow.
+        unsafe {
+            let mut any = false;
+            for tile in tiles {
+                any |= tile.has_nonfinite::<S::Element>(thread, threads);
+            }
+            let any = Barrier::Consumers.sync_or(threads, any);
+            if any {
+                for tile in tiles {
+                    tile.zero_nonfinite::<S::Element>(thread, threads);
+                }
+                if thread == 0 {
+                    memory::st_shared_word(self.shared.findings()[1], 1);
+                }
+                tma::fence_async();
+                Barrier::Consumers.sync(threads);
+            }
         }
     }
 
@@ -405,7 +521,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn release(&self) {
         if sreg::lane_id() == 0 {
             // SAFETY: as in `queries`.
-            unsafe { self.shared.streamed_slots().release(self.streamed.previous()) }
+            unsafe { self.shared.streamed_slots().release(self.streamed.previous_slot()) }
         }
     }
 
@@ -433,7 +549,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         if self.is_first_of_group() {
             tma::wait_read();
             // SAFETY: as in `queries`; the rest of the warpgroup passed the barrier of the last store.
-            unsafe { self.shared.owned_slots().release(self.owned) }
+            unsafe { self.shared.owned_slots().release(self.owned.slot) }
         }
         self.owned.advance();
     }
@@ -454,13 +570,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     fn sync_consumers(&self) {
         // SAFETY: a barrier of its own, and both walk the same tiles.
-        unsafe { sync::sync_some(CONSUMERS, S::CONSUMERS * WARPGROUP) }
+        unsafe { Barrier::Consumers.sync(S::CONSUMERS * WARPGROUP) }
     }
 
     /// Waits for the whole of this warpgroup.
     #[inline(always)]
     fn sync_group(&self) {
         // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
-        unsafe { sync::sync_some(GROUPS + self.group, WARPGROUP) }
+        unsafe { Barrier::Group(self.group).sync(WARPGROUP) }
     }
 }

@@ -3,7 +3,8 @@
 use crate::abi::QuerySums;
 use crate::hopper::Shared;
 use crate::pipeline::bulk::{Cursor, Slots};
-use crate::ptx::{mbarrier, sreg, sync, tma, tma::Corner};
+use crate::ptx::{mbarrier, optimizer, sreg, sync, tma, tma::Corner};
+use crate::scores::OfColumns;
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::panels::Panels;
 
@@ -15,7 +16,7 @@ impl<S: HopperBackwardShape> Shared<S> {
     #[inline(always)]
     pub fn renewed(self) -> Self {
         Self {
-            base: sync::renew(self.base),
+            base: optimizer::renew(self.base),
             ..self
         }
     }
@@ -64,7 +65,7 @@ impl<S: HopperBackwardShape> Shared<S> {
         cursor.advance();
     }
 
-    /// Starts to fill the next streamed tiles of Q and dO, with lse and delta, which begin at index `row` of the sums.
+    /// Starts to fill the next streamed tiles of Q and dO, with the queries' values, which begin at index `row` of the sums.
     #[inline(always)]
     pub unsafe fn load_queries(
         self,
@@ -77,11 +78,13 @@ impl<S: HopperBackwardShape> Shared<S> {
         let bytes = S::COLUMNS * 4;
         // SAFETY: the barrier counts the bytes of both tiles and both runs.
         unsafe {
-            let full = self.streamed_slots().refill(*cursor, 2 * (S::STREAMED_BYTES + bytes));
+            let full = self.streamed_slots().refill(*cursor, 2 * S::STREAMED_BYTES + 3 * bytes);
             self.streamed(0, cursor.slot).load(maps[0], corner, full);
-            tma::load_run(self.lse(cursor.slot), sums.lse_log2 + row * 4, bytes, full);
+            let OfColumns { lse_log2, delta, shift } = self.queries(cursor.slot);
+            tma::load_run(lse_log2, sums.exponents.lse_log2 + row * 4, bytes, full);
             self.streamed(1, cursor.slot).load(maps[1], corner, full);
-            tma::load_run(self.delta(cursor.slot), sums.delta + row * 4, bytes, full);
+            tma::load_run(delta, sums.exponents.delta + row * 4, bytes, full);
+            tma::load_run(shift, sums.exponents.shift + row * 4, bytes, full);
         }
         cursor.advance();
     }
@@ -119,33 +122,52 @@ impl<S: HopperBackwardShape> Shared<S> {
         self.base + 2 * (S::CONSUMERS * S::OWNED_BYTES + HOPPER_SLOTS * S::STREAMED_BYTES)
     }
 
-    /// lse, in base 2, of the queries of a slot.
+    /// Where the values of the queries of a slot are.
     #[inline(always)]
-    pub fn lse(self, slot: u32) -> u32 {
-        self.base + S::TILES_BYTES + slot * 2 * S::COLUMNS * 4
+    pub fn queries(self, slot: u32) -> OfColumns {
+        let lse_log2 = self.base + S::TILES_BYTES + slot * 3 * S::COLUMNS * 4;
+        OfColumns {
+            lse_log2,
+            delta: lse_log2 + S::COLUMNS * 4,
+            shift: lse_log2 + 2 * S::COLUMNS * 4,
+        }
     }
 
-    /// delta of the queries of a slot.
+    /// What the consumers found of a walk over queries, in words of which all would keep a register: whether one is far, and
+    /// whether a tile was cleaned.
     #[inline(always)]
-    pub fn delta(self, slot: u32) -> u32 {
-        self.lse(slot) + S::COLUMNS * 4
+    pub fn findings(self) -> [u32; 2] {
+        let base = self.barriers() + (1 + HOPPER_SLOTS + S::CONSUMERS) * Slots::BYTES;
+        [base, base + 4]
+    }
+
+    /// A word for each owned row: of a query its shift; of a key what its weights get added, 0, or NaN where the key was cleaned.
+    #[inline(always)]
+    pub fn row_words(self, group: u32) -> u32 {
+        self.findings()[0] + 16 + group * HOPPER_ROWS * 4
+    }
+
+    /// Address of the first barrier.
+    #[inline(always)]
+    fn barriers(self) -> u32 {
+        self.queries(HOPPER_SLOTS).lse_log2
     }
 
     /// Whether the owned tiles are there, and whether their room is free again.
     #[inline(always)]
     pub fn owned_slots(self) -> Slots {
-        Slots::new(self.lse(HOPPER_SLOTS))
+        Slots::new(self.barriers())
     }
 
     /// The same for each slot of streamed tiles.
     #[inline(always)]
     pub fn streamed_slots(self) -> Slots {
-        Slots::new(self.lse(HOPPER_SLOTS) + Slots::BYTES)
+        Slots::new(self.barriers() + Slots::BYTES)
     }
 
     /// Whether warpgroup `group`'s share of dQ is there, and whether it has been taken.
     #[inline(always)]
     pub fn dq_slots(self, group: u32) -> Slots {
-        Slots::new(self.lse(HOPPER_SLOTS) + (1 + HOPPER_SLOTS + group) * Slots::BYTES)
+        Slots::new(self.barriers() + (1 + HOPPER_SLOTS + group) * Slots::BYTES)
     }
 }

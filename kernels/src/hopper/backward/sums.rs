@@ -4,14 +4,14 @@
 //! [`finish`] turns those into dQ.
 
 use crate::abi::QuerySumsParams;
-use crate::backward::{LANES, dot_of_row};
+use crate::delta::{LANES, dot_of_row, write_exponents};
 use crate::hopper::{WARPGROUP, warp_of_group};
 use crate::ptx::{matrix::Half, memory, sreg};
 use crate::shape::{DELTA_ROWS, HOPPER_ROWS};
-use crate::softmax::log2_of;
 use crate::tile::register::{Accumulator, OutputTile, RowValues};
 use crate::tile::warpgroup::{SQUARE_BYTES, Square};
 use crate::tile::{
+    element::Element,
     fragments::{Fragments, Packed},
     global::GlobalTile,
     shared::{CHUNK, SharedTile},
@@ -35,17 +35,10 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
     // exist.
     unsafe {
         let delta = dot_of_row::<T>(window(&p.out), window(&p.dout), query);
-        if sreg::thread_idx_x() % LANES == 0 {
-            // Queries that do not exist weigh 1, and their dO is 0.
-            let mut lse_log2 = 0.0;
-            if query < p.seqlen_q {
-                let at = p.lse + (head as u64 * p.seqlen_q as u64 + query as u64) * 4;
-                lse_log2 = log2_of(f32::from_bits(memory::ld_global_u32(at)));
-            }
-            let at = (first + row as u64) * 4;
-            memory::st_global_u32(p.sums.lse_log2 + at, lse_log2.to_bits());
-            memory::st_global_u32(p.sums.delta + at, delta.to_bits());
-        }
+        // Queries that do not exist weigh 1, and their dO is 0.
+        let from = (query < p.seqlen_q).then_some(head as u64 * p.seqlen_q as u64 + query as u64);
+        let (to, flag) = (Some(first + row as u64), sreg::block_idx_x());
+        write_exponents::<T>(&p.rows, &p.sums.exponents, from, to, delta, p.scale_log2, flag);
         let squares = p.sums.dq_columns / HOPPER_ROWS;
         if p.sums.turns != 0 && first % HOPPER_ROWS as u64 == 0 && sreg::thread_idx_x() < squares {
             let square = first / HOPPER_ROWS as u64 * squares as u64 + sreg::thread_idx_x() as u64;

@@ -1,0 +1,151 @@
+//! What backward needs of each query before its products: delta = rowsum(dO * O), and how weights are recomputed.
+
+use core::f32::consts::LOG2_E;
+
+use crate::abi::{BackwardParams, Exponents, ForwardRows};
+use crate::ptx::{math::lg2, memory, optimizer, sreg, sync};
+use crate::shape::DELTA_ROWS;
+use crate::softmax::FAR;
+use crate::tile::{element::Element, global::GlobalTile};
+
+/// Exponents and delta of [`DELTA_ROWS`] queries a block. 8 lanes share a row.
+///
+/// # Safety
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
+#[inline(always)]
+pub unsafe fn delta<E: Element>(p: &BackwardParams) {
+    let block = optimizer::renew(sreg::block_idx_x());
+    let (head, tile) = (block / p.tiles, block % p.tiles);
+    let row = tile * DELTA_ROWS + sreg::thread_idx_x() / LANES;
+    let window = |tensor| {
+        GlobalTile::new(
+            tensor,
+            head / p.heads_q,
+            head % p.heads_q,
+            p.seqlen_q,
+            &p.layout,
+            E::BYTES,
+        )
+    };
+    let index = head as u64 * p.seqlen_q as u64 + row as u64;
+    // SAFETY (whole body): windows clip what does not exist; there are exponents for each query, and a flag for each block.
+    unsafe {
+        let delta = dot_of_row::<E>(window(&p.out), window(&p.dout), row);
+        let exists = row < p.seqlen_q;
+        write_exponents::<E>(
+            &p.rows,
+            &p.exponents,
+            exists.then_some(index),
+            exists.then_some(index),
+            delta,
+            p.scale_log2,
+            block,
+        );
+    }
+}
+
+/// Writes the exponent and delta of a query, number `from` of forward's, as number `to` if it has a place, and the flag of the
+/// block, number `flag`. A query that does not exist has zeros. Every thread of the block calls this.
+///
+/// # Safety
+/// The places exist.
+#[inline(always)]
+pub unsafe fn write_exponents<E: Element>(
+    rows: &ForwardRows,
+    exponents: &Exponents,
+    from: Option<u64>,
+    to: Option<u64>,
+    delta: f32,
+    scale_log2: f32,
+    flag: u32,
+) {
+    // SAFETY (whole body): the caller's contract.
+    unsafe {
+        let (shift, lse_log2) = match from {
+            Some(index) if sreg::thread_idx_x() % LANES == 0 => exponent::<E>(rows, index, scale_log2),
+            _ => (0.0, 0.0),
+        };
+        if let Some(index) = to
+            && sreg::thread_idx_x() % LANES == 0
+        {
+            memory::st_global_u32(exponents.lse_log2 + index * 4, lse_log2.to_bits());
+            // Whatever sees a gradient that is not finite is NaN, without that gradient too.
+            let delta = if delta.abs() < f32::INFINITY { delta } else { f32::NAN };
+            memory::st_global_u32(exponents.delta + index * 4, delta.to_bits());
+            memory::st_global_u32(exponents.shift + index * 4, shift.to_bits());
+        }
+        let is_far = sync::sync_threads_or(shift != 0.0 || lse_log2.abs() > FAR);
+        if sreg::thread_idx_x() == 0 {
+            memory::st_global_u32(exponents.far + flag as u64 * 4, is_far as u32);
+        }
+    }
+}
+
+/// (shift, lse_log2) of a query: a score's weight is `exp2((s - shift) * scale_log2 - lse_log2)`.
+///
+/// f32 subtracts every query's largest score. 16 bits do not tell that from one rounding of exponents below [`FAR`]. A query
+/// whose sum of weights is nothing has NaN: whatever it sees weighs NaN, and what it does not see is hidden by the mask.
+#[inline(always)]
+unsafe fn exponent<E: Element>(rows: &ForwardRows, index: u64, scale_log2: f32) -> (f32, f32) {
+    // SAFETY (whole body): forward's rows hold an f32 for each query.
+    unsafe {
+        let load = |line: u64| f32::from_bits(memory::ld_global_u32(line + index * 4));
+        if rows.row_max == 0 {
+            let lse = load(rows.lse);
+            let nothing = lse == f32::NEG_INFINITY;
+            return (0.0, if nothing { f32::NAN } else { lse * LOG2_E });
+        }
+        let (row_max, row_sum) = (load(rows.row_max), load(rows.row_sum));
+        if row_sum == 0.0 || row_sum.is_nan() {
+            return (0.0, f32::NAN);
+        }
+        let scaled = row_max * scale_log2;
+        if E::BYTES == 4 || scaled.abs() > FAR {
+            (row_max, lg2(row_sum))
+        } else {
+            (0.0, scaled + lg2(row_sum))
+        }
+    }
+}
+
+/// Whether a flag in this thread's share of `flags`, each of [`DELTA_ROWS`] queries, says that one of them is far: thread
+/// `thread` of `threads` reads every `threads`-th.
+///
+/// # Safety
+/// The flags are there.
+#[inline(always)]
+pub unsafe fn any_far_of_share(exponents: &Exponents, flags: core::ops::Range<u64>, thread: u32, threads: u32) -> bool {
+    let mut any = 0;
+    let mut flag = flags.start + thread as u64;
+    while flag < flags.end {
+        // SAFETY: the caller's contract.
+        any |= unsafe { memory::ld_global_u32(exponents.far + flag * 4) };
+        flag += threads as u64;
+    }
+    any != 0
+}
+
+/// The sum of the products of row `row` of two windows; [`LANES`] lanes share the row, and all receive the sum.
+///
+/// # Safety
+/// The windows are readable, and as wide as each other. The whole warp calls this together.
+#[inline(always)]
+pub unsafe fn dot_of_row<E: Element>(a: GlobalTile, b: GlobalTile, row: u32) -> f32 {
+    let mut sum = 0.0;
+    for step in 0..a.chunks().div_ceil(LANES) {
+        let chunk = step * LANES + sreg::thread_idx_x() % LANES;
+        if a.contains(row, chunk) {
+            // SAFETY: the chunk exists.
+            sum += unsafe { E::dot(a.load(row, chunk), b.load(row, chunk)) };
+        }
+    }
+    let mut distance = 1;
+    while distance < LANES {
+        sum += sync::shuffle_xor(sum, distance);
+        distance *= 2;
+    }
+    sum
+}
+
+/// Lanes that share a row in [`dot_of_row`].
+pub const LANES: u32 = 8;

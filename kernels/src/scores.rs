@@ -1,0 +1,148 @@
+//! Elementwise steps between the products of backward: weights from scores, gradients of scores from gradients of weights. Both
+//! kernel families call these, so that hidden pairs and large numbers are minded in one place. The steps of forward are in
+//! [`softmax`](crate::softmax), which hides with [`Accumulator::hide`] too.
+
+use crate::abi::Exponents;
+use crate::ptx::math::{ex2, fma, min_nan};
+use crate::ptx::{memory, sync};
+use crate::softmax::FAR;
+use crate::tile::register::{Accumulator, RowValues};
+
+/// What backward knows of the queries of a tile, whichever side of it they are.
+pub trait QueryValues<A: Accumulator>: Copy {
+    /// `x -= shift`: what is subtracted from scores before they are scaled.
+    ///
+    /// # Safety
+    /// The values are initialised and readable.
+    unsafe fn subtract_shift(self, scores: &mut A);
+
+    /// `x = f(lse_log2, x)`.
+    ///
+    /// # Safety
+    /// As [`subtract_shift`](Self::subtract_shift).
+    unsafe fn with_lse(self, scores: &mut A, f: impl Fn(f32, f32) -> f32);
+
+    /// `x -= delta`.
+    ///
+    /// # Safety
+    /// As [`subtract_shift`](Self::subtract_shift).
+    unsafe fn subtract_delta(self, dp: &mut A);
+}
+
+/// The queries are rows: their values stay in registers, but for shifts, which wait in shared memory.
+#[derive(Clone, Copy)]
+pub struct OfRows<R> {
+    lse_log2: R,
+    delta: R,
+    shift: u32,
+}
+
+impl<R: RowValues> OfRows<R> {
+    /// Loads the values of `rows` queries from index `first` on, those past them are 0; and whether any of the queries is far. Shifts
+    /// go to the shared address `shift`.
+    ///
+    /// # Safety
+    /// The queries have exponents, and the warp has room for a word each. The whole warp calls this together.
+    #[inline(always)]
+    pub unsafe fn load<A: Accumulator<Rows = R>>(
+        exponents: &Exponents,
+        first: u64,
+        rows: u32,
+        shift: u32,
+    ) -> (Self, bool) {
+        // SAFETY (whole body): the caller's contract.
+        unsafe {
+            let lse_log2 = A::load_rows(exponents.lse_log2 + first * 4, rows);
+            let delta = A::load_rows(exponents.delta + first * 4, rows);
+            let shifts = A::load_rows(exponents.shift + first * 4, rows);
+            A::for_each_row(shifts, |row, x| memory::st_shared_word(shift + row * 4, x.to_bits()));
+            sync::sync_warp();
+            let is_far = sync::any(shifts.any(|x| x != 0.0) || lse_log2.any(|x| x.abs() > FAR));
+            (Self { lse_log2, delta, shift }, is_far)
+        }
+    }
+}
+
+impl<A: Accumulator> QueryValues<A> for OfRows<A::Rows> {
+    #[inline(always)]
+    unsafe fn subtract_shift(self, scores: &mut A) {
+        // SAFETY: written when the queries were loaded.
+        let shifts = A::rows_from(|row| unsafe { memory::ld_shared(self.shift + row * 4) });
+        scores.map_rows(shifts, |shift, s| s - shift);
+    }
+
+    #[inline(always)]
+    unsafe fn with_lse(self, scores: &mut A, f: impl Fn(f32, f32) -> f32) {
+        scores.map_rows(self.lse_log2, f);
+    }
+
+    #[inline(always)]
+    unsafe fn subtract_delta(self, dp: &mut A) {
+        dp.map_rows(self.delta, |delta, x| x - delta);
+    }
+}
+
+/// The queries are columns: their values come with their tiles.
+#[derive(Clone, Copy)]
+pub struct OfColumns {
+    /// Shared address of each column's lse_log2.
+    pub lse_log2: u32,
+    /// Shared address of each column's delta.
+    pub delta: u32,
+    /// Shared address of each column's shift.
+    pub shift: u32,
+}
+
+impl<A: Accumulator> QueryValues<A> for OfColumns {
+    #[inline(always)]
+    unsafe fn subtract_shift(self, scores: &mut A) {
+        // SAFETY: the caller's contract.
+        unsafe { scores.map_columns(self.shift, |shift, s| s - shift) }
+    }
+
+    #[inline(always)]
+    unsafe fn with_lse(self, scores: &mut A, f: impl Fn(f32, f32) -> f32) {
+        // SAFETY: the caller's contract.
+        unsafe { scores.map_columns(self.lse_log2, f) }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract_delta(self, dp: &mut A) {
+        // SAFETY: the caller's contract.
+        unsafe { dp.map_columns(self.delta, |delta, x| x - delta) }
+    }
+}
+
+/// Scores to weights, `exp2((s - shift) * scale_log2 - lse_log2)`. Where no query is far, `shift` is 0; where one is, no weight comes
+/// out above 1.
+///
+/// # Safety
+/// `queries` are readable.
+#[inline(always)]
+pub unsafe fn weights<A: Accumulator>(scores: &mut A, queries: impl QueryValues<A>, scale_log2: f32, is_far: bool) {
+    // SAFETY (whole body): the caller's contract.
+    unsafe {
+        if is_far {
+            queries.subtract_shift(scores);
+            queries.with_lse(scores, |lse, s| ex2(min_nan(fma(s, scale_log2, -lse), 0.0)));
+        } else {
+            queries.with_lse(scores, |lse, s| ex2(fma(s, scale_log2, -lse)));
+        }
+    }
+}
+
+/// Gradients of weights to gradients of scores: `dS = P * (dP - delta)`, and with `hides` 0 where P is 0, whatever dP and delta
+/// are: a hidden pair has them of rows that are none of its business, and they need not be finite.
+///
+/// # Safety
+/// `queries` are readable.
+#[inline(always)]
+pub unsafe fn score_gradients<A: Accumulator>(dp: &mut A, weights: &A, queries: impl QueryValues<A>, hides: bool) {
+    // SAFETY: the caller's contract.
+    unsafe { queries.subtract_delta(dp) }
+    if hides {
+        dp.zip(weights, |p, x| if p == 0.0 { 0.0 } else { p * x });
+    } else {
+        dp.zip(weights, |p, x| p * x);
+    }
+}

@@ -3,6 +3,7 @@
 
 pub mod arena;
 pub mod clock;
+pub mod peak;
 pub mod row;
 pub mod spot;
 

@@ -3,9 +3,13 @@
 //! Reads a line `DTYPE MASK BATCH HEADS SEQLEN_Q SEQLEN_K HEAD_DIM PASS RUNS` at a time (`f32 full 1 12 512 512 64 forward
 //! 5`), and answers each with a line of JSON: the seconds of every run, and what ran. A pass is `forward`, or `both`: forward
 //! and backward. The one argument, if any, names the device.
+//!
+//! A line `peak ISA RUNS` (see [`multiply_adds`]) is answered with the seconds of a billion operations of one thread, a line
+//! `read THREADS RUNS` with those of reading a billion bytes of memory.
 
 use std::io::{BufRead as _, Write as _, stdin, stdout};
 
+use benches::peak::{multiply_adds, reading};
 use benches::{Problem, Shape};
 use flash_attention::{Device, Dtype};
 
@@ -17,6 +21,10 @@ fn main() -> Result<(), Failure> {
     for line in stdin().lock().lines() {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
+        if let ["peak" | "read", of, runs] = words[..] {
+            limit(words[0], of, runs.parse()?)?;
+            continue;
+        }
         let [dtype, mask, batch, heads, seqlen_q, seqlen_k, head_dim, pass, runs] = words[..] else {
             return Err(format!("nine words are needed: {line}").into());
         };
@@ -57,5 +65,24 @@ fn main() -> Result<(), Failure> {
         );
         stdout().flush()?;
     }
+    Ok(())
+}
+
+/// Answers with a limit of the processor.
+fn limit(what: &str, of: &str, runs: usize) -> Result<(), Failure> {
+    let rate: Box<dyn Fn() -> Option<f64>> = if what == "peak" {
+        Box::new(|| multiply_adds(of))
+    } else {
+        // More than any cache holds.
+        let data: Vec<u64> = (0..32 << 20).collect();
+        let threads = of.parse()?;
+        Box::new(move || Some(reading(&data, threads)))
+    };
+    let seconds: Option<Vec<String>> = (0..runs).map(|_| Some(format!("{:.9}", 1e9 / rate()?))).collect();
+    match seconds {
+        Some(seconds) => println!(r#"{{"seconds": [{}]}}"#, seconds.join(", ")),
+        None => println!(r#"{{"error": "no {of}"}}"#),
+    }
+    stdout().flush()?;
     Ok(())
 }

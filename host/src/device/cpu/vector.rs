@@ -16,8 +16,10 @@ pub(super) use x86::{Avx2, Avx512};
 pub(super) unsafe trait Vector: Copy {
     /// f32 in a register.
     const LANES: usize;
-    /// Rows of a product that stay in registers: divides 8.
+    /// Rows by registers of columns of a product that stay in registers for a whole sum: 4, 6 or 8 rows, up to 3 registers. They
+    /// leave registers for a row of `b` and an element of `a`.
     const ROWS: usize;
+    const COLUMNS: usize;
     /// Whether `fma` rounds once.
     const FUSED: bool;
 
@@ -33,8 +35,8 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn max(self, other: Self) -> Self;
     /// `x` where `self > other`, else `y`.
     unsafe fn select_greater(self, other: Self, x: Self, y: Self) -> Self;
-    /// `self * 2^n`, where the low bits of `rounded` hold the whole number n in -126 ..= 127.
-    unsafe fn times_power(self, rounded: Self) -> Self;
+    /// 2^n, where the low bits hold n + 127, from 1 to 254; 0 where they hold 0.
+    unsafe fn power_of_two(self) -> Self;
     /// `LANES` elements of f16, widened.
     unsafe fn load_f16(from: *const u16) -> Self;
     /// `LANES` elements of bf16, widened.
@@ -133,40 +135,63 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// 2^x for x <= 0 or NaN, within one and a half units in the last place; below 2^-126 it is 0. A small positive x is
-    /// as good.
-    ///
-    /// x = n + f with n whole and |f| <= 1/2. 2^f is a polynomial; 2^n is made by writing n into the exponent.
+    /// 2^x for x <= 0 or NaN, within one and a half units in the last place; 0 where that is less than 2^-126.5, and a little
+    /// above. A small positive x is as good.
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
         // SAFETY: passed on to the caller.
+        unsafe { Self::exp2_each([self])[0] }
+    }
+
+    /// [`exp2`](Self::exp2) of several, so that each constant is read once for all of them.
+    ///
+    /// x = n + f with n whole and |f| <= 1/2. 2^f is a polynomial; 2^n is made by writing n into the exponent, which of -127 is
+    /// that of 0.
+    #[inline(always)]
+    unsafe fn exp2_each<const N: usize>(x: [Self; N]) -> [Self; N] {
+        // SAFETY: passed on to the caller.
         unsafe {
-            let smallest = Self::splat(-126.0);
-            // A NaN is not less than -126, and max keeps its second operand if that is one.
-            let x = smallest.max(self);
-            let rounded = x.add(Self::splat(ROUND));
-            let fraction = x.sub(rounded.sub(Self::splat(ROUND)));
-            let power = Self::polynomial(fraction).times_power(rounded);
-            smallest.select_greater(self, Self::splat(0.0), power)
+            // A NaN is not less than -127, and max keeps its second operand if that is one.
+            let x = each(x, |x| Self::splat(-127.0).max(x));
+            let rounded = each(x, |x| x.add(Self::splat(ROUND)));
+            let mut fraction = x;
+            for (fraction, rounded) in fraction.iter_mut().zip(rounded) {
+                *fraction = fraction.sub(rounded.sub(Self::splat(ROUND)));
+            }
+            let mut power = Self::polynomial(fraction);
+            for (power, rounded) in power.iter_mut().zip(rounded) {
+                *power = power.mul(rounded.power_of_two());
+            }
+            power
         }
     }
 
     /// 2^f for |f| <= 1/2.
     #[inline(always)]
-    unsafe fn polynomial(fraction: Self) -> Self {
+    unsafe fn polynomial<const N: usize>(fraction: [Self; N]) -> [Self; N] {
         // SAFETY: passed on to the caller.
         unsafe {
-            let mut power = Self::splat(POWERS[POWERS.len() - 1]);
+            let mut power = [Self::splat(POWERS[POWERS.len() - 1]); N];
             for coefficient in POWERS[..POWERS.len() - 1].iter().rev() {
-                power = power.fma(fraction, Self::splat(*coefficient));
+                let coefficient = Self::splat(*coefficient);
+                for (power, fraction) in power.iter_mut().zip(fraction) {
+                    *power = power.fma(fraction, coefficient);
+                }
             }
             power
         }
     }
 }
 
-/// Added to a float of less than 2^22, rounds it to a whole number and leaves that in the low bits.
-const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+/// `f` of each.
+#[inline(always)]
+fn each<V: Copy, const N: usize>(mut x: [V; N], f: impl Fn(V) -> V) -> [V; N] {
+    x.iter_mut().for_each(|x| *x = f(*x));
+    x
+}
+
+/// Added to a float of less than 2^22, rounds it to a whole number n and leaves n + 127, the exponent of 2^n, in the low bits.
+const ROUND: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23
 
 /// The polynomial of degree 6 that is 1 at 0 and whose largest relative error against 2^f for |f| <= 1/2 is least: 2e-9,
 /// before its coefficients and its arithmetic are rounded.
@@ -194,7 +219,9 @@ impl Portable {
 // SAFETY: plain Rust that needs no instructions.
 unsafe impl Vector for Portable {
     const LANES: usize = 4;
+    // Of 16 registers, or 32. Where a product is not fused it needs one more.
     const ROWS: usize = if cfg!(target_arch = "aarch64") { 8 } else { 4 };
+    const COLUMNS: usize = 2;
     // Where there is an instruction for it; in software it takes a hundred times as long as two roundings.
     const FUSED: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 
@@ -249,9 +276,8 @@ unsafe impl Vector for Portable {
         }))
     }
     #[inline(always)]
-    unsafe fn times_power(self, rounded: Self) -> Self {
-        let power = |x: f32| f32::from_bits((x.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
-        self.zip(rounded, |x, n| x * power(n))
+    unsafe fn power_of_two(self) -> Self {
+        Self(self.0.map(|x| f32::from_bits(x.to_bits() << 23)))
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> Self {

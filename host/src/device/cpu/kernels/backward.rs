@@ -33,6 +33,8 @@ pub(super) unsafe fn backpropagate<V: Vector>(b: &Backpropagate) {
                 let place = key * b.stride + lane;
                 // The difference first, rounded once: near 0, where probabilities are large, it keeps all its bits.
                 let exponent = V::load(b.scores.add(place)).fma(scale, negative_lse);
+                // No probability is above 1, however far the rounding of a large lse is off. A NaN stays one.
+                let exponent = exponent.select_greater(zero, zero, exponent);
                 let mut p = exponent.mul(log2_e).exp2();
                 let mut ds = p.mul(V::load(b.dp.add(place)).sub(delta));
                 if masked {

@@ -113,7 +113,7 @@ macro_rules! instruction_set {
             pub(super) const KERNELS: Kernels = Kernels {
                 name: $name,
                 lanes: <$vector>::LANES,
-                panel: product::WIDTH * <$vector>::LANES,
+                panel: <$vector>::COLUMNS * <$vector>::LANES,
                 fused: <$vector>::FUSED,
                 product,
                 pairs: None,

@@ -3,9 +3,6 @@
 
 use crate::device::cpu::vector::Vector;
 
-/// Registers that a panel is wide.
-pub(super) const WIDTH: usize = 3;
-
 /// What the rows of a product, and so the keys of a tile and a head_dim, are a multiple of.
 pub(in crate::device::cpu) const ROWS: usize = 8;
 
@@ -81,7 +78,7 @@ pub(super) unsafe fn product<V: Vector>(p: &Product) {
         // Two and two, where one would be left over.
         let registers = match (p.columns - column) / V::LANES {
             4 => 2,
-            left => left.min(WIDTH),
+            left => left.min(V::COLUMNS),
         };
         // SAFETY: the columns are within b and c.
         unsafe {
@@ -99,17 +96,27 @@ pub(super) unsafe fn product<V: Vector>(p: &Product) {
 /// [`Product`], `N` registers of columns.
 #[inline(always)]
 unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f32) {
-    // SAFETY: rows and inner are those of a, b and c; `V::ROWS` divides the rows.
-    unsafe {
-        for row in (0..p.rows).step_by(V::ROWS) {
+    let mut row = 0;
+    while row < p.rows {
+        let rows = match p.rows - row {
+            // Four and four, where two would be left over.
+            8 if V::ROWS == 6 => 4,
+            left => left.min(V::ROWS),
+        };
+        // SAFETY: rows and inner are those of a, b and c.
+        unsafe {
             let c = c.add(row * p.c_stride);
-            match (p.transposed, V::ROWS) {
-                (false, 4) => block::<V, 4, N, false>(p, p.a.add(row * p.a_stride), b, c),
-                (true, 4) => block::<V, 4, N, true>(p, p.a.add(row), b, c),
-                (false, _) => block::<V, 8, N, false>(p, p.a.add(row * p.a_stride), b, c),
-                (true, _) => block::<V, 8, N, true>(p, p.a.add(row), b, c),
+            let a = p.a.add(row * if p.transposed { 1 } else { p.a_stride });
+            match (p.transposed, rows) {
+                (false, 4) => block::<V, 4, N, false>(p, a, b, c),
+                (true, 4) => block::<V, 4, N, true>(p, a, b, c),
+                (false, 6) => block::<V, 6, N, false>(p, a, b, c),
+                (true, 6) => block::<V, 6, N, true>(p, a, b, c),
+                (false, _) => block::<V, 8, N, false>(p, a, b, c),
+                (true, _) => block::<V, 8, N, true>(p, a, b, c),
             }
         }
+        row += rows;
     }
 }
 

@@ -97,18 +97,27 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
     }
 }
 
+/// Exponentials at a time; divides [`ROWS`](super::ROWS).
+const GROUP: usize = 2;
+
 /// Scores become exponentials; their sum.
 #[inline(always)]
 unsafe fn exponentials<V: Vector>(s: &Softmax, lane: usize, origin: V) -> V {
     // SAFETY: passed on to the caller.
     unsafe {
         let (scale, mut sum) = (V::splat(s.scale_log2), V::splat(0.0));
-        for key in 0..s.keys {
-            let score = s.scores.add(key * s.stride + lane);
-            // The difference first: it is exact near 0, where exponentials are large.
-            let x = V::load(score).sub(origin).mul(scale).exp2();
-            sum = sum.add(x);
-            x.store(score);
+        let mut score = s.scores.add(lane);
+        for _ in (0..s.keys).step_by(GROUP) {
+            let mut x = [origin; GROUP];
+            for (i, x) in x.iter_mut().enumerate() {
+                // The difference first: it is exact near 0, where exponentials are large.
+                *x = V::load(score.add(i * s.stride)).sub(origin).mul(scale);
+            }
+            for (i, x) in V::exp2_each(x).into_iter().enumerate() {
+                sum = sum.add(x);
+                x.store(score.add(i * s.stride));
+            }
+            score = score.add(GROUP * s.stride);
         }
         sum
     }
@@ -122,8 +131,10 @@ unsafe fn exponentials_in_parts<V: Vector, const PARTS: usize>(s: &Softmax, lane
         let (scale, mut sum) = (V::splat(s.scale_log2), V::splat(0.0));
         for pair in 0..s.keys / 2 {
             let first = s.scores.add(2 * pair * s.stride + lane);
-            let x = V::load(first).sub(origin).mul(scale).exp2();
-            let y = V::load(first.add(s.stride)).sub(origin).mul(scale).exp2();
+            let [x, y] = V::exp2_each([
+                V::load(first).sub(origin).mul(scale),
+                V::load(first.add(s.stride)).sub(origin).mul(scale),
+            ]);
             sum = sum.add(x).add(y);
             store_parts::<V, PARTS>(x, y, s.pairs.add(pair * s.stride + lane), s.part);
             if s.both {

@@ -12,7 +12,8 @@ pub(in crate::device::cpu) struct Avx2(__m256);
 #[allow(clippy::undocumented_unsafe_blocks, reason = "the contract of the trait, for each")]
 unsafe impl Vector for Avx2 {
     const LANES: usize = 8;
-    const ROWS: usize = 4;
+    const ROWS: usize = 6; // 12 sums of 16 registers
+    const COLUMNS: usize = 2;
     const FUSED: bool = true;
 
     #[inline(always)]
@@ -52,11 +53,10 @@ unsafe impl Vector for Avx2 {
         Self(unsafe { _mm256_blendv_ps(y.0, x.0, _mm256_cmp_ps::<_CMP_GT_OQ>(self.0, other.0)) })
     }
     #[inline(always)]
-    unsafe fn times_power(self, rounded: Self) -> Self {
+    unsafe fn power_of_two(self) -> Self {
         unsafe {
-            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded.0));
-            let power = _mm256_add_epi32(exponent, _mm256_set1_epi32(1.0_f32.to_bits() as i32));
-            self.mul(Self(_mm256_castsi256_ps(power)))
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(self.0));
+            Self(_mm256_castsi256_ps(exponent))
         }
     }
     #[inline(always)]
@@ -98,7 +98,8 @@ pub(in crate::device::cpu) struct Avx512(__m512);
 #[allow(clippy::undocumented_unsafe_blocks, reason = "the contract of the trait, for each")]
 unsafe impl Vector for Avx512 {
     const LANES: usize = 16;
-    const ROWS: usize = 8;
+    const ROWS: usize = 8; // 24 sums of 32 registers
+    const COLUMNS: usize = 3;
     const FUSED: bool = true;
 
     #[inline(always)]
@@ -141,11 +142,10 @@ unsafe impl Vector for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn times_power(self, rounded: Self) -> Self {
+    unsafe fn power_of_two(self) -> Self {
         unsafe {
-            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(rounded.0));
-            let power = _mm512_add_epi32(exponent, _mm512_set1_epi32(1.0_f32.to_bits() as i32));
-            self.mul(Self(_mm512_castsi512_ps(power)))
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(self.0));
+            Self(_mm512_castsi512_ps(exponent))
         }
     }
     #[inline(always)]
@@ -255,13 +255,20 @@ unsafe impl Vector for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn exp2(self) -> Self {
+    unsafe fn exp2_each<const N: usize>(x: [Self; N]) -> [Self; N] {
         // Rounding and writing the exponent are instructions here, and one comparison makes what underflows 0.
         unsafe {
-            let in_range = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, _mm512_set1_ps(-126.0)); // so for NaN
-            let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0);
-            let power = Self::polynomial(self.sub(Self(whole)));
-            Self(_mm512_maskz_scalef_ps(in_range, power.0, whole))
+            let whole = x.map(|x| Self(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x.0)));
+            let mut fraction = x;
+            for (fraction, whole) in fraction.iter_mut().zip(whole) {
+                *fraction = fraction.sub(whole);
+            }
+            let mut power = Self::polynomial(fraction);
+            for ((power, whole), x) in power.iter_mut().zip(whole).zip(x) {
+                let in_range = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x.0, _mm512_set1_ps(-126.0)); // so for NaN
+                *power = Self(_mm512_maskz_scalef_ps(in_range, power.0, whole.0));
+            }
+            power
         }
     }
 }

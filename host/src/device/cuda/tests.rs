@@ -134,10 +134,7 @@ fn foreign<T: crate::element::Element>(device: &Device, address: u64, shape: &[u
 /// q, k, v and dout, forward's results, and gradients, all foreign.
 fn tensors(device: &Device) -> ([Tensor<half::f16>; 4], Output<half::f16>, Gradients<half::f16>) {
     let at = |index: u64| foreign(device, index << 20, &SHAPE);
-    let output = Output {
-        out: at(5),
-        lse: foreign(device, 6 << 20, &SHAPE[..3]),
-    };
+    let output = Output::new(at(5), foreign(device, 6 << 20, &SHAPE[..3]));
     let gradients = Gradients {
         dq: at(7),
         dk: at(8),

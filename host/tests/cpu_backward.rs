@@ -197,6 +197,54 @@ fn queries_that_see_nothing_have_no_gradient() {
     }
 }
 
+/// Holds gradients of v = dout = 1 to be NaN exactly where f64's are.
+fn check_not_finite<T: Element>(attention: Attention, q: &[T], k: &[T]) {
+    let shapes @ [q_shape, k_shape] = [[1, 1, q.len() / 16, 16], [1, 1, k.len() / 16, 16]];
+    let ones = |len| vec![T::from_f32(1.0); len];
+    let (v, dout) = (ones(k.len()), ones(q.len()));
+    let widen = |data: &[T]| data.iter().map(|x| x.to_f64()).collect::<Vec<f64>>();
+    let dims = Dims::new(&attention, q_shape, k_shape);
+    let want = reference::backward(&dims, &widen(q), &widen(k), &widen(&v), &widen(&dout));
+    assert!(
+        want[2].iter().any(|x| x.is_nan()),
+        "a case where something is not a number"
+    );
+    for device in instruction_sets() {
+        let got = gradients(device, attention, shapes, [q, k, &v, &dout]);
+        for ((name, got), want) in ["dq", "dk", "dv"].iter().zip(&got).zip(&want) {
+            let wrong = got
+                .iter()
+                .zip(want)
+                .filter(|(got, want)| got.to_f64().is_nan() != want.is_nan())
+                .count();
+            assert_eq!(
+                wrong,
+                0,
+                "{device}, {attention:?} {}: {name}, of {}",
+                T::DTYPE.name(),
+                got.len()
+            );
+        }
+    }
+}
+
+#[test]
+fn scores_that_are_all_negative_infinity_make_gradients_nan() {
+    fn cases<T: Element>() {
+        let [one, minus_infinity] = [1.0, f32::NEG_INFINITY].map(T::from_f32);
+        let mut one_query = vec![one; 20 * 16];
+        one_query[3 * 16..4 * 16].fill(minus_infinity);
+        for attention in [Attention::new(), Attention::new().causal()] {
+            check_not_finite(attention, &[one; 20 * 16], &[minus_infinity; 70 * 16]);
+            // Causal, keys from 54 on are hidden from that query: their dv is a number.
+            check_not_finite(attention, &one_query, &[one; 70 * 16]);
+        }
+    }
+    cases::<f32>();
+    cases::<f16>();
+    cases::<bf16>();
+}
+
 #[test]
 fn what_is_not_finite_goes_where_arithmetic_takes_it() {
     let shape = [1, 1, 150, 8];

@@ -141,10 +141,10 @@ impl Scratch {
                 std::slice::from_raw_parts(pointer_mut::<f32>(backward.delta).add(first), rows),
             )
         };
-        for (to, &lse) in self.lse.as_mut_slice().iter_mut().zip(lse) {
-            // Of a query that saw nothing: probabilities are to be 0, not infinite.
-            *to = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse };
-        }
+        let lse_of_lanes = self.lse.as_mut_slice();
+        lse_of_lanes[..rows].copy_from_slice(lse);
+        // Where a query sees no key, probabilities are to be 0. An lse of -inf though keys are seen makes them NaN.
+        lse_of_lanes[..unseeing].fill(f32::INFINITY);
         self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
         // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
         self.lse.as_mut_slice()[rows..padded].fill(f32::INFINITY);

@@ -246,6 +246,16 @@ fn scores_that_are_all_negative_infinity_make_gradients_nan() {
 }
 
 #[test]
+fn a_probability_is_at_most_one_where_lse_is_large() {
+    let (huge, one) = ([1e10_f32; 64], [1.0_f32; 64]);
+    for device in instruction_sets() {
+        let shape = [1, 1, 1, 64];
+        let [_, _, dv] = gradients(device, Attention::new(), [shape, shape], [&huge, &huge, &one, &one]);
+        assert_eq!(dv, one, "{device}: the probability of a single key is 1");
+    }
+}
+
+#[test]
 fn what_is_not_finite_goes_where_arithmetic_takes_it() {
     let shape = [1, 1, 150, 8];
     let base: Vec<f32> = noise(150 * 8, 11).into_iter().map(|x| x as f32).collect();

@@ -176,9 +176,10 @@ fn writes_statistics(problem: &Problem, device: &DeviceInfo) -> bool {
 
 /// The tiles of a forward pass on the CPU.
 ///
-/// A panel of 48 queries with its part of the output and of the scores, and a tile of 64 keys and values, live in the L1 and
-/// L2 cache of a core. Each tile of keys is widened, or comes into the cache, once for all the queries of a task: eight panels
-/// where there are tasks enough to keep every thread busy to the end, fewer where not. Results do not depend on how many.
+/// A panel of queries (48 on AVX-512, 16 on AVX2, 8 portable: `block_m` is a multiple of each) with its part of the output and
+/// of the scores, and a tile of 64 keys and values, live in the L1 and L2 cache of a core. Each tile of keys is widened, or
+/// comes into the cache, once for all the queries of a task: 384 where there are tasks enough to keep every thread busy to the
+/// end, fewer where not. Results do not depend on how many.
 fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
     let heads = problem.batch() * problem.heads_q();
     let enough = |block_m: &u32| heads * problem.seqlen_q().div_ceil(*block_m) as usize >= 16 * threads;

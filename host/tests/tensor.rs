@@ -187,3 +187,19 @@ fn tensors_cross_threads() {
     is_send_and_sync(tensor.device());
     is_send_and_sync::<Result<(), Error>>(&Ok(()));
 }
+
+#[test]
+fn a_broadcast_larger_than_the_host_is_an_error() {
+    let broadcast =
+        Tensor::from_slice_strided(&Device::cpu(), [1 << 30, 1 << 30], [0, 0], &[1.0_f32]).expect("one float");
+    let error = broadcast.to_vec().expect_err("4 EiB");
+    assert!(
+        matches!(&error, Error::OutOfMemory { requested, free: None, .. } if *requested == 4 << 60),
+        "{error}"
+    );
+    let small = broadcast
+        .narrow(0, 7, 2)
+        .and_then(|rows| rows.narrow(1, 0, 3))
+        .expect("in range");
+    assert_eq!(content(&small), [1.0; 6]);
+}

@@ -203,3 +203,29 @@ fn a_broadcast_larger_than_the_host_is_an_error() {
         .expect("in range");
     assert_eq!(content(&small), [1.0; 6]);
 }
+
+#[test]
+fn the_output_may_be_the_fourth_part_of_packed_qkv() {
+    let data: Vec<f32> = (0..8 * 4 * 2 * 16)
+        .map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0)
+        .collect();
+    let packed = Tensor::from_slice(&Device::cpu(), [1, 8, 4, 2, 16], &data).expect("small");
+    let [q, k, v, mut out] = [0, 1, 2, 3].map(|i| packed.select(2, i).and_then(|x| x.transpose(1, 2)).expect("axes"));
+    let attention = flash_attention::Attention::new();
+    let expected = attention.forward(&q, &k, &v).expect("valid");
+    let inputs = [&q, &k, &v].map(content);
+    let mut lse = Tensor::zeros(&Device::cpu(), [1, 2, 8]).expect("small");
+    attention
+        .forward_into(&q, &k, &v, &mut out, &mut lse)
+        .expect("no element is shared");
+    assert_eq!(content(&out), content(&expected.out));
+    assert_eq!([&q, &k, &v].map(content), inputs);
+    let refused = attention.forward_into(&q, &k, &v, &mut k.clone(), &mut lse);
+    assert!(matches!(
+        refused,
+        Err(Error::Aliased {
+            argument: "out",
+            other: "k"
+        })
+    ));
+}

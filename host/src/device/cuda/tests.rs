@@ -135,6 +135,7 @@ fn foreign<T: crate::element::Element>(device: &Device, address: u64, shape: &[u
 fn tensors(device: &Device) -> ([Tensor<half::f16>; 4], Output<half::f16>, Gradients<half::f16>) {
     let at = |index: u64| foreign(device, index << 20, &SHAPE);
     let output = Output {
+        statistics: None,
         out: at(5),
         lse: foreign(device, 6 << 20, &SHAPE[..3]),
     };

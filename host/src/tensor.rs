@@ -219,6 +219,17 @@ impl<T: Element> Tensor<T> {
         Ok(elements)
     }
 
+    /// The same elements, in order and without gaps: a clone where they lie so already, else a copy made through the host.
+    ///
+    /// # Errors
+    /// Those of [`to_vec`](Self::to_vec) and [`from_slice`](Self::from_slice).
+    pub fn contiguous(&self) -> Result<Self, Error> {
+        if self.info.is_contiguous() {
+            return Ok(self.clone());
+        }
+        Self::from_slice(self.device(), self.shape(), &self.to_vec()?)
+    }
+
     /// The same elements with two axes exchanged: `transpose(1, 2)` turns `[batch, seqlen, heads, head_dim]` into
     /// `[batch, heads, seqlen, head_dim]` without moving data.
     ///

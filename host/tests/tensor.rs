@@ -229,3 +229,13 @@ fn the_output_may_be_the_fourth_part_of_packed_qkv() {
         })
     ));
 }
+
+#[test]
+fn contiguous_copies_only_what_is_not() {
+    let tensor = counting(&[2, 3]);
+    assert_eq!(tensor.contiguous().expect("cpu").address(), tensor.address());
+    let copy = tensor.transpose(0, 1).and_then(|x| x.contiguous()).expect("cpu");
+    assert_eq!((copy.shape(), copy.strides()), (&[3, 2][..], &[2, 1][..]));
+    assert_eq!(content(&copy), [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+    assert_ne!(copy.address(), tensor.address());
+}

@@ -136,6 +136,14 @@ pub enum Error {
         other: &'static str,
     },
 
+    /// The spans of an output and another argument interleave, and their elements could not be proven apart.
+    Interleaved {
+        /// The output.
+        argument: &'static str,
+        /// The tensor whose span interleaves with it.
+        other: &'static str,
+    },
+
     /// A tensor's bytes can not be counted or addressed.
     SizeOverflow {
         /// The tensor, or `shape`.
@@ -410,6 +418,10 @@ impl fmt::Display for Error {
             Self::Aliased { argument, other } => write!(
                 f,
                 "`{argument}` shares memory with `{other}`, an output needs memory of its own"
+            ),
+            Self::Interleaved { argument, other } => write!(
+                f,
+                "the spans of `{argument}` and `{other}` interleave and could not be proven apart, an output needs memory of its own"
             ),
             Self::SizeOverflow {
                 argument,

@@ -185,6 +185,48 @@ impl TensorInfo {
             && u128::from(other.address) < end(self)
     }
 
+    /// Decides if two tensors on one device have an element in common.
+    ///
+    /// A common element solves `offset = sum of c * stride`, each `c` between bounds that the shapes give. The search goes
+    /// from the largest stride to the smallest and skips what the smaller strides cannot reach.
+    pub(crate) fn sharing(&self, other: &Self) -> Sharing {
+        if !self.shares_bytes_with(other) {
+            return Sharing::Apart;
+        }
+        if self.is_contiguous() && other.is_contiguous() {
+            return Sharing::Shared;
+        }
+        let bytes = self.dtype.bytes() as i128;
+        let offset = i128::from(other.address) - i128::from(self.address);
+        if self.dtype != other.dtype || offset % bytes != 0 {
+            return Sharing::Unproven;
+        }
+        let mut terms: Vec<Term> = Vec::new();
+        let most = |(size, stride): (usize, usize), sign: i128| (stride as i128, sign * (size as i128 - 1));
+        let ends = self.axes().map(|axis| most(axis, 1));
+        for (stride, end) in ends.chain(other.axes().map(|axis| most(axis, -1))) {
+            if stride == 0 || end == 0 {
+                continue;
+            }
+            match terms.iter_mut().find(|term| term.stride == stride) {
+                Some(term) if end < 0 => term.low += end,
+                Some(term) => term.high += end,
+                None => terms.push(Term {
+                    stride,
+                    low: end.min(0),
+                    high: end.max(0),
+                }),
+            }
+        }
+        terms.sort_unstable_by_key(|term| std::cmp::Reverse(term.stride));
+        let mut steps = 10_000;
+        match reaches(offset / bytes, &terms, &mut steps) {
+            Some(true) => Sharing::Shared,
+            Some(false) => Sharing::Apart,
+            None => Sharing::Unproven,
+        }
+    }
+
     /// Size and stride of each axis.
     fn axes(&self) -> impl Iterator<Item = (usize, usize)> {
         self.shape.iter().copied().zip(self.strides.iter().copied())
@@ -234,6 +276,45 @@ impl TensorInfo {
     pub(crate) fn at(self, address: u64) -> Self {
         Self { address, ..self }
     }
+}
+
+/// The relation of two tensors' elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// No element in common.
+    Apart,
+    /// An element in common.
+    Shared,
+    /// The spans interleave, and the elements could not be proven apart.
+    Unproven,
+}
+
+/// A stride, and the bounds of its coefficient.
+struct Term {
+    stride: i128,
+    low: i128,
+    high: i128,
+}
+
+/// Decides if the terms can add up to `target`; `None` once the steps are used up.
+fn reaches(target: i128, terms: &[Term], steps: &mut u32) -> Option<bool> {
+    let Some((term, smaller)) = terms.split_first() else {
+        return Some(target == 0);
+    };
+    let least: i128 = smaller.iter().map(|term| term.low * term.stride).sum();
+    let most: i128 = smaller.iter().map(|term| term.high * term.stride).sum();
+    // target - c * stride has to lie in least ..= most
+    let first = term.low.max(-(most - target).div_euclid(term.stride));
+    let last = term.high.min((target - least).div_euclid(term.stride));
+    let mut c = first;
+    while c <= last {
+        *steps = steps.checked_sub(1)?;
+        if reaches(target - c * term.stride, smaller, steps)? {
+            return Some(true);
+        }
+        c += 1;
+    }
+    Some(false)
 }
 
 /// Strides of a tensor whose elements lie in order without gaps.
@@ -348,5 +429,29 @@ mod tests {
         let inside = first.clone().at(64 + 12);
         assert!(!first.shares_bytes_with(&next) && !next.shares_bytes_with(&first));
         assert!(first.shares_bytes_with(&inside) && inside.shares_bytes_with(&first));
+    }
+
+    #[test]
+    fn sharing_is_what_brute_force_says() {
+        let mut counts = [0; 2];
+        let mut state = 1_u64;
+        let mut below = |n: usize| {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (state >> 33) as usize % n
+        };
+        for _ in 0..20_000 {
+            let [a, b] = [(); 2].map(|()| ([(); 3].map(|()| 1 + below(4)), [(); 3].map(|()| below(13))));
+            let shift = below(40);
+            let first = offsets(&a.0, &a.1);
+            let shared = offsets(&b.0, &b.1).iter().any(|o| first.contains(&(o + shift)));
+            let (x, y) = (info(&a.0, &a.1), info(&b.0, &b.1).at(64 + 4 * shift as u64));
+            let expected = if shared { Sharing::Shared } else { Sharing::Apart };
+            assert_eq!(x.sharing(&y), expected, "{a:?} {b:?} {shift}");
+            assert_eq!(y.sharing(&x), expected, "{b:?} {a:?} -{shift}");
+            counts[usize::from(shared)] += usize::from(x.shares_bytes_with(&y));
+        }
+        assert!(counts.iter().all(|&count| count > 1000), "{counts:?}");
     }
 }

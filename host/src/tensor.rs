@@ -186,9 +186,11 @@ impl<T: Element> Tensor<T> {
     /// All elements in logical order, the last axis fastest. Waits for the work that produces them.
     ///
     /// # Errors
-    /// [`Error::Driver`] or [`Error::Launch`] if that work failed.
+    /// [`Error::Driver`] or [`Error::Launch`] if that work failed; [`Error::OutOfMemory`] if the host cannot reserve the
+    /// elements, as for a stride of 0 along a huge axis.
     pub fn to_vec(&self) -> Result<Vec<T>, Error> {
-        let mut span = vec![T::default(); self.info.span()];
+        let mut span = reserved(self.info.span())?;
+        span.resize(self.info.span(), T::default());
         if !span.is_empty() {
             let _guard = self.storage.read();
             // SAFETY: every view keeps its span within its storage, and the guard keeps writers out.
@@ -201,7 +203,7 @@ impl<T: Element> Tensor<T> {
         if self.info.is_contiguous() {
             return Ok(span);
         }
-        let mut elements = Vec::with_capacity(self.info.len());
+        let mut elements = reserved(self.info.len())?;
         let mut index = vec![0; self.shape().len()];
         for _ in 0..self.info.len() {
             let offset: usize = index.iter().zip(self.strides()).map(|(i, stride)| i * stride).sum();
@@ -215,6 +217,17 @@ impl<T: Element> Tensor<T> {
             }
         }
         Ok(elements)
+    }
+
+    /// The same elements, in order and without gaps: a clone where they lie so already, else a copy made through the host.
+    ///
+    /// # Errors
+    /// Those of [`to_vec`](Self::to_vec) and [`from_slice`](Self::from_slice).
+    pub fn contiguous(&self) -> Result<Self, Error> {
+        if self.info.is_contiguous() {
+            return Ok(self.clone());
+        }
+        Self::from_slice(self.device(), self.shape(), &self.to_vec()?)
     }
 
     /// The same elements with two axes exchanged: `transpose(1, 2)` turns `[batch, seqlen, heads, head_dim]` into
@@ -340,6 +353,17 @@ impl<T: Element> Tensor<T> {
             Err(Error::Axis { axis, rank })
         }
     }
+}
+
+/// An empty vector with room for `len` elements in the host's memory.
+fn reserved<T: Element>(len: usize) -> Result<Vec<T>, Error> {
+    let mut elements = Vec::new();
+    elements.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
+        device: "the host".to_owned(),
+        requested: (len * T::DTYPE.bytes()) as u64,
+        free: None,
+    })?;
+    Ok(elements)
 }
 
 /// The same memory, not a copy of it.

@@ -187,3 +187,55 @@ fn tensors_cross_threads() {
     is_send_and_sync(tensor.device());
     is_send_and_sync::<Result<(), Error>>(&Ok(()));
 }
+
+#[test]
+fn a_broadcast_larger_than_the_host_is_an_error() {
+    let broadcast =
+        Tensor::from_slice_strided(&Device::cpu(), [1 << 30, 1 << 30], [0, 0], &[1.0_f32]).expect("one float");
+    let error = broadcast.to_vec().expect_err("4 EiB");
+    assert!(
+        matches!(&error, Error::OutOfMemory { requested, free: None, .. } if *requested == 4 << 60),
+        "{error}"
+    );
+    let small = broadcast
+        .narrow(0, 7, 2)
+        .and_then(|rows| rows.narrow(1, 0, 3))
+        .expect("in range");
+    assert_eq!(content(&small), [1.0; 6]);
+}
+
+#[test]
+fn the_output_may_be_the_fourth_part_of_packed_qkv() {
+    let data: Vec<f32> = (0..8 * 4 * 2 * 16)
+        .map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0)
+        .collect();
+    let packed = Tensor::from_slice(&Device::cpu(), [1, 8, 4, 2, 16], &data).expect("small");
+    let [q, k, v, mut out] = [0, 1, 2, 3].map(|i| packed.select(2, i).and_then(|x| x.transpose(1, 2)).expect("axes"));
+    let attention = flash_attention::Attention::new();
+    let expected = attention.forward(&q, &k, &v).expect("valid");
+    let inputs = [&q, &k, &v].map(content);
+    let mut lse = Tensor::zeros(&Device::cpu(), [1, 2, 8]).expect("small");
+    attention
+        .forward_into(&q, &k, &v, &mut out, &mut lse)
+        .expect("no element is shared");
+    assert_eq!(content(&out), content(&expected.out));
+    assert_eq!([&q, &k, &v].map(content), inputs);
+    let refused = attention.forward_into(&q, &k, &v, &mut k.clone(), &mut lse);
+    assert!(matches!(
+        refused,
+        Err(Error::Aliased {
+            argument: "out",
+            other: "k"
+        })
+    ));
+}
+
+#[test]
+fn contiguous_copies_only_what_is_not() {
+    let tensor = counting(&[2, 3]);
+    assert_eq!(tensor.contiguous().expect("cpu").address(), tensor.address());
+    let copy = tensor.transpose(0, 1).and_then(|x| x.contiguous()).expect("cpu");
+    assert_eq!((copy.shape(), copy.strides()), (&[3, 2][..], &[2, 1][..]));
+    assert_eq!(content(&copy), [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+    assert_ne!(copy.address(), tensor.address());
+}

@@ -14,7 +14,7 @@ pub use scale::Scale;
 
 use crate::error::Error;
 pub use crate::layout::TensorInfo;
-use crate::layout::contiguous_strides;
+use crate::layout::{Sharing, contiguous_strides};
 use crate::options::Attention;
 
 /// The widest head that kernels are compiled for.
@@ -84,7 +84,7 @@ impl Problem {
     /// In this order: [`Error::Rank`]; [`Error::ZeroSize`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
     /// [`Error::DeviceMismatch`]; [`Error::HeadsNotDivisible`]; [`Error::HeadDim`]; [`Error::LastAxisStride`];
     /// [`Error::SequenceTooLong`]; [`Error::NotContiguous`] for lse; [`Error::OverlappingStrides`] and
-    /// [`Error::Aliased`] for outputs; [`Error::SoftmaxScale`]. Sizes that overflow are refused earlier, where a
+    /// [`Error::Aliased`] or [`Error::Interleaved`] for outputs; [`Error::SoftmaxScale`]. Sizes that overflow are refused earlier, where a
     /// [`TensorInfo`] or a tensor is made.
     pub fn new(
         attention: &Attention,
@@ -368,8 +368,12 @@ fn check_written(inputs: &[Named<'_>], outputs: &[Named<'_>]) -> Result<(), Erro
     }
     for (index, &(argument, output)) in outputs.iter().enumerate() {
         let others = inputs.iter().chain(&outputs[..index]);
-        if let Some(&(other, _)) = others.into_iter().find(|(_, other)| output.shares_bytes_with(other)) {
-            return Err(Error::Aliased { argument, other });
+        for &(other, tensor) in others {
+            match output.sharing(tensor) {
+                Sharing::Apart => {}
+                Sharing::Shared => return Err(Error::Aliased { argument, other }),
+                Sharing::Unproven => return Err(Error::Interleaved { argument, other }),
+            }
         }
     }
     Ok(())

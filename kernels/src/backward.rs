@@ -18,7 +18,7 @@ use crate::delta::any_far_of_share;
 use crate::mask::{Blocks, Mask, Span, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::{PairRing, Stage, StreamedRows};
-use crate::ptx::{sreg, sync};
+use crate::ptx::{memory, sreg, sync};
 use crate::scores::{self, OfRows, QueryValues};
 use crate::shape::{DELTA_ROWS, TileShape};
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
@@ -108,33 +108,33 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
         };
 
         let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
-        let cleaned = if S::TWO_WALKS {
+        if sreg::thread_idx_x() == 0 {
+            memory::st_shared_word(cleaned::<S>(), 0);
+        }
+        if S::TWO_WALKS {
             walk_queries::<S, CAUSAL, true, false>(p, owned, &mut dk, &mut dv);
             // V is not needed any more: dV asks for Q, K and dO only.
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
-            walk_queries::<S, CAUSAL, false, true>(p, owned, &mut dk, &mut dv)
+            walk_queries::<S, CAUSAL, false, true>(p, owned, &mut dk, &mut dv);
         } else {
-            let cleaned = walk_queries::<S, CAUSAL, true, true>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, true, true>(p, owned, &mut dk, &mut dv);
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
-            cleaned
-        };
-        if cleaned {
+        }
+        if CAUSAL && memory::ld_shared_u32(cleaned::<S>()) != 0 {
             restore_values::<S, CAUSAL>(p, &mut dv);
         }
         store_gradient::<S>(dv, 1.0, owned.first, target(&p.dv));
     }
 }
 
-/// Streams every query that sees the block's keys, head by head of those that share them. Returns whether dO was
-/// [cleaned](nonfinite).
+/// Streams every query that sees the block's keys, head by head of those that share them.
 #[inline(always)]
 unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const DV: bool>(
     p: &BackwardParams,
     owned: Owned,
     dk: &mut S::Output,
     dv: &mut S::Output,
-) -> bool {
-    let mut cleaned = false;
+) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
@@ -176,14 +176,16 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
                 // Of queries that are not finite neither are the sums of weights, so that whatever sees them is NaN without them.
                 if MASKED && CAUSAL {
                     stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
-                    cleaned |= stage.second.clean::<S::Element>(split::<S>(), S::COLUMNS);
+                    let any = stage.second.clean::<S::Element>(split::<S>(), S::COLUMNS);
+                    if any && sreg::thread_idx_x() == 0 {
+                        memory::st_shared_word(cleaned::<S>(), 1);
+                    }
                 }
                 add::<S, MASKED, CAUSAL, DK, DV>(p, owned, stage, stage.queries, tile, dk, dv);
             });
             ring.drain();
         }
     }
-    cleaned
 }
 
 /// Adds to dV what was zeroed in tiles of dO.
@@ -291,6 +293,13 @@ unsafe fn load_owned<S: TileShape>(first: GlobalTile, second: GlobalTile) -> Own
 #[inline(always)]
 fn ring_base<S: TileShape>() -> u32 {
     sreg::dynamic_shared_mem() + 2 * S::OWNED_BYTES
+}
+
+/// Address of a word that says whether dO was [cleaned](nonfinite) in a block of keys, in the room of a block of queries for its
+/// shifts. Kept in a register, it would cost one all through the walk.
+#[inline(always)]
+fn cleaned<S: TileShape>() -> u32 {
+    sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS
 }
 
 /// Writes `factor * gradient` to `target`, by way of the warp's rows of a tile that nobody needs any more.

@@ -6,6 +6,7 @@
 //! multiply as they are.
 
 use crate::mask::{Blocks, Span};
+use crate::ptx::optimizer;
 use crate::tile::element::Element;
 use crate::tile::{global::GlobalTile, register::Accumulator};
 
@@ -28,7 +29,10 @@ pub unsafe fn restore<E: Element, A: Accumulator>(
     let (whole_begin, whole_end) = (blocks.whole_begin * block, blocks.whole_end * block);
     for position in blocks.begin * block..(blocks.end * block).min(source.rows()) {
         if position < whole_begin || position >= whole_end {
+            // Worked out again for each position: kept, columns would hold registers all through the loop.
+            let none = optimizer::renew(0);
             sum.map_coordinates(|row, column, x| {
+                let column = column + none;
                 if span(row).contains(position) && source.contains(position, column * E::BYTES / 16) {
                     // SAFETY: the element exists.
                     let y = unsafe { E::load(source.element_address(position, column)) };

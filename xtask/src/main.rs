@@ -18,8 +18,9 @@ Usage: cargo xtask <TASK>
   ptx                   compile kernels/ to kernels/ptx, one compressed archive for each target and for the study
   ptx --check           compile afresh and fail if a committed kernel differs
   ptx --show NAME       print the committed PTX of one kernel
-  sass [--output FILE | PART]  assemble every kernel, or those with PART in their name, with ptxas; report registers, spills, stack and tensor-core
-                        instructions; fail on a spill, a stack frame or a warning
+  sass [--output FILE]  assemble every kernel with ptxas; report registers, spills, stack and tensor-core
+                        instructions; fail on a warning, and on a spill or a stack frame that is not listed
+  sass PART             the same for the kernels with PART in their name
   gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
                         put all that a machine with a GPU and no Rust needs into DIR (target/gpu-bundle): the suite, the
                         micro-kernels, the table of speed, their data, run.sh; --archive also packs it into DIR.tar.xz

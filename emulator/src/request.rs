@@ -15,7 +15,7 @@ pub struct Launch<'a> {
     pub cluster: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
-    /// The parameter buffer, each parameter at its offset (see [`Entry::params`]).
+    /// The parameter buffer, each parameter at its offset (see [`Entry::params`](crate::Entry::params)).
     pub params: &'a [u8],
 }
 
@@ -34,7 +34,7 @@ pub struct Options {
     pub seed: u64,
     /// Which checks are on.
     pub checks: Checks,
-    /// Thread instructions after which the launch is stopped with [`Error::Runaway`].
+    /// Thread instructions after which the launch is stopped with [`Error::Runaway`](crate::error::Error::Runaway).
     pub max_instructions: Option<u64>,
     /// Host threads to use; all cores if `None`. Results do not depend on it.
     pub threads: Option<usize>,

@@ -211,7 +211,7 @@ proptest! {
 ///
 /// Backward recomputes probabilities from an lse of 24 bits, as FlashAttention does, so they carry a relative error of
 /// `|lse| * 2^-24`, which attention that stores its probabilities does not have. Where scores are in the hundreds, f32
-/// gradients are therefore further off than the rule allows: a known limit, which the README states.
+/// gradients are therefore further off than the rule allows without `Output::statistics`: docs/numbers.md states this limit.
 fn mild(case: Case) -> Case {
     let head_dim = case.q[3];
     let limit = 2.0 * Attention::new().scale_for(head_dim);

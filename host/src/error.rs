@@ -242,6 +242,8 @@ pub enum Error {
 
     /// A CPU device was asked for instructions, by its text or by `FLASH_ATTENTION_CPU`, that this processor has not.
     CpuInstructions {
+        /// `device` for the text of a device, `FLASH_ATTENTION_CPU` for the environment variable.
+        argument: &'static str,
         /// What was asked for.
         name: String,
         /// What there is, best first.
@@ -455,9 +457,14 @@ impl fmt::Display for Error {
                 f,
                 "`device` is {text:?}, expected best, cpu, cuda, cuda:N, emulator or emulator:ARCH with ARCH one of {archs}"
             ),
-            Self::CpuInstructions { name, available } => write!(
+            Self::CpuInstructions {
+                argument,
+                name,
+                available,
+            } => write!(
                 f,
-                "the CPU's instructions are to be {name:?}, expected one of those that this processor has: {available}"
+                "`{argument}` asks for the CPU's instructions {name:?}, expected one of those that this processor has: \
+                 {available}"
             ),
             Self::Threads { threads, reason } => {
                 write!(f, "a cpu device with {threads} threads can not be had: {reason}")

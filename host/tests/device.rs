@@ -2,7 +2,7 @@
 
 use flash_attention::device::DeviceKind;
 use flash_attention::error::CudaUnavailable;
-use flash_attention::{Device, Error};
+use flash_attention::{Device, Error, Tensor};
 
 #[test]
 fn names_make_devices_and_devices_tell_their_names() {
@@ -82,5 +82,37 @@ fn a_gpu_is_there_or_the_error_says_what_is_missing() {
             assert_eq!(Device::best().expect("the CPU"), Device::cpu());
         }
         Err(error) => panic!("{error}"),
+    }
+}
+
+/// Runs in a process of its own for each value of the variable, which other tests of this process must not see.
+#[test]
+fn an_error_names_the_variable_that_chose_instructions() {
+    const NAME: &str = "FLASH_ATTENTION_CPU";
+    if std::env::var_os("THE_CHILD_OF_A_TEST").is_none() {
+        for value in ["foo", ""] {
+            let child = std::process::Command::new(std::env::current_exe().expect("this program"))
+                .args(["--exact", "an_error_names_the_variable_that_chose_instructions"])
+                .env("THE_CHILD_OF_A_TEST", "1")
+                .env(NAME, value)
+                .output()
+                .expect("a process");
+            assert!(
+                child.status.success(),
+                "{value:?}: {}",
+                String::from_utf8_lossy(&child.stdout)
+            );
+        }
+        return;
+    }
+    let result = Tensor::from_slice(&Device::cpu(), [1, 1, 1, 8], &[1.0_f32; 8]);
+    if std::env::var(NAME).is_ok_and(|value| value.is_empty()) {
+        result.expect("an empty variable chooses nothing");
+    } else {
+        let error = result.expect_err("no such instructions").to_string();
+        assert!(
+            error.contains(NAME) && error.contains("foo") && error.contains("portable"),
+            "{error}"
+        );
     }
 }

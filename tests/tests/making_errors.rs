@@ -114,7 +114,7 @@ fn devices_that_are_not_there() {
     }
     let error = "cpu:0".parse::<Device>().expect_err("no instructions");
     assert!(
-        matches!(&error, Error::CpuInstructions { name, available } if name == "0" && available.contains("portable")),
+        matches!(&error, Error::CpuInstructions { argument: "device", name, available } if name == "0" && available.contains("portable")),
         "{error}"
     );
     let error = Device::cpu_with_threads(0).expect_err("no threads");

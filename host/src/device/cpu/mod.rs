@@ -94,7 +94,7 @@ impl Cpu {
 
     /// All cores, running the instruction set of this name.
     pub(super) fn with_instructions(name: &str) -> Result<Self, Error> {
-        let isa = isa_named(name).ok_or_else(|| no_instructions(name))?;
+        let isa = isa_named(name).ok_or_else(|| no_instructions("device", name))?;
         Ok(Self {
             isa: Ok(isa),
             named: true,
@@ -103,7 +103,10 @@ impl Cpu {
     }
 
     fn isa(&self) -> Result<Isa, Error> {
-        self.isa.as_ref().copied().map_err(|name| no_instructions(name))
+        self.isa
+            .as_ref()
+            .copied()
+            .map_err(|name| no_instructions(VARIABLE, name))
     }
 
     /// The threads of one call.
@@ -149,15 +152,19 @@ fn isa_named(name: &str) -> Option<Isa> {
 /// The best instruction set the processor has, or the one that `FLASH_ATTENTION_CPU` names; the name, if the processor has
 /// no such.
 fn default_isa() -> Result<Isa, String> {
-    match std::env::var("FLASH_ATTENTION_CPU") {
-        Ok(name) => isa_named(&name).ok_or(name),
-        Err(_) => Ok(Isa::available()[0]),
+    match std::env::var(VARIABLE) {
+        Ok(name) if !name.is_empty() => isa_named(&name).ok_or(name),
+        _ => Ok(Isa::available()[0]),
     }
 }
 
-fn no_instructions(name: &str) -> Error {
+/// Names the instructions of every CPU device whose text names none; empty is as good as unset.
+const VARIABLE: &str = "FLASH_ATTENTION_CPU";
+
+fn no_instructions(argument: &'static str, name: &str) -> Error {
     let available: Vec<_> = Isa::available().iter().map(|isa| isa.key()).collect();
     Error::CpuInstructions {
+        argument,
         name: name.to_owned(),
         available: available.join(", "),
     }

@@ -54,7 +54,7 @@
 //! | tensor: a device's memory seen through a shape and strides | [`Tensor`] | host memory; an address is a pointer | device memory; an address is a `CUdeviceptr` |
 //! | attention: the options of a call, and the calls | [`Attention`] | returns when the results are there | returns when the work is launched; [`Tensor::to_vec`] waits |
 //! | problem: sizes and layouts, proven valid | [`problem::Problem`] | the same | the same |
-//! | plan: every choice, and its cost | [`Plan`] | instruction set, path, tiles, splits | kernels, grids, shared memory |
+//! | plan: what is chosen, and its cost | [`Plan`] | tiles; instruction set and splits are chosen by the call | kernels, grids, shared memory |
 //! | progress of a call | [`Progress`] | a unit is a tile of queries against a tile of keys | emulated: a block; a GPU does not report |
 //!
 //! A problem takes [`problem::TensorInfo`]s, which are tensors without memory, and a plan takes a [`device::DeviceInfo`],

@@ -1,12 +1,17 @@
-//! Build tasks: `cargo xtask ptx [--check | --show NAME]`, `cargo xtask sass [--output FILE]`, `cargo xtask gpu-bundle`.
+//! Build tasks: `cargo xtask ptx [--check | --show NAME]`, `cargo xtask sass [PART]`, `cargo xtask results`, `cargo xtask gpu-bundle`.
 
 mod bundle;
 mod compiler;
+mod limits;
+mod machine_code;
 mod module;
 mod pack;
+mod page;
+mod peer;
 mod ptx;
 mod sass;
 mod source;
+mod step;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -18,9 +23,10 @@ Usage: cargo xtask <TASK>
   ptx                   compile kernels/ to kernels/ptx, one compressed archive for each target and for the study
   ptx --check           compile afresh and fail if a committed kernel differs
   ptx --show NAME       print the committed PTX of one kernel
-  sass [--output FILE]  assemble every kernel with ptxas; report registers, spills, stack and tensor-core
-                        instructions; fail on a warning, and on a spill or a stack frame that is not listed
-  sass PART             the same for the kernels with PART in their name
+  sass                  assemble every kernel with ptxas; print registers, spills and what main loops take; fail on a warning,
+                        on a spill or a stack frame that is not listed, on a loop above its limit, and on stale results
+  sass PART             the same for the kernels with PART in their name, without the comparison with results
+  results               assemble every kernel, write benches/results/sass.json and sass.md, then hopper_model.md from them
   gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
                         put all that a machine with a GPU and no Rust needs into DIR (target/gpu-bundle): the suite, the
                         micro-kernels, the table of speed, their data, run.sh; --archive also packs it into DIR.tar.xz
@@ -35,9 +41,9 @@ fn main() -> ExitCode {
         ["ptx"] => ptx::write(),
         ["ptx", "--check"] => ptx::check(),
         ["ptx", "--show", name] => ptx::show(name),
-        ["sass"] => sass::report("", None),
-        ["sass", "--output", file] => sass::report("", Some(Path::new(file))),
-        ["sass", part] => sass::report(part, None),
+        ["sass"] => sass::check(),
+        ["sass", part] => sass::show(part),
+        ["results"] => sass::write().and_then(|()| predict()),
         ["gpu-bundle", "--check", folder] => bundle::check(Path::new(folder)),
         ["gpu-bundle", ref arguments @ ..] => match bundle::Options::parse(arguments) {
             Some(options) => bundle::make(&options),
@@ -55,6 +61,20 @@ fn main() -> ExitCode {
             eprintln!("{message}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Has the model of Hopper predict from the data of `sass`.
+fn predict() -> Outcome {
+    let mut cargo = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .current_dir(workspace())
+        .args(["run", "--quiet", "--release", "-p", "benches", "--bin", "hopper_model"])
+        .args(["--", "--output", "benches/results/hopper_model.md"]);
+    match cargo.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("hopper_model: {status}")),
+        Err(e) => Err(format!("{cargo:?}: {e}")),
     }
 }
 

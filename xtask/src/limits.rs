@@ -1,0 +1,221 @@
+//! What main loops are held to: products by their tiles, and the limits of one table.
+
+use crate::machine_code::Loop;
+use crate::step::Step;
+use crate::table::Row;
+use flash_attention_kernels::entries::{Arch, Pass};
+
+/// The most that one pass at one head_dim may take, all its main loops together, for 64 x 64 scores that four warps share:
+/// cycles of stall counts, and instructions of one warp beside the products. f16 and bf16, full and causal, every card, without
+/// the mask.
+struct Limit(Arch, Pass, u32, [u32; 2]);
+
+/// Today's values, by ptxas 13.5.37. They may fall and are then lowered here; those of FlashAttention-3 stand beside them in
+/// `benches/results/sass.md`.
+#[rustfmt::skip]
+const LIMITS: &[Limit] = &[
+    Limit(Arch::Sm90a, Pass::Forward, 64, [579, 215]),
+    Limit(Arch::Sm90a, Pass::Forward, 96, [567, 210]),
+    Limit(Arch::Sm90a, Pass::Forward, 128, [612, 236]),
+    Limit(Arch::Sm90a, Pass::Forward, 192, [697, 277]),
+    Limit(Arch::Sm90a, Pass::Forward, 256, [894, 372]),
+    Limit(Arch::Sm90a, Pass::BackwardAll, 64, [759, 302]),
+    Limit(Arch::Sm90a, Pass::BackwardAll, 96, [999, 387]),
+    Limit(Arch::Sm90a, Pass::BackwardAll, 128, [1046, 403]),
+    Limit(Arch::Sm90a, Pass::BackwardQueries, 192, [750, 285]),
+    Limit(Arch::Sm90a, Pass::BackwardQueries, 256, [987, 372]),
+    Limit(Arch::Sm90a, Pass::BackwardKeys, 192, [1426, 501]),
+    Limit(Arch::Sm90a, Pass::BackwardKeys, 256, [1840, 640]),
+    Limit(Arch::Sm80, Pass::Forward, 32, [707, 248]),
+    Limit(Arch::Sm80, Pass::Forward, 64, [1009, 308]),
+    Limit(Arch::Sm80, Pass::Forward, 96, [1524, 488]),
+    Limit(Arch::Sm80, Pass::Forward, 128, [1838, 561]),
+    Limit(Arch::Sm80, Pass::Forward, 192, [2272, 587]),
+    Limit(Arch::Sm80, Pass::Forward, 256, [3460, 1018]),
+    Limit(Arch::Sm80, Pass::BackwardQueries, 32, [903, 236]),
+    Limit(Arch::Sm80, Pass::BackwardQueries, 64, [1271, 287]),
+    Limit(Arch::Sm80, Pass::BackwardQueries, 96, [1958, 440]),
+    Limit(Arch::Sm80, Pass::BackwardQueries, 128, [2246, 466]),
+    Limit(Arch::Sm80, Pass::BackwardQueries, 192, [3148, 624]),
+    Limit(Arch::Sm80, Pass::BackwardQueries, 256, [5592, 1104]),
+    Limit(Arch::Sm80, Pass::BackwardKeys, 32, [1086, 310]),
+    Limit(Arch::Sm80, Pass::BackwardKeys, 64, [1645, 378]),
+    Limit(Arch::Sm80, Pass::BackwardKeys, 96, [2432, 580]),
+    Limit(Arch::Sm80, Pass::BackwardKeys, 128, [3110, 678]),
+    Limit(Arch::Sm80, Pass::BackwardKeys, 192, [6006, 1302]),
+    Limit(Arch::Sm80, Pass::BackwardKeys, 256, [9844, 2336]),
+];
+
+/// Products of one warpgroup's step that a kernel for Hopper must have, computed from the tiles: of 64 rows, 16 deep. One
+/// number for each walk of the kernel; none if it does not multiply.
+///
+/// ptxas 13 neither rotates nor unrolls these loops, so each is found in the code as one loop with exactly its step.
+fn products_of_step(entry: &Row) -> Vec<u32> {
+    let (head_dim, queries, keys) = (entry.head_dim / 16, entry.block_m / 16, entry.block_n / 16);
+    match entry.pass {
+        // Q K^T along head_dim, P V along keys.
+        Some(Pass::Forward) => vec![head_dim + keys],
+        // Q K^T, dO V^T; dS K.
+        Some(Pass::BackwardQueries) => vec![2 * head_dim + keys],
+        // K Q^T, V dO^T, dS^T Q; then K Q^T again, P^T dO.
+        Some(Pass::BackwardKeys) => vec![2 * head_dim + queries, head_dim + queries],
+        // K Q^T, V dO^T; P^T dO, dS^T Q; a square of dS K along all keys.
+        Some(Pass::BackwardAll) => vec![2 * head_dim + 2 * queries + keys],
+        _ => vec![],
+    }
+}
+
+/// The loops of one kernel.
+pub struct Loops<'a> {
+    /// Its main loops, one a walk: the leanest with that many products.
+    pub main: Vec<&'a Loop>,
+    /// The others, which mask.
+    pub masked: Vec<&'a Loop>,
+}
+
+impl<'a> Loops<'a> {
+    /// Sorts loops of which the leanest comes first.
+    pub fn of(loops: &'a [Loop]) -> Self {
+        let is_first = |&(at, found): &(usize, &Loop)| {
+            let mut earlier = loops[..at].iter();
+            earlier.all(|other| other.products() != found.products())
+        };
+        let (main, masked): (Vec<_>, Vec<_>) = loops.iter().enumerate().partition(is_first);
+        let loops = |found: Vec<(usize, &'a Loop)>| found.into_iter().map(|(_, found)| found).collect();
+        Self {
+            main: loops(main),
+            masked: loops(masked),
+        }
+    }
+
+    /// One step of each main loop.
+    pub fn steps(&self) -> Vec<Step> {
+        self.main.iter().map(|found| Step::of(&found.leanest)).collect()
+    }
+}
+
+/// Cycles of stall counts and instructions beside the products that the main loops of a kernel take for 64 x 64 scores.
+pub fn for_scores(entry: &Row, steps: &[Step]) -> [f64; 2] {
+    let stalls: u32 = steps.iter().map(|step| step.stalls).sum();
+    let others: u32 = steps.iter().map(Step::others).sum();
+    [stalls, others].map(|sum| f64::from(sum) / tiles(entry))
+}
+
+/// Tiles of 64 x 64 scores that four multiplying warps of a kernel share in a step.
+pub fn tiles(entry: &Row) -> f64 {
+    let loading = if entry.arch == Arch::Sm90a { 4 } else { 0 };
+    let fours = f64::from(entry.threads / 32 - loading) / 4.0;
+    f64::from(entry.block_m * entry.block_n) / 4096.0 / fours
+}
+
+/// The sentence about main loops with other products than their tiles ask for, or with more of anything than their limit.
+pub fn fault(entry: &Row, loops: &[Loop]) -> Option<String> {
+    let steps = Loops::of(loops).steps();
+    let mut found: Vec<u32> = steps.iter().map(|step| step.instructions - step.others()).collect();
+    found.sort_by(|a, b| b.cmp(a));
+    let wanted = products_of_step(entry);
+    if entry.arch == Arch::Sm90a && found != wanted {
+        return Some(format!("the main loops have {found:?} products, not {wanted:?}"));
+    }
+    if steps.is_empty() {
+        return None;
+    }
+    let key = (entry.arch, entry.pass?, entry.head_dim);
+    let limit = LIMITS.iter().find(|limit| (limit.0, limit.1, limit.2) == key);
+    match limit {
+        Some(limit) => over(for_scores(entry, &steps), limit.3),
+        None => Some("has no limit in xtask/src/limits.rs".to_owned()),
+    }
+}
+
+/// The sentence about values above their limits.
+fn over(values: [f64; 2], limits: [u32; 2]) -> Option<String> {
+    let names = ["cycles of stalls", "instructions beside the products"];
+    let mut all = names.iter().zip(values).zip(limits);
+    let ((name, value), limit) = all.find(|((_, value), limit)| *value > f64::from(*limit))?;
+    Some(format!(
+        "{value:.1} {name} for 64 x 64 scores in the main loop, {limit} allowed"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine_code::Instruction;
+    use crate::table::tables;
+
+    fn row(name: &str) -> Row {
+        let rows: Vec<_> = tables().into_iter().flat_map(|table| table.rows).collect();
+        let row = rows.into_iter().find(|row| row.name == name);
+        Row {
+            head_dim: 64,
+            block_m: 64,
+            block_n: 128,
+            threads: 256,
+            ..row.expect("in a table")
+        }
+    }
+
+    fn a_loop(products: usize, others: usize) -> Loop {
+        let way: Vec<_> = [("HGMMA.64x64x16.F32 R24, gdesc[UR8], R24", products), ("NOP", others)]
+            .iter()
+            .flat_map(|&(text, times)| std::iter::repeat_n(Instruction::unscheduled(text), times))
+            .collect();
+        Loop {
+            longest: way.clone(),
+            leanest: way,
+        }
+    }
+
+    #[test]
+    fn products_follow_from_tiles() {
+        let steps = |name: &str| {
+            let row = row(name);
+            (products_of_step(&row), products_of_step(&Row { head_dim: 128, ..row }))
+        };
+        assert_eq!(steps("hopper_forward_f16_d64"), (vec![12], vec![16]));
+        assert_eq!(steps("hopper_backward_queries_f16_d256"), (vec![16], vec![24]));
+        assert_eq!(steps("hopper_backward_keys_f16_d256"), (vec![12, 8], vec![20, 12]));
+        assert_eq!(steps("hopper_backward_all_f16_d64"), (vec![24], vec![32]));
+    }
+
+    #[test]
+    fn main_loops_are_the_leanest_of_each_walk() {
+        let all = [a_loop(12, 100), a_loop(12, 200), a_loop(8, 300)];
+        let loops = Loops::of(&all);
+        assert_eq!(loops.main, [&all[0], &all[2]]);
+        assert_eq!(loops.masked, [&all[1]]);
+    }
+
+    #[test]
+    fn loops_are_held_to_tiles_and_limits() {
+        let forward = row("hopper_forward_f16_d64");
+        let says = |row: &Row, loops: &[Loop], words: &str| fault(row, loops).expect("a fault").contains(words);
+        assert!(says(&forward, &[a_loop(11, 1)], "[11] products, not [12]"));
+        assert!(says(&forward, &[], "[] products"));
+        assert_eq!(fault(&forward, &[a_loop(12, 1)]), None);
+        // 64 x 128 scores of one warpgroup: two tiles.
+        assert!(says(&forward, &[a_loop(12, 2000)], "1000.0 instructions beside"));
+        let keys = row("hopper_backward_keys_f16_d256");
+        assert!(says(&keys, &[a_loop(12, 1)], "not [12, 8]"), "both walks are there");
+        let unknown = Row {
+            head_dim: 16,
+            block_n: 16,
+            ..forward
+        };
+        assert!(says(&unknown, &[a_loop(2, 1)], "no limit"));
+        assert_eq!(over([10.0, 20.0], [10, 20]), None);
+        assert!(
+            over([10.1, 20.0], [10, 20])
+                .expect("a fault")
+                .starts_with("10.1 cycles")
+        );
+    }
+
+    #[test]
+    fn a_pass_has_one_limit_a_head_dim() {
+        let key = |limit: &Limit| (limit.0, limit.1, limit.2);
+        let twice = |(at, limit): (usize, &Limit)| LIMITS[..at].iter().any(|other| key(other) == key(limit));
+        assert!(!LIMITS.iter().enumerate().any(twice));
+    }
+}

@@ -1,0 +1,249 @@
+//! `benches/results/sass.json` and `sass.md`: what was assembled, as data and as tables with FlashAttention-3 beside ours.
+
+use crate::limits::{Loops, for_scores, tiles};
+use crate::peer::{Figures, Peer};
+use crate::sass::Assembled;
+use crate::step::{Class, Recorded, Step};
+use flash_attention_kernels::entries::{Arch, Dtype, Pass};
+use serde::Serialize;
+use std::fmt::Write as _;
+
+/// A kernel for one card, as it is recorded.
+#[derive(Serialize)]
+struct Kernel {
+    name: &'static str,
+    target: &'static str,
+    block_m: u32,
+    block_n: u32,
+    threads: u32,
+    shared_bytes: u32,
+    registers: u32,
+    stack: u32,
+    spilled: u32,
+    tensor_instructions: usize,
+    /// A loop for each walk.
+    main: Vec<Recorded>,
+    masked: Vec<Recorded>,
+}
+
+impl Kernel {
+    fn of(kernel: &Assembled) -> Self {
+        let entry = &kernel.entry;
+        // bf16 has the loops of f16.
+        let replayed = entry.arch == Arch::Sm90a && entry.dtype == Dtype::F16;
+        let loops = Loops::of(&kernel.loops);
+        let record = |loops: Vec<_>| loops.into_iter().map(|found| Recorded::of(found, replayed)).collect();
+        Self {
+            name: entry.name,
+            target: kernel.target,
+            block_m: entry.block_m,
+            block_n: entry.block_n,
+            threads: entry.threads,
+            shared_bytes: entry.shared_bytes,
+            registers: kernel.registers,
+            stack: kernel.stack,
+            spilled: kernel.spilled,
+            tensor_instructions: kernel.tensor_instructions,
+            main: record(loops.main),
+            masked: record(loops.masked),
+        }
+    }
+}
+
+/// The record of all kernels, one a line.
+pub fn json(ptxas: &str, assembled: &[Assembled]) -> String {
+    let kernels: Vec<String> = assembled
+        .iter()
+        .map(|kernel| serde_json::to_string(&Kernel::of(kernel)).expect("numbers and names"))
+        .collect();
+    format!(
+        "{{\"ptxas\": \"{ptxas}\", \"kernels\": [\n{}\n]}}\n",
+        kernels.join(",\n")
+    )
+}
+
+/// The page of tables.
+pub fn markdown(ptxas: &str, assembled: &[Assembled]) -> String {
+    let mut page = include_str!("page.md").replace("PTXAS", ptxas);
+    page += "\n## Main loops on Hopper, for 64 x 64 scores\n\n";
+    page += &against_peers(assembled, "sm_90a");
+    page += "\n## Main loops on Hopper, one step of one warp by class\n\n";
+    page += &by_class(assembled);
+    page += "\n## Main loops of portable kernels on sm_80, for 64 x 64 scores\n\n";
+    page += &against_peers(assembled, "sm_80");
+    page += "\n## All kernels\n\n";
+    page + &all(assembled)
+}
+
+/// A line of dashes below the titles of a table's columns.
+fn rule(columns: usize) -> String {
+    format!("{}|\n", "| --- ".repeat(columns))
+}
+
+/// Main loops of f16 kernels for a card, those of all kernels of one pass together.
+fn against_peers(assembled: &[Assembled], target: &str) -> String {
+    let titles = "| pass | head_dim | mask | tile | stall sum | FA3 | against FA3 | other instructions | FA3 | against FA3 | \
+                  EX2 between waits for products | spills in the loops | longest step: instructions, stalls | FA3, with mask |\n";
+    let mut table = titles.to_owned() + &rule(14);
+    let of = |pass: Pass, head_dim: u32, causal: bool| {
+        assembled.iter().find(|kernel| {
+            let entry = &kernel.entry;
+            (kernel.target, entry.dtype) == (target, Dtype::F16)
+                && (entry.pass, entry.head_dim, entry.causal) == (Some(pass), head_dim, causal)
+        })
+    };
+    let passes: [&[Pass]; 3] = [
+        &[Pass::Forward],
+        &[Pass::BackwardAll],
+        &[Pass::BackwardQueries, Pass::BackwardKeys],
+    ];
+    let mut above = Vec::new();
+    for passes in passes {
+        for (head_dim, causal) in [32, 64, 96, 128, 192, 256]
+            .into_iter()
+            .flat_map(|head_dim| [(head_dim, false), (head_dim, true)])
+        {
+            let kernels: Vec<&Assembled> = passes.iter().filter_map(|&pass| of(pass, head_dim, causal)).collect();
+            if !kernels.is_empty() {
+                table += &row(&kernels, &mut above);
+            }
+        }
+    }
+    if !above.is_empty() {
+        let _ = writeln!(table, "\nAbove FlashAttention-3: {}.", above.join("; "));
+    }
+    table
+}
+
+/// A row of that table for the kernels of one pass; what is above FlashAttention-3 is added to `above`.
+fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
+    let entry = &kernels[0].entry;
+    let pass = match (entry.pass, kernels.len()) {
+        (Some(Pass::Forward), _) => "forward",
+        (_, 1) => "backward",
+        _ => "backward, two kernels",
+    };
+    let mask = if entry.causal { "causal" } else { "full" };
+    let peer = entry
+        .pass
+        .and_then(|pass| Peer::of(entry.arch, pass, entry.head_dim, entry.causal));
+    let theirs = peer.map(Peer::for_scores);
+    let (mut ours, mut exponentials, mut longest, mut spills) = ([0.0; 2], Vec::new(), Vec::new(), 0);
+    for kernel in kernels {
+        let loops = Loops::of(&kernel.loops);
+        let steps = loops.steps();
+        for (sum, value) in ours.iter_mut().zip(for_scores(&kernel.entry, &steps)) {
+            *sum += value;
+        }
+        for (found, step) in loops.main.iter().zip(&steps) {
+            let counts = step.exponentials_between_waits.iter().map(u32::to_string);
+            exponentials.push(counts.collect::<Vec<_>>().join(", "));
+            let own = loops.masked.iter().find(|other| other.products() == found.products());
+            let step = Step::of(own.map_or(&found.longest, |own| &own.leanest));
+            longest.push(format!("{}, {}", step.instructions, step.stalls));
+        }
+        for found in &kernel.loops {
+            spills += Step::of(&found.longest).count(Class::Local);
+        }
+    }
+    let against = |ours: f64, theirs: Option<f64>| theirs.map(|theirs| 100.0 * (ours / theirs - 1.0));
+    let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.0}"));
+    let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:+.0} %"));
+    let of = |figure: fn(&Figures) -> Option<f64>| theirs.as_ref().and_then(figure);
+    let [stalls, others] = [of(|theirs| theirs.stalls), of(|theirs| theirs.others)];
+    let ratios = [against(ours[0], stalls), against(ours[1], others)];
+    for (ratio, name) in ratios.iter().zip(["stalls", "others"]) {
+        if let Some(ratio) = ratio.filter(|ratio| *ratio >= 0.5) {
+            above.push(format!("{pass} {} {mask}, {name} {ratio:+.0} %", entry.head_dim));
+        }
+    }
+    let their_others = match &theirs {
+        Some(theirs) if others.is_none() => format!("{:.0} with products", theirs.instructions),
+        _ => number(others),
+    };
+    let their_mask = peer.and_then(|peer| peer.masked);
+    let tile = |kernel: &&Assembled| format!("{} x {}", kernel.entry.block_m, kernel.entry.block_n);
+    let cells = [
+        pass.to_owned(),
+        entry.head_dim.to_string(),
+        mask.to_owned(),
+        kernels.iter().map(tile).collect::<Vec<_>>().join(", "),
+        format!("{:.0}", ours[0]),
+        number(stalls),
+        percent(ratios[0]),
+        format!("{:.0}", ours[1]),
+        their_others,
+        percent(ratios[1]),
+        exponentials.join("; "),
+        spills.to_string(),
+        longest.join("; "),
+        their_mask.map_or("-".to_owned(), |[instructions, stalls]| {
+            format!("{instructions}, {stalls}")
+        }),
+    ];
+    format!("| {} |\n", cells.join(" | "))
+}
+
+/// Instructions of the main loops of full f16 kernels for Hopper, a column a loop.
+fn by_class(assembled: &[Assembled]) -> String {
+    let mut columns: Vec<(String, f64, Step)> = Vec::new();
+    for kernel in assembled {
+        let entry = &kernel.entry;
+        if (kernel.target, entry.dtype, entry.causal) == ("sm_90a", Dtype::F16, false) {
+            let name = entry.name.trim_start_matches("hopper_");
+            let name = name.replace("_f16_d", " ").replace('_', " ");
+            let steps = Loops::of(&kernel.loops).steps().into_iter();
+            columns.extend(steps.map(|step| (name.clone(), tiles(entry), step)));
+        }
+    }
+    let mut table = String::new();
+    let mut line = |title: &str, cell: &dyn Fn(&(String, f64, Step)) -> String| {
+        let cells: Vec<String> = columns.iter().map(cell).collect();
+        let _ = writeln!(table, "| {title} | {} |", cells.join(" | "));
+        if title.is_empty() {
+            table += &rule(1 + columns.len());
+        }
+    };
+    line("", &|column| column.0.clone());
+    line("tiles of 64 x 64 scores", &|column| format!("{:.2}", column.1));
+    line("instructions", &|column| column.2.instructions.to_string());
+    line("stall sum, cycles", &|column| column.2.stalls.to_string());
+    for &(class, title) in Class::TITLES {
+        if columns.iter().any(|column| column.2.count(class) > 0) {
+            line(title, &|column| column.2.count(class).to_string());
+        }
+    }
+    table
+}
+
+fn all(assembled: &[Assembled]) -> String {
+    let mut table =
+        "| kernel | for | tile | threads | shared bytes | registers | stack | spilled | tensor instructions | others \
+                     per tensor instruction, main loop |\n"
+            .to_owned()
+            + &rule(10);
+    for kernel in assembled {
+        let Assembled {
+            entry,
+            target,
+            registers,
+            spilled,
+            stack,
+            tensor_instructions,
+            loops,
+            ..
+        } = kernel;
+        let ratio = |found: &crate::machine_code::Loop| {
+            let step = Step::of(&found.leanest);
+            format!("{:.1}", f64::from(step.others()) / f64::from(step.count(Class::Tensor)))
+        };
+        let others = loops.first().map_or("-".to_owned(), ratio);
+        let (m, n, threads, shared) = (entry.block_m, entry.block_n, entry.threads, entry.shared_bytes);
+        let _ = writeln!(
+            table,
+            "| {} | {target} | {m} x {n} | {threads} | {shared} | {registers} | {stack} | {spilled} | {tensor_instructions} | {others} |",
+            entry.name
+        );
+    }
+    table
+}

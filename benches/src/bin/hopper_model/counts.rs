@@ -9,6 +9,7 @@ use flash_attention::{Arch, Attention, Device, Gradients, Plan, Tensor};
 use flash_attention_kernels::entries;
 
 use crate::Failure;
+use crate::record::{Loop, main_loops};
 
 /// A row of the table of speed: both sequences of one length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,26 +87,12 @@ fn products_of_pair(entry: &Entry) -> (f64, f64) {
     (f64::from(flops) / pairs, f64::from(bytes) / pairs)
 }
 
-/// Instructions beside the products that warps issue for a pair, from the committed table of `cargo xtask sass`: what ptxas
-/// makes of a kernel can not be counted in PTX, whose moves vanish and whose address arithmetic is folded.
+/// Instructions beside the products that warps issue for a pair, by the machine code: what ptxas makes of a kernel cannot be
+/// counted in PTX, whose moves vanish and whose address arithmetic is folded.
 fn issued_for_pair(entry: &Entry) -> Result<f64, Failure> {
-    let row = format!("| {} | sm_90a |", entry.name);
-    let cells = include_str!("../../../results/sass.md")
-        .lines()
-        .find_map(|line| line.strip_prefix(&row));
-    let ratio: f64 = cells
-        .and_then(|cells| cells.trim_end_matches([' ', '|']).rsplit('|').next())
-        .ok_or_else(|| {
-            format!(
-                "sass.md has no {}: cargo xtask sass --output benches/results/sass.md",
-                entry.name
-            )
-        })?
-        .trim()
-        .parse()?;
-    let of_warp: u32 = products(entry).iter().map(|&(_, steps, _)| steps).sum();
+    let of_warp: u32 = main_loops(entry.name)?.iter().map(Loop::others).sum();
     let warps = f64::from(entry.threads / 32 - 4);
-    Ok(ratio * f64::from(of_warp) * warps / f64::from(entry.block_m * entry.block_n))
+    Ok(f64::from(of_warp) * warps / f64::from(entry.block_m * entry.block_n))
 }
 
 /// Runs a call on the emulator at two lengths of each sequence. What grows with the product of both is the main loops;

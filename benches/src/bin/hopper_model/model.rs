@@ -14,19 +14,20 @@ use flash_attention_kernels::entries;
 use flash_attention_kernels::mask::Mask;
 
 use crate::Failure;
+use crate::calibration;
 use crate::counts::{Counts, Shape, products};
 
 /// A constant of the hardware, with where it is from.
-struct Constant(&'static str, f64, &'static str);
+pub struct Constant(&'static str, pub f64, &'static str);
 
 const MULTIPROCESSORS: Constant = Constant("multiprocessors", 132.0, "NVIDIA H100 whitepaper, SXM5");
-const PEAK: Constant = Constant(
+pub const PEAK: Constant = Constant(
     "dense f16 peak, TFLOP/s",
     989.4,
     "NVIDIA H100 whitepaper, SXM5, at boost",
 );
-const TENSOR: Constant = Constant("tensor operations a clock and SM", 4096.0, "the same: 4 x 512 FMA");
-const MATMUL: Constant = Constant(
+pub const TENSOR: Constant = Constant("tensor operations a clock and SM", 4096.0, "the same: 4 x 512 FMA");
+pub const MATMUL: Constant = Constant(
     "matmul of random data, TFLOP/s",
     798.0,
     "measured elsewhere: bf16 8192^3, H200, power-limited",
@@ -120,6 +121,8 @@ fn wait() -> f64 {
 #[derive(Clone, Copy, Debug)]
 pub struct Prediction {
     pub tflops: f64,
+    /// The same with the steps that were replayed.
+    pub replayed: f64,
     /// If everything overlapped: the busiest resource alone.
     pub ceiling: f64,
     /// That resource, and its share of the predicted time.
@@ -142,7 +145,8 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     let hertz = PEAK.1 * 1e12 / (MULTIPROCESSORS.1 * TENSOR.1);
     let weights: Vec<f64> = main.iter().map(|launch| weight(launch.entry)).collect();
     let mut imbalance = 1.0_f64;
-    let (mut seconds, mut limits) = (
+    let (mut seconds, mut replayed, mut limits) = (
+        0.0,
         0.0,
         [
             ("tensor cores", 0.0),
@@ -161,10 +165,13 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
         let (longest, mean) = steps_of_blocks(launch, &list, shape);
         // The first scores, the last products and the store of a tile overlap with nothing: a step more.
         seconds += longest * (whole_step(step) + wait) / hertz;
+        replayed += longest * calibration::step_cycles(launch.entry)? / hertz;
         if takes_turns {
             let tiles = list.tiles_per_head.get();
             let following = if shape.causal { tiles.div_ceil(2) } else { tiles };
-            seconds += f64::from(following.min(list.blocks) - 1) * TURN.1 * 1e-6;
+            let turns = f64::from(following.min(list.blocks) - 1) * TURN.1 * 1e-6;
+            seconds += turns;
+            replayed += turns;
         }
         imbalance = imbalance.max(longest / mean);
         for (limit, cycles) in limits.iter_mut().zip(step) {
@@ -182,9 +189,10 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     let busiest = limits
         .into_iter()
         .fold(("", 0.0), |most, limit| if limit.1 > most.1 { limit } else { most });
-    let seconds = seconds.max(limits[3].1) + around;
+    let [seconds, replayed] = [seconds, replayed].map(|seconds| seconds.max(limits[3].1) + around);
     Ok(Prediction {
         tflops: shape.flops() / seconds / 1e12,
+        replayed: shape.flops() / replayed / 1e12,
         ceiling: shape.flops() / busiest.1 / 1e12,
         busiest: (busiest.0, busiest.1 / seconds),
         imbalance,

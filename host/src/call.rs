@@ -70,7 +70,7 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// Those of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and what
+    /// The errors of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and what
     /// the device says of the launch.
     pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
         self.silent().forward(q, k, v)
@@ -80,7 +80,7 @@ impl Attention {
     /// contiguous last axis, `lse` contiguous. Neither may share memory with an input.
     ///
     /// # Errors
-    /// As for [`forward`](Self::forward); nothing has been written then, unless the device failed.
+    /// The errors of [`forward`](Self::forward); nothing has been written then, unless the device failed.
     pub fn forward_into<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -95,7 +95,7 @@ impl Attention {
     /// How [`forward`](Self::forward) would compute this: kernel, tiles, grid, and what it costs. Allocates nothing.
     ///
     /// # Errors
-    /// Those of [`Problem::new`] and [`Plan::new`].
+    /// The errors of [`Problem::new`] and [`Plan::new`].
     pub fn plan<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Plan, Error> {
         Plan::new(
             &Problem::new(self, q.info(), k.info(), v.info(), None)?,
@@ -111,7 +111,7 @@ impl Attention {
     /// the gradients that it touches.
     ///
     /// # Errors
-    /// Those of [`BackwardProblem::new`] and [`Plan::backward`], before anything is allocated; then
+    /// The errors of [`BackwardProblem::new`] and [`Plan::backward`], before anything is allocated; then
     /// [`Error::OutOfMemory`] and what the device says of the launch.
     pub fn backward<T: Element>(
         &self,
@@ -128,7 +128,7 @@ impl Attention {
     /// axis, no memory shared with an input or with each other.
     ///
     /// # Errors
-    /// As for [`backward`](Self::backward); nothing has been written then, unless the device failed.
+    /// The errors of [`backward`](Self::backward); nothing has been written then, unless the device failed.
     pub fn backward_into<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -165,7 +165,7 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// As for [`backward_into`](Self::backward_into); [`Error::Workspace`] if the workspace is too small,
+    /// The errors of [`backward_into`](Self::backward_into); [`Error::Workspace`] if the workspace is too small,
     /// [`Error::NotContiguous`], [`Error::DeviceMismatch`], [`Error::Address`] or [`Error::Aliased`] if it is not as said.
     #[expect(clippy::too_many_arguments, reason = "five inputs, the results, and the workspace")]
     pub fn backward_into_with<T: Element>(
@@ -185,7 +185,7 @@ impl Attention {
     /// How [`backward`](Self::backward) would compute this. Allocates nothing.
     ///
     /// # Errors
-    /// Those of [`BackwardProblem::new`] and [`Plan::backward`].
+    /// The errors of [`BackwardProblem::new`] and [`Plan::backward`].
     pub fn plan_backward<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -300,7 +300,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
     /// [`Attention::backward_into_with`].
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into_with`].
+    /// The errors of [`Attention::backward_into_with`].
     #[expect(clippy::too_many_arguments, reason = "five inputs, the results, and the workspace")]
     pub fn backward_into_with<T: Element>(
         &self,

@@ -59,17 +59,17 @@ impl Attention {
         self.arch
     }
 
-    /// Whether the mask is causal.
+    /// True if the mask is causal.
     pub fn is_causal(&self) -> bool {
         self.causal
     }
 
-    /// Whether gradients are to be the same bits each time.
+    /// True if gradients must be the same bits each time.
     pub fn is_deterministic(&self) -> bool {
         self.deterministic
     }
 
-    /// What scores are multiplied by at this head_dim.
+    /// Factor of the scores at this head_dim.
     pub fn scale_for(&self, head_dim: usize) -> f32 {
         self.softmax_scale
             .unwrap_or_else(|| (1.0 / (head_dim as f64).sqrt()) as f32)

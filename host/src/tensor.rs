@@ -219,10 +219,10 @@ impl<T: Element> Tensor<T> {
         Ok(elements)
     }
 
-    /// The same elements, in order and without gaps: a clone where they lie so already, else a copy made through the host.
+    /// These elements in order and without gaps: a clone where they lie so already, else a copy made through the host.
     ///
     /// # Errors
-    /// Those of [`to_vec`](Self::to_vec) and [`from_slice`](Self::from_slice).
+    /// The errors of [`to_vec`](Self::to_vec) and [`from_slice`](Self::from_slice).
     pub fn contiguous(&self) -> Result<Self, Error> {
         if self.info.is_contiguous() {
             return Ok(self.clone());

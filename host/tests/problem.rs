@@ -254,3 +254,25 @@ fn messages_name_argument_value_and_limit() {
     let message = problem(&wide, &wide).expect_err("too wide").to_string();
     assert_eq!(message, "`q` has head_dim = 264, expected a multiple of 8 up to 256");
 }
+
+/// lse lies between the heads of out. Offsets of two dtypes are not compared, so the call is refused, but not as shared memory.
+#[test]
+fn spans_that_could_not_be_proven_apart_are_refused_as_such() {
+    let base = 1 << 14;
+    let apart = out(&[1, 2, 4, 8], &[256, 128, 16, 1], base);
+    let error = write_to(&apart, &lse(&[1, 2, 4], &[8, 4, 1], base + 128)).expect_err("interleaved");
+    assert!(
+        matches!(
+            &error,
+            Error::Interleaved {
+                argument: "lse",
+                other: "out"
+            } | Error::Interleaved {
+                argument: "out",
+                other: "lse"
+            }
+        ),
+        "{error}"
+    );
+    write_to(&apart, &lse(&[1, 2, 4], &[8, 4, 1], base + 512)).expect("behind each other");
+}

@@ -1,4 +1,4 @@
-//! What backward needs of each query before its products: delta = rowsum(dO * O), and how weights are recomputed.
+//! Statistics of each query that backward needs before its products: delta = rowsum(dO * O), and how weights are recomputed.
 
 use core::f32::consts::LOG2_E;
 
@@ -69,7 +69,7 @@ pub unsafe fn write_exponents<E: Element>(
             && sreg::thread_idx_x() % LANES == 0
         {
             memory::st_global_u32(exponents.lse_log2 + index * 4, lse_log2.to_bits());
-            // Whatever sees a gradient that is not finite is NaN, without that gradient too.
+            // A query whose dO or out is not finite makes NaN of each dS that it has, where dP alone might be finite.
             let delta = if delta.abs() < f32::INFINITY { delta } else { f32::NAN };
             memory::st_global_u32(exponents.delta + index * 4, delta.to_bits());
             memory::st_global_u32(exponents.shift + index * 4, shift.to_bits());
@@ -83,8 +83,9 @@ pub unsafe fn write_exponents<E: Element>(
 
 /// (shift, lse_log2) of a query: a score's weight is `exp2((s - shift) * scale_log2 - lse_log2)`.
 ///
-/// f32 subtracts every query's largest score. 16 bits do not tell that from one rounding of exponents below [`FAR`]. A query
-/// whose sum of weights is nothing has NaN: whatever it sees weighs NaN, and what it does not see is hidden by the mask.
+/// In f32 the largest score of every query is the shift. In 16 bits it is 0 below [`FAR`], where the one rounding of exponents is
+/// far less than that of the weights. A query whose weights sum to 0 has the exponent NaN: the keys it sees weigh NaN, and the mask
+/// hides those it does not see.
 #[inline(always)]
 unsafe fn exponent<E: Element>(rows: &ForwardRows, index: u64, scale_log2: f32) -> (f32, f32) {
     // SAFETY (whole body): forward's rows hold an f32 for each query.
@@ -108,7 +109,7 @@ unsafe fn exponent<E: Element>(rows: &ForwardRows, index: u64, scale_log2: f32) 
     }
 }
 
-/// Whether a flag in this thread's share of `flags`, each of [`DELTA_ROWS`] queries, says that one of them is far: thread
+/// Tells if a flag in this thread's share of `flags`, each of [`DELTA_ROWS`] queries, says that one of them is far: thread
 /// `thread` of `threads` reads every `threads`-th.
 ///
 /// # Safety

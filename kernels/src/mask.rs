@@ -24,13 +24,13 @@ impl Span {
     /// The end of a span that only the end of its sequence bounds, where positions past that end are zeros and weigh nothing.
     pub const OPEN: u32 = u32::MAX;
 
-    /// Whether `position` lies in the span.
+    /// Tells if `position` lies in the span.
     #[inline(always)]
     pub const fn contains(self, position: u32) -> bool {
         position >= self.begin && (self.end == Self::OPEN || position < self.end)
     }
 
-    /// Whether no position lies in the span.
+    /// Tells if no position lies in the span.
     #[inline(always)]
     pub const fn is_empty(self) -> bool {
         self.begin >= self.end
@@ -53,19 +53,19 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// Whether no block holds a visible pair.
+    /// Tells if no block holds a visible pair.
     #[inline(always)]
     pub const fn is_empty(self) -> bool {
         self.begin >= self.end
     }
 
-    /// Whether block `n` of the walk needs the mask.
+    /// Tells if block `n` of the walk needs the mask.
     #[inline(always)]
     pub const fn is_masked(self, n: u32) -> bool {
         n < self.whole_begin || n >= self.whole_end
     }
 
-    /// The same walk, in which every block needs the mask.
+    /// This walk with the mask in every block.
     #[inline(always)]
     pub const fn all_masked(self) -> Self {
         Self {
@@ -98,7 +98,7 @@ macro_rules! for_blocks {
     }};
 }
 
-/// As `for_blocks`, from the last block to the first.
+/// Like `for_blocks`, from the last block to the first.
 #[cfg(any(test, target_arch = "nvptx64"))]
 macro_rules! for_blocks_backwards {
     ($blocks:expr, |$n:ident, $masked:ident| $body:expr) => {{
@@ -129,7 +129,7 @@ pub struct Mask<const CAUSAL: bool> {
 }
 
 impl<const CAUSAL: bool> Mask<CAUSAL> {
-    /// Whether pairs are hidden that both exist; else the ends of the sequences are all there is to mind.
+    /// Tells if pairs are hidden that both exist; else the ends of the sequences are all there is to mind.
     pub const HIDES_PAIRS: bool = CAUSAL;
 
     /// The mask of a problem with these sequence lengths, each at most [`MAX_SEQLEN`].

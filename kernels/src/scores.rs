@@ -8,7 +8,7 @@ use crate::ptx::{memory, sync};
 use crate::softmax::FAR;
 use crate::tile::register::{Accumulator, RowValues};
 
-/// What backward knows of the queries of a tile, whichever side of it they are.
+/// Statistics of the queries of a tile that backward reads, whether queries are its rows or its columns.
 pub trait QueryValues<A: Accumulator>: Copy {
     /// `x -= shift`: what is subtracted from scores before they are scaled.
     ///
@@ -19,13 +19,13 @@ pub trait QueryValues<A: Accumulator>: Copy {
     /// `x = f(lse_log2, x)`.
     ///
     /// # Safety
-    /// As [`subtract_shift`](Self::subtract_shift).
+    /// The contract of [`subtract_shift`](Self::subtract_shift).
     unsafe fn with_lse(self, scores: &mut A, f: impl Fn(f32, f32) -> f32);
 
     /// `x -= delta`.
     ///
     /// # Safety
-    /// As [`subtract_shift`](Self::subtract_shift).
+    /// The contract of [`subtract_shift`](Self::subtract_shift).
     unsafe fn subtract_delta(self, dp: &mut A);
 }
 
@@ -131,8 +131,8 @@ pub unsafe fn weights<A: Accumulator>(scores: &mut A, queries: impl QueryValues<
     }
 }
 
-/// Gradients of weights to gradients of scores: `dS = P * (dP - delta)`, and with `hides` 0 where P is 0, whatever dP and delta
-/// are: a hidden pair has them of rows that are none of its business, and they need not be finite.
+/// Gradients of weights to gradients of scores: `dS = P * (dP - delta)`. With `hides`, dS is 0 where P is 0: dP and delta of a
+/// hidden pair may be NaN or infinite.
 ///
 /// # Safety
 /// `queries` are readable.

@@ -10,6 +10,7 @@
 //! A100 has 163 KiB, H100 227 KiB), so the portable kernels are portable.
 
 use crate::element::F16;
+use crate::tile::swizzle;
 #[cfg(target_arch = "nvptx64")]
 use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
@@ -73,13 +74,8 @@ pub trait TileShape {
 
 /// Whether the threads of a block, side by side along the rows, cover a tile in whole steps.
 pub(crate) const fn loads_evenly<S: TileShape>() -> bool {
-    let rows = S::THREADS / neighbours(S::ROW_BYTES);
+    let rows = S::THREADS / swizzle::neighbours(S::ROW_BYTES);
     S::ROWS.is_multiple_of(rows) && S::COLUMNS.is_multiple_of(rows)
-}
-
-/// Threads that load neighbouring chunks of a row: 8, a full line of 128 bytes, where rows are whole lines.
-pub const fn neighbours(row_bytes: u32) -> u32 {
-    if row_bytes.is_multiple_of(128) { 8 } else { 4 }
 }
 
 /// A shape for the tensor cores: accumulators of m16n8 fragments, 16 rows each, `WARP_ROWS / 16` of them high.

@@ -27,11 +27,11 @@ pub struct OnlineSoftmax<A: Accumulator> {
     /// Sum of exponentials relative to it, over this lane's columns only.
     row_sum: A::Rows,
     scale_log2: f32,
-    /// Whether a row of this warp has been far.
+    /// True once a row of this warp has been far.
     is_far: bool,
 }
 
-/// What the softmax of a row ends with.
+/// Results of the softmax of a row.
 pub struct Finished<R> {
     /// Factor that normalises the output.
     pub inverse: R,
@@ -139,7 +139,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
     }
 }
 
-/// Whether a row of this maximum subtracts it before it multiplies by the scale.
+/// Tells if a row of this maximum subtracts it before it multiplies by the scale.
 #[inline(always)]
 fn is_far(max: f32, scale: f32) -> bool {
     max != f32::NEG_INFINITY && (max * scale).abs() > FAR

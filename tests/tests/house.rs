@@ -30,6 +30,23 @@ const HOST: &[&[&str]] = &[
     &["call"],
 ];
 
+/// The kernels' rooms, ground floor first.
+const KERNELS: &[&[&str]] = &[
+    &["abi", "element", "mask"],
+    &["ptx"],
+    &["tile", "deal"],
+    &["shape", "softmax", "nonfinite"],
+    &["block", "scores", "delta", "entries"],
+    &["pipeline"],
+    &["forward", "backward", "hopper", "study"],
+    &["archive"],
+];
+
+#[test]
+fn the_kernels_import_downwards() {
+    imports_go_down("kernels/src", KERNELS);
+}
+
 #[test]
 fn the_emulator_imports_downwards() {
     imports_go_down("emulator/src", EMULATOR);

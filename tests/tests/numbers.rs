@@ -23,7 +23,7 @@ fn of_magnitude<T: Element>(case: &Case, q: i32, k: i32) -> Inputs<T> {
     inputs
 }
 
-/// Forward of scores of any magnitude and scale: out within a hundredth (16 bits) or 1e-5, lse within a millionth of itself.
+/// Forward of scores of any magnitude and scale: out within 2e-2 (16 bits) or 1e-5, lse within a millionth of itself.
 fn check_magnitude<T: Element>(q: i32, k: i32, scale: f32, causal: bool) {
     let attention = Attention::new().softmax_scale(scale);
     let attention = if causal { attention.causal() } else { attention };
@@ -83,13 +83,15 @@ fn weights_of_equal_keys_are_equal_at_any_magnitude() {
             let dout = tensor(3, &vec![1.0; 3 * HEAD_DIM]);
             let attention = Attention::new().softmax_scale(1.0);
             let output = attention.forward(&q, &k, &v).expect("valid");
-            if output.statistics.is_none() {
-                continue; // a device that keeps lse alone promises no more than that holds
-            }
             let gradients = attention.backward(&q, &k, &v, &output, &dout).expect("valid");
+            // From lse alone, which the CPU keeps, no weight of the three queries is above 1, and that is all that holds.
+            let range = match output.statistics {
+                Some(_) => 0.370..=0.380,
+                None => 0.0..=3.0,
+            };
             for got in gradients.dv.to_vec().expect("read") {
                 let got = got.to_f64();
-                assert!((got - 0.375).abs() < 5e-3, "{magnitude} on {device}: {got}, want 0.375");
+                assert!(range.contains(&got), "{magnitude} on {device}: {got}, want {range:?}");
             }
         }
     }

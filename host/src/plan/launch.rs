@@ -401,7 +401,7 @@ pub(super) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySu
     (sums, summed + turns)
 }
 
-/// What the portable backward kernels keep of each query, as offsets into a workspace, and its bytes.
+/// Exponents that the portable backward kernels keep of each query, as offsets into a workspace, and its bytes.
 pub(super) fn portable_exponents(problem: &BackwardProblem) -> (Exponents, u64) {
     let forward = problem.forward();
     let heads = forward.batch() as u64 * forward.heads_q() as u64;

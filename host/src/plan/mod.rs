@@ -132,7 +132,7 @@ impl Plan {
         self.backward.as_ref()
     }
 
-    /// Whether a forward pass writes row_max and row_sum.
+    /// Tells if a forward pass writes row_max and row_sum.
     pub fn writes_statistics(&self) -> bool {
         writes_statistics(&self.problem, &self.device)
     }
@@ -165,7 +165,7 @@ impl Plan {
     }
 }
 
-/// Whether a forward pass writes row_max and row_sum on this device.
+/// Tells if a forward pass writes row_max and row_sum on this device.
 fn writes_statistics(problem: &Problem, device: &DeviceInfo) -> bool {
     let device_can = match device {
         DeviceInfo::Cpu { .. } => false,

@@ -204,7 +204,7 @@ impl Problem {
         self.v
     }
 
-    /// Whether forward writes row_max and row_sum beside lse, on a device that does.
+    /// Tells if forward writes row_max and row_sum beside lse, on a device that does.
     pub fn keeps_statistics(&self) -> bool {
         self.keeps_statistics
     }
@@ -223,7 +223,7 @@ fn of_rows<'a>(lse: &'a TensorInfo, statistics: Option<[&'a TensorInfo; 2]>) -> 
     [("lse", lse)].into_iter().chain(statistics).collect()
 }
 
-/// Whether a tensor of this name holds one f32 a query.
+/// Tells if a tensor of this name holds one f32 a query.
 fn is_of_rows(argument: &str) -> bool {
     argument == "lse" || STATISTICS.contains(&argument)
 }

@@ -39,17 +39,17 @@ impl Barrier {
     /// Waits for `threads` threads, this one among them.
     ///
     /// # Safety
-    /// As [`sync::named_barrier_sync`].
+    /// The contract of [`sync::named_barrier_sync`].
     #[inline(always)]
     unsafe fn sync(self, threads: u32) {
         // SAFETY: the caller's contract; ids are distinct, asserted below.
         unsafe { sync::named_barrier_sync(self.id(), threads) }
     }
 
-    /// As [`sync`](Self::sync), and whether `predicate` holds for any of them.
+    /// Like [`sync`](Self::sync), and tells if `predicate` holds for any of them.
     ///
     /// # Safety
-    /// As [`sync::named_barrier_sync`].
+    /// The contract of [`sync::named_barrier_sync`].
     #[inline(always)]
     unsafe fn sync_or(self, threads: u32, predicate: bool) -> bool {
         // SAFETY: the caller's contract; ids are distinct, asserted below.
@@ -59,7 +59,7 @@ impl Barrier {
     /// Arrives as one of `threads` threads, and does not wait.
     ///
     /// # Safety
-    /// As [`sync::named_barrier_sync`].
+    /// The contract of [`sync::named_barrier_sync`].
     #[inline(always)]
     unsafe fn arrive(self, threads: u32) {
         // SAFETY: the caller's contract; ids are distinct, asserted below.

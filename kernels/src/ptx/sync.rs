@@ -36,7 +36,7 @@ pub fn sync_threads_or(predicate: bool) -> bool {
 /// `bar.red.or.pred` on named barrier `barrier` — as [`named_barrier_sync`], and whether `predicate` holds for any.
 ///
 /// # Safety
-/// As [`named_barrier_sync`].
+/// The contract of [`named_barrier_sync`].
 #[inline(always)]
 pub unsafe fn named_barrier_or(barrier: u32, threads: u32, predicate: bool) -> bool {
     let result: u32;
@@ -52,7 +52,7 @@ pub unsafe fn named_barrier_or(barrier: u32, threads: u32, predicate: bool) -> b
 /// `bar.arrive barrier, threads;` — the same without waiting.
 ///
 /// # Safety
-/// As [`named_barrier_sync`].
+/// The contract of [`named_barrier_sync`].
 #[inline(always)]
 pub unsafe fn named_barrier_arrive(barrier: u32, threads: u32) {
     // SAFETY: the caller's contract.

@@ -82,7 +82,7 @@ impl Panels {
         self.base + column / PANEL_COLUMNS * self.panel_bytes() + row * ROW_BYTES + chunk * 16
     }
 
-    /// Whether there is NaN or infinity in this thread's share of the tile, of `threads` threads.
+    /// Tells if there is NaN or infinity in this thread's share of the tile, of `threads` threads.
     ///
     /// # Safety
     /// The tile is initialised and visible to this thread.
@@ -129,7 +129,7 @@ impl Panels {
     /// Zeroes NaN and infinity in this thread's share of the tile.
     ///
     /// # Safety
-    /// As [`has_nonfinite`](Self::has_nonfinite), and no other thread touches the share meanwhile.
+    /// The contract of [`has_nonfinite`](Self::has_nonfinite), and no other thread touches the share meanwhile.
     #[inline(always)]
     pub unsafe fn zero_nonfinite<E: Element>(self, thread: u32, threads: u32) {
         let mut at = thread * 16;

@@ -4,10 +4,9 @@ use super::{
     element::Element,
     fragment,
     global::{GlobalTile, Walk},
-    swizzle::swizzle,
+    swizzle::{neighbours, swizzle},
 };
 use crate::ptx::{copy, matrix, memory, optimizer, sreg, sync};
-use crate::shape::neighbours;
 
 /// Bytes of the unit that is copied, swizzled and loaded.
 pub const CHUNK: u32 = 16;

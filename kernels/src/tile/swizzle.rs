@@ -15,6 +15,11 @@ pub const fn swizzle(row: u32, chunk: u32, row_bytes: u32) -> u32 {
     }
 }
 
+/// Threads that load neighbouring chunks of a row: 8, a full line of 128 bytes, where rows are whole lines.
+pub const fn neighbours(row_bytes: u32) -> u32 {
+    if row_bytes.is_multiple_of(128) { 8 } else { 4 }
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;

@@ -1,4 +1,4 @@
-//! What a device asks of the driver while it works: the seam at which tests put a driver that only writes down.
+//! Calls that a device makes to the driver while it works: the seam at which tests put a driver that only writes down.
 
 use std::ffi::c_void;
 
@@ -58,7 +58,7 @@ pub(super) trait Calls: Send + Sync {
     /// Starts a copy from the device.
     ///
     /// # Safety
-    /// As for [`upload`](Self::upload).
+    /// The contract of [`upload`](Self::upload).
     unsafe fn download(&self, queue: Queue, address: u64, data: &mut [u8]) -> Result<(), DriverError>;
 
     /// Starts to fill memory with zero bytes.

@@ -105,7 +105,7 @@ pub fn start() -> Result<usize, CudaUnavailable> {
 /// Newest CUDA version that the driver knows: major, minor. The library is present.
 ///
 /// # Errors
-/// What the driver says.
+/// The error of the driver.
 pub fn version() -> Result<(u32, u32), DriverError> {
     let mut version = 0;
     // SAFETY: writes one integer, and may be called before the driver is started.
@@ -134,7 +134,7 @@ impl Gpu {
     /// GPU number `ordinal` of those that [`start`] counted.
     ///
     /// # Errors
-    /// What the driver says.
+    /// The error of the driver.
     pub fn open(ordinal: usize) -> Result<Self, DriverError> {
         Self::describe(device::get(ordinal as c_int).map_err(failed("cuDeviceGet"))?)
     }
@@ -159,10 +159,10 @@ impl Gpu {
         })
     }
 
-    /// Its primary context, retained to the end of the process.
+    /// Primary context, retained to the end of the process.
     ///
     /// # Errors
-    /// What the driver says.
+    /// The error of the driver.
     pub fn primary_context(&self) -> Result<sys::CUcontext, DriverError> {
         // SAFETY: the handle is of a device that the driver gave us.
         unsafe { primary_ctx::retain(self.handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))
@@ -206,7 +206,7 @@ pub struct Entered(PhantomData<*const ()>);
 /// Makes a context current on this thread.
 ///
 /// # Errors
-/// What the driver says.
+/// The error of the driver.
 ///
 /// # Safety
 /// The context exists, and does until what is returned is dropped.
@@ -229,7 +229,7 @@ impl Drop for Entered {
 /// Hands PTX to the driver, which compiles it for the GPU of the current context.
 ///
 /// # Errors
-/// What the driver's compiler says of PTX that it cannot load.
+/// The message of the driver's compiler, for PTX that it cannot load.
 pub fn load(ptx: &str) -> Result<sys::CUmodule, DriverError> {
     let image = terminated(ptx, "cuModuleLoadDataEx")?;
     let mut log = [0_u8; JIT_LOG_BYTES];
@@ -266,7 +266,7 @@ pub fn load(ptx: &str) -> Result<sys::CUmodule, DriverError> {
 /// The kernel of this name.
 ///
 /// # Errors
-/// What the driver says, of a module without such a kernel.
+/// The error of the driver, also for a module without such a kernel.
 ///
 /// # Safety
 /// The module is loaded.
@@ -301,7 +301,7 @@ pub struct Geometry {
 /// Launches a kernel.
 ///
 /// # Errors
-/// What the driver says.
+/// The error of the driver.
 ///
 /// # Safety
 /// The function is loaded into the current context and the stream is of that context. `arguments` are pointers to one value
@@ -338,7 +338,7 @@ pub unsafe fn launch(
         .map_err(failed("cuLaunchKernelEx"))
 }
 
-/// What a tensor map describes: a tensor, innermost axis first, and the box of it that one copy takes.
+/// Description of a tensor map: a tensor, innermost axis first, and the box of it that one copy takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiled<'a> {
     /// Element type.
@@ -360,7 +360,7 @@ pub struct Tiled<'a> {
 /// The driver's encoding of a tensor map.
 ///
 /// # Errors
-/// What the driver says of a map that no copy can take.
+/// The error of the driver, for a map that no copy can take.
 pub fn encode(tiled: &Tiled<'_>) -> Result<[u64; 16], DriverError> {
     let rank = tiled.dims.len();
     assert!(

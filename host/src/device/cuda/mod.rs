@@ -32,7 +32,7 @@ struct Cuda {
     context: Arc<Context>,
     queue: Queue,
     calls: &'static dyn Calls,
-    /// What keeps a foreign context and stream.
+    /// Owner that keeps a foreign context and stream alive.
     _owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -81,7 +81,7 @@ impl Device {
     /// them.
     ///
     /// # Errors
-    /// Those of [`cuda`](Self::cuda).
+    /// The errors of [`cuda`](Self::cuda).
     pub fn cuda_on(stream: &Arc<CudaStream>) -> Result<Self, Error> {
         let context = stream.context().cu_ctx().cast();
         // SAFETY: the stream keeps its context, the device keeps the stream.
@@ -103,7 +103,7 @@ impl Device {
     /// second waited for. The graph has the addresses of all tensors in it, so their memory has to outlive it.
     ///
     /// # Errors
-    /// Those of [`cuda`](Self::cuda).
+    /// The errors of [`cuda`](Self::cuda).
     ///
     /// # Safety
     /// Context and stream exist until `owner` is dropped; without an owner, until the device, its clones and its tensors
@@ -142,7 +142,7 @@ impl Cuda {
     }
 
     /// # Safety
-    /// As for [`Device::cuda_from_raw`]; the driver has started.
+    /// The contract of [`Device::cuda_from_raw`]; the driver has started.
     unsafe fn on_foreign(
         context: sys::CUcontext,
         stream: sys::CUstream,
@@ -208,7 +208,7 @@ impl Cuda {
     }
 
     /// # Safety
-    /// As for [`Backend::run`].
+    /// The contract of [`Backend::run`].
     unsafe fn launch(&self, launch: &Launch, results: Results) -> Result<(), Error> {
         let refused = self.launch_error(launch.entry);
         let params = launch

@@ -103,7 +103,7 @@ unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f3
             8 if V::ROWS == 6 => 4,
             left => left.min(V::ROWS),
         };
-        // SAFETY: rows and inner are those of a, b and c.
+        // SAFETY: rows and inner are those of a, b and c, and rows are a multiple of 8: blocks have 4, 6 or `V::ROWS` of them.
         unsafe {
             let c = c.add(row * p.c_stride);
             let a = p.a.add(row * if p.transposed { 1 } else { p.a_stride });
@@ -112,8 +112,10 @@ unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f3
                 (true, 4) => block::<V, 4, N, true>(p, a, b, c),
                 (false, 6) => block::<V, 6, N, false>(p, a, b, c),
                 (true, 6) => block::<V, 6, N, true>(p, a, b, c),
-                (false, _) => block::<V, 8, N, false>(p, a, b, c),
-                (true, _) => block::<V, 8, N, true>(p, a, b, c),
+                // Of eight, which other sets have no registers for.
+                (false, _) if V::ROWS == 8 => block::<V, 8, N, false>(p, a, b, c),
+                (true, _) if V::ROWS == 8 => block::<V, 8, N, true>(p, a, b, c),
+                _ => std::hint::unreachable_unchecked(),
             }
         }
         row += rows;

@@ -36,6 +36,42 @@ impl fmt::Display for DeviceId {
     }
 }
 
+/// The element types that tensors may have: those of attention, and the integers of tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DataType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    Bf16,
+    /// A signed integer of 32 bits.
+    I32,
+    /// An unsigned integer of 32 bits.
+    U32,
+}
+
+impl DataType {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// The name that Rust and PyTorch give it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::I32 => "i32",
+            Self::U32 => "u32",
+        }
+    }
+}
+
 /// A tensor's device, dtype, shape, strides and address, without the tensor.
 ///
 /// [`Problem::new`](crate::problem::Problem::new) takes these, so a problem of any size can be validated and planned without

@@ -69,6 +69,7 @@ mod options;
 mod output;
 pub mod plan;
 pub mod problem;
+pub mod program;
 mod progress;
 pub mod reference;
 mod target;

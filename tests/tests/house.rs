@@ -21,7 +21,9 @@ const EMULATOR: &[&[&str]] = &[
 /// The host's rooms, ground floor first.
 const HOST: &[&[&str]] = &[
     &["error", "element", "progress"],
-    &["layout", "options", "target"],
+    &["layout", "target"],
+    &["program"],
+    &["options"],
     &["reference", "problem"],
     &["plan"],
     &["device"],

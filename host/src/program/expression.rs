@@ -1,0 +1,466 @@
+//! [`Expression`]: a program's operations as a graph without cycles, each written once.
+//!
+//! Nodes stand in an order in which each comes after its operands, so an evaluator is one loop over them. Two equal
+//! operations on equal operands are one node. The numbers that a user writes are parameters, not nodes' contents: two
+//! expressions that differ in such numbers only are equal, and so is the code that is made of them.
+
+use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
+use std::ops::{BitOr, Deref};
+
+use crate::layout::DataType;
+
+/// Most axes that a table has.
+pub const MAX_RANK: usize = 4;
+
+/// The type of a node's value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Type {
+    /// A score: f32 on devices, f64 in the oracle.
+    Score,
+    /// A coordinate or what is computed of them: i32, whose arithmetic wraps.
+    Index,
+    /// True or false.
+    Truth,
+}
+
+/// A node of an [`Expression`], by its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(u32);
+
+impl NodeId {
+    /// The node's place: operands have smaller ones.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Where a (query, key) pair lies. Positions count from the first query and key of their own sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Coordinate {
+    /// The sequence in its batch.
+    Batch,
+    /// The query head.
+    Head,
+    /// The key and value head, `head / (heads_q / heads_kv)`.
+    KvHead,
+    /// The query.
+    Query,
+    /// The key.
+    Key,
+    /// Queries of the sequence.
+    SeqlenQ,
+    /// Keys of the sequence.
+    SeqlenK,
+}
+
+impl Coordinate {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Batch,
+        Self::Head,
+        Self::KvHead,
+        Self::Query,
+        Self::Key,
+        Self::SeqlenQ,
+        Self::SeqlenK,
+    ];
+
+    /// What it changes with.
+    fn dependence(self) -> Dependence {
+        match self {
+            Self::Batch | Self::SeqlenQ | Self::SeqlenK => Dependence::BATCH,
+            Self::Head | Self::KvHead => Dependence::HEAD,
+            Self::Query => Dependence::QUERY,
+            Self::Key => Dependence::KEY,
+        }
+    }
+}
+
+/// An operation on one value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Unary {
+    /// `-x`, of a score or an index.
+    Negate,
+    /// The absolute value of a score or an index. That of `i32::MIN` is itself.
+    Abs,
+    /// `e^x` of a score.
+    Exp,
+    /// The natural logarithm of a score.
+    Log,
+    /// The hyperbolic tangent of a score.
+    Tanh,
+    /// The square root of a score.
+    Sqrt,
+    /// `1 / x` of a score.
+    Reciprocal,
+    /// The largest whole number up to a score, as a score. Its derivative is 0.
+    Floor,
+    /// An index as a score, rounded to the nearest.
+    ToScore,
+    /// The largest whole number up to a score, as an index: the nearest i32 beyond its range, 0 of a NaN.
+    ToIndex,
+    /// Each bit of an index inverted, or a truth denied.
+    Not,
+}
+
+/// An operation on two values of one type, which is its own type too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Binary {
+    /// The sum of scores or indices.
+    Add,
+    /// The difference of scores or indices.
+    Subtract,
+    /// The product of scores or indices.
+    Multiply,
+    /// The quotient of scores, or the Euclidean one of indices: `floor(x / y)`, for `y > 0`.
+    Divide,
+    /// The Euclidean remainder of indices, in `0 .. y`, for `y > 0`.
+    Remainder,
+    /// The smaller of scores or indices; the other one where a score is NaN.
+    Min,
+    /// The larger of scores or indices; the other one where a score is NaN.
+    Max,
+    /// Bits of both indices, or both truths.
+    And,
+    /// Bits of either index, or either truth.
+    Or,
+    /// Bits of one index only, or one truth only.
+    Xor,
+    /// An index moved to the left by another, taken modulo 32.
+    ShiftLeft,
+    /// An index moved to the right by another, taken modulo 32; the sign fills.
+    ShiftRight,
+}
+
+/// A question about two scores, or two indices. False where a score is NaN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Comparison {
+    /// `x < y`.
+    Less,
+    /// `x <= y`.
+    LessOrEqual,
+    /// `x == y`.
+    Equal,
+}
+
+/// The indices of a read, one an axis of the table.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Indices {
+    rank: u8,
+    nodes: [NodeId; MAX_RANK],
+}
+
+impl Indices {
+    /// Indices of a table of as many axes.
+    ///
+    /// # Panics
+    /// Beyond [`MAX_RANK`].
+    pub fn new(indices: &[NodeId]) -> Self {
+        let mut nodes = [NodeId(0); MAX_RANK];
+        nodes[..indices.len()].copy_from_slice(indices);
+        Self {
+            rank: indices.len() as u8,
+            nodes,
+        }
+    }
+}
+
+impl Deref for Indices {
+    type Target = [NodeId];
+
+    fn deref(&self) -> &[NodeId] {
+        &self.nodes[..usize::from(self.rank)]
+    }
+}
+
+impl std::fmt::Debug for Indices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+/// One operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Node {
+    /// The score that comes in: `softmax_scale * (q . k)`.
+    Score,
+    /// A coordinate, an index.
+    Coordinate(Coordinate),
+    /// A number that belongs to the operations, not to the user: the bits of an f32. A score.
+    Real(u32),
+    /// The same, an index.
+    Integer(i32),
+    /// The same, a truth.
+    Truth(bool),
+    /// A number of the user's: the place of its value in [`Program::constants`](super::Program::constants), and its type,
+    /// a score or an index.
+    Parameter(u32, Type),
+    /// An operation on one value.
+    Unary(Unary, NodeId),
+    /// An operation on two values.
+    Binary(Binary, NodeId, NodeId),
+    /// A question about two values.
+    Compare(Comparison, NodeId, NodeId),
+    /// The second value where the first, a truth, holds, else the third. The value not taken has no influence.
+    Select(NodeId, NodeId, NodeId),
+    /// An element of a table: its place in [`Expression::tables`], and an index for each of its axes.
+    Load {
+        /// The table.
+        table: u32,
+        /// One index an axis.
+        indices: Indices,
+        /// Moves indices that lie outside to the nearest inside. Without it all are proven inside for every pair of the
+        /// problem.
+        clamped: bool,
+    },
+}
+
+impl Node {
+    /// The nodes that it takes its values from.
+    pub fn operands(&self) -> impl Iterator<Item = NodeId> + use<> {
+        let [a, b, c, d] = match *self {
+            Self::Score
+            | Self::Coordinate(_)
+            | Self::Real(_)
+            | Self::Integer(_)
+            | Self::Truth(_)
+            | Self::Parameter(..) => [None; 4],
+            Self::Unary(_, x) => [Some(x), None, None, None],
+            Self::Binary(_, x, y) | Self::Compare(_, x, y) => [Some(x), Some(y), None, None],
+            Self::Select(x, y, z) => [Some(x), Some(y), Some(z), None],
+            Self::Load { indices, .. } => std::array::from_fn(|axis| indices.get(axis).copied()),
+        };
+        [a, b, c, d].into_iter().flatten()
+    }
+}
+
+/// What a value changes with: a set, printed as its letters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Dependence(u8);
+
+impl Dependence {
+    /// Nothing: the same value for every pair of a call.
+    pub const NONE: Self = Self(0);
+    /// The sequence, its lengths included.
+    pub const BATCH: Self = Self(1);
+    /// The head.
+    pub const HEAD: Self = Self(2);
+    /// The query.
+    pub const QUERY: Self = Self(4);
+    /// The key.
+    pub const KEY: Self = Self(8);
+    /// The score that comes in.
+    pub const SCORE: Self = Self(16);
+
+    /// Tells if it has all of `other`.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Tells if it has nothing that `other` has not.
+    pub const fn within(self, other: Self) -> bool {
+        other.contains(self)
+    }
+}
+
+impl BitOr for Dependence {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// The type of what is read of elements: floats are scores; an i32 is an index, and a u32 the index of the same bits.
+pub const fn read_as(element: DataType) -> Type {
+    match element {
+        DataType::F32 | DataType::F16 | DataType::Bf16 => Type::Score,
+        DataType::I32 | DataType::U32 => Type::Index,
+    }
+}
+
+/// What the operations know of a table. Its address, sizes and strides are the program's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TableType {
+    /// Element type.
+    pub element: DataType,
+    /// Axes, 1 to [`MAX_RANK`].
+    pub rank: usize,
+}
+
+/// Operations in an order in which each comes after its operands, each once.
+#[derive(Clone, Debug, Default)]
+pub struct Expression {
+    nodes: Vec<Node>,
+    types: Vec<Type>,
+    dependences: Vec<Dependence>,
+    tables: Vec<TableType>,
+    places: HashMap<Node, NodeId>,
+}
+
+impl Expression {
+    /// The operations in order.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The operations in order, with their names.
+    pub fn iter(&self) -> impl Iterator<Item = (NodeId, Node)> + '_ {
+        (0..).map(NodeId).zip(self.nodes.iter().copied())
+    }
+
+    /// The operation of a node.
+    pub fn node(&self, id: NodeId) -> Node {
+        self.nodes[id.index()]
+    }
+
+    /// The type of a node's value.
+    pub fn type_of(&self, id: NodeId) -> Type {
+        self.types[id.index()]
+    }
+
+    /// What a node's value changes with.
+    pub fn dependence(&self, id: NodeId) -> Dependence {
+        self.dependences[id.index()]
+    }
+
+    /// The tables that are read.
+    pub fn tables(&self) -> &[TableType] {
+        &self.tables
+    }
+
+    /// For each node, if one of `roots` needs its value.
+    pub fn needed(&self, roots: impl IntoIterator<Item = NodeId>) -> Vec<bool> {
+        let mut needed = vec![false; self.nodes.len()];
+        for root in roots {
+            needed[root.index()] = true;
+        }
+        for place in (0..self.nodes.len()).rev() {
+            if needed[place] {
+                for operand in self.nodes[place].operands() {
+                    needed[operand.index()] = true;
+                }
+            }
+        }
+        needed
+    }
+
+    /// Adds a table; its place.
+    pub(super) fn add_table(&mut self, table: TableType) -> u32 {
+        self.tables.push(table);
+        self.tables.len() as u32 - 1
+    }
+
+    /// The node of an operation, which is added if it is not there. The operands are nodes of this expression, of the types
+    /// that the operation takes.
+    pub(super) fn add(&mut self, node: Node) -> NodeId {
+        if let Some(&id) = self.places.get(&node) {
+            return id;
+        }
+        let of_operands = node
+            .operands()
+            .map(|operand| self.dependence(operand))
+            .fold(Dependence::NONE, BitOr::bitor);
+        let own = match node {
+            Node::Score => Dependence::SCORE,
+            Node::Coordinate(coordinate) => coordinate.dependence(),
+            _ => Dependence::NONE,
+        };
+        let id = NodeId(self.nodes.len() as u32);
+        self.types.push(self.type_of_new(&node));
+        self.dependences.push(own | of_operands);
+        self.nodes.push(node);
+        self.places.insert(node, id);
+        id
+    }
+
+    fn type_of_new(&self, node: &Node) -> Type {
+        match *node {
+            Node::Score | Node::Real(_) => Type::Score,
+            Node::Coordinate(_) | Node::Integer(_) => Type::Index,
+            Node::Truth(_) | Node::Compare(..) => Type::Truth,
+            Node::Parameter(_, type_) => type_,
+            Node::Unary(Unary::ToScore, _) => Type::Score,
+            Node::Unary(Unary::ToIndex, _) => Type::Index,
+            Node::Unary(_, x) | Node::Binary(_, x, _) | Node::Select(_, x, _) => self.type_of(x),
+            Node::Load { table, .. } => read_as(self.tables[table as usize].element),
+        }
+    }
+}
+
+/// Equal operations in equal order on tables of equal types.
+impl PartialEq for Expression {
+    fn eq(&self, other: &Self) -> bool {
+        self.nodes == other.nodes && self.tables == other.tables
+    }
+}
+
+impl Eq for Expression {}
+
+impl Hash for Expression {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.nodes.hash(state);
+        self.tables.hash(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_operations_are_one_node_and_operands_come_first() {
+        let mut expression = Expression::default();
+        let score = expression.add(Node::Score);
+        let key = expression.add(Node::Coordinate(Coordinate::Key));
+        let query = expression.add(Node::Coordinate(Coordinate::Query));
+        let distance = expression.add(Node::Binary(Binary::Subtract, key, query));
+        let real = expression.add(Node::Unary(Unary::ToScore, distance));
+        let sum = expression.add(Node::Binary(Binary::Add, score, real));
+        assert_eq!(expression.add(Node::Binary(Binary::Subtract, key, query)), distance);
+        assert_ne!(expression.add(Node::Binary(Binary::Subtract, query, key)), distance);
+        for (id, node) in expression.iter() {
+            assert!(node.operands().all(|operand| operand < id));
+        }
+        let types = [score, distance, real, sum].map(|id| expression.type_of(id));
+        assert_eq!(types, [Type::Score, Type::Index, Type::Score, Type::Score]);
+        assert_eq!(expression.dependence(distance), Dependence::QUERY | Dependence::KEY);
+        assert!(expression.dependence(sum).contains(Dependence::SCORE));
+        assert_eq!(
+            expression.needed([distance]),
+            [false, true, true, true, false, false, false]
+        );
+    }
+
+    #[test]
+    fn expressions_that_differ_in_a_number_only_are_equal() {
+        let with = |slot| {
+            let mut expression = Expression::default();
+            let score = expression.add(Node::Score);
+            let cap = expression.add(Node::Parameter(slot, Type::Score));
+            expression.add(Node::Binary(Binary::Multiply, score, cap));
+            expression
+        };
+        assert_eq!(with(0), with(0));
+        assert_ne!(with(0), with(1));
+    }
+
+    #[test]
+    fn a_read_has_the_type_of_its_table_and_depends_on_its_indices() {
+        let mut expression = Expression::default();
+        let batch = expression.add(Node::Coordinate(Coordinate::Batch));
+        let key = expression.add(Node::Coordinate(Coordinate::Key));
+        for (element, type_) in [(DataType::Bf16, Type::Score), (DataType::U32, Type::Index)] {
+            let table = expression.add_table(TableType { element, rank: 2 });
+            let indices = Indices::new(&[batch, key]);
+            let load = expression.add(Node::Load {
+                table,
+                indices,
+                clamped: false,
+            });
+            assert_eq!(expression.type_of(load), type_);
+            assert_eq!(expression.dependence(load), Dependence::BATCH | Dependence::KEY);
+        }
+    }
+}

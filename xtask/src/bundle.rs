@@ -1,6 +1,6 @@
 //! `cargo xtask gpu-bundle`: one folder that runs on a machine with an NVIDIA driver and no Rust.
 //!
-//! It holds the suite's programs, the micro-kernels and the program that runs them, the table of speed, the data they read and
+//! It holds the suite, the micro-kernels and the program that runs them, the table of speed, the data they read and
 //! a script. Programs are stripped: nothing but names is lost.
 
 use crate::{Outcome, make_executable, workspace};
@@ -10,9 +10,6 @@ use std::process::Command;
 
 /// What runs everything on the other machine.
 const RUN: &str = include_str!("bundle/run.sh");
-
-/// Programs of the suite that are about the emulator or the text of the kernels, which no GPU changes.
-const NOT_FOR_GPUS: [&str; 2] = ["emulator", "ptx_contract"];
 
 /// What to make and where.
 pub struct Options {
@@ -47,13 +44,9 @@ impl Options {
 
 /// Builds the programs and fills the folder.
 pub fn make(options: &Options) -> Outcome {
-    let tests = suite(&options.profile)?;
     let programs = programs(&options.profile)?;
     let folder = &options.output;
     empty(folder)?;
-    for (name, path) in &tests {
-        install(path, &folder.join("suite").join(name))?;
-    }
     for (name, path) in &programs {
         install(path, &folder.join("bin").join(name))?;
     }
@@ -109,7 +102,7 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
             Err(format!("{what}: success {succeeded}, missing {missing:?}:\n{text}"))
         }
     };
-    // These read data, and every program of the suite starts.
+    // These read data.
     let suite = script(
         &["suite", "speed"],
         "f16_gradients_are_as_good_as_those_of_standard_attention",
@@ -118,7 +111,7 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
         "suite and speed",
         suite,
         true,
-        &["ok     minilm: 2 passed", "ok     forward", "all passed: suite speed"],
+        &["ok     minilm: 2 passed", "all passed: suite speed"],
     )?;
     let micro = script(&["micro"], "")?;
     if !has_gpu() {
@@ -138,7 +131,7 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
         "suite without data",
         bare,
         false,
-        &["FAILED minilm", "FAILED f16_gradients", &sought, "failed: suite"],
+        &["FAILED minilm::f16_gradients", &sought, "failed: suite"],
     )?;
     let sight = if hidden.is_some() {
         "hidden"
@@ -170,33 +163,31 @@ fn has_gpu() -> bool {
     Path::new("/dev/nvidiactl").exists()
 }
 
-/// The suite's programs, built; name and path.
-fn suite(profile: &str) -> Outcome<Vec<(String, PathBuf)>> {
-    let mut cargo = cargo();
-    cargo.args(["test", "--no-run", "--package", "flash-attention-tests", "--test", "*"]);
-    let mut programs = built(cargo.args(["--profile", if profile == "dev" { "test" } else { profile }]))?;
-    // The name of a test has a hash behind it.
-    for (name, _) in &mut programs {
-        name.truncate(name.rfind('-').unwrap_or(name.len()));
-    }
-    programs.retain(|(name, path)| {
-        path.parent().is_some_and(|folder| folder.ends_with("deps")) && !NOT_FOR_GPUS.contains(&name.as_str())
-    });
-    if programs.len() < 10 {
-        return Err(format!("only {} programs of the suite were built", programs.len()));
-    }
-    Ok(programs)
-}
-
-/// The other programs, built; name and path.
+/// The programs, built; name and path.
 fn programs(profile: &str) -> Outcome<Vec<(String, PathBuf)>> {
-    let mut programs = Vec::new();
+    let mut programs = vec![("suite".to_owned(), suite(profile)?)];
     for (package, name) in [("flash-attention-tests", "gpu_kernels"), ("benches", "gpu_speed")] {
         let built = built(cargo().args(["build", "--profile", profile, "--package", package, "--bin", name]))?;
         let program = built.into_iter().find(|(built, _)| built == name);
         programs.push(program.ok_or_else(|| format!("{name} was not built"))?);
     }
     Ok(programs)
+}
+
+/// The suite, built; its name has a hash behind it.
+fn suite(profile: &str) -> Outcome<PathBuf> {
+    let mut cargo = cargo();
+    cargo.args([
+        "test",
+        "--no-run",
+        "--package",
+        "flash-attention-tests",
+        "--test",
+        "suite",
+    ]);
+    let built = built(cargo.args(["--profile", if profile == "dev" { "test" } else { profile }]))?;
+    let suite = built.into_iter().find(|(name, _)| name.starts_with("suite-"));
+    Ok(suite.ok_or("suite was not built")?.1)
 }
 
 fn cargo() -> Command {
@@ -238,16 +229,14 @@ fn install(from: &Path, to: &Path) -> Outcome {
 fn readme(folder: &Path, options: &Options) -> Outcome<String> {
     let mut libraries = BTreeSet::new();
     let mut glibc = (0, 0);
-    for folder in ["bin", "suite"].map(|name| folder.join(name)) {
-        for program in files(&folder)? {
-            let bytes = std::fs::read(&program).map_err(|e| format!("{}: {e}", program.display()))?;
-            glibc = glibc.max(newest_glibc(&bytes));
-            let ldd = said(Command::new("ldd").arg(&program)).unwrap_or_default();
-            libraries.extend(
-                ldd.lines()
-                    .filter_map(|line| Some(line.split_whitespace().next()?.to_owned())),
-            );
-        }
+    for program in files(&folder.join("bin"))? {
+        let bytes = std::fs::read(&program).map_err(|e| format!("{}: {e}", program.display()))?;
+        glibc = glibc.max(newest_glibc(&bytes));
+        let ldd = said(Command::new("ldd").arg(&program)).unwrap_or_default();
+        libraries.extend(
+            ldd.lines()
+                .filter_map(|line| Some(line.split_whitespace().next()?.to_owned())),
+        );
     }
     let libraries: Vec<String> = libraries
         .into_iter()
@@ -268,7 +257,7 @@ CUDA toolkit. `./run.sh` runs everything and writes `results/`; its first lines 
 
 - `kernels`: the driver compiles every kernel; none may spill
 - `micro`: the kernels in `data/tests/ptx`, one an instruction family, give the answers stored in them
-- `suite`: the suite on the GPU; programs about the emulator and about the text of kernels are not here: {}
+- `suite`: the suite on the GPU; modules about the emulator and about the text of kernels are left out
 - `speed`: the table of speed; beside PyTorch, and FlashAttention-3 if it is installed, where python3 has them
 
 What it was made from:
@@ -281,7 +270,6 @@ What it was made from:
 What its programs need: glibc {}.{} or newer, and {}.
 On an older system they say `GLIBC_{}.{} not found`: then build there, with `cargo xtask gpu-bundle`.
 ",
-        NOT_FOR_GPUS.join(", "),
         commit.unwrap_or_else(|| "not a checkout".into()),
         said(Command::new("date").args(["--utc", "+%F"])).unwrap_or_default(),
         options.profile,

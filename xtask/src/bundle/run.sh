@@ -6,7 +6,7 @@
 #   ./run.sh micro suite          some parts, in the order given
 #   OUT=DIR ./run.sh              results go to DIR instead of ./results
 #   FLASH_ATTENTION_DEVICES=cpu ./run.sh suite     another device than cuda
-#   SUITE_TESTS='forward minilm' ./run.sh suite    some of the suite's programs
+#   SUITE_TESTS='forward minilm' ./run.sh suite    some of the suite's modules
 #   SUITE_FILTER=every_ ./run.sh suite             only tests whose names hold a text
 #   SPEED_ARGUMENTS='--passes fwd --head-dims 128' ./run.sh speed    a part of the table
 set -uo pipefail
@@ -45,43 +45,52 @@ part_micro() {
     return "${PIPESTATUS[0]}"
 }
 
-# The suite, program by program. One that fails or hangs is run again test by test, each in a process of its own, because a
-# kernel that fails takes its process with it.
+# The suite, module by module; those about the emulator and about the text of the kernels are left out. One that fails or
+# hangs is run again test by test, each in a process of its own, because a kernel that fails takes its process with it.
 part_suite() {
-    local start=$SECONDS limit=${SUITE_SECONDS:-240} status=0 name code test line
+    local start=$SECONDS limit=${SUITE_SECONDS:-240} status=0 all module modules code test tests line
+    all=$(bin/suite --list ${SUITE_FILTER:+"$SUITE_FILTER"} | sed -n 's/: test$//p')
+    modules=${SUITE_TESTS:-$(sed 's/::.*//' <<<"$all" | sort -u | grep -vx 'emulator\|ptx_contract')}
+    [[ $modules ]] || status=1
     : >"$out/suite.txt"
-    for name in ${SUITE_TESTS:-$(ls suite)}; do
+    for module in $modules; do
+        mapfile -t tests < <(grep "^$module::" <<<"$all")
+        if ((${#tests[@]} == 0)); then
+            say "no test: $module" | tee -a "$out/suite.txt"
+            status=1
+            continue
+        fi
         if ((SECONDS - start > limit)); then
-            say "not run, $limit s are over: $name" | tee -a "$out/suite.txt"
+            say "not run, $limit s are over: $module" | tee -a "$out/suite.txt"
             status=1
             continue
         fi
         line=$SECONDS
-        timeout -k 5 "${PROGRAM_SECONDS:-90}" "suite/$name" ${SUITE_FILTER:+"$SUITE_FILTER"} >"$out/program.txt" 2>&1
+        timeout -k 5 "${MODULE_SECONDS:-90}" bin/suite --exact "${tests[@]}" >"$out/module.txt" 2>&1
         code=$?
-        { say "=== $name"; cat "$out/program.txt"; } >>"$out/suite.txt"
+        { say "=== $module"; cat "$out/module.txt"; } >>"$out/suite.txt"
         if ((code == 0)); then
-            say "ok     $name: $(grep '^test result:' "$out/program.txt" | sed 's/test result: ok. //; s/; 0 measured.*//') ($((SECONDS - line)) s)"
-            grep '^not run' "$out/program.txt"
+            say "ok     $module: $(grep '^test result:' "$out/module.txt" | sed 's/test result: ok. //; s/; 0 measured.*//') ($((SECONDS - line)) s)"
+            grep '^not run' "$out/module.txt"
             continue
         fi
         status=1
-        say "FAILED $name, exit status $code; its tests one by one:"
-        for test in $("suite/$name" --list ${SUITE_FILTER:+"$SUITE_FILTER"} 2>/dev/null | sed -n 's/: test$//p'); do
+        say "FAILED $module, exit status $code; its tests one by one:"
+        for test in "${tests[@]}"; do
             if ((SECONDS - start > limit)); then
                 say "  not run, $limit s are over: $test"
                 continue
             fi
-            if timeout -k 5 "${TEST_SECONDS:-40}" "suite/$name" --exact "$test" >"$out/program.txt" 2>&1; then
+            if timeout -k 5 "${TEST_SECONDS:-40}" bin/suite --exact "$test" >"$out/module.txt" 2>&1; then
                 say "  ok     $test"
             else
                 say "  FAILED $test, exit status $?"
-                { say "=== $name $test"; cat "$out/program.txt"; } >>"$out/suite.txt"
-                grep -A3 'panicked at' "$out/program.txt" | grep -v 'panicked at\|RUST_BACKTRACE\|stack backtrace' | cut -c1-300 | head -4
+                { say "=== $test"; cat "$out/module.txt"; } >>"$out/suite.txt"
+                grep -A3 'panicked at' "$out/module.txt" | grep -v 'panicked at\|RUST_BACKTRACE\|stack backtrace' | cut -c1-300 | head -4
             fi
         done
     done
-    rm -f "$out/program.txt"
+    rm -f "$out/module.txt"
     return $status
 }
 

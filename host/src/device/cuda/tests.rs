@@ -1,5 +1,5 @@
 //! The device on a driver that only writes down what it is asked for: which calls are made, in what order, on what stream.
-//! What the calls do on a GPU is for `tests/tests/gpus.rs` to see.
+//! What the calls do on a GPU is for `tests/tests/suite/gpus.rs` to see.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 

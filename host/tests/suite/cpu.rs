@@ -1,8 +1,6 @@
 //! The CPU device against the f64 oracle: tile edges, masks, strides, dtypes, and what is not a number.
 
-mod common;
-
-use common::{instruction_sets, largest_error, noise};
+use crate::common::{instruction_sets, largest_error, noise};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Tensor};
 use half::{bf16, f16};
@@ -11,7 +9,7 @@ use half::{bf16, f16};
 /// dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
     for device in instruction_sets() {
-        common::check::<T>(device, attention, q_shape, k_shape);
+        crate::common::check::<T>(device, attention, q_shape, k_shape);
     }
 }
 

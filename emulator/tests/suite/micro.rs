@@ -3,7 +3,7 @@
 
 // Shared with the program that runs them on hardware, which needs more of it.
 #[allow(dead_code)]
-#[path = "../../tests/src/micro.rs"]
+#[path = "../../../tests/src/micro.rs"]
 mod format;
 
 use std::path::Path;

@@ -1,8 +1,6 @@
 //! How launches end: traps, runaways, bounds on findings, progress of lanes and blocks.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ptx_emulator::{DeviceMemory, Error, Launch, Module, Options};
 
 #[test]

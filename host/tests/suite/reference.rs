@@ -4,9 +4,7 @@ use flash_attention::Attention;
 use flash_attention::reference::{Dims, backward, forward, standard, standard_backward};
 use half::{bf16, f16};
 
-mod common;
-
-use common::{largest_error, noise};
+use crate::common::{largest_error, noise};
 
 /// Dims of one head.
 fn one_head(attention: Attention, seqlen_q: usize, seqlen_k: usize, head_dim: usize) -> Dims {

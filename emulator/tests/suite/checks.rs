@@ -1,9 +1,7 @@
 //! For every check a small kernel with one fault, which some seed must catch, and its mended twin, which must pass
 //! under all of them. Here what threads do to memory and to each other; `checks_async` has the rest.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ptx_emulator::{DeviceMemory, FindingKind, Launch, Options};
 
 #[test]

@@ -1,9 +1,7 @@
 //! The CPU's backward pass against the f64 oracle and stored answers: tile edges, masks, shared heads, strides, threads,
 //! and what is not a number.
 
-mod common;
-
-use common::{gradients, instruction_sets, largest_error, noise};
+use crate::common::{gradients, instruction_sets, largest_error, noise};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Gradients, Tensor};
 use half::{bf16, f16};
@@ -13,7 +11,7 @@ use safetensors::SafeTensors;
 /// dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
     for device in instruction_sets() {
-        common::check_backward::<T>(device, attention, q_shape, k_shape);
+        crate::common::check_backward::<T>(device, attention, q_shape, k_shape);
     }
 }
 

@@ -1,8 +1,6 @@
 //! A workspace that the caller brings: whatever it holds, gradients are those of a workspace of ours.
 
-mod common;
-
-use common::noise;
+use crate::common::noise;
 use flash_attention::half::f16;
 use flash_attention::{Arch, Attention, Device, Element, Gradients, Tensor};
 

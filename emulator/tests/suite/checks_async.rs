@@ -1,8 +1,6 @@
 //! Faulty kernels and their mended twins, as in `checks`, for asynchronous copies, mbarriers, `wgmma` and registers that move.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ptx_emulator::{FindingKind, Module};
 
 #[test]

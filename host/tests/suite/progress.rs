@@ -6,8 +6,7 @@ use std::sync::Mutex;
 use flash_attention::{Arch, Attention, Device, Element, Error, Gradients, Output, Progress, Tensor};
 use half::bf16;
 
-mod common;
-use common::noise;
+use crate::common::noise;
 
 /// A problem with a gradient to start from.
 struct Inputs<T: Element> {

@@ -92,7 +92,7 @@ fn an_error_names_the_variable_that_chose_instructions() {
     if std::env::var_os("THE_CHILD_OF_A_TEST").is_none() {
         for value in ["foo", ""] {
             let child = std::process::Command::new(std::env::current_exe().expect("this program"))
-                .args(["--exact", "an_error_names_the_variable_that_chose_instructions"])
+                .args(["--exact", "device::an_error_names_the_variable_that_chose_instructions"])
                 .env("THE_CHILD_OF_A_TEST", "1")
                 .env(NAME, value)
                 .output()

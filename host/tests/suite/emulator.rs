@@ -1,7 +1,5 @@
 //! The compiled kernels on the emulator, all checks on: right, clean, and moving the bytes that plans predict.
 
-mod common;
-
 use flash_attention::device::{DeviceKind, EmulatorOptions};
 use flash_attention::{Arch, Attention, Device, Element, Error, Tensor};
 use half::{bf16, f16};
@@ -13,24 +11,24 @@ fn emulator() -> Device {
 #[test]
 fn every_dtype_full_and_causal() {
     for attention in [Attention::new(), Attention::new().causal()] {
-        common::check::<f32>(&emulator(), attention, [1, 2, 70, 32], [1, 1, 90, 32]);
-        common::check::<f16>(&emulator(), attention, [1, 2, 130, 64], [1, 1, 90, 64]);
-        common::check::<bf16>(&emulator(), attention, [2, 1, 20, 64], [2, 1, 70, 64]);
+        crate::common::check::<f32>(&emulator(), attention, [1, 2, 70, 32], [1, 1, 90, 32]);
+        crate::common::check::<f16>(&emulator(), attention, [1, 2, 130, 64], [1, 1, 90, 64]);
+        crate::common::check::<bf16>(&emulator(), attention, [2, 1, 20, 64], [2, 1, 70, 64]);
     }
 }
 
 #[test]
 fn a_head_narrower_than_its_kernel() {
-    common::check::<f32>(&emulator(), Attention::new(), [1, 1, 5, 40], [1, 1, 7, 40]);
-    common::check::<f16>(&emulator(), Attention::new(), [1, 1, 5, 8], [1, 1, 7, 8]);
+    crate::common::check::<f32>(&emulator(), Attention::new(), [1, 1, 5, 40], [1, 1, 7, 40]);
+    crate::common::check::<f16>(&emulator(), Attention::new(), [1, 1, 5, 8], [1, 1, 7, 8]);
 }
 
 #[test]
 fn scales_of_every_sign() {
     for scale in [0.0, -0.7] {
         let attention = Attention::new().softmax_scale(scale).causal();
-        common::check::<f32>(&emulator(), attention, [1, 1, 9, 16], [1, 1, 5, 16]);
-        common::check::<f16>(&emulator(), attention, [1, 1, 9, 16], [1, 1, 5, 16]);
+        crate::common::check::<f32>(&emulator(), attention, [1, 1, 9, 16], [1, 1, 5, 16]);
+        crate::common::check::<f16>(&emulator(), attention, [1, 1, 9, 16], [1, 1, 5, 16]);
     }
 }
 
@@ -40,7 +38,7 @@ fn seeds_change_the_order_and_not_the_result() {
         let mut options = EmulatorOptions::new(Arch::Sm80);
         options.launch.seed = seed;
         let device = Device::emulator_with(options);
-        let data: Vec<T> = common::noise(90 * 32, 3).into_iter().map(T::from_f64).collect();
+        let data: Vec<T> = crate::common::noise(90 * 32, 3).into_iter().map(T::from_f64).collect();
         let q = Tensor::from_slice(&device, [1, 1, 90, 32], &data).expect("small");
         let output = Attention::new().causal().forward(&q, &q, &q).expect("no findings");
         (

@@ -1,9 +1,7 @@
 //! Faulty kernels and their mended twins, as in `checks`, for values that were never written: a finding where the program depends on one, none where it only moves it
 //! or ignores it.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ptx_emulator::{DeviceMemory, FindingKind, Launch, Options};
 
 /// The faulty body depends on an undefined value, its twin does not.

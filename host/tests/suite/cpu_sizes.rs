@@ -1,8 +1,6 @@
 //! f32 of every size on the CPU: however an instruction set multiplies them, errors are relative to what the numbers are.
 
-mod common;
-
-use common::{gradients, instruction_sets, noise};
+use crate::common::{gradients, instruction_sets, noise};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Tensor};
 

@@ -1,0 +1,17 @@
+//! The library through its public door. One binary; what needs a process or a build of its own stands beside it.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod cpu;
+mod cpu_backward;
+mod cpu_sizes;
+mod device;
+#[cfg(feature = "emulator")]
+mod emulator;
+mod plan;
+mod problem;
+mod progress;
+mod reference;
+mod tensor;
+#[cfg(feature = "emulator")]
+mod workspace;

@@ -1,0 +1,19 @@
+//! The suite: the library on every device of this machine, against the CPU reference in f64, and the compiled kernels
+//! against what the host library takes them to be. One binary, because each links the library, the emulator and all kernels.
+
+mod backward;
+mod backward_errors;
+mod drawn;
+mod emulator;
+mod errors;
+mod forward;
+mod gpus;
+mod house;
+mod making_errors;
+mod micro;
+mod minilm;
+mod nonfinite;
+mod numbers;
+mod plan;
+mod properties;
+mod ptx_contract;

@@ -1,0 +1,109 @@
+//! What this package refuses beside what the host refuses, each with the argument's name, its value and the limit.
+
+use std::fmt;
+
+/// Why a call was refused before the host saw it. Functions give it as candle's error, whose text is this one's.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option needs a score program, which the library does not run yet.
+    NeedsProgram {
+        /// The option.
+        argument: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// Cumulative lengths do not begin with 0, fall, or end past the tokens there are.
+    CumulativeLengths {
+        /// The tensor of lengths.
+        argument: &'static str,
+        /// Index of the entry.
+        index: usize,
+        /// The entry.
+        value: usize,
+        /// What it is at least, and at most.
+        limits: [usize; 2],
+    },
+    /// Two tensors do not describe as many sequences.
+    SequenceCount {
+        /// The tensor that disagrees.
+        argument: &'static str,
+        /// Sequences in it.
+        got: usize,
+        /// Sequences in seqlens_q.
+        expected: usize,
+    },
+    /// A sequence is longer than the longest one was said to be.
+    MaxSeqlen {
+        /// The argument that said so.
+        argument: &'static str,
+        /// Its value.
+        value: usize,
+        /// The sequence, from 0.
+        sequence: usize,
+        /// Its length.
+        seqlen: usize,
+    },
+    /// A page size is not that of the tensors of pages.
+    PageSize {
+        /// page_block_size.
+        value: usize,
+        /// Tokens a page in k.
+        expected: usize,
+    },
+    /// A sequence has more keys than its row of the block table has pages for.
+    BlockTable {
+        /// The sequence, from 0.
+        sequence: usize,
+        /// Its keys.
+        seqlen: usize,
+        /// The keys that its pages hold.
+        limit: usize,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NeedsProgram { argument, value } => {
+                write!(f, "{argument} is {value}, which needs a score program; none is run yet")
+            }
+            Self::CumulativeLengths {
+                argument,
+                index,
+                value,
+                limits: [least, most],
+            } => write!(f, "{argument}[{index}] is {value}; it must be {least} to {most}"),
+            Self::SequenceCount {
+                argument,
+                got,
+                expected,
+            } => write!(f, "{argument} has {got} sequences, seqlens_q has {expected}"),
+            Self::MaxSeqlen {
+                argument,
+                value,
+                sequence,
+                seqlen,
+            } => write!(f, "{argument} is {value}, but sequence {sequence} has {seqlen} tokens"),
+            Self::PageSize { value, expected } => {
+                write!(f, "page_block_size is {value}, but pages of k have {expected} tokens")
+            }
+            Self::BlockTable {
+                sequence,
+                seqlen,
+                limit,
+            } => write!(
+                f,
+                "sequence {sequence} has {seqlen} keys, but its row of block_table holds {limit} at most"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        Self::wrap(error)
+    }
+}

@@ -1,0 +1,325 @@
+//! candle-flash-attn's functions over ragged batches: sequences of different lengths behind each other, without padding.
+//!
+//! Each sequence is one attention call over a view of the batch, without a copy; on the CPU the calls run side by side. Lengths are
+//! read on the host, so on a GPU each function waits for them.
+
+use std::ops::Range;
+
+use candle_core::{Result, Tensor};
+
+use crate::error::Error;
+use crate::op::FlashOp;
+use crate::options::Options;
+use crate::views::Batch;
+
+/// Cumulative lengths and the longest length of one side of a ragged batch.
+struct Lengths<'a> {
+    names: [&'static str; 2],
+    seqlens: &'a Tensor,
+    max_seqlen: usize,
+}
+
+impl<'a> Lengths<'a> {
+    fn of_q(seqlens: &'a Tensor, max_seqlen: usize) -> Self {
+        Self {
+            names: ["seqlens_q", "max_seqlen_q"],
+            seqlens,
+            max_seqlen,
+        }
+    }
+
+    fn of_k(seqlens: &'a Tensor, max_seqlen: usize) -> Self {
+        Self {
+            names: ["seqlens_k", "max_seqlen_k"],
+            seqlens,
+            max_seqlen,
+        }
+    }
+
+    /// The tokens of each sequence, among so many.
+    fn ranges(&self, total: usize) -> Result<Vec<Range<usize>>> {
+        let [argument, max_argument] = self.names;
+        let ends = self.seqlens.to_vec1::<u32>()?;
+        let mut ranges: Vec<Range<usize>> = Vec::with_capacity(ends.len());
+        let mut start = 0;
+        for (index, end) in ends.into_iter().enumerate() {
+            let value = end as usize;
+            let limits = [start, if index == 0 { 0 } else { total }];
+            if value < limits[0] || value > limits[1] {
+                return Err(Error::CumulativeLengths {
+                    argument,
+                    index,
+                    value,
+                    limits,
+                }
+                .into());
+            }
+            if value - start > self.max_seqlen {
+                return Err(Error::MaxSeqlen {
+                    argument: max_argument,
+                    value: self.max_seqlen,
+                    sequence: index - 1,
+                    seqlen: value - start,
+                }
+                .into());
+            }
+            if index > 0 {
+                ranges.push(start..value);
+            }
+            start = value;
+        }
+        Ok(ranges)
+    }
+}
+
+fn attend([q, k, v]: [&Tensor; 3], of_q: Lengths<'_>, of_k: Lengths<'_>, options: Options<'_>) -> Result<Tensor> {
+    let ranges_q = of_q.ranges(q.dim(0)?)?;
+    let ranges_k = of_k.ranges(k.dim(0)?)?;
+    same_count(of_k.names[0], ranges_k.len(), ranges_q.len())?;
+    let batch = Batch::Ragged {
+        q: ranges_q,
+        k: ranges_k,
+    };
+    FlashOp::new(options.attention(of_k.max_seqlen)?, batch).apply(q, k, v)
+}
+
+fn same_count(argument: &'static str, got: usize, expected: usize) -> Result<()> {
+    match got == expected {
+        true => Ok(()),
+        false => Err(Error::SequenceCount {
+            argument,
+            got,
+            expected,
+        }
+        .into()),
+    }
+}
+
+/// `softmax(softmax_scale * q k^T) v` in each sequence of a ragged batch, with gradients.
+///
+/// * q: `[total_q, heads_q, head_dim]`, the queries of all sequences behind each other.
+/// * k, v: `[total_k, heads_kv, head_dim]`.
+/// * seqlens_q, seqlens_k: u32 `[batch + 1]`, cumulative: `0, len_0, len_0 + len_1, …`. Tokens after the last one are zeros in the
+///   result.
+/// * max_seqlen_q, max_seqlen_k: at least the longest length.
+/// * causal: aligned at the last query and the last key of each sequence.
+///
+/// The result is contiguous, of q's shape. A sequence without keys gives zeros.
+///
+/// # Errors
+/// The errors of [`flash_attn`](crate::flash_attn); [`Error::CumulativeLengths`](crate::Error::CumulativeLengths),
+/// [`Error::SequenceCount`](crate::Error::SequenceCount) or [`Error::MaxSeqlen`](crate::Error::MaxSeqlen) for wrong lengths.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use flash_attention_candle::flash_attn_varlen;
+///
+/// // Sentences of 5, 9 and 2 tokens, 12 heads of 32.
+/// let qkv = Tensor::randn(0f32, 1.0, (16, 12, 32), &Device::Cpu)?;
+/// let seqlens = Tensor::new(&[0u32, 5, 14, 16], &Device::Cpu)?;
+/// let out = flash_attn_varlen(&qkv, &qkv, &qkv, &seqlens, &seqlens, 9, 9, 0.18, false)?;
+/// assert_eq!(out.dims(), qkv.dims());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    attend(
+        [q, k, v],
+        Lengths::of_q(seqlens_q, max_seqlen_q),
+        Lengths::of_k(seqlens_k, max_seqlen_k),
+        Options::new(softmax_scale, causal),
+    )
+}
+
+/// [`flash_attn_varlen`] with the window of [`flash_attn_windowed`](crate::flash_attn_windowed) in each sequence.
+///
+/// # Errors
+/// The errors of both.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    attend(
+        [q, k, v],
+        Lengths::of_q(seqlens_q, max_seqlen_q),
+        Lengths::of_k(seqlens_k, max_seqlen_k),
+        Options::windowed(softmax_scale, window_size_left, window_size_right),
+    )
+}
+
+/// [`flash_attn_varlen_windowed`] over keys and values in pages, as an inference server's cache has them.
+///
+/// * k, v: `[pages, page_block_size, heads_kv, head_dim]`.
+/// * block_table: u32 `[batch, max_pages]`, the pages of each sequence in order.
+/// * mm_prefix_ranges: ranges of keys that no mask hides. Only `None` is carried out yet.
+/// * softcap: `None` or `Some(0.0)` is no cap.
+///
+/// The pages in use are gathered into a new tensor first, whose size is that of the keys; the original reads them in place.
+///
+/// # Errors
+/// The errors of [`flash_attn_varlen_windowed`]; [`Error::PageSize`](crate::Error::PageSize),
+/// [`Error::BlockTable`](crate::Error::BlockTable); [`Error::NeedsProgram`](crate::Error::NeedsProgram) for mm_prefix_ranges and for
+/// a cap.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_paged_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    block_table: &Tensor,
+    mm_prefix_ranges: Option<&Tensor>,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    page_block_size: usize,
+    softcap: Option<f32>,
+) -> Result<Tensor> {
+    if let Some(ranges) = mm_prefix_ranges {
+        return Err(Error::NeedsProgram {
+            argument: "mm_prefix_ranges",
+            value: format!("a tensor {:?}", ranges.shape()),
+        }
+        .into());
+    }
+    let (_, page_size, heads, head_dim) = k.dims4()?;
+    if page_size != page_block_size {
+        return Err(Error::PageSize {
+            value: page_block_size,
+            expected: page_size,
+        }
+        .into());
+    }
+    let options = Options::windowed(softmax_scale, window_size_left, window_size_right).softcap(softcap);
+    let ranges_q = Lengths::of_q(seqlens_q, max_seqlen_q).ranges(q.dim(0)?)?;
+    let lengths = Lengths::of_k(seqlens_k, max_seqlen_k).ranges(usize::MAX)?;
+    let table = block_table.to_vec2::<u32>()?;
+    same_count("seqlens_k", lengths.len(), ranges_q.len())?;
+    same_count("block_table", table.len(), ranges_q.len())?;
+
+    let mut pages = Vec::new();
+    let mut ranges_k = Vec::with_capacity(lengths.len());
+    for (sequence, (length, row)) in lengths.iter().zip(&table).enumerate() {
+        let used = length.len().div_ceil(page_size);
+        let Some(row) = row.get(..used) else {
+            return Err(Error::BlockTable {
+                sequence,
+                seqlen: length.len(),
+                limit: row.len() * page_size,
+            }
+            .into());
+        };
+        let start = pages.len() * page_size;
+        ranges_k.push(start..start + length.len());
+        pages.extend_from_slice(row);
+    }
+    let pages = Tensor::new(pages, k.device())?;
+    let gathered = |paged: &Tensor| paged.index_select(&pages, 0)?.reshape(((), heads, head_dim));
+    let batch = Batch::Ragged {
+        q: ranges_q,
+        k: ranges_k,
+    };
+    FlashOp::new(options.attention(max_seqlen_k)?, batch).apply(q, &gathered(k)?, &gathered(v)?)
+}
+
+/// [`flash_attn_varlen`] with the bias of [`flash_attn_alibi`](crate::flash_attn_alibi) in each sequence.
+///
+/// # Errors
+/// The errors of both.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_alibi(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    attend(
+        [q, k, v],
+        Lengths::of_q(seqlens_q, max_seqlen_q),
+        Lengths::of_k(seqlens_k, max_seqlen_k),
+        Options::new(softmax_scale, causal).alibi(Some(alibi_slopes)),
+    )
+}
+
+/// [`flash_attn_varlen_windowed`] with the bias of [`flash_attn_alibi`](crate::flash_attn_alibi) in each sequence.
+///
+/// # Errors
+/// The errors of both.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_alibi_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    attend(
+        [q, k, v],
+        Lengths::of_q(seqlens_q, max_seqlen_q),
+        Lengths::of_k(seqlens_k, max_seqlen_k),
+        Options::windowed(softmax_scale, window_size_left, window_size_right).alibi(Some(alibi_slopes)),
+    )
+}
+
+/// [`flash_attn_varlen_alibi_windowed`] with the cap of
+/// [`flash_attn_alibi_windowed_softcap`](crate::flash_attn_alibi_windowed_softcap).
+///
+/// # Errors
+/// The errors of both.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_alibi_windowed_softcap(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: Option<&Tensor>,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    softcap: f32,
+) -> Result<Tensor> {
+    attend(
+        [q, k, v],
+        Lengths::of_q(seqlens_q, max_seqlen_q),
+        Lengths::of_k(seqlens_k, max_seqlen_k),
+        Options::windowed(softmax_scale, window_size_left, window_size_right)
+            .alibi(alibi_slopes)
+            .softcap(Some(softcap)),
+    )
+}

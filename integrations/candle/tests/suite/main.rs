@@ -1,0 +1,5 @@
+//! flash-attention-candle against candle's own plain attention, on the CPU.
+
+mod dense;
+mod plain;
+mod varlen;

@@ -17,7 +17,7 @@ use crate::trace;
 const WORKSPACE_ALIGN: usize = 64;
 
 /// An [`Attention`] whose calls report how far they are: what [`Attention::on_progress`] gives.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Reporting<F> {
     attention: Attention,
     /// Who is told, if anybody.
@@ -200,9 +200,9 @@ impl Attention {
     }
 
     /// The same attention, which tells nobody.
-    fn silent(self) -> Reporting<fn(Progress)> {
+    fn silent(&self) -> Reporting<fn(Progress)> {
         Reporting {
-            attention: self,
+            attention: self.clone(),
             report: None,
         }
     }

@@ -170,6 +170,19 @@ pub enum Error {
         index: usize,
     },
 
+    /// A score program, or an option that is one, is not as it must be.
+    Program(ProgramError),
+
+    /// A device cannot do yet what was asked for.
+    Unsupported {
+        /// What it cannot do.
+        feature: &'static str,
+        /// The device.
+        device: String,
+        /// What can be done instead.
+        reason: &'static str,
+    },
+
     /// The problem needs more blocks than one launch has.
     GridTooLarge {
         /// Blocks needed.
@@ -436,6 +449,12 @@ impl fmt::Display for Error {
             ),
             Self::SoftmaxScale { value } => write!(f, "`softmax_scale` is {value}, expected a finite number"),
             Self::NotANumber { argument, index } => write!(f, "`{argument}` holds a NaN at element {index}"),
+            Self::Program(error) => error.fmt(f),
+            Self::Unsupported {
+                feature,
+                device,
+                reason,
+            } => write!(f, "{feature} cannot run on {device} yet: {reason}"),
             Self::GridTooLarge { blocks, limit } => write!(
                 f,
                 "`q` needs a grid of {blocks} blocks (tiles x heads x batch), at most {limit} can be launched"
@@ -509,6 +528,72 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+impl From<ProgramError> for Error {
+    fn from(error: ProgramError) -> Self {
+        Self::Program(error)
+    }
+}
+
+/// What is wrong with a score program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ProgramError {
+    /// A named feature was given a number that it has no meaning for.
+    Argument {
+        /// The feature.
+        argument: &'static str,
+        /// The number.
+        value: String,
+        /// The numbers it takes.
+        expected: &'static str,
+    },
+
+    /// An index is divided by a number that is not positive.
+    Divisor {
+        /// The number.
+        value: i32,
+    },
+
+    /// A program has more operations, or numbers, than there is room for.
+    TooLarge {
+        /// What it has too many of.
+        what: &'static str,
+        /// The most it may have.
+        limit: usize,
+    },
+
+    /// Backward needs a derivative that an operation does not have.
+    NotDifferentiable {
+        /// The operation.
+        operation: &'static str,
+    },
+}
+
+/// A sentence with the argument's name, its value and what was allowed. One line a variant.
+impl fmt::Display for ProgramError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Argument {
+                argument,
+                value,
+                expected,
+            } => write!(f, "`{argument}` is {value}, expected {expected}"),
+            Self::Divisor { value } => write!(
+                f,
+                "the score program divides an index by {value}, expected a number above 0"
+            ),
+            Self::TooLarge { what, limit } => write!(f, "the score program has more than {limit} {what}"),
+            Self::NotDifferentiable { operation } => write!(
+                f,
+                "the score program has no derivative: it takes `{operation}` of what depends on the score or on a table \
+                 whose gradient is asked for"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for ProgramError {}
 
 /// Findings, one below the other.
 #[cfg(feature = "emulator")]

@@ -60,6 +60,11 @@ impl DataType {
         }
     }
 
+    /// Tells if its values are real numbers.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
     /// The name that Rust and PyTorch give it.
     pub const fn name(self) -> &'static str {
         match self {

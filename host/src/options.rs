@@ -1,14 +1,40 @@
 //! [`Attention`]: the options of a call. The calls themselves are in `call`.
 
+use std::sync::Arc;
+
 use flash_attention_kernels::entries::Arch;
 
+use crate::error::ProgramError;
+use crate::program::{At, Fragment, Parts, Program, Score, Truth, named};
+
 /// `softmax(softmax_scale * q k^T) v`, with its options. Cheap to make and to clone.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+///
+/// Features of scores and masks combine freely. Whatever the order of the calls, a score passes by softmax_scale,
+/// [`softcap`](Self::softcap), then the closures of [`score`](Self::score) in the order given; a pair is visible if
+/// [`causal`](Self::causal) and every mask say so. Positions in formulas: `p = query + seqlen_k - seqlen_q`, the query's place
+/// among the keys if the last query stands at the last key.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     causal: bool,
     softmax_scale: Option<f32>,
     deterministic: bool,
     arch: Option<Arch>,
+    parts: Parts,
+    /// What the parts make, or why they make none.
+    program: Result<Option<Arc<Program>>, ProgramError>,
+}
+
+impl Default for Attention {
+    fn default() -> Self {
+        Self {
+            causal: false,
+            softmax_scale: None,
+            deterministic: false,
+            arch: None,
+            parts: Parts::default(),
+            program: Ok(None),
+        }
+    }
 }
 
 impl Attention {
@@ -21,6 +47,95 @@ impl Attention {
     #[must_use]
     pub fn causal(self) -> Self {
         Self { causal: true, ..self }
+    }
+
+    /// Lets `f` change each score, from the score and where its pair lies; after what came before.
+    ///
+    /// The closure runs once, here, and what it does is written down: as code of the CPU's and, printed as PTX, as part of
+    /// a GPU's kernel. Numbers in it are parameters. Its derivative is found where backward needs it.
+    ///
+    /// ```
+    /// use flash_attention::Attention;
+    ///
+    /// // The score falls by 0.1 for each key of distance, never below -20.
+    /// let attention = Attention::new().score(|s, at| (s - 0.1 * at.distance().abs()).max(-20.0));
+    /// ```
+    #[must_use]
+    pub fn score(self, f: impl for<'g> FnOnce(Score<'g>, At<'g>) -> Score<'g>) -> Self {
+        self.with(|parts| parts.scores.push(Fragment::score(f)))
+    }
+
+    /// Hides the pairs that `f` does not hold for.
+    ///
+    /// ```
+    /// use flash_attention::Attention;
+    ///
+    /// // A query sees the keys of its own chunk of 256, and the first key.
+    /// let attention = Attention::new().mask(|at| (at.position() / 256).equals(at.key / 256) | at.key.equals(0));
+    /// ```
+    #[must_use]
+    pub fn mask(self, f: impl for<'g> FnOnce(At<'g>) -> Truth<'g>) -> Self {
+        self.with(|parts| parts.masks.push(Fragment::mask(f)))
+    }
+
+    /// `p - left <= key <= p + right`: a query sees so many keys to its left and right. `None` is no limit. Sliding
+    /// windows are from Longformer (2020) and Mistral (2023).
+    #[must_use]
+    pub fn window(self, left: impl Into<Option<usize>>, right: impl Into<Option<usize>>) -> Self {
+        match (left.into(), right.into()) {
+            (None, None) => self,
+            (left, right) => self.with(|parts| parts.masks.push(named::window(left, right))),
+        }
+    }
+
+    /// Scores become `cap * tanh(score / cap)`, which stays within `-cap ..= cap`; from Gemma 2 (2024). The last call counts.
+    #[must_use]
+    pub fn softcap(self, cap: f32) -> Self {
+        self.with(|parts| parts.softcap = Some(named::softcap(cap)))
+    }
+
+    /// `key < n or key <= p`: all queries see the first n keys, and of the others causally. The prefix language model
+    /// of T5 (2019).
+    #[must_use]
+    pub fn prefix(self, n: usize) -> Self {
+        self.with(|parts| parts.masks.push(named::prefix(n)))
+    }
+
+    /// `key <= p and key / n == p / n`: causal within chunks of n positions, from Llama 4 (2025).
+    #[must_use]
+    pub fn chunked(self, n: usize) -> Self {
+        self.with(|parts| parts.masks.push(named::chunked(n)))
+    }
+
+    /// `(p - key) % step == 0`: every step-th key, counted from the query's own position; from the Sparse Transformer (2019).
+    #[must_use]
+    pub fn dilated(self, step: usize) -> Self {
+        self.with(|parts| parts.masks.push(named::dilated(step)))
+    }
+
+    /// `key <= query`: causal with the first query at the first key, as PyTorch's `is_causal` aligns it. Where `seqlen_q`
+    /// and `seqlen_k` are equal it is [`causal`](Self::causal).
+    #[must_use]
+    pub fn top_left(self) -> Self {
+        self.with(|parts| parts.masks.push(named::top_left()))
+    }
+
+    /// The same attention with other features.
+    pub(crate) fn with(mut self, change: impl FnOnce(&mut Parts)) -> Self {
+        change(&mut self.parts);
+        self.program = self.parts.compose();
+        self
+    }
+
+    /// What the features of scores and masks make together; `None` without any.
+    ///
+    /// # Errors
+    /// [`ProgramError`] says what is wrong with one of them.
+    pub fn program(&self) -> Result<Option<&Arc<Program>>, ProgramError> {
+        match &self.program {
+            Ok(program) => Ok(program.as_ref()),
+            Err(error) => Err(error.clone()),
+        }
     }
 
     /// Uses the kernels compiled for `arch` only, instead of the fastest that the device runs: `Arch::Sm80` means the

@@ -7,12 +7,13 @@ use flash_attention_kernels::mask::Mask;
 
 use crate::element::Element;
 use crate::options::Attention;
+use crate::program::{Derivative, Evaluator, Pair, Value};
 
 /// The sizes and options of a problem whose tensors are contiguous slices.
 ///
 /// q and out are `[batch, heads_q, seqlen_q, head_dim]`, k and v `[batch, heads_kv, seqlen_k, head_dim]`, lse is
 /// `[batch, heads_q, seqlen_q]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Dims {
     /// Independent sequences.
     pub batch: usize,
@@ -30,11 +31,23 @@ pub struct Dims {
     pub causal: bool,
     /// What scores are multiplied by before the softmax.
     pub softmax_scale: f32,
+    /// What happens to scores then, and what hides pairs beside the causal mask.
+    pub program: Option<Evaluator>,
 }
 
 impl Dims {
     /// The sizes of q and of k, as their shapes, and the options of a call.
+    ///
+    /// # Panics
+    /// If the attention's score program is refused, or reads tables: [`with_program`](Self::with_program) takes their contents.
     pub fn new(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Self {
+        let program = attention.program().expect("a program that is not refused");
+        let evaluator = program.map(|program| Evaluator::new(program.clone(), Vec::new(), None));
+        Self::with_program(attention, q, k, evaluator)
+    }
+
+    /// The sizes of q and of k, as their shapes, and the options of a call, with what the tables of its program hold.
+    pub fn with_program(attention: &Attention, q: [usize; 4], k: [usize; 4], program: Option<Evaluator>) -> Self {
         let ([batch, heads_q, seqlen_q, head_dim], [_, heads_kv, seqlen_k, _]) = (q, k);
         let (causal, softmax_scale) = (attention.is_causal(), attention.scale_for(head_dim));
         Self {
@@ -46,10 +59,11 @@ impl Dims {
             head_dim,
             causal,
             softmax_scale,
+            program,
         }
     }
 
-    /// Keys that a query sees, from the first.
+    /// Keys that a query sees without a program, from the first.
     fn visible(&self, row: usize) -> usize {
         let (seqlen_q, seqlen_k, row) = (self.seqlen_q as u32, self.seqlen_k as u32, row as u32);
         let end = if self.causal {
@@ -61,30 +75,45 @@ impl Dims {
     }
 
     /// For every query, in order: its row in q, the keys it sees and their values.
-    fn queries<'a, T>(&self, q: &'a [T], k: &'a [T], v: &'a [T]) -> impl Iterator<Item = Query<'a, T>> + use<'a, T> {
-        let dims = *self;
-        let rows = dims.batch * dims.heads_q * dims.seqlen_q;
-        let row_of = move |tensor: &'a [T], row: usize| &tensor[row * dims.head_dim..][..dims.head_dim];
+    fn queries<'a, T>(&'a self, q: &'a [T], k: &'a [T], v: &'a [T]) -> impl Iterator<Item = Query<'a, T>> {
+        let rows = self.batch * self.heads_q * self.seqlen_q;
+        let row_of = |tensor: &'a [T], row: usize| &tensor[row * self.head_dim..][..self.head_dim];
         (0..rows).map(move |row| {
-            let (heads, position) = (row / dims.seqlen_q, row % dims.seqlen_q);
-            let (batch, head) = (heads / dims.heads_q, heads % dims.heads_q);
-            let kv_head = batch * dims.heads_kv + head / (dims.heads_q / dims.heads_kv);
-            let first = kv_head * dims.seqlen_k;
-            let keys = (first..first + dims.visible(position))
-                .map(|key| row_of(k, key))
-                .collect();
-            let values = (first..first + dims.visible(position))
-                .map(|key| row_of(v, key))
-                .collect();
+            let (heads, position) = (row / self.seqlen_q, row % self.seqlen_q);
+            let (batch, head) = (heads / self.heads_q, heads % self.heads_q);
+            let kv_head = head / (self.heads_q / self.heads_kv);
+            let first = (batch * self.heads_kv + kv_head) * self.seqlen_k;
+            let pair = |key: usize| Pair {
+                batch: batch as i32,
+                head: head as i32,
+                kv_head: kv_head as i32,
+                query: position as i32,
+                key: key as i32,
+                seqlen_q: self.seqlen_q as i32,
+                seqlen_k: self.seqlen_k as i32,
+            };
+            let sees = |pair: &Pair| self.program.as_ref().is_none_or(|program| program.sees(pair));
+            let pairs: Vec<Pair> = (0..self.visible(position)).map(pair).filter(sees).collect();
+            let row_of_pair = |tensor, pair: &Pair| row_of(tensor, first + pair.key as usize);
             Query {
                 row,
                 heads,
                 first_key: first,
+                sink: self.program.as_ref().and_then(|program| program.sink(head)),
                 q: row_of(q, row),
-                keys,
-                values,
+                keys: pairs.iter().map(|pair| row_of_pair(k, pair)).collect(),
+                values: pairs.iter().map(|pair| row_of_pair(v, pair)).collect(),
+                pairs,
             }
         })
+    }
+
+    /// What the softmax takes of a scaled score; each number on the way passes through `round`.
+    fn score(&self, pair: &Pair, score: f64, round: impl Fn(f64) -> f64) -> f64 {
+        match &self.program {
+            Some(program) => program.score(pair, score, round),
+            None => score,
+        }
     }
 }
 
@@ -94,11 +123,42 @@ struct Query<'a, T> {
     row: usize,
     /// Its head, all batches counted.
     heads: usize,
-    /// The row of its first key in k, v and their gradients, all heads counted.
+    /// The row of its head's first key in k, v and their gradients, all heads counted.
     first_key: usize,
+    /// The logit of its head that has no value.
+    sink: Option<f64>,
     q: &'a [T],
+    /// The pairs that it is in, with the keys and values of each.
+    pairs: Vec<Pair>,
     keys: Vec<&'a [T]>,
     values: Vec<&'a [T]>,
+}
+
+/// The softmax of a query's scores.
+struct Softmax {
+    /// One probability a pair. Beside a sink they do not add up to 1.
+    probabilities: Vec<f64>,
+    /// The logarithm of the sum of exponentials, the sink's included.
+    lse: f64,
+}
+
+impl Softmax {
+    /// `is_program` lets a row whose scores are all minus infinity see nothing, as if they were masked.
+    fn new(scores: &[f64], sink: Option<f64>, is_program: bool) -> Self {
+        let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+        if scores.is_empty() || (is_program && max == f64::NEG_INFINITY && !scores.iter().any(|x| x.is_nan())) {
+            return Self {
+                probabilities: vec![0.0; scores.len()],
+                lse: sink.unwrap_or(f64::NEG_INFINITY),
+            };
+        }
+        let of_sink = sink.map_or(0.0, |sink| (sink - max).exp());
+        let sum = of_sink + scores.iter().map(|score| (score - max).exp()).sum::<f64>();
+        Self {
+            probabilities: scores.iter().map(|score| (score - max).exp() / sum).collect(),
+            lse: log_sum_exp(scores.iter().copied().chain(sink), max, sum),
+        }
+    }
 }
 
 /// Attention in f64: `(out, lse)`.
@@ -106,29 +166,30 @@ struct Query<'a, T> {
 /// # Panics
 /// If a slice is shorter than its shape.
 pub fn forward(dims: &Dims, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
-    let scale = f64::from(dims.softmax_scale);
     let (mut out, mut lse) = (Vec::new(), Vec::new());
     for query in dims.queries(q, k, v) {
-        if query.keys.is_empty() {
-            out.extend(std::iter::repeat_n(0.0, dims.head_dim));
-            lse.push(f64::NEG_INFINITY);
-            continue;
-        }
-        let dot = |key: &&[f64]| query.q.iter().zip(*key).map(|(x, y)| x * y).sum::<f64>();
-        let scores: Vec<f64> = query.keys.iter().map(|key| scale * dot(key)).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-        let sum: f64 = weights.iter().sum();
+        let softmax = Softmax::new(&scores(dims, &query).1, query.sink, dims.program.is_some());
+        let weights = &softmax.probabilities;
         out.extend((0..dims.head_dim).map(|d| {
             weights
                 .iter()
                 .zip(&query.values)
-                .map(|(weight, value)| weight / sum * value[d])
+                .map(|(weight, value)| weight * value[d])
                 .sum::<f64>()
         }));
-        lse.push(log_sum_exp(scores, max, sum));
+        lse.push(softmax.lse);
     }
     (out, lse)
+}
+
+/// The scores of a query in f64: scaled, and as the softmax takes them.
+fn scores(dims: &Dims, query: &Query<'_, f64>) -> (Vec<f64>, Vec<f64>) {
+    let scale = f64::from(dims.softmax_scale);
+    let dot = |key: &&[f64]| query.q.iter().zip(*key).map(|(x, y)| x * y).sum::<f64>();
+    let scaled: Vec<f64> = query.keys.iter().map(|key| scale * dot(key)).collect();
+    let pairs = query.pairs.iter().zip(&scaled);
+    let taken = pairs.map(|(pair, &score)| dims.score(pair, score, |x| x)).collect();
+    (scaled, taken)
 }
 
 /// Standard attention in the dtype `T`, `(out, lse)`, as PyTorch's math backend computes it: scores are rounded to `T`,
@@ -139,12 +200,11 @@ pub fn forward(dims: &Dims, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f
 pub fn standard<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, Vec<f32>) {
     let (mut out, mut lse) = (Vec::new(), Vec::new());
     for query in dims.queries(q, k, v) {
-        if query.keys.is_empty() {
-            out.extend(std::iter::repeat_n(T::from_f32(0.0), dims.head_dim));
-            lse.push(f32::NEG_INFINITY);
-            continue;
-        }
-        let (weights, query_lse) = probabilities(dims, &query);
+        let Probabilities {
+            weights,
+            lse: query_lse,
+            ..
+        } = probabilities(dims, &query);
         out.extend((0..dims.head_dim).map(|d| {
             T::from_f32(
                 weights
@@ -163,32 +223,122 @@ pub fn standard<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, 
 /// query heads that share a key head; a query that sees no key has and gives none.
 ///
 /// # Panics
-/// If a slice is shorter than its shape.
+/// If a slice is shorter than its shape, or the program has no derivative.
 pub fn backward(dims: &Dims, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> [Vec<f64>; 3] {
+    let OracleGradients { dq, dk, dv, .. } = backward_with_tables(dims, q, k, v, dout, false);
+    [dq, dk, dv]
+}
+
+/// All gradients of attention in f64.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OracleGradients {
+    /// Gradient of q.
+    pub dq: Vec<f64>,
+    /// Gradient of k.
+    pub dk: Vec<f64>,
+    /// Gradient of v.
+    pub dv: Vec<f64>,
+    /// Gradient of each table of the program, of the table's shape; zeros for tables of integers.
+    pub tables: Vec<Vec<f64>>,
+    /// Gradient of the sinks, `[heads_q]`, if there are any.
+    pub sinks: Option<Vec<f64>>,
+}
+
+/// [`backward`], with the gradients of sinks and, if they are asked for, of the program's tables.
+///
+/// # Panics
+/// If a slice is shorter than its shape, or the program has no derivative.
+pub fn backward_with_tables(
+    dims: &Dims,
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    dout: &[f64],
+    of_tables: bool,
+) -> OracleGradients {
     let (scale, head_dim) = (f64::from(dims.softmax_scale), dims.head_dim);
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|tensor| vec![0.0; tensor.len()]);
+    let mut slopes = Slopes::new(dims, of_tables);
+    let mut dsinks = vec![0.0; dims.heads_q];
     for query in dims.queries(q, k, v) {
         let dout = &dout[query.row * head_dim..][..head_dim];
-        let scores: Vec<f64> = query.keys.iter().map(|key| scale * dot(query.q, key)).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
-        let p: Vec<f64> = scores.iter().map(|score| (score - max).exp() / sum).collect();
+        let (scaled, taken) = scores(dims, &query);
+        let Softmax { probabilities: p, lse } = Softmax::new(&taken, query.sink, dims.program.is_some());
         let dp: Vec<f64> = query.values.iter().map(|value| dot(dout, value)).collect();
         let delta = dot(&p, &dp); // which is dot(dout, out)
-        let ds: Vec<f64> = p.iter().zip(&dp).map(|(p, dp)| p * (dp - delta)).collect();
-
+        if let Some(sink) = query.sink {
+            dsinks[query.heads % dims.heads_q] -= (sink - lse).exp() * delta;
+        }
         let dq = &mut dq[query.row * head_dim..][..head_dim];
-        for (j, key) in query.keys.iter().enumerate() {
-            let of_key = (query.first_key + j) * head_dim;
+        for (j, (key, pair)) in query.keys.iter().zip(&query.pairs).enumerate() {
+            let of_key = (query.first_key + pair.key as usize) * head_dim;
+            let ds = slopes.pull_back(pair, scaled[j], p[j] * (dp[j] - delta));
             for d in 0..head_dim {
-                dq[d] += scale * ds[j] * key[d];
-                dk[of_key + d] += scale * ds[j] * query.q[d];
+                dq[d] += scale * ds * key[d];
+                dk[of_key + d] += scale * ds * query.q[d];
                 dv[of_key + d] += p[j] * dout[d];
             }
         }
     }
-    [dq, dk, dv]
+    OracleGradients {
+        dq,
+        dk,
+        dv,
+        tables: slopes.tables,
+        sinks: dims
+            .program
+            .as_ref()
+            .and_then(|program| program.program().sinks().map(|_| dsinks)),
+    }
+}
+
+/// Takes gradients of the scores that the softmax takes back to those that come in, and to tables.
+struct Slopes<'a> {
+    program: Option<(&'a Evaluator, Derivative)>,
+    needed: Vec<bool>,
+    tables: Vec<Vec<f64>>,
+}
+
+impl<'a> Slopes<'a> {
+    fn new(dims: &'a Dims, of_tables: bool) -> Self {
+        let Some(evaluator) = &dims.program else {
+            return Self {
+                program: None,
+                needed: Vec::new(),
+                tables: Vec::new(),
+            };
+        };
+        let derivative = evaluator.program().derivative(of_tables).expect("a derivative");
+        let of_loads = derivative.loads().iter().flat_map(|load| [load.load, load.derivative]);
+        Self {
+            needed: derivative.expression().needed(of_loads.chain([derivative.score()])),
+            tables: evaluator
+                .tables()
+                .iter()
+                .map(|table| vec![0.0; table.values.len()])
+                .collect(),
+            program: Some((evaluator, derivative)),
+        }
+    }
+
+    /// The gradient of a scaled score, from that of what the program made of it; tables gain theirs.
+    fn pull_back(&mut self, pair: &Pair, score: f64, dy: f64) -> f64 {
+        let Some((evaluator, derivative)) = &self.program else {
+            return dy;
+        };
+        let values = evaluator.run(derivative.expression(), &self.needed, pair, score, |x| x);
+        for load in derivative.loads() {
+            let (table, element) = evaluator.element(derivative.expression().node(load.load), &values);
+            self.tables[table][element] += times(dy, values[load.derivative.index()]);
+        }
+        times(dy, values[derivative.score().index()])
+    }
+}
+
+/// A gradient times a derivative. Where the gradient is 0, as of a pair whose score is minus infinity, the product is.
+fn times(dy: f64, slope: Value) -> f64 {
+    if dy == 0.0 { 0.0 } else { dy * slope.score() }
 }
 
 /// Standard attention's gradients in the dtype `T`, `[dq, dk, dv]`, as PyTorch's math backend computes them: P, dP, dS
@@ -202,26 +352,21 @@ pub fn standard_backward<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T], dou
     let round = |x: f32| T::from_f32(x).to_f32();
     let of_queries = dims.batch * dims.heads_q * dims.seqlen_k * head_dim;
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; of_queries], vec![0.0; of_queries]);
+    let mut slopes = Slopes::new(dims, false);
     for query in dims.queries(q, k, v) {
-        if query.keys.is_empty() {
-            continue;
-        }
         let dout = &dout[query.row * head_dim..][..head_dim];
-        let (p, _) = probabilities(dims, &query);
+        let Probabilities { scaled, weights: p, .. } = probabilities(dims, &query);
         let dp: Vec<f32> = query.values.iter().map(|value| round(dot(dout, value))).collect();
         let delta: f32 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
-        let ds: Vec<f32> = p
-            .iter()
-            .zip(&dp)
-            .map(|(p, dp)| round(round(p * (dp - delta)) * scale))
-            .collect();
 
         let dq = &mut dq[query.row * head_dim..][..head_dim];
-        for (j, key) in query.keys.iter().enumerate() {
-            let of_key = (query.heads * dims.seqlen_k + j) * head_dim;
+        for (j, (key, pair)) in query.keys.iter().zip(&query.pairs).enumerate() {
+            let of_key = (query.heads * dims.seqlen_k + pair.key as usize) * head_dim;
+            let dy = round(p[j] * (dp[j] - delta));
+            let ds = round(round(slopes.pull_back(pair, scaled[j].into(), dy.into()) as f32) * scale);
             for d in 0..head_dim {
-                dq[d] += ds[j] * key[d].to_f32();
-                dk[of_key + d] += ds[j] * query.q[d].to_f32();
+                dq[d] += ds * key[d].to_f32();
+                dk[of_key + d] += ds * query.q[d].to_f32();
                 dv[of_key + d] += p[j] * dout[d].to_f32();
             }
         }
@@ -237,20 +382,43 @@ pub fn standard_backward<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T], dou
     [dq.into_iter().map(T::from_f32).collect(), add_up(dk), add_up(dv)]
 }
 
-/// The probabilities of a query's keys as a framework computes them in `T`, and lse. At least one key is visible.
-fn probabilities<T: Element>(dims: &Dims, query: &Query<'_, T>) -> (Vec<f32>, f32) {
+/// A query's softmax as a framework computes it.
+struct Probabilities {
+    /// Scaled scores.
+    scaled: Vec<f32>,
+    /// One probability a pair.
+    weights: Vec<f32>,
+    lse: f32,
+}
+
+/// The probabilities of a query's keys as a framework computes them in `T`, and lse. What a program does is done in f32.
+fn probabilities<T: Element>(dims: &Dims, query: &Query<'_, T>) -> Probabilities {
     let round = |x: f32| T::from_f32(x).to_f32();
-    let scores: Vec<f32> = query
+    let scaled: Vec<f32> = query
         .keys
         .iter()
         .map(|key| round(round(dot(query.q, key)) * dims.softmax_scale))
         .collect();
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let taken = |(pair, &score): (&Pair, &f32)| round(dims.score(pair, score.into(), |x| f64::from(x as f32)) as f32);
+    let scores: Vec<f32> = query.pairs.iter().zip(&scaled).map(taken).collect();
+    let sink = query.sink.map(|sink| sink as f32);
+    let max = scores.iter().copied().chain(sink).fold(f32::NEG_INFINITY, f32::max);
+    if scores.is_empty() || (dims.program.is_some() && max == f32::NEG_INFINITY) {
+        return Probabilities {
+            weights: vec![0.0; scores.len()],
+            scaled,
+            lse: sink.unwrap_or(f32::NEG_INFINITY),
+        };
+    }
     let exponentials: Vec<f32> = scores.iter().map(|score| (score - max).exp()).collect();
-    let sum: f32 = exponentials.iter().sum();
-    let probabilities = exponentials.iter().map(|x| round(x / sum)).collect();
-    let lse = log_sum_exp(scores.into_iter().map(f64::from), max.into(), sum.into());
-    (probabilities, lse as f32)
+    let sum: f32 = exponentials.iter().sum::<f32>() + sink.map_or(0.0, |sink| (sink - max).exp());
+    let weights = exponentials.iter().map(|x| round(x / sum)).collect();
+    let lse = log_sum_exp(scores.into_iter().chain(sink).map(f64::from), max.into(), sum.into());
+    Probabilities {
+        scaled,
+        weights,
+        lse: lse as f32,
+    }
 }
 
 /// A product summed in f32.

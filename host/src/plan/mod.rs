@@ -50,8 +50,10 @@ impl Plan {
     /// Plans a forward pass for a device.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`].
+    /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`],
+    /// [`Error::Unsupported`] if the device does not run score programs.
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
+        refuse_programs(problem, device)?;
         let (tiles, launches) = match *device {
             DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
@@ -97,6 +99,7 @@ impl Plan {
     /// As for [`new`](Self::new).
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
+        refuse_programs(forward, device)?;
         let (tiles, launches, workspace_bytes) = match *device {
             DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
@@ -163,6 +166,22 @@ impl Plan {
     pub fn cost(&self) -> Cost {
         self.cost
     }
+}
+
+/// The error of a problem with a score program, which no device runs yet.
+fn refuse_programs(problem: &Problem, device: &DeviceInfo) -> Result<(), Error> {
+    if problem.program().is_none() {
+        return Ok(());
+    }
+    let (device, reason) = match *device {
+        DeviceInfo::Cpu { .. } => ("the CPU", "only the oracle evaluates it"),
+        DeviceInfo::Gpu { .. } => ("a GPU", "only the oracle evaluates it"),
+    };
+    Err(Error::Unsupported {
+        feature: "a score program",
+        device: device.to_owned(),
+        reason,
+    })
 }
 
 /// Tells if a forward pass writes row_max and row_sum on this device.

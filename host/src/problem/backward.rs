@@ -4,6 +4,7 @@ use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
 use super::*;
+use crate::program::Derivative;
 
 /// A valid backward problem.
 #[derive(Clone, Debug, PartialEq)]
@@ -11,6 +12,7 @@ pub struct BackwardProblem {
     forward: Problem,
     tensors: BackwardTensors,
     deterministic: bool,
+    derivative: Option<Arc<Derivative>>,
 }
 
 /// Where the tensors lie that only a backward pass has.
@@ -84,7 +86,8 @@ impl BackwardProblem {
     ///
     /// # Errors
     /// Those of [`Problem::new`] for q, k and v; then, in the same order, the same for out, lse and dout; then, for the
-    /// caller's gradients, also [`Error::OverlappingStrides`] and [`Error::Aliased`].
+    /// caller's gradients, also [`Error::OverlappingStrides`] and [`Error::Aliased`]; then [`Error::Program`] if the score
+    /// program has no derivative.
     pub fn new(
         attention: &Attention,
         q: &TensorInfo,
@@ -128,6 +131,10 @@ impl BackwardProblem {
         let read: Vec<Named<'_>> = read.into_iter().chain(of_rows.iter().copied()).collect();
         check_written(&read, &written)?;
 
+        let derivative = match forward.program() {
+            Some(program) => Some(Arc::new(program.derivative(false)?)),
+            None => None,
+        };
         let new = |like: &TensorInfo| TensorInfo::contiguous(like.device(), like.dtype(), like.shape(), 0);
         let (new_q, new_k) = (new(q)?, new(k)?);
         let (dq, dk, dv) = gradients.map_or((&new_q, &new_k, &new_k), |g| (g.dq, g.dk, g.dv));
@@ -145,6 +152,7 @@ impl BackwardProblem {
                 ..forward
             },
             tensors,
+            derivative,
             deterministic: attention.is_deterministic(),
         })
     }
@@ -152,6 +160,11 @@ impl BackwardProblem {
     /// The forward problem; its `out` is forward's output.
     pub fn forward(&self) -> &Problem {
         &self.forward
+    }
+
+    /// The derivatives of the score program, if there is one.
+    pub fn derivative(&self) -> Option<&Arc<Derivative>> {
+        self.derivative.as_ref()
     }
 
     pub(crate) fn tensors(&self) -> &BackwardTensors {

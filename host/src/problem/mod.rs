@@ -5,6 +5,8 @@
 mod backward;
 mod scale;
 
+use std::sync::Arc;
+
 pub(crate) use backward::BackwardTensors;
 pub use backward::{BackwardInputs, BackwardProblem, GradientOutputs};
 use flash_attention_kernels::abi::StridedTensor;
@@ -16,6 +18,7 @@ use crate::error::Error;
 pub use crate::layout::TensorInfo;
 use crate::layout::{Sharing, contiguous_strides};
 use crate::options::Attention;
+use crate::program::Program;
 
 /// The widest head that kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -44,6 +47,7 @@ pub struct Problem {
     v: StridedTensor,
     out: StridedTensor,
     keeps_statistics: bool,
+    program: Option<Arc<Program>>,
 }
 
 /// The caller's own memory for the results of a forward pass.
@@ -84,7 +88,7 @@ impl Problem {
     /// In this order: [`Error::Rank`]; [`Error::ZeroSize`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
     /// [`Error::DeviceMismatch`]; [`Error::HeadsNotDivisible`]; [`Error::HeadDim`]; [`Error::LastAxisStride`];
     /// [`Error::SequenceTooLong`]; [`Error::NotContiguous`] for lse; [`Error::OverlappingStrides`] and
-    /// [`Error::Aliased`] or [`Error::Interleaved`] for outputs; [`Error::SoftmaxScale`]. Sizes that overflow are refused earlier, where a
+    /// [`Error::Aliased`] or [`Error::Interleaved`] for outputs; [`Error::SoftmaxScale`]; [`Error::Program`]. Sizes that overflow are refused earlier, where a
     /// [`TensorInfo`] or a tensor is made.
     pub fn new(
         attention: &Attention,
@@ -114,6 +118,7 @@ impl Problem {
         if !softmax_scale.is_finite() {
             return Err(Error::SoftmaxScale { value: softmax_scale });
         }
+        let program = attention.program()?.cloned();
 
         Ok(Self {
             batch: q.shape()[0],
@@ -131,6 +136,7 @@ impl Problem {
             v: strided(v),
             out: strided(out.map_or(&new_out, |(_, out)| out)),
             keeps_statistics: outputs.is_none_or(|outputs| outputs.statistics.is_some()),
+            program,
         })
     }
 
@@ -207,6 +213,11 @@ impl Problem {
     /// Tells if forward writes row_max and row_sum beside lse, on a device that does.
     pub fn keeps_statistics(&self) -> bool {
         self.keeps_statistics
+    }
+
+    /// What happens to scores, and what hides pairs beside a causal mask; `None` if nothing does.
+    pub fn program(&self) -> Option<&Arc<Program>> {
+        self.program.as_ref()
     }
 
     /// The output; its address is 0 until it is allocated.

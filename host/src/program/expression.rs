@@ -25,7 +25,7 @@ pub enum Type {
 }
 
 /// A node of an [`Expression`], by its place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(u32);
 
 impl NodeId {
@@ -233,6 +233,31 @@ impl Node {
         };
         [a, b, c, d].into_iter().flatten()
     }
+
+    /// The same operation on other operands.
+    pub(super) fn map(self, mut f: impl FnMut(NodeId) -> NodeId) -> Self {
+        match self {
+            Self::Score
+            | Self::Coordinate(_)
+            | Self::Real(_)
+            | Self::Integer(_)
+            | Self::Truth(_)
+            | Self::Parameter(..) => self,
+            Self::Unary(op, x) => Self::Unary(op, f(x)),
+            Self::Binary(op, x, y) => Self::Binary(op, f(x), f(y)),
+            Self::Compare(op, x, y) => Self::Compare(op, f(x), f(y)),
+            Self::Select(x, y, z) => Self::Select(f(x), f(y), f(z)),
+            Self::Load {
+                table,
+                indices,
+                clamped,
+            } => Self::Load {
+                table,
+                indices: Indices::new(&indices.iter().map(|&index| f(index)).collect::<Vec<_>>()),
+                clamped,
+            },
+        }
+    }
 }
 
 /// What a value changes with: a set, printed as its letters.
@@ -274,10 +299,7 @@ impl BitOr for Dependence {
 
 /// The type of what is read of elements: floats are scores; an i32 is an index, and a u32 the index of the same bits.
 pub const fn read_as(element: DataType) -> Type {
-    match element {
-        DataType::F32 | DataType::F16 | DataType::Bf16 => Type::Score,
-        DataType::I32 | DataType::U32 => Type::Index,
-    }
+    if element.is_float() { Type::Score } else { Type::Index }
 }
 
 /// What the operations know of a table. Its address, sizes and strides are the program's.
@@ -308,6 +330,11 @@ impl Expression {
     /// The operations in order, with their names.
     pub fn iter(&self) -> impl Iterator<Item = (NodeId, Node)> + '_ {
         (0..).map(NodeId).zip(self.nodes.iter().copied())
+    }
+
+    /// The nodes of now, in order.
+    pub fn ids(&self) -> impl DoubleEndedIterator<Item = NodeId> + use<> {
+        (0..self.nodes.len() as u32).map(NodeId)
     }
 
     /// The operation of a node.

@@ -8,17 +8,28 @@
 //! A program knows no device and no kernel: the CPU evaluates its [`Expression`] over strips of scores, for a GPU it is
 //! printed as PTX, and the oracle evaluates it by scalars in f64.
 
+mod closure;
+mod compose;
+mod derive;
+mod evaluate;
 mod expression;
+pub(crate) mod named;
 
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
+pub use closure::{At, Index, Operand, Score, Truth};
+pub(crate) use compose::{Fragment, Parts};
+pub use compose::{MAX_CONSTANTS, MAX_NODES};
+pub use derive::{Derivative, LoadDerivative};
+pub use evaluate::{Evaluator, HostTable, Pair, Value};
 pub use expression::{
     Binary, Comparison, Coordinate, Dependence, Expression, Indices, MAX_RANK, Node, NodeId, TableType, Type, Unary,
     read_as,
 };
 
+pub use crate::error::ProgramError;
 pub use crate::layout::DataType;
 use crate::layout::DeviceId;
 

@@ -1,0 +1,234 @@
+//! The derivative of a program's score: by the score that comes in, and by the elements of tables.
+//!
+//! Derivatives go forward, from one input to the score that comes out, and share what they have in common, because equal
+//! operations are one node. Backward through a [`Node::Select`] would multiply what was not taken by 0, and 0 times
+//! infinity is NaN; forward, a value not taken has no influence.
+
+use super::expression::{Binary, Comparison, Expression, Node, NodeId, Type, Unary};
+use super::{Program, ProgramError};
+
+/// The derivatives of a program.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Derivative {
+    expression: Expression,
+    score: NodeId,
+    loads: Vec<LoadDerivative>,
+}
+
+/// The derivative of the score that comes out by an element of a table, as one node reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadDerivative {
+    /// The node that reads.
+    pub load: NodeId,
+    /// The derivative.
+    pub derivative: NodeId,
+}
+
+impl Derivative {
+    /// The program's operations under the names they have there, and those of the derivatives after them.
+    pub fn expression(&self) -> &Expression {
+        &self.expression
+    }
+
+    /// `dy / ds`. The literal 1.0, [`Node::Real`], where the program adds to the score only.
+    pub fn score(&self) -> NodeId {
+        self.score
+    }
+
+    /// Tells if `dy / ds` is 1 everywhere.
+    pub fn is_one(&self) -> bool {
+        self.expression.node(self.score) == ONE
+    }
+
+    /// For each read of a float table that the score depends on, in the program's order. Several may read one table.
+    pub fn loads(&self) -> &[LoadDerivative] {
+        &self.loads
+    }
+}
+
+const ONE: Node = Node::Real(0x3f80_0000);
+const ZERO: Node = Node::Real(0);
+
+impl Program {
+    /// The derivatives of the score; those by tables only if they are asked for.
+    ///
+    /// # Errors
+    /// [`ProgramError::NotDifferentiable`] where a score, or a float table whose gradient is asked for, is made a whole
+    /// number on its way.
+    pub fn derivative(&self, of_tables: bool) -> Result<Derivative, ProgramError> {
+        let mut expression = self.expression().clone();
+        let score_in = expression.add(Node::Score);
+        let mut by = |input| -> Result<Option<NodeId>, ProgramError> {
+            Tangents {
+                expression: &mut expression,
+                input,
+            }
+            .of(self.score())
+        };
+        let score = by(score_in)?;
+        let needed = self.expression().needed([self.score()]);
+        let mut loads = Vec::new();
+        for (load, node) in self
+            .expression()
+            .iter()
+            .filter(|(id, _)| of_tables && needed[id.index()])
+        {
+            let is_float = self.expression().type_of(load) == Type::Score;
+            if matches!(node, Node::Load { .. }) && is_float {
+                if let Some(derivative) = by(load)? {
+                    loads.push(LoadDerivative { load, derivative });
+                }
+            }
+        }
+        let score = score.unwrap_or_else(|| expression.add(ZERO));
+        Ok(Derivative {
+            expression,
+            score,
+            loads,
+        })
+    }
+}
+
+/// Derivatives of nodes by one input.
+struct Tangents<'a> {
+    expression: &'a mut Expression,
+    input: NodeId,
+}
+
+impl Tangents<'_> {
+    /// The derivative of a node; `None` is 0.
+    fn of(&mut self, root: NodeId) -> Result<Option<NodeId>, ProgramError> {
+        let needed = self.expression.needed([root]);
+        let mut tangents = vec![None; root.index() + 1];
+        for id in self.expression.ids().filter(|id| needed[id.index()]) {
+            tangents[id.index()] = if id == self.input {
+                Some(self.expression.add(ONE))
+            } else {
+                self.of_node(id, &tangents)?
+            };
+        }
+        Ok(tangents[root.index()])
+    }
+
+    fn of_node(&mut self, y: NodeId, known: &[Option<NodeId>]) -> Result<Option<NodeId>, ProgramError> {
+        let of = |x: NodeId| known[x.index()];
+        Ok(match self.expression.node(y) {
+            Node::Unary(op, x) => match of(x) {
+                Some(dx) => Some(self.of_unary(op, x, y, dx)?),
+                None => None,
+            },
+            Node::Binary(op, a, b) => self.of_binary(op, [a, b], y, [of(a), of(b)]),
+            Node::Select(condition, a, b) => self.select(condition, of(a), of(b)),
+            _ => None,
+        })
+    }
+
+    fn of_unary(&mut self, op: Unary, x: NodeId, y: NodeId, dx: NodeId) -> Result<NodeId, ProgramError> {
+        Ok(match op {
+            Unary::Negate => self.negate(dx),
+            Unary::Abs => {
+                let zero = self.expression.add(ZERO);
+                let negative = self.expression.add(Node::Compare(Comparison::Less, x, zero));
+                let minus = self.negate(dx);
+                self.expression.add(Node::Select(negative, minus, dx))
+            }
+            Unary::Exp => self.multiply(dx, y),
+            Unary::Log => self.binary(Binary::Divide, dx, x),
+            Unary::Tanh => {
+                let one = self.expression.add(ONE);
+                let square = self.binary(Binary::Multiply, y, y);
+                let slope = self.binary(Binary::Subtract, one, square);
+                self.multiply(dx, slope)
+            }
+            Unary::Sqrt => {
+                let half = self.expression.add(Node::Real(0.5_f32.to_bits()));
+                let slope = self.binary(Binary::Divide, half, y);
+                self.multiply(dx, slope)
+            }
+            Unary::Reciprocal => {
+                let square = self.binary(Binary::Multiply, y, y);
+                let minus = self.negate(square);
+                self.multiply(dx, minus)
+            }
+            Unary::Floor => return Err(ProgramError::NotDifferentiable { operation: "floor" }),
+            Unary::ToIndex => return Err(ProgramError::NotDifferentiable { operation: "to_index" }),
+            Unary::ToScore | Unary::Not => unreachable!("an index has no derivative"),
+        })
+    }
+
+    fn of_binary(
+        &mut self,
+        op: Binary,
+        [a, b]: [NodeId; 2],
+        y: NodeId,
+        [da, db]: [Option<NodeId>; 2],
+    ) -> Option<NodeId> {
+        if da.is_none() && db.is_none() {
+            return None;
+        }
+        match op {
+            Binary::Add => self.sum(da, db),
+            Binary::Subtract => match (da, db) {
+                (Some(da), Some(db)) => Some(self.binary(Binary::Subtract, da, db)),
+                (da, db) => da.or_else(|| db.map(|db| self.negate(db))),
+            },
+            Binary::Multiply => {
+                let left = da.map(|da| self.multiply(da, b));
+                let right = db.map(|db| self.multiply(db, a));
+                self.sum(left, right)
+            }
+            Binary::Divide => {
+                let above = da.map(|da| self.binary(Binary::Divide, da, b));
+                let below = db.map(|db| {
+                    let slope = self.binary(Binary::Divide, y, b);
+                    let minus = self.negate(slope);
+                    self.multiply(db, minus)
+                });
+                self.sum(above, below)
+            }
+            Binary::Min => {
+                let first = self.expression.add(Node::Compare(Comparison::LessOrEqual, a, b));
+                self.select(first, da, db)
+            }
+            Binary::Max => {
+                let first = self.expression.add(Node::Compare(Comparison::LessOrEqual, b, a));
+                self.select(first, da, db)
+            }
+            Binary::Remainder | Binary::And | Binary::Or | Binary::Xor | Binary::ShiftLeft | Binary::ShiftRight => {
+                unreachable!("an index has no derivative")
+            }
+        }
+    }
+
+    fn binary(&mut self, op: Binary, a: NodeId, b: NodeId) -> NodeId {
+        self.expression.add(Node::Binary(op, a, b))
+    }
+
+    fn negate(&mut self, x: NodeId) -> NodeId {
+        self.expression.add(Node::Unary(Unary::Negate, x))
+    }
+
+    /// A derivative times a value; nothing is multiplied by 1.
+    fn multiply(&mut self, derivative: NodeId, value: NodeId) -> NodeId {
+        if self.expression.node(derivative) == ONE {
+            return value;
+        }
+        self.binary(Binary::Multiply, derivative, value)
+    }
+
+    fn sum(&mut self, a: Option<NodeId>, b: Option<NodeId>) -> Option<NodeId> {
+        match (a, b) {
+            (Some(a), Some(b)) => Some(self.binary(Binary::Add, a, b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    fn select(&mut self, condition: NodeId, a: Option<NodeId>, b: Option<NodeId>) -> Option<NodeId> {
+        if a == b {
+            return a;
+        }
+        let zero = self.expression.add(ZERO);
+        let node = Node::Select(condition, a.unwrap_or(zero), b.unwrap_or(zero));
+        Some(self.expression.add(node))
+    }
+}

@@ -1,0 +1,66 @@
+//! Named features that read no table: closures like a user's own, each with its formula and where it comes from.
+//!
+//! `p` is the query's position among the keys, `query + seqlen_k - seqlen_q`.
+
+use super::ProgramError;
+use super::compose::Fragment;
+
+/// `cap * tanh(score / cap)`.
+pub(crate) fn softcap(cap: f32) -> Fragment {
+    if !(cap.is_finite() && cap > 0.0) {
+        return refused("softcap", cap, "a finite number above 0");
+    }
+    Fragment::score(|s, _| (s * (1.0 / cap)).tanh() * cap)
+}
+
+/// `p - left <= key <= p + right`; a side that is `None` has no limit, and at least one side has.
+pub(crate) fn window(left: Option<usize>, right: Option<usize>) -> Fragment {
+    Fragment::mask(|at| {
+        let not_before = |keys| at.distance().at_most(saturated(keys));
+        let not_after = |keys| at.distance().at_least(-saturated(keys));
+        match (left, right) {
+            (Some(left), Some(right)) => not_before(left) & not_after(right),
+            (Some(left), None) => not_before(left),
+            (None, right) => not_after(right.unwrap_or(usize::MAX)),
+        }
+    })
+}
+
+/// `key < n or key <= p`.
+pub(crate) fn prefix(n: usize) -> Fragment {
+    Fragment::mask(|at| at.key.less_than(saturated(n)) | at.distance().at_least(0))
+}
+
+/// `key <= p and key / n == p / n`.
+pub(crate) fn chunked(n: usize) -> Fragment {
+    if n == 0 {
+        return refused("chunked", n, "at least 1");
+    }
+    Fragment::mask(|at| at.distance().at_least(0) & (at.key / saturated(n)).equals(at.position() / saturated(n)))
+}
+
+/// `(p - key) % step == 0`.
+pub(crate) fn dilated(step: usize) -> Fragment {
+    if step == 0 {
+        return refused("dilated", step, "at least 1");
+    }
+    Fragment::mask(|at| (at.distance() % saturated(step)).equals(0))
+}
+
+/// `key <= query`.
+pub(crate) fn top_left() -> Fragment {
+    Fragment::mask(|at| at.key.at_most(at.query))
+}
+
+/// A number of keys as an index. No distance is larger than the largest.
+fn saturated(keys: usize) -> i32 {
+    i32::try_from(keys).unwrap_or(i32::MAX)
+}
+
+fn refused(argument: &'static str, value: impl ToString, expected: &'static str) -> Fragment {
+    Fragment::refused(ProgramError::Argument {
+        argument,
+        value: value.to_string(),
+        expected,
+    })
+}

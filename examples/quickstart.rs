@@ -92,14 +92,14 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
     writeln!(print, "input     {}", path.display())?;
     writeln!(print, "device    {device} ({})", device.name())?;
     let output = measured(&device, &plan, &mut print, |bar| {
-        let attention = attention.on_progress(|progress| bar.show(progress));
+        let attention = attention.clone().on_progress(|progress| bar.show(progress));
         attention.forward(&q, &k, &v)
     })?;
     let gradients = match &dout {
         Some(dout) => {
             let plan = attention.plan_backward(&q, &k, &v, &output, dout)?;
             Some(measured(&device, &plan, &mut print, |bar| {
-                let attention = attention.on_progress(|progress| bar.show(progress));
+                let attention = attention.clone().on_progress(|progress| bar.show(progress));
                 attention.backward(&q, &k, &v, &output, dout)
             })?)
         }

@@ -125,7 +125,7 @@ impl Case {
             self.must(device, layout.output(device, shape))
         };
         Prepared {
-            attention: self.attention,
+            attention: self.attention.clone(),
             inputs: [q, k, v],
             output,
             dout: place(layouts[0], self.q, dout),

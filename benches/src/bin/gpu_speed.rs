@@ -258,7 +258,7 @@ impl Bench {
     fn measure_in<T: Element>(&mut self, arena: &mut Arena<T>, row: &Row) -> Result<String, Failure> {
         let start = Instant::now();
         let shape = row.shape(&self.sizes);
-        let mut bound = arena.bind(row, shape, self.attention)?;
+        let mut bound = arena.bind(row, shape, self.attention.clone())?;
         let plan = bound.plan()?;
         let kernels: Vec<&str> = plan.launches().iter().map(|launch| launch.entry.name).collect();
         let flops = row.flops(&self.sizes);

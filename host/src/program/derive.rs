@@ -74,10 +74,11 @@ impl Program {
             .filter(|(id, _)| of_tables && needed[id.index()])
         {
             let is_float = self.expression().type_of(load) == Type::Score;
-            if matches!(node, Node::Load { .. }) && is_float {
-                if let Some(derivative) = by(load)? {
-                    loads.push(LoadDerivative { load, derivative });
-                }
+            if matches!(node, Node::Load { .. })
+                && is_float
+                && let Some(derivative) = by(load)?
+            {
+                loads.push(LoadDerivative { load, derivative });
             }
         }
         let score = score.unwrap_or_else(|| expression.add(ZERO));

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 /// dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
     for device in instruction_sets() {
-        crate::common::check::<T>(device, attention, q_shape, k_shape);
+        crate::common::check::<T>(device, attention.clone(), q_shape, k_shape);
     }
 }
 
@@ -26,8 +26,8 @@ fn lengths_around_the_tiles() {
         (203, 113),
     ] {
         for attention in [Attention::new(), Attention::new().causal()] {
-            check::<f32>(attention, [1, 2, seqlen_q, 32], [1, 2, seqlen_k, 32]);
-            check::<f16>(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
+            check::<f32>(attention.clone(), [1, 2, seqlen_q, 32], [1, 2, seqlen_k, 32]);
+            check::<f16>(attention.clone(), [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
             check::<bf16>(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
         }
     }
@@ -52,7 +52,7 @@ fn heads_share_keys_and_batches_do_not() {
 fn few_queries_of_heads_that_share_keys() {
     for (seqlen_q, heads_q, heads_kv) in [(1, 64, 2), (3, 12, 1), (4, 28, 2), (2, 6, 6)] {
         for attention in [Attention::new(), Attention::new().causal()] {
-            check::<f32>(attention, [2, heads_q, seqlen_q, 24], [2, heads_kv, 150, 24]);
+            check::<f32>(attention.clone(), [2, heads_q, seqlen_q, 24], [2, heads_kv, 150, 24]);
             check::<bf16>(attention, [2, heads_q, seqlen_q, 24], [2, heads_kv, 3, 24]);
         }
     }
@@ -231,7 +231,7 @@ fn what_is_not_finite_goes_where_arithmetic_takes_it() {
             let odd = with(row * 8 + 3, value);
             for attention in [Attention::new(), Attention::new().causal()] {
                 for (q, k, v) in [(&odd, &base, &base), (&base, &odd, &base), (&base, &base, &odd)] {
-                    for (got, want) in both(attention, shape, q, k, v) {
+                    for (got, want) in both(attention.clone(), shape, q, k, v) {
                         assert!(largest_error(&got, &want) < 1e-5, "{value} in row {row}, {attention:?}");
                     }
                 }
@@ -277,7 +277,7 @@ fn keys_are_taken_in_segments_whoever_takes_them() {
         (3, 4100, Attention::new().causal()),
         (70, 5000, Attention::new().causal()),
     ] {
-        check::<f32>(attention, [1, 1, seqlen_q, 16], [1, 1, seqlen_k, 16]);
+        check::<f32>(attention.clone(), [1, 1, seqlen_q, 16], [1, 1, seqlen_k, 16]);
         let data: Vec<f32> = noise(seqlen_k * 16, 5).into_iter().map(|x| x as f32).collect();
         let run = |threads| {
             let device = Device::cpu_with_threads(threads).expect("threads");

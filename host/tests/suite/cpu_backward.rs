@@ -11,7 +11,7 @@ use safetensors::SafeTensors;
 /// dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
     for device in instruction_sets() {
-        crate::common::check_backward::<T>(device, attention, q_shape, k_shape);
+        crate::common::check_backward::<T>(device, attention.clone(), q_shape, k_shape);
     }
 }
 
@@ -29,8 +29,8 @@ fn lengths_around_the_tiles() {
         (300, 40),
     ] {
         for attention in [Attention::new(), Attention::new().causal()] {
-            check::<f32>(attention, [1, 2, seqlen_q, 32], [1, 2, seqlen_k, 32]);
-            check::<f16>(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
+            check::<f32>(attention.clone(), [1, 2, seqlen_q, 32], [1, 2, seqlen_k, 32]);
+            check::<f16>(attention.clone(), [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
             check::<bf16>(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
         }
     }
@@ -85,7 +85,7 @@ fn results_do_not_depend_on_threads() {
         let (q, k, v, dout) = (draw(q_shape, 1), draw(k_shape, 2), draw(k_shape, 3), draw(q_shape, 4));
         let run = |threads| {
             let device = Device::cpu_with_threads(threads).expect("threads");
-            let results = gradients(&device, attention, [q_shape, k_shape], [&q, &k, &v, &dout]);
+            let results = gradients(&device, attention.clone(), [q_shape, k_shape], [&q, &k, &v, &dout]);
             results.map(|gradient| gradient.into_iter().map(f32::to_bits).collect::<Vec<u32>>())
         };
         let one = run(1);
@@ -105,10 +105,10 @@ fn tasks_that_take_turns_leave_no_trace() {
     };
     let (q, k, v, dout) = (draw(q_shape, 1), draw(k_shape, 2), draw(k_shape, 3), draw(q_shape, 4));
     for attention in [Attention::new(), Attention::new().causal()] {
-        check::<bf16>(attention, q_shape, k_shape);
+        check::<bf16>(attention.clone(), q_shape, k_shape);
         let run = |threads| {
             let device = Device::cpu_with_threads(threads).expect("threads");
-            let results = gradients(&device, attention, [q_shape, k_shape], [&q, &k, &v, &dout]);
+            let results = gradients(&device, attention.clone(), [q_shape, k_shape], [&q, &k, &v, &dout]);
             results.map(|gradient| gradient.into_iter().map(bf16::to_bits).collect::<Vec<u16>>())
         };
         let one = run(1);
@@ -208,7 +208,7 @@ fn check_not_finite<T: Element>(attention: Attention, q: &[T], k: &[T]) {
         "a case where something is not a number"
     );
     for device in instruction_sets() {
-        let got = gradients(device, attention, shapes, [q, k, &v, &dout]);
+        let got = gradients(device, attention.clone(), shapes, [q, k, &v, &dout]);
         for ((name, got), want) in ["dq", "dk", "dv"].iter().zip(&got).zip(&want) {
             let wrong = got
                 .iter()
@@ -233,7 +233,7 @@ fn scores_that_are_all_negative_infinity_make_gradients_nan() {
         let mut one_query = vec![one; 20 * 16];
         one_query[3 * 16..4 * 16].fill(minus_infinity);
         for attention in [Attention::new(), Attention::new().causal()] {
-            check_not_finite(attention, &[one; 20 * 16], &[minus_infinity; 70 * 16]);
+            check_not_finite(attention.clone(), &[one; 20 * 16], &[minus_infinity; 70 * 16]);
             // Causal, keys from 54 on are hidden from that query: their dv is a number.
             check_not_finite(attention, &one_query, &[one; 70 * 16]);
         }
@@ -267,7 +267,7 @@ fn what_is_not_finite_goes_where_arithmetic_takes_it() {
                 for inputs in [[&base, &base, &odd, &base], [&base, &base, &base, &odd]] {
                     let got = gradients(
                         &Device::cpu(),
-                        attention,
+                        attention.clone(),
                         [shape, shape],
                         inputs.map(|data| data.as_slice()),
                     );

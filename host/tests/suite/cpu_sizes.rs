@@ -45,7 +45,7 @@ fn values_of_every_size() {
     for device in instruction_sets() {
         for attention in [Attention::new(), Attention::new().causal()] {
             let check = |case: &str, factor: &dyn Fn(usize, usize) -> f32| {
-                check_forward(device, attention, case, [&q, &k, &draw(3, factor)]);
+                check_forward(device, attention.clone(), case, [&q, &k, &draw(3, factor)]);
             };
             check("all are 1e-36", &|_, _| 1e-36);
             check("all are 1e36", &|_, _| 1e36);
@@ -64,7 +64,7 @@ fn queries_and_keys_of_every_size() {
     for device in instruction_sets() {
         for attention in [Attention::new(), Attention::new().causal()] {
             let check = |case: &str, of_q: &dyn Fn(usize, usize) -> f32, of_k: &dyn Fn(usize, usize) -> f32| {
-                check_forward(device, attention, case, [&draw(1, of_q), &draw(2, of_k), &v]);
+                check_forward(device, attention.clone(), case, [&draw(1, of_q), &draw(2, of_k), &v]);
             };
             check("small with large", &|_, _| 1e-18, &|_, _| 1e18);
             check(

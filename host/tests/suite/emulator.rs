@@ -11,8 +11,8 @@ fn emulator() -> Device {
 #[test]
 fn every_dtype_full_and_causal() {
     for attention in [Attention::new(), Attention::new().causal()] {
-        crate::common::check::<f32>(&emulator(), attention, [1, 2, 70, 32], [1, 1, 90, 32]);
-        crate::common::check::<f16>(&emulator(), attention, [1, 2, 130, 64], [1, 1, 90, 64]);
+        crate::common::check::<f32>(&emulator(), attention.clone(), [1, 2, 70, 32], [1, 1, 90, 32]);
+        crate::common::check::<f16>(&emulator(), attention.clone(), [1, 2, 130, 64], [1, 1, 90, 64]);
         crate::common::check::<bf16>(&emulator(), attention, [2, 1, 20, 64], [2, 1, 70, 64]);
     }
 }
@@ -27,7 +27,7 @@ fn a_head_narrower_than_its_kernel() {
 fn scales_of_every_sign() {
     for scale in [0.0, -0.7] {
         let attention = Attention::new().softmax_scale(scale).causal();
-        crate::common::check::<f32>(&emulator(), attention, [1, 1, 9, 16], [1, 1, 5, 16]);
+        crate::common::check::<f32>(&emulator(), attention.clone(), [1, 1, 9, 16], [1, 1, 5, 16]);
         crate::common::check::<f16>(&emulator(), attention, [1, 1, 9, 16], [1, 1, 5, 16]);
     }
 }
@@ -70,8 +70,8 @@ fn plans_predict_the_bytes_that_move() {
         assert_eq!(device.counters().expect("still").global_read_bytes, 0);
     }
     for attention in [Attention::new(), Attention::new().causal()] {
-        check::<f32>(attention, [1, 2, 100, 32], [1, 1, 150, 32]);
-        check::<f16>(attention, [1, 2, 200, 24], [1, 2, 70, 24]);
+        check::<f32>(attention.clone(), [1, 2, 100, 32], [1, 1, 150, 32]);
+        check::<f16>(attention.clone(), [1, 2, 200, 24], [1, 2, 70, 24]);
         check::<bf16>(attention, [1, 1, 40, 128], [1, 1, 40, 128]);
     }
 }

@@ -10,6 +10,7 @@ mod device;
 mod emulator;
 mod plan;
 mod problem;
+mod program;
 mod progress;
 mod reference;
 mod tensor;

@@ -48,7 +48,7 @@ fn costs_are_what_counting_gives() {
         for attention in [Attention::new(), Attention::new().causal()] {
             for dtype in [Dtype::F32, Dtype::F16] {
                 for device in [A100, Device::cpu().info()] {
-                    let problem = problem(attention, dtype, [2, 4, seqlen_q, 40], [2, 2, seqlen_k, 40]);
+                    let problem = problem(attention.clone(), dtype, [2, 4, seqlen_q, 40], [2, 2, seqlen_k, 40]);
                     let plan = Plan::new(&problem, &device).expect("there is a kernel");
                     let (tiles, cost) = (plan.tiles(), plan.cost());
                     // lse, and on a GPU row_max and row_sum.

@@ -49,7 +49,7 @@ fn check<T: Element>(device: &Device, attention: Attention, q: [usize; 4], k: [u
     let silent = elements(&output, &gradients);
 
     let reports = Mutex::new(Vec::new());
-    let reporting = attention.on_progress(|progress: Progress| {
+    let reporting = attention.clone().on_progress(|progress: Progress| {
         reports.try_lock().expect("one report at a time").push(progress);
     });
     let ended = || {
@@ -111,8 +111,8 @@ fn every_path_of_the_cpu_reports_all_of_its_work() {
                 ([1, 8, 300, 8], [1, 8, 70, 8]),
                 ([1, 1, 1, 8], [1, 1, 1, 8]),
             ] {
-                check::<f32>(&device, attention, q, k);
-                check::<bf16>(&device, attention, q, k);
+                check::<f32>(&device, attention.clone(), q, k);
+                check::<bf16>(&device, attention.clone(), q, k);
             }
         }
     }
@@ -167,7 +167,7 @@ fn a_report_that_panics_leaves_nothing_half_done() {
             Tensor::zeros(&device, k.shape()).expect("small"),
         );
         let calls = Mutex::new(0);
-        let reporting = attention.on_progress(|_| {
+        let reporting = attention.clone().on_progress(|_| {
             *calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
             panic!("of the report");
         });

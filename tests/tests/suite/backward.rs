@@ -280,7 +280,7 @@ fn both_modes(case: &Case) -> [Case; 2] {
 
 /// The case, asking for the same bits each time.
 fn asking_for_bits(case: &Case) -> Case {
-    case.clone().with(case.attention.deterministic())
+    case.clone().with(case.attention.clone().deterministic())
 }
 
 #[test]

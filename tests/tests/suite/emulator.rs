@@ -292,17 +292,32 @@ fn hoppers_kernels_are_chosen_where_they_serve() {
         Ok::<_, flash_attention::Error>(plan.launches()[0].entry.name)
     };
     let attention = Attention::new();
-    assert_eq!(kernel(attention, &plain).expect("a plan"), "hopper_forward_f16_d64");
+    assert_eq!(
+        kernel(attention.clone(), &plain).expect("a plan"),
+        "hopper_forward_f16_d64"
+    );
     let portable = "forward_f16_d64";
-    assert_eq!(kernel(attention, &shifted).expect("a plan"), portable);
-    assert_eq!(kernel(attention.softmax_scale(-1.0), &plain).expect("a plan"), portable);
-    assert_eq!(kernel(attention.softmax_scale(0.0), &plain).expect("a plan"), portable);
-    assert_eq!(kernel(attention.arch(Arch::Sm80), &plain).expect("a plan"), portable);
+    assert_eq!(kernel(attention.clone(), &shifted).expect("a plan"), portable);
+    assert_eq!(
+        kernel(attention.clone().softmax_scale(-1.0), &plain).expect("a plan"),
+        portable
+    );
+    assert_eq!(
+        kernel(attention.clone().softmax_scale(0.0), &plain).expect("a plan"),
+        portable
+    );
+    assert_eq!(
+        kernel(attention.clone().arch(Arch::Sm80), &plain).expect("a plan"),
+        portable
+    );
 
     let forced = attention.arch(Arch::Sm90a);
-    assert_eq!(kernel(forced, &plain).expect("a plan"), "hopper_forward_f16_d64");
+    assert_eq!(
+        kernel(forced.clone(), &plain).expect("a plan"),
+        "hopper_forward_f16_d64"
+    );
     let refused = |result: Result<&str, flash_attention::Error>| result.expect_err("no kernel").to_string();
-    assert!(refused(kernel(forced, &shifted)).contains("16-byte aligned rows"));
+    assert!(refused(kernel(forced.clone(), &shifted)).contains("16-byte aligned rows"));
     let older = Device::emulator(Arch::Sm80);
     let info = TensorInfo::contiguous(older.id(), Dtype::F16, [1, 2, 16, 64], 4096).expect("small");
     let problem = Problem::new(&forced, &info, &info, &info, None).expect("valid");

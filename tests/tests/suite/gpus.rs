@@ -29,7 +29,7 @@ fn case(entry: &Entry) -> Case {
     let case = Case::new(entry.dtype, shape(2, long), shape(1, wide)).masked(entry.causal);
     match entry.arch {
         Arch::Sm80 => {
-            let attention = case.attention.arch(Arch::Sm80);
+            let attention = case.attention.clone().arch(Arch::Sm80);
             case.with(attention)
         }
         Arch::Sm90a => case,
@@ -51,7 +51,7 @@ fn kernels<T: Element>(case: &Case) -> Vec<&'static str> {
     let empty = |shape: [usize; 4]| Tensor::<T>::empty(&device, shape).expect("it fits");
     let (q, k, v, dout) = (empty(case.q), empty(case.kv), empty(case.kv), empty(case.q));
     let output = Output::new(empty(case.q), Tensor::empty(&device, &case.q[..3]).expect("it fits"));
-    let attention = case.attention;
+    let attention = case.attention.clone();
     let plans = [
         attention.plan(&q, &k, &v),
         attention.plan_backward(&q, &k, &v, &output, &dout),
@@ -83,7 +83,7 @@ fn every_forward_kernel_is_right() {
 #[test]
 fn every_backward_kernel_is_right() {
     on_every_gpu(|gpu, case| {
-        for attention in [case.attention, case.attention.deterministic()] {
+        for attention in [case.attention.clone(), case.attention.clone().deterministic()] {
             case.clone().with(attention).check_gradients_on([gpu]);
         }
     });
@@ -118,7 +118,7 @@ fn every_backward_kernel_gives_the_same_bits_when_asked_to() {
         }
     }
     on_every_gpu(|gpu, case| {
-        let case = case.clone().with(case.attention.deterministic());
+        let case = case.clone().with(case.attention.clone().deterministic());
         for_dtype!(case.dtype, T => check::<T>(&case, gpu));
     });
 }

@@ -61,7 +61,7 @@ fn the_layout_does_not_show() {
         let case = Case::new(T::DTYPE, [2, 2, 30, 40], [2, 2, 70, 40]);
         let aligned = [Layout::new(Order::Bshd, 0, 0), Layout::new(Order::Bhsd, 16, 8)];
         let any = [aligned[0], aligned[1], Layout::new(Order::Bshd, 5, 3)];
-        check_layouts::<T>(&case.clone().with(attention), &aligned);
+        check_layouts::<T>(&case.clone().with(attention.clone()), &aligned);
         check_layouts::<T>(&case.with(attention.arch(Arch::Sm80)), &any);
     }
     fn check_layouts<T: Element>(case: &Case, layouts: &[Layout]) {

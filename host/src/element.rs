@@ -1,4 +1,4 @@
-//! The three element types, and their conversions to the f32 that all arithmetic is done in.
+//! The three element types and their conversions to and from f32, in which all arithmetic is done.
 
 use std::fmt::{Debug, Display};
 
@@ -16,7 +16,7 @@ mod sealed {
 
 /// An element type that kernels are compiled for: `f32`, [`half::f16`] or [`half::bf16`].
 ///
-/// Every bit pattern of such a type is a value, which is what lets tensors move as bytes.
+/// Every bit pattern of such a type is a valid value, so tensors can be copied as bytes.
 pub trait Element:
     sealed::Sealed
     + FromBytes
@@ -32,21 +32,21 @@ pub trait Element:
     + Sync
     + 'static
 {
-    /// The type's name at run time.
+    /// Name of the type at run time.
     const DTYPE: Dtype;
 
-    /// The nearest value, ties to even.
+    /// Rounds to the nearest value, ties to even.
     fn from_f32(value: f32) -> Self;
-    /// The nearest value, ties to even, in one rounding.
+    /// Rounds to the nearest value, ties to even, in one rounding.
     fn from_f64(value: f64) -> Self;
-    /// The same value, exactly.
+    /// Converts to f32, exactly.
     fn to_f32(self) -> f32;
-    /// The same value, exactly.
+    /// Converts to f64, exactly.
     fn to_f64(self) -> f64;
 
-    /// Widens a run of elements; the slices have one length.
+    /// Widens a slice of elements; both slices have the same length.
     fn widen(from: &[Self], to: &mut [f32]);
-    /// Rounds a run of elements; the slices have one length.
+    /// Rounds a slice of elements; both slices have the same length.
     fn narrow(from: &[f32], to: &mut [Self]);
 }
 

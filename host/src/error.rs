@@ -1,331 +1,331 @@
-//! Everything that can go wrong, each with the argument's name, the value it had and what was allowed.
+//! Errors: each names the argument, the value it had and the limit.
 //!
-//! Bad input is found before anything is allocated or launched. What can fail later is the device: its driver, its
+//! Bad input is found before anything is allocated or launched. Later only the device can fail: its driver, its
 //! memory, a launch, or the emulator's checks.
 
 use std::fmt;
 
 use flash_attention_kernels::entries::Dtype;
 
-/// Why a call was refused or failed.
+/// The reason why a call was refused or failed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// A tensor does not have the number of axes that attention takes.
+    /// A tensor has another number of axes than attention takes.
     Rank {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// Its shape.
+        /// Shape of the tensor.
         shape: Vec<usize>,
-        /// Axes it has.
+        /// Number of axes it has.
         rank: usize,
-        /// Axes it needs.
+        /// Number of axes it needs.
         expected: usize,
     },
 
     /// A tensor has no elements.
     ZeroSize {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// The empty axis.
+        /// Name of the empty axis.
         axis: &'static str,
-        /// The tensor's shape.
+        /// Shape of the tensor.
         shape: Vec<usize>,
     },
 
-    /// Two tensors that must agree on an axis do not.
+    /// Two tensors have different sizes along an axis on which they must agree.
     ShapeMismatch {
-        /// The tensor that disagrees.
+        /// Name of the tensor that disagrees.
         argument: &'static str,
-        /// The axis.
+        /// Name of the axis.
         axis: &'static str,
-        /// Its size in `argument`.
+        /// Size of the axis in `argument`.
         got: usize,
-        /// The tensor it is compared with.
+        /// Name of the tensor it is compared with.
         other: &'static str,
-        /// Its size in `other`.
+        /// Size of the axis in `other`.
         expected: usize,
     },
 
-    /// A tensor has another element type than it must. Typed tensors can not cause this, only a hand-made
+    /// A tensor has the wrong element type. Typed tensors cannot cause this; only a hand-made
     /// [`TensorInfo`](crate::problem::TensorInfo) can.
     DtypeMismatch {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// Its element type.
+        /// Element type it has.
         got: Dtype,
-        /// The element type it must have.
+        /// Element type it must have.
         expected: Dtype,
     },
 
     /// Tensors of one call lie on different devices.
     DeviceMismatch {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// Where it is.
+        /// Device of the tensor.
         got: String,
-        /// Where `q` is.
+        /// Device of `q`.
         expected: String,
     },
 
-    /// Query heads can not be shared out evenly among key/value heads.
+    /// The number of query heads is not a multiple of the number of key/value heads.
     HeadsNotDivisible {
-        /// Heads of `q`.
+        /// Number of heads of `q`.
         heads_q: usize,
-        /// Heads of `k` and `v`.
+        /// Number of heads of `k` and `v`.
         heads_kv: usize,
     },
 
     /// No kernel serves this head_dim.
     HeadDim {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// Its head_dim.
+        /// head_dim it has.
         head_dim: usize,
-        /// What it must be a multiple of.
+        /// Number that head_dim must be a multiple of.
         multiple_of: usize,
-        /// The largest allowed.
+        /// Largest head_dim allowed.
         max: usize,
     },
 
-    /// The elements of a row do not lie side by side.
+    /// The elements of a row are not contiguous.
     LastAxisStride {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
         /// Stride of its last axis, in elements.
         stride: usize,
-        /// All its strides, in elements.
+        /// Strides of all its axes, in elements.
         strides: Vec<usize>,
     },
 
-    /// A sequence is longer than positions can count.
+    /// A sequence is longer than the kernels' position type can count.
     SequenceTooLong {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// Its sequence length.
+        /// Sequence length it has.
         seqlen: usize,
-        /// The largest allowed.
+        /// Largest sequence length allowed.
         max: usize,
     },
 
     /// A tensor that must be contiguous is not.
     NotContiguous {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// Its strides, in elements.
+        /// Strides it has, in elements.
         strides: Vec<usize>,
-        /// The strides it must have.
+        /// Strides it must have, in elements.
         expected: Vec<usize>,
     },
 
-    /// An output would write one element of memory from two places.
+    /// Two indices of an output share one element of memory.
     OverlappingStrides {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// Its shape.
+        /// Shape of the tensor.
         shape: Vec<usize>,
-        /// Its strides, in elements.
+        /// Strides of the tensor, in elements.
         strides: Vec<usize>,
     },
 
     /// An output shares memory with another argument.
     Aliased {
-        /// The output.
+        /// Name of the output.
         argument: &'static str,
-        /// The tensor it shares memory with.
+        /// Name of the tensor it shares memory with.
         other: &'static str,
     },
 
     /// The spans of an output and another argument interleave, and their elements could not be proven apart.
     Interleaved {
-        /// The output.
+        /// Name of the output.
         argument: &'static str,
-        /// The tensor whose span interleaves with it.
+        /// Name of the tensor whose span interleaves with it.
         other: &'static str,
     },
 
-    /// A tensor's bytes can not be counted or addressed.
+    /// A tensor's bytes cannot be counted or addressed.
     SizeOverflow {
-        /// The tensor, or `shape`.
+        /// Name of the tensor, or `shape`.
         argument: &'static str,
-        /// Its shape.
+        /// Shape of the tensor.
         shape: Vec<usize>,
-        /// Bytes of one element.
+        /// Size of one element, in bytes.
         element_bytes: usize,
-        /// The largest span, in bytes.
+        /// Largest span allowed, in bytes.
         limit: usize,
     },
 
-    /// The softmax scale is not a number that can scale.
+    /// The softmax scale is infinite or NaN.
     SoftmaxScale {
-        /// The scale.
+        /// Value of the scale.
         value: f32,
     },
 
-    /// A number that must be one is not.
+    /// A tensor holds NaN where a number is needed.
     NotANumber {
-        /// The tensor.
+        /// Name of the tensor.
         argument: &'static str,
-        /// The first such element, counted in order.
+        /// Index of the first NaN, in logical order.
         index: usize,
     },
 
-    /// A score program, or an option that is one, is not as it must be.
+    /// A score program, or an option that is compiled to one, is invalid.
     Program(ProgramError),
 
-    /// A device cannot do yet what was asked for.
+    /// The device does not support a feature of the call yet.
     Unsupported {
-        /// What it cannot do.
+        /// Name of the feature.
         feature: &'static str,
-        /// The device.
+        /// Device of the call.
         device: String,
-        /// What can be done instead.
+        /// The alternative.
         reason: &'static str,
     },
 
-    /// The problem needs more blocks than one launch has.
+    /// The problem needs more blocks than one launch can have.
     GridTooLarge {
-        /// Blocks needed.
+        /// Number of blocks needed.
         blocks: u128,
-        /// Blocks a launch can have.
+        /// Number of blocks that a launch can have.
         limit: u32,
     },
 
-    /// The slice does not hold what the shape says.
+    /// The slice has another length than the shape.
     DataLength {
-        /// Elements given.
+        /// Number of elements given.
         len: usize,
-        /// Elements needed.
+        /// Number of elements needed.
         expected: usize,
-        /// The shape asked for.
+        /// Shape asked for.
         shape: Vec<usize>,
     },
 
-    /// Shape and strides do not have the same number of axes.
+    /// Shape and strides have different numbers of axes.
     StridesRank {
-        /// Entries of `strides`.
+        /// Number of entries of `strides`.
         strides: usize,
-        /// Entries of `shape`.
+        /// Number of entries of `shape`.
         rank: usize,
     },
 
     /// The tensor has no such axis.
     Axis {
-        /// The axis asked for.
+        /// Axis asked for.
         axis: usize,
-        /// Axes there are.
+        /// Number of axes of the tensor.
         rank: usize,
     },
 
     /// A range reaches past the end of its axis.
     Range {
-        /// The axis.
+        /// Axis of the range.
         axis: usize,
         /// First index asked for.
         start: usize,
-        /// Entries asked for.
+        /// Number of entries asked for.
         len: usize,
-        /// Entries there are.
+        /// Number of entries of the axis.
         size: usize,
     },
 
-    /// Foreign memory starts at an address where no element can.
+    /// The address of foreign memory is null or not aligned to an element.
     Address {
-        /// The address.
+        /// Address given.
         address: u64,
-        /// What it must be a multiple of.
+        /// Alignment needed, in bytes.
         align: usize,
     },
 
     /// The workspace of a backward pass is too small.
     Workspace {
-        /// Bytes it has.
+        /// Size of the workspace, in bytes.
         bytes: u64,
-        /// [`Plan::workspace_bytes`](crate::Plan::workspace_bytes).
+        /// Bytes needed: [`Plan::workspace_bytes`](crate::Plan::workspace_bytes).
         needed: u64,
     },
 
-    /// A device's name could not be read.
+    /// The text of a device could not be parsed.
     ParseDevice {
-        /// What was given.
+        /// Text given.
         text: String,
-        /// The architectures there are kernels for.
+        /// Architectures that have kernels.
         archs: String,
     },
 
-    /// A CPU device was asked for instructions, by its text or by `FLASH_ATTENTION_CPU`, that this processor has not.
+    /// The processor does not support the instructions asked for, by a device's text or by `FLASH_ATTENTION_CPU`.
     CpuInstructions {
-        /// `device` for the text of a device, `FLASH_ATTENTION_CPU` for the environment variable.
+        /// Source of the name: `device` for a device's text, `FLASH_ATTENTION_CPU` for the environment variable.
         argument: &'static str,
-        /// What was asked for.
+        /// Name of the instructions asked for.
         name: String,
-        /// What there is, best first.
+        /// Names of the supported instructions, best first.
         available: String,
     },
 
-    /// A CPU device was asked to run on no threads, or its threads could not be started.
+    /// A CPU device was asked for with 0 threads, or its threads could not be started.
     Threads {
-        /// Threads asked for.
+        /// Number of threads asked for.
         threads: usize,
-        /// Why not.
+        /// Reason of the failure.
         reason: String,
     },
 
-    /// A CPU device was asked to run on more threads than are of use.
+    /// A CPU device was asked for with more threads than are of use.
     TooManyThreads {
-        /// Threads asked for.
+        /// Number of threads asked for.
         threads: usize,
-        /// Most threads: four a core, at least 256.
+        /// Largest number of threads allowed: four a core, and at least 256.
         limit: usize,
     },
 
-    /// CUDA can not be used on this machine.
+    /// CUDA cannot be used on this machine.
     CudaUnavailable {
-        /// What is missing.
+        /// The part of CUDA that is missing.
         reason: CudaUnavailable,
     },
 
-    /// A device was asked for that this program was built without.
+    /// The device needs a feature of the crate that this build leaves out.
     NotBuilt {
-        /// What was asked for.
+        /// Device asked for.
         device: String,
-        /// The feature of the crate.
+        /// Name of the feature.
         feature: &'static str,
     },
 
     /// There is no GPU with this number.
     UnknownDevice {
-        /// The number asked for.
+        /// Number asked for.
         ordinal: usize,
-        /// GPUs there are.
+        /// Number of GPUs of the machine.
         count: usize,
     },
 
     /// No compiled kernel runs this problem on this device.
     NoKernel {
-        /// The device.
+        /// Device of the problem.
         device: String,
-        /// Pass, dtype and head_dim.
+        /// Pass, dtype and head_dim of the problem.
         wanted: String,
-        /// What the device lacks.
+        /// Property that the device lacks.
         reason: String,
     },
 
     /// The device has too little free memory.
     OutOfMemory {
-        /// The device.
+        /// Device without enough memory.
         device: String,
-        /// Bytes asked for.
+        /// Number of bytes asked for.
         requested: u64,
-        /// Bytes free when it failed, where the device can tell.
+        /// Number of bytes that were free when it failed, if the device can tell.
         free: Option<u64>,
     },
 
     /// A call of the CUDA driver failed.
     Driver {
-        /// The device.
+        /// Device of the call.
         device: String,
-        /// The driver's function.
+        /// Name of the driver's function.
         call: &'static str,
         /// The driver's name and description of the error.
         message: String,
@@ -333,27 +333,27 @@ pub enum Error {
 
     /// A kernel could not be loaded or launched.
     Launch {
-        /// The device.
+        /// Device of the launch.
         device: String,
         /// Name of the kernel.
         kernel: &'static str,
-        /// What the device said.
+        /// Message of the device.
         message: String,
     },
 
-    /// The emulator's checks found something wrong with a kernel. The outputs were written, and are not to be trusted.
+    /// The emulator's checks found an error in a kernel. The outputs were written, but are not to be trusted.
     #[cfg(feature = "emulator")]
     Findings {
-        /// The device.
+        /// Device of the launch.
         device: String,
         /// Name of the kernel.
         kernel: &'static str,
-        /// What was found, and the counters.
+        /// Findings and counters of the launch.
         report: Box<ptx_emulator::Report>,
     },
 }
 
-/// A sentence with the argument's name, its value and what was allowed. One line a variant.
+/// Writes a sentence with the argument's name, its value and the limit.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -486,10 +486,10 @@ impl fmt::Display for Error {
                  {available}"
             ),
             Self::Threads { threads, reason } => {
-                write!(f, "a cpu device with {threads} threads can not be had: {reason}")
+                write!(f, "`threads` is {threads}, and the threads cannot be started: {reason}")
             }
             Self::TooManyThreads { threads, limit } => {
-                write!(f, "`threads` is {threads}, at most {limit} can be had on this machine")
+                write!(f, "`threads` is {threads}, at most {limit} are allowed on this machine")
             }
             Self::CudaUnavailable { reason } => write!(f, "CUDA is not available: {reason}"),
             Self::NotBuilt { device, feature } => write!(
@@ -507,7 +507,7 @@ impl fmt::Display for Error {
                 free,
             } => write!(
                 f,
-                "out of memory on {device}: {requested} bytes asked, {} free",
+                "out of memory on {device}: {requested} bytes asked for, {} free",
                 free.map_or("an unknown number".into(), |f| f.to_string())
             ),
             Self::Driver { device, call, message } => write!(f, "{call} failed on {device}: {message}"),
@@ -535,42 +535,42 @@ impl From<ProgramError> for Error {
     }
 }
 
-/// What is wrong with a score program.
+/// The reason why a score program is invalid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProgramError {
-    /// A named feature was given a number that it has no meaning for.
+    /// A named feature was given a number outside of its range.
     Argument {
-        /// The feature.
+        /// Name of the feature.
         argument: &'static str,
-        /// The number.
+        /// Number given.
         value: String,
-        /// The numbers it takes.
+        /// Range of numbers it takes.
         expected: &'static str,
     },
 
-    /// An index is divided by a number that is not positive.
+    /// The program divides an index by a number that is not positive.
     Divisor {
-        /// The number.
+        /// Divisor given.
         value: i32,
     },
 
-    /// A program has more operations, or numbers, than there is room for.
+    /// The program has too many operations or numbers.
     TooLarge {
-        /// What it has too many of.
+        /// Name of what it has too many of.
         what: &'static str,
-        /// The most it may have.
+        /// Largest number allowed.
         limit: usize,
     },
 
     /// Backward needs a derivative that an operation does not have.
     NotDifferentiable {
-        /// The operation.
+        /// Name of the operation.
         operation: &'static str,
     },
 }
 
-/// A sentence with the argument's name, its value and what was allowed. One line a variant.
+/// Writes a sentence with the argument's name, its value and the limit.
 impl fmt::Display for ProgramError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -586,8 +586,8 @@ impl fmt::Display for ProgramError {
             Self::TooLarge { what, limit } => write!(f, "the score program has more than {limit} {what}"),
             Self::NotDifferentiable { operation } => write!(
                 f,
-                "the score program has no derivative: it takes `{operation}` of what depends on the score or on a table \
-                 whose gradient is asked for"
+                "the score program has no derivative: it applies `{operation}` to a value that depends on the score or on a \
+                 table whose gradient is asked for"
             ),
         }
     }
@@ -595,13 +595,13 @@ impl fmt::Display for ProgramError {
 
 impl std::error::Error for ProgramError {}
 
-/// Findings, one below the other.
+/// Lists findings, one a line.
 #[cfg(feature = "emulator")]
 fn list(findings: &[ptx_emulator::Finding]) -> String {
     findings.iter().map(|finding| format!("\n{finding}")).collect()
 }
 
-/// Which part of CUDA is missing.
+/// The part of CUDA that is missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CudaUnavailable {
@@ -609,29 +609,29 @@ pub enum CudaUnavailable {
     NotBuilt,
     /// The driver's library is not installed.
     NoDriver,
-    /// The driver is there, a GPU is not.
+    /// The driver is installed, but there is no GPU.
     NoGpu,
     /// The driver is older than the kernels need.
     DriverTooOld {
         /// CUDA version of the driver: major, minor.
         found: (u32, u32),
-        /// Oldest CUDA version that will do.
+        /// Oldest CUDA version that is supported: major, minor.
         needed: (u32, u32),
     },
     /// The GPU is older than the kernels need.
     GpuTooOld {
-        /// The GPU's name.
+        /// Name of the GPU.
         name: String,
-        /// Its compute capability: major, minor.
+        /// Compute capability of the GPU: major, minor.
         found: (u32, u32),
-        /// The oldest that will do.
+        /// Oldest compute capability that is supported: major, minor.
         needed: (u32, u32),
     },
-    /// The driver is there but does not start.
+    /// The driver is installed but does not start; the text is its error.
     Broken(String),
 }
 
-/// The part that is missing.
+/// Writes the part that is missing.
 impl fmt::Display for CudaUnavailable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -1,4 +1,5 @@
-//! Where a tensor's elements lie: all that validation and planning need to know of it, and no memory.
+//! Description of a tensor without its memory: device, dtype, shape, strides and address, which is all that
+//! validation and planning need.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,10 +9,10 @@ use flash_attention_kernels::entries::Dtype;
 
 use crate::error::Error;
 
-/// The identity of a device: a number that no other device of the process has, and the text that names it.
+/// Identity of a device: a number that no other device of the process has, and the text that names it.
 ///
-/// Two devices may have one text: each call of [`Device::emulator`](crate::Device::emulator) makes a device with memory
-/// of its own.
+/// Two devices may have the same text: each call of [`Device::emulator`](crate::Device::emulator) makes a device with
+/// memory of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceId {
     number: u64,
@@ -19,7 +20,7 @@ pub struct DeviceId {
 }
 
 impl DeviceId {
-    /// A new identity, equal to no other.
+    /// Makes a new identity, equal to no other.
     pub(crate) fn new(text: String) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
@@ -29,30 +30,30 @@ impl DeviceId {
     }
 }
 
-/// The device's text: `cpu`, `cuda:0`, `emulator:sm_80`.
+/// Writes the device's text: `cpu`, `cuda:0`, `emulator:sm_80`.
 impl fmt::Display for DeviceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
     }
 }
 
-/// The element types that tensors may have: those of attention, and the integers of tables.
+/// Element types of tensors: those of attention, and the integers of tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DataType {
     /// IEEE single precision.
     F32,
     /// IEEE half precision.
     F16,
-    /// The upper half of an f32.
+    /// bfloat16: the upper half of an f32.
     Bf16,
-    /// A signed integer of 32 bits.
+    /// Signed 32-bit integer.
     I32,
-    /// An unsigned integer of 32 bits.
+    /// Unsigned 32-bit integer.
     U32,
 }
 
 impl DataType {
-    /// Bytes of an element.
+    /// Size of an element, in bytes.
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 | Self::I32 | Self::U32 => 4,
@@ -60,12 +61,12 @@ impl DataType {
         }
     }
 
-    /// Tells if its values are real numbers.
+    /// Returns true for the floating-point types.
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::Bf16)
     }
 
-    /// The name that Rust and PyTorch give it.
+    /// Name of the type in Rust and PyTorch.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -77,10 +78,10 @@ impl DataType {
     }
 }
 
-/// A tensor's device, dtype, shape, strides and address, without the tensor.
+/// A tensor's device, dtype, shape, strides and address, without its memory.
 ///
-/// [`Problem::new`](crate::problem::Problem::new) takes these, so a problem of any size can be validated and planned without
-/// allocating it. A [`Tensor`](crate::Tensor) gives its own with [`info`](crate::Tensor::info).
+/// [`Problem::new`](crate::problem::Problem::new) takes these, so a problem of any size can be validated and planned
+/// without being allocated. [`Tensor::info`](crate::Tensor::info) returns that of a tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorInfo {
     device: DeviceId,
@@ -90,15 +91,16 @@ pub struct TensorInfo {
     address: u64,
 }
 
-/// No tensor spans more bytes than this: offsets then fit a signed 64-bit integer on every device.
+/// Largest span of a tensor in bytes: offsets then fit a signed 64-bit integer on every device.
 pub(crate) const MAX_BYTES: usize = isize::MAX as usize;
 
 impl TensorInfo {
-    /// Describes a tensor; strides count elements, `address` is that of its first element (0 if it has no memory yet).
+    /// Describes a tensor. Strides count elements. `address` is the address of the first element, or 0 without
+    /// memory.
     ///
     /// # Errors
-    /// [`Error::StridesRank`] if shape and strides differ in length, [`Error::SizeOverflow`] if the elements' bytes can
-    /// not be counted or addressed.
+    /// [`Error::StridesRank`] if shape and strides differ in length, [`Error::SizeOverflow`] if the elements' bytes
+    /// cannot be counted or addressed.
     pub fn new(
         device: &DeviceId,
         dtype: Dtype,
@@ -127,7 +129,7 @@ impl TensorInfo {
     /// Describes a tensor whose elements lie in order without gaps.
     ///
     /// # Errors
-    /// [`Error::SizeOverflow`] if the elements' bytes can not be counted or addressed.
+    /// [`Error::SizeOverflow`] if the elements' bytes cannot be counted or addressed.
     pub fn contiguous(
         device: &DeviceId,
         dtype: Dtype,
@@ -138,32 +140,32 @@ impl TensorInfo {
         Self::new(device, dtype, shape, contiguous_strides(shape), address)
     }
 
-    /// Where the tensor is.
+    /// Returns the device of the tensor.
     pub fn device(&self) -> &DeviceId {
         &self.device
     }
 
-    /// Its element type.
+    /// Returns the element type.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
-    /// Its size along each axis.
+    /// Returns the size of each axis.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 
-    /// Elements from one index to the next, for each axis.
+    /// Returns the stride of each axis, in elements.
     pub fn strides(&self) -> &[usize] {
         &self.strides
     }
 
-    /// Device address of its first element.
+    /// Returns the device address of the first element.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn len(&self) -> usize {
         if self.is_empty() {
             0
@@ -172,12 +174,12 @@ impl TensorInfo {
         }
     }
 
-    /// Whether it has no elements.
+    /// Returns true if the tensor has no elements.
     pub fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }
 
-    /// Whether its elements lie in order without gaps. The stride of an axis of one entry does not matter.
+    /// Returns true if the elements lie in order without gaps. The stride of an axis of size 1 does not matter.
     pub fn is_contiguous(&self) -> bool {
         let expected = contiguous_strides(&self.shape);
         self.is_empty()
@@ -187,7 +189,8 @@ impl TensorInfo {
                 .all(|((size, stride), expected)| size == 1 || stride == expected)
     }
 
-    /// Elements from the first to the last, both included: what the memory behind it must hold.
+    /// Returns the number of elements from the first to the last in memory, both included: the size that the memory
+    /// must have.
     pub fn span(&self) -> usize {
         if self.is_empty() {
             0
@@ -196,19 +199,19 @@ impl TensorInfo {
         }
     }
 
-    /// Bytes of [`span`](Self::span).
+    /// Returns [`span`](Self::span) in bytes.
     pub fn span_bytes(&self) -> usize {
         self.span() * self.dtype.bytes()
     }
 
-    /// Whether two of its indices may share an element.
+    /// Returns true if two indices of the tensor may share an element.
     ///
-    /// Exact for every tensor that was made from a contiguous one by slicing and reordering axes; a tensor whose axes
-    /// interleave in no order counts as overlapping.
+    /// The answer is exact for every tensor that was made from a contiguous one by slicing and reordering axes. A
+    /// tensor whose axes interleave in any other way counts as overlapping.
     pub fn overlaps_itself(&self) -> bool {
         let mut axes: Vec<_> = self.axes().filter(|&(size, _)| size > 1).collect();
         axes.sort_unstable_by_key(|&(_, stride)| stride);
-        let mut reach = 0; // the largest offset that the axes so far can make
+        let mut reach = 0; // largest offset within the axes so far
         !self.is_empty()
             && axes.iter().any(|&(size, stride)| {
                 let overlaps = stride <= reach;
@@ -217,7 +220,7 @@ impl TensorInfo {
             })
     }
 
-    /// Whether the bytes from first to last element of the two have a byte in common.
+    /// Returns true if the spans of the two tensors, from first to last element, have a byte in common.
     pub fn shares_bytes_with(&self, other: &Self) -> bool {
         let end = |info: &Self| u128::from(info.address) + info.span_bytes() as u128;
         !self.is_empty()
@@ -226,10 +229,11 @@ impl TensorInfo {
             && u128::from(other.address) < end(self)
     }
 
-    /// Decides if two tensors on one device have an element in common.
+    /// Determines if two tensors on one device have an element in common.
     ///
-    /// A common element solves `offset = sum of c * stride`, each `c` between bounds that the shapes give. The search goes
-    /// from the largest stride to the smallest and skips what the smaller strides cannot reach.
+    /// They have one if `offset = sum of c * stride` has a solution with each `c` within bounds that the shapes give.
+    /// The search goes from the largest stride to the smallest and skips offsets that the smaller strides cannot
+    /// reach.
     pub(crate) fn sharing(&self, other: &Self) -> Sharing {
         if !self.shares_bytes_with(other) {
             return Sharing::Apart;
@@ -273,8 +277,8 @@ impl TensorInfo {
         self.shape.iter().copied().zip(self.strides.iter().copied())
     }
 
-    /// Both the elements and the memory from the first to the last of them must be countable in bytes. They are not the
-    /// same: strides of 0 make the one larger, gaps the other.
+    /// Checks that the number of elements and the span can both be counted in bytes. They differ: a stride of 0 makes
+    /// the number of elements larger than the span, gaps make it smaller.
     fn check_size(&self) -> Result<(), Error> {
         if self.is_empty() {
             return Ok(());
@@ -301,7 +305,7 @@ impl TensorInfo {
         }
     }
 
-    /// The same memory seen through other axes; the caller keeps the elements within the old span.
+    /// Describes a view of this memory with other axes; the caller keeps its elements within the old span.
     pub(crate) fn view(&self, shape: Vec<usize>, strides: Vec<usize>, offset: usize) -> Self {
         let address = self.address + (offset * self.dtype.bytes()) as u64;
         Self {
@@ -313,38 +317,38 @@ impl TensorInfo {
         }
     }
 
-    /// The description of the same tensor at another address.
+    /// Describes this tensor at another address.
     pub(crate) fn at(self, address: u64) -> Self {
         Self { address, ..self }
     }
 }
 
-/// The relation of two tensors' elements.
+/// Relation between the elements of two tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sharing {
-    /// No element in common.
+    /// They have no element in common.
     Apart,
-    /// An element in common.
+    /// They have an element in common.
     Shared,
-    /// The spans interleave, and the elements could not be proven apart.
+    /// Their spans interleave, and their elements could not be proven apart.
     Unproven,
 }
 
-/// A stride, and the bounds of its coefficient.
+/// A stride and the bounds of its coefficient.
 struct Term {
     stride: i128,
     low: i128,
     high: i128,
 }
 
-/// Decides if the terms can add up to `target`; `None` once the steps are used up.
+/// Determines if the terms can add up to `target`; `None` once the steps are used up.
 fn reaches(target: i128, terms: &[Term], steps: &mut u32) -> Option<bool> {
     let Some((term, smaller)) = terms.split_first() else {
         return Some(target == 0);
     };
     let least: i128 = smaller.iter().map(|term| term.low * term.stride).sum();
     let most: i128 = smaller.iter().map(|term| term.high * term.stride).sum();
-    // target - c * stride has to lie in least ..= most
+    // target - c * stride has to lie in least ..= most.
     let first = term.low.max(-(most - target).div_euclid(term.stride));
     let last = term.high.min((target - least).div_euclid(term.stride));
     let mut c = first;
@@ -358,9 +362,9 @@ fn reaches(target: i128, terms: &[Term], steps: &mut u32) -> Option<bool> {
     Some(false)
 }
 
-/// Strides of a tensor whose elements lie in order without gaps.
+/// Returns the strides of a tensor whose elements lie in order without gaps.
 ///
-/// Wraps where the number of elements does; [`TensorInfo::new`] refuses such a shape.
+/// The products wrap where the number of elements overflows; [`TensorInfo::new`] refuses such a shape.
 pub(crate) fn contiguous_strides(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1_usize; shape.len()];
     for axis in (1..shape.len()).rev() {
@@ -381,7 +385,7 @@ mod tests {
         TensorInfo::new(&device(), Dtype::F32, shape, strides, 64).expect("a small tensor")
     }
 
-    /// Offsets of all elements, in logical order.
+    /// Returns the offsets of all elements, in logical order.
     fn offsets(shape: &[usize], strides: &[usize]) -> Vec<usize> {
         let mut offsets = vec![0];
         for (&size, &stride) in shape.iter().zip(strides) {
@@ -456,7 +460,7 @@ mod tests {
             let error = TensorInfo::contiguous(&device, Dtype::F32, &shape, 0).expect_err("too large");
             assert!(matches!(error, Error::SizeOverflow { .. }), "{error}");
         }
-        // Broadcasting makes the span small and the count large; both must be countable.
+        // Broadcasting makes the span small and the number of elements large; both must be countable.
         assert!(TensorInfo::new(&device, Dtype::F32, [1 << 33, 1 << 33], [0, 0], 0).is_err());
         assert!(TensorInfo::new(&device, Dtype::F16, [2, 8], [usize::MAX, 1], 0).is_err());
         assert!(TensorInfo::contiguous(&device, Dtype::F32, [16], u64::MAX - 15).is_err());

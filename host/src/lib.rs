@@ -1,5 +1,6 @@
-//! Exact attention in memory that grows with the sequence, not with its square: on an NVIDIA GPU, on the CPU, and on an
-//! emulator that runs the very PTX a GPU would load. Nothing has to be installed but, for a GPU, its driver.
+//! Exact attention in memory that grows with the sequence, not with its square: on an NVIDIA GPU, on the CPU, and on
+//! an emulator that executes the PTX that a GPU would load. A GPU needs its driver, and nothing else has to be
+//! installed.
 //!
 //! ```
 //! use flash_attention::{Attention, Device, Tensor};
@@ -22,26 +23,27 @@
 //! # Ok::<(), flash_attention::Error>(())
 //! ```
 //!
-//! # What the numbers mean
+//! # Shapes, dtypes and masks
 //!
-//! - q is `[batch, heads_q, seqlen_q, head_dim]`; k and v are `[batch, heads_kv, seqlen_k, head_dim]`, where `heads_kv`
-//!   divides `heads_q` (grouped and multi-query attention). head_dim is a multiple of 8 up to 256.
-//! - The last axis is contiguous, the other strides are free: `[batch, seqlen, heads, head_dim]` memory and packed QKV
-//!   are used in place ([`Tensor::transpose`], [`Tensor::select`]).
-//! - Elements are `f32`, computed in f32 or as exactly; [`half::f16`] and [`half::bf16`], summed in f32.
+//! - q is `[batch, heads_q, seqlen_q, head_dim]`. k and v are `[batch, heads_kv, seqlen_k, head_dim]`, where
+//!   `heads_kv` divides `heads_q` (grouped and multi-query attention). head_dim is a multiple of 8 up to 256.
+//! - The last axis is contiguous; the other strides are free. Tensors in `[batch, seqlen, heads, head_dim]` order and
+//!   packed QKV are used in place ([`Tensor::transpose`], [`Tensor::select`]).
+//! - Elements are `f32`, [`half::f16`] or [`half::bf16`], accumulated in f32. f32 is multiplied by FMA, or on AMX by
+//!   three-way bf16 splits with the same error bound.
 //! - Causal masks are aligned at the last query and the last key. A query that sees no key has `out = 0` and
 //!   `lse = -inf`.
 //!
 //! # Features
 //!
-//! The first three are on by default; `default-features = false` builds the CPU alone.
+//! `cuda`, `cuda-12080` and `emulator` are on by default; `default-features = false` builds the CPU device alone.
 //!
-//! - `cuda`: [`Device::cuda`], through cudarc, which looks for the driver when the program runs. A build needs no CUDA.
-//! - `cuda-12080`: fixes cudarc's bindings at CUDA 12.8, which every driver from 12.0 on runs. Switch it off (`features =
-//!   ["cuda"]`) where another crate of the build, such as candle, is to choose: cudarc then asks `nvcc --version`, and takes
-//!   the newest bindings it has where there is no nvcc.
+//! - `cuda`: [`Device::cuda`], through cudarc, which loads the driver when the program runs. A build needs no CUDA.
+//! - `cuda-12080`: fixes cudarc's bindings at CUDA 12.8, which every driver from 12.0 on can run. Leave it out
+//!   (`features = ["cuda"]`) if another crate of the build, such as candle, chooses the version. cudarc then asks
+//!   `nvcc --version`, and takes its newest bindings where there is no nvcc.
 //! - `emulator`: the emulated GPUs (`Device::emulator`).
-//! - `tracing`, off by default: a span for each call, with device, kernels, shape, bytes and FLOPs as its plan has them.
+//! - `tracing`, off by default: a span for each call, with device, kernels, shape, bytes and FLOPs from its plan.
 //!
 //! # Concepts
 //!
@@ -50,15 +52,16 @@
 //!
 //! | concept | type | on the CPU | on a GPU, or emulated |
 //! | --- | --- | --- | --- |
-//! | device: memory, and who computes | [`Device`] | native code, threads of a rayon pool | a context with one stream and one memory pool |
+//! | device: memory and processors | [`Device`] | native code, threads of a rayon pool | a context with one stream and one memory pool |
 //! | tensor: a device's memory seen through a shape and strides | [`Tensor`] | host memory; an address is a pointer | device memory; an address is a `CUdeviceptr` |
 //! | attention: the options of a call, and the calls | [`Attention`] | returns when the results are there | returns when the work is launched; [`Tensor::to_vec`] waits |
 //! | problem: sizes and layouts, proven valid | [`problem::Problem`] | the same | the same |
 //! | plan: what is chosen, and its cost | [`Plan`] | tiles; instruction set and splits are chosen by the call | kernels, grids, shared memory |
 //! | progress of a call | [`Progress`] | a unit is a tile of queries against a tile of keys | emulated: a block; a GPU does not report |
 //!
-//! A problem takes [`problem::TensorInfo`]s, which are tensors without memory, and a plan takes a [`device::DeviceInfo`],
-//! which is a device as plain numbers: both can be made for tensors and devices that are not there.
+//! A problem takes [`problem::TensorInfo`]s, which describe tensors without memory. A plan takes a
+//! [`device::DeviceInfo`], which describes a device in plain numbers. Both can be made for tensors and devices that
+//! do not exist.
 
 mod call;
 pub mod device;
@@ -92,7 +95,7 @@ pub use progress::Progress;
 pub use ptx_emulator;
 pub use tensor::Tensor;
 
-/// Compiles and runs the example that the package's page shows.
+/// Compiles and runs the example of the package's README.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

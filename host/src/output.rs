@@ -7,19 +7,19 @@ use crate::tensor::Tensor;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Output<T: Element> {
-    /// The attention output, `[batch, heads_q, seqlen_q, head_dim]`. A query that sees no key has zeros.
+    /// Attention output, `[batch, heads_q, seqlen_q, head_dim]`. It is 0 for a query that sees no key.
     pub out: Tensor<T>,
-    /// For each query the natural logarithm of the sum of exponentials of its scaled scores, f32 `[batch, heads_q,
-    /// seqlen_q]`. A query that sees no key has minus infinity. The backward pass needs it, and out and lse are all that is
-    /// needed to merge attention over two sets of keys.
+    /// Natural logarithm of the sum of exponentials of each query's scaled scores, f32 `[batch, heads_q, seqlen_q]`.
+    /// It is minus infinity for a query that sees no key. The backward pass needs it. `out` and `lse` suffice to
+    /// merge attention over two sets of keys.
     pub lse: Tensor<f32>,
-    /// lse in two numbers, without its rounding error. `None`: a backward pass has lse alone, and recomputes weights with
-    /// a relative error of up to `|lse| * 2^-24`, none of them above 1.
+    /// Both parts of lse, without the rounding error of their sum. With `None` a backward pass uses lse alone. The
+    /// weights it recomputes then have a relative error of up to `|lse| * 2^-24`, and none is above 1.
     pub statistics: Option<Statistics>,
 }
 
 impl<T: Element> Output<T> {
-    /// The results of a forward pass as the backward pass takes them, for callers who kept out and lse themselves.
+    /// Makes the results of a forward pass from `out` and `lse`, for callers who kept these themselves.
     pub fn new(out: Tensor<T>, lse: Tensor<f32>) -> Self {
         Self {
             out,
@@ -29,15 +29,17 @@ impl<T: Element> Output<T> {
     }
 }
 
-/// Both parts of lse, for each query: key j weighs `exp(softmax_scale * (q.k_j - row_max)) / row_sum`.
+/// Both parts of lse for each query: key j has the weight `exp(softmax_scale * (q.k_j - row_max)) / row_sum`.
 ///
-/// lse is `softmax_scale * row_max + ln(row_sum)`, rounded to 24 bits; where lse is large, few of them describe `row_sum`.
+/// lse is `softmax_scale * row_max + ln(row_sum)`, rounded to 24 bits. Where lse is large, few of these bits are left
+/// for `row_sum`.
 #[derive(Clone, Debug)]
 pub struct Statistics {
-    /// Product q.k, before it is scaled, of the key that weighs most, contiguous `[batch, heads_q, seqlen_q]`. A query that
-    /// sees no key has minus infinity.
+    /// Largest product q.k, before scaling, of the key with the largest weight; contiguous `[batch, heads_q,
+    /// seqlen_q]`. It is minus infinity for a query that sees no key.
     pub row_max: Tensor<f32>,
-    /// Sum of the weights relative to that key's, contiguous `[batch, heads_q, seqlen_q]`. A query that sees no key has 0.
+    /// Sum of the weights relative to the largest, contiguous `[batch, heads_q, seqlen_q]`. It is 0 for a query that
+    /// sees no key.
     pub row_sum: Tensor<f32>,
 }
 
@@ -45,7 +47,7 @@ pub struct Statistics {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Gradients<T: Element> {
-    /// Gradient of q, `[batch, heads_q, seqlen_q, head_dim]`. A query that sees no key has zeros.
+    /// Gradient of q, `[batch, heads_q, seqlen_q, head_dim]`. It is 0 for a query that sees no key.
     pub dq: Tensor<T>,
     /// Gradient of k, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
     pub dk: Tensor<T>,
@@ -54,7 +56,7 @@ pub struct Gradients<T: Element> {
 }
 
 impl<T: Element> Gradients<T> {
-    /// The caller's own tensors, for [`Attention::backward_into`](crate::Attention::backward_into).
+    /// Collects the caller's own tensors, for [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn new(dq: Tensor<T>, dk: Tensor<T>, dv: Tensor<T>) -> Self {
         Self { dq, dk, dv }
     }

@@ -1,4 +1,4 @@
-//! How far a call is, for those who wait for it.
+//! Progress of a call, reported to a callback.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -6,47 +6,47 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time between two reports at least, but for the last one.
+/// Least time between two reports, except before the last one.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// How much of one call has been done.
+/// Progress of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Units of work that have been done.
+    /// Units of work done so far.
     pub done: u64,
-    /// Units of the whole call, at least 1. They take about the same time each: on the CPU a tile of queries against a tile
-    /// of keys, on the emulator a block of a grid.
+    /// Units of the whole call, at least 1. Each takes about the same time: on the CPU a tile of queries against a
+    /// tile of keys, on the emulator a block of a grid.
     pub total: u64,
 }
 
 impl Progress {
-    /// The part that has been done, from 0 to 1.
+    /// Returns the fraction that is done, from 0 to 1.
     pub fn fraction(&self) -> f64 {
         self.done as f64 / self.total as f64
     }
 }
 
-/// What a device tells of one call. Without anybody to tell it to, it does nothing.
+/// Reports the progress of one call. Without a callback it does nothing.
 pub(crate) struct Reporter<'a> {
     report: Option<&'a (dyn Fn(Progress) + Sync)>,
-    /// 0 until the device has said how much there is to do.
+    /// Units of the whole call; 0 until the device has called `begin`.
     total: AtomicU64,
     done: AtomicU64,
     reports: Mutex<Reports>,
 }
 
-/// What has been reported.
+/// State of the reports made so far.
 #[derive(Default)]
 struct Reports {
-    /// When the last report returned.
+    /// Time when the last report returned.
     last: Option<Instant>,
     done: u64,
     panic: Option<Box<dyn Any + Send>>,
 }
 
 impl<'a> Reporter<'a> {
-    /// Nobody is told.
+    /// Makes a reporter without a callback, which discards all progress.
     pub(crate) fn silent() -> Self {
         Self {
             report: None,
@@ -63,18 +63,18 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// How much there is to do, at least 1; to be said once and first, by a device that reports.
+    /// Sets the units of the whole call, at least 1. A device that reports calls it once, before `add`.
     pub(crate) fn begin(&self, total: impl FnOnce() -> u64) {
         if self.report.is_some() {
             self.total.store(total(), Ordering::Relaxed);
         }
     }
 
-    /// So many units more have been done.
+    /// Adds units that have been done, and reports if it is time to.
     pub(crate) fn add(&self, units: u64) {
         let Some(report) = self.report else { return };
         self.done.fetch_add(units, Ordering::Relaxed);
-        // Whoever reports now will do for all.
+        // One thread reports at a time. Its report covers the work of the others.
         let Ok(mut reports) = self.reports.try_lock() else {
             return;
         };
@@ -82,7 +82,7 @@ impl<'a> Reporter<'a> {
             return;
         }
         let (done, total) = (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
-        // The last report is made when the results are there.
+        // `end` makes the last report, when the results are there.
         if reports.done < done && done < total {
             reports.done = done;
             reports.panic = catch_unwind(AssertUnwindSafe(|| report(Progress { done, total }))).err();
@@ -90,7 +90,7 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// Reports that the call has ended, or lets the panic of an earlier report go on.
+    /// Makes the last report, or resumes the panic of an earlier one.
     pub(crate) fn end(self) {
         let total = self.total.into_inner();
         let Some(report) = self.report.filter(|_| total > 0) else {
@@ -105,7 +105,7 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// What is left of a call that failed: the panic of a report, if there was one.
+    /// Ends a call that failed, and resumes the panic of a report if there was one.
     pub(crate) fn abandon(self) {
         let reports = self.reports.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(panic) = reports.panic {

@@ -1,7 +1,7 @@
-//! Tensors: memory of a device, seen through a shape and strides.
+//! Tensors: memory of a device with a shape and strides.
 //!
-//! A tensor is cheap to clone and its views share its memory, as in candle: `transpose`, `narrow` and `select` move no
-//! data, so `[batch, seqlen, heads, head_dim]` memory and packed QKV are used in place.
+//! Cloning a tensor is cheap. Views share its memory, as in candle: `transpose`, `narrow` and `select` move no data,
+//! so tensors in `[batch, seqlen, heads, head_dim]` order and packed QKV are used in place.
 
 use std::any::Any;
 use std::marker::PhantomData;
@@ -24,21 +24,21 @@ pub struct Tensor<T: Element> {
     element: PhantomData<T>,
 }
 
-/// A run of device memory, freed with the last tensor that looks at it.
+/// A range of device memory, freed when the last tensor that uses it is dropped.
 pub(crate) struct Storage {
     device: Device,
     address: u64,
     bytes: usize,
     ownership: Ownership,
-    /// Held for reading while a device reads the memory, for writing while it writes: two threads with clones of one
-    /// tensor can then not race, although on the CPU the memory is reached through plain pointers.
+    /// Read-locked while a device reads the memory and write-locked while it writes. This keeps two threads with
+    /// clones of one tensor from racing, although the CPU device accesses the memory through plain pointers.
     lock: RwLock<()>,
 }
 
 enum Ownership {
-    /// Ours to free.
+    /// Memory that this library allocated and has to free.
     Ours,
-    /// Somebody else's; the owner, if given, is dropped with the storage.
+    /// Memory of the caller. The owner, if given, is dropped with the storage.
     Foreign(Option<Arc<dyn Any + Send + Sync>>),
 }
 
@@ -49,8 +49,8 @@ impl Drop for Storage {
                 // SAFETY: `Storage::new` got the address from `alloc(bytes)`, and this is the only free of it.
                 unsafe { self.device.free(self.address, self.bytes) };
             }
-            // Its owner may free the memory at once, so work on it has to be over. An error of that work will be met
-            // again by whoever reads its result.
+            // Its owner may free the memory at once, so the device's work on it has to finish first. An error of that
+            // work is reported again to the caller who reads its result.
             Ownership::Foreign(Some(_)) => drop(self.device.synchronize()),
             Ownership::Ours | Ownership::Foreign(None) => {}
         }
@@ -79,11 +79,11 @@ impl Storage {
 }
 
 impl<T: Element> Tensor<T> {
-    /// A contiguous tensor with a copy of `data`, its last axis fastest.
+    /// Makes a contiguous tensor with a copy of `data`, in row-major order.
     ///
     /// # Errors
-    /// [`Error::DataLength`] if `data` does not have exactly the shape's elements, [`Error::SizeOverflow`],
-    /// [`Error::OutOfMemory`], or what the device's driver says.
+    /// [`Error::DataLength`] if `data` does not have exactly as many elements as the shape, [`Error::SizeOverflow`],
+    /// [`Error::OutOfMemory`], or an error of the device's driver.
     pub fn from_slice(device: &Device, shape: impl AsRef<[usize]>, data: &[T]) -> Result<Self, Error> {
         let info = TensorInfo::contiguous(device.id(), T::DTYPE, shape, 0)?;
         if data.len() != info.len() {
@@ -96,13 +96,13 @@ impl<T: Element> Tensor<T> {
         Self::uploaded(device, info, data)
     }
 
-    /// A tensor over a copy of `data`, element `[i, j, …]` at `i * strides[0] + j * strides[1] + …`.
+    /// Makes a strided tensor with a copy of `data`: element `[i, j, …]` is at `i * strides[0] + j * strides[1] + …`.
     ///
-    /// Strides count elements. A stride of 0 repeats one entry along its axis, without repeating it in memory.
+    /// Strides count elements. A stride of 0 repeats one entry along its axis without repeating it in memory.
     ///
     /// # Errors
     /// [`Error::StridesRank`], [`Error::DataLength`] if `data` ends before the last element, [`Error::SizeOverflow`],
-    /// [`Error::OutOfMemory`], or what the device's driver says.
+    /// [`Error::OutOfMemory`], or an error of the device's driver.
     pub fn from_slice_strided(
         device: &Device,
         shape: impl AsRef<[usize]>,
@@ -120,43 +120,44 @@ impl<T: Element> Tensor<T> {
         }
     }
 
-    /// A contiguous tensor with undefined content, to be written before it is read.
+    /// Makes a contiguous tensor with undefined content, to be written before it is read.
     ///
     /// # Errors
-    /// [`Error::SizeOverflow`], [`Error::OutOfMemory`], or what the device's driver says.
+    /// [`Error::SizeOverflow`], [`Error::OutOfMemory`], or an error of the device's driver.
     pub fn empty(device: &Device, shape: impl AsRef<[usize]>) -> Result<Self, Error> {
         Self::allocated(device, TensorInfo::contiguous(device.id(), T::DTYPE, shape, 0)?)
     }
 
-    /// A contiguous tensor of zeros.
+    /// Makes a contiguous tensor of zeros.
     ///
     /// # Errors
-    /// As for [`empty`](Self::empty).
+    /// The errors of [`empty`](Self::empty).
     pub fn zeros(device: &Device, shape: impl AsRef<[usize]>) -> Result<Self, Error> {
         let tensor = Self::empty(device, shape)?;
         if tensor.storage.bytes > 0 {
             let _guard = tensor.storage.write();
-            // SAFETY: the storage was just allocated with these bytes and nobody else has it.
+            // SAFETY: the storage was just allocated with this size, and nothing else uses it.
             unsafe { device.backend().zero(tensor.storage.address, tensor.storage.bytes)? };
         }
         Ok(tensor)
     }
 
-    /// A tensor over device memory that belongs to somebody else, which is used in place and never freed.
+    /// Makes a tensor in device memory of the caller, which is used in place and never freed.
     ///
     /// `address` is a device address on a GPU, a pointer on the CPU. `owner`, if given, is dropped once nothing uses
-    /// the memory any more: hand over the buffer's handle and it lives as long as it must.
+    /// the memory any more: pass the handle of the buffer, and the buffer lives as long as it must.
     ///
     /// # Errors
     /// [`Error::StridesRank`], [`Error::SizeOverflow`], or [`Error::Address`] if the address is null or not a multiple
     /// of the element's size.
     ///
     /// # Safety
-    /// - All of the tensor's elements lie in memory of `device` that is initialised, and stays allocated until `owner`
-    ///   is dropped; without an owner, until the tensor, all its clones and views are dropped and
+    /// - All of the tensor's elements lie in initialised memory of `device`, which stays allocated until `owner` is
+    ///   dropped. Without an owner, it stays until the tensor and all its clones and views are dropped and
     ///   [`Device::synchronize`] has returned.
-    /// - Whoever else writes the memory, or reads what is written through this tensor, waits for this device, and this
-    ///   device's work is launched only after theirs has finished.
+    /// - Other code that writes the memory finishes before this device's work on it is launched. Other code that
+    ///   reads what is written through this tensor waits for this device first, and so does code that writes the
+    ///   memory later.
     pub unsafe fn from_raw_parts(
         device: &Device,
         address: u64,
@@ -183,7 +184,7 @@ impl<T: Element> Tensor<T> {
         })
     }
 
-    /// All elements in logical order, the last axis fastest. Waits for the work that produces them.
+    /// Copies all elements to the host, in row-major order. Waits for the work that produces them.
     ///
     /// # Errors
     /// [`Error::Driver`] or [`Error::Launch`] if that work failed; [`Error::OutOfMemory`] if the host cannot reserve the
@@ -193,7 +194,7 @@ impl<T: Element> Tensor<T> {
         span.resize(self.info.span(), T::default());
         if !span.is_empty() {
             let _guard = self.storage.read();
-            // SAFETY: every view keeps its span within its storage, and the guard keeps writers out.
+            // SAFETY: every view keeps its span within its storage, and the guard keeps out writers.
             unsafe {
                 self.device()
                     .backend()
@@ -219,7 +220,8 @@ impl<T: Element> Tensor<T> {
         Ok(elements)
     }
 
-    /// These elements in order and without gaps: a clone where they lie so already, else a copy made through the host.
+    /// Returns these elements in order and without gaps: a clone if they lie so already, else a copy made through the
+    /// host.
     ///
     /// # Errors
     /// The errors of [`to_vec`](Self::to_vec) and [`from_slice`](Self::from_slice).
@@ -230,11 +232,11 @@ impl<T: Element> Tensor<T> {
         Self::from_slice(self.device(), self.shape(), &self.to_vec()?)
     }
 
-    /// The same elements with two axes exchanged: `transpose(1, 2)` turns `[batch, seqlen, heads, head_dim]` into
+    /// Returns a view with two axes exchanged: `transpose(1, 2)` turns `[batch, seqlen, heads, head_dim]` into
     /// `[batch, heads, seqlen, head_dim]` without moving data.
     ///
     /// # Errors
-    /// [`Error::Axis`] if there is no such axis.
+    /// [`Error::Axis`] if the tensor has no such axis.
     pub fn transpose(&self, first: usize, second: usize) -> Result<Self, Error> {
         self.check_axis(first)?;
         self.check_axis(second)?;
@@ -244,10 +246,10 @@ impl<T: Element> Tensor<T> {
         Ok(self.view(shape, strides, 0))
     }
 
-    /// The entries `start .. start + len` of an axis.
+    /// Returns a view of the entries `start .. start + len` of an axis.
     ///
     /// # Errors
-    /// [`Error::Axis`] if there is no such axis, [`Error::Range`] if it is shorter.
+    /// [`Error::Axis`] if the tensor has no such axis, [`Error::Range`] if the axis is shorter.
     pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Self, Error> {
         self.check_axis(axis)?;
         let size = self.shape()[axis];
@@ -264,10 +266,11 @@ impl<T: Element> Tensor<T> {
         ))
     }
 
-    /// Entry `index` of an axis, which disappears: `select(2, 0)` takes q out of `[batch, seqlen, 3, heads, head_dim]`.
+    /// Returns a view of entry `index` of an axis, without that axis: `select(2, 0)` takes q out of `[batch, seqlen,
+    /// 3, heads, head_dim]`.
     ///
     /// # Errors
-    /// As for [`narrow`](Self::narrow).
+    /// The errors of [`narrow`](Self::narrow).
     pub fn select(&self, axis: usize, index: usize) -> Result<Self, Error> {
         let one = self.narrow(axis, index, 1)?;
         let (mut shape, mut strides) = (one.shape().to_vec(), one.strides().to_vec());
@@ -276,32 +279,32 @@ impl<T: Element> Tensor<T> {
         Ok(one.view(shape, strides, 0))
     }
 
-    /// Where the tensor is.
+    /// Returns the device of the tensor.
     pub fn device(&self) -> &Device {
         &self.storage.device
     }
 
-    /// Its element type at run time.
+    /// Returns the element type.
     pub fn dtype(&self) -> Dtype {
         T::DTYPE
     }
 
-    /// Its size along each axis.
+    /// Returns the size of each axis.
     pub fn shape(&self) -> &[usize] {
         self.info.shape()
     }
 
-    /// Elements from one index to the next, for each axis.
+    /// Returns the stride of each axis, in elements.
     pub fn strides(&self) -> &[usize] {
         self.info.strides()
     }
 
-    /// Device address of its first element, for code that shares the memory. A pointer on the CPU.
+    /// Returns the device address of the first element, for code that shares the memory. On the CPU it is a pointer.
     pub fn address(&self) -> u64 {
         self.info.address()
     }
 
-    /// Everything about the tensor but its memory.
+    /// Returns the description of the tensor, without its memory.
     pub fn info(&self) -> &TensorInfo {
         &self.info
     }
@@ -310,7 +313,7 @@ impl<T: Element> Tensor<T> {
         &self.storage
     }
 
-    /// Memory for a tensor described at address 0.
+    /// Allocates memory for a tensor described at address 0.
     pub(crate) fn allocated(device: &Device, info: TensorInfo) -> Result<Self, Error> {
         let storage = Storage::new(device, info.span_bytes())?;
         let info = info.at(storage.address);
@@ -321,12 +324,13 @@ impl<T: Element> Tensor<T> {
         })
     }
 
-    /// Memory for a tensor described at address 0, filled from first to last element.
+    /// Allocates memory for a tensor described at address 0 and copies `span`, from its first to its last element,
+    /// into it.
     fn uploaded(device: &Device, info: TensorInfo, span: &[T]) -> Result<Self, Error> {
         let tensor = Self::allocated(device, info)?;
         if !span.is_empty() {
             let _guard = tensor.storage.write();
-            // SAFETY: the storage was just allocated with as many bytes and nobody else has it.
+            // SAFETY: the storage was just allocated with this many bytes, and nothing else uses it.
             unsafe {
                 tensor
                     .device()
@@ -355,7 +359,7 @@ impl<T: Element> Tensor<T> {
     }
 }
 
-/// An empty vector with room for `len` elements in the host's memory.
+/// Returns an empty vector with room for `len` elements in the host's memory.
 fn reserved<T: Element>(len: usize) -> Result<Vec<T>, Error> {
     let mut elements = Vec::new();
     elements.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
@@ -366,7 +370,7 @@ fn reserved<T: Element>(len: usize) -> Result<Vec<T>, Error> {
     Ok(elements)
 }
 
-/// The same memory, not a copy of it.
+/// Makes a tensor that shares this memory; nothing is copied.
 impl<T: Element> Clone for Tensor<T> {
     fn clone(&self) -> Self {
         Self {

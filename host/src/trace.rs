@@ -1,10 +1,10 @@
-//! A span for each call, for programs that collect them with `tracing`; nothing without that feature.
+//! A `tracing` span for each call; nothing without the feature.
 
 use crate::device::Device;
 use crate::plan::Plan;
 
-/// Begins the span of a call, which ends when the value is dropped. Its fields are read from the plan, and only if a
-/// subscriber takes the span.
+/// Begins the span of a call, which ends when the value is dropped. Its fields come from the plan and are computed
+/// only if a subscriber takes the span.
 #[cfg(feature = "tracing")]
 pub(crate) fn enter(plan: &Plan, device: &Device) -> tracing::span::EnteredSpan {
     macro_rules! span {
@@ -31,17 +31,17 @@ pub(crate) fn enter(plan: &Plan, device: &Device) -> tracing::span::EnteredSpan 
     span.entered()
 }
 
-/// What stands for a span in a build without the feature.
+/// The span of a build without the feature: nothing.
 #[cfg(not(feature = "tracing"))]
 pub(crate) struct NoSpan;
 
-/// Begins nothing.
+/// Does nothing in a build without the feature.
 #[cfg(not(feature = "tracing"))]
 pub(crate) fn enter(_plan: &Plan, _device: &Device) -> NoSpan {
     NoSpan
 }
 
-/// Names of the kernels that are launched, in order; `native` on the CPU.
+/// Lists the names of the launched kernels in order; `native` on the CPU.
 #[cfg(feature = "tracing")]
 fn kernels(plan: &Plan) -> String {
     let names: Vec<_> = plan.launches().iter().map(|launch| launch.entry.name).collect();

@@ -1,7 +1,7 @@
-//! The emulator: the same plans and the same PTX as a GPU, executed on the host under memory checks.
+//! The emulator: executes the plans and the PTX of a GPU on the host, under memory checks.
 //!
-//! A finding of the checks is an error of the call, so a test that passes here has shown its kernels to be free of what
-//! they look for. What was executed and moved is counted, and added up over the launches of a device.
+//! A finding of the checks is an error of the call, so a passing test shows that its kernels have none of the errors
+//! that the checks look for. Instructions and bytes are counted, and summed over all launches of a device.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,15 +18,15 @@ use crate::plan::{Launch, Plan, Results, TileMap};
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
 
-/// How an emulated GPU behaves.
+/// Options of an emulated GPU.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct EmulatorOptions {
-    /// The architecture that is emulated.
+    /// Architecture to emulate.
     pub arch: Arch,
-    /// Bytes of device memory.
+    /// Size of the device memory, in bytes.
     pub memory_bytes: u64,
-    /// For every launch: its checks, the seed that decides in what order warps run, its limits, its host threads.
+    /// Options of every launch: checks, the seed for the order of warps, limits, host threads.
     pub launch: ptx_emulator::Options,
 }
 
@@ -41,7 +41,7 @@ impl EmulatorOptions {
     }
 }
 
-/// One emulated GPU.
+/// An emulated GPU.
 pub(super) struct Emulated {
     options: EmulatorOptions,
     memory: DeviceMemory,
@@ -51,16 +51,16 @@ pub(super) struct Emulated {
 }
 
 impl Device {
-    /// An emulated GPU that runs the PTX compiled for `arch`, with all checks on.
+    /// Makes an emulated GPU that runs the PTX compiled for `arch`, with all checks on.
     ///
-    /// Every call makes a new device with memory of its own. It is some thousand times slower than a GPU; what it
-    /// gives instead is that a wrong access, a race or a missing wait is an [`Error::Findings`], and that every byte
-    /// and instruction is [counted](Self::counters).
+    /// Every call makes a new device with its own memory. It runs some thousand times slower than a GPU. In return, a
+    /// wrong access, a race or a missing wait is an [`Error::Findings`], and every byte and instruction is
+    /// [counted](Self::counters).
     pub fn emulator(arch: Arch) -> Self {
         Self::emulator_with(EmulatorOptions::new(arch))
     }
 
-    /// An emulated GPU with other options.
+    /// Makes an emulated GPU with these options.
     pub fn emulator_with(options: EmulatorOptions) -> Self {
         let emulated = Emulated {
             memory: DeviceMemory::with_capacity(options.memory_bytes),
@@ -125,7 +125,7 @@ impl Emulated {
         }
     }
 
-    /// The error of a copy between tensors and memory that is theirs: never seen unless foreign memory was not there.
+    /// Makes the error of a failed copy. A copy fails only if foreign memory is not allocated.
     fn failed(&self, call: &'static str) -> impl FnOnce(MemoryError) -> Error + use<> {
         let device = self.spec();
         move |error| match error {
@@ -167,7 +167,7 @@ impl Backend for Emulated {
     }
 
     unsafe fn free(&self, address: u64, _bytes: usize) {
-        // It only fails for an address that is not an allocation, which the caller excludes.
+        // Fails only for an address that is not an allocation, which the caller rules out.
         let _ = self.memory.free(DevicePtr(address));
     }
 
@@ -208,7 +208,7 @@ impl Backend for Emulated {
     }
 }
 
-/// The emulator's own tensor map.
+/// Encodes a tensor map as the emulator reads it.
 fn encode(tile: &TileMap) -> Result<TensorMap, TensorMapError> {
     let element = match tile.dtype {
         Dtype::F32 => ElementType::F32,

@@ -1,7 +1,7 @@
-//! Devices: where tensors live and problems are solved.
+//! Devices: they hold tensors and run calls.
 //!
-//! One small seam, the trait `Backend`, has three implementations. A GPU and the emulator take a [`Plan`] and launch its
-//! kernels; the CPU takes the same plan and solves the [`Problem`](crate::problem::Problem) in it with native code.
+//! The trait `Backend` has three implementations. A GPU and the emulator take a [`Plan`] and launch its kernels. The
+//! CPU takes the same plan and solves the [`Problem`](crate::problem::Problem) in it with native code.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -32,21 +32,21 @@ use crate::plan::{Plan, Results};
 use crate::progress::Reporter;
 pub use crate::target::DeviceInfo;
 
-/// What every kind of device can do. Addresses are the device's own; on the CPU they are pointers.
+/// Operations of every kind of device. Addresses are the device's own; on the CPU they are pointers.
 pub(crate) trait Backend: Send + Sync {
-    /// What plans depend on.
+    /// Returns the numbers that plans depend on.
     fn info(&self) -> DeviceInfo;
 
-    /// The text that [`Device::from_str`] makes this device from.
+    /// Returns the text that [`Device::from_str`] reads for this device.
     fn spec(&self) -> String;
 
-    /// What the device is, for people.
+    /// Returns the device's name for people.
     fn name(&self) -> String;
 
-    /// Memory for `bytes` > 0, aligned to 64 bytes at least, its content undefined but readable.
+    /// Allocates `bytes` > 0, aligned to at least 64 bytes. The content is undefined but readable.
     fn alloc(&self, bytes: usize) -> Result<u64, Error>;
 
-    /// Gives memory back. Work that was launched before may still use it; the backend sees to that.
+    /// Frees memory once the work launched before, which may still use it, has finished.
     ///
     /// # Safety
     /// `address` came from `alloc(bytes)` and was not freed.
@@ -55,29 +55,29 @@ pub(crate) trait Backend: Send + Sync {
     /// Copies to the device.
     ///
     /// # Safety
-    /// `address .. address + data.len()` is memory of this device that nobody else touches meanwhile.
+    /// `address .. address + data.len()` is memory of this device that nothing else accesses during the copy.
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error>;
 
-    /// Copies from the device, after all work launched before.
+    /// Copies from the device, after all work launched before has finished.
     ///
     /// # Safety
-    /// `address .. address + data.len()` is memory of this device that nobody writes meanwhile.
+    /// `address .. address + data.len()` is memory of this device that nothing else writes during the copy.
     unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error>;
 
     /// Fills memory with zero bytes.
     ///
     /// # Safety
-    /// As for [`upload`](Self::upload).
+    /// `address .. address + bytes` is memory of this device that nothing else accesses meanwhile.
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<(), Error>;
 
-    /// Carries out a plan; on a GPU, launches the work and returns. A device that waits for its work says how far it is.
+    /// Carries out a plan. A GPU launches the work and returns. A device that waits for its work reports progress.
     ///
     /// # Safety
-    /// The tensors lie where the plan says, and `results`, which are those of the plan's pass, are the addresses of memory
-    /// laid out as it says, all of it memory of this device. Nobody writes the inputs or touches the results meanwhile.
+    /// The tensors lie where the plan says. `results` are those of the plan's pass, and their addresses are memory of
+    /// this device, laid out as the plan says. Nothing else writes the inputs or accesses the results meanwhile.
     unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error>;
 
-    /// Loads what a plan needs, on a device that loads anything.
+    /// Loads the kernels of a plan, on a device that has kernels to load.
     fn prepare(&self, _plan: &Plan) -> Result<(), Error> {
         Ok(())
     }
@@ -85,23 +85,23 @@ pub(crate) trait Backend: Send + Sync {
     /// Waits until everything launched has finished.
     fn synchronize(&self) -> Result<(), Error>;
 
-    /// The stream that work is launched on, on a device that has streams.
+    /// Returns the stream that work is launched on, or `None` on a device without streams.
     fn stream(&self) -> Option<*mut c_void> {
         None
     }
 
-    /// What launches executed and moved, on a device that counts it.
+    /// Returns counts of executed instructions and moved bytes, or `None` on a device that does not count.
     #[cfg(feature = "emulator")]
     fn counters(&self) -> Option<Counters> {
         None
     }
 
-    /// Lets the counters start from zero.
+    /// Resets the counters to zero.
     #[cfg(feature = "emulator")]
     fn reset_counters(&self) {}
 }
 
-/// A device and its memory; a clone is the same device.
+/// A device and its memory. A clone is the same device.
 ///
 /// Devices are equal if they share their memory: [`Device::cpu`] is always one device, and so is `Device::cuda(n)`.
 /// Every call of another constructor makes a new one.
@@ -116,7 +116,7 @@ struct Shared {
     peak: AtomicU64,
 }
 
-/// The kinds of device there are.
+/// Kinds of device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DeviceKind {
@@ -128,7 +128,7 @@ pub enum DeviceKind {
     Emulator,
 }
 
-/// Bytes that tensors hold on one device, by the library's own count.
+/// Bytes that tensors hold on one device, as the library counts them.
 ///
 /// Foreign memory is not counted, and neither are the scratch tiles that the CPU device keeps per thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,10 +141,10 @@ pub struct MemoryUse {
 }
 
 impl Device {
-    /// The first GPU if there is a driver and a GPU that the kernels run on, else the CPU.
+    /// Returns the first GPU that can run the kernels if a driver is installed, else the CPU.
     ///
     /// # Errors
-    /// Only if a GPU is there and fails: a machine without one gets the CPU.
+    /// The errors of a GPU that is present and fails. A machine without a GPU gets the CPU.
     pub fn best() -> Result<Self, Error> {
         match Self::cuda(0) {
             Err(Error::CudaUnavailable { .. }) => Ok(Self::cpu()),
@@ -152,29 +152,31 @@ impl Device {
         }
     }
 
-    /// The host's cores, all of them or as many as `RAYON_NUM_THREADS` says. Always the same device.
+    /// Returns the CPU device: all cores, or as many threads as `RAYON_NUM_THREADS` says. It is always the same
+    /// device.
     ///
-    /// A call works on the thread it comes from, helped by the rayon pool that this thread is in, else by the global one;
-    /// alone where the system grants no threads for that pool.
-    /// It runs the best instructions the processor has, or those that the environment variable `FLASH_ATTENTION_CPU`
-    /// names when devices are made: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`. A name that the processor has nothing
-    /// of makes every use of the device an [`Error::CpuInstructions`]; [`name`](Self::name) says what it runs.
+    /// A call runs on the calling thread and on the rayon pool that this thread belongs to, else on the global pool.
+    /// It runs on the calling thread alone where the system grants the pool no threads. The device uses the best
+    /// instructions that the processor has, or those that the environment variable `FLASH_ATTENTION_CPU` names when
+    /// devices are made: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`. If the processor does not support the
+    /// named ones, every use of the device is an [`Error::CpuInstructions`]. [`name`](Self::name) tells which are in
+    /// use.
     pub fn cpu() -> Self {
         static CPU: OnceLock<Device> = OnceLock::new();
         CPU.get_or_init(|| Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::all_cores())))
             .clone()
     }
 
-    /// A CPU device with threads and a memory count of its own. Results do not depend on how many threads, to the bit.
+    /// Makes a CPU device with its own threads and memory count. Results are the same bits for any number of threads.
     ///
     /// # Errors
-    /// [`Error::Threads`] for 0 threads, or if the threads cannot be started; [`Error::TooManyThreads`] for more than 256 where
-    /// that is also more than four a core.
+    /// [`Error::Threads`] for 0 threads, or if the threads cannot be started. [`Error::TooManyThreads`] for more than
+    /// 256 threads if that is also more than four a core.
     pub fn cpu_with_threads(threads: usize) -> Result<Self, Error> {
         Ok(Self::new(DeviceKind::Cpu, Box::new(cpu::Cpu::with_threads(threads)?)))
     }
 
-    /// The error of a build without the feature `cuda`.
+    /// Returns an error: this build lacks the feature `cuda`.
     ///
     /// # Errors
     /// [`Error::CudaUnavailable`], always.
@@ -194,27 +196,28 @@ impl Device {
         }))
     }
 
-    /// The device's identity, by which tensors are compared: a [`TensorInfo`](crate::problem::TensorInfo) holds it.
+    /// Returns the device's identity, by which tensors are compared. A [`TensorInfo`](crate::problem::TensorInfo)
+    /// holds it.
     pub fn id(&self) -> &DeviceId {
         &self.0.id
     }
 
-    /// Which kind of device it is.
+    /// Returns the kind of the device.
     pub fn kind(&self) -> DeviceKind {
         self.0.kind
     }
 
-    /// What the device is, for people: `NVIDIA H200`, `CPU, 8 threads, AVX-512`.
+    /// Returns the device's name for people: `NVIDIA H200`, `CPU, 8 threads, AVX-512`.
     pub fn name(&self) -> String {
         self.0.backend.name()
     }
 
-    /// What plans depend on.
+    /// Returns the numbers that plans depend on.
     pub fn info(&self) -> DeviceInfo {
         self.0.backend.info()
     }
 
-    /// Bytes that tensors hold on this device.
+    /// Returns the bytes that tensors hold on this device.
     pub fn memory(&self) -> MemoryUse {
         MemoryUse {
             in_use: self.0.in_use.load(Ordering::Relaxed),
@@ -222,24 +225,24 @@ impl Device {
         }
     }
 
-    /// Lets [`MemoryUse::peak`] start afresh from what is held now.
+    /// Resets [`MemoryUse::peak`] to the bytes held now.
     pub fn reset_peak_memory(&self) {
         self.0
             .peak
             .store(self.0.in_use.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    /// Waits until everything that was launched on this device has finished.
+    /// Waits until all work launched on this device has finished.
     ///
     /// # Errors
-    /// [`Error::Driver`] if a launch that was under way failed.
+    /// [`Error::Driver`] if a launch failed while it ran.
     pub fn synchronize(&self) -> Result<(), Error> {
         self.0.backend.synchronize()
     }
 
-    /// Loads the kernels of a plan, so that the first call finds them: on a GPU its driver compiles each of them once a
-    /// context, which takes milliseconds and cannot be done while a stream is captured in a CUDA graph. Nothing on other
-    /// devices.
+    /// Loads the kernels of a plan before their first use. On a GPU the driver compiles each kernel once a context,
+    /// which takes milliseconds and cannot be done while a stream is captured in a CUDA graph. On other devices it
+    /// does nothing.
     ///
     /// # Errors
     /// [`Error::Launch`] if the driver cannot load a kernel.
@@ -247,20 +250,20 @@ impl Device {
         self.0.backend.prepare(plan)
     }
 
-    /// The stream that a GPU's work is launched on, a `CUstream`; `None` on other devices. That of `Device::cuda(n)` is of the
-    /// GPU's primary context and exists to the end of the process. Code that shares the GPU records events on it, to time
-    /// our work or to wait for it.
+    /// Returns the stream that a GPU's work is launched on, a `CUstream`, or `None` on other devices. The stream of
+    /// `Device::cuda(n)` belongs to the GPU's primary context and exists to the end of the process. Code that shares
+    /// the GPU can record events on it, to time our work or to wait for it.
     pub fn cuda_stream(&self) -> Option<*mut c_void> {
         self.0.backend.stream()
     }
 
-    /// What the launches of an emulated GPU executed and moved, all together; `None` on other devices.
+    /// Returns the counters of an emulated GPU, summed over its launches, or `None` on other devices.
     #[cfg(feature = "emulator")]
     pub fn counters(&self) -> Option<Counters> {
         self.0.backend.counters()
     }
 
-    /// Lets [`counters`](Self::counters) start from zero.
+    /// Resets [`counters`](Self::counters) to zero.
     #[cfg(feature = "emulator")]
     pub fn reset_counters(&self) {
         self.0.backend.reset_counters();
@@ -270,7 +273,7 @@ impl Device {
         &*self.0.backend
     }
 
-    /// Memory for `bytes` > 0, counted.
+    /// Allocates `bytes` > 0 and counts them.
     pub(crate) fn alloc(&self, bytes: usize) -> Result<u64, Error> {
         let address = self.0.backend.alloc(bytes)?;
         let in_use = self.0.in_use.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
@@ -278,7 +281,7 @@ impl Device {
         Ok(address)
     }
 
-    /// Gives memory back.
+    /// Frees memory.
     ///
     /// # Safety
     /// `address` came from `alloc(bytes)` of this device and was not freed.
@@ -297,7 +300,7 @@ impl PartialEq for Device {
 
 impl Eq for Device {}
 
-/// The text that [`Device::from_str`] reads: `cpu`, `cuda:0`, `emulator:sm_80`.
+/// Writes the text that [`Device::from_str`] reads: `cpu`, `cuda:0`, `emulator:sm_80`.
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.id.fmt(f)
@@ -310,8 +313,9 @@ impl fmt::Debug for Device {
     }
 }
 
-/// `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80`, `emulator:sm_90a`; and `cpu:amx`, `cpu:avx512bf16`,
-/// `cpu:avx512`, `cpu:avx2`, `cpu:portable`, a new CPU device that runs these instructions, if the processor has them.
+/// Reads `best`, `cpu`, `cuda`, `cuda:1`, `emulator`, `emulator:sm_80` or `emulator:sm_90a`. `cpu:amx`,
+/// `cpu:avx512bf16`, `cpu:avx512`, `cpu:avx2` and `cpu:portable` make a new CPU device with these instructions, if
+/// the processor has them.
 impl FromStr for Device {
     type Err = Error;
 

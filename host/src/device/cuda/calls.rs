@@ -1,4 +1,5 @@
-//! Calls that a device makes to the driver while it works: the seam at which tests put a driver that only writes down.
+//! Calls that a device makes to the driver while it works. Tests replace the driver behind this trait by one that
+//! only records the calls.
 
 use std::ffi::c_void;
 
@@ -10,43 +11,44 @@ use flash_attention_kernels::entries::Dtype;
 use super::driver::{self, DriverError, Geometry, Tiled, failed};
 use crate::plan::TileMap;
 
-/// Where work goes: handles that stay valid as long as the device, and may be used from any thread.
+/// Context, stream and memory pool that a device's work goes through. The handles stay valid as long as the device
+/// and may be used from any thread.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Queue {
     pub context: sys::CUcontext,
     pub stream: sys::CUstream,
-    /// Where memory comes from; without a pool, from plain calls, which wait for all work of the GPU.
+    /// Pool of a device's memory. Without a pool, plain calls allocate and free, which wait for all work of the GPU.
     pub pool: Option<sys::CUmemoryPool>,
 }
 
-// SAFETY: the driver's handles may be used from any thread; each call makes the context current there and the driver does
-// its own locking.
+// SAFETY: the driver's handles may be used from any thread. Each call makes the context current on its thread, and
+// the driver does its own locking.
 unsafe impl Send for Queue {}
-// SAFETY: as for Send.
+// SAFETY: the reason given for `Send`.
 unsafe impl Sync for Queue {}
 
-/// A kernel that is loaded, as long as its context exists.
+/// A loaded kernel, valid as long as its context exists.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Function(pub sys::CUfunction);
 
-// SAFETY: as for `Queue`.
+// SAFETY: a driver's handle, which may be used from any thread, like those in `Queue`.
 unsafe impl Send for Function {}
 
-/// The calls. None but `alloc` and `free` without a pool, and `synchronize`, waits for work on the stream.
+/// Driver calls of a device. Only `synchronize`, and without a pool `alloc` and `free`, wait for work on the stream.
 pub(super) trait Calls: Send + Sync {
-    /// Memory for `bytes` > 0.
+    /// Allocates `bytes` > 0 and returns their address.
     fn alloc(&self, queue: Queue, bytes: usize) -> Result<u64, DriverError>;
 
-    /// Gives memory back, after the work launched before.
+    /// Frees memory once the work launched before has finished.
     ///
     /// # Safety
     /// `alloc` gave the address for this queue, and it was not freed.
     unsafe fn free(&self, queue: Queue, address: u64) -> Result<(), DriverError>;
 
-    /// Hands what the pool keeps back to the system.
+    /// Returns memory that the pool holds unused to the system.
     fn trim(&self, queue: Queue) -> Result<(), DriverError>;
 
-    /// Bytes of the GPU's memory that are free.
+    /// Returns the free bytes of the GPU's memory.
     fn free_bytes(&self, queue: Queue) -> Result<u64, DriverError>;
 
     /// Starts a copy to the device.
@@ -67,10 +69,11 @@ pub(super) trait Calls: Send + Sync {
     /// `address .. address + bytes` is memory of the GPU.
     unsafe fn zero(&self, queue: Queue, address: u64, bytes: usize) -> Result<(), DriverError>;
 
-    /// Compiles PTX for the GPU and gives its kernel `name`, allowed to use so many bytes of dynamic shared memory.
+    /// Compiles PTX for the GPU and returns its kernel `name`, which may use `shared_bytes` of dynamic shared memory
+    /// per block.
     fn load(&self, queue: Queue, ptx: &str, name: &str, shared_bytes: u32) -> Result<Function, DriverError>;
 
-    /// The driver's encoding of a tensor map.
+    /// Encodes a tensor map with the driver.
     fn encode(&self, tile: &TileMap) -> Result<TensorMap, DriverError>;
 
     /// Launches a kernel that takes one struct by value.
@@ -89,13 +92,13 @@ pub(super) trait Calls: Send + Sync {
     fn synchronize(&self, queue: Queue) -> Result<(), DriverError>;
 }
 
-/// The driver itself.
+/// Calls of the CUDA driver.
 pub(super) struct CudaCalls;
 
 impl CudaCalls {
-    /// Runs a call with the queue's context current, and the one that was current before after it.
+    /// Runs a call with the queue's context current, and makes the context that was current before current again.
     fn inside<T>(&self, queue: Queue, call: impl FnOnce() -> Result<T, DriverError>) -> Result<T, DriverError> {
-        // SAFETY: a device keeps its context, or the owner of its context.
+        // SAFETY: a device keeps its context alive, or keeps the owner of a foreign one.
         let _entered = unsafe { driver::enter(queue.context) }?;
         call()
     }
@@ -117,8 +120,8 @@ impl Calls for CudaCalls {
 
     unsafe fn free(&self, queue: Queue, address: u64) -> Result<(), DriverError> {
         self.inside(queue, || {
-            // SAFETY: `alloc` made the allocation, from the pool if there is one. In stream order, after the work that uses
-            // it; the plain call waits for that work.
+            // SAFETY: `alloc` made the allocation, from the pool if there is one. `free_async` frees in stream order,
+            // after the work that uses the memory; `free_sync` waits for that work.
             unsafe {
                 match queue.pool {
                     Some(_) => result::free_async(address, queue.stream),
@@ -169,7 +172,8 @@ impl Calls for CudaCalls {
             // SAFETY: the module was just loaded, and is never unloaded.
             let function = unsafe { driver::function(module, name) }?;
             let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function exists. More than 48 KiB must be asked for; the plan knows that the device grants it.
+            // SAFETY: the function exists. A kernel needs this attribute for more than 48 KiB, and the plan asks for
+            // no more than the device allows.
             unsafe { result::function::set_function_attribute(function, limit, shared_bytes as i32) }
                 .map_err(failed("cuFuncSetAttribute"))?;
             Ok(Function(function))
@@ -209,7 +213,7 @@ impl Calls for CudaCalls {
 
     fn synchronize(&self, queue: Queue) -> Result<(), DriverError> {
         self.inside(queue, || {
-            // SAFETY: a device keeps its stream, or the stream's owner.
+            // SAFETY: a device keeps its stream alive, or keeps the owner of a foreign one.
             unsafe { result::stream::synchronize(queue.stream) }.map_err(failed("cuStreamSynchronize"))
         })
     }

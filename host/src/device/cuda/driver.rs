@@ -1,7 +1,8 @@
-//! The CUDA driver, as far as this project calls it: one function a task, an error that names the call that failed.
+//! The part of the CUDA driver that this project calls: one function a task, and an error that names the call that
+//! failed.
 //!
-//! The device stands on it, and so do the tests that run micro-kernels without the rest of the library in between. Hidden
-//! from the documentation because it is no promise to other crates: those take cudarc.
+//! The CUDA device is built on it, and so are the tests that run micro-kernels without the rest of the library. It is
+//! hidden from the documentation because it is no stable interface: other crates should use cudarc.
 
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
@@ -13,14 +14,14 @@ use cudarc::driver::sys;
 use crate::error::CudaUnavailable;
 use crate::target::DeviceInfo;
 
-/// Oldest driver that loads the compiled PTX, as CUDA counts: 1000 x major + 10 x minor.
+/// Oldest driver that loads the compiled PTX, as CUDA encodes versions: 1000 x major + 10 x minor.
 const MIN_DRIVER: c_int = 12_000;
 
-/// Bytes for what the driver says about PTX that it cannot load.
+/// Size of the buffer for the driver's messages about PTX that it cannot load, in bytes.
 const JIT_LOG_BYTES: usize = 4096;
 
-/// File names of the driver's library. cudarc looks for each of them too, so that its calls, which panic without the
-/// library, find it where one of these is found.
+/// File names of the driver's library. cudarc tries each of them too, so its calls, which panic without the library,
+/// find it where one of these files is found.
 const LIBRARIES: &[&str] = if cfg!(windows) {
     &["nvcuda.dll"]
 } else {
@@ -30,15 +31,15 @@ const LIBRARIES: &[&str] = if cfg!(windows) {
 /// A call of the driver that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DriverError {
-    /// The driver's function.
+    /// Name of the driver's function.
     pub call: &'static str,
-    /// What it returned.
+    /// Error code that it returned.
     pub code: sys::CUresult,
-    /// The driver's name for that and what it says of it.
+    /// The driver's name and description of the code.
     pub message: String,
 }
 
-/// `cuInit: CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected)`.
+/// Writes, for example, `cuInit: CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected)`.
 impl fmt::Display for DriverError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.call, self.message)
@@ -64,21 +65,21 @@ pub fn failed(call: &'static str) -> impl FnOnce(result::DriverError) -> DriverE
 
 /// Returns true if the driver's library can be opened.
 ///
-/// cudarc has such a function only where it loads the library itself. Where another crate of the build has it linked
-/// (candle does), this one is right too: the program would not have started without the library.
+/// cudarc offers this test only where it loads the library itself. Where another crate of the build, such as candle,
+/// links the library, this function is right too: without the library the program would not have started.
 pub fn is_present() -> bool {
     LIBRARIES.iter().any(|name| {
         // SAFETY: opens the driver's library, whose initialisers are the driver's.
         let library = unsafe { libloading::Library::new(*name) };
-        // Kept open: the driver is not made to be unloaded.
+        // Kept open: the driver does not support being unloaded.
         library.map(std::mem::forget).is_ok()
     })
 }
 
-/// Starts the driver and counts the GPUs; there is at least one.
+/// Starts the driver and counts the GPUs. The count is at least 1.
 ///
 /// # Errors
-/// Which part of CUDA is missing or too old.
+/// [`CudaUnavailable`] names the part of CUDA that is missing or too old.
 pub fn start() -> Result<usize, CudaUnavailable> {
     if !is_present() {
         return Err(CudaUnavailable::NoDriver);
@@ -102,7 +103,7 @@ pub fn start() -> Result<usize, CudaUnavailable> {
     }
 }
 
-/// Newest CUDA version that the driver knows: major, minor. The library is present.
+/// Returns the newest CUDA version that the driver supports: major, minor. The library must be present.
 ///
 /// # Errors
 /// The error of the driver.
@@ -119,19 +120,19 @@ fn split(version: c_int) -> (u32, u32) {
     ((version / 1000) as u32, (version % 1000 / 10) as u32)
 }
 
-/// A GPU that the driver found.
+/// A GPU that the driver lists.
 #[derive(Clone, Debug)]
 pub struct Gpu {
-    /// The driver's handle.
+    /// Handle of the driver.
     pub handle: sys::CUdevice,
-    /// The driver's name for it.
+    /// Name that the driver gives the GPU.
     pub name: String,
     /// Compute capability and sizes.
     pub info: DeviceInfo,
 }
 
 impl Gpu {
-    /// GPU number `ordinal` of those that [`start`] counted.
+    /// Opens GPU number `ordinal` of those that [`start`] counted.
     ///
     /// # Errors
     /// The error of the driver.
@@ -139,7 +140,7 @@ impl Gpu {
         Self::describe(device::get(ordinal as c_int).map_err(failed("cuDeviceGet"))?)
     }
 
-    /// The GPU of a handle that the driver gave.
+    /// Describes the GPU of a handle that the driver gave.
     pub(super) fn describe(handle: sys::CUdevice) -> Result<Self, DriverError> {
         use sys::CUdevice_attribute::{
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -159,7 +160,7 @@ impl Gpu {
         })
     }
 
-    /// Primary context, retained to the end of the process.
+    /// Retains the primary context to the end of the process and returns it.
     ///
     /// # Errors
     /// The error of the driver.
@@ -168,17 +169,17 @@ impl Gpu {
         unsafe { primary_ctx::retain(self.handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))
     }
 
-    /// A memory pool of our own, which keeps what is freed for the next call instead of handing it back to the system;
-    /// `None` where the driver has no pools (some virtual GPUs).
+    /// Makes a memory pool of our own. It keeps freed memory for the next allocation instead of returning it to the
+    /// system. `None` where the driver has no pools, as on some virtual GPUs.
     pub(super) fn make_pool(&self) -> Result<Option<sys::CUmemoryPool>, DriverError> {
         let supported = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED;
         if attribute(self.handle, supported)? == 0 {
             return Ok(None);
         }
         let mut keep = u64::MAX;
-        // SAFETY: zero bytes are a value of every field of the properties. A location is a type and a device number in all
-        // versions of the driver's interface, though later ones have a union in the number's place, where no field of one
-        // name is common to all. The attribute is one u64.
+        // SAFETY: zero bytes are a valid value of every field of the properties. A location is a type followed by a
+        // device number in all versions of the driver's interface. Later versions declare the number as a union and
+        // its field has another name, hence the write by offset. The attribute is one u64.
         unsafe {
             let mut props: sys::CUmemPoolProps = std::mem::zeroed();
             props.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
@@ -198,7 +199,7 @@ fn attribute(gpu: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<c_int
     unsafe { device::get_attribute(gpu, which) }.map_err(failed("cuDeviceGetAttribute"))
 }
 
-/// A context that is current on this thread until the value is dropped, and then the one that was before.
+/// Guard of a current context. When it is dropped, the context that was current before becomes current again.
 #[derive(Debug)]
 #[must_use]
 pub struct Entered(PhantomData<*const ()>);
@@ -209,7 +210,7 @@ pub struct Entered(PhantomData<*const ()>);
 /// The error of the driver.
 ///
 /// # Safety
-/// The context exists, and does until what is returned is dropped.
+/// The context exists until the returned guard is dropped.
 pub unsafe fn enter(context: sys::CUcontext) -> Result<Entered, DriverError> {
     // SAFETY: passed on to the caller.
     unsafe { sys::cuCtxPushCurrent_v2(context) }
@@ -221,15 +222,16 @@ pub unsafe fn enter(context: sys::CUcontext) -> Result<Entered, DriverError> {
 impl Drop for Entered {
     fn drop(&mut self) {
         let mut context = std::ptr::null_mut();
-        // SAFETY: pops what `enter` pushed; it only fails where the driver has failed before, which later calls report.
+        // SAFETY: pops what `enter` pushed. It fails only after another failure of the driver, which later calls
+        // report.
         let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
     }
 }
 
-/// Hands PTX to the driver, which compiles it for the GPU of the current context.
+/// Loads PTX: the driver compiles it for the GPU of the current context.
 ///
 /// # Errors
-/// The message of the driver's compiler, for PTX that it cannot load.
+/// The messages of the driver's compiler, for PTX that it cannot load.
 pub fn load(ptx: &str) -> Result<sys::CUmodule, DriverError> {
     let image = terminated(ptx, "cuModuleLoadDataEx")?;
     let mut log = [0_u8; JIT_LOG_BYTES];
@@ -263,7 +265,7 @@ pub fn load(ptx: &str) -> Result<sys::CUmodule, DriverError> {
     Ok(module)
 }
 
-/// The kernel of this name.
+/// Returns the kernel called `name`.
 ///
 /// # Errors
 /// The error of the driver, also for a module without such a kernel.
@@ -276,7 +278,7 @@ pub unsafe fn function(module: sys::CUmodule, name: &str) -> Result<sys::CUfunct
     unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))
 }
 
-/// Text as C has it.
+/// Converts text to a C string; text with a zero byte is an error of `call`.
 fn terminated(text: &str, call: &'static str) -> Result<CString, DriverError> {
     CString::new(text).map_err(|_| DriverError {
         call,
@@ -285,16 +287,16 @@ fn terminated(text: &str, call: &'static str) -> Result<CString, DriverError> {
     })
 }
 
-/// Sizes of a launch.
+/// Size of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Blocks along x, y and z.
+    /// Number of blocks along x, y and z.
     pub grid: [u32; 3],
-    /// Threads of a block, all along x.
+    /// Threads per block, all along x.
     pub threads: u32,
-    /// Dynamic shared memory of a block, in bytes.
+    /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: u32,
-    /// Blocks of a cluster, along x; GPUs before Hopper have no clusters but of 1.
+    /// Blocks per cluster, along x. It is 1 on GPUs before Hopper, which have no clusters.
     pub cluster: u32,
 }
 
@@ -304,15 +306,16 @@ pub struct Geometry {
 /// The error of the driver.
 ///
 /// # Safety
-/// The function is loaded into the current context and the stream is of that context. `arguments` are pointers to one value
-/// for each of its parameters, of the parameter's type, and every address in them is valid until the kernel has finished.
+/// The function is loaded into the current context and the stream is of that context. `arguments` are pointers to one
+/// value for each parameter of the function, of the parameter's type, and every address in these values is valid until
+/// the kernel has finished.
 pub unsafe fn launch(
     function: sys::CUfunction,
     geometry: Geometry,
     stream: sys::CUstream,
     arguments: &mut [*mut c_void],
 ) -> Result<(), DriverError> {
-    // SAFETY: a struct of plain numbers and a union of such, for which zero bytes are values.
+    // SAFETY: the struct holds plain numbers and a union of plain numbers, for which zero bytes are valid values.
     let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
     cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
     cluster.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
@@ -341,23 +344,23 @@ pub unsafe fn launch(
 /// Description of a tensor map: a tensor, innermost axis first, and the box of it that one copy takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiled<'a> {
-    /// Element type.
+    /// Element type of the tensor.
     pub element: sys::CUtensorMapDataType,
     /// Device address of the first element.
     pub address: u64,
-    /// Elements along each axis.
+    /// Number of elements along each axis.
     pub dims: &'a [u64],
-    /// Bytes from one index to the next, for each axis but the innermost.
+    /// Stride of each axis but the innermost, in bytes.
     pub strides: &'a [u64],
-    /// Elements of the box along each axis.
+    /// Number of elements of the box along each axis.
     pub box_dims: &'a [u32],
-    /// Order of 16-byte chunks in shared memory.
+    /// Swizzle: the order of 16-byte chunks in shared memory.
     pub swizzle: sys::CUtensorMapSwizzle,
-    /// Bytes that the L2 cache fetches at a time.
+    /// Bytes that L2 fetches at a time.
     pub l2_promotion: sys::CUtensorMapL2promotion,
 }
 
-/// The driver's encoding of a tensor map.
+/// Encodes a tensor map with the driver.
 ///
 /// # Errors
 /// The error of the driver, for a map that no copy can take.
@@ -368,8 +371,8 @@ pub fn encode(tiled: &Tiled<'_>) -> Result<[u64; 16], DriverError> {
         "a map's arrays have an entry for each axis"
     );
     let mut map = sys::CUtensorMap_st { opaque: [0; 16] };
-    // SAFETY: every array has as many entries as the rank asks for, as was just asserted, and the map is this function's
-    // own; the address is only written down.
+    // SAFETY: every array has as many entries as the rank, as was just asserted, and the map is a local variable. The
+    // driver only stores the address, it does not read from it.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,

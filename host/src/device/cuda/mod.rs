@@ -1,10 +1,11 @@
-//! An NVIDIA GPU, through the driver that is found when the program runs.
+//! An NVIDIA GPU, through the driver, which is loaded when the program runs.
 //!
-//! The driver's library is opened only if it is there, so a machine without one builds and runs everything else. Each
-//! GPU is opened once and kept to the end of the process, with one memory pool; each context with the kernels loaded into
-//! it so far. [`Device::cuda`] works on a stream of its own in the GPU's primary context, which other CUDA code in the
-//! process shares; [`Device::cuda_on`] and [`Device::cuda_from_raw`] on a stream that belongs to somebody else. Calls are
-//! asynchronous: launches and frees follow each other on the stream, and only copies and `synchronize` wait.
+//! The driver's library is opened only if it is installed, so a machine without one builds and runs everything else.
+//! Each GPU is opened once, with one memory pool, and kept to the end of the process. Each context keeps the kernels
+//! that were loaded into it. [`Device::cuda`] works on a stream of its own in the GPU's primary context, which it
+//! shares with other CUDA code of the process. [`Device::cuda_on`] and [`Device::cuda_from_raw`] work on a stream of
+//! the caller. Calls are asynchronous: launches and frees follow each other on the stream, and only copies and
+//! `synchronize` wait.
 
 mod calls;
 pub mod driver;
@@ -27,7 +28,7 @@ use crate::plan::{Launch, Plan, Results};
 use crate::progress::Reporter;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
-/// A stream of a GPU.
+/// A device: a stream of a GPU.
 struct Cuda {
     context: Arc<Context>,
     queue: Queue,
@@ -36,7 +37,7 @@ struct Cuda {
     _owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-/// A context, with the kernels that were loaded into it.
+/// A CUDA context and the kernels that were loaded into it.
 struct Context {
     ordinal: usize,
     name: String,
@@ -46,14 +47,15 @@ struct Context {
     functions: Mutex<HashMap<&'static str, Function>>,
 }
 
-// SAFETY: the pool is the driver's handle, as those in `Queue`; it is never destroyed.
+// SAFETY: the pool is a driver's handle, which may be used from any thread, like those in `Queue`. It is never
+// destroyed.
 unsafe impl Send for Context {}
-// SAFETY: as for Send.
+// SAFETY: the reason given for `Send`.
 unsafe impl Sync for Context {}
 
 impl Device {
-    /// GPU number `ordinal`, counted as the driver does (`CUDA_VISIBLE_DEVICES` applies). The same number is the same
-    /// device.
+    /// Returns GPU number `ordinal`, in the driver's order (`CUDA_VISIBLE_DEVICES` applies). Calls with the same
+    /// number return the same device.
     ///
     /// # Errors
     /// [`Error::CudaUnavailable`] if there is no driver, no GPU, or either is too old; [`Error::UnknownDevice`] if there
@@ -73,12 +75,12 @@ impl Device {
         Ok(device)
     }
 
-    /// A GPU whose work goes to a stream of cudarc's, in the order in which calls are made; candle's `CudaDevice` gives its
-    /// own by `cuda_stream()`.
+    /// Makes a device whose work goes to a stream of cudarc, in the order of the calls. candle's
+    /// `CudaDevice::cuda_stream()` returns such a stream.
     ///
-    /// The device keeps the stream and its context. It has a count of memory of its own, and each call makes a new device:
-    /// tensors of one attention call come from one of them. Kernels are loaded once a context, whichever device first needs
-    /// them.
+    /// The device keeps the stream and its context alive. Every call makes a new device with a memory count of its
+    /// own, and all tensors of one attention call must come from one device. Kernels are loaded once a context and
+    /// shared by all its devices.
     ///
     /// # Errors
     /// The errors of [`cuda`](Self::cuda).
@@ -88,19 +90,22 @@ impl Device {
         unsafe { Self::cuda_from_raw(context, stream.cu_stream().cast(), Some(stream.clone())) }
     }
 
-    /// A GPU whose work goes to a stream given by the driver's handles: a `CUcontext`, or null for the context that is
-    /// current on this thread, and a `CUstream` (or `cudaStream_t`) of that context, where null is its default stream.
+    /// Makes a device whose work goes to a stream given by the driver's handles. `context` is a `CUcontext`, or null
+    /// for the context that is current on this thread. `stream` is a `CUstream` (or `cudaStream_t`) of that context,
+    /// or null for its default stream.
     ///
-    /// Work follows the stream's order, so what was launched there before is finished when ours reads it, and no one has to
-    /// wait. `owner`, if given, is dropped with the device. [`cuda_on`](Self::cuda_on) says the rest.
+    /// Work follows the stream's order: what was launched there before has finished when our kernels read it, without
+    /// any wait on the host. `owner`, if given, is dropped with the device. Kernels and memory are as for
+    /// [`cuda_on`](Self::cuda_on).
     ///
     /// ## In a CUDA graph
     ///
-    /// A call is captured with the stream if it neither allocates nor waits, and so do
+    /// A stream capture can record a call that neither allocates nor waits:
     /// [`forward_into`](crate::Attention::forward_into) and
-    /// [`backward_into_with`](crate::Attention::backward_into_with). Before the capture, [`prepare`](Self::prepare) loads
-    /// the kernels. During it, drop no tensor of this device that has memory of ours or an owner: the first is freed, the
-    /// second waited for. The graph has the addresses of all tensors in it, so their memory has to outlive it.
+    /// [`backward_into_with`](crate::Attention::backward_into_with). Load the kernels before the capture, with
+    /// [`prepare`](Self::prepare). During the capture, drop no tensor of this device that owns memory or has an
+    /// owner: dropping the first frees memory, dropping the second waits for the device. The graph stores the
+    /// addresses of its tensors, so their memory has to outlive it.
     ///
     /// # Errors
     /// The errors of [`cuda`](Self::cuda).
@@ -125,7 +130,8 @@ fn start() -> Result<usize, Error> {
 }
 
 impl Cuda {
-    /// A GPU's primary context and a stream of our own. The driver has started and there are more than `ordinal` GPUs.
+    /// Opens a GPU with its primary context and a stream of our own. The driver has started and counts more than
+    /// `ordinal` GPUs.
     fn open(ordinal: usize) -> Result<Self, Error> {
         let failed_here = |error| driver_error(spec(ordinal), error);
         let gpu = Gpu::open(ordinal).map_err(failed_here)?;
@@ -133,8 +139,8 @@ impl Cuda {
         // SAFETY: the context was just retained, to the end of the process.
         let _entered = unsafe { driver::enter(handle) }.map_err(failed_here)?;
         let context = Context::current(handle)?;
-        // A stream of the default kind waits for the null stream and it for ours: foreign memory that was filled by code
-        // which knows no streams is ready when we read it.
+        // A stream of the default kind and the null stream wait for each other, so memory that other code filled
+        // without naming a stream is ready when our kernels read it.
         let stream = stream::create(stream::StreamKind::Default)
             .map_err(failed("cuStreamCreate"))
             .map_err(failed_here)?;
@@ -155,7 +161,7 @@ impl Cuda {
         } else {
             context
         };
-        // SAFETY: the context exists, says the caller, or is null, which the driver refuses.
+        // SAFETY: the caller promises that the context exists. The driver refuses null.
         let _entered = unsafe { driver::enter(handle) }.map_err(failed_here)?;
         Ok(Self::new(Context::current(handle)?, handle, stream, &CudaCalls, owner))
     }
@@ -193,7 +199,7 @@ impl Cuda {
         }
     }
 
-    /// The kernel's function, loaded at its first use.
+    /// Returns the function of a kernel, which is loaded at its first use.
     fn function(&self, entry: &'static Entry) -> Result<Function, Error> {
         let mut functions = lock(&self.context.functions);
         if let Some(function) = functions.get(entry.name) {
@@ -222,16 +228,17 @@ impl Cuda {
             shared_bytes: launch.shared_bytes,
             cluster: 1,
         };
-        // SAFETY: the parameters are the plan's own, of the struct that the entry takes; the addresses in them are valid,
-        // says the caller.
+        // SAFETY: the plan made the parameters, as the struct that this entry takes. The caller promises that the
+        // addresses in them are valid.
         unsafe { self.calls.launch(self.queue, function, geometry, params.as_bytes()) }.map_err(refused)
     }
 }
 
 impl Context {
-    /// The context that is current on this thread, which is `handle`. One that was seen before has its kernels already.
+    /// Returns the context `handle`, which is current on this thread. A context that was seen before has its kernels
+    /// already.
     fn current(handle: sys::CUcontext) -> Result<Arc<Self>, Error> {
-        /// Contexts by the number that the driver gives each of them, and no other one after it.
+        /// Contexts by the id that the driver gives them. The driver never gives an id twice.
         static SEEN: Mutex<Vec<(u64, Arc<Context>)>> = Mutex::new(Vec::new());
         let failed_here = |error| driver_error("a GPU".to_owned(), error);
         let (mut id, mut gpu) = (0, 0);
@@ -244,7 +251,7 @@ impl Context {
         if let Some((_, context)) = seen.iter().find(|(number, _)| *number == id) {
             return Ok(context.clone());
         }
-        // SAFETY: as above.
+        // SAFETY: the context is current; the call writes one integer.
         unsafe { sys::cuCtxGetDevice(&mut gpu) }
             .result()
             .map_err(failed("cuCtxGetDevice"))
@@ -264,7 +271,7 @@ impl Context {
             };
             return Err(Error::CudaUnavailable { reason });
         }
-        // One pool a GPU, whichever of its contexts allocates.
+        // All contexts of a GPU share one pool.
         let pool = match seen.iter().find(|(_, context)| context.ordinal == ordinal) {
             Some((_, context)) => context.pool,
             None => gpu.make_pool().map_err(|error| driver_error(spec(ordinal), error))?,
@@ -298,7 +305,7 @@ impl Backend for Cuda {
         let is_full = |error: &DriverError| error.code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
         let mut address = self.calls.alloc(self.queue, bytes);
         if address.as_ref().is_err_and(is_full) && self.queue.pool.is_some() {
-            // What was freed may still be in use by work under way, and in pieces of other sizes.
+            // Freed memory may still be in use by unfinished work, and lie in the pool in pieces of other sizes.
             self.synchronize()?;
             self.calls.trim(self.queue).map_err(|error| self.failed(error))?;
             address = self.calls.alloc(self.queue, bytes);
@@ -317,24 +324,26 @@ impl Backend for Cuda {
     }
 
     unsafe fn free(&self, address: u64, _bytes: usize) {
-        // SAFETY: passed on to the caller. It only fails where a kernel failed before, which every later call reports.
+        // SAFETY: passed on to the caller. It fails only after a kernel has failed, which every later call reports.
         let _ = unsafe { self.calls.free(self.queue, address) };
     }
 
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
-        // SAFETY: the memory is as long as `data`, says the caller; `data` is borrowed until the copy is over.
+        // SAFETY: the caller promises that the memory is as long as `data`, which is borrowed until the copy has
+        // finished.
         unsafe { self.calls.upload(self.queue, address, data) }.map_err(|error| self.failed(error))?;
         self.synchronize()
     }
 
     unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
-        // SAFETY: as for `upload`.
+        // SAFETY: the caller promises that the memory is as long as `data`, which is borrowed until the copy has
+        // finished.
         unsafe { self.calls.download(self.queue, address, data) }.map_err(|error| self.failed(error))?;
         self.synchronize()
     }
 
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<(), Error> {
-        // SAFETY: the memory is this long, says the caller.
+        // SAFETY: the caller promises that the memory has this length.
         unsafe { self.calls.zero(self.queue, address, bytes) }.map_err(|error| self.failed(error))
     }
 

@@ -1,5 +1,5 @@
-//! The device on a driver that only writes down what it is asked for: which calls are made, in what order, on what stream.
-//! What the calls do on a GPU is for `tests/tests/suite/gpus.rs` to see.
+//! The CUDA device on a driver that only records its calls: which calls are made, in what order and on what stream.
+//! `tests/tests/suite/gpus.rs` tests on a GPU what the calls do.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -14,12 +14,12 @@ use crate::tensor::Tensor;
 const STREAM: usize = 0xf00;
 const SHAPE: [usize; 4] = [1, 2, 256, 64];
 
-/// A driver that writes down.
+/// A driver that records its calls and does nothing else.
 #[derive(Default)]
 struct Recorder {
     log: Mutex<Vec<String>>,
     allocated: AtomicU64,
-    /// Allocations that are still to fail for want of memory.
+    /// Number of allocations that will still fail as out of memory.
     full: AtomicUsize,
 }
 
@@ -28,7 +28,7 @@ impl Recorder {
         lock(&self.log).push(format!("{what} on {:#x}", queue.stream.addr()));
     }
 
-    /// What was asked for since the last time.
+    /// Returns the calls recorded since the last `take`.
     fn take(&self) -> Vec<String> {
         std::mem::take(&mut lock(&self.log))
     }
@@ -111,7 +111,7 @@ fn context(compute_capability: (u32, u32)) -> Arc<Context> {
     })
 }
 
-/// A device on a foreign stream of a context.
+/// Makes a device on a foreign stream of a context.
 fn device(
     context: &Arc<Context>,
     stream: usize,
@@ -124,14 +124,14 @@ fn device(
     (Device::new(DeviceKind::Cuda, Box::new(cuda)), recorder)
 }
 
-/// A tensor in memory that somebody else allocated.
+/// Makes a tensor in foreign memory.
 fn foreign<T: crate::element::Element>(device: &Device, address: u64, shape: &[usize]) -> Tensor<T> {
     let strides = crate::layout::contiguous_strides(shape);
     // SAFETY: the device never reads nor writes any memory.
     unsafe { Tensor::from_raw_parts(device, address, shape, strides, None) }.expect("an aligned address")
 }
 
-/// q, k, v and dout, forward's results, and gradients, all foreign.
+/// Makes q, k, v and dout, the forward results, and gradients, all in foreign memory.
 fn tensors(device: &Device) -> ([Tensor<half::f16>; 4], Output<half::f16>, Gradients<half::f16>) {
     let at = |index: u64| foreign(device, index << 20, &SHAPE);
     let output = Output::new(at(5), foreign(device, 6 << 20, &SHAPE[..3]));
@@ -148,7 +148,7 @@ fn launches(plan: &Plan) -> Vec<String> {
     plan.launches().iter().map(note).collect()
 }
 
-/// A call that a CUDA graph can capture: it launches on the foreign stream, and does nothing else.
+/// Tests that a CUDA graph can capture such a call: it launches on the foreign stream and makes no other call.
 #[test]
 fn calls_in_the_callers_memory_only_launch_and_on_the_foreign_stream() {
     for capability in [(8, 0), (9, 0)] {
@@ -193,7 +193,7 @@ fn a_call_without_a_workspace_allocates_and_frees_it_in_stream_order() {
     let mut expected = vec![alloc];
     expected.extend(launches(&plan));
     expected.push(format!("free on {STREAM:#x}"));
-    // Debug builds read lse before.
+    // Debug builds read lse first.
     let calls = recorder.take();
     assert!(calls.ends_with(&expected), "{calls:?}");
 }
@@ -227,7 +227,7 @@ fn full_memory_is_trimmed_once_and_then_an_error() {
     );
 }
 
-/// An owner that writes down when it goes.
+/// An owner that records when it is dropped.
 struct Owner(&'static Recorder);
 
 impl Drop for Owner {

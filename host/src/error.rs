@@ -179,7 +179,7 @@ pub enum Error {
         feature: &'static str,
         /// Device of the call.
         device: String,
-        /// The alternative.
+        /// Reason, for example what can run it instead.
         reason: &'static str,
     },
 

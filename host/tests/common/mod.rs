@@ -108,12 +108,7 @@ pub fn check_backward<T: Element>(device: &Device, attention: Attention, q_shape
     let widen = |data: &[T]| data.iter().map(|x| x.to_f64()).collect::<Vec<f64>>();
     let want = reference::backward(&dims, &widen(&q), &widen(&k), &widen(&v), &widen(&dout));
     let standard = reference::standard_backward(&dims, &q, &k, &v, &dout);
-    let got = gradients(
-        device,
-        attention.clone(),
-        [q_shape, k_shape],
-        [&q, &k, &v, &dout],
-    );
+    let got = gradients(device, attention.clone(), [q_shape, k_shape], [&q, &k, &v, &dout]);
 
     for ((name, got), (standard, want)) in ["dq", "dk", "dv"].iter().zip(&got).zip(standard.iter().zip(&want)) {
         let (error, bound) = (largest_error(got, want), 2.0 * largest_error(standard, want) + 1e-5);

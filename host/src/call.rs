@@ -92,6 +92,22 @@ impl Attention {
         self.silent().forward_into(q, k, v, out, lse)
     }
 
+    /// The forward pass, its results written to an output of the caller's tensors: `out` and `lse` as
+    /// [`forward_into`](Self::forward_into) takes them and, if the output has statistics, `row_max` and `row_sum` laid out as
+    /// lse may be.
+    ///
+    /// # Errors
+    /// The errors of [`forward_into`](Self::forward_into).
+    pub fn forward_into_output<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &mut Output<T>,
+    ) -> Result<(), Error> {
+        self.silent().forward_into_output(q, k, v, output)
+    }
+
     /// How [`forward`](Self::forward) would compute this: kernel, tiles, grid, and what it costs. Allocates nothing.
     ///
     /// # Errors
@@ -217,23 +233,17 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let plan = self.attention.plan(q, k, v)?;
         let mut out = Tensor::empty(q.device(), q.shape())?;
         let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
-        let new = || Tensor::empty(q.device(), &q.shape()[..3]);
-        let mut statistics = match plan.writes_statistics() {
-            true => Some(Statistics {
-                row_max: new()?,
-                row_sum: new()?,
-            }),
-            false => None,
+        let mut statistics = Statistics {
+            row_max: Tensor::empty(q.device(), &q.shape()[..3])?,
+            row_sum: Tensor::empty(q.device(), &q.shape()[..3])?,
         };
-        forward(
-            &plan,
-            [q, k, v],
-            &mut out,
-            &mut lse,
-            statistics.as_mut(),
-            self.reporter(),
-        )?;
-        Ok(Output { out, lse, statistics })
+        let of_rows = Some(&mut statistics);
+        forward(&plan, [q, k, v], &mut out, &mut lse, of_rows, self.reporter())?;
+        Ok(Output {
+            out,
+            lse,
+            statistics: Some(statistics),
+        })
     }
 
     /// [`Attention::forward_into`].
@@ -248,10 +258,39 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         out: &mut Tensor<T>,
         lse: &mut Tensor<f32>,
     ) -> Result<(), Error> {
-        let outputs = Outputs::new(out.info(), lse.info());
-        let problem = Problem::new(&self.attention, q.info(), k.info(), v.info(), Some(outputs))?;
-        let plan = Plan::new(&problem, &q.device().info())?;
-        forward(&plan, [q, k, v], out, lse, None, self.reporter())
+        self.forward_to([q, k, v], out, lse, None)
+    }
+
+    /// [`Attention::forward_into_output`].
+    ///
+    /// # Errors
+    /// The errors of [`Attention::forward_into_output`].
+    pub fn forward_into_output<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &mut Output<T>,
+    ) -> Result<(), Error> {
+        let Output { out, lse, statistics } = output;
+        self.forward_to([q, k, v], out, lse, statistics.as_mut())
+    }
+
+    fn forward_to<T: Element>(
+        &self,
+        inputs: [&Tensor<T>; 3],
+        out: &mut Tensor<T>,
+        lse: &mut Tensor<f32>,
+        statistics: Option<&mut Statistics>,
+    ) -> Result<(), Error> {
+        let outputs = Outputs {
+            statistics: statistics.as_deref().map(Statistics::infos),
+            ..Outputs::new(out.info(), lse.info())
+        };
+        let [q, k, v] = inputs.map(Tensor::info);
+        let problem = Problem::new(&self.attention, q, k, v, Some(outputs))?;
+        let plan = Plan::new(&problem, &inputs[0].device().info())?;
+        forward(&plan, inputs, out, lse, statistics, self.reporter())
     }
 
     /// [`Attention::backward`].
@@ -356,8 +395,7 @@ fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> Backward
     BackwardInputs {
         out: output.out.info(),
         lse: output.lse.info(),
-        statistics: (output.statistics.as_ref())
-            .map(|Statistics { row_max, row_sum }| [row_max.info(), row_sum.info()]),
+        statistics: output.statistics.as_ref().map(Statistics::infos),
         dout: dout.info(),
     }
 }

@@ -1,6 +1,7 @@
 //! Results of a call: [`Output`] of a forward pass, [`Gradients`] of a backward pass.
 
 use crate::element::Element;
+use crate::layout::TensorInfo;
 use crate::tensor::Tensor;
 
 /// Results of a forward pass.
@@ -41,6 +42,13 @@ pub struct Statistics {
     /// Sum of the weights relative to the largest, contiguous `[batch, heads_q, seqlen_q]`. It is 0 for a query that
     /// sees no key.
     pub row_sum: Tensor<f32>,
+}
+
+impl Statistics {
+    /// Descriptions of row_max and row_sum.
+    pub(crate) fn infos(&self) -> [&TensorInfo; 2] {
+        [self.row_max.info(), self.row_sum.info()]
+    }
 }
 
 /// Results of a backward pass.

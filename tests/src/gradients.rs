@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use flash_attention::reference;
-use flash_attention::{Attention, Device, Element, Gradients, Output};
+use flash_attention::{Attention, Device, Element, Gradients, Output, Statistics};
 
 use crate::layout::{Input, Layout, Poisoned};
 use crate::{Case, Inputs, compare, devices, files, for_dtype, largest_error};
@@ -111,11 +111,18 @@ impl Case {
             place(layouts[2], self.kv, &inputs.v),
         ];
         let out: Poisoned<T> = self.must(device, layouts[3].output(device, self.q));
-        let lse: Poisoned<f32> = self.must(device, Poisoned::contiguous(device, &self.q[..3]));
-        let mut output = Output::new(out.tensor, lse.tensor);
+        let of_rows = || {
+            self.must(device, Poisoned::<f32>::contiguous(device, &self.q[..3]))
+                .tensor
+        };
+        let mut output = Output::new(out.tensor, of_rows());
+        output.statistics = Some(Statistics {
+            row_max: of_rows(),
+            row_sum: of_rows(),
+        });
         let result = self
             .attention
-            .forward_into(&q.tensor, &k.tensor, &v.tensor, &mut output.out, &mut output.lse);
+            .forward_into_output(&q.tensor, &k.tensor, &v.tensor, &mut output);
         self.must(device, result);
         let room = |i: usize, shape| -> Poisoned<T> {
             let layout = Layout {

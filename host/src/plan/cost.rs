@@ -45,7 +45,8 @@ impl Cost {
         }
     }
 
-    pub(super) fn cpu_backward(problem: &Problem, tiles: Tiles) -> Self {
+    /// A backward pass on the CPU that reads `statistics` f32 a query of what forward left.
+    pub(super) fn cpu_backward(problem: &Problem, tiles: Tiles, statistics: u32) -> Self {
         let walked = Walked::new(problem);
         let batch = problem.batch() as u128;
         let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);
@@ -57,7 +58,7 @@ impl Cost {
         Self {
             bytes_read: heads_q * seqlen_q * 2 * row
                 + heads_kv * seqlen_k * 2 * row
-                + heads_q * streamed * 2 * (row + STATISTIC)
+                + heads_q * streamed * (2 * row + (u128::from(statistics) + 1) * STATISTIC)
                 + added,
             bytes_written: delta + added + heads_q * seqlen_q * row + heads_kv * seqlen_k * 2 * row,
             flops: 10 * heads_q * walked.visible_pairs * u128::from(problem.head_dim()),

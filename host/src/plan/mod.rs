@@ -78,7 +78,7 @@ impl Plan {
             backward: None,
             device: *device,
             tiles,
-            cost: Cost::forward(problem, tiles, 1 + 2 * u32::from(writes_statistics(problem, device))),
+            cost: Cost::forward(problem, tiles, 1 + 2 * u32::from(problem.keeps_statistics())),
             launches,
             workspace_bytes: 0,
         })
@@ -100,6 +100,7 @@ impl Plan {
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
         refuse_programs(forward, device)?;
+        let statistics = if problem.tensors().statistics.is_some() { 2 } else { 1 };
         let (tiles, launches, workspace_bytes) = match *device {
             DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
@@ -113,12 +114,8 @@ impl Plan {
             device: *device,
             tiles,
             cost: match device {
-                DeviceInfo::Cpu { .. } => Cost::cpu_backward(forward, tiles),
-                DeviceInfo::Gpu { .. } => Cost::backward(
-                    forward,
-                    &launches,
-                    if problem.tensors().statistics.is_some() { 2 } else { 1 },
-                ),
+                DeviceInfo::Cpu { .. } => Cost::cpu_backward(forward, tiles, statistics),
+                DeviceInfo::Gpu { .. } => Cost::backward(forward, &launches, statistics),
             },
             launches,
             workspace_bytes,
@@ -133,11 +130,6 @@ impl Plan {
     /// Where the tensors of a backward pass lie; `None` if the plan is for a forward pass.
     pub(crate) fn backward_tensors(&self) -> Option<&BackwardTensors> {
         self.backward.as_ref()
-    }
-
-    /// Tells if a forward pass writes row_max and row_sum.
-    pub fn writes_statistics(&self) -> bool {
-        writes_statistics(&self.problem, &self.device)
     }
 
     /// Device memory that is needed while the plan runs, beside inputs and results: in backward on the CPU an f32 a query, on
@@ -182,15 +174,6 @@ fn refuse_programs(problem: &Problem, device: &DeviceInfo) -> Result<(), Error> 
         device: device.to_owned(),
         reason,
     })
-}
-
-/// Tells if a forward pass writes row_max and row_sum on this device.
-fn writes_statistics(problem: &Problem, device: &DeviceInfo) -> bool {
-    let device_can = match device {
-        DeviceInfo::Cpu { .. } => false,
-        DeviceInfo::Gpu { .. } => true,
-    };
-    device_can && problem.keeps_statistics()
 }
 
 /// The tiles of a forward pass on the CPU.

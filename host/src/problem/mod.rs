@@ -210,7 +210,7 @@ impl Problem {
         self.v
     }
 
-    /// Tells if forward writes row_max and row_sum beside lse, on a device that does.
+    /// Tells if forward writes row_max and row_sum beside lse.
     pub fn keeps_statistics(&self) -> bool {
         self.keeps_statistics
     }

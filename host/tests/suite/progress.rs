@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 
-use flash_attention::{Arch, Attention, Device, Element, Error, Gradients, Output, Progress, Tensor};
+use flash_attention::{Arch, Attention, Device, Element, Error, Gradients, Output, Progress, Statistics, Tensor};
 use half::bf16;
 
 use crate::common::noise;
@@ -157,10 +157,12 @@ fn a_report_that_panics_leaves_nothing_half_done() {
         let gradients = attention.backward(&q, &k, &v, &output, &dout).expect("valid");
         let right = elements(&output, &gradients);
 
-        let mut output = Output::new(
-            Tensor::zeros(&device, q.shape()).expect("small"),
-            Tensor::zeros(&device, &q.shape()[..3]).expect("small"),
-        );
+        let of_rows = || Tensor::zeros(&device, &q.shape()[..3]).expect("small");
+        let mut output = Output::new(Tensor::zeros(&device, q.shape()).expect("small"), of_rows());
+        output.statistics = Some(Statistics {
+            row_max: of_rows(),
+            row_sum: of_rows(),
+        });
         let mut gradients = Gradients::new(
             Tensor::zeros(&device, q.shape()).expect("small"),
             Tensor::zeros(&device, k.shape()).expect("small"),
@@ -175,8 +177,7 @@ fn a_report_that_panics_leaves_nothing_half_done() {
             let panic = catch_unwind(AssertUnwindSafe(call)).expect_err("the panic goes on");
             assert_eq!(panic.downcast_ref(), Some(&"of the report"));
         };
-        let Output { out, lse, .. } = &mut output;
-        panicked(&mut || reporting.forward_into(&q, &k, &v, out, lse));
+        panicked(&mut || reporting.forward_into_output(&q, &k, &v, &mut output));
         panicked(&mut || reporting.backward_into(&q, &k, &v, &output, &dout, &mut gradients));
         assert_eq!(*calls.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), 2);
         assert!(elements(&output, &gradients) == right);

@@ -24,10 +24,10 @@ use rayon_core::{ThreadPool, ThreadPoolBuilder};
 use super::Backend;
 use crate::error::Error;
 use crate::plan::{Plan, Results};
-use crate::problem::BackwardTensors;
+use crate::problem::{BackwardTensors, Problem};
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
-use kernels::Isa;
+use kernels::{Isa, Kernels, Pairs};
 use team::Team;
 
 /// Addresses of tensors are multiples of a cache line.
@@ -257,7 +257,9 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
     // SAFETY: passed on to the caller.
     unsafe {
         match results {
-            Results::Forward { out, lse, .. } => forward::forward(team, plan, out, lse, reporter),
+            Results::Forward { out, lse, statistics } => {
+                forward::forward(team, plan, out, lse, statistics, reporter);
+            }
             Results::Backward {
                 dq,
                 dk,
@@ -276,6 +278,23 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
             }
         }
     }
+}
+
+/// So few queries are solved one by one in forward, lanes being elements of a head: as lanes they would leave most of a
+/// register idle.
+const FEW: u32 = 4;
+
+/// Tells if a problem has few queries.
+fn is_few(problem: &Problem) -> bool {
+    problem.seqlen_q() <= FEW
+}
+
+/// Pairs of bf16 that make the scores of a problem, and how many parts numbers have; `None` where products are of f32. Forward and
+/// backward agree, so that a score that backward computes again is the same number.
+fn pairs_of(kernels: &Kernels, problem: &Problem) -> Option<(&'static Pairs, usize)> {
+    // Of one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see `backward/delta.rs`).
+    let of_f32 = is_few(problem) || problem.seqlen_k() == 1;
+    kernels.pairs_of(problem.dtype()).filter(|_| !of_f32)
 }
 
 /// The pointer that an address of this device is.

@@ -130,7 +130,12 @@ impl Scratch {
         unsafe {
             match pairs {
                 Some(pairs) => self.score_pairs(backward, pairs, tile, first, keys),
-                None => self.score(backward, tile, first, keys),
+                None => {
+                    self.score(backward, tile, first, keys);
+                    if let Some(pairs) = backward.pairs.filter(|_| backward.splits()) {
+                        self.choose_scores(backward, pairs, tile, first, keys);
+                    }
+                }
             }
             (backward.kernels.backpropagate)(&Backpropagate {
                 keys,
@@ -144,7 +149,12 @@ impl Scratch {
                     std::ptr::null()
                 },
                 scale: backward.problem.softmax_scale(),
-                lse: self.lse.as_ptr(),
+                scale_log2: backward.problem.scale().log2,
+                origin: self.origins.as_ptr(),
+                inverse_sum: match backward.tensors.statistics {
+                    Some(_) => self.inverse_sums.as_ptr(),
+                    None => std::ptr::null(),
+                },
                 delta: self.delta.as_ptr(),
             });
         }

@@ -1,6 +1,6 @@
 //! The backward pass on the CPU: gradients by recomputation, as the GPU kernels compute them, in five products.
 //!
-//! With P = exp(scale * S - lse) and delta = rowsum(dO * O), which comes first,
+//! With P = exp(scale * (S - row_max)) / row_sum, or exp(scale * S - lse) where lse is all there is, and delta = rowsum(dO * O), which comes first,
 //!
 //! ```text
 //! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
@@ -23,6 +23,7 @@ mod scratch;
 mod single;
 
 use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
+use super::pairs_of;
 use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
 use crate::plan::{Plan, Tiles};
@@ -64,9 +65,7 @@ pub(super) unsafe fn backward(
     reporter: &Reporter<'_>,
 ) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
-    // Where there is one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see `delta.rs`).
-    let is_exact = |&(_, parts): &(_, usize)| parts == 1 || problem.seqlen_k() > 1;
-    let (pairs, parts) = team.kernels.pairs_of(problem.dtype()).filter(is_exact).unzip();
+    let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
     let backward = Backward {
         kernels: team.kernels,
         pairs,
@@ -118,14 +117,24 @@ impl Backward<'_> {
         self.head_dim().next_multiple_of(2 * SIDE) / 2
     }
 
-    /// Whether so many rows of a tile, of a head each and `stride` apart, are multiplied as pairs of bf16.
-    fn fit(&self, tile: &Lines, stride: usize, rows: usize) -> bool {
+    /// Whether numbers are split into several bf16, which not all may be.
+    fn splits(&self) -> bool {
+        self.pairs.is_some() && self.parts > 1
+    }
+
+    /// Which of so many rows of a tile, of a head each and `stride` apart, are multiplied as pairs of bf16.
+    fn fit(&self, tile: &Lines, stride: usize, rows: usize) -> Vec<bool> {
         let may_be_split = |row: &[f32]| {
             let row = &row[..self.head_dim()];
             // SAFETY: the processor has the instructions.
             unsafe { (self.kernels.may_be_split)(row.as_ptr(), row.len()) }
         };
-        self.pairs.is_some() && (self.parts == 1 || tile.as_slice().chunks(stride).take(rows).all(may_be_split))
+        if self.splits() {
+            let rows = tile.as_slice().chunks(stride).take(rows);
+            rows.map(may_be_split).collect()
+        } else {
+            vec![self.pairs.is_some(); rows]
+        }
     }
 
     /// Keys of a task, as far as there are any, padded.

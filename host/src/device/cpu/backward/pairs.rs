@@ -27,6 +27,11 @@ pub(super) struct Words {
     ds_lanes: Lines,
     /// Pairs of keys, before they are transposed: `block_n / 2 x width`.
     rows: Lines,
+    /// `BLOCK x block_m`: scores of pairs, where only some may be split.
+    scores: Lines,
+    /// Which of the task's keys, and of the tile's queries, may be split.
+    pub(super) keys_fit: Vec<bool>,
+    pub(super) queries_fit: Vec<bool>,
 }
 
 /// Words from one row to the next of keys transposed. A line more than there are, so that rows a power of two apart do not
@@ -82,7 +87,37 @@ impl Words {
             ds: lines(sizes.scores),
             ds_lanes: lines(sizes.scores),
             rows: lines(sizes.keys_lanes),
+            scores: Lines::new(if backward.splits() { 2 * sizes.scores } else { 0 }),
+            keys_fit: Vec::new(),
+            queries_fit: Vec::new(),
         }
+    }
+}
+
+/// A product of pairs within a head, of keys or values with queries or their gradients.
+fn of_heads(
+    backward: &Backward<'_>,
+    tile: QueryTile,
+    [keys_or_values, lanes]: [&Lines; 2],
+    product: &mut Lines,
+    first: usize,
+    keys: usize,
+) -> PairProduct {
+    let (stride, inner, sizes) = (backward.tiles.block_m as usize, backward.words(), Sizes::new(backward));
+    PairProduct {
+        rows: keys,
+        inner,
+        columns: tile.lanes,
+        a: keys_or_values.as_ptr().cast::<u32>().wrapping_add(first * inner),
+        a_stride: inner,
+        a_part: sizes.keys,
+        b: lanes.as_ptr().cast(),
+        b_stride: stride,
+        b_part: sizes.q_lanes,
+        parts: backward.parts,
+        c: product.as_mut_ptr(),
+        c_stride: stride,
+        accumulate: false,
     }
 }
 
@@ -179,29 +214,53 @@ impl Scratch {
         first: usize,
         keys: usize,
     ) {
-        let (stride, inner, sizes) = (backward.tiles.block_m as usize, backward.words(), Sizes::new(backward));
         let words = &self.words;
         for (keys_or_values, lanes, product) in [
             (&words.keys, &words.q_lanes, &mut self.probabilities),
             (&words.values, &words.dout_lanes, &mut self.ds),
         ] {
-            let product = PairProduct {
-                rows: keys,
-                inner,
-                columns: tile.lanes,
-                a: keys_or_values.as_ptr().cast::<u32>().wrapping_add(first * inner),
-                a_stride: inner,
-                a_part: sizes.keys,
-                b: lanes.as_ptr().cast(),
-                b_stride: stride,
-                b_part: sizes.q_lanes,
-                parts: backward.parts,
-                c: product.as_mut_ptr(),
-                c_stride: stride,
-                accumulate: false,
-            };
+            let product = of_heads(backward, tile, [keys_or_values, lanes], product, first, keys);
             // SAFETY: passed on to the caller.
             unsafe { (pairs.product)(&product) };
+        }
+    }
+
+    /// Scores of pairs in place of those of f32 where both the query and the key may be split: those that forward computed,
+    /// whatever else is in the tile.
+    ///
+    /// # Safety
+    /// As for [`score_pairs`](Self::score_pairs).
+    pub(super) unsafe fn choose_scores(
+        &mut self,
+        backward: &Backward<'_>,
+        pairs: &Pairs,
+        tile: QueryTile,
+        first: usize,
+        keys: usize,
+    ) {
+        let words = &mut self.words;
+        let keys_fit = words.keys_fit[first..].iter().take(keys);
+        let queries_fit = &words.queries_fit[..tile.rows];
+        if keys_fit.clone().all(|fits| !fits) || queries_fit.iter().all(|fits| !fits) {
+            return;
+        }
+        let of_heads = of_heads(
+            backward,
+            tile,
+            [&words.keys, &words.q_lanes],
+            &mut words.scores,
+            first,
+            keys,
+        );
+        // SAFETY: passed on to the caller.
+        unsafe { (pairs.product)(&of_heads) };
+        let stride = backward.tiles.block_m as usize;
+        let rows = self.probabilities.as_mut_slice().chunks_mut(stride);
+        let rows = rows.zip(words.scores.as_slice().chunks(stride)).zip(keys_fit);
+        for ((scores, of_pairs), _) in rows.filter(|(_, key_fits)| **key_fits) {
+            for (lane, _) in queries_fit.iter().enumerate().filter(|(_, query_fits)| **query_fits) {
+                scores[lane] = of_pairs[lane];
+            }
         }
     }
 

@@ -19,6 +19,10 @@ pub(super) struct QueryTile {
     pub(super) fits: bool,
 }
 
+fn all(fit: &[bool]) -> bool {
+    !fit.contains(&false)
+}
+
 /// The tiles that a thread works in. "width" is head_dim in whole registers.
 pub(super) struct Scratch {
     /// Empty where products are of f32.
@@ -42,7 +46,10 @@ pub(super) struct Scratch {
     pub(super) probabilities: Lines,
     /// `BLOCK x block_m`: dP, then dS.
     pub(super) ds: Lines,
-    pub(super) lse: Lines,
+    /// Of each query row_max or, where it is not known, lse.
+    pub(super) origins: Lines,
+    /// Of each query `1 / row_sum`.
+    pub(super) inverse_sums: Lines,
     pub(super) delta: Lines,
     /// How many keys of a block each query sees.
     pub(super) visible: Lines,
@@ -66,7 +73,8 @@ impl Scratch {
             dq_lanes: Lines::new(width * block_m),
             probabilities: Lines::new(BLOCK * block_m),
             ds: Lines::new(BLOCK * block_m),
-            lse: Lines::new(block_m),
+            origins: Lines::new(block_m),
+            inverse_sums: Lines::new(block_m),
             delta: Lines::new(block_m),
             visible: Lines::new(block_m),
         }
@@ -92,8 +100,9 @@ impl Scratch {
         for (source, tile) in sources.iter().zip([&mut self.keys, &mut self.values]) {
             source.load_tile(kernels, first_key, [keys, padded], tile.as_mut_slice(), head_dim);
         }
-        self.keys_fit = backward.fit(&self.keys, head_dim, keys) && backward.fit(&self.values, head_dim, keys);
-        if self.keys_fit {
+        self.words.keys_fit = backward.fit(&self.keys, head_dim, keys);
+        self.keys_fit = all(&self.words.keys_fit) && all(&backward.fit(&self.values, head_dim, keys));
+        if self.words.keys_fit.contains(&true) {
             self.pair_keys(backward, sources, first_key, [keys, padded]);
         }
         self.dk.as_mut_slice()[..padded * width].fill(0.0);
@@ -129,25 +138,30 @@ impl Scratch {
                 (kernels.transpose)(from, width, padded, to, block_m, backward.head_dim());
             }
         }
-        let fits = backward.fit(&self.q, width, rows) && backward.fit(&self.dout, width, rows);
-        if fits {
+        self.words.queries_fit = backward.fit(&self.q, width, rows);
+        let fits = all(&self.words.queries_fit) && all(&backward.fit(&self.dout, width, rows));
+        if self.words.queries_fit.contains(&true) {
             self.pair_queries(backward, padded);
         }
         let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
-        // SAFETY: lse and delta have an entry for each query, and nobody writes them any more.
-        let (lse, delta) = unsafe {
-            (
-                std::slice::from_raw_parts(pointer_mut::<f32>(backward.tensors.lse).add(first), rows),
-                std::slice::from_raw_parts(pointer_mut::<f32>(backward.delta).add(first), rows),
-            )
-        };
-        let lse_of_lanes = self.lse.as_mut_slice();
-        lse_of_lanes[..rows].copy_from_slice(lse);
-        // Where a query sees no key, probabilities are to be 0. An lse of -inf though keys are seen makes them NaN.
-        lse_of_lanes[..unseeing].fill(f32::INFINITY);
-        self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
+        // SAFETY: each of these has an entry for each query, and nobody writes them any more.
+        let of_rows = |address| unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(address).add(first), rows) };
+        let origins = self.origins.as_mut_slice();
+        match backward.tensors.statistics {
+            Some([row_max, row_sum]) => {
+                origins[..rows].copy_from_slice(of_rows(row_max));
+                let inverse = |&sum: &f32| if sum == 0.0 { f32::NAN } else { 1.0 / sum };
+                let inverses = self.inverse_sums.as_mut_slice().iter_mut();
+                inverses.zip(of_rows(row_sum)).for_each(|(to, sum)| *to = inverse(sum));
+                self.inverse_sums.as_mut_slice()[rows..padded].fill(0.0);
+            }
+            None => origins[..rows].copy_from_slice(of_rows(backward.tensors.lse)),
+        }
+        // Where a query sees no key, probabilities are to be 0. If it sees keys, an lse of -inf or a row_sum of 0 makes them NaN.
+        origins[..unseeing].fill(f32::INFINITY);
+        self.delta.as_mut_slice()[..rows].copy_from_slice(of_rows(backward.delta));
         // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
-        self.lse.as_mut_slice()[rows..padded].fill(f32::INFINITY);
+        origins[rows..padded].fill(f32::INFINITY);
         self.delta.as_mut_slice()[rows..padded].fill(0.0);
         self.visible.as_mut_slice()[rows..padded].fill(0.0);
         let head_dim = backward.head_dim();

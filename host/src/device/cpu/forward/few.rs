@@ -3,10 +3,7 @@
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::One;
-
-/// So few queries are solved one by one, lanes being elements of a head: as lanes they would leave most of a register idle.
-pub(super) const FEW: u32 = 4;
+use crate::device::cpu::kernels::{MAX_LANES, One};
 
 impl State {
     /// Takes in what another run of keys gave for one query: largest scores, sums and outputs.
@@ -15,6 +12,9 @@ impl State {
         let exp2 = |x: f32| f64::from(x * scale_log2).exp2() as f32;
         let (left, right) = (self.max.as_slice()[row], other.max.as_slice()[row]);
         let max = if left > right { left } else { right };
+        if right > left {
+            self.best[row] = other.best[row];
+        }
         let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
         let (of_left, of_right) = (exp2(left - origin), exp2(right - origin));
         self.max.as_mut_slice()[row] = max;
@@ -78,9 +78,26 @@ impl Scratch {
                 scale_log2,
                 max: state.max.as_mut_ptr().add(row),
                 sum: state.sum.as_mut_ptr().add(row),
+                best: state.best.as_mut_ptr().add(row),
+                first_key,
                 output: state.output.as_mut_ptr().add(row * depth),
             });
         }
+    }
+
+    /// The largest score of a query, summed in the order of the products of the backward pass: lanes sum in another.
+    pub(super) fn best_score(&mut self, forward: &Forward<'_>, tile: &Tile, row: usize, key: u32) -> f32 {
+        let (kernels, head_dim, sign) = (forward.kernels, forward.head_dim(), forward.problem.scale().sign);
+        let queries = tile.rows / forward.together;
+        let (q, k) = self
+            .rows
+            .as_mut_slice()
+            .split_at_mut(head_dim.next_multiple_of(MAX_LANES));
+        let rows = tile.q.later(row / queries * tile.head_steps[0]);
+        rows.load(kernels, tile.first_row as usize + row % queries, q);
+        tile.k.load(kernels, key as usize, k);
+        let pairs = k.iter().zip(&*q).take(head_dim);
+        pairs.fold(0.0, |sum, (k, q)| kernels.multiply_add(*k, sign * q, sum))
     }
 
     /// Writes out, rows of the output times `inverses`.

@@ -19,13 +19,12 @@ use std::sync::OnceLock;
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::kernels::{Kernels, Pairs, SIDE};
-use super::pointer_mut;
 use super::team::Team;
 use super::tensor::{Head, Panels, Visibility};
+use super::{is_few, pairs_of};
 use crate::plan::{Plan, Tiles};
 use crate::problem::Problem;
 use crate::progress::Reporter;
-use few::FEW;
 use scratch::Scratch;
 use state::State;
 
@@ -56,6 +55,8 @@ struct Forward<'a> {
     visibility: Visibility,
     out: u64,
     lse: u64,
+    /// row_max and row_sum, if they are wanted.
+    statistics: Option<[u64; 2]>,
     reporter: &'a Reporter<'a>,
 }
 
@@ -66,7 +67,8 @@ struct Tile {
     k: Head,
     v: Head,
     out: Head,
-    lse: *mut f32,
+    /// Place of the first query in lse.
+    first: usize,
     first_row: u32,
     /// Queries, head after head.
     rows: usize,
@@ -78,14 +80,21 @@ struct Tile {
     whole_blocks: u32,
 }
 
-/// Computes out and lse.
+/// Computes out, lse and, where their addresses are given, row_max and row_sum.
 ///
 /// # Safety
 /// As for [`Backend::run`](crate::device::Backend::run).
-pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, reporter: &Reporter<'_>) {
+pub(super) unsafe fn forward(
+    team: &Team<'_>,
+    plan: &Plan,
+    out: u64,
+    lse: u64,
+    statistics: Option<[u64; 2]>,
+    reporter: &Reporter<'_>,
+) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
-    let few = problem.seqlen_q() <= FEW;
-    let (pairs, parts) = team.kernels.pairs_of(problem.dtype()).filter(|_| !few).unzip();
+    let few = is_few(problem);
+    let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
     let parts = parts.unwrap_or(0);
     let tiles = Tiles {
         block_n: block_n(tiles, parts, problem.head_dim()),
@@ -106,6 +115,7 @@ pub(super) unsafe fn forward(team: &Team<'_>, plan: &Plan, out: u64, lse: u64, r
         visibility: Visibility::new(problem),
         out,
         lse,
+        statistics,
         reporter,
     };
     let segments = forward.segments(problem.seqlen_k().div_ceil(tiles.block_n)).count();
@@ -249,7 +259,7 @@ impl Forward<'_> {
                     },
                     head,
                 ),
-                lse: pointer_mut::<f32>(self.lse).add(first),
+                first,
                 first_row,
                 rows: self.together * rows as usize,
                 head_steps: [problem.q(), problem.out()]

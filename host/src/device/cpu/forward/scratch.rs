@@ -6,6 +6,7 @@ use super::pairs::Words;
 use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::MAX_LANES;
+use crate::device::cpu::pointer_mut;
 use crate::device::cpu::team::Lines;
 
 /// The tiles that a thread works in: what is shared memory and registers on a GPU.
@@ -71,9 +72,10 @@ impl Scratch {
         forward.pairs.inspect(|pairs| unsafe { (pairs.end)() });
     }
 
-    /// Divides by the sums, and writes out and lse.
+    /// Divides by the sums, and writes out, lse and, where they are wanted, row_max and row_sum.
     pub(super) fn store(&mut self, forward: &Forward<'_>, tile: &Tile, state: &State) {
         let magnitude = f64::from(forward.problem.softmax_scale().abs());
+        let sign = forward.problem.scale().sign;
         let (max, sum) = (state.max.as_slice(), state.sum.as_slice());
         let sees_a_key = |row: usize| forward.visibility.visible_end(forward.position(tile, row)) > 0;
         let inverse = |row: usize| match sum[row] {
@@ -96,7 +98,20 @@ impl Scratch {
                 (f64::from(max[row]) * magnitude + f64::from(sum[row]).ln()) as f32
             };
             // SAFETY: lse has an entry for each of the tile's queries, and this task alone writes it.
-            unsafe { tile.lse.add(row).write(lse) };
+            unsafe { pointer_mut::<f32>(forward.lse).add(tile.first + row).write(lse) };
+            if let Some([row_max, row_sum]) = forward.statistics {
+                let (max, sum) = match sum[row] {
+                    _ if !sees_a_key(row) => (f32::NEG_INFINITY, 0.0),
+                    0.0 => (f32::NEG_INFINITY, f32::NAN),
+                    sum if forward.few => (self.best_score(forward, tile, row, state.best[row]) * sign, sum),
+                    sum => (max[row] * sign, sum),
+                };
+                // SAFETY: the same holds of these.
+                unsafe {
+                    pointer_mut::<f32>(row_max).add(tile.first + row).write(max);
+                    pointer_mut::<f32>(row_sum).add(tile.first + row).write(sum);
+                }
+            }
         }
     }
 }

@@ -8,6 +8,8 @@ use crate::device::cpu::team::Lines;
 pub(super) struct State {
     pub(super) max: Lines,
     pub(super) sum: Lines,
+    /// The key of the largest score, where queries are solved one by one.
+    pub(super) best: Vec<u32>,
     /// Panel by panel, `depth x lanes`.
     pub(super) output: Lines,
 }
@@ -18,6 +20,7 @@ impl State {
         Self {
             max: Lines::new(lanes),
             sum: Lines::new(lanes),
+            best: vec![0; if forward.few { lanes } else { 0 }],
             output: Lines::new(lanes * forward.panels.depth),
         }
     }
@@ -26,10 +29,12 @@ impl State {
     pub(super) fn clear(&mut self) {
         self.max.as_mut_slice().fill(f32::NEG_INFINITY);
         self.sum.as_mut_slice().fill(0.0);
+        self.best.fill(0);
         self.output.as_mut_slice().fill(0.0);
     }
 
     pub(super) fn copy(&mut self, from: &Self) {
+        self.best.copy_from_slice(&from.best);
         let pairs = [
             (&mut self.max, &from.max),
             (&mut self.sum, &from.sum),

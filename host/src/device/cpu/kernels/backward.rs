@@ -2,7 +2,8 @@
 
 use crate::device::cpu::vector::Vector;
 
-/// Scores of one panel become probabilities, and dP becomes dS: `p = exp(scale * s - lse)` and `ds = p * (dp - delta)`.
+/// Scores of one panel become probabilities, and dP becomes dS: `p = exp(scale * (s - row_max)) / row_sum` or, where lse is
+/// all that is known, `p = exp(scale * s - lse)`; and `ds = p * (dp - delta)`.
 pub(in crate::device::cpu) struct Backpropagate {
     pub keys: usize,
     pub lanes: usize,
@@ -12,8 +13,12 @@ pub(in crate::device::cpu) struct Backpropagate {
     /// How many keys of the tile each query sees; null if all.
     pub visible: *const f32,
     pub scale: f32,
-    /// Of each query; an lse of plus infinity makes every probability 0.
-    pub lse: *const f32,
+    /// `scale * log2(e)`.
+    pub scale_log2: f32,
+    /// Of each query row_max, or else lse; plus infinity makes every probability 0.
+    pub origin: *const f32,
+    /// Of each query `1 / row_sum`; null where the origin is lse.
+    pub inverse_sum: *const f32,
     pub delta: *const f32,
 }
 
@@ -22,20 +27,47 @@ pub(in crate::device::cpu) struct Backpropagate {
 pub(super) unsafe fn backpropagate<V: Vector>(b: &Backpropagate) {
     // SAFETY: passed on to the caller.
     unsafe {
-        let (scale, log2_e) = (V::splat(b.scale), V::splat(std::f32::consts::LOG2_E));
-        let zero = V::splat(0.0);
+        if b.inverse_sum.is_null() {
+            gradients::<V, false>(b);
+        } else {
+            gradients::<V, true>(b);
+        }
+    }
+}
+
+/// [`backpropagate`] from row_max and row_sum, or else from lse.
+#[inline(always)]
+unsafe fn gradients<V: Vector, const OF_MAX: bool>(b: &Backpropagate) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let (scale, scale_log2) = (V::splat(b.scale), V::splat(b.scale_log2));
+        let (zero, log2_e) = (V::splat(0.0), V::splat(std::f32::consts::LOG2_E));
         for lane in (0..b.lanes).step_by(V::LANES) {
-            let negative_lse = zero.sub(V::load(b.lse.add(lane)));
+            let origin = V::load(b.origin.add(lane));
+            let (negative_lse, inverse_sum) = if OF_MAX {
+                (zero, V::load(b.inverse_sum.add(lane)))
+            } else {
+                (zero.sub(origin), zero)
+            };
             let delta = V::load(b.delta.add(lane));
             let masked = !b.visible.is_null();
             let visible = if masked { V::load(b.visible.add(lane)) } else { zero };
             for key in 0..b.keys {
                 let place = key * b.stride + lane;
+                let score = V::load(b.scores.add(place));
                 // The difference first, rounded once: near 0, where probabilities are large, it keeps all its bits.
-                let exponent = V::load(b.scores.add(place)).fma(scale, negative_lse);
+                let exponent = if OF_MAX {
+                    score.sub(origin).mul(scale_log2)
+                } else {
+                    score.fma(scale, negative_lse)
+                };
                 // No probability is above 1, however far the rounding of a large lse is off. A NaN stays one.
                 let exponent = exponent.select_greater(zero, zero, exponent);
-                let mut p = exponent.mul(log2_e).exp2();
+                let mut p = if OF_MAX {
+                    exponent.exp2().mul(inverse_sum)
+                } else {
+                    exponent.mul(log2_e).exp2()
+                };
                 let mut ds = p.mul(V::load(b.dp.add(place)).sub(delta));
                 if masked {
                     let key = V::splat(key as f32);

@@ -24,6 +24,10 @@ pub(in crate::device::cpu) struct One {
     pub scale_log2: f32,
     pub max: *mut f32,
     pub sum: *mut f32,
+    /// The key of the largest score so far, counted from the first of the sequence.
+    pub best: *mut u32,
+    /// Place of the tile's first key in the sequence.
+    pub first_key: usize,
     /// In whole registers.
     pub output: *mut f32,
 }
@@ -66,6 +70,10 @@ pub(super) unsafe fn one<V: Vector, const DTYPE: u8>(o: &One) {
             .iter()
             .fold(old, |max, &x| if x > max { x } else { max });
         *o.max = max;
+        if max > old {
+            let place = (0..o.keys).find(|&key| *o.scores.add(key) == max);
+            *o.best = (o.first_key + place.unwrap_or(0)) as u32;
+        }
         let origin = V::splat(if max == f32::NEG_INFINITY { 0.0 } else { max });
         let scale = V::splat(o.scale_log2);
         let mut sums = V::splat(0.0);

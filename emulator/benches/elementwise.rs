@@ -1,6 +1,6 @@
 //! Speed on an elementwise kernel (y = a x + y over a million floats), on one host thread.
 //!
-//! The item count is thread instructions, so the printed throughput is the number the README states.
+//! The item count is thread instructions, so the printed throughput is the number in the README.
 
 use divan::Bencher;
 use divan::counter::ItemsCount;

@@ -1,52 +1,52 @@
-//! Counters of a launch, as a profiler has them: instructions executed, bytes moved.
+//! Counters of a launch, like those of a profiler: instructions executed and bytes moved.
 //!
-//! Instructions are counted by index while running and gathered by opcode at the end, so counting costs two
-//! additions an instruction. Memory is counted where it is touched.
+//! Instructions are counted by index while the kernel runs and summed by opcode at the end, so counting costs two
+//! additions an instruction. Memory is counted at each access.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 
-/// Executions of one opcode.
+/// Number of executions of one opcode.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct OpcodeCount {
-    /// Times a warp issued it.
+    /// Number of times a warp issued it.
     pub warp: u64,
-    /// Lanes that executed it, predicated-off ones excluded.
+    /// Number of lanes that executed it, without predicated-off lanes.
     pub thread: u64,
 }
 
 /// Totals over all blocks of a launch.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// By opcode with its modifiers.
+    /// Executions by opcode with its modifiers.
     pub opcodes: BTreeMap<String, OpcodeCount>,
-    /// Instructions issued by warps.
+    /// Number of instructions that warps issued.
     pub warp_instructions: u64,
-    /// Instructions executed by lanes.
+    /// Number of instructions that lanes executed.
     pub thread_instructions: u64,
     /// Floating-point operations outside the tensor cores; an fma counts two.
     pub flops: u64,
-    /// Floating-point (and integer) operations of tensor-core instructions.
+    /// Floating-point and integer operations of tensor-core instructions.
     pub tensor_flops: u64,
-    /// Bytes of global memory that loads and copies asked for.
+    /// Bytes of global memory that loads and copies request.
     pub global_read_bytes: u64,
     /// Bytes of global memory that stores and copies wrote.
     pub global_written_bytes: u64,
-    /// 32-byte sectors that reads touched, counted an instruction of a warp at a time.
+    /// 32-byte sectors that reads touched, counted for each instruction of a warp.
     pub global_read_sectors: u64,
-    /// 32-byte sectors that writes touched.
+    /// 32-byte sectors that writes touched, counted for each instruction of a warp.
     pub global_written_sectors: u64,
     /// Bytes of shared memory read.
     pub shared_read_bytes: u64,
     /// Bytes of shared memory written.
     pub shared_written_bytes: u64,
-    /// Passes that shared memory needed: one an access of a warp, more where lanes meet in a bank.
+    /// Shared-memory wavefronts: one for each access of a warp, more with bank conflicts.
     pub shared_wavefronts: u64,
-    /// Passes beyond what the same bytes need without conflicts.
+    /// Shared-memory wavefronts beyond those needed without bank conflicts.
     pub shared_bank_conflicts: u64,
-    /// Lanes' atomic operations, `red` included.
+    /// Atomic operations of lanes, including `red`.
     pub atomics: u64,
-    /// Times a warp arrived at a block or cluster barrier.
+    /// Number of arrivals of warps at block or cluster barriers.
     pub barrier_waits: u64,
 }
 
@@ -82,7 +82,7 @@ impl Counters {
         ]
     }
 
-    /// Every total with its name, opcodes aside.
+    /// Lists all totals with their names, without opcodes.
     pub fn scalars(&self) -> Vec<(&'static str, u64)> {
         let mut copy = Counters {
             opcodes: BTreeMap::new(),
@@ -91,7 +91,7 @@ impl Counters {
         copy.scalars_mut().map(|(name, value)| (name, *value)).into()
     }
 
-    /// The counters as a JSON document.
+    /// Formats the counters as a JSON document.
     pub fn to_json(&self) -> String {
         let mut out = String::from("{\n");
         for (name, value) in self.scalars() {
@@ -127,7 +127,7 @@ impl fmt::Display for Counters {
     }
 }
 
-/// 32-byte sectors that a warp's accesses of `bytes` each touch.
+/// Counts the 32-byte sectors that a warp's accesses of `bytes` bytes each touch.
 pub(crate) fn sectors(addresses: &[u64], bytes: u64) -> u64 {
     let mut list = [0u64; 64];
     let mut n = 0;
@@ -153,8 +153,8 @@ pub(crate) fn sectors(addresses: &[u64], bytes: u64) -> u64 {
     1 + list.windows(2).filter(|w| w[0] != w[1]).count() as u64
 }
 
-/// Passes through the 32 banks that a warp's accesses need, and how many there would be without conflicts. Wide
-/// accesses go in groups of lanes that together ask for 128 bytes.
+/// Counts the wavefronts through the 32 banks that a warp's accesses need, and those needed without conflicts. Wide
+/// accesses are served in groups of lanes that read or write 128 bytes together.
 pub(crate) fn wavefronts(addresses: &[u64], bytes: u64) -> (u64, u64) {
     let group = (128 / bytes.clamp(4, 128)) as usize;
     let (mut total, mut least) = (0, 0);

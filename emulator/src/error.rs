@@ -1,9 +1,9 @@
-//! Errors that come before, or instead of, a report: text that is not PTX, an instruction nobody
-//! knows, a launch that no device would accept, and kernels that trap or never end.
+//! Errors that take the place of a report: text that is not PTX, an unknown instruction, an invalid launch, and
+//! kernels that trap or do not end.
 
 use thiserror::Error;
 
-/// Why a module could not be read, launched or run to its end.
+/// The reason why a module could not be read, launched or run to its end.
 #[derive(Debug, Clone, Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -12,11 +12,11 @@ pub enum Error {
     Syntax {
         /// Name given to [`Module::parse`](crate::Module::parse).
         file: String,
-        /// One-based line.
+        /// Line, counted from 1.
         line: u32,
-        /// Expected text, and the text that stood there.
+        /// Text that was expected, and the text found.
         message: String,
-        /// The source line.
+        /// Text of the line.
         text: String,
     },
     /// An instruction, or this combination of modifiers and operands, is not implemented.
@@ -24,29 +24,29 @@ pub enum Error {
     UnknownInstruction {
         /// Name given to [`Module::parse`](crate::Module::parse).
         file: String,
-        /// One-based line.
+        /// Line, counted from 1.
         line: u32,
-        /// Which part is not known.
+        /// The part that is not known.
         message: String,
-        /// The source line.
+        /// Text of the line.
         text: String,
     },
     /// The module has no kernel of this name.
     #[error("no entry `{name}` in {file}; it has: {available}")]
     NoEntry {
-        /// The name asked for.
+        /// Name asked for.
         name: String,
-        /// The module.
+        /// Name of the module.
         file: String,
-        /// The entries it does have.
+        /// Names of the module's entries.
         available: String,
     },
-    /// A launch argument lies outside what the device or the kernel allows.
+    /// A launch argument is outside of the limits of the device or the kernel.
     #[error("unusable launch of `{entry}`: {argument} is {value}, but {limit}")]
     Launch {
-        /// The kernel.
+        /// Name of the kernel.
         entry: String,
-        /// Which argument.
+        /// Name of the argument.
         argument: &'static str,
         /// Value of the argument.
         value: String,
@@ -56,7 +56,7 @@ pub enum Error {
     /// The kernel executed `trap`.
     #[error("{file}:{line}: trap executed by block {block}, warp {warp}, lanes {lanes:#010x}")]
     Trap {
-        /// The module.
+        /// Name of the module.
         file: String,
         /// Line of the `trap`.
         line: u32,
@@ -64,29 +64,29 @@ pub enum Error {
         block: String,
         /// Warp within the block.
         warp: u32,
-        /// Mask of lanes that executed it.
+        /// Mask of the lanes that executed it.
         lanes: u32,
     },
     /// The launch executed more thread instructions than it was allowed to.
     #[error("stopped after {executed} thread instructions (limit {limit}); last at {file}:{line}, block {block}")]
     Runaway {
-        /// The limit that was passed.
+        /// Limit that was exceeded.
         limit: u64,
-        /// Thread instructions executed when it was noticed.
+        /// Number of thread instructions executed when this was noticed.
         executed: u64,
-        /// The module.
+        /// Name of the module.
         file: String,
-        /// A line that was being executed.
+        /// Line of an instruction that was being executed.
         line: u32,
         /// Block coordinates, written x,y,z.
         block: String,
     },
-    /// The kernel did something that leaves no sensible way to go on.
+    /// The kernel did something after which it cannot continue.
     #[error("{file}:{line}: {message} (block {block}, warp {warp})")]
     Fault {
-        /// The module.
+        /// Name of the module.
         file: String,
-        /// One-based line.
+        /// Line, counted from 1.
         line: u32,
         /// Description of the fault.
         message: String,
@@ -100,30 +100,30 @@ pub enum Error {
     Memory(#[from] MemoryError),
 }
 
-/// Failures of the host's side of device memory.
+/// Errors of allocating, freeing and copying device memory on the host.
 #[derive(Debug, Clone, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MemoryError {
-    /// More than the device has left.
+    /// Less memory is free than was asked for.
     #[error("out of device memory: asked for {asked} bytes, {free} free")]
     OutOfMemory {
-        /// Bytes asked for.
+        /// Number of bytes asked for.
         asked: u64,
-        /// Bytes left.
+        /// Number of free bytes.
         free: u64,
     },
     /// A pointer that was not returned by `alloc`, or was freed already.
     #[error("{address:#x} is not the start of a live allocation")]
     NotAllocated {
-        /// The pointer.
+        /// Value of the pointer.
         address: u64,
     },
-    /// A copy that leaves its allocation.
+    /// A copy reaches outside of its allocation.
     #[error("copy of {bytes} bytes at {address:#x} does not fit in one live allocation")]
     OutOfBounds {
-        /// First byte of the copy.
+        /// Address of the first byte of the copy.
         address: u64,
-        /// Length of the range in bytes.
+        /// Length of the copy, in bytes.
         bytes: u64,
     },
 }

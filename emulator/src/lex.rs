@@ -1,7 +1,7 @@
-//! Text to tokens.
+//! Splits text into tokens.
 //!
-//! PTX words carry their dots: `mov.u32`, `%tid.x`, `.reg` and `.shared::cta` are one token each, which
-//! leaves the parser with a handful of token kinds. A token borrows from the text and knows its line.
+//! A PTX word includes its dots: `mov.u32`, `%tid.x`, `.reg` and `.shared::cta` are one token each, so the parser
+//! needs few token kinds. A token borrows from the text and has its line.
 
 /// One token of PTX.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -10,7 +10,7 @@ pub(crate) enum Token<'a> {
     Word(&'a str),
     /// Integer literal, as its 64 bits.
     Int(u64),
-    /// `0f…` literal or a decimal with a point, when written as single: the bits.
+    /// `0f…` literal, or a decimal with a point rounded to single: the bits.
     F32(u32),
     /// `0d…` literal: the bits.
     F64(u64),
@@ -43,7 +43,7 @@ pub(crate) struct LexError {
     pub message: String,
 }
 
-/// Splits `text` into tokens with their one-based lines. The last is always [`Token::End`].
+/// Splits `text` into tokens with their lines, counted from 1. The last is always [`Token::End`].
 pub(crate) fn tokens(text: &str) -> Result<Vec<(Token<'_>, u32)>, LexError> {
     let mut lexer = Lexer {
         text,
@@ -104,7 +104,7 @@ impl<'a> Lexer<'a> {
                     }
                 }
                 b'/' if self.peek(1) == b'*' => self.skip_comment()?,
-                // Tools hand over PTX as a C string; a final NUL is not part of the text.
+                // Some tools pass PTX as a C string; the final NUL is not part of the text.
                 0 if self.at < self.bytes.len() => self.at += 1,
                 _ => return Ok(()),
             }
@@ -152,7 +152,7 @@ impl<'a> Lexer<'a> {
         let directive = self.peek(0) == b'.';
         self.at += 1;
         loop {
-            // `.reg.b32` is two words, as `.reg .b32` is.
+            // `.reg.b32` is two words, like `.reg .b32`.
             if directive && self.peek(0) == b'.' {
                 return &self.text[start..self.at];
             }
@@ -214,7 +214,7 @@ impl<'a> Lexer<'a> {
     }
 }
 
-/// The value of a numeric literal (PTX ISA, "Constants").
+/// Returns the value of a numeric literal (PTX ISA, "Constants").
 fn literal(word: &str) -> Option<Token<'static>> {
     let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
     if let Some(bits) = word.strip_prefix("0f").or(word.strip_prefix("0F")) {

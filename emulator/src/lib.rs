@@ -1,9 +1,9 @@
-//! An emulator for NVIDIA PTX: it executes on the CPU the very text a GPU's driver would load, checks every memory
-//! access and every meeting of threads, and counts what a profiler counts.
+//! An emulator for NVIDIA PTX. It executes on the CPU the PTX that a GPU's driver would load, checks every memory
+//! access and all synchronisation of threads, and counts instructions and bytes like a profiler.
 //!
-//! A [`Module`] is parsed and decoded once; [`Module::launch`] runs one of its kernels on a [`DeviceMemory`] and
-//! returns a [`Report`] of findings and counters. PTX of any compiler is meant: what is right is what the PTX manual
-//! says, and an instruction that is not known is an error, never skipped.
+//! A [`Module`] is parsed and decoded once. [`Module::launch`] runs one of its kernels on a [`DeviceMemory`] and
+//! returns a [`Report`] of findings and counters. It accepts PTX of any compiler. The PTX manual defines the results,
+//! and an unknown instruction is an error, never skipped.
 //!
 //! ```
 //! use ptx_emulator::{DeviceMemory, Launch, Module, Options};
@@ -46,8 +46,8 @@
 //! # Ok::<(), ptx_emulator::Error>(())
 //! ```
 //!
-//! The way through: `lex` and `parse` say what the text says, `decode` gives each instruction its meaning as
-//! a variant of one table, `exec` performs it, `check` watches, `counters` counts.
+//! Modules in order: `lex` and `parse` read the text, `decode` turns each instruction into a variant of one table,
+//! `exec` executes it, `check` looks for errors, `counters` counts.
 
 mod check;
 mod counters;

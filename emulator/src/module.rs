@@ -15,17 +15,17 @@ use crate::request::{Launch, Options};
 #[derive(Debug)]
 pub struct Module {
     program: Program,
-    /// Tells the instances of modules apart in a device memory.
+    /// Identity of this instance among the modules of a device memory.
     id: u64,
 }
 
 impl Module {
-    /// Reads PTX. `file` is the name used in messages.
+    /// Parses and decodes PTX. `file` is the name used in messages.
     ///
     /// # Errors
     ///
-    /// [`Error::Syntax`] names the line that is not PTX. Instructions that are PTX but not known here
-    /// are reported by [`launch`](Self::launch), and only for entries that can reach them.
+    /// [`Error::Syntax`] with the line that is not PTX. Unknown instructions are reported by
+    /// [`launch`](Self::launch), and only for entries that can reach them.
     pub fn parse(text: &str, file: &str) -> Result<Module, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let source = Source::new(text, file);
@@ -48,27 +48,27 @@ impl Module {
         }
     }
 
-    /// The kernel of that name.
+    /// Returns the kernel of this name.
     pub fn entry(&self, name: &str) -> Option<&Entry> {
         self.program.entry(name)
     }
 
-    /// All kernels, in the order of the text.
+    /// Returns all kernels, in the order of the text.
     pub fn entries(&self) -> &[Entry] {
         &self.program.entries
     }
 
-    /// The `.target` of the module, such as `sm_90a`.
+    /// Returns the `.target` of the module, such as `sm_90a`.
     pub fn target(&self) -> &str {
         &self.program.target
     }
 
-    /// The name given to [`parse`](Self::parse).
+    /// Returns the name given to [`parse`](Self::parse).
     pub fn file(&self) -> &str {
         &self.program.source.file
     }
 
-    /// The text of a one-based line, trimmed; empty if there is none.
+    /// Returns the text of a line, counted from 1 and trimmed; empty if there is no such line.
     pub fn line(&self, line: u32) -> String {
         self.program.source.line(line)
     }
@@ -78,17 +78,18 @@ impl Module {
     /// # Errors
     ///
     /// [`Error::NoEntry`] and [`Error::Launch`] before anything runs, [`Error::UnknownInstruction`] if the entry can
-    /// reach an instruction that is not known, and [`Error::Trap`], [`Error::Fault`] or [`Error::Runaway`] from the run.
+    /// reach an unknown instruction, and [`Error::Trap`], [`Error::Fault`] or [`Error::Runaway`] from the run.
     pub fn launch(&self, memory: &DeviceMemory, launch: &Launch<'_>, options: &Options) -> Result<Report, Error> {
         self.launch_watched(memory, launch, options, &|_| ())
     }
 
-    /// [`launch`](Self::launch), which calls `ended` with a number of blocks whenever so many more have come to their end.
-    /// It is called from the host threads that ran them, several at a time, and must not panic.
+    /// Runs a kernel like [`launch`](Self::launch) and calls `ended` with the number of blocks that have ended since
+    /// the last call. The host threads that ran the blocks make these calls, several at a time; `ended` must not
+    /// panic.
     ///
     /// # Errors
     ///
-    /// Those of [`launch`](Self::launch).
+    /// The errors of [`launch`](Self::launch).
     pub fn launch_watched(
         &self,
         memory: &DeviceMemory,

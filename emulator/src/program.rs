@@ -1,4 +1,4 @@
-//! A decoded module: what the executor runs.
+//! A decoded module: the input of the executor.
 
 use std::collections::BTreeSet;
 
@@ -6,11 +6,11 @@ use crate::isa::types::Slot;
 use crate::isa::{Instr, Passed, Preload};
 use crate::parse::ast;
 
-/// The functions, kernels and variables of a module, and the text they came from.
+/// Functions, kernels and variables of a module, and the text they came from.
 #[derive(Debug)]
 pub(crate) struct Program {
     pub source: Source,
-    /// The `.target` of the module.
+    /// `.target` of the module.
     pub target: String,
     pub functions: Vec<Function>,
     pub variables: Vec<Variable>,
@@ -19,7 +19,7 @@ pub(crate) struct Program {
     pub entries: Vec<Entry>,
 }
 
-/// The text of a module, for messages.
+/// Text of a module, for messages.
 #[derive(Debug)]
 pub(crate) struct Source {
     /// Name of the file.
@@ -35,22 +35,22 @@ impl Source {
         }
     }
 
-    /// The text of a one-based line, trimmed; empty if there is none.
+    /// Returns the text of a line, counted from 1 and trimmed; empty if there is no such line.
     pub fn line(&self, line: u32) -> String {
         let text = self.lines.get((line as usize).wrapping_sub(1));
         let text = text.map_or("", |t| t.trim());
-        // One line of generated PTX can be a megabyte.
+        // A line of generated PTX can have a megabyte.
         text.chars().take(200).collect()
     }
 }
 
 impl Program {
-    /// The kernel of that name.
+    /// Returns the kernel of this name.
     pub fn entry(&self, name: &str) -> Option<&Entry> {
         self.entries.iter().find(|e| e.name == name)
     }
 
-    /// Functions that can run once `entry` is launched, itself first.
+    /// Returns the functions that can run when `entry` is launched, `entry` first.
     pub(crate) fn reachable(&self, entry: u32) -> Vec<u32> {
         let mut seen = vec![false; self.functions.len()];
         let mut order = vec![entry];
@@ -61,7 +61,7 @@ impl Program {
             let mut next: Vec<u32> = function.calls.clone();
             next.extend(&function.address_taken);
             if function.calls_indirectly {
-                // Anything whose address some initialiser holds may be the target.
+                // An indirect call may reach any function whose address an initialiser holds.
                 let all = self.variables.iter().flat_map(|v| &v.relocations);
                 next.extend(all.filter_map(|(_, target, _)| match target {
                     Relocation::Function(index) => Some(*index),
@@ -87,29 +87,29 @@ pub struct Entry {
     pub name: String,
     /// Parameters, in order.
     pub params: Vec<Parameter>,
-    /// Bytes of the parameter buffer.
+    /// Size of the parameter buffer, in bytes.
     pub param_bytes: u32,
-    /// `.maxntid`: most threads a block may have, by dimension.
+    /// `.maxntid`: largest block shape.
     pub max_threads: Option<[u32; 3]>,
-    /// `.reqntid`: the block shape it was compiled for.
+    /// `.reqntid`: block shape that the kernel was compiled for.
     pub required_threads: Option<[u32; 3]>,
-    /// `.reqnctapercluster`: the cluster shape it was compiled for.
+    /// `.reqnctapercluster`: cluster shape that the kernel was compiled for.
     pub required_cluster: Option<[u32; 3]>,
-    /// `.maxnreg`: registers a thread may use.
+    /// `.maxnreg`: largest number of registers of a thread.
     pub max_registers: Option<u32>,
-    /// Line of its declaration.
+    /// Line of the declaration.
     pub line: u32,
     pub(crate) function: u32,
 }
 
-/// One kernel parameter.
+/// A kernel parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parameter {
     /// Name in the text.
     pub name: String,
     /// Byte offset in the parameter buffer.
     pub offset: u32,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u32,
     /// Alignment in bytes.
     pub align: u32,
@@ -135,7 +135,7 @@ pub(crate) struct Function {
     pub preloads: Vec<(Slot, Preload)>,
     /// Kernel parameters.
     pub params: Vec<Parameter>,
-    /// Where a called function finds its arguments and leaves its results.
+    /// Location of a called function's arguments and results.
     pub formals: Vec<Passed>,
     pub returns: Vec<Passed>,
     pub frame_bytes: u64,
@@ -143,7 +143,7 @@ pub(crate) struct Function {
     pub calls: Vec<u32>,
     pub calls_indirectly: bool,
     pub address_taken: Vec<u32>,
-    /// Module variables it names.
+    /// Module variables that the function names.
     pub variables: BTreeSet<u32>,
     pub unknown: Vec<Unknown>,
     pub directives: ast::Directives,
@@ -175,7 +175,7 @@ impl Function {
     }
 }
 
-/// Where a module variable lives.
+/// State space of a module variable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum VariableSpace {
     Global,
@@ -183,22 +183,22 @@ pub(crate) enum VariableSpace {
     Shared,
 }
 
-/// A variable of the module, or a static one of a function.
+/// A variable of the module, or a static variable of a function.
 #[derive(Debug, Clone)]
 pub(crate) struct Variable {
     pub name: String,
     pub space: VariableSpace,
     pub size: u64,
     pub align: u64,
-    /// Dynamic shared memory, or a symbol defined elsewhere.
+    /// True for dynamic shared memory, or a symbol defined elsewhere.
     pub is_extern: bool,
-    /// Bytes of the initialiser, from the start; empty if there is none.
+    /// Bytes of the initialiser, from the start of the variable; empty if there is none.
     pub init: Vec<u8>,
     /// 8-byte addresses to write over `init`: offset, symbol, addend.
     pub relocations: Vec<(u64, Relocation, u64)>,
 }
 
-/// The symbol whose address an initialiser holds.
+/// Symbol whose address an initialiser holds.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Relocation {
     Variable(u32),

@@ -1,44 +1,44 @@
-//! Results of a launch: findings, bounded in number, and counters.
+//! Results of a launch: a bounded list of findings, and counters.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use crate::counters::Counters;
 
-/// Kind of fault.
+/// Kind of finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum FindingKind {
-    /// An access outside every allocation, or outside the shared, local or parameter memory there is.
+    /// An access outside of every allocation, or outside of the shared, local or parameter memory.
     OutOfBounds,
-    /// An address that is not a multiple of what the instruction needs.
+    /// An address that is not a multiple of the alignment that the instruction needs.
     Misaligned,
     /// An access to memory that was freed.
     UseAfterFree,
-    /// A branch, an address, an operand or a stored result that depends on bytes which were never written.
+    /// A branch, an address, an operand or a stored result that depends on bytes that were never written.
     Uninitialized,
-    /// Two accesses to shared memory that nothing orders.
+    /// Two accesses to shared memory that are not ordered.
     SharedRace,
-    /// Accesses of two blocks to global memory that nothing orders.
+    /// Accesses of two blocks to global memory that are not ordered.
     GlobalRace,
     /// Data written through the generic proxy and used by the async proxy without `fence.proxy.async`.
     MissingProxyFence,
-    /// A register or memory that belongs to an asynchronous operation that was not waited for.
+    /// An access to a register or memory of an asynchronous operation before its wait.
     UnawaitedAsync,
-    /// Threads that had to arrive together did not.
+    /// Threads that had to arrive together at a barrier did not.
     BarrierDivergence,
-    /// Nobody can go on.
+    /// No thread can continue.
     Deadlock,
     /// An mbarrier used against its rules.
     Mbarrier,
-    /// A limit of the device or of the launch was passed.
+    /// A limit of the device or of the launch was exceeded.
     Limit,
-    /// An operand the instruction gives no meaning to.
+    /// An operand for which the instruction is not defined.
     InvalidOperand,
 }
 
 impl FindingKind {
-    /// A short name, as printed.
+    /// Returns the short name that messages use.
     pub fn name(self) -> &'static str {
         match self {
             FindingKind::OutOfBounds => "out of bounds",
@@ -58,26 +58,26 @@ impl FindingKind {
     }
 }
 
-/// One thing that was wrong, and where.
+/// A fault and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// Kind of fault.
+    /// Kind of finding.
     pub kind: FindingKind,
     /// Name of the module's file.
     pub file: String,
     /// Line of the instruction.
     pub line: u32,
-    /// Text of that line, trimmed.
+    /// Text of the line, trimmed.
     pub text: String,
     /// Block coordinates.
     pub block: [u32; 3],
     /// Warp within the block.
     pub warp: u32,
-    /// Lane within the warp, where one is to blame.
+    /// Lane within the warp, if one lane is at fault.
     pub lane: Option<u32>,
-    /// The address in its state space.
+    /// Address in its state space.
     pub address: Option<u64>,
-    /// The rest of the sentence, the earlier conflicting access included.
+    /// Description of the fault, including the earlier access of a conflict.
     pub message: String,
 }
 
@@ -96,25 +96,25 @@ impl fmt::Display for Finding {
     }
 }
 
-/// The outcome of a launch that ran to its end.
+/// Results of a launch that ran to its end.
 #[derive(Debug, Clone)]
 pub struct Report {
     /// The first findings, in order of block; see [`Options::max_findings`](crate::Options).
     pub findings: Vec<Finding>,
-    /// How many there were in all.
+    /// Number of all findings, including those not kept.
     pub total_findings: u64,
     /// Counters of instructions executed and bytes moved.
     pub counters: Counters,
 }
 
 impl Report {
-    /// True if no check found anything.
+    /// Returns true if no check found anything.
     pub fn is_clean(&self) -> bool {
         self.total_findings == 0
     }
 }
 
-/// Findings of one kind at one line that are kept, so that one loop does not crowd out the rest.
+/// Number of findings of one kind at one line that are kept, so that one loop does not displace the others.
 const PER_LINE: u32 = 4;
 
 /// A bounded list of findings.
@@ -131,7 +131,7 @@ impl Findings {
         Self { max, ..Self::default() }
     }
 
-    /// Counts a finding; keeps what `make` returns if there is room.
+    /// Counts a finding, and keeps the one that `make` returns if there is room.
     pub fn add(&mut self, kind: FindingKind, line: u32, make: impl FnOnce() -> Finding) {
         self.total += 1;
         if self.kept.len() >= self.max {

@@ -1,4 +1,4 @@
-//! A launch: which kernel on how many blocks, and how it is run.
+//! A launch request: kernel, grid, parameters and options.
 
 use crate::check::Checks;
 
@@ -7,41 +7,42 @@ use crate::check::Checks;
 pub struct Launch<'a> {
     /// Name of the kernel.
     pub entry: &'a str,
-    /// Blocks in x, y, z.
+    /// Number of blocks in x, y, z.
     pub grid: [u32; 3],
-    /// Threads of a block in x, y, z.
+    /// Threads per block in x, y, z.
     pub block: [u32; 3],
-    /// Blocks of a cluster in x, y, z; `[1, 1, 1]` for none.
+    /// Blocks per cluster in x, y, z; `[1, 1, 1]` without clusters.
     pub cluster: [u32; 3],
-    /// Bytes of dynamic shared memory.
+    /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: u32,
-    /// The parameter buffer, each parameter at its offset (see [`Entry::params`](crate::Entry::params)).
+    /// Parameter buffer, with each parameter at its offset (see [`Entry::params`](crate::Entry::params)).
     pub params: &'a [u8],
 }
 
 impl Launch<'_> {
-    /// Coordinates of a block by its number.
+    /// Returns the coordinates of block number `linear`.
     pub(crate) fn block_coordinates(&self, linear: u32) -> [u32; 3] {
         let [x, y, _] = self.grid;
         [linear % x, linear / x % y, linear / x / y]
     }
 }
 
-/// How to run it.
+/// Options of a launch.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Decides the order of warps and the moments at which asynchronous work lands.
+    /// Seed of the order of warps and of the times at which asynchronous work lands.
     pub seed: u64,
-    /// Which checks are on.
+    /// Selection of checks.
     pub checks: Checks,
-    /// Thread instructions after which the launch is stopped with [`Error::Runaway`](crate::error::Error::Runaway).
+    /// Number of thread instructions after which the launch is stopped with
+    /// [`Error::Runaway`](crate::error::Error::Runaway).
     pub max_instructions: Option<u64>,
-    /// Host threads to use; all cores if `None`. Results do not depend on it.
+    /// Number of host threads; `None` for all cores. Results do not depend on it.
     pub threads: Option<usize>,
-    /// Findings that are kept; the rest are counted.
+    /// Number of findings that are kept; the others are only counted.
     pub max_findings: usize,
-    /// Most bytes of shared memory a block may have; what the module's target has if `None` (163 KiB for sm_80, 227 KiB
-    /// for sm_90).
+    /// Largest shared memory of a block, in bytes. `None` for that of the module's target: 163 KiB for sm_80, 227 KiB
+    /// for sm_90.
     pub max_shared_bytes: Option<u32>,
 }
 

@@ -1,6 +1,6 @@
-//! The seeded part of a run: which warp goes next, for how long, and when asynchronous work lands.
+//! The seeded choices of a run: the next warp, the length of its turn, and the time at which asynchronous work lands.
 
-/// A small generator (splitmix64), seeded by launch seed and block so that results do not depend on host threads.
+/// A small generator (splitmix64). It is seeded by launch seed and block, so results do not depend on host threads.
 #[derive(Debug, Clone)]
 pub(crate) struct Rng(u64);
 
@@ -19,25 +19,25 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `n`, which is not zero.
+    /// Returns a number below `n`, which is not zero.
     pub fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 }
 
-/// When an asynchronous operation takes effect.
+/// Time at which an asynchronous operation takes effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Landing {
-    /// At its issue.
+    /// At once, when it is issued.
     Now,
-    /// When this many scheduler steps have passed, or at its wait.
+    /// After this many scheduler steps, or at its wait.
     Tick(u64),
-    /// When it is waited for.
+    /// At its wait.
     AtWait,
 }
 
 impl Landing {
-    /// True if an operation with this landing is due at `tick`.
+    /// Returns true if an operation with this landing is due at `tick`.
     pub fn due(self, tick: u64) -> bool {
         match self {
             Landing::Now => true,
@@ -47,7 +47,7 @@ impl Landing {
     }
 }
 
-/// How the landings of one block are drawn: each block leans one way, so that among a few seeds each extreme is met.
+/// Distribution of the landings of one block. Each block prefers one kind, so that a few seeds cover each extreme.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Temper {
     Eager,
@@ -77,31 +77,32 @@ impl Temper {
     }
 }
 
-/// Steps a cluster runs before another gets a turn, at most.
+/// Most steps that a cluster runs before another gets a turn.
 const TURN: u64 = 1 << 16;
-/// Clusters that take turns, at most: about what a large device holds.
+/// Most clusters that take turns, about the number that a large device runs at a time.
 const MAX_RESIDENT: usize = 160;
-/// Host memory that clusters in turn may take before anybody has shown to wait for a later one.
+/// Host memory that clusters in turn may use while none is known to wait for a later one, in bytes.
 const SOFT_BYTES: usize = 256 << 20;
 
-/// Whose turn it is among clusters that may wait for each other. They start in order, as on a device, but from there
-/// on each seed leans one way.
+/// Order of turns among clusters that may wait for each other. They start in order, as on a device; after that each
+/// seed prefers one order.
 #[derive(Debug)]
 pub(crate) struct Turns {
     rng: Rng,
     lean: Lean,
-    /// Clusters that may be under way; grows as long as nobody ends, so that who waits for a later one gets it.
+    /// Number of clusters that may run at a time. It grows while none ends, so that a cluster that waits for a later
+    /// one gets it.
     most: usize,
     since_end: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Lean {
-    /// Long turns, one after another: the first ends first.
+    /// Long turns in order: the first cluster ends first.
     Forward,
-    /// Everybody starts, then the last goes first.
+    /// All clusters start, then the last one goes first.
     Backward,
-    /// Turns of any length, of anybody.
+    /// Turns of any length, in any order.
     Mixed,
 }
 
@@ -125,12 +126,12 @@ impl Turns {
         }
     }
 
-    /// Clusters that may be under way now.
+    /// Returns the number of clusters that may run now.
     pub fn most(&self) -> usize {
         self.most
     }
 
-    /// Which of `n` waiting clusters goes next; they stand in the order of their last turns.
+    /// Chooses the next of `n` waiting clusters, which are in the order of their last turns.
     pub fn choose(&mut self, n: usize) -> usize {
         self.since_end += 1;
         if self.since_end > 2 * self.most && self.most < MAX_RESIDENT {
@@ -139,14 +140,14 @@ impl Turns {
         }
         match self.lean {
             Lean::Forward => 0,
-            // The last, unless it only waits for others: then everybody gets a turn.
+            // The last cluster goes first. If it only waits for others, all get a turn.
             Lean::Backward if self.since_end <= 1 => n - 1,
             Lean::Backward => 0,
             Lean::Mixed => self.rng.below(n as u64) as usize,
         }
     }
 
-    /// Steps of the turn that begins; `fresh` if it is the cluster's first.
+    /// Returns the steps of the turn that begins; `fresh` is true for the cluster's first turn.
     pub fn length(&mut self, fresh: bool) -> u64 {
         match self.lean {
             Lean::Forward => TURN,
@@ -156,7 +157,7 @@ impl Turns {
         }
     }
 
-    /// A cluster came to its end.
+    /// Records that a cluster ended.
     pub fn ended(&mut self) {
         self.since_end = 0;
     }

@@ -1,4 +1,4 @@
-//! Arbitrary text through the parser, and whatever it accepts through a short run: nothing may panic or hang.
+//! Parses arbitrary text and runs whatever parses for a short time: nothing may panic or hang.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

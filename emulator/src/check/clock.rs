@@ -1,13 +1,13 @@
-//! Vector clocks: who knows of whose past.
+//! Vector clocks: for each agent, how much of the others' past is known to be done.
 //!
-//! Every agent (a warp, or one of a warp's asynchronous engines) counts its own steps; a clock says, for every
-//! agent, up to which step its effects are known to be done. Synchronisation joins clocks. An access is ordered
-//! after an earlier one if its clock knows of the step in which that one was made (Lamport's happens-before).
+//! An agent is a warp, or one of a warp's asynchronous engines. Every agent counts its own steps. A clock holds, for
+//! every agent, the step up to which its effects are known to be done. Synchronisation joins clocks. An access is
+//! ordered after an earlier one if its clock includes the step of the earlier one (Lamport's happens-before).
 
 /// Identifies an agent within a cluster.
 pub(crate) type Agent = u32;
 
-/// Steps known, by agent. Missing entries are zero.
+/// Known steps by agent; missing entries are 0.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Clock {
     steps: Vec<u32>,
@@ -45,8 +45,8 @@ impl Clock {
     }
 }
 
-/// Clocks that a synchronisation object or a warp carries: what is known through the generic proxy, and which generic
-/// writes a proxy fence has made known to the async proxy as well.
+/// Clocks of a warp or a synchronisation object: the steps known through the generic proxy, and the generic writes
+/// that a proxy fence has also made known to the async proxy.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Knowledge {
     pub generic: Clock,

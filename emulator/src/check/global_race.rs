@@ -1,22 +1,22 @@
 //! Races between blocks in global memory.
 //!
-//! Each 4-byte cell remembers the block of its last write and of its last read, with that block's epoch. Blocks
-//! that synchronise through strong operations pass on what they know of each other's epochs: a release all of it, a
-//! relaxed or volatile operation what the block's last fence covered. Every strong operation learns what it finds; a
-//! fence after a relaxed read is not asked for. Two accesses with no such path between them, one of them a write,
-//! race. Accesses within a block are not looked at.
+//! Each 4-byte cell records the block and the epoch of its last write and of its last read. Blocks that synchronise
+//! through strong operations pass on the epochs of other blocks that they know: a release passes on all of them, a
+//! relaxed or volatile operation those that the block's last fence covered. Every strong operation learns the epochs
+//! that it finds; no fence after a relaxed read is required. Two accesses race if at least one is a write and no such
+//! path leads from one to the other. Accesses within one block are not checked.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Launches of more blocks than this are not watched.
+/// Largest launch that is checked, in blocks.
 pub(crate) const MAX_BLOCKS: u64 = (1 << 24) - 2;
 
 const PAGE_CELLS: usize = 1024;
 
-/// A cell packs block + 1 (24 bits), epoch (12 bits), bytes (4 bits), whether the access was strong and whether it was
-/// an atomic update, and the line (22 bits).
+/// A cell in one word: block + 1 (24 bits), epoch (12 bits), bytes (4 bits), two flags (strong access, atomic
+/// update), and line (22 bits).
 #[derive(Clone, Copy)]
 struct Packed(u64);
 
@@ -58,7 +58,7 @@ impl Packed {
     }
 }
 
-/// Who accesses: the block, its epoch, the line, whether the access is strong, and whether it is an atomic update.
+/// The accessing block, its epoch, the line, and two flags: strong access, atomic update.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Who {
     pub block: u32,
@@ -68,10 +68,10 @@ pub(crate) struct Who {
     pub update: bool,
 }
 
-/// Addresses of strong operations that are followed; with more, the check gives up rather than grow.
+/// Number of addresses of strong operations that are tracked. With more, the check stops.
 const MAX_OBJECTS: usize = 1 << 14;
 
-/// Last write, last read, and what that write left there (see [`left_by`]).
+/// Last write, last read, and the bytes that the last write left (see [`left_by`]).
 type Page = Box<[[AtomicU64; 3]]>;
 
 /// An earlier access by another block.
@@ -80,12 +80,12 @@ pub(crate) struct Conflict {
     pub block: u32,
     pub line: u32,
     pub was_write: bool,
-    /// An ordinary read of what another block updates atomically: a first guess, if the reader goes on to update the
-    /// location too.
+    /// An ordinary read of a location that another block updates atomically. It is a first guess, and no race, if the
+    /// reader then updates the location too.
     pub guess: bool,
 }
 
-/// The shadow of all global memory during one launch.
+/// Shadow of all global memory during one launch.
 #[derive(Debug)]
 pub(crate) struct GlobalShadow {
     /// Pages of each allocation of the view.
@@ -101,15 +101,15 @@ struct Sync {
     gave_up: bool,
 }
 
-/// Epochs of other blocks that a block knows of, and its own epoch.
+/// Epochs of other blocks that a block knows, and its own epoch.
 #[derive(Debug, Default)]
 struct Block {
     known: HashMap<u32, u32>,
-    /// Epochs that it knew at its last fence.
+    /// Epochs that the block knew at its last fence.
     fenced: HashMap<u32, u32>,
 }
 
-/// Adds what `other` knows.
+/// Adds the epochs that `other` knows.
 fn join(mine: &mut HashMap<u32, u32>, other: &HashMap<u32, u32>) {
     for (block, epoch) in other {
         let known = mine.entry(*block).or_insert(0);
@@ -117,8 +117,8 @@ fn join(mine: &mut HashMap<u32, u32>, other: &HashMap<u32, u32>) {
     }
 }
 
-/// Record of the bytes that a write of `stored` at `at` leaves in a cell: a mask of bytes above their values; zero if the
-/// bytes are not known.
+/// Packs the bytes that a write of `stored` at `at` leaves in a cell: a mask of bytes above their values. It is 0 if
+/// the bytes are not known.
 fn left_by(stored: &[u8], at: usize, cell: usize) -> u64 {
     let mut left = 0;
     for byte in 0..4 {
@@ -131,7 +131,7 @@ fn left_by(stored: &[u8], at: usize, cell: usize) -> u64 {
 }
 
 impl GlobalShadow {
-    /// For allocations of these lengths.
+    /// Makes a shadow for allocations of these lengths.
     pub fn new(lengths: impl Iterator<Item = usize>) -> Self {
         let pages = lengths.map(|len| {
             let n = len.div_ceil(4 * PAGE_CELLS);
@@ -143,8 +143,9 @@ impl GlobalShadow {
         }
     }
 
-    /// A block's strong operation on an address: it learns what others left there, and leaves what it knows (if it
-    /// releases) or what its last fence covered. Returns the block's epoch; after a release it is in the next one.
+    /// Performs a block's strong operation on an address: the block learns the epochs left there, and leaves those it
+    /// knows (release) or those its last fence covered. Returns the block's epoch, which a release advances
+    /// afterwards.
     pub fn synchronize(&self, block: u32, address: u64, release: bool) -> u32 {
         let mut sync = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
         let Sync {
@@ -169,7 +170,7 @@ impl GlobalShadow {
         epoch
     }
 
-    /// A fence: what the block did until now may be passed on by relaxed operations. Returns its next epoch.
+    /// Performs a fence: relaxed operations may now pass on what the block did before. Returns its next epoch.
     pub fn fence(&self, block: u32) -> u32 {
         let mut sync = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
         let Block { known, fenced } = sync.blocks.entry(block).or_default();
@@ -186,8 +187,8 @@ impl GlobalShadow {
         sync.gave_up || epoch == 0xfff || known.is_some_and(|k| *k >= epoch)
     }
 
-    /// Records an access of `bytes` at offset `at` of an allocation; returns a conflict.
-    /// `stored` are the bytes of a write, or nothing. Two blocks that write the same bytes do not race.
+    /// Records an access of `bytes` bytes at offset `at` of an allocation, and returns a conflict. `stored` holds the
+    /// bytes of a write and is empty for a read. Two blocks that write the same bytes do not race.
     pub fn access(
         &self,
         allocation: usize,
@@ -231,7 +232,7 @@ impl GlobalShadow {
     fn conflict(&self, old: Packed, who: &Who, mask: u8, was_write: bool, write: bool) -> Option<Conflict> {
         let other = old.block()?;
         let harmless = other == who.block || old.bytes() & mask == 0;
-        // Whether a read before an update is one of the guesses of a compare-and-swap loop cannot be told from here.
+        // A read before an update may be a guess of a compare-and-swap loop, which cannot be decided yet.
         let guessed = who.update && !was_write;
         if harmless || guessed || old.strong() && who.strong || self.knows(who.block, other, old.epoch()) {
             return None;

@@ -1,16 +1,16 @@
 //! Ordinary reads that may be the first guess of a compare-and-swap loop.
 //!
-//! Such a read races with the updates of other threads, and is harmless: the compare-and-swap tells whether the guess was
-//! right. A read is taken for a guess if a compare-and-swap on the same address register follows it in the text
-//! (`Load::guess`), or if some thread of the launch that read there went on to update what it had read. The other reads
-//! are findings when the launch has ended.
+//! Such a read races with the updates of other threads, but does no harm: the compare-and-swap fails if the guess was
+//! wrong. A read counts as a guess in two cases: a compare-and-swap on the same address register follows it in the
+//! text (`Load::guess`), or some thread of the launch that read there then updated what it had read. All other such
+//! reads become findings when the launch ends.
 
 use std::collections::{HashMap, HashSet};
 
 use super::shared_race::Site;
 use crate::report::{Finding, Findings};
 
-/// Guesses of a cluster that are remembered; further ones are findings at once.
+/// Number of guesses that a cluster remembers. Further ones become findings at once.
 const MAX_GUESSES: usize = 1 << 12;
 
 /// Place of a read: an address of global memory, or a block and an offset in its shared memory.
@@ -24,13 +24,13 @@ pub(crate) enum Location {
 #[derive(Debug)]
 struct Guess {
     site: Site,
-    /// Who read: a block for global memory, an agent for shared memory.
+    /// The reading block for global memory, the reading agent for shared memory.
     reader: u32,
     location: Location,
     finding: Finding,
 }
 
-/// The reads of a cluster that are not yet findings.
+/// Reads of a cluster that may still prove to be guesses.
 #[derive(Debug, Default)]
 pub(crate) struct Guesses {
     open: Vec<Guess>,
@@ -38,7 +38,7 @@ pub(crate) struct Guesses {
 }
 
 impl Guesses {
-    /// Remembers a read; gives the finding back if there is no more room.
+    /// Remembers a read; returns the finding if there is no room left.
     pub fn add(&mut self, site: Site, reader: u32, location: Location, finding: Finding) -> Option<Finding> {
         if self.open.len() >= MAX_GUESSES {
             return Some(finding);
@@ -52,7 +52,7 @@ impl Guesses {
         None
     }
 
-    /// `reader` updates a location: what it read there before was a guess.
+    /// Records that `reader` updates a location: an earlier read by it there was a guess.
     pub fn updated(&mut self, reader: u32, location: Location) {
         let confirmed = &mut self.confirmed;
         self.open.retain(|guess| {
@@ -65,7 +65,7 @@ impl Guesses {
     }
 }
 
-/// The guesses of all clusters of a launch, by the place of the read.
+/// Possible guesses of all clusters of a launch, by the place of the read.
 #[derive(Debug, Default)]
 pub(crate) struct AllGuesses {
     open: HashMap<Site, Findings>,
@@ -73,7 +73,7 @@ pub(crate) struct AllGuesses {
 }
 
 impl AllGuesses {
-    /// Adds those of a cluster that has ended, of which `max` findings are kept.
+    /// Adds the reads of a cluster that has ended, and keeps at most `max` findings of them.
     pub fn merge(&mut self, other: Guesses, max: usize) {
         self.confirmed.extend(other.confirmed);
         for guess in other.open {
@@ -83,7 +83,7 @@ impl AllGuesses {
         }
     }
 
-    /// The reads that were no guesses, in the order of the text.
+    /// Returns the findings of reads that were no guesses, in the order of the text.
     pub fn finish(mut self) -> Vec<Findings> {
         self.open.retain(|site, _| !self.confirmed.contains(site));
         let mut open: Vec<(Site, Findings)> = self.open.into_iter().collect();

@@ -1,4 +1,4 @@
-//! The checks: observers of what the executor does to memory and of how threads meet.
+//! The checks. They observe memory accesses and synchronisation in the executor.
 
 pub(crate) mod clock;
 pub(crate) mod definedness;
@@ -8,29 +8,29 @@ pub(crate) mod shared_race;
 
 use crate::report::FindingKind;
 
-/// Which checks are on. The accesses themselves stay safe for the host whatever is switched off: an access outside
-/// all memory then ends the launch, as it would on a device.
+/// Selection of checks. Accesses are memory-safe for the host in any case: with `bounds` off, an access outside of
+/// all memory ends the launch, as it would on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Checks {
     /// Out-of-bounds accesses and uses after free.
     pub bounds: bool,
     /// Addresses that are not naturally aligned.
     pub alignment: bool,
-    /// Branches, addresses, operands and results that depend on bytes of global, shared or local memory which were never
-    /// written.
+    /// Branches, addresses, operands and results that depend on bytes of global, shared or local memory that were
+    /// never written.
     pub uninitialized: bool,
-    /// Unordered accesses to shared memory, asynchronous ones and their proxies included.
+    /// Unordered accesses to shared memory, including asynchronous ones and missing proxy fences.
     pub shared_races: bool,
     /// Unordered accesses of different blocks to global memory.
     pub global_races: bool,
-    /// Registers of asynchronous operations touched before their wait.
+    /// Accesses to registers of asynchronous operations before their wait.
     pub registers: bool,
     /// Divergent barriers and mbarrier misuse.
     pub barriers: bool,
 }
 
 impl Checks {
-    /// True if findings of this kind are wanted. Deadlocks, limits and operands without a meaning always are.
+    /// Returns true if findings of this kind are reported. Deadlocks, limits and invalid operands always are.
     pub(crate) const fn covers(&self, kind: FindingKind) -> bool {
         match kind {
             FindingKind::OutOfBounds | FindingKind::UseAfterFree => self.bounds,
@@ -44,7 +44,7 @@ impl Checks {
         }
     }
 
-    /// Every check.
+    /// Returns the selection of all checks.
     pub const fn all() -> Self {
         Self {
             bounds: true,
@@ -57,7 +57,7 @@ impl Checks {
         }
     }
 
-    /// No check.
+    /// Returns the empty selection.
     pub const fn none() -> Self {
         Self {
             bounds: false,

@@ -1,21 +1,22 @@
 //! Races in shared memory.
 //!
-//! For each 4-byte cell of a block's shared memory the detector keeps the last write (agent, step, which of the four
-//! bytes, instruction) and, for every agent, the step and the bytes of its last read. An access races if an earlier one to the
-//! same byte, at least one of the two being a write, is not in the accessing agent's [`Clock`](super::clock::Clock).
+//! For each 4-byte cell of a block's shared memory the detector keeps the last write (agent, step, bytes of the cell,
+//! instruction) and, for every agent, the step and the bytes of its last read. An access races with an earlier access
+//! to the same byte if at least one of them is a write and the earlier one is not in the accessing agent's
+//! [`Clock`](super::clock::Clock).
 //!
-//! A store that leaves the bytes as they are (several warps writing the same value, as compilers do with replicated
-//! data) cannot be told from no store: it conflicts with nobody, and whoever is ordered after it may read the bytes.
-//! Such stores are kept as echoes of the last write; a store that does change the bytes must be ordered after all.
+//! Compilers let several warps write the same value to replicated data. Such a store, which leaves the bytes as they
+//! are, conflicts with no access, and an access ordered after it may read the bytes. Such stores are kept as echoes
+//! of the last write. A store that changes the bytes must be ordered after the last write and all its echoes.
 //!
-//! Agents are warps and their asynchronous engines. Lanes of one warp count as ordered by the warp: a race between
-//! them is not looked for.
+//! Agents are warps and their asynchronous engines. Lanes of one warp count as ordered: races between them are not
+//! detected.
 
 use std::collections::HashMap;
 
 use super::clock::{Agent, Knowledge};
 
-/// Kind of agent. Each warp has one of each; the last three act for it asynchronously.
+/// Kind of agent. Each warp has one agent of each kind; the last three run asynchronously.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Engine {
     /// The warp's own instructions.
@@ -50,16 +51,16 @@ impl Engine {
         (warp * ENGINES + engine) as Agent
     }
 
-    /// True if it accesses memory through the async proxy.
+    /// Returns true if the engine accesses memory through the async proxy.
     pub fn is_async_proxy(self) -> bool {
         matches!(self, Engine::Bulk | Engine::Wgmma)
     }
 }
 
-/// Bits of a read's record that say which of a cell's bytes it covered.
+/// Number of bits in a read's record that tell which bytes of the cell it covered.
 const MASK_BITS: u32 = 4;
 
-/// Where an access was made: function and instruction.
+/// Place of an access: function and instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) struct Site {
     pub function: u32,
@@ -71,14 +72,14 @@ struct Cell {
     agent: Agent,
     step: u32,
     site: Site,
-    /// Bytes the write covered; zero if there was none.
+    /// Bytes that the write covered; 0 if there was none.
     bytes: u8,
-    /// It was an atomic update.
+    /// True for an atomic update.
     update: bool,
     read_site: Site,
 }
 
-/// A store of the very bytes that were there, by an agent that did not know of their writer.
+/// A store of the bytes that were already there, by an agent that is not ordered after their writer.
 #[derive(Debug, Clone, Copy)]
 struct Echo {
     agent: Agent,
@@ -93,31 +94,31 @@ pub(crate) struct Conflict {
     pub agent: Agent,
     pub site: Site,
     pub was_write: bool,
-    /// Ordered, but the proxy fence is missing.
+    /// True if the accesses are ordered and only the proxy fence is missing.
     pub only_proxy: bool,
-    /// The write was an atomic update.
+    /// True if the write was an atomic update.
     pub was_update: bool,
 }
 
-/// The shadow of one block's shared memory.
+/// Shadow of one block's shared memory.
 #[derive(Debug)]
 pub(crate) struct SharedShadow {
     cells: Vec<Cell>,
-    /// Last reads: one row of `agents` a cell, each the step and, in the low bits, the bytes read in it.
+    /// Last reads, `agents` entries a cell: the step and, in the low bits, the bytes read in it.
     reads: Vec<u32>,
-    /// By cell.
+    /// Echoes by cell.
     echoes: HashMap<usize, Vec<Echo>>,
     agents: usize,
 }
 
-/// Who accesses: agent, its step, and what it knows.
+/// The accessing agent, its step, and its knowledge.
 #[derive(Clone, Copy)]
 pub(crate) struct Accessor<'a> {
     pub agent: Agent,
     pub step: u32,
     pub known: &'a Knowledge,
     pub site: Site,
-    /// It updates what it accesses atomically.
+    /// True for an atomic update.
     pub update: bool,
 }
 
@@ -132,7 +133,7 @@ impl SharedShadow {
         }
     }
 
-    /// Records a read of a range; returns a conflicting write.
+    /// Records a read of a range and returns a conflicting write.
     pub fn read(&mut self, at: usize, bytes: usize, who: Accessor<'_>) -> Option<Conflict> {
         let mut found = None;
         for (index, mask) in cells(at, bytes) {
@@ -148,7 +149,7 @@ impl SharedShadow {
         found
     }
 
-    /// Records a write of a range; returns a conflicting read or write. `silent`: the bytes are what they were.
+    /// Records a write of a range and returns a conflicting read or write. `silent`: the bytes do not change.
     pub fn write(&mut self, at: usize, bytes: usize, who: Accessor<'_>, silent: bool) -> Option<Conflict> {
         let mut found = None;
         for (index, mask) in cells(at, bytes) {
@@ -188,7 +189,7 @@ impl SharedShadow {
                     was_update: false,
                 });
             }
-            // Bytes of the cell that this write leaves alone keep their writer only if it is the same.
+            // The other bytes of the cell keep their writer only if it is this one.
             let same = cell.agent == who.agent && cell.step == who.step;
             cell.bytes = if same { cell.bytes | mask } else { mask };
             cell.agent = who.agent;
@@ -200,13 +201,13 @@ impl SharedShadow {
     }
 }
 
-/// True if a silent store is one more copy of a write that its agent does not know of.
+/// Returns true if a silent store copies a write that its agent is not ordered after.
 fn echoes(cell: &Cell, who: Accessor<'_>) -> bool {
     let plain = Engine::of(cell.agent) == Engine::Warp && Engine::of(who.agent) == Engine::Warp;
     plain && cell.agent != who.agent && who.known.generic.get(cell.agent) < cell.step
 }
 
-/// True if a copy of the bytes was made that is ordered before this access, for every proxy it passes.
+/// Returns true if an echo of the bytes is ordered before this access, for every proxy involved.
 fn heard(echoes: &HashMap<usize, Vec<Echo>>, index: usize, mask: u8, who: Accessor<'_>) -> bool {
     let covers = |e: &Echo| e.bytes & mask == mask && (e.agent == who.agent || ordered(e, who));
     echoes.get(&index).is_some_and(|all| all.iter().any(covers))
@@ -244,7 +245,8 @@ fn write_conflict(cell: &Cell, who: Accessor<'_>) -> Option<Conflict> {
     if who.known.generic.get(cell.agent) < cell.step {
         return conflict(false);
     }
-    // What `cp.async` brought is let pass once it was waited for: Triton up to 3.4 feeds it to wgmma without a fence.
+    // Data of a `cp.async` that was waited for is accepted without a proxy fence: Triton up to 3.4 passes it to wgmma
+    // so.
     let crosses = Engine::of(who.agent).is_async_proxy() && Engine::of(cell.agent) == Engine::Warp;
     if crosses && who.known.fenced.get(cell.agent) < cell.step {
         return conflict(true);
@@ -252,8 +254,8 @@ fn write_conflict(cell: &Cell, who: Accessor<'_>) -> Option<Conflict> {
     None
 }
 
-/// An agent whose last read of these bytes is not known of. A silent store matters only to reads yet to come, those of
-/// asynchronous engines.
+/// Returns an agent whose last read of these bytes is not ordered before this access. A silent store conflicts only
+/// with reads still to come, those of asynchronous engines.
 fn read_conflict(row: &[u32], mask: u8, who: Accessor<'_>, silent: bool) -> Option<Agent> {
     let known = who.known.generic.steps();
     let quiet = silent && Engine::of(who.agent) == Engine::Warp;
@@ -266,7 +268,7 @@ fn read_conflict(row: &[u32], mask: u8, who: Accessor<'_>, silent: bool) -> Opti
     row.iter().enumerate().find_map(late)
 }
 
-/// The cells of a range with the bytes it covers in each.
+/// Returns the cells of a range, each with the bytes of it that the range covers.
 fn cells(at: usize, bytes: usize) -> impl Iterator<Item = (usize, u8)> {
     let end = at + bytes;
     (at / 4..end.div_ceil(4)).map(move |index| {
@@ -355,13 +357,13 @@ mod tests {
         let [a, b] = [0, 4].map(|agent| knowing(&[(agent, 1)]));
         assert!(shadow.write(8, 4, who(0, &a), false).is_none());
         assert!(shadow.write(8, 4, who(4, &b), true).is_none());
-        // Each may read what it wrote itself; a third must know of one of them.
+        // Each agent may read its own copy; a third one must be ordered after one of them.
         assert!(shadow.read(8, 4, who(0, &a)).is_none());
         assert!(shadow.read(8, 4, who(4, &b)).is_none());
         let (informed, lone) = (knowing(&[(8, 1), (4, 1)]), knowing(&[(8, 1)]));
         assert!(shadow.read(8, 4, who(8, &informed)).is_none());
         assert!(shadow.read(8, 4, who(8, &lone)).is_some());
-        // A change must know of both, and of the readers.
+        // A store that changes the bytes must be ordered after both writers and all readers.
         let all = knowing(&[(0, 1), (4, 1), (8, 1), (12, 1)]);
         let some = knowing(&[(0, 1), (8, 1), (12, 1)]);
         let mut twin = SharedShadow::new(64, 16);

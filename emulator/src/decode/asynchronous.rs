@@ -12,7 +12,7 @@ use crate::tensor::tensor_map::Field;
 
 type Decoded = Result<Option<Op>, Failure>;
 
-/// The first state space in the text: copies name their destination before their source.
+/// Takes the first state space in the text: copies name their destination before their source.
 fn next_space(m: &mut Modifiers<'_>) -> Result<Space, Failure> {
     let find = |w: &str| SPACES.iter().find(|(name, _)| *name == w).map(|(_, s)| *s);
     match m.find(find) {
@@ -294,7 +294,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// `[tensorMap, {c0, c1, …}]`
+    /// Decodes `[tensorMap, {c0, c1, …}]`.
     fn tensor_address(&mut self, operand: &Operand<'a>, dims: usize) -> Result<(Addr, Box<[Slot]>), Failure> {
         let Operand::Address {
             base,

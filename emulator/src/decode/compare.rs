@@ -32,7 +32,7 @@ const COMPARISONS: &[(&str, Cmp)] = &[
 const BOOLEANS: &[(&str, BoolOp)] = &[("and", BoolOp::And), ("or", BoolOp::Or), ("xor", BoolOp::Xor)];
 
 impl<'a> Decoder<'_, 'a> {
-    /// The comparison, its optional boolean combination, and its type.
+    /// Decodes the comparison, its optional boolean combination, and its type.
     fn comparison(
         &mut self,
         i: &Instruction<'a>,

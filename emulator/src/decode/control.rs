@@ -1,4 +1,4 @@
-//! Branches, calls, and whatever else moves the instruction pointer.
+//! Branches, calls, and other instructions that change the instruction pointer.
 
 use super::modifiers::Modifiers;
 use super::operand::{count, operand};
@@ -67,7 +67,7 @@ impl<'a> Decoder<'_, 'a> {
                 return Ok(Some(Op::Nop));
             }
             "griddepcontrol" => {
-                // The grids of one launch after another never overlap here: both halves hold at once.
+                // Launches never overlap here, so both halves always hold.
                 m.need("the action", &[("launch_dependents", ()), ("wait", ())])?;
                 return Ok(Some(Op::Nop));
             }
@@ -76,7 +76,7 @@ impl<'a> Decoder<'_, 'a> {
         Ok(Some(Op::Control(control)))
     }
 
-    /// The label's id; `finish` turns it into an instruction index.
+    /// Returns the label's id, which `finish` turns into an instruction index.
     fn label(&self, name: &str) -> Result<u32, Failure> {
         match self.lookup(name) {
             Some(Entity::Label(id)) => Ok(*id),

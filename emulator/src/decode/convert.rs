@@ -318,7 +318,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 }
 
-/// The type whose bits a scalar source is read with.
+/// Returns the type that a scalar source's bits are read with.
 fn m_ty(from: Scalar) -> Ty {
     match from.bits() {
         8 => Ty::B8,

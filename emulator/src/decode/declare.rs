@@ -1,4 +1,4 @@
-//! The module's own declarations: the names its functions see, its variables, its kernels.
+//! Declarations of the module: the names its functions see, its variables, its kernels.
 
 use std::collections::HashMap;
 

@@ -12,7 +12,7 @@ use crate::parse::ast::Instruction;
 
 type Decoded = Result<Option<Op>, Failure>;
 
-/// Ordinary floating-point operations one lane does in `op` (an fma counts two).
+/// Counts the floating-point operations of `op` per lane, without tensor cores; an fma counts two.
 pub(super) fn flops(op: &Op) -> u32 {
     let packed = |ty: FloatTy| 1 + u32::from(matches!(ty, FloatTy::F16x2 | FloatTy::Bf16x2));
     match op {
@@ -205,7 +205,7 @@ impl<'a> Decoder<'_, 'a> {
         ])
     }
 
-    /// `add.f32.f16 d, a, c` and `fma.rn.f32.bf16 d, a, b, c`: f32 arithmetic on half inputs.
+    /// Decodes `add.f32.f16 d, a, c` and `fma.rn.f32.bf16 d, a, b, c`: f32 arithmetic on half-precision inputs.
     fn mixed(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
         let mode = self.float_mode(m);
         let (to, from) = (m.ty()?, m.ty()?);

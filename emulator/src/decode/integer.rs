@@ -360,7 +360,7 @@ impl<'a> Decoder<'_, 'a> {
         self.int3_of(i, op, Ty::B32, Ty::B32)
     }
 
-    /// `vadd4.dtype.atype.btype{.sat}{.add} d, a, b, c` and its kin, on whole words.
+    /// Decodes `vadd4.dtype.atype.btype{.sat}{.add} d, a, b, c` and the other SIMD video instructions on whole words.
     fn video(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
         let (name, parts) = i.opcode.split_at(i.opcode.len() - 1);
         let op = match name {
@@ -419,7 +419,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 }
 
-/// True if the instruction's type is a floating-point one.
+/// Returns true if the instruction's type is a floating-point type.
 pub(super) fn is_float(i: &Instruction<'_>) -> bool {
     i.modifiers
         .iter()

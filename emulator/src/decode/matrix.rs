@@ -32,7 +32,7 @@ pub(super) const ELEMENTS: &[(&str, Element)] = &[
     ("b1", Element::B1),
 ];
 
-/// The word that comes next in the text, looked up in a table.
+/// Takes the next word of the text and looks it up in a table.
 pub(super) fn next_of<T: Copy>(m: &mut Modifiers<'_>, table: &[(&str, T)]) -> Result<T, Failure> {
     let word = m.next().unwrap_or("");
     match table.iter().find(|(name, _)| *name == word) {
@@ -41,7 +41,7 @@ pub(super) fn next_of<T: Copy>(m: &mut Modifiers<'_>, table: &[(&str, T)]) -> Re
     }
 }
 
-/// `m16n8k16` as its three numbers.
+/// Reads the three numbers of `m16n8k16`.
 pub(super) fn shape(word: &str) -> Option<(u32, u32, u32)> {
     let (m, rest) = word.strip_prefix('m')?.split_once('n')?;
     let (n, k) = rest.split_once('k').unwrap_or((rest, "0"));
@@ -236,7 +236,7 @@ impl<'a> Decoder<'_, 'a> {
         })))
     }
 
-    /// `1` or `-1`; true for the latter.
+    /// Reads `1` or `-1`; true for `-1`.
     fn sign(&mut self, operand: &Operand<'a>) -> Result<bool, Failure> {
         match self.literal(operand)? as i64 {
             1 => Ok(false),

@@ -10,7 +10,7 @@ use crate::parse::ast::{Instruction, Operand};
 
 type Decoded = Result<Option<Op>, Failure>;
 
-/// Takes modifiers that only advise the caches.
+/// Takes cache-hint modifiers.
 pub(super) fn take_cache_hints(m: &mut Modifiers<'_>) {
     for hint in ["ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"] {
         m.take(hint);
@@ -54,7 +54,7 @@ pub(super) const ATOMICS: &[(&str, AtomicOp)] = &[
     ("max", AtomicOp::Max),
 ];
 
-/// The type of an atomic operation, if the pair exists.
+/// Returns the type of an atomic operation, if it exists for this operation.
 pub(super) fn atomic_ty(op: AtomicOp, ty: Ty) -> Result<AtomicTy, Failure> {
     if ty == Ty::B128 && matches!(op, AtomicOp::Cas | AtomicOp::Exch) {
         return Ok(AtomicTy::B128);
@@ -109,7 +109,7 @@ impl<'a> Decoder<'_, 'a> {
         Ok(())
     }
 
-    /// Vector length and element type: `.v4.f32`.
+    /// Takes the vector length and element type: `.v4.f32`.
     fn shape(&self, m: &mut Modifiers<'a>) -> Result<(usize, Ty), Failure> {
         let vector = m.one_of(&[("v2", 2), ("v4", 4), ("v8", 8)]).unwrap_or(1);
         let ty = m.ty()?;
@@ -280,7 +280,7 @@ impl<'a> Decoder<'_, 'a> {
         Ok(Op::Memory(Memory::Fence { async_proxy, device }))
     }
 
-    /// `st.async{.weak}.shared::cluster.mbarrier::complete_tx::bytes{.vec}.type [a], b, [mbar]`
+    /// Decodes `st.async{.weak}.shared::cluster.mbarrier::complete_tx::bytes{.vec}.type [a], b, [mbar]`.
     fn st_async(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
         m.take("weak");
         let space = space(m);
@@ -301,7 +301,7 @@ impl<'a> Decoder<'_, 'a> {
         }))
     }
 
-    /// `red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.op.type [a], b, [mbar]`
+    /// Decodes `red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.op.type [a], b, [mbar]`.
     fn red_async(&mut self, i: &Instruction<'a>, m: &mut Modifiers<'a>) -> Result<Op, Failure> {
         order(m);
         let space = space(m);
@@ -324,7 +324,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 }
 
-/// A 128-bit register as its two rows.
+/// Splits a 128-bit register into its two rows.
 fn split_wide(dsts: &[Dst]) -> Vec<Dst> {
     let halves = dsts
         .iter()
@@ -333,7 +333,7 @@ fn split_wide(dsts: &[Dst]) -> Vec<Dst> {
 }
 
 impl<'a> Decoder<'_, 'a> {
-    /// An address whose space the opcode leaves open: shared by convention of the instruction.
+    /// Decodes an address whose state space the opcode leaves open; these instructions use shared memory.
     pub(super) fn shared_addr(&mut self, operand: &Operand<'a>, m: &mut Modifiers<'a>) -> Result<Addr, Failure> {
         let space = space(m);
         self.addr(operand, space)

@@ -1,9 +1,8 @@
-//! Parsed text to typed instructions, once per module.
+//! Decodes parsed text to typed instructions, once per module.
 //!
-//! Each function is decoded on its own: names become register rows, immediates and special registers
-//! become rows that are filled when a frame is made, labels become instruction indices. An instruction
-//! that is not known does not stop the decoding; it is remembered, and refuses the launch of any entry
-//! that can reach it.
+//! Each function is decoded on its own: names become register rows, immediates and special registers become rows that
+//! are filled when a frame is made, and labels become instruction indices. An unknown instruction does not stop
+//! decoding. It is recorded, and the launch of any entry that can reach it is refused.
 
 mod asynchronous;
 mod compare;
@@ -30,7 +29,7 @@ use crate::program::{Function, Program, Source, Unknown};
 use modifiers::Modifiers;
 use scope::{Entity, Scope};
 
-/// Why an instruction cannot be decoded.
+/// The reason why an instruction cannot be decoded.
 #[derive(Debug)]
 pub(crate) struct Failure(pub String);
 
@@ -61,15 +60,15 @@ impl Symbols {
     }
 }
 
-/// Decodes a module. Fails at a line, with a message, where a declaration makes no sense; instructions that are not known
-/// are kept in their function.
+/// Decodes a module. A declaration that makes no sense is an error with its line; unknown instructions are recorded
+/// in their function.
 pub(crate) fn program(parsed: &ast::Module<'_>, source: Source) -> Result<Program, (u32, String, Source)> {
     let mut symbols = declare::symbols(parsed);
     let first_static = parsed.variables.len() as u32;
     let mut statics = Vec::new();
     let mut functions = Vec::new();
     for declared in &parsed.functions {
-        // A declaration gives way to the definition of the same name.
+        // A definition replaces the declaration of the same name.
         if symbols.functions.get(declared.name) != Some(&(functions.len() as u32)) {
             functions.push(Function::new(declared.name, false, declared.line));
             continue;
@@ -96,7 +95,7 @@ pub(crate) fn program(parsed: &ast::Module<'_>, source: Source) -> Result<Progra
     })
 }
 
-/// Decodes one function with a body. Its static variables are added to `statics`, to become the module's.
+/// Decodes a function with a body. Its static variables are added to `statics` and become variables of the module.
 fn function<'a>(
     parsed: &ast::Function<'a>,
     symbols: &mut Symbols,
@@ -118,7 +117,7 @@ pub(crate) struct Decoder<'s, 'a> {
     is_entry: bool,
     out: Function,
     scopes: Vec<Scope<'a>>,
-    /// Instruction index of each label id, once seen.
+    /// Instruction index of each label id, once the label has been decoded.
     labels: Vec<Option<u32>>,
     preloaded: HashMap<Preload, Slot>,
     reads: Vec<Slot>,
@@ -290,7 +289,7 @@ impl<'s, 'a> Decoder<'s, 'a> {
         self.out
     }
 
-    /// The row preloaded with this value.
+    /// Returns the row preloaded with this value.
     fn preload(&mut self, value: Preload) -> Slot {
         if let Some(slot) = self.preloaded.get(&value) {
             return *slot;
@@ -319,10 +318,10 @@ impl<'s, 'a> Decoder<'s, 'a> {
     }
 }
 
-/// Marks the ordinary loads that a compare-and-swap on the same address register and offset follows in the text, with no
-/// write of that register in between.
+/// Marks the ordinary loads that are followed in the text by a compare-and-swap on the same address register and
+/// offset, with no write of that register in between.
 fn mark_guesses(code: &mut [Instr]) {
-    // Address registers and offsets of the compare-and-swaps below the line that is looked at.
+    // Address registers and offsets of the compare-and-swaps below the current line.
     let mut swapped: Vec<(Slot, i64)> = Vec::new();
     for instr in code.iter_mut().rev() {
         match &mut instr.op {

@@ -1,7 +1,7 @@
-//! The dot-modifiers of one instruction, consumed one by one.
+//! Dot-modifiers of one instruction, taken one by one.
 //!
-//! Decoding takes the modifiers it understands; whatever is left at the end makes the instruction
-//! unknown. Nothing is ever ignored by accident.
+//! Decoding takes the modifiers that it understands. If any are left at the end, the instruction is unknown, so no
+//! modifier is ignored by accident.
 
 use super::{Failure, fail};
 use crate::isa::types::Ty;
@@ -16,7 +16,7 @@ impl<'a> Modifiers<'a> {
         Self { left: words.to_vec() }
     }
 
-    /// Takes `word` wherever it stands; true if it was there.
+    /// Takes `word` at any position; true if it was present.
     pub fn take(&mut self, word: &str) -> bool {
         match self.left.iter().position(|w| *w == word) {
             Some(at) => {
@@ -27,7 +27,7 @@ impl<'a> Modifiers<'a> {
         }
     }
 
-    /// Takes the first of `table`'s words that is there.
+    /// Takes the first word of `table` that is present.
     pub fn one_of<T: Copy>(&mut self, table: &[(&str, T)]) -> Option<T> {
         for (word, value) in table {
             if self.take(word) {
@@ -37,7 +37,7 @@ impl<'a> Modifiers<'a> {
         None
     }
 
-    /// Takes the first of `table`'s words that is there; fails if none is.
+    /// Takes the first word of `table` that is present, or fails.
     pub fn need<T: Copy>(&mut self, what: &str, table: &[(&str, T)]) -> Result<T, Failure> {
         match self.one_of(table) {
             Some(value) => Ok(value),
@@ -45,12 +45,12 @@ impl<'a> Modifiers<'a> {
         }
     }
 
-    /// Takes the first modifier left.
+    /// Takes the first modifier that is left.
     pub fn next(&mut self) -> Option<&'a str> {
         (!self.left.is_empty()).then(|| self.left.remove(0))
     }
 
-    /// Takes the first modifier for which `f` gives a value.
+    /// Takes the first modifier for which `f` returns a value.
     pub fn find<T>(&mut self, f: impl Fn(&str) -> Option<T>) -> Option<T> {
         for at in 0..self.left.len() {
             if let Some(value) = f(self.left[at]) {
@@ -90,7 +90,7 @@ impl<'a> Modifiers<'a> {
         ])
     }
 
-    /// Everything must have been understood.
+    /// Fails if a modifier was not taken.
     pub fn finish(&self) -> Result<(), Failure> {
         match self.left.first() {
             None => Ok(()),

@@ -1,4 +1,4 @@
-//! Operands to rows: registers, immediates, special registers, symbols, vectors, addresses.
+//! Decodes operands to rows: registers, immediates, special registers, symbols, vectors, addresses.
 
 use super::scope::{Entity, Register};
 use super::{Decoder, Failure, fail};
@@ -38,7 +38,7 @@ fn mask_to(bits: u32, value: u64) -> u64 {
 }
 
 impl<'a> Decoder<'_, 'a> {
-    /// A register by name, `v.x` naming one element of a vector register.
+    /// Looks up a register by name; `v.x` names an element of a vector register.
     fn named_register(&mut self, name: &'a str) -> Option<Register> {
         if let Some(register) = self.register(name) {
             return Some(register);
@@ -69,7 +69,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// A predicate operand, possibly negated.
+    /// Decodes a predicate operand, which may be negated.
     pub(super) fn pred(&mut self, operand: &Operand<'a>) -> Result<Pred, Failure> {
         match operand {
             Operand::Name(name) => Ok(Pred {
@@ -107,7 +107,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// A destination register.
+    /// Decodes a destination register.
     pub(super) fn dst(&mut self, operand: &Operand<'a>) -> Result<Dst, Failure> {
         let Operand::Name(name) = operand else {
             return fail("expected a destination register");
@@ -130,7 +130,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// A destination that must hold at least `ty`.
+    /// Decodes a destination that must be at least as wide as `ty`.
     pub(super) fn dst_of(&mut self, operand: &Operand<'a>, ty: Ty) -> Result<Slot, Failure> {
         let dst = self.dst(operand)?;
         if dst.bits < ty.bits() {
@@ -139,7 +139,7 @@ impl<'a> Decoder<'_, 'a> {
         Ok(dst.slot)
     }
 
-    /// A source read as `ty`.
+    /// Decodes a source that is read as `ty`.
     pub(super) fn src(&mut self, operand: &Operand<'a>, ty: Ty) -> Result<Slot, Failure> {
         match operand {
             Operand::Name(name) => self.named_source(name, ty),
@@ -179,7 +179,7 @@ impl<'a> Decoder<'_, 'a> {
         self.symbol_address(name, 0)
     }
 
-    /// An integer immediate.
+    /// Decodes an integer immediate.
     pub(super) fn literal(&self, operand: &Operand<'a>) -> Result<u64, Failure> {
         match operand {
             Operand::Int(value) => Ok(*value),
@@ -187,7 +187,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// Rows of `{a, b, …}`, a vector register, or one register.
+    /// Decodes `{a, b, …}`, a vector register, or one register to source rows.
     pub(super) fn srcs(&mut self, operand: &Operand<'a>, ty: Ty) -> Result<Vec<Slot>, Failure> {
         match operand {
             Operand::Vector(list) => list.iter().map(|o| self.src(o, ty)).collect(),
@@ -200,7 +200,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// Rows of the destinations `{a, b, …}`, a vector register, or one register.
+    /// Decodes `{a, b, …}`, a vector register, or one register to destinations.
     pub(super) fn dsts(&mut self, operand: &Operand<'a>) -> Result<Vec<Dst>, Failure> {
         match operand {
             Operand::Vector(list) => list.iter().map(|o| self.dst(o)).collect(),
@@ -218,7 +218,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// Rows of destinations that must hold at least `ty`.
+    /// Decodes destinations that must be at least as wide as `ty`.
     pub(super) fn dst_rows(&mut self, operand: &Operand<'a>, ty: Ty) -> Result<Box<[Slot]>, Failure> {
         let dsts = self.dsts(operand)?;
         if dsts.iter().any(|d| d.bits < ty.bits()) {
@@ -227,7 +227,7 @@ impl<'a> Decoder<'_, 'a> {
         Ok(dsts.iter().map(|d| d.slot).collect())
     }
 
-    /// `[base + offset]` in `space`.
+    /// Decodes `[base + offset]` in `space`.
     pub(super) fn addr(&mut self, operand: &Operand<'a>, space: Space) -> Result<Addr, Failure> {
         let Operand::Address {
             base,
@@ -260,7 +260,7 @@ impl<'a> Decoder<'_, 'a> {
         Ok(Addr { base, offset, space })
     }
 
-    /// Where a call passes an operand: a `.param` variable of the frame, a register or a constant.
+    /// Decodes an operand of a call: a `.param` variable of the frame, a register or a constant.
     pub(super) fn passed(&mut self, operand: &Operand<'a>) -> Result<crate::isa::Passed, Failure> {
         use crate::isa::Passed;
         if let Operand::Name(name) = operand {
@@ -281,7 +281,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 }
 
-/// The bits of a constant read as `ty`.
+/// Returns the bits of a constant read as `ty`.
 fn immediate(operand: &Operand<'_>, ty: Ty) -> Result<u64, Failure> {
     let bits = match (operand, ty) {
         (Operand::Int(value), Ty::F32) => {

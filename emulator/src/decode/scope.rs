@@ -1,4 +1,4 @@
-//! Names: what a block of a function body declares, and where a parameter or variable lives.
+//! Names: the declarations of a block of a function body, and the location of parameters and variables.
 
 use std::collections::HashMap;
 
@@ -13,7 +13,7 @@ use crate::program::Parameter;
 #[derive(Debug, Clone)]
 pub(super) enum Entity<'a> {
     Register(Register),
-    /// Bytes of the function's frame (local memory), at an offset.
+    /// Bytes of the function's frame, in local memory.
     Frame {
         offset: u32,
         size: u32,
@@ -34,7 +34,7 @@ pub(super) enum Entity<'a> {
 pub(super) struct Register {
     pub slot: Slot,
     pub bits: u32,
-    /// Elements of a vector register.
+    /// Number of elements of a vector register.
     pub vector: u32,
     pub is_pred: bool,
 }
@@ -43,7 +43,7 @@ pub(super) struct Register {
 #[derive(Default)]
 pub(super) struct Scope<'a> {
     pub names: HashMap<&'a str, Entity<'a>>,
-    /// `%r<100>`: prefix to type and count; rows are given out on first use.
+    /// `%r<100>`: prefix to type and count. A register gets its rows at its first use.
     pub ranges: HashMap<&'a str, (Ty, u32, u64)>,
 }
 
@@ -93,7 +93,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// The register `name`, given rows if this is the first use of a member of a range.
+    /// Returns the register `name`. The first use of a member of a range gives it its rows.
     pub(super) fn register(&mut self, name: &'a str) -> Option<Register> {
         let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
         for at in (0..self.scopes.len()).rev() {
@@ -121,7 +121,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 
     pub(super) fn frame_bytes(&mut self, size: u64, align: u64) -> u32 {
-        // Frames are bounded where they are made; a size that does not fit is refused there.
+        // The size of a frame is checked where frames are made; a size that does not fit is refused there.
         let offset = align_up(self.out.frame_bytes, align.max(8));
         self.out.frame_bytes = offset.saturating_add(size);
         self.out.frame_align = self.out.frame_align.max(align);
@@ -147,7 +147,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// Places formal parameters: a kernel's in the parameter buffer, a function's in its frame.
+    /// Places formal parameters: those of a kernel in the parameter buffer, those of a function in its frame.
     pub(super) fn formals(&mut self, parsed: &ast::Function<'a>) {
         let mut at = 0;
         for parameter in &parsed.params {
@@ -187,7 +187,7 @@ impl<'a> Decoder<'_, 'a> {
         Passed::Bytes { offset, size }
     }
 
-    /// The row that holds the address of a symbol.
+    /// Returns the row that holds the address of a symbol.
     pub(super) fn symbol_address(&mut self, name: &str, offset: i64) -> Result<Slot, Failure> {
         let preload = match self.lookup(name) {
             Some(Entity::Frame { offset: at, .. }) => Preload::Frame((i64::from(*at) + offset) as u64),

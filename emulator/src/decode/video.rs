@@ -8,7 +8,7 @@ use crate::isa::{Alu, Int3, Op};
 use crate::numeric::video::{Comparison, Operation, Part, ScalarVideo, Second};
 use crate::parse::ast::{Instruction, Operand};
 
-/// True if the opcode is one of this family.
+/// Returns true for the opcode of a scalar video instruction.
 pub(super) fn is_scalar_video(opcode: &str) -> bool {
     matches!(
         opcode,
@@ -16,7 +16,7 @@ pub(super) fn is_scalar_video(opcode: &str) -> bool {
     )
 }
 
-/// A register name and the part that its suffix selects.
+/// Splits a register name into the name and the part that its suffix selects.
 fn selected(name: &str) -> (&str, Part) {
     let part = |suffix: &str| {
         Some(match suffix {
@@ -36,7 +36,7 @@ fn selected(name: &str) -> (&str, Part) {
     }
 }
 
-/// An operand without its minus sign, and whether it has one.
+/// Splits off an operand's minus sign; true if it has one.
 fn sign<'i, 'a>(operand: &'i Operand<'a>) -> (&'i Operand<'a>, bool) {
     match operand {
         Operand::Negative(inner) => (inner, true),
@@ -45,7 +45,7 @@ fn sign<'i, 'a>(operand: &'i Operand<'a>) -> (&'i Operand<'a>, bool) {
 }
 
 impl<'a> Decoder<'_, 'a> {
-    /// A source, the part of it that is read, and whether it is negated.
+    /// Decodes a source: its row, the part of it that is read, and true if it is negated.
     fn video_source(&mut self, of: &Operand<'a>) -> Result<(Slot, Part, bool), Failure> {
         let (of, negated) = sign(of);
         match of {

@@ -1,4 +1,4 @@
-//! Instructions whose lanes, warps or blocks meet: shuffles, votes, barriers, mbarriers.
+//! Instructions in which lanes, warps or blocks synchronise: shuffles, votes, barriers, mbarriers.
 
 use super::modifiers::Modifiers;
 use super::operand::{count, operand};
@@ -71,7 +71,7 @@ impl<'a> Decoder<'_, 'a> {
         })
     }
 
-    /// `d` or `d|p`.
+    /// Decodes `d` or `d|p`.
     fn dst_and_pred(&mut self, operand: &Operand<'a>) -> Result<(Slot, Slot), Failure> {
         match operand {
             Operand::Pair(d, p) => Ok((self.dst_of(d, Ty::B32)?, self.pred_dst(p)?)),
@@ -323,7 +323,7 @@ impl<'a> Decoder<'_, 'a> {
         no_complete: bool,
         drop: bool,
     ) -> Result<MbarrierOp, Failure> {
-        // The state may be left out altogether for a remote barrier.
+        // The state operand may be left out for a remote barrier.
         let at = usize::from(!matches!(operand(i, 0)?, Operand::Address { .. }));
         count(i, at + 1..=at + 2)?;
         let state = if at == 1 { self.dst(operand(i, 0)?)?.slot } else { SINK };

@@ -10,7 +10,7 @@ use crate::parse::ast::Instruction;
 use crate::tensor::mma::{Accumulator, Element, Shape};
 use crate::tensor::wmma::{Operand as Matrix, Wmma};
 
-/// The accumulator that goes with an element type where the instruction does not name one.
+/// Returns the accumulator type of an element type, for instructions that do not name one.
 fn accumulator_of(element: Element) -> Accumulator {
     match element {
         Element::F64 => Accumulator::F64,
@@ -19,7 +19,7 @@ fn accumulator_of(element: Element) -> Accumulator {
     }
 }
 
-/// Some element type that goes with an accumulator and shape, for instructions that name only the accumulator.
+/// Returns an element type that goes with an accumulator and shape, for instructions that name only the accumulator.
 fn element_of(accumulator: Accumulator, k: usize) -> Element {
     match (accumulator, k) {
         (Accumulator::F64, _) => Element::F64,
@@ -29,7 +29,7 @@ fn element_of(accumulator: Accumulator, k: usize) -> Element {
     }
 }
 
-/// The operand a `wmma.load` names, or `wmma.store`'s.
+/// Returns the operand that a `wmma.load` or `wmma.store` names.
 fn operand_named(word: &str) -> Option<Matrix> {
     match word {
         "a" => Some(Matrix::A),
@@ -118,7 +118,7 @@ impl<'a> Decoder<'_, 'a> {
         let rounding = m.rounding();
         let satfinite = m.take("satfinite");
         let d = next_of(m, ACCUMULATORS)?;
-        // Half precision names only D and C; the others all four.
+        // Instructions on half precision name only D and C; the others name all four.
         let (a, b, c) = if i.modifiers.len() == 8 + usize::from(satfinite) + usize::from(rounding.is_some()) {
             (Element::F16, Element::F16, next_of(m, ACCUMULATORS)?)
         } else {

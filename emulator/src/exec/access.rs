@@ -1,4 +1,4 @@
-//! From an address to the bytes: finding the memory, and the checks every access passes.
+//! Memory accesses: finds the memory of an address and applies the checks that every access must pass.
 
 use super::warp::Warp;
 use super::{Cluster, Write, is_narrow};
@@ -12,7 +12,7 @@ use crate::isa::{Instr, Memory, Op};
 use crate::memory::global::Outside;
 use crate::report::FindingKind;
 
-/// Where an access landed.
+/// Location of an access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Target {
     /// Allocation of the view, and the offset in it.
@@ -36,7 +36,7 @@ pub(crate) struct Access {
     pub write: bool,
 }
 
-/// The address a lane's base register and the instruction's offset make.
+/// Adds a lane's base register and the instruction's offset.
 #[inline]
 pub(crate) fn effective(addr: &Addr, base: u64) -> u64 {
     let address = base.wrapping_add_signed(addr.offset);
@@ -48,11 +48,12 @@ pub(crate) fn effective(addr: &Addr, base: u64) -> u64 {
 }
 
 impl<'m> Cluster<'m> {
-    /// Finds the memory of an access; reports and returns `None` if there is none or it is misaligned.
+    /// Finds the memory of an access. If there is none, or the address is misaligned, it makes a finding and returns
+    /// `None`.
     ///
     /// # Errors
     ///
-    /// A fault, where the check that would report it is off.
+    /// A fault, if the check that would make the finding is off.
     pub fn locate(&mut self, warp: &mut Warp, instr: &Instr, access: Access) -> Result<Option<Target>, Error> {
         let Access {
             space,
@@ -96,7 +97,7 @@ impl<'m> Cluster<'m> {
         Ok(found)
     }
 
-    /// The block and offset of a shared address; rank 0 in its upper bits means the executing block.
+    /// Returns the block and offset of a shared address. Rank 0 in its upper bits means the executing block.
     pub fn shared_target(&self, own: usize, address: u64, bytes: usize) -> Option<Target> {
         let rank = (address >> window::RANK_SHIFT) as usize;
         let cta = if rank == 0 { own } else { rank - 1 };
@@ -157,13 +158,13 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Watches an access whose memory was found for races.
+    /// Passes an access whose memory was found to the race detectors.
     #[inline]
     pub fn observe(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target, order: Order, site: Site) {
         self.observe_store(warp, instr, access, target, order, site, &[]);
     }
 
-    /// Watches a store of `bytes` for races; `bytes` is empty if they are not known yet.
+    /// Passes a store of `bytes` to the race detectors; `bytes` is empty if they are not known yet.
     #[inline]
     #[expect(clippy::too_many_arguments, reason = "a store is all of these")]
     pub fn observe_store(
@@ -204,7 +205,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Records a global access with the race detector.
+    /// Passes a global access to the race detector.
     #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
     pub fn watch_global(
         &mut self,

@@ -1,4 +1,4 @@
-//! `cp.async`: copies from global to shared memory that a lane issues, groups and waits for.
+//! `cp.async`: copies from global to shared memory, which a lane issues, commits to groups and waits for.
 
 use std::collections::VecDeque;
 
@@ -12,27 +12,27 @@ use crate::isa::types::{Addr, Order, Pred, Slot};
 use crate::isa::{AsyncOp, Instr};
 use crate::schedule::Landing;
 
-/// One lane's copy of up to 16 bytes.
+/// A lane's copy of up to 16 bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct Copy {
     cta: usize,
     at: usize,
     bytes: usize,
-    /// Allocation, offset and length of what is read; the rest is zero.
+    /// Allocation, offset and length of the source; the rest of the copy is zero.
     source: Option<(usize, usize, usize)>,
     landing: Landing,
     landed: bool,
-    /// Step of the warp's copy engine.
+    /// Step of the warp's copy engine for this copy.
     step: u32,
     line: u32,
 }
 
-/// Copies of each lane that were not waited for: those of no group yet, and the groups, oldest first.
+/// Copies of each lane before their wait: those not yet in a group, then the groups, oldest first.
 #[derive(Debug)]
 pub(crate) struct LaneCopies {
     open: Vec<Vec<Copy>>,
     groups: Vec<VecDeque<Vec<Copy>>>,
-    /// Copies that have not landed, so that nothing is searched when there are none.
+    /// Number of copies that have not landed; nothing is searched while it is 0.
     flying: usize,
 }
 
@@ -161,7 +161,7 @@ impl<'m> Cluster<'m> {
             }
             warp.copies.open[lane].push(copy);
         }
-        // Bytes were added as they were asked for; sectors are those of the whole warp.
+        // The bytes were added lane by lane. Sectors are counted for the whole warp.
         let before = self.counters.global_read_bytes;
         self.count_access(&read, bytes as u64, false);
         self.counters.global_read_bytes = before;
@@ -186,7 +186,7 @@ impl<'m> Cluster<'m> {
         copy.landed = true;
     }
 
-    /// Lands the warp's copies whose moment has come.
+    /// Lands the warp's copies that are due.
     pub(super) fn land_due(&mut self, warp: &mut Warp) {
         if warp.copies.flying == 0 {
             return;
@@ -203,7 +203,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Ends a group: what has not landed does so now, and the warp knows of it.
+    /// Completes a group: lands the rest of it, and orders the warp after it.
     fn finish_copies(&mut self, warp: &mut Warp, copies: Vec<Copy>) {
         for mut copy in copies {
             if !copy.landed {
@@ -233,7 +233,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// `cp.async.mbarrier.arrive`: the barrier hears of the lane's copies so far.
+    /// `cp.async.mbarrier.arrive`: orders the barrier after the lane's copies so far.
     pub(super) fn cp_async_arrive(
         &mut self,
         warp: &mut Warp,
@@ -245,7 +245,7 @@ impl<'m> Cluster<'m> {
         let before = self.known[warp.id].clone();
         self.wait_all(warp, mask);
         let known = self.release(warp.id);
-        // The thread itself learns of its copies only by waiting on the barrier.
+        // The thread itself is ordered after its copies only once it has waited on the barrier.
         let step = self.known[warp.id].generic.get(Engine::Warp.agent(warp.id));
         self.known[warp.id] = before;
         self.known[warp.id].generic.set(Engine::Warp.agent(warp.id), step);
@@ -257,7 +257,7 @@ impl<'m> Cluster<'m> {
             if no_increment {
                 self.arrive_on(actor, instr.line, object, 1, false, &known);
             } else {
-                // The pending count goes up and down again: nothing but what is known changes hands.
+                // The pending count rises and falls again, so only the knowledge is passed on.
                 self.complete_tx(actor, instr.line, object, 0, &known);
             }
         }

@@ -1,4 +1,4 @@
-//! `atom` and `red`: read, combine, write, as one step.
+//! `atom` and `red`: read, combine and write in one step.
 
 use super::access::{Access, Target, effective};
 use super::warp::{Warp, lanes};
@@ -12,12 +12,12 @@ use crate::numeric::float64;
 use crate::numeric::minmax::{Extremum, MinMaxMode};
 use crate::report::FindingKind;
 
-/// Result of `op` on the old value, `b`, and for `cas` `c`.
+/// Returns `op` applied to the old value, `b`, and for `cas` `c`.
 pub(crate) fn combine(op: AtomicOp, ty: AtomicTy, old: u64, b: u64, c: u64) -> u64 {
     match ty {
         AtomicTy::Int(ty) => combine_int(op, ty, old, b, c),
         AtomicTy::Float(ty) => combine_float(op, ty, old, b),
-        // Handled by halves where it is used; a single half exchanges.
+        // Compare-and-swap of 128 bits is handled by its caller in halves; an exchange of one half is `b`.
         AtomicTy::B128 => b,
     }
 }
@@ -90,7 +90,7 @@ fn combine_float(op: AtomicOp, ty: FloatTy, old: u64, b: u64) -> u64 {
     u64::from(float16::map2(old as u32, b as u32, of))
 }
 
-/// Bytes of one element.
+/// Returns the bytes of one element.
 pub(crate) fn element_bytes(ty: AtomicTy) -> usize {
     match ty {
         AtomicTy::Int(ty) => ty.bits() as usize / 8,
@@ -133,7 +133,7 @@ impl<'m> Cluster<'m> {
             };
             let mut taken = Vec::new();
             if self.lacks(warp, lane, target, total) {
-                // An exchange only moves what was there; everything else computes with it.
+                // An exchange only moves the old value; every other operation computes with it.
                 let read = (0..total).step_by(size.min(8));
                 taken = read
                     .map(|at| self.undefined(warp, lane, target, (at, size.min(8)), instr.line))
@@ -187,7 +187,7 @@ impl<'m> Cluster<'m> {
             self.counters.global_read_bytes += access.bytes as u64 * u64::from(returns);
             self.counters.global_written_bytes += access.bytes as u64;
             self.counters.global_written_sectors += 1;
-            // A plain `red` hands nothing to whoever comes next but the sum; an `atom` may be a lock or a ticket.
+            // A plain `red` passes on nothing but the sum; an `atom` may be a lock or a ticket.
             let synchronizes = returns || order == Order::Release || self.ctas[warp.cta].fenced;
             let order = if synchronizes { order } else { Order::Weak };
             self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
@@ -198,7 +198,7 @@ impl<'m> Cluster<'m> {
         self.observe(warp, instr, access, target, order, site);
     }
 
-    /// Replaces up to 8 bytes by `f` of them; returns the old value.
+    /// Replaces up to 8 bytes by `f` applied to them; returns the old value.
     pub fn update(
         &mut self,
         warp: &mut Warp,
@@ -216,7 +216,8 @@ impl<'m> Cluster<'m> {
         old
     }
 
-    /// 128-bit `exch` and `cas`. Kernels with such instructions run on one host thread, so two words are one step.
+    /// Performs a 128-bit `exch` or `cas`. Kernels with such instructions run on one host thread, so the two words
+    /// change in one step.
     fn atomic_wide(&mut self, warp: &mut Warp, lane: usize, target: Target, op: AtomicOp, rows: [Option<&[u32]>; 3]) {
         let [dsts, b, c] = rows;
         let read = |warp: &Warp, rows: Option<&[u32]>| {

@@ -7,29 +7,29 @@ use crate::isa::types::{Pred, Slot};
 use crate::isa::{BarrierOp, BarrierRed, Instr};
 use crate::report::FindingKind;
 
-/// Barriers a block has.
+/// Number of barriers of a block.
 pub(crate) const BARRIERS: usize = 16;
 
-/// One named barrier of a block.
+/// A named barrier of a block.
 #[derive(Debug, Default)]
 pub(crate) struct BlockBarrier {
-    /// Completed phases.
+    /// Number of completed phases.
     pub generation: u64,
     arrived: u32,
-    /// Threads expected, where the instructions say so.
+    /// Number of threads expected, if the instructions give one.
     expected: Option<u32>,
-    /// Knowledge of the warps that arrived.
+    /// Knowledge of the warps that have arrived in the current phase.
     arriving: Knowledge,
-    /// Knowledge of the completed phase, for the warps that leave.
+    /// Knowledge of the completed phase, for the warps that pass the barrier.
     pub left: Knowledge,
     all: bool,
     any: bool,
     votes: u32,
-    /// and, or and popc of the completed phase.
+    /// Results of `and`, `or` and `popc` of the completed phase.
     result: (bool, bool, u32),
 }
 
-/// The barrier of a cluster.
+/// Barrier of a cluster.
 #[derive(Debug, Default)]
 pub(crate) struct ClusterBarrier {
     pub generation: u64,
@@ -43,7 +43,7 @@ struct Arrival {
     id: u32,
     threads: u32,
     expected: Option<u32>,
-    /// Lanes whose predicate holds, of those that arrive (reductions).
+    /// Lanes that arrive and lanes whose predicate holds, for reductions.
     votes: Option<(u32, u32)>,
 }
 
@@ -124,7 +124,7 @@ impl<'m> Cluster<'m> {
                 format!("barrier count {expected}: it is a multiple of 32 up to {max}")
             });
         }
-        // A counted barrier counts whole warps when its threads arrive together.
+        // A barrier with a thread count counts whole warps if its threads arrive together.
         let threads = if aligned && expected.is_some() {
             32
         } else {
@@ -139,7 +139,7 @@ impl<'m> Cluster<'m> {
         }))
     }
 
-    /// Arrives; returns true if that completed the phase.
+    /// Arrives; returns true if this completed the phase.
     fn arrive_at(&mut self, warp: &Warp, instr: &Instr, arrival: &Arrival) -> bool {
         let known = self.release(warp.id);
         let barrier = &mut self.ctas[warp.cta].barriers[arrival.id as usize];
@@ -173,7 +173,7 @@ impl<'m> Cluster<'m> {
         self.complete_barrier(warp.cta, arrival.id)
     }
 
-    /// Completes the phase if everybody is there.
+    /// Completes the phase if all expected threads have arrived.
     fn complete_barrier(&mut self, cta: usize, id: u32) -> bool {
         let live = self.ctas[cta].live_threads;
         let barrier = &mut self.ctas[cta].barriers[id as usize];
@@ -199,7 +199,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Threads exited: barriers that count all threads may be complete now.
+    /// Handles the exit of threads: it may complete barriers that expect all threads.
     pub(super) fn exited(&mut self, cta: usize) {
         for id in 0..BARRIERS as u32 {
             if self.ctas[cta].barriers[id as usize].expected.is_none() {
@@ -209,7 +209,7 @@ impl<'m> Cluster<'m> {
         self.complete_cluster_barrier();
     }
 
-    /// Arrives and waits. `passes` tells whether the instruction is over once the wait is.
+    /// Arrives and waits. `passes` is true if the instruction ends with the wait.
     fn wait_at(&mut self, warp: &mut Warp, instr: &Instr, arrival: Arrival, passes: bool) -> Step {
         let generation = self.ctas[warp.cta].barriers[arrival.id as usize].generation;
         self.arrive_at(warp, instr, &arrival);
@@ -260,7 +260,7 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
-    /// `setmaxnreg`: gives registers to the block's pool, or waits for them.
+    /// `setmaxnreg`: returns registers to the block's pool, or waits for them.
     fn set_registers(&mut self, warp: &mut Warp, instr: &Instr, increase: bool, count: u32) -> Step {
         let have = warp.registers;
         let wrong = if increase { count < have } else { count > have };

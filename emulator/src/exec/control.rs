@@ -1,4 +1,4 @@
-//! Branches, calls, returns and the ends of threads.
+//! Branches, calls, returns and exits of threads.
 
 use super::warp::{Frame, Group, Lanes, Wait, Warp, lanes};
 use super::{Cluster, Flow, Step};
@@ -10,7 +10,7 @@ use crate::isa::{Preload, Special};
 use crate::memory::local;
 use crate::memory::origin::{Origin, bits_of_bytes, bytes_of_bits};
 
-/// Function addresses: far from any memory, one step an index.
+/// First function address, far from all memory; each function index adds one step.
 pub(crate) const FUNCTION_BASE: u64 = 0x5_0000_0000;
 const FUNCTION_STEP: u64 = 16;
 
@@ -73,7 +73,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Moves the lanes of `mask` out of the current group, to `pc`; the others go to the next instruction.
+    /// Moves the lanes of `mask` from the current group to `pc`; the others continue at the next instruction.
     fn detach(&mut self, warp: &mut Warp, mask: u32, pc: u32) {
         let group = warp.group();
         if mask == group.mask {
@@ -176,7 +176,7 @@ impl<'m> Cluster<'m> {
         }
         let rest = group.mask & !mask;
         if rest == 0 {
-            // Every lane went into a frame of its own group; the caller's group is empty.
+            // All lanes moved to frames of their own groups, so the caller's group is empty.
             let at = warp.groups.iter().position(|g| g.mask == 0);
             if let Some(at) = at {
                 warp.groups.swap_remove(at);
@@ -241,7 +241,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Returns the lanes of `mask` to their caller, handing over results.
+    /// Returns the lanes of `mask` to their caller and passes results back.
     fn ret(&mut self, warp: &mut Warp, mask: u32) {
         let group = *warp.group();
         let frame = warp.frame_at(group.frame);
@@ -296,7 +296,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// A frame for the lanes of `mask`, with its preloaded rows; `None` if local memory is used up.
+    /// Makes a frame for the lanes of `mask`, with its preloaded rows; `None` if local memory is exhausted.
     pub(crate) fn make_frame(
         &mut self,
         warp: &mut Warp,
@@ -408,7 +408,7 @@ impl<'m> Cluster<'m> {
     }
 }
 
-/// The address that stands for a function.
+/// Returns the address that stands for a function.
 pub(crate) fn function_address(index: u32) -> u64 {
     FUNCTION_BASE + u64::from(index) * FUNCTION_STEP
 }
@@ -428,13 +428,13 @@ pub(crate) fn place(warp: &mut Warp, frame: Box<Frame>) -> u32 {
     }
 }
 
-/// The undefined bits of a register, if there are any.
+/// Returns the undefined bits of a register, if there are any.
 fn undefined_row(frame: &Frame, slot: Slot) -> Option<Row> {
     frame.shadow.as_ref().map(|shadow| *shadow.row(slot))
 }
 
-/// Copies an argument or a result between two frames, for the lanes of a mask and at the line of the call (no line if
-/// undefined values are not followed). Bytes lie in local memory, at the bases of their frames.
+/// Copies an argument or a result between two frames, for the lanes of a mask, at the line of the call (no line if
+/// undefined values are not tracked). Bytes lie in local memory, at the bases of their frames.
 fn pass(
     warp: &mut Warp,
     of: (u32, Option<u32>),

@@ -1,4 +1,4 @@
-//! Floating-point arithmetic over the rows of a frame; the meaning of each operation is [`numeric`](crate::numeric)'s.
+//! Floating-point arithmetic over the rows of a frame. [`numeric`](crate::numeric) defines each operation.
 
 use super::alu::{map, map2, map3};
 use super::warp::Frame;
@@ -54,7 +54,7 @@ fn min_max_mode(kind: MinMax, ftz: bool) -> MinMaxMode {
     }
 }
 
-/// The half format of a type and whether it is packed.
+/// Returns the half-precision format of a type, and true if it is packed.
 fn half(ty: FloatTy) -> Option<(Half, bool)> {
     match ty {
         FloatTy::F16 => Some((Half::F16, false)),
@@ -169,7 +169,7 @@ fn float1(f: &mut Frame, mask: u32, op: Float1, ty: FloatTy, mode: FloatMode, d:
     }
 }
 
-/// A packed result as it is, a scalar one without the upper half.
+/// Keeps a packed result as it is and clears the upper half of a scalar one.
 fn halves(ty: FloatTy, value: u32) -> u64 {
     match ty {
         FloatTy::F16x2 | FloatTy::Bf16x2 => u64::from(value),
@@ -219,7 +219,7 @@ fn float2_single(f: &mut Frame, mask: u32, op: Float2, mode: FloatMode, d: Slot,
             bits(float32::min_max(which, single(x), single(y), how))
         });
     };
-    // The commonest mode, spelled out so that its loop has nothing to decide.
+    // The most frequent mode as a constant, so that its loop has no branches.
     const PLAIN: Mode = Mode {
         rounding: Rounding::NearestEven,
         ftz: false,
@@ -319,7 +319,7 @@ fn fma(f: &mut Frame, mask: u32, alu: &Alu) {
     }
 }
 
-/// Lanes for which a comparison of element `part` holds.
+/// Returns the lanes in which a comparison of element `part` holds.
 pub(super) fn compare(f: &Frame, cmp: Cmp, ty: FloatTy, ftz: bool, s: [Slot; 2], part: u32) -> u32 {
     let (x, y) = (f.row(s[0]), f.row(s[1]));
     let value = |bits: u64| match ty {

@@ -1,7 +1,7 @@
 //! mbarrier objects (PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier").
 //!
-//! A phase completes when no arrival and no transaction byte is pending. The object itself is opaque to the program,
-//! so its state is kept beside shared memory, by address.
+//! A phase completes when no arrival and no transaction byte is pending. The object is opaque to the program, so its
+//! state is kept beside shared memory, by address.
 
 use super::access::{Access, Target, effective};
 use super::warp::{Wait, Warp, lanes};
@@ -15,15 +15,15 @@ use crate::report::FindingKind;
 /// Largest arrival count, and largest transaction count either way.
 const MAX_COUNT: i64 = (1 << 20) - 1;
 
-/// The state of one object.
+/// State of one object.
 #[derive(Debug, Default)]
 pub(crate) struct Mbarrier {
-    /// Arrivals each phase expects.
+    /// Number of arrivals that each phase expects.
     expected: i64,
     pending: i64,
-    /// Transaction bytes pending.
+    /// Number of pending transaction bytes.
     tx: i64,
-    /// Completed phases.
+    /// Number of completed phases.
     pub phase: u64,
     arriving: Knowledge,
     pub left: Knowledge,
@@ -93,7 +93,8 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// The object a lane's address names, as block and offset; watched as a read, or as a write by `init`/`inval`.
+    /// Returns the object at a lane's address, as block and offset. The access is checked for races: a read, or a
+    /// write for `init` and `inval`.
     pub(super) fn object(
         &mut self,
         warp: &mut Warp,
@@ -197,7 +198,7 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
-    /// Arrives `n` times; returns the state before.
+    /// Arrives `n` times; returns the previous state.
     pub(super) fn arrive_on(
         &mut self,
         actor: Actor,
@@ -240,7 +241,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Takes completed bytes off the transaction count, and completes the phase if that was the last.
+    /// Subtracts completed bytes from the transaction count, and completes the phase if nothing is pending any more.
     pub(super) fn complete_tx(&mut self, actor: Actor, line: u32, object: (usize, u32), bytes: u32, known: &Knowledge) {
         let (cta, at) = object;
         self.add_tx(actor, line, object, -i64::from(bytes));
@@ -275,7 +276,7 @@ impl<'m> Cluster<'m> {
             };
             let now = barrier.phase;
             let waited = match phase {
-                // The phase before the current one has the other parity, and is complete.
+                // The phase before the current one has the other parity and is complete.
                 Phase::Parity(slot) => now + (warp.frame().row(slot)[lane] & 1 ^ now & 1 ^ 1),
                 Phase::Token(slot) => (warp.frame().row(slot)[lane] >> 20) + 1,
             };
@@ -291,7 +292,7 @@ impl<'m> Cluster<'m> {
                 });
             }
         }
-        // Nobody is through yet: sleep until somebody might be, instead of spinning.
+        // No lane can continue yet: sleep until one may, instead of spinning.
         if let Some(wait) = wait
             && answer == 0
             && !forced

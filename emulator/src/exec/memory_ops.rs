@@ -8,10 +8,10 @@ use crate::counters::{sectors, wavefronts};
 use crate::isa::types::{Addr, Order, Slot, Space};
 use crate::isa::{Instr, Memory};
 
-/// Bytes of the widest store (`st.v8.b32`, `st.v4.b64`), and then some.
+/// Buffer size for the widest store (`st.v8.b32` and `st.v4.b64` have 32 bytes), with room to spare.
 const MAX_STORE: usize = 64;
 
-/// Addresses of one instruction in one space, for the counters.
+/// Addresses of one instruction in one state space, for the counters.
 #[derive(Default)]
 pub(crate) struct Touched {
     global: Vec<u64>,
@@ -121,7 +121,7 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
-    /// Reads up to 8 bytes at an offset from where an access landed.
+    /// Reads up to 8 bytes at an offset from the location of an access.
     #[inline]
     pub fn peek(&self, warp: &Warp, lane: usize, target: Target, offset: usize, bytes: usize) -> u64 {
         match target {
@@ -135,7 +135,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Writes up to 8 bytes at an offset from where an access landed.
+    /// Writes up to 8 bytes at an offset from the location of an access.
     #[inline]
     pub fn poke(&mut self, warp: &mut Warp, lane: usize, target: Target, offset: usize, bytes: usize, value: u64) {
         match target {
@@ -226,7 +226,7 @@ impl<'m> Cluster<'m> {
     }
 }
 
-/// True if an access in `space` may reach global memory.
+/// Returns true if an access in `space` may reach global memory.
 pub(crate) fn may_be_global(space: Space) -> bool {
     matches!(space, Space::Global | Space::Generic)
 }

@@ -1,7 +1,7 @@
-//! The executor: blocks of a cluster, their warps, and one instruction after another.
+//! The executor: runs the warps of a cluster's blocks, one instruction after another.
 //!
-//! A [`Cluster`] is the unit that runs on one host thread: its blocks share memory and barriers. Warps are stepped
-//! by [`run`], which draws from the seed; what an instruction does is in the module named after its family.
+//! A [`Cluster`] is the unit that runs on one host thread: its blocks share memory and barriers. [`run`] chooses the
+//! next warp by the seed. Each instruction family is executed in the module of its name.
 
 mod access;
 mod alu;
@@ -61,42 +61,42 @@ pub(crate) struct Context<'m> {
     pub seed: u64,
     pub view: View,
     pub shadow: Option<GlobalShadow>,
-    /// Address of each module variable, in its own space.
+    /// Address of each module variable, in its own state space.
     pub variables: Vec<u64>,
-    /// Address of the workspace in which the grid synchronises; zero if the kernel has no use for one.
+    /// Address of the workspace for grid synchronisation; 0 if the kernel does not need one.
     pub workspace: u64,
     /// First address of shared memory that the kernel may touch.
     pub shared_start: u64,
     /// End of the block's shared memory.
     pub shared_end: u64,
-    /// Registers a thread has at the start, where the kernel says so.
+    /// Registers that a thread has at the start, if the kernel's directives determine it.
     pub registers: Option<u32>,
     pub limit: Option<u64>,
     pub executed: AtomicU64,
-    /// True if the kernel uses `wgmma`: then writes of registers are timed.
+    /// True if the kernel uses `wgmma`; the times of register writes are then recorded.
     pub uses_wgmma: bool,
 }
 
 /// A block.
 pub(crate) struct Cta {
     pub coordinates: [u32; 3],
-    /// Number within the grid.
+    /// Number of the block within the grid.
     pub linear: u32,
     pub shared: SharedMemory,
     pub shadow: Option<SharedShadow>,
     pub barriers: Vec<BlockBarrier>,
     pub mbarriers: HashMap<u32, Mbarrier>,
-    /// Registers given back by `setmaxnreg.dec`.
+    /// Registers returned by `setmaxnreg.dec`.
     pub pool: u32,
     pub threads: u32,
     pub live_threads: u32,
-    /// Epoch for races between blocks.
+    /// Epoch of the block, for races between blocks.
     pub epoch: u32,
-    /// Some thread executed a fence that other blocks may rely on.
+    /// True once a thread has executed a fence that other blocks may rely on.
     pub fenced: bool,
 }
 
-/// The blocks of a cluster and everything that happens between their warps.
+/// Blocks of a cluster, with all state that their warps share.
 pub(crate) struct Cluster<'m> {
     pub ctx: &'m Context<'m>,
     pub ctas: Vec<Cta>,
@@ -105,30 +105,30 @@ pub(crate) struct Cluster<'m> {
     pub tick: u64,
     pub findings: Findings,
     pub counters: Counters,
-    /// Executions by function and instruction: by warps, by lanes.
+    /// Executions by function and instruction: issued by warps, executed by lanes.
     pub counts: Vec<Vec<[u64; 2]>>,
     pub known: Vec<Knowledge>,
-    /// Step of every agent.
+    /// Current step of every agent.
     pub steps: Vec<u32>,
     /// Knowledge that strong operations left at shared addresses.
     pub released: HashMap<(usize, u64), Knowledge>,
-    /// Reads that may turn out to be races.
+    /// Reads that are races unless they prove to be guesses.
     pub guesses: Guesses,
     pub barrier: ClusterBarrier,
     pub bulk: BulkQueue,
     pub warps_per_cta: usize,
-    /// Thread instructions not yet added to the launch's total.
+    /// Number of thread instructions not yet added to the launch's total.
     pub pending: u64,
-    /// Something happened that may let a waiting warp go on.
+    /// Number of events that may let a waiting warp continue.
     pub progress: u64,
 }
 
-/// Where the group goes after an instruction.
+/// Next position of the group after an instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flow {
-    /// To the next instruction.
+    /// The next instruction.
     Next,
-    /// Nowhere: it waits, or was moved already.
+    /// No change: the group waits, or was moved already.
     Moved,
 }
 
@@ -137,13 +137,13 @@ pub(crate) type Step = Result<Flow, Error>;
 /// Effect of an access on the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Write {
-    /// It reads them.
+    /// The access reads.
     No,
-    /// It writes, perhaps other bytes than there were.
+    /// The access writes, and may change the bytes.
     Yes,
-    /// It writes the very bytes that were there.
+    /// The access writes the bytes that were already there.
     Silent,
-    /// It updates them atomically.
+    /// The access updates the bytes atomically.
     Update,
 }
 
@@ -153,7 +153,7 @@ impl From<bool> for Write {
     }
 }
 
-/// Who made an access, for messages: block and warp.
+/// Block and warp that made an access, for messages.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Actor {
     pub cta: usize,
@@ -230,7 +230,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Address conversions and clocks.
+    /// Executes address conversions and reads of clocks.
     fn address_alu(&mut self, warp: &mut Warp, alu: &Alu, mask: u32) {
         let rank = warp.cta as u32;
         let tick = self.tick;
@@ -297,7 +297,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// The present place, for the race detector and for messages.
+    /// Returns the current place, for the race detector and for messages.
     pub fn site(&self, warp: &Warp) -> Site {
         Site {
             function: warp.frame().function,
@@ -311,7 +311,7 @@ impl<'m> Cluster<'m> {
         instr.map_or(0, |i| i.line)
     }
 
-    /// Adds a finding made by `actor` at `line`; false if the check that makes such findings is off.
+    /// Adds a finding made by `actor` at `line`; returns false if the check for such findings is off.
     pub fn report(
         &mut self,
         kind: FindingKind,
@@ -330,8 +330,8 @@ impl<'m> Cluster<'m> {
         true
     }
 
-    /// A race of `reader`, which read at `site`: a finding unless the read proves to be the first guess of a
-    /// compare-and-swap loop.
+    /// Reports a race of `reader`, which read at `site`. It becomes a finding unless the read proves to be the first
+    /// guess of a compare-and-swap loop.
     pub fn report_guess(
         &mut self,
         kind: FindingKind,
@@ -361,7 +361,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Ends the launch: there is no sensible way to go on.
+    /// Makes the error that ends the launch where a kernel cannot continue.
     pub fn fault(&self, warp: &Warp, line: u32, message: impl Into<String>) -> Error {
         Error::Fault {
             file: self.ctx.program.source.file.clone(),
@@ -377,7 +377,7 @@ impl<'m> Cluster<'m> {
         format!("{x},{y},{z}")
     }
 
-    /// Adds the instructions since the last call to the launch's total, and checks its limit.
+    /// Adds the instructions since the last call to the launch's total and checks the limit.
     pub fn charge(&mut self, warp: &Warp) -> Result<(), Error> {
         let executed = self.ctx.executed.fetch_add(self.pending, Ordering::Relaxed) + self.pending;
         self.pending = 0;
@@ -399,7 +399,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Knowledge of a cluster whose warps have done nothing yet: each knows its own first step.
+    /// Returns the knowledge and steps of a cluster at its start: each agent knows its own first step.
     pub fn initial_knowledge(warps: usize) -> (Vec<Knowledge>, Vec<u32>) {
         let agents = warps * ENGINES;
         let known = (0..warps).map(|id| {
@@ -436,7 +436,7 @@ fn finding(
     }
 }
 
-/// True if `space` holds 32-bit addresses.
+/// Returns true if addresses in `space` have 32 bits.
 pub(crate) fn is_narrow(space: Space) -> bool {
     matches!(
         space,

@@ -1,4 +1,4 @@
-//! The executor's side of the race detector: what warps know, and reporting what was not known.
+//! Connection of the executor to the race detector: the clocks of warps, and reports of unordered accesses.
 
 use super::{Actor, Cluster, Write};
 use crate::check::clock::Knowledge;
@@ -7,7 +7,7 @@ use crate::check::shared_race::{Accessor, ENGINES, Engine, Site};
 use crate::report::FindingKind;
 
 impl<'m> Cluster<'m> {
-    /// The actor behind an agent of the race detector.
+    /// Describes an agent of the race detector for messages.
     pub fn describe_agent(&self, agent: u32) -> String {
         let id = agent as usize / ENGINES;
         let warp = id % self.warps_per_cta;
@@ -25,7 +25,8 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Releases: returns the warp's vector clock, to be left at a synchronisation object, and starts the warp's next step.
+    /// Releases: returns the warp's vector clock, to be stored at a synchronisation object, and starts the warp's
+    /// next step.
     pub fn release(&mut self, id: usize) -> Knowledge {
         let known = self.known[id].clone();
         let agent = Engine::Warp.agent(id);
@@ -35,19 +36,19 @@ impl<'m> Cluster<'m> {
         known
     }
 
-    /// A warp learns what was left at a synchronisation object.
+    /// Acquires: joins the clock stored at a synchronisation object into the warp's clock.
     pub fn acquire(&mut self, id: usize, left: &Knowledge) {
         self.known[id].join(left);
     }
 
-    /// A new step of one of a warp's engines, beginning with what the warp knows.
+    /// Starts a new step of one of a warp's engines, with the warp's current clock.
     pub fn engine_step(&mut self, id: usize, engine: Engine) -> u32 {
         let agent = engine.agent(id) as usize;
         self.steps[agent] += 1;
         self.steps[agent]
     }
 
-    /// Records a shared-memory access with the race detector.
+    /// Passes a shared-memory access to the race detector.
     #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
     pub fn watch_shared(
         &mut self,
@@ -79,7 +80,7 @@ impl<'m> Cluster<'m> {
             write => shadow.write(at, bytes, who, write == Write::Silent),
         };
         if let Some(conflict) = conflict {
-            // Of a read and an update, the read may be a guess.
+            // If one access is a read and the other an update, the read may be a guess.
             let read = match write {
                 Write::Update if !conflict.was_write => Some((conflict.site, conflict.agent)),
                 Write::No if conflict.was_update => Some((site, agent)),
@@ -143,7 +144,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Before a strong operation on shared memory: the warp learns what earlier ones left at the address.
+    /// Acquires before a strong operation on shared memory: joins the clocks that earlier ones left at the address.
     pub fn acquire_shared(&mut self, id: usize, cta: usize, at: u64) {
         if let Some(left) = self.released.get(&(cta, at / 4)) {
             let left = left.clone();
@@ -151,7 +152,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// After it: the warp leaves what it knows, the operation itself included.
+    /// Releases after the operation: stores the warp's clock, which includes the operation, at the address.
     pub fn release_shared(&mut self, id: usize, cta: usize, at: u64) {
         let known = self.release(id);
         self.released.entry((cta, at / 4)).or_default().join(&known);

@@ -1,4 +1,4 @@
-//! Running a cluster: which warp goes next, when the waiting may go on, and what to do when nobody can.
+//! Running a cluster: the choice of the next warp, the end of waits, and deadlocks.
 
 use super::control::place;
 use super::warp::{Group, LocalState, Wait, Warp};
@@ -7,13 +7,13 @@ use crate::check::shared_race::Site;
 use crate::error::Error;
 use crate::report::FindingKind;
 
-/// Instructions a warp runs before another gets a turn, at most.
+/// Most instructions that a warp runs before another warp gets a turn.
 const QUANTUM: u64 = 64;
-/// Rounds of answering "not yet" to everybody, without anything happening, that make a deadlock.
+/// Number of rounds in which every wait fails and nothing else happens, after which the cluster is deadlocked.
 const PATIENCE: u32 = 64;
 
 impl<'m> Cluster<'m> {
-    /// The warps of all blocks, at the entry.
+    /// Makes the warps of all blocks, at the entry.
     pub fn warps(&mut self) -> Result<Vec<Warp>, Error> {
         let mut out = Vec::new();
         for cta in 0..self.ctas.len() {
@@ -105,7 +105,7 @@ impl<'m> Cluster<'m> {
         Ok(true)
     }
 
-    /// Lets a warp run for a while.
+    /// Runs a warp for one turn.
     fn turn(&mut self, warp: &mut Warp) -> Result<(), Error> {
         let quantum = 1 + self.rng.below(QUANTUM);
         self.land_due(warp);
@@ -121,7 +121,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Readies the groups of a warp whose wait is over.
+    /// Readies the groups of a warp whose wait has ended.
     fn wake(&mut self, warp: &mut Warp) {
         for at in 0..warp.groups.len() {
             let group = warp.groups[at];
@@ -171,7 +171,8 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// All lanes of a `bar.warp.sync` are there, perhaps at several instructions: each goes past its own.
+    /// Ends a `bar.warp.sync` at which all lanes have arrived. They may be at several instructions; each continues
+    /// after its own.
     fn release_sync(&mut self, warp: &mut Warp, members: u32) {
         for group in &mut warp.groups {
             if matches!(group.wait, Wait::WarpSync { .. }) && group.mask & members != 0 {
@@ -181,7 +182,8 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Nobody is ready: lands what is in flight, or gives up on a wait that may be given up. False if all is stuck.
+    /// Handles the case that no warp is ready: lands work in flight, or ends a wait that may be ended. Returns false
+    /// if all warps are stuck.
     fn unblock(&mut self, warps: &mut [Warp], running: &[usize], patience: &mut u32) -> bool {
         if self.land_bulk_due(true) {
             return true;
@@ -228,13 +230,13 @@ impl<'m> Cluster<'m> {
         any
     }
 
-    /// Reports who waits where.
+    /// Reports a deadlock: every waiting group and its wait.
     fn deadlock(&mut self, warps: &[Warp], running: &[usize]) {
         for index in running {
             let warp = &warps[*index];
             for group in &warp.groups {
                 let function = warp.frame_at(group.frame).function;
-                // Waits at barriers have moved past their instruction already.
+                // A wait at a barrier has already advanced past its instruction.
                 let back = u32::from(
                     matches!(group.wait, Wait::Barrier { .. } | Wait::ClusterBarrier { .. }) && !group.resumed,
                 );
@@ -264,7 +266,7 @@ impl<'m> Cluster<'m> {
                 };
                 let lanes = group.mask;
                 self.report(kind, line, actor, (None, None), || {
-                    format!("lanes {lanes:#010x} wait for {what}, and nobody is left to end the wait")
+                    format!("lanes {lanes:#010x} wait for {what}, and no other thread can end the wait")
                 });
             }
         }

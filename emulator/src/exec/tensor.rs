@@ -1,4 +1,4 @@
-//! `mma.sync`, `ldmatrix` and their kin: instructions of a whole warp.
+//! `mma.sync`, `ldmatrix` and the other matrix instructions of a whole warp.
 
 use super::access::{Access, Target, effective};
 use super::memory_ops::Touched;
@@ -11,7 +11,7 @@ use crate::memory::origin::Origin;
 use crate::report::FindingKind;
 use crate::tensor::matrix::{self, Matrix};
 
-/// The lanes that must execute `op` together, if it is an instruction of that kind.
+/// Returns the lanes that must execute `op` together, if it is such an instruction.
 #[inline]
 pub(crate) fn required_lanes(warp: &Warp, op: &Op, mask: u32) -> Option<u32> {
     match op {
@@ -34,7 +34,7 @@ pub(crate) fn required_lanes(warp: &Warp, op: &Op, mask: u32) -> Option<u32> {
 }
 
 impl<'m> Cluster<'m> {
-    /// True if the lanes an instruction needs are all here; if not, the group waits for them.
+    /// Returns true if all lanes that an instruction needs are here. Otherwise the group waits for them.
     pub(super) fn converged(&mut self, warp: &mut Warp, instr: &Instr, required: u32, mask: u32) -> bool {
         let group = *warp.group();
         let is_sync = matches!(instr.op, Op::Warp(WarpOp::Sync { .. }));
@@ -105,7 +105,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// The row of 16 bytes a lane's address names.
+    /// Returns the row of 16 bytes at a lane's address.
     fn matrix_row(
         &mut self,
         warp: &mut Warp,

@@ -1,5 +1,5 @@
-//! Tensor maps in memory: reading one for a copy, and `tensormap.replace` and `tensormap.cp_fenceproxy`, with which a
-//! kernel makes its own.
+//! Tensor maps in memory: reads a map for a copy, and executes `tensormap.replace` and `tensormap.cp_fenceproxy`,
+//! with which a kernel makes its own maps.
 
 use super::Cluster;
 use super::access::{Access, Target, effective};
@@ -47,7 +47,7 @@ impl<'m> Cluster<'m> {
         bytes
     }
 
-    /// A map decides addresses and sizes: no byte of it may be undefined.
+    /// Checks that no byte of a map is undefined, since a map determines addresses and sizes.
     fn map_is_defined(&mut self, warp: &Warp, instr: &Instr, lane: usize, target: Target) {
         if self.lacks(warp, lane, target, TENSOR_MAP_BYTES) {
             let actor = self.actor(warp);
@@ -68,7 +68,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Looks up and checks one end of an access to a whole map.
+    /// Finds and checks the memory of a whole map.
     fn map_at(&mut self, warp: &mut Warp, instr: &Instr, access: Access) -> Result<Option<Target>, Error> {
         let target = self.locate(warp, instr, access)?;
         if let Some(target) = target {
@@ -113,7 +113,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// The warp copies a map from shared to global memory, for copies through it to see.
+    /// Copies a map from shared to global memory, where copies can use it.
     pub(super) fn publish_map(
         &mut self,
         warp: &mut Warp,

@@ -1,5 +1,5 @@
-//! Undefined values on their way: from memory to registers and back. What instructions make of them, and where they are
-//! findings, is decided in [`definedness`](crate::check::definedness).
+//! Undefined values on their way between memory and registers. [`definedness`](crate::check::definedness) determines
+//! the effect of instructions on them and the findings.
 
 use super::access::Target;
 use super::bulk::End;
@@ -23,7 +23,7 @@ impl Registers for Frame {
 }
 
 impl Frame {
-    /// Undefined bits of the lowest bytes of a register in one lane, if there are any.
+    /// Returns the undefined bits among the lowest bytes of a register in one lane, if there are any.
     #[inline]
     pub fn undefined(&self, slot: Slot, lane: usize, bytes: usize) -> Option<(u64, Origin)> {
         let row = self.shadow.as_ref()?.row(slot);
@@ -31,7 +31,8 @@ impl Frame {
         (bits != 0).then_some((bits, row.origin[lane]))
     }
 
-    /// Undefined bits of a matrix of 8x8 halves that the warp's lanes hold in a register, if there are any.
+    /// Returns the undefined bits of an 8x8 matrix of 16-bit elements that the warp holds in a register, if there are
+    /// any.
     pub fn undefined_tile(&self, slot: Slot, trans: bool) -> Option<(Matrix, Origin)> {
         let row = self.shadow.as_ref()?.row(slot);
         let lane = row.bits.iter().position(|bits| *bits != 0)?;
@@ -39,7 +40,7 @@ impl Frame {
         Some((tile, row.origin[lane]))
     }
 
-    /// Makes one lane of a register undefined in these bits.
+    /// Makes these bits of a register undefined in one lane.
     #[cold]
     pub fn set_undefined(&mut self, slot: Slot, lane: usize, bits: u64, origin: Origin) {
         let shadow = self.shadow.get_or_insert_with(Box::default);
@@ -48,7 +49,7 @@ impl Frame {
 }
 
 impl<'m> Cluster<'m> {
-    /// Follows the undefined registers of the current frame through an instruction that is about to be executed.
+    /// Tracks the undefined registers of the current frame through an instruction that is about to be executed.
     #[cold]
     pub(super) fn follow(&mut self, warp: &mut Warp, instr: &Instr) {
         let group = warp.group().mask;
@@ -79,7 +80,7 @@ impl<'m> Cluster<'m> {
         });
     }
 
-    /// True if any byte of a range is undefined, as far as that is checked.
+    /// Returns true if the check is on and any byte of a range is undefined.
     #[inline]
     pub(super) fn lacks(&self, warp: &Warp, lane: usize, target: Target, bytes: usize) -> bool {
         self.ctx.checks.uninitialized && self.first_undefined(warp, lane, target, 0, bytes).is_some()
@@ -105,7 +106,7 @@ impl<'m> Cluster<'m> {
         first.map(|first| first - offset)
     }
 
-    /// Undefined bits of up to 8 bytes at an offset from where an access landed, read at `line`.
+    /// Returns the undefined bits of up to 8 bytes at an offset from the location of an access, read at `line`.
     #[cold]
     pub(super) fn undefined(
         &self,
@@ -127,8 +128,8 @@ impl<'m> Cluster<'m> {
         (bits_of_bytes(missing), origin.unwrap_or(fresh))
     }
 
-    /// Marks these bits of a value that was just stored, at an offset from where an access landed, as undefined. In global
-    /// memory that is a finding unless the value was only moved.
+    /// Marks these bits of a value that was just stored, at an offset from the location of an access, as undefined.
+    /// In global memory this is a finding unless the value was only moved.
     #[cold]
     pub(super) fn stain(
         &mut self,
@@ -181,7 +182,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Offsets of the undefined bytes at one end of a copy, as far as that is checked.
+    /// Returns the offsets of the undefined bytes at one end of a copy, if the check is on.
     pub(super) fn undefined_bytes(&self, end: End, bytes: usize) -> Vec<usize> {
         let first = |offset: usize, bytes: usize| match end {
             End::Global(allocation, at) => {

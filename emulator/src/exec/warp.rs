@@ -1,7 +1,7 @@
-//! A warp: its lanes, grouped by where they are.
+//! A warp: its lanes, grouped by position.
 //!
-//! Lanes that stand at the same instruction of the same frame form a [`Group`] and execute together. A divergent
-//! branch splits a group; groups that meet again merge. Usually there is one group, and nothing is looked up.
+//! Lanes at the same instruction of the same frame form a [`Group`] and execute together. A divergent branch splits a
+//! group, and groups that meet again merge. Usually there is one group, and no search is needed.
 
 use crate::check::definedness::Shadow;
 use crate::isa::types::{PRED_TRUE, Pred, Slot};
@@ -10,13 +10,13 @@ use crate::memory::local::LocalMemory;
 use super::async_copy::LaneCopies;
 use super::wgmma::WgmmaQueue;
 
-/// One register row: a value a lane.
+/// One register row: one value per lane.
 pub(crate) type Lanes = [u64; 32];
 
-/// All lanes.
+/// Mask of all lanes.
 pub(crate) const FULL: u32 = u32::MAX;
 
-/// The set bits of a mask, lowest first.
+/// Iterates over the set bits of a mask, lowest first.
 pub(crate) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     let mut left = mask;
     std::iter::from_fn(move || {
@@ -39,15 +39,15 @@ pub(crate) struct Frame {
     pub carry: u32,
     /// Start of the frame in each lane's local memory.
     pub base: Lanes,
-    /// Where to go on: the caller's frame and instruction.
+    /// Return position: the caller's frame and instruction.
     pub caller: Option<(u32, u32)>,
-    /// The call instruction, for passing results back.
+    /// Index of the call instruction, for passing back results.
     pub call_pc: u32,
-    /// Lanes that are still inside.
+    /// Lanes that have not returned.
     pub inside: u32,
-    /// When each row was last written by an ordinary instruction (only kept for kernels with `wgmma`).
+    /// Time at which an ordinary instruction last wrote each row, kept only for kernels with `wgmma`.
     pub written: Vec<u64>,
-    /// Which registers are undefined; nothing if none is.
+    /// Undefined registers; `None` if all are defined.
     pub shadow: Option<Box<Shadow>>,
 }
 
@@ -81,15 +81,15 @@ impl Frame {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wait {
     Ready,
-    /// Lanes that must be here too before the instruction can execute.
+    /// Lanes that must arrive before the instruction can execute.
     Converge {
         required: u32,
     },
-    /// `bar.warp.sync`: lanes that must be at any such instruction.
+    /// `bar.warp.sync`: lanes that must arrive at any such instruction.
     WarpSync {
         members: u32,
     },
-    /// Block barrier, and its generation when we arrived.
+    /// Block barrier, and its phase at the time of arrival.
     Barrier {
         id: u32,
         generation: u64,
@@ -103,11 +103,11 @@ pub(crate) enum Wait {
         offset: u32,
         phase: u64,
     },
-    /// A scheduler tick.
+    /// Until a scheduler tick.
     Sleep {
         until: u64,
     },
-    /// `setmaxnreg.inc`, until the block's pool has them.
+    /// `setmaxnreg.inc`, until the block's pool has enough registers.
     Registers {
         count: u32,
     },
@@ -121,9 +121,9 @@ pub(crate) struct Group {
     pub depth: u32,
     pub mask: u32,
     pub wait: Wait,
-    /// The scheduler gave up on the wait: go on regardless.
+    /// True if the scheduler ended the wait without its condition.
     pub forced: bool,
-    /// The second half of an instruction that waited in its middle.
+    /// True for the second half of an instruction that waited in its middle.
     pub resumed: bool,
 }
 
@@ -140,7 +140,8 @@ pub(crate) struct Warp {
     pub live: u32,
     pub groups: Vec<Group>,
     pub current: usize,
-    /// Instructions the current group may run before another gets a turn, while diverged.
+    /// Number of instructions that the current group of a diverged warp may still run before another group gets a
+    /// turn.
     pub slice: u32,
     pub frames: Vec<Option<Box<Frame>>>,
     pub local: LocalMemory,
@@ -148,19 +149,19 @@ pub(crate) struct Warp {
     pub local_top: Lanes,
     pub copies: LaneCopies,
     pub wgmma: WgmmaQueue,
-    /// Registers a thread may use (`setmaxnreg`).
+    /// Number of registers that a thread may use (`setmaxnreg`).
     pub registers: u32,
-    /// Generation of the cluster barrier when the warp last arrived.
+    /// Phase of the cluster barrier when the warp last arrived.
     pub cluster_arrival: u64,
-    /// Where global accesses were last found.
+    /// Allocation in which the last global access was found.
     pub hint: usize,
 }
 
-/// Instructions a group runs before another group of a diverged warp gets a turn.
+/// Number of instructions that a group of a diverged warp runs before another group gets a turn.
 const SLICE: u32 = 256;
 
 impl Warp {
-    /// Lanes named by `mask` that can still take part in something.
+    /// Returns the lanes of `mask` that have not exited.
     pub fn expected(&self, mask: u32) -> u32 {
         mask & self.live
     }
@@ -197,7 +198,7 @@ impl Warp {
         &mut self.groups[self.current]
     }
 
-    /// Splits `mask` off the current group, to stand at `pc`. The rest stays current.
+    /// Splits the lanes of `mask` off the current group and moves them to `pc`. The others stay current.
     pub fn split(&mut self, mask: u32, pc: u32) {
         let group = self.group();
         let part = Group {
@@ -213,14 +214,14 @@ impl Warp {
         self.slice = SLICE;
     }
 
-    /// Removes the current group (its lanes exited or moved elsewhere).
+    /// Removes the current group, whose lanes exited or moved elsewhere.
     pub fn remove_current(&mut self) {
         self.groups.swap_remove(self.current);
         self.current = 0;
         self.slice = SLICE;
     }
 
-    /// Merges groups that stand at the same place in the same state.
+    /// Merges groups at the same place in the same state.
     pub fn merge(&mut self) {
         let mut at = 0;
         while at < self.groups.len() {
@@ -251,8 +252,8 @@ impl Warp {
         self.current = self.current.min(self.groups.len().saturating_sub(1));
     }
 
-    /// Chooses the ready group to run: the deepest call, then the earliest instruction, so that groups wait for
-    /// each other where paths join; every now and then another one, so that none starves.
+    /// Chooses the ready group to run: the deepest call, then the earliest instruction, so that groups wait for each
+    /// other where paths join. From time to time it chooses another group, so that none starves.
     pub fn choose(&mut self) -> bool {
         self.merge();
         let ready = |g: &Group| g.wait == Wait::Ready;

@@ -7,7 +7,7 @@ use crate::isa::types::Slot;
 use crate::isa::{Instr, ReduxOp, VoteMode, WarpOp};
 use crate::report::FindingKind;
 
-/// The row that holds the member mask of an instruction that has one.
+/// Returns the row that holds the member mask of an instruction that has one.
 pub(super) fn members_of(op: &WarpOp) -> Option<Slot> {
     match op {
         WarpOp::Shfl { members, .. }
@@ -33,7 +33,7 @@ impl<'m> Cluster<'m> {
         let Some(slot) = members_of(op) else {
             return Ok(Flow::Next);
         };
-        // Lanes of one group may name different masks: each set of equals is an operation of its own.
+        // Lanes of one group may have different masks: the lanes of each mask perform an operation of their own.
         let rows = *warp.frame().row(slot);
         let mut left = mask;
         while left != 0 {

@@ -1,7 +1,7 @@
 //! `wgmma.mma_async`: products of a warpgroup, in the background.
 //!
-//! Each warp of the group computes its own 16 rows, which depend on nothing the other three hold. A product reads
-//! its shared operands when it lands, some time between issue and wait; products of a warp land in order.
+//! Each warp of the group computes its own 16 rows, which do not depend on the other three warps. A product reads its
+//! shared operands when it lands, at a time between issue and wait. Products of a warp land in order.
 
 mod registers;
 
@@ -22,7 +22,7 @@ use crate::schedule::Landing;
 use crate::tensor::descriptor::{CHUNK_BYTES, Descriptor, Major};
 use crate::tensor::fragment;
 
-/// Rows a warp computes.
+/// Number of rows that a warp computes.
 const ROWS: usize = 16;
 
 #[derive(Debug, Clone)]
@@ -43,10 +43,10 @@ enum Left {
     Registers(Box<[[u32; 32]; 4]>),
 }
 
-/// A warp's products in flight.
+/// Products of a warp in flight.
 #[derive(Debug, Default)]
 pub(crate) struct WgmmaQueue {
-    /// Issued, not landed, in order.
+    /// Products that were issued and have not landed, in order.
     flying: VecDeque<Product>,
     /// Rows of accumulators and register operands that products own, with the line and step of the product.
     owned: Vec<Owned>,
@@ -54,9 +54,9 @@ pub(crate) struct WgmmaQueue {
     open_any: bool,
     /// Last step of each committed group.
     groups: VecDeque<u32>,
-    /// When the last `wgmma.fence` was executed.
+    /// Time of the last `wgmma.fence`.
     fenced_at: u64,
-    /// Counts instructions of the warp, to time register writes.
+    /// Number of instructions of the warp, by which register writes are timed.
     now: u64,
 }
 
@@ -74,7 +74,7 @@ fn decode(ty: Ty, bits: u32) -> f32 {
         Ty::Bf16 => format::bf16_to_f32(bits as u16),
         Ty::E4m3 => format::e4m3_to_f32(bits as u8),
         Ty::E5m2 => format::e5m2_to_f32(bits as u8),
-        // Exact: eight bits.
+        // Exact: the value has eight bits.
         Ty::S8 => f32::from(bits as i8),
         Ty::U8 => f32::from(bits as u8),
         _ => format::tf32_to_f32(bits),
@@ -163,7 +163,7 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
-    /// The shared addresses of an operand's 16-byte chunks, with the first element each holds.
+    /// Checks the shared addresses of the 16-byte chunks that a product reads.
     fn watch_operands(&mut self, warp: &Warp, instr: &Instr, product: &Product) -> Result<(), Error> {
         let op = &product.op;
         let k = op.k as usize;
@@ -219,7 +219,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Lands the products whose moment has come; a product never passes an earlier one.
+    /// Lands the products that are due. A product never lands before an earlier one.
     pub(super) fn land_products(&mut self, warp: &mut Warp) -> Result<(), Error> {
         while warp.wgmma.flying.front().is_some_and(|p| p.landing.due(self.tick)) {
             self.land_first(warp)?;
@@ -275,7 +275,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// The warp's 16 rows of A, each of k values.
+    /// Returns the warp's 16 rows of A, each of k values.
     fn left(&self, warp: &Warp, product: &Product) -> Vec<f32> {
         let op = &product.op;
         let k = op.k as usize;
@@ -304,7 +304,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// An operand in shared memory, as `mn` rows of k values.
+    /// Returns an operand in shared memory as `mn` rows of k values.
     fn operand(&self, warp: &Warp, descriptor: &Descriptor, ty: Ty, major: Major, size: (usize, usize)) -> Vec<f32> {
         let (mn, k) = size;
         let bytes = bytes_of(ty);

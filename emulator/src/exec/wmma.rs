@@ -1,4 +1,4 @@
-//! `wmma`: the older matrix instructions, whose fragments only themselves can read.
+//! `wmma`: the older matrix instructions, whose fragments have a layout that only they define.
 
 use super::access::{Access, effective};
 use super::memory_ops::Touched;
@@ -31,7 +31,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// `wmma.load` and `wmma.store`: element by element between memory and the fragment.
+    /// Executes `wmma.load` and `wmma.store`: moves elements between memory and the fragment, one by one.
     fn wmma_move(&mut self, warp: &mut Warp, instr: &Instr, op: &WmmaOp, mask: u32) -> Step {
         let WmmaOp::Move {
             wmma,
@@ -102,7 +102,7 @@ impl<'m> Cluster<'m> {
     }
 }
 
-/// Registers of all lanes as a fragment.
+/// Collects the registers of all lanes in a fragment.
 pub(super) fn gather(warp: &Warp, slots: &[Slot]) -> Fragment {
     let mut fragment: Fragment = [[0; MAX_REGISTERS]; 32];
     for (index, slot) in slots.iter().enumerate().take(MAX_REGISTERS) {

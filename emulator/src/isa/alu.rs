@@ -1,4 +1,4 @@
-//! Operations of one lane: registers to registers.
+//! Operations of one lane on registers.
 
 use super::types::{FloatMode, FloatTy, IntTy, Pred, Slot, Space};
 use crate::numeric::cvt::{CvtMode, Fp8, NarrowMode, PackType, Scalar};
@@ -40,10 +40,10 @@ pub(crate) enum Int2 {
     Xor,
     Shl,
     Shr,
-    /// `bmsk.clamp` / `bmsk.wrap`
+    /// `bmsk.clamp` and `bmsk.wrap`.
     BmskClamp,
     BmskWrap,
-    /// `szext.clamp` / `szext.wrap`
+    /// `szext.clamp` and `szext.wrap`.
     SzextClamp,
     SzextWrap,
 }
@@ -65,9 +65,9 @@ pub(crate) enum Int3 {
     Lop3(u8),
     Fns,
     Prmt(Permute),
-    /// `dp4a` with signedness of a and b.
+    /// `dp4a`, with the signedness of a and b.
     Dp4a(bool, bool),
-    /// `dp2a` with signedness of a and b, and `.hi`.
+    /// `dp2a`, with the signedness of a and b, and `.hi`.
     Dp2a(bool, bool, bool),
     Video(Video, VideoMode),
     ScalarVideo(ScalarVideo),
@@ -97,7 +97,7 @@ pub(crate) enum BoolOp {
     Xor,
 }
 
-/// Comparison; the unordered forms are true when an operand is NaN.
+/// Comparisons; the unordered forms are true if an operand is NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cmp {
     Eq,
@@ -159,7 +159,7 @@ pub(crate) struct MinMax {
     pub xorsign_abs: bool,
 }
 
-/// The special registers that are not constant.
+/// Special registers that are not constant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Counter {
     Clock,
@@ -214,7 +214,7 @@ pub(crate) enum Alu {
         b: Slot,
         c: Slot,
     },
-    /// `max.relu.s32` / `min.relu.s32`
+    /// `max.relu.s32` and `min.relu.s32`.
     Relu32 {
         max: bool,
         dst: Slot,
@@ -290,7 +290,7 @@ pub(crate) enum Alu {
         p: Pred,
     },
     Slct {
-        /// The selector is an f32 (else an s32).
+        /// True for an f32 selector, false for an s32.
         float: bool,
         ftz: bool,
         dst: Slot,
@@ -361,7 +361,7 @@ pub(crate) enum Alu {
         to: Scalar,
         from: Scalar,
         mode: CvtMode,
-        /// Bits of the destination register, to which a narrower signed result is extended.
+        /// Width of the destination register in bits, to which a narrower signed result is extended.
         dst_bits: u32,
         dst: Slot,
         a: Slot,

@@ -13,7 +13,8 @@ pub(crate) enum Memory {
         signed: bool,
         dst_bits: u32,
         dsts: Box<[Slot]>,
-        /// An ordinary read that a compare-and-swap on the same address follows: a first guess, which may race.
+        /// True if a compare-and-swap on the same address follows this ordinary read: it is a first guess, which may
+        /// race.
         guess: bool,
     },
     Store {
@@ -27,14 +28,14 @@ pub(crate) enum Memory {
         ty: AtomicTy,
         order: Order,
         addr: Addr,
-        /// One per element of a vector form; `None` for `red`.
+        /// Destinations, one for each element of a vector form; `None` for `red`.
         dsts: Option<Box<[Slot]>>,
         /// Operand b of each element.
         b: Box<[Slot]>,
         /// Operand c (cas), by 64-bit word.
         c: Box<[Slot]>,
     },
-    /// `fence`, `membar`; with effect on the async proxy if `async_proxy`, on other blocks if `device`.
+    /// `fence` and `membar`. `async_proxy`: it affects the async proxy; `device`: it affects other blocks.
     Fence { async_proxy: bool, device: bool },
 }
 
@@ -55,12 +56,12 @@ pub(crate) enum AtomicOp {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AtomicTy {
     Int(IntTy),
-    /// f32 flushes subnormals only when `red`/`atom` says so (global add.f32 keeps them).
+    /// f32 flushes subnormals only if the instruction's type says so; `add.f32` on global memory keeps them.
     Float(FloatTy),
     B128,
 }
 
-/// How a bulk operation reports its end.
+/// Completion mechanism of a bulk operation.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Completion {
     /// `complete_tx::bytes` on this barrier.
@@ -77,7 +78,7 @@ pub(crate) struct Reduction {
 
 #[derive(Debug, Clone)]
 pub(crate) enum AsyncOp {
-    /// `cp.async.ca/cg`: `size` bytes, of which `src_size` are read and the rest zero.
+    /// `cp.async.ca` and `.cg`: `size` bytes, of which `src_size` are read and the rest is zero.
     Copy {
         dst: Addr,
         src: Addr,
@@ -144,13 +145,13 @@ pub(crate) enum AsyncOp {
     BulkCommit,
     BulkWait {
         left: u32,
-        /// True if it waits for the reads alone.
+        /// True if the wait is for the reads alone.
         read: bool,
     },
 }
 
 impl AsyncOp {
-    /// True if it combines with what is at its destination.
+    /// Returns true if the operation combines with the bytes at its destination.
     pub fn reduces(&self) -> bool {
         match self {
             AsyncOp::Bulk { reduction, .. } => reduction.is_some(),
@@ -159,7 +160,7 @@ impl AsyncOp {
         }
     }
 
-    /// True if it sums floats in global memory, where the order of blocks shows in the last bit.
+    /// Returns true if the operation sums floats in global memory, where the order of blocks changes the last bits.
     pub fn reduces_floats(&self) -> bool {
         match self {
             AsyncOp::Bulk {

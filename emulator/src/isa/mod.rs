@@ -1,7 +1,7 @@
-//! The instruction table: one variant an instruction form, grouped by what it touches.
+//! The instruction table: one variant for each instruction form, grouped by its operands.
 //!
-//! [`Op`] is what the executor matches on, exhaustively; an instruction that has no variant here cannot
-//! be decoded, and one that has a variant cannot be forgotten by the executor.
+//! The executor matches on [`Op`] exhaustively: an instruction without a variant cannot be decoded, and one with a
+//! variant cannot be forgotten by the executor.
 
 mod alu;
 mod memory;
@@ -25,11 +25,11 @@ pub(crate) struct Instr {
     pub op: Op,
     pub guard: Option<Pred>,
     pub line: u32,
-    /// Index into the module's table of opcode names (for counters).
+    /// Index into the module's table of opcode names, for counters.
     pub name: u32,
-    /// Ordinary floating-point operations of one lane.
+    /// Floating-point operations of one lane, without tensor cores.
     pub flops: u32,
-    /// Value rows read and written, for checks on registers owned by asynchronous operations.
+    /// Value rows that are read and written, for checks on registers that asynchronous operations own.
     pub reads: Box<[Slot]>,
     pub writes: Box<[Slot]>,
 }
@@ -48,11 +48,11 @@ pub(crate) enum Op {
     Tensor(TensorOp),
     Wmma(WmmaOp),
     Wgmma(WgmmaOp),
-    /// Has no effect that can be observed here: prefetch, hints.
+    /// An instruction without an observable effect here: prefetch, hints.
     Nop,
 }
 
-/// A value passed by a call.
+/// Argument or result of a call.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Passed {
     /// Bytes of the caller's or callee's frame, at an offset.
@@ -78,7 +78,7 @@ pub(crate) enum Control {
     Ret,
     Exit,
     Trap,
-    /// Stack allocation and its release.
+    /// Stack allocation (`alloca`) and its release.
     Alloca {
         dst: Slot,
         size: Slot,

@@ -41,15 +41,15 @@ pub(crate) enum Special {
     LanemaskGt,
     TotalSmem,
     DynamicSmem,
-    /// An offset into the shared memory that is kept for the system, and for cooperative groups.
+    /// Offset into the shared memory that is reserved for the system and for cooperative groups.
     ReservedSmem(u16),
-    /// Upper (1) or lower (2) half of the address of the workspace in which a grid synchronises.
+    /// Upper (1) or lower (2) half of the address of the workspace for grid synchronisation.
     GridWorkspace(u8),
     Zero,
 }
 
 impl Special {
-    /// The register named, `%` included.
+    /// Returns the special register of this name, which includes the `%`.
     pub fn parse(name: &str) -> Option<Special> {
         let name = name.strip_prefix('%')?;
         if let Some((base, axis)) = name.rsplit_once('.') {

@@ -11,7 +11,7 @@ pub(crate) enum ShflMode {
 }
 
 impl ShflMode {
-    /// `shfl.sync`: each lane's value from its source lane, and whether the source was in range.
+    /// Executes `shfl.sync`: returns each lane's value from its source lane, and true where the source was in range.
     pub fn shuffle(self, a: &[u64; 32], b: &[u64; 32], c: &[u64; 32], here: u32) -> ([u64; 32], u32) {
         let mut out = *a;
         let mut valid = 0;
@@ -31,7 +31,7 @@ impl ShflMode {
                 }
             };
             let source = if fits { source } else { own };
-            // A source lane that takes no part leaves the value undefined; its register is what hardware gives.
+            // A source lane that does not take part leaves the value undefined in PTX; hardware returns its register.
             out[lane] = a[source as usize & 31];
             valid |= u32::from(fits) << lane;
         }
@@ -70,7 +70,7 @@ pub(crate) enum WarpOp {
     },
     Vote {
         mode: VoteMode,
-        /// Value row for ballot, else predicate row.
+        /// Value row for ballot, predicate row for the other votes.
         dst: Slot,
         src: Pred,
         members: Slot,
@@ -142,17 +142,17 @@ pub(crate) enum BarrierOp {
     ClusterWait {
         aligned: bool,
     },
-    /// `setmaxnreg.inc` / `.dec`
+    /// `setmaxnreg.inc` and `setmaxnreg.dec`.
     SetMaxReg {
         increase: bool,
         count: u32,
     },
 }
 
-/// Which phase a wait asks about.
+/// Phase that a wait is for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Phase {
-    /// A state token returned by an arrive.
+    /// State token returned by an arrival.
     Token(Slot),
     Parity(Slot),
 }
@@ -168,9 +168,9 @@ pub(crate) enum MbarrierOp {
     },
     Arrive {
         addr: Addr,
-        /// Arrivals: a register, or one.
+        /// Number of arrivals: a register, or 1.
         count: Option<Slot>,
-        /// Bytes expected, for `.expect_tx`.
+        /// Number of bytes expected, for `.expect_tx`.
         expect: Option<Slot>,
         drop: bool,
         state: Slot,

@@ -30,7 +30,7 @@ pub(crate) enum TensorOp {
 
 #[derive(Debug, Clone)]
 pub(crate) enum WmmaOp {
-    /// `wmma.load` or `wmma.store`.
+    /// `wmma.load` and `wmma.store`.
     Move {
         wmma: crate::tensor::wmma::Wmma,
         operand: crate::tensor::wmma::Operand,
@@ -49,7 +49,7 @@ pub(crate) enum WmmaOp {
     },
 }
 
-/// Where A comes from.
+/// Source of A.
 #[derive(Debug, Clone)]
 pub(crate) enum WgmmaA {
     Descriptor(Slot),
@@ -64,7 +64,7 @@ pub(crate) enum WgmmaOp {
     Mma(Box<Wgmma>),
 }
 
-/// One `wgmma.mma_async`.
+/// A `wgmma.mma_async`.
 #[derive(Debug, Clone)]
 pub(crate) struct Wgmma {
     pub n: u32,
@@ -81,6 +81,6 @@ pub(crate) struct Wgmma {
     pub negate_b: bool,
     pub trans_a: bool,
     pub trans_b: bool,
-    /// Integer sums are clamped instead of wrapped.
+    /// True to clamp integer sums instead of wrapping them.
     pub satfinite: bool,
 }

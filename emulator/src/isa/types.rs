@@ -1,12 +1,12 @@
-//! The vocabulary of decoded instructions: slots, operand types, state spaces.
+//! Operands of decoded instructions: slots, types, state spaces.
 
 use crate::numeric::Rounding;
 
-/// Row of a frame's value registers. Constants and special registers are rows too, filled when the
-/// frame is made, so that an operand is always just a row.
+/// Row of a frame's value registers. Constants and special registers are rows too, filled when the frame is made, so
+/// every operand is a row.
 pub(crate) type Slot = u32;
 
-/// Row written by destinations the program discards (`_`).
+/// Row written by destinations that the program discards (`_`).
 pub(crate) const SINK: Slot = 0;
 /// Predicate row that is always true.
 pub(crate) const PRED_TRUE: Slot = 0;
@@ -20,10 +20,10 @@ pub(crate) struct Pred {
     pub negated: bool,
 }
 
-/// The integer types of arithmetic.
+/// Integer types of arithmetic.
 pub(crate) use crate::numeric::integer::IntType as IntTy;
 
-/// The floating-point types of arithmetic; packed forms hold two elements, low half first.
+/// Floating-point types of arithmetic; packed forms hold two elements, low half first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FloatTy {
     F16,
@@ -119,7 +119,7 @@ impl Ty {
         matches!(self, Ty::S8 | Ty::S16 | Ty::S32 | Ty::S64)
     }
 
-    /// The type for integer arithmetic; untyped bits count as unsigned.
+    /// Returns the type for integer arithmetic; untyped bits count as unsigned.
     pub fn int(self) -> Option<IntTy> {
         Some(match self {
             Ty::U8 | Ty::B8 => IntTy::U8,
@@ -162,25 +162,26 @@ pub(crate) enum Space {
     Const,
 }
 
-/// How an access takes part in synchronisation between threads.
+/// Ordering semantics of an access between threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// An ordinary access: racing with it is an error.
+    /// An ordinary access, which must not race.
     Weak,
-    /// Volatile, relaxed, acquire: a strong operation, which may race. It passes on what a fence before it published.
+    /// Volatile, relaxed, acquire: a strong operation, which may race. It passes on the writes that an earlier fence
+    /// published.
     Relaxed,
-    /// Release, acq_rel: one that passes on everything before it.
+    /// Release, acq_rel: a strong operation that passes on all earlier writes.
     Release,
 }
 
 impl Order {
-    /// True if it is a strong operation.
+    /// Returns true for a strong operation.
     pub fn is_strong(self) -> bool {
         self != Order::Weak
     }
 }
 
-/// Where an access goes: `[base + offset]`.
+/// Address of an access: `[base + offset]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Addr {
     pub base: Slot,

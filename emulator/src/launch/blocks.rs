@@ -1,4 +1,4 @@
-//! Running the clusters of a launch on the host's cores, and putting together what they leave.
+//! Runs the clusters of a launch on the host's cores and merges their results.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -25,7 +25,8 @@ struct Outcome {
     result: Result<(), Error>,
 }
 
-/// Runs all clusters, and calls `ended` after each; the outcome is put together in their order, whoever ran them.
+/// Runs all clusters and calls `ended` after each. Results are merged in the order of clusters, for any number of
+/// host threads.
 pub(super) fn run_clusters(
     context: &Context<'_>,
     clusters: u64,
@@ -81,7 +82,7 @@ pub(super) fn run_clusters(
     merged.finish(context)
 }
 
-/// Puts outcomes together in the order of clusters, holding back those that came early.
+/// Merges results in the order of clusters, and holds back those that come early.
 struct Merge {
     findings: Findings,
     counters: Counters,
@@ -160,7 +161,7 @@ fn blank_counts(program: &Program) -> Vec<Vec<[u64; 2]>> {
     program.functions.iter().map(|f| vec![[0; 2]; f.code.len()]).collect()
 }
 
-/// Host memory that a cluster takes while it runs, roughly: its shared memory and the shadow of it.
+/// Estimates the host memory of a running cluster: its shared memory and the shadow of it.
 fn cluster_bytes(context: &Context<'_>) -> usize {
     let launch = context.launch;
     let blocks: u32 = launch.cluster.iter().product();
@@ -169,7 +170,7 @@ fn cluster_bytes(context: &Context<'_>) -> usize {
     context.shared_end as usize * blocks as usize * (8 + agents)
 }
 
-/// A cluster that was started and has not ended.
+/// A cluster that has started and not ended.
 struct Resident<'m> {
     index: usize,
     cluster: Cluster<'m>,
@@ -183,7 +184,7 @@ impl<'m> Resident<'m> {
         Self { index, cluster, warps }
     }
 
-    /// Runs for a while; true if it came to its end.
+    /// Runs for up to `budget` steps; returns true if the cluster ended.
     fn run(&mut self, budget: u64) -> Result<bool, Error> {
         match &mut self.warps {
             Ok(warps) => self.cluster.run(warps, budget),
@@ -256,7 +257,7 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
     }
 }
 
-/// Coordinates of the block of `rank` in a cluster.
+/// Returns the coordinates of the block of `rank` in a cluster.
 fn coordinates(launch: &Launch<'_>, index: u32, rank: u32) -> [u32; 3] {
     let [cx, cy, _] = launch.cluster;
     let [gx, gy, _] = [0, 1, 2].map(|axis| launch.grid[axis] / launch.cluster[axis]);

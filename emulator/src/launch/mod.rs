@@ -1,4 +1,4 @@
-//! Launching an entry: validating the launch, laying out shared memory, and running the blocks on the host's cores.
+//! Launch of an entry: validates the launch, lays out shared memory, and runs the blocks on the host's cores.
 
 mod blocks;
 
@@ -120,7 +120,7 @@ impl Program {
             let size = variable.size as usize;
             let ptr = memory.alloc_named(size, Some(variable.name.clone()))?;
             *address = ptr.0;
-            // Variables without an initialiser start as zero.
+            // Variables without an initialiser start at zero.
             let mut bytes = variable.init.clone();
             bytes.resize(size, 0);
             memory.write(ptr, &bytes)?;
@@ -138,7 +138,7 @@ impl Program {
         Ok(addresses)
     }
 
-    /// Adds to the addresses those of shared variables; returns also the end of the block's shared memory.
+    /// Adds the addresses of shared variables to `addresses`; also returns the end of the block's shared memory.
     fn shared_layout(&self, reachable: &[u32], addresses: &[u64], dynamic: u32) -> (Vec<u64>, u64) {
         let named = reachable.iter().flat_map(|f| &self.functions[*f as usize].variables);
         let named: BTreeSet<u32> = named.copied().collect();
@@ -200,15 +200,16 @@ impl Program {
     }
 }
 
-/// Properties of a kernel that decide how it is run.
+/// Properties of a kernel that determine how it is run.
 #[derive(Default)]
 struct Traits {
     wgmma: bool,
-    /// The order of blocks may show in results (sums of floats, tickets, flags): they run one after another.
+    /// True if the order of blocks may change results (sums of floats, tickets, flags): they then run one after
+    /// another.
     ordered: bool,
-    /// It uses the shared memory that is kept for cooperative groups.
+    /// True if the kernel uses the shared memory that is reserved for cooperative groups.
     reserved_shared: bool,
-    /// It synchronises the grid through the workspace that a driver gives it.
+    /// True if the kernel synchronises the grid through the workspace that a driver provides.
     grid_workspace: bool,
 }
 
@@ -288,7 +289,8 @@ fn validate(entry: &Entry, launch: &Launch<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Bytes of shared memory a block may have on a target (CUDA programming guide, "Compute Capabilities").
+/// Returns the largest shared memory of a block on a target, in bytes (CUDA programming guide, "Compute
+/// Capabilities").
 fn shared_limit(target: &str) -> u32 {
     let digits: String = target.chars().filter(char::is_ascii_digit).collect();
     match digits.parse().unwrap_or(0) {
@@ -301,7 +303,8 @@ fn shared_limit(target: &str) -> u32 {
     }
 }
 
-/// Registers a thread starts with, where the entry's directives determine it (65,536 in a multiprocessor).
+/// Returns the registers with which a thread starts, if the entry's directives determine it (a multiprocessor has
+/// 65,536).
 fn registers_per_thread(entry: &Entry) -> Option<u32> {
     let threads = entry.required_threads.or(entry.max_threads);
     let by_threads = threads.map(|t| {

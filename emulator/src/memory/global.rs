@@ -1,9 +1,9 @@
-//! One allocation of global memory, and the view of all of them that a launch works with.
+//! An allocation of global memory, and the view of all allocations that a launch uses.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Bytes that nobody wrote read as this, so that a use of them is seen even with the checks off.
+/// Value of bytes that were never written, which shows a use of them even with the checks off.
 const POISON: u64 = 0xcdcd_cdcd_cdcd_cdcd;
 
 /// A range of device memory with its shadow.
@@ -12,11 +12,11 @@ pub(crate) struct Allocation {
     base: u64,
     len: usize,
     words: Box<[AtomicU64]>,
-    /// One bit a byte: written at least once.
+    /// Initialised bytes, one bit each: set if the byte was written at least once.
     init: Box<[AtomicU64]>,
-    /// Every byte is known to be initialised; spares looking at the bits.
+    /// True if every byte is known to be initialised, so that the bits need not be read.
     all_init: AtomicBool,
-    /// The module variable that lives here.
+    /// Name of the module variable that lies here.
     pub name: Option<String>,
 }
 
@@ -42,7 +42,7 @@ impl Allocation {
         self.len
     }
 
-    /// Little-endian value of 1, 2, 4 or 8 bytes at a multiple of their number.
+    /// Loads a little-endian value of 1, 2, 4 or 8 bytes, aligned to its size.
     #[inline]
     pub fn load(&self, at: usize, bytes: usize) -> u64 {
         let word = self.words[at / 8].load(Ordering::Relaxed);
@@ -54,7 +54,7 @@ impl Allocation {
         }
     }
 
-    /// Stores 1, 2, 4 or 8 bytes at a multiple of their number.
+    /// Stores 1, 2, 4 or 8 bytes, aligned to their size.
     #[inline]
     pub fn store(&self, at: usize, bytes: usize, value: u64) {
         let word = &self.words[at / 8];
@@ -69,7 +69,7 @@ impl Allocation {
         }
     }
 
-    /// Replaces a value of up to 8 bytes by `f` of it, atomically, and returns the old one.
+    /// Replaces a value of up to 8 bytes by `f` applied to it, atomically, and returns the old one.
     pub fn update(&self, at: usize, bytes: usize, f: impl Fn(u64) -> u64) -> u64 {
         let shift = at % 8 * 8;
         let mask = if bytes == 8 {
@@ -132,13 +132,13 @@ impl Allocation {
         });
     }
 
-    /// Marks a byte as not initialised: what was stored there is undefined.
+    /// Marks a byte as not initialised, because an undefined value was stored there.
     pub fn unmark(&self, at: usize) {
         self.all_init.store(false, Ordering::Relaxed);
         self.init[at / 64].fetch_and(!(1 << (at % 64)), Ordering::Relaxed);
     }
 
-    /// Offset of the first byte of a range that was never written.
+    /// Returns the offset of the first byte of a range that was never written.
     #[inline]
     pub fn first_uninitialized(&self, at: usize, bytes: usize) -> Option<usize> {
         if self.all_init.load(Ordering::Relaxed) {
@@ -156,7 +156,8 @@ impl Allocation {
     }
 }
 
-/// Calls `f` with each 64-byte word of a bitmap that a range touches and the bits it touches there, until it declines.
+/// Calls `f` with each 64-bit word of a bitmap that a range touches, and the bits of the range in it, until `f`
+/// returns false.
 #[inline]
 pub(crate) fn for_words(at: usize, bytes: usize, mut f: impl FnMut(usize, u64) -> bool) {
     let end = at + bytes;
@@ -172,14 +173,14 @@ pub(crate) fn for_words(at: usize, bytes: usize, mut f: impl FnMut(usize, u64) -
     }
 }
 
-/// The allocations at the moment of a launch, in order of address.
+/// Allocations at the time of a launch, in order of address.
 #[derive(Debug)]
 pub(crate) struct View {
     pub allocations: Vec<Arc<Allocation>>,
     freed: Vec<(u64, u64)>,
 }
 
-/// Where an address that is in no allocation lies.
+/// Location of an address that is in no allocation.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Outside {
     /// In a range that was freed: its start and length.
@@ -193,7 +194,7 @@ impl View {
         Self { allocations, freed }
     }
 
-    /// Index of the allocation that holds a whole range, trying `hint` first.
+    /// Returns the index of the allocation that holds a whole range, trying `hint` first.
     #[inline]
     pub fn find(&self, address: u64, bytes: usize, hint: usize) -> Option<usize> {
         let fits = |index: usize| {

@@ -1,10 +1,10 @@
-//! Local memory: one growing stack a lane, holding frames, their variables and the parameters of calls.
+//! Local memory: one growing stack per lane, with frames, their variables and the parameters of calls.
 
 use super::global::for_words;
 use super::origin::{Origin, Origins};
 use super::shared;
 
-/// Most bytes of local memory a thread may have (512 KiB, as on hardware).
+/// Largest local memory of a thread in bytes (512 KiB, as on hardware).
 pub(crate) const LIMIT: u64 = 512 << 10;
 
 /// Local memory of a warp's lanes.
@@ -27,7 +27,7 @@ impl LocalMemory {
         }
     }
 
-    /// Makes a lane's memory at least `len` bytes; what is newly covered from `from` counts as uninitialised.
+    /// Grows a lane's memory to at least `len` bytes; the bytes from `from` on count as uninitialised.
     pub fn grow(&mut self, lane: usize, from: u64, len: u64) {
         let stack = &mut self.lanes[lane];
         let len = len.min(LIMIT) as usize;
@@ -82,7 +82,7 @@ impl LocalMemory {
         }
     }
 
-    /// Offset of the first byte of a range that was never written.
+    /// Returns the offset of the first byte of a range that was never written.
     #[inline]
     pub fn first_uninitialized(&self, lane: usize, at: usize, bytes: usize) -> Option<usize> {
         let mut first = None;
@@ -96,14 +96,14 @@ impl LocalMemory {
         first
     }
 
-    /// Marks a byte as not initialised: what was stored there is undefined.
+    /// Marks a byte as not initialised, because an undefined value was stored there.
     pub fn unmark(&mut self, lane: usize, at: usize, origin: Origin) {
         let stack = &mut self.lanes[lane];
         stack.init[at / 64] &= !(1 << (at % 64));
         stack.origins.insert(at, origin);
     }
 
-    /// The origin of the undefined value that these bytes hold, if they were written.
+    /// Returns the origin of the undefined value that these bytes hold, if they were written.
     pub fn origin(&self, lane: usize, at: usize, bytes: usize) -> Option<Origin> {
         self.lanes[lane].origins.first(at, bytes)
     }

@@ -1,8 +1,8 @@
-//! Memory of the device: what the host allocates, and what blocks and lanes have of their own.
+//! Memory of the device: the host's allocations, and the memory of blocks and lanes.
 //!
-//! Global memory is shared by blocks that run on several host threads, so its bytes are atomic words and every
-//! access is one or more relaxed word operations; a race of the kernel is then a race of values, never of the
-//! emulator. Beside the bytes stands the shadow: one bit a byte, set once it has been written.
+//! Blocks on several host threads share global memory, so its bytes are atomic words and every access is one or more
+//! relaxed word operations. A race of the kernel is then a race of values, and never undefined behaviour of the
+//! emulator. Beside the bytes lies the shadow: one bit per byte, set once the byte has been written.
 
 pub(crate) mod global;
 pub(crate) mod local;
@@ -20,7 +20,7 @@ use global::Allocation;
 pub struct DevicePtr(pub u64);
 
 impl DevicePtr {
-    /// The address `bytes` further on.
+    /// Returns the address `bytes` bytes further on.
     pub fn offset(self, bytes: u64) -> DevicePtr {
         DevicePtr(self.0.wrapping_add(bytes))
     }
@@ -44,11 +44,11 @@ struct State {
     modules: HashMap<u64, Arc<Vec<u64>>>,
 }
 
-/// Unmapped bytes between allocations, so that a stray access meets nothing.
+/// Number of unmapped bytes between allocations, so that a stray access hits no memory.
 const GUARD: u64 = 1 << 16;
 const ALIGN: u64 = 512;
 const FIRST: u64 = 0x7_0000_0000;
-/// Freed ranges that are remembered for use-after-free messages.
+/// Number of freed ranges that are remembered for use-after-free messages.
 const FREED_KEPT: usize = 4096;
 
 impl Default for DeviceMemory {
@@ -58,12 +58,12 @@ impl Default for DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// An empty memory of 64 GiB.
+    /// Makes an empty memory of 64 GiB.
     pub fn new() -> Self {
         Self::with_capacity(64 << 30)
     }
 
-    /// An empty memory of `bytes`.
+    /// Makes an empty memory of `bytes` bytes.
     pub fn with_capacity(bytes: u64) -> Self {
         let state = State {
             live: BTreeMap::new(),
@@ -80,7 +80,7 @@ impl DeviceMemory {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every update leaves the state whole, so a panic elsewhere does not spoil it.
+        // Every update leaves the state consistent, so a panic elsewhere does not corrupt it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -113,7 +113,7 @@ impl DeviceMemory {
     ///
     /// # Errors
     ///
-    /// [`MemoryError::NotAllocated`] if `ptr` is not what [`alloc`](Self::alloc) returned, or was freed.
+    /// [`MemoryError::NotAllocated`] if [`alloc`](Self::alloc) did not return `ptr`, or it was freed.
     pub fn free(&self, ptr: DevicePtr) -> Result<(), MemoryError> {
         let mut state = self.lock();
         let Some(allocation) = state.live.remove(&ptr.0) else {
@@ -166,7 +166,7 @@ impl DeviceMemory {
         Ok(())
     }
 
-    /// True if the host or a kernel has written all of a range.
+    /// Returns true if the host or a kernel has written all of a range.
     ///
     /// # Errors
     ///
@@ -176,22 +176,22 @@ impl DeviceMemory {
         Ok(allocation.first_uninitialized(at, bytes).is_none())
     }
 
-    /// Bytes allocated now.
+    /// Returns the number of bytes allocated now.
     pub fn bytes_in_use(&self) -> u64 {
         self.lock().in_use
     }
 
-    /// Most bytes ever allocated at once.
+    /// Returns the largest number of bytes allocated at one time.
     pub fn peak_bytes(&self) -> u64 {
         self.lock().peak
     }
 
-    /// Bytes that can still be allocated.
+    /// Returns the number of bytes that can still be allocated.
     pub fn bytes_free(&self) -> u64 {
         self.capacity - self.lock().in_use
     }
 
-    /// The allocations as a launch sees them.
+    /// Takes a view of the allocations for a launch.
     pub(crate) fn snapshot(&self) -> global::View {
         let state = self.lock();
         global::View::new(
@@ -200,7 +200,7 @@ impl DeviceMemory {
         )
     }
 
-    /// Addresses of a module's variables, made by `make` the first time.
+    /// Returns the addresses of a module's variables; the first call makes them with `make`.
     pub(crate) fn module_variables<E>(
         &self,
         id: u64,

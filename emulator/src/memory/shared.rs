@@ -3,7 +3,7 @@
 use super::global::for_words;
 use super::origin::{Origin, Origins};
 
-/// Shared memory of a block, addressed from zero; what lies below the first variable is never used.
+/// Shared memory of a block, addressed from zero. The bytes below the first variable are never used.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
     bytes: Vec<u8>,
@@ -29,19 +29,19 @@ impl SharedMemory {
         &self.bytes[at..at + len]
     }
 
-    /// Little-endian value of up to 8 bytes.
+    /// Loads a little-endian value of up to 8 bytes.
     #[inline]
     pub fn load(&self, at: usize, bytes: usize) -> u64 {
         load(&self.bytes[at..at + bytes])
     }
 
-    /// Stores and marks up to 8 bytes.
+    /// Stores up to 8 bytes and marks them initialised.
     #[inline]
     pub fn store(&mut self, at: usize, bytes: usize, value: u64) {
         self.write(at, &value.to_le_bytes()[..bytes]);
     }
 
-    /// Stores and marks bytes.
+    /// Stores bytes and marks them initialised.
     #[inline]
     pub fn write(&mut self, at: usize, bytes: &[u8]) {
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
@@ -51,24 +51,24 @@ impl SharedMemory {
         });
     }
 
-    /// Marks a byte as not initialised: what was stored there is undefined.
+    /// Marks a byte as not initialised, because an undefined value was stored there.
     pub fn unmark(&mut self, at: usize, origin: Origin) {
         self.init[at / 64] &= !(1 << (at % 64));
         self.origins.insert(at, origin);
     }
 
-    /// The origin of the undefined value that these bytes hold, if they were written.
+    /// Returns the origin of the undefined value that these bytes hold, if they were written.
     pub fn origin(&self, at: usize, bytes: usize) -> Option<Origin> {
         self.origins.first(at, bytes)
     }
 
-    /// True if these very bytes were written there.
+    /// Returns true if the memory holds exactly these bytes, all initialised.
     #[inline]
     pub fn holds(&self, at: usize, bytes: &[u8]) -> bool {
         self.bytes(at, bytes.len()) == bytes && self.first_uninitialized(at, bytes.len()).is_none()
     }
 
-    /// Offset of the first byte of a range that was never written.
+    /// Returns the offset of the first byte of a range that was never written.
     #[inline]
     pub fn first_uninitialized(&self, at: usize, bytes: usize) -> Option<usize> {
         let mut first = None;
@@ -83,7 +83,7 @@ impl SharedMemory {
     }
 }
 
-/// Little-endian value of up to 8 bytes.
+/// Loads a little-endian value of up to 8 bytes.
 #[inline]
 pub(crate) fn load(bytes: &[u8]) -> u64 {
     let mut value = [0; 8];

@@ -1,12 +1,13 @@
-//! The approximate functions: `ex2 lg2 sin cos tanh rcp rsqrt sqrt div` with `.approx` or `.full`.
+//! Approximate functions: `ex2 lg2 sin cos tanh rcp rsqrt sqrt div` with `.approx` or `.full`.
 //!
-//! The manual bounds their error and fixes their special values; it does not fix their bits. Here each is computed
-//! in f64 and rounded once to f32, so its error is at most half an ulp plus f64's, well inside every bound of the manual.
-//! Hardware differs from these results in the last bits; a test that compares to hardware must allow the manual's bound.
+//! The manual bounds the error and defines the special values, but not the bits. Here each function is computed in
+//! f64 and rounded once to f32, so the error is at most half an ulp plus that of f64, below every bound of the
+//! manual. Hardware differs from these results in the last bits; a test that compares with hardware must allow the
+//! manual's bound.
 
 use super::format::{F32_NAN, flush_f32};
 
-/// The unary approximate functions of f32.
+/// Unary approximate functions of f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Function {
     /// `ex2.approx`: 2^a; the manual allows 2 ulp.
@@ -27,14 +28,14 @@ pub enum Function {
     Sqrt,
 }
 
-/// A unary approximate function of f32, subnormal inputs and results flushed if `ftz`.
+/// Applies a unary approximate function of f32; `ftz` flushes subnormal inputs and results.
 #[inline]
 pub fn apply(function: Function, a: f32, ftz: bool) -> f32 {
     let a = if ftz { flush_f32(a) } else { a };
     let x = f64::from(a);
     let result = match function {
         Function::Ex2 => x.exp2(),
-        // The host's log of -0 is -inf and of a negative NaN, as the manual's table has it.
+        // The host's log of -0 is -inf and that of a negative number NaN, as in the manual's table.
         Function::Lg2 => x.log2(),
         Function::Sin => x.sin(),
         Function::Cos => x.cos(),
@@ -49,8 +50,8 @@ pub fn apply(function: Function, a: f32, ftz: bool) -> f32 {
     if ftz { flush_f32(result) } else { result }
 }
 
-/// `div.approx{.ftz}.f32`: a * (1/b). For 2^126 < |b| < 2^128 the reciprocal underflows on the hardware, so the manual
-/// makes the result a zero (NaN if `a` is infinite); code that meets this range relies on a bug, and sees it here too.
+/// `div.approx{.ftz}.f32`: a * (1/b). For 2^126 < |b| < 2^128 the reciprocal underflows on hardware, so the manual
+/// defines the result as zero (NaN if `a` is infinite), and so it is here.
 pub fn div_approx(a: f32, b: f32, ftz: bool) -> f32 {
     let (a, b) = if ftz { (flush_f32(a), flush_f32(b)) } else { (a, b) };
     let beyond = b.is_finite() && b.abs() > 2f32.powi(126);
@@ -64,7 +65,7 @@ pub fn div_approx(a: f32, b: f32, ftz: bool) -> f32 {
     div_full(a, b, ftz)
 }
 
-/// `div.full{.ftz}.f32`: the manual allows 2 ulp over the full range; here it is the nearest value.
+/// `div.full{.ftz}.f32`: the manual allows 2 ulp over the full range; here the result is the nearest value.
 pub fn div_full(a: f32, b: f32, ftz: bool) -> f32 {
     let (a, b) = if ftz { (flush_f32(a), flush_f32(b)) } else { (a, b) };
     let result = a / b;
@@ -76,7 +77,7 @@ pub fn div_full(a: f32, b: f32, ftz: bool) -> f32 {
 
 const F64_NAN: f64 = f64::from_bits(0x7fff_ffff_0000_0000);
 
-/// The upper 32 bits of an f64 as an f64, subnormals flushed: what the `.approx.ftz.f64` instructions read.
+/// Keeps the upper 32 bits of an f64 and flushes subnormals: the input of the `.approx.ftz.f64` instructions.
 fn upper_word(a: f64) -> f64 {
     let x = f64::from_bits(a.to_bits() & 0xffff_ffff_0000_0000);
     if x.is_subnormal() { 0f64.copysign(x) } else { x }
@@ -123,7 +124,7 @@ mod tests {
     #[test]
     fn special_values_are_those_of_the_manuals_tables() {
         let table: [(Function, [f32; 4], bool); 8] = [
-            // Results for -inf, -0, +0, +inf; whether a negative normal gives NaN.
+            // Results for -inf, -0, +0, +inf; true if a negative normal number gives NaN.
             (Function::Ex2, [0.0, 1.0, 1.0, INF], false),
             (Function::Lg2, [f32::NAN, -INF, -INF, INF], true),
             (Function::Sin, [f32::NAN, -0.0, 0.0, f32::NAN], false),

@@ -1,8 +1,8 @@
-//! Bit counting, bit fields, permutes, shifts and logic (manual sections "Integer Arithmetic Instructions" from popc on,
-//! "Logic and Shift Instructions", "prmt").
+//! Bit counting, bit fields, permutes, shifts and logic (manual sections "Integer Arithmetic Instructions" from popc
+//! on, "Logic and Shift Instructions", "prmt").
 //!
-//! Registers are carried as in [`super::integer`]. Amounts and positions beyond the width clamp, wrap or give what
-//! the manual's loops give; none is undefined here.
+//! Registers are passed as in [`super::integer`]. Amounts and positions beyond the width clamp or wrap, or give the
+//! result of the manual's loops; none is undefined here.
 
 use super::integer::{IntType, shr_extended};
 
@@ -21,7 +21,8 @@ pub const fn brev(ty: IntType, a: u64) -> u64 {
     ty.extend(a.reverse_bits() >> (64 - ty.bits()))
 }
 
-/// `bfind{.shiftamt}`: the highest bit that differs from the sign, or how far to shift it to the top; 0xffffffff if none.
+/// `bfind{.shiftamt}`: position of the highest bit that differs from the sign, or the shift that moves it to the top;
+/// 0xffffffff if there is none.
 pub const fn bfind(ty: IntType, a: u64, shift_amount: bool) -> u32 {
     let a = if ty.value(a) < 0 { !a } else { a };
     match clz(ty, a) {
@@ -31,8 +32,8 @@ pub const fn bfind(ty: IntType, a: u64, shift_amount: bool) -> u32 {
     }
 }
 
-/// `fns`: the position of the n-th set bit of `mask`, counted from `base` up (offset > 0) or down (offset < 0); an offset
-/// of 0 asks for `base` itself. 0xffffffff if there is none, or if `base` exceeds 31 (undefined in PTX).
+/// `fns`: position of the n-th set bit of `mask`, counted from `base` up (offset > 0) or down (offset < 0); an offset
+/// of 0 tests `base` itself. 0xffffffff if there is none, or if `base` exceeds 31 (undefined in PTX).
 pub const fn fns(mask: u32, base: u32, offset: i32) -> u32 {
     if base > 31 {
         return u32::MAX;
@@ -60,7 +61,7 @@ pub const fn bfe(ty: IntType, a: u64, start: u32, length: u32) -> u64 {
     if length == 0 {
         return 0;
     }
-    // Past the top, the extended value goes on with zeros or with the sign, which is what the manual asks for.
+    // Beyond the top the extended value continues with zeros or with the sign, as the manual requires.
     let from = if start > 64 { 64 } else { start };
     let extended = ty.extend(a);
     let field = match (ty.signed(), from) {
@@ -91,7 +92,7 @@ pub const fn bfi(ty: IntType, a: u64, b: u64, start: u32, length: u32) -> u64 {
     ty.extend(b & !mask | a << start & mask)
 }
 
-/// How an out-of-range shift or width is treated.
+/// Treatment of a shift or width that is out of range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Overflow {
     /// `.clamp`.
@@ -129,10 +130,10 @@ pub const fn bmsk(mode: Overflow, a: u32, b: u32) -> u32 {
     (((1u64 << width) - 1) << start) as u32
 }
 
-/// The modes of `prmt`.
+/// Modes of `prmt`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Permute {
-    /// No mode: four selectors of four bits; the top bit of a selector spreads the byte's sign.
+    /// No mode: four selectors of four bits; the top bit of a selector replicates the byte's sign.
     Generic,
     /// `.f4e`: four bytes upward from the selected one.
     Forward4,
@@ -216,12 +217,12 @@ pub const fn lop3(a: u32, b: u32, c: u32, table: u8) -> u32 {
     select(a, select(b, by_c_if_both, by_c_if_a), select(b, by_c_if_b, by_c))
 }
 
-/// Bits of `yes` where `mask` is one, of `no` where it is zero.
+/// Selects bits of `yes` where `mask` is one and of `no` where it is zero.
 const fn select(mask: u32, yes: u32, no: u32) -> u32 {
     mask & yes | !mask & no
 }
 
-/// A table bit in all 32 positions.
+/// Replicates a table bit to all 32 positions.
 const fn table_bit(table: u8, index: u32) -> u32 {
     ((table >> index & 1) as u32).wrapping_neg()
 }

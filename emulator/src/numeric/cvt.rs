@@ -1,15 +1,15 @@
 //! `cvt` and `cvt.pack` (manual sections "cvt", "cvt.pack").
 //!
-//! Every scalar conversion is one path: read the source exactly (an integer as i128, a float as f64), round once, write
-//! the destination. Registers are carried in a `u64`: the source's low bits count, the result comes sign-extended for
-//! signed integers and zero-extended for everything else, ready for a destination wider than the type.
+//! Every scalar conversion takes one path: read the source exactly (an integer as i128, a float as f64), round once,
+//! write the destination. Registers are passed in a `u64`. The low bits are the source. The result is sign-extended
+//! for signed integers and zero-extended for all other types, as a wider destination needs it.
 
 use super::float16::Half;
 use super::format::{BF16, E4M3, E5M2, F16, F32_NAN_BITS, Format, HALF_NAN, TF32, flush_f32};
 use super::integer::IntType;
 use super::round::{Exact, IntegerRounding, Rounding, f32_from_f64};
 
-/// The scalar types of `cvt`.
+/// Scalar types of `cvt`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, reason = "the names are the manual's types")]
 pub enum Scalar {
@@ -28,7 +28,7 @@ pub enum Scalar {
 }
 
 impl Scalar {
-    /// The integer type, if it is one.
+    /// Returns the integer type, if it is one.
     pub const fn int(self) -> Option<IntType> {
         Some(match self {
             Scalar::U8 => IntType::U8,
@@ -43,7 +43,7 @@ impl Scalar {
         })
     }
 
-    /// The width in bits.
+    /// Returns the width in bits.
     pub const fn bits(self) -> u32 {
         match self {
             Scalar::U8 | Scalar::S8 => 8,
@@ -54,10 +54,10 @@ impl Scalar {
     }
 }
 
-/// The rounding modifier of a `cvt`.
+/// Rounding modifier of a `cvt`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CvtRounding {
-    /// None written: the conversion is exact, or integer to integer.
+    /// No modifier: the conversion is exact, or integer to integer.
     #[default]
     Exact,
     /// `.rn .rna .rz .rm .rp`.
@@ -66,10 +66,10 @@ pub enum CvtRounding {
     Integer(IntegerRounding),
 }
 
-/// The modifiers of a scalar `cvt`.
+/// Modifiers of a scalar `cvt`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CvtMode {
-    /// The rounding modifier.
+    /// Rounding modifier.
     pub rounding: CvtRounding,
     /// `.ftz`: subnormal f32 inputs and results become zero.
     pub ftz: bool,
@@ -77,7 +77,7 @@ pub struct CvtMode {
     pub sat: bool,
     /// `.relu`: negative results become +0.
     pub relu: bool,
-    /// `.satfinite`: what overflows becomes the largest finite value.
+    /// `.satfinite`: an overflow becomes the largest finite value.
     pub satfinite: bool,
 }
 
@@ -91,7 +91,7 @@ pub fn cvt(to: Scalar, from: Scalar, bits: u64, mode: CvtMode) -> u64 {
     }
 }
 
-/// The value of a float register; exact.
+/// Reads the value of a float register, exactly.
 fn read_float(from: Scalar, bits: u64, ftz: bool) -> f64 {
     match from {
         Scalar::F16 => f64::from(Half::F16.decode(bits as u16)),
@@ -123,7 +123,7 @@ fn int_to_float(value: i128, to: Scalar, mode: CvtMode) -> u64 {
         let x = exact.to_f64(rounding);
         return (if mode.sat { saturate(x) } else { x }).to_bits();
     }
-    // Round to odd on the way through f64, so that the second rounding is the only one.
+    // Rounds to odd in f64, so that the second rounding is the only one.
     let down = exact.to_f64(Rounding::TowardZero);
     let inexact = down as i128 != value;
     write_float(
@@ -180,7 +180,7 @@ fn saturate(x: f64) -> f64 {
     if x > 0.0 { x.min(1.0) } else { 0.0 }
 }
 
-/// Rounds a value (exact, or rounded to odd in f64) into a float register.
+/// Rounds a value (exact, or rounded to odd in f64) to a float register.
 #[inline]
 fn write_float(to: Scalar, x: f64, rounding: Rounding, mode: CvtMode) -> u64 {
     let x = if mode.sat {
@@ -202,14 +202,14 @@ fn write_float(to: Scalar, x: f64, rounding: Rounding, mode: CvtMode) -> u64 {
     }
 }
 
-/// The modifiers of a conversion from f32 to a 16-bit or smaller float.
+/// Modifiers of a conversion from f32 to a 16-bit or smaller float.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct NarrowMode {
     /// `.rn .rz`, and `.rna` for tf32.
     pub rounding: Rounding,
     /// `.relu`: negative becomes +0, NaN the canonical NaN.
     pub relu: bool,
-    /// `.satfinite`: what overflows becomes the largest finite value.
+    /// `.satfinite`: an overflow becomes the largest finite value.
     pub satfinite: bool,
 }
 
@@ -225,7 +225,8 @@ pub fn cvt_half2_from_f32(half: Half, a: f32, b: f32, mode: NarrowMode) -> u32 {
     narrow(half.format(), a, mode) << 16 | narrow(half.format(), b, mode)
 }
 
-/// `cvt.rna.tf32.f32`, `cvt.{rn,rz}{.relu}{.satfinite}.tf32.f32`: an f32 whose 13 low bits are zero; NaN is 0x7fffffff.
+/// `cvt.rna.tf32.f32`, `cvt.{rn,rz}{.relu}{.satfinite}.tf32.f32`: an f32 whose 13 low bits are zero; NaN is
+/// 0x7fffffff.
 #[inline]
 pub fn cvt_tf32_from_f32(a: f32, mode: NarrowMode) -> u32 {
     if a.is_nan() {
@@ -234,7 +235,7 @@ pub fn cvt_tf32_from_f32(a: f32, mode: NarrowMode) -> u32 {
     narrow(TF32, a, mode) << 13
 }
 
-/// The 8-bit formats.
+/// 8-bit floating-point formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fp8 {
     /// `.e4m3`.
@@ -244,7 +245,7 @@ pub enum Fp8 {
 }
 
 impl Fp8 {
-    /// The format's description.
+    /// Returns the description of the format.
     pub const fn format(self) -> Format {
         match self {
             Fp8::E4m3 => E4M3,
@@ -287,7 +288,7 @@ pub fn cvt_f16x2_from_fp8x2(kind: Fp8, a: u16, relu: bool) -> u32 {
     widen(a >> 8) << 16 | widen(a)
 }
 
-/// The destination types of `cvt.pack`.
+/// Destination types of `cvt.pack`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, reason = "the names are the manual's types")]
 pub enum PackType {
@@ -301,8 +302,8 @@ pub enum PackType {
     S2,
 }
 
-/// `cvt.pack.sat.convertType.s32{.b32} d, a, b{, c}`: `a` above `b`, both saturated; below 16 bits, `c` fills what is
-/// left above them. For the 16-bit types `c` is ignored.
+/// `cvt.pack.sat.convertType.s32{.b32} d, a, b{, c}`: `a` above `b`, both saturated. For types below 16 bits, `c`
+/// fills the bits above them; for the 16-bit types it is ignored.
 pub fn cvt_pack(to: PackType, a: i32, b: i32, c: u32) -> u32 {
     let (bits, signed) = match to {
         PackType::U16 => (16, false),

@@ -1,4 +1,4 @@
-//! Expected values from the host's own conversions, or worked out by hand.
+//! Expected values come from the host's own conversions, or were computed by hand.
 
 use super::*;
 
@@ -95,7 +95,7 @@ fn integers_to_floats_round_once() {
     );
     assert_eq!(cvt(Scalar::F16, Scalar::U32, 70000, RN), 0x7c00);
     assert_eq!(cvt(Scalar::F16, Scalar::S32, 0, RN), 0);
-    // 2^63 + 2^39 + 1 is just above a tie of f32; through a nearest f64 it would look like the tie.
+    // 2^63 + 2^39 + 1 is just above a tie of f32; rounded to the nearest f64 first it would become the tie.
     assert_eq!(cvt(Scalar::F32, Scalar::U64, (1 << 63) + (1 << 39) + 1, RN) & 1, 1);
 }
 

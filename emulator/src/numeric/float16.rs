@@ -1,18 +1,19 @@
-//! Half-precision arithmetic: f16, bf16 and their packed pairs (manual section "Half Precision Floating Point Instructions").
+//! Half-precision arithmetic: f16, bf16 and their packed pairs (manual section "Half Precision Floating Point
+//! Instructions").
 //!
-//! Operands widen exactly, the operation runs in f64 rounded to odd, and the result is rounded once to the format.
-//! bf16 needs that care: it has f32's range, so an fma can put a tie-breaker 2^-100 below the sum, where plain f64
-//! loses it. Packed forms are [`map1`], [`map2`], [`map3`] over the scalar ones.
+//! Operands are widened exactly, the operation is computed in f64 rounded to odd, and the result is rounded once to
+//! the format. bf16 needs this: it has the range of f32, so an fma can put a tie-breaking bit 2^-100 below the sum,
+//! where plain f64 loses it. Packed forms apply the scalar ones through [`map1`], [`map2`], [`map3`].
 
 use super::format::{BF16, F16, Format, HALF_NAN, bf16_to_f32, f16_to_f32};
 use super::minmax::{Extremum, MinMaxMode, extremum};
 use super::round::{Rounding, sum_to_odd};
 
-/// The 16-bit pattern that a tensor copy writes outside the tensor under the NaN fill, and that `fma.oob` looks for
-/// (manual section "Tensors", "Out of Boundary Access"; the manual leaves the value open, this is the hardware's).
+/// Pattern that a tensor copy with the NaN fill writes outside of the tensor, and that `fma.oob` recognises (manual
+/// section "Tensors", "Out of Boundary Access"). The manual does not define the value; this is the hardware's.
 pub const OOB_NAN: u16 = 0x7ff7;
 
-/// Which 16-bit format an instruction works on.
+/// 16-bit format of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Half {
     /// `.f16`.
@@ -21,10 +22,10 @@ pub enum Half {
     Bf16,
 }
 
-/// How the result is clamped.
+/// Clamping of the result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Clamp {
-    /// Not at all.
+    /// No clamping.
     #[default]
     None,
     /// `.sat`: to [0, 1], NaN becomes +0.
@@ -33,7 +34,7 @@ pub enum Clamp {
     Relu,
 }
 
-/// The modifiers of a half-precision instruction. Rounding is always `.rn`.
+/// Modifiers of a half-precision instruction. Rounding is always `.rn`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct HalfMode {
     /// `.ftz`: subnormal inputs and results become zero.
@@ -43,7 +44,7 @@ pub struct HalfMode {
 }
 
 impl Half {
-    /// The format's description.
+    /// Returns the description of the format.
     #[inline]
     pub const fn format(self) -> Format {
         match self {
@@ -52,7 +53,7 @@ impl Half {
         }
     }
 
-    /// The value; exact.
+    /// Returns the value, exactly.
     #[inline]
     pub const fn decode(self, bits: u16) -> f32 {
         match self {
@@ -61,7 +62,7 @@ impl Half {
         }
     }
 
-    /// `x` to nearest even; NaN becomes [`HALF_NAN`].
+    /// Rounds `x` to nearest even; NaN becomes [`HALF_NAN`].
     #[inline]
     pub const fn encode(self, x: f64) -> u16 {
         match self {
@@ -112,7 +113,7 @@ impl Half {
         self.finish(self.input(a, mode.ftz) * self.input(b, mode.ftz), mode)
     }
 
-    /// `fma.rn{.ftz}{.sat}.f16`, `fma.rn{.relu}.bf16` and the like: one rounding.
+    /// `fma.rn{.ftz}{.sat}.f16`, `fma.rn{.relu}.bf16` and similar: one rounding.
     #[inline]
     pub fn fma(self, a: u16, b: u16, c: u16, mode: HalfMode) -> u16 {
         let product = self.input(a, mode.ftz) * self.input(b, mode.ftz);
@@ -161,7 +162,7 @@ impl Half {
     }
 }
 
-/// A sum of two f64 that are finite or special, rounded to odd.
+/// Adds two f64 that are finite or special, rounded to odd.
 #[inline]
 fn exact_sum(a: f64, b: f64) -> f64 {
     let sum = a + b;
@@ -239,7 +240,8 @@ mod tests {
 
     #[test]
     fn a_tie_broken_far_below_is_seen() {
-        // (1 + 2^-7) * 1.5 = 1.5 + 2^-7 + 2^-8: half-way between 1.5 + 2^-7 and 1.5 + 2^-6. A crumb of 2^-120 decides.
+        // (1 + 2^-7) * 1.5 = 1.5 + 2^-7 + 2^-8: half-way between 1.5 + 2^-7 and 1.5 + 2^-6. An addend of 2^-120
+        // decides.
         let (a, b) = (0x3f81, 0x3fc0);
         let crumb = ((127 - 120) << 7) as u16;
         let mode = HalfMode::default();

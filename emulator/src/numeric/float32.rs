@@ -1,14 +1,14 @@
 //! Single-precision arithmetic (manual section "Floating Point Instructions") and the mixed-precision forms.
 //!
-//! To nearest even the host's own instruction is right. The directed modes compute in f64 rounded to odd and round
-//! once more (see [`super::round`]). Every NaN that comes out is the canonical 0x7fffffff.
+//! For round-to-nearest-even the host's own instruction is used. The directed modes compute in f64 rounded to odd and
+//! round once more (see [`super::round`]). Every NaN result is the canonical 0x7fffffff.
 
 use super::Rounding;
 use super::format::{F32_NAN, flush_f32};
 use super::minmax::{Extremum, MinMaxMode, extremum};
 use super::round::{f32_from_f64, sum_to_odd, to_odd};
 
-/// The modifiers of an f32 arithmetic instruction; the default is `.rn` with subnormals kept.
+/// Modifiers of an f32 arithmetic instruction; the default is `.rn` without flushing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Mode {
     /// `.rn .rz .rm .rp`.
@@ -42,19 +42,19 @@ impl Mode {
     }
 }
 
-/// `.sat`: clamped to [0, 1]; NaN and -0 become +0.
+/// `.sat`: clamps to [0, 1]; NaN and -0 become +0.
 #[inline]
 pub fn saturate(x: f32) -> f32 {
     if x > 0.0 { x.min(1.0) } else { 0.0 }
 }
 
-/// The canonical NaN for any NaN, everything else unchanged.
+/// Replaces any NaN by the canonical NaN.
 #[inline]
 pub fn canonical(x: f32) -> f32 {
     if x.is_nan() { F32_NAN } else { x }
 }
 
-/// `x + y` in a directed mode. An exact zero from operands of opposite sign is -0 when rounding down, +0 otherwise.
+/// Adds in a directed mode. An exact zero from operands of opposite sign is -0 when rounding down, +0 otherwise.
 fn directed_sum(x: f64, y: f64, mode: Mode) -> f32 {
     let sum = sum_to_odd(x, y);
     if sum == 0.0 && x.is_sign_negative() != y.is_sign_negative() {
@@ -102,15 +102,16 @@ pub fn fma(a: f32, b: f32, c: f32, mode: Mode) -> f32 {
     })
 }
 
-/// A fused multiply-add to nearest even, without the slow library call that `mul_add` is on hosts compiled without
-/// an fma instruction.
+/// Fused multiply-add to nearest even. It avoids `mul_add`, which is a slow library call on hosts compiled without an
+/// fma instruction.
 #[inline]
 fn fused(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
         return a.mul_add(b, c);
     }
-    // The product is exact in f64. Rounding the f64 sum again is wrong only if that sum was inexact and lies exactly
-    // half-way between two f32 (or in the subnormal range, where "half-way" moves); its low bits tell.
+    // The product is exact in f64. Rounding the f64 sum again is wrong only if the sum was inexact and lies exactly
+    // half-way between two f32, or in the subnormal range, where the half-way points differ; the low bits of the sum
+    // show both.
     let product = f64::from(a) * f64::from(b);
     let sum = product + f64::from(c);
     let bits = sum.to_bits();
@@ -138,7 +139,7 @@ pub fn div(a: f32, b: f32, mode: Mode) -> f32 {
     } else {
         let (x, y) = (f64::from(a), f64::from(b));
         let quotient = x / y;
-        // The error has the sign of (x - quotient * y) / y; a non-finite or zero quotient has none.
+        // The error has the sign of (x - quotient * y) / y; a non-finite or zero quotient has no error.
         let rest = if quotient.is_finite() && quotient != 0.0 {
             (-quotient).mul_add(y, x) * y.signum()
         } else {
@@ -182,13 +183,13 @@ pub fn abs(a: f32, ftz: bool) -> f32 {
     (if ftz { flush_f32(a) } else { a }).abs()
 }
 
-/// `copysign.f32 d, a, b`: the sign of `a` on the value of `b`.
+/// `copysign.f32 d, a, b`: the magnitude of `b` with the sign of `a`.
 #[inline]
 pub fn copysign(a: f32, b: f32) -> f32 {
     b.copysign(a)
 }
 
-/// `min{.ftz}{.NaN}{.xorsign.abs}.f32`, and `max` likewise.
+/// `min{.ftz}{.NaN}{.xorsign.abs}.f32` and `max`.
 #[inline]
 pub fn min_max(which: Extremum, a: f32, b: f32, mode: MinMaxMode) -> f32 {
     let (a, b) = if mode.ftz { (flush_f32(a), flush_f32(b)) } else { (a, b) };
@@ -198,8 +199,8 @@ pub fn min_max(which: Extremum, a: f32, b: f32, mode: MinMaxMode) -> f32 {
     }
 }
 
-/// `add.f32.f16`, `fma.f32.bf16`, … (manual section "Mixed Precision Floating Point Instructions"): the 16-bit operands
-/// are widened exactly, the rest is [`add`], [`sub`], [`fma`]. This names the operation for a caller's table.
+/// Mixed-precision operations: `add.f32.f16`, `fma.f32.bf16`, … (manual section "Mixed Precision Floating Point
+/// Instructions"). The 16-bit operands are widened exactly, and [`add`], [`sub`] or [`fma`] does the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mixed {
     /// `add{.rnd}{.sat}.f32.atype d, a, c`.
@@ -210,7 +211,7 @@ pub enum Mixed {
     Fma,
 }
 
-/// A mixed-precision operation on already widened operands; `b` matters to [`Mixed::Fma`] alone.
+/// Applies a mixed-precision operation to widened operands; only [`Mixed::Fma`] uses `b`.
 pub fn mixed(op: Mixed, a: f32, b: f32, c: f32, mode: Mode) -> f32 {
     match op {
         Mixed::Add => add(a, c, mode),
@@ -219,7 +220,7 @@ pub fn mixed(op: Mixed, a: f32, b: f32, c: f32, mode: Mode) -> f32 {
     }
 }
 
-/// The properties that `testp` asks for.
+/// Properties that `testp` tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Property {
     /// Neither infinite nor NaN.
@@ -236,7 +237,7 @@ pub enum Property {
     Subnormal,
 }
 
-/// `testp.op.f32`; a value of f64 goes to [`super::float64::testp`].
+/// `testp.op.f32`; for f64 see [`super::float64::testp`].
 pub fn testp(op: Property, a: f32) -> bool {
     match op {
         Property::Finite => a.is_finite(),
@@ -292,7 +293,8 @@ mod tests {
         out.iter().flat_map(|&x| [x, -x]).collect()
     }
 
-    /// The 128-bit path rounded to odd in f64, then once to f32: shares nothing with the two-sum under test.
+    /// Oracle: the 128-bit path rounded to odd in f64, then once to f32. It shares nothing with the two-sum under
+    /// test.
     fn oracle(exact: Exact, rounding: Rounding) -> f32 {
         let down = exact.to_f64(Rounding::TowardZero);
         let inexact = exact.to_f64(Rounding::Up) != exact.to_f64(Rounding::Down);

@@ -1,17 +1,17 @@
 //! Double-precision arithmetic (manual section "Floating Point Instructions", type `.f64`).
 //!
-//! To nearest even the host's own instruction is right; the directed modes go through [`Exact`]. A NaN operand passes
-//! its payload, made quiet; a NaN made here is 0xfff8000000000000, as on the hardware.
+//! For round-to-nearest-even the host's own instruction is used; the directed modes use [`Exact`]. A NaN operand
+//! passes its payload, made quiet; a new NaN is 0xfff8000000000000, as on hardware.
 
 use super::Rounding;
 use super::float32::Property;
 use super::minmax::{Extremum, MinMaxMode, extremum};
 use super::round::Exact;
 
-/// The NaN that an invalid f64 operation makes.
+/// NaN of an invalid f64 operation.
 pub const F64_NAN_BITS: u64 = 0xfff8_0000_0000_0000;
 
-/// A NaN result takes the payload of the first NaN operand, or is the default NaN.
+/// Replaces a NaN result by the first NaN operand, made quiet, or by the default NaN.
 fn finish(result: f64, operands: &[f64]) -> f64 {
     if !result.is_nan() {
         return result;
@@ -28,7 +28,7 @@ fn round_sum(sum: Exact, negative_zero: bool, rounding: Rounding) -> f64 {
     sum.to_f64(rounding)
 }
 
-/// The sign of a sum that turned out zero, from the signs of its two parts.
+/// Returns true if a zero sum is negative, given the signs of its two parts.
 fn zero_sum_is_negative(a: bool, b: bool, rounding: Rounding) -> bool {
     if a == b { a } else { rounding == Rounding::Down }
 }
@@ -102,12 +102,12 @@ pub fn abs(a: f64) -> f64 {
     a.abs()
 }
 
-/// `copysign.f64 d, a, b`: the sign of `a` on the value of `b`.
+/// `copysign.f64 d, a, b`: the magnitude of `b` with the sign of `a`.
 pub fn copysign(a: f64, b: f64) -> f64 {
     b.copysign(a)
 }
 
-/// `min.f64`, `max.f64`. Two NaNs give the first one, quiet.
+/// `min.f64` and `max.f64`. Of two NaNs the first one is the result, made quiet.
 pub fn min_max(which: Extremum, a: f64, b: f64) -> f64 {
     extremum(which, a, b, MinMaxMode::default()).unwrap_or_else(|| finish(f64::NAN, &[a, b]))
 }

@@ -1,7 +1,7 @@
-//! The small floating-point formats of the PTX manual ("Fundamental Types", "Alternate Floating-Point Data Formats").
+//! Small floating-point formats of the PTX manual ("Fundamental Types", "Alternate Floating-Point Data Formats").
 //!
-//! Every one of them fits exactly in an f32, so decoding is exact and encoding is one rounding of an f64. A format is
-//! a value ([`Format`]), not a type: five constants and one algorithm.
+//! Each of them fits exactly in an f32, so decoding is exact and encoding is one rounding of an f64. A format is a
+//! value ([`Format`]), not a type: its field widths, and one algorithm for all.
 //!
 //! | format | sign, exponent, fraction | largest | infinity | NaN written |
 //! | --- | --- | --- | --- | --- |
@@ -14,11 +14,11 @@
 
 use super::round::Rounding;
 
-/// The f32 NaN that PTX arithmetic writes.
+/// NaN that PTX f32 arithmetic writes.
 pub const F32_NAN_BITS: u32 = 0x7fff_ffff;
 /// [`F32_NAN_BITS`] as a value.
 pub const F32_NAN: f32 = f32::from_bits(F32_NAN_BITS);
-/// The NaN that f16 and bf16 arithmetic write.
+/// NaN that f16 and bf16 arithmetic write.
 pub const HALF_NAN: u16 = 0x7fff;
 
 /// A binary floating-point format of at most 32 bits: sign, exponent, fraction, from the top.
@@ -28,7 +28,7 @@ pub struct Format {
     pub exponent_bits: u32,
     /// Width of the fraction field in bits.
     pub fraction_bits: u32,
-    /// True if the top exponent means infinity and NaN. If not, only the all-ones pattern is NaN (e4m3).
+    /// True if the top exponent means infinity and NaN. If false, only the all-ones pattern is NaN (e4m3).
     pub has_infinity: bool,
 }
 
@@ -62,7 +62,7 @@ pub const E5M2: Format = Format {
     fraction_bits: 2,
     has_infinity: true,
 };
-/// IEEE single precision, for rounding modes the host has no instruction for.
+/// IEEE single precision, for rounding modes without a host instruction.
 pub const F32: Format = Format {
     exponent_bits: 8,
     fraction_bits: 23,
@@ -70,22 +70,22 @@ pub const F32: Format = Format {
 };
 
 impl Format {
-    /// The exponent bias.
+    /// Returns the exponent bias.
     pub const fn bias(self) -> i32 {
         (1 << (self.exponent_bits - 1)) - 1
     }
 
-    /// The sign bit's mask.
+    /// Returns the mask of the sign bit.
     pub const fn sign_mask(self) -> u32 {
         1 << (self.exponent_bits + self.fraction_bits)
     }
 
-    /// The canonical NaN: every bit set but the sign.
+    /// Returns the canonical NaN: all bits set but the sign.
     pub const fn nan(self) -> u32 {
         self.sign_mask() - 1
     }
 
-    /// Positive infinity, or NaN where the format has no infinity.
+    /// Returns positive infinity, or NaN if the format has no infinity.
     pub const fn infinity(self) -> u32 {
         if self.has_infinity {
             ((1 << self.exponent_bits) - 1) << self.fraction_bits
@@ -94,12 +94,12 @@ impl Format {
         }
     }
 
-    /// The largest finite magnitude.
+    /// Returns the largest finite magnitude.
     pub const fn max_finite(self) -> u32 {
         self.infinity() - 1
     }
 
-    /// True if the bits are a NaN.
+    /// Returns true if the bits are a NaN.
     pub const fn is_nan(self, bits: u32) -> bool {
         let magnitude = bits & (self.sign_mask() - 1);
         if self.has_infinity {
@@ -109,13 +109,13 @@ impl Format {
         }
     }
 
-    /// True if the bits are a subnormal number (not zero).
+    /// Returns true if the bits are a subnormal number (not zero).
     pub const fn is_subnormal(self, bits: u32) -> bool {
         let magnitude = bits & (self.sign_mask() - 1);
         magnitude != 0 && magnitude < 1 << self.fraction_bits
     }
 
-    /// A subnormal becomes a zero of the same sign; everything else passes.
+    /// Replaces a subnormal by a zero of the same sign.
     pub const fn flush(self, bits: u32) -> u32 {
         if self.is_subnormal(bits) {
             bits & self.sign_mask()
@@ -124,7 +124,7 @@ impl Format {
         }
     }
 
-    /// The value; exact. NaN comes back as NaN.
+    /// Returns the value, exactly; NaN stays NaN.
     #[inline]
     pub const fn decode(self, bits: u32) -> f32 {
         let sign = (bits & self.sign_mask()) << (31 - self.exponent_bits - self.fraction_bits);
@@ -135,16 +135,16 @@ impl Format {
         if self.has_infinity && magnitude == self.infinity() {
             return f32::from_bits(sign | 0x7f80_0000);
         }
-        // Read as an f32, the field's exponent is too small by the difference of the biases; a power of two mends that,
-        // and makes subnormals right as well.
+        // Read as an f32, the exponent field is too small by the difference of the biases. Multiplying by a power of
+        // two corrects this, for subnormals as well.
         let raw = f32::from_bits(sign | magnitude << (23 - self.fraction_bits));
         let scale = f32::from_bits(((127 + (127 - self.bias())) as u32) << 23);
         if self.bias() == 127 { raw } else { raw * scale }
     }
 
-    /// `x` rounded once into the format. Overflow goes to infinity or to the largest finite value as `rounding` says;
-    /// with `satfinite` (or where there is no infinity) always to the largest finite value, infinities included.
-    /// NaN becomes the canonical NaN. The sign of zero stays.
+    /// Rounds `x` once to the format. An overflow becomes infinity or the largest finite value, as `rounding`
+    /// determines. With `satfinite`, or in a format without infinity, overflows and infinities always become the
+    /// largest finite value. NaN becomes the canonical NaN. The sign of zero is kept.
     #[inline]
     pub const fn encode(self, x: f64, rounding: Rounding, satfinite: bool) -> u32 {
         let bits = x.to_bits();
@@ -165,7 +165,7 @@ impl Format {
             return sign;
         }
         let field = (magnitude >> 52) as i32;
-        // f64 subnormals lie below half of every smallest subnormal here, so dropping their exponent's offset is harmless.
+        // f64 subnormals lie below half of every smallest subnormal here, so their exponent's offset may be ignored.
         let significand = magnitude & ((1 << 52) - 1) | 1 << 52;
         let exponent = field - 1023;
         let below = 1 - self.bias() - exponent;
@@ -195,7 +195,7 @@ impl Format {
     }
 }
 
-/// The value of an f16; exact, NaN as NaN. Branch-free, so loops over it vectorise.
+/// Returns the value of an f16, exactly; NaN stays NaN. Without branches, so loops over it vectorise.
 #[inline]
 pub const fn f16_to_f32(bits: u16) -> f32 {
     let sign = (bits as u32 & 0x8000) << 16;
@@ -210,19 +210,19 @@ pub const fn f16_to_f32(bits: u16) -> f32 {
     f32::from_bits(sign | value)
 }
 
-/// The value of a bf16; exact.
+/// Returns the value of a bf16, exactly.
 #[inline]
 pub const fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits((bits as u32) << 16)
 }
 
-/// `x` as f16, to nearest even.
+/// Rounds `x` to f16, to nearest even.
 #[inline]
 pub const fn f32_to_f16(x: f32) -> u16 {
     F16.encode(x as f64, Rounding::NearestEven, false) as u16
 }
 
-/// `x` as bf16, to nearest even; NaN becomes [`HALF_NAN`].
+/// Rounds `x` to bf16, to nearest even; NaN becomes [`HALF_NAN`].
 #[inline]
 pub const fn f32_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
@@ -232,7 +232,7 @@ pub const fn f32_to_bf16(x: f32) -> u16 {
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// The value a tensor core sees in a `.tf32` register: the 13 low bits are ignored.
+/// Returns the value that a tensor core reads from a `.tf32` register: the 13 low bits are ignored.
 #[inline]
 pub const fn tf32_to_f32(bits: u32) -> f32 {
     f32::from_bits(bits & 0xffff_e000)
@@ -251,19 +251,19 @@ const fn table(format: Format) -> [f32; 256] {
     values
 }
 
-/// The value of an e4m3; exact.
+/// Returns the value of an e4m3, exactly.
 #[inline]
 pub const fn e4m3_to_f32(bits: u8) -> f32 {
     E4M3_VALUES[bits as usize]
 }
 
-/// The value of an e5m2; exact.
+/// Returns the value of an e5m2, exactly.
 #[inline]
 pub const fn e5m2_to_f32(bits: u8) -> f32 {
     E5M2_VALUES[bits as usize]
 }
 
-/// An f32 subnormal becomes a zero of the same sign (`.ftz`).
+/// Replaces an f32 subnormal by a zero of the same sign (`.ftz`).
 #[inline]
 pub fn flush_f32(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE {
@@ -285,7 +285,7 @@ mod tests {
         Rounding::Up,
     ];
 
-    /// The textbook formula, in f64.
+    /// Evaluates the textbook formula in f64.
     fn textbook(format: Format, bits: u32) -> f64 {
         let sign = if bits & format.sign_mask() != 0 { -1.0 } else { 1.0 };
         let exponent = (bits & (format.sign_mask() - 1)) >> format.fraction_bits;

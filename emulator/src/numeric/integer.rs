@@ -1,15 +1,15 @@
 //! Integer arithmetic (manual sections "Integer Arithmetic Instructions", "Extended-Precision Integer Arithmetic
 //! Instructions"). Bit fields, shifts and logic are in [`super::bits`].
 //!
-//! A register's content is a `u64` of which the type's low bits count. Results come back extended to 64 bits: signed
-//! ones by their sign, the others by zeros ([`IntType::extend`]). Nothing panics: what the manual leaves unspecified
-//! (division by zero) has a fixed answer here, named at the function.
+//! A register's content is a `u64` of which the type's low bits count. Results are extended to 64 bits: by the sign
+//! for signed types, by zeros for the others ([`IntType::extend`]). Nothing panics: operations that the manual leaves
+//! unspecified (division by zero) have a fixed result here, documented at the function.
 
 pub use super::bits::{
     Overflow, Permute, bfe, bfi, bfind, bmsk, brev, clz, cnot, fns, lop3, popc, prmt, shf, shl, shr, szext,
 };
 
-/// An integer type of PTX. Bit-size types (`.b32`) behave as the unsigned one.
+/// Integer types of PTX. Bit-size types (`.b32`) behave like the unsigned ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, reason = "the names are the manual's types")]
 pub enum IntType {
@@ -24,7 +24,7 @@ pub enum IntType {
 }
 
 impl IntType {
-    /// The width in bits.
+    /// Returns the width in bits.
     #[inline]
     pub const fn bits(self) -> u32 {
         match self {
@@ -35,13 +35,13 @@ impl IntType {
         }
     }
 
-    /// True if the type is signed.
+    /// Returns true if the type is signed.
     #[inline]
     pub const fn signed(self) -> bool {
         matches!(self, IntType::S8 | IntType::S16 | IntType::S32 | IntType::S64)
     }
 
-    /// The low bits of `x` as this type, extended to 64 bits.
+    /// Extends the low bits of `x` as this type to 64 bits.
     #[inline]
     pub const fn extend(self, x: u64) -> u64 {
         match self {
@@ -55,7 +55,7 @@ impl IntType {
         }
     }
 
-    /// The mathematical value of the low bits of `x`.
+    /// Returns the mathematical value of the low bits of `x`.
     #[inline]
     pub const fn value(self, x: u64) -> i128 {
         if self.signed() {
@@ -65,12 +65,12 @@ impl IntType {
         }
     }
 
-    /// The smallest value.
+    /// Returns the smallest value.
     pub const fn min_value(self) -> i128 {
         if self.signed() { -(1 << (self.bits() - 1)) } else { 0 }
     }
 
-    /// The largest value.
+    /// Returns the largest value.
     pub const fn max_value(self) -> i128 {
         if self.signed() {
             (1 << (self.bits() - 1)) - 1
@@ -85,7 +85,7 @@ impl IntType {
     }
 }
 
-/// Which part of a product an instruction keeps.
+/// Part of a product that an instruction keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MulPart {
     /// `.lo`: the low half.
@@ -129,7 +129,7 @@ const fn clamp(ty: IntType, x: i128) -> u64 {
 /// `mul.lo`, `mul.hi`, `mul.wide`. The wide result of a 16- or 32-bit type is extended from twice its width.
 #[inline]
 pub const fn mul(part: MulPart, ty: IntType, a: u64, b: u64) -> u64 {
-    // Of types up to 32 bits the whole product fits.
+    // The whole product of types up to 32 bits fits.
     let product = ty.extend(a).wrapping_mul(ty.extend(b));
     match part {
         MulPart::Lo => ty.extend(product),
@@ -139,7 +139,7 @@ pub const fn mul(part: MulPart, ty: IntType, a: u64, b: u64) -> u64 {
     }
 }
 
-/// A shift of a value already extended to 64 bits, by at most 64.
+/// Shifts right a value already extended to 64 bits, by at most 64.
 pub(super) const fn shr_extended(ty: IntType, x: u64, amount: u32) -> u64 {
     match (ty.signed(), amount) {
         (true, 63..) => ((x as i64) >> 63) as u64,
@@ -166,7 +166,7 @@ pub const fn mad(part: MulPart, ty: IntType, a: u64, b: u64, c: u64, sat: bool) 
     }
 }
 
-/// The 24 low bits of a 32-bit value, by the type's sign.
+/// Extends the 24 low bits of a 32-bit value by the type's sign.
 const fn low24(ty: IntType, x: u64) -> i64 {
     if ty.signed() {
         ((x as i32) << 8 >> 8) as i64
@@ -186,7 +186,7 @@ pub const fn mad24(hi: bool, ty: IntType, a: u64, b: u64, c: u64, sat: bool) -> 
     add(ty, mul24(hi, ty, a, b), c, sat)
 }
 
-/// Operations of the SIMD video instructions (`vadd4` and its kin).
+/// Operations of the SIMD video instructions (`vadd4` and similar).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are the instructions'")]
 pub enum Video {
@@ -197,20 +197,20 @@ pub enum Video {
     Max,
 }
 
-/// A SIMD video instruction: `parts` lanes of a 32-bit word, each with the signedness of a, b and the result.
+/// Modifiers of a SIMD video instruction on a 32-bit word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VideoMode {
-    /// 2 halves or 4 bytes.
+    /// Number of lanes: 2 halves or 4 bytes.
     pub parts: u32,
     /// True if the lanes of the result, of a and of b are signed.
     pub signed: [bool; 3],
-    /// Clamp each lane to its range instead of wrapping.
+    /// True to clamp each lane to its range instead of wrapping.
     pub saturate: bool,
-    /// Add the lanes up, and `c` to them.
+    /// True to add up the lanes and `c`.
     pub accumulate: bool,
 }
 
-/// The result of a SIMD video instruction on all lanes.
+/// Applies a SIMD video instruction to all lanes.
 pub fn video(op: Video, mode: VideoMode, a: u32, b: u32, c: u32) -> u32 {
     let bits = 32 / mode.parts;
     let lane = |word: u32, part: u32, signed: bool| {
@@ -299,7 +299,7 @@ pub const fn max(ty: IntType, a: u64, b: u64, relu: bool) -> u64 {
     relu_if(ty, if less(ty, b, a) { a } else { b }, relu)
 }
 
-/// True if a < b, as `setp` and `min` compare.
+/// Returns true if a < b, in the order of `setp` and `min`.
 #[inline]
 pub const fn less(ty: IntType, a: u64, b: u64) -> bool {
     let (a, b) = (ty.extend(a), ty.extend(b));
@@ -310,7 +310,8 @@ const fn relu_if(ty: IntType, x: u64, relu: bool) -> u64 {
     if relu && ty.value(x) < 0 { 0 } else { ty.extend(x) }
 }
 
-/// A 16-bit operation on both halves: `add`, `min`, `max` of `.u16x2` and `.s16x2` (pass `U16` or `S16` inside).
+/// Applies a 16-bit operation to both halves: `add`, `min`, `max` of `.u16x2` and `.s16x2` (with `U16` or `S16`
+/// inside).
 #[inline]
 pub fn map16x2(a: u32, b: u32, f: impl Fn(u64, u64) -> u64) -> u32 {
     let low = f(u64::from(a & 0xffff), u64::from(b & 0xffff)) as u32 & 0xffff;

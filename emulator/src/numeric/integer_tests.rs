@@ -1,4 +1,4 @@
-//! Expected values worked out by hand, or by the bit-by-bit loops of the manual's own semantics.
+//! Expected values were computed by hand, or by the bit-by-bit loops of the manual's semantics.
 
 use super::IntType::*;
 use super::*;

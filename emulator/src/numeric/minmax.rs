@@ -1,10 +1,10 @@
 //! `min` and `max` of floating-point numbers (manual sections "min", "max", full and half precision).
 //!
-//! PTX differs from IEEE-754 2019 in three ways worth a module: a NaN operand loses against a number unless `.NaN` is
-//! given; -0 is less than +0; and `.xorsign.abs` compares magnitudes and then multiplies the signs. Every format goes
-//! through f64, which holds them all exactly.
+//! PTX differs from IEEE 754-2019 in three ways: a NaN operand loses to a number unless `.NaN` is given; -0 is less
+//! than +0; and `.xorsign.abs` compares magnitudes and then multiplies the signs. All formats go through f64, which
+//! holds their values exactly.
 
-/// Which extremum.
+/// `min` or `max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Extremum {
     /// `min`.
@@ -13,7 +13,7 @@ pub enum Extremum {
     Max,
 }
 
-/// The modifiers of `min` and `max`.
+/// Modifiers of `min` and `max`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct MinMaxMode {
     /// `.ftz`: subnormal inputs and results become zero.
@@ -24,7 +24,7 @@ pub struct MinMaxMode {
     pub xorsign_abs: bool,
 }
 
-/// The extremum of two values, or `None` for the canonical NaN. Subnormals must have been flushed already.
+/// Returns the extremum of two values, or `None` for the canonical NaN. Subnormals must have been flushed before.
 #[inline]
 pub fn extremum(which: Extremum, a: f64, b: f64, mode: MinMaxMode) -> Option<f64> {
     let sign = a.is_sign_negative() != b.is_sign_negative();

@@ -1,12 +1,12 @@
-//! Rounding: the modes, and two ways to carry an inexact result to the point where it is rounded once.
+//! Rounding modes, and two ways to carry an inexact result to the point where it is rounded once.
 //!
-//! *Round to odd.* If a result with at least two bits more than the target needs is truncated and its last bit is
-//! set whenever something was cut off, then rounding it again in any mode gives what rounding the exact value would
-//! have given. f64 has 53 bits, f32 needs 24 + 2: so every f32, f16 and bf16 operation is one f64 operation, its error
-//! term (which an fma or Knuth's two-sum delivers exactly), and [`to_odd`].
+//! *Round to odd.* Truncate a result that has at least two bits more than the target needs, and set its last bit if
+//! any non-zero bit was cut off. Rounding it again in any mode then equals rounding the exact value. f64 has 53 bits
+//! and f32 needs 24 + 2, so every f32, f16 and bf16 operation is one f64 operation, its error term (which an fma or
+//! Knuth's two-sum gives exactly), and [`to_odd`].
 //!
-//! *Exact.* f64 itself has no wider type to go through, so its directed modes use [`Exact`]: a sign, a 128-bit
-//! significand whose last bit is sticky, and an exponent.
+//! *Exact.* f64 has no wider type to compute in, so its directed modes use [`Exact`]: a sign, a 128-bit significand
+//! whose last bit is sticky, and an exponent.
 
 /// Rounding of a real result to a floating-point format (PTX `.rn .rna .rz .rm .rp`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -25,8 +25,8 @@ pub enum Rounding {
 }
 
 impl Rounding {
-    /// True if a magnitude goes up by one unit in the last place, given its parity, the first bit cut off and whether
-    /// anything non-zero follows that bit.
+    /// Returns true if a magnitude is increased by one unit in the last place, given its parity, the first bit cut
+    /// off, and whether any later bit is non-zero.
     #[inline]
     pub const fn increments(self, negative: bool, odd: bool, half: bool, sticky: bool) -> bool {
         match self {
@@ -38,7 +38,7 @@ impl Rounding {
         }
     }
 
-    /// True if a magnitude too large for the format becomes infinity (otherwise the largest finite value).
+    /// Returns true if a magnitude too large for the format becomes infinity, false for the largest finite value.
     #[inline]
     pub const fn overflows_to_infinity(self, negative: bool) -> bool {
         match self {
@@ -64,7 +64,7 @@ pub enum IntegerRounding {
 }
 
 impl IntegerRounding {
-    /// `x` rounded to an integral value; NaN and infinities pass, the sign of zero stays.
+    /// Rounds `x` to an integral value; NaN and infinities pass, the sign of zero is kept.
     #[inline]
     pub fn apply(self, x: f64) -> f64 {
         match self {
@@ -76,7 +76,7 @@ impl IntegerRounding {
     }
 }
 
-/// The round-to-odd value of `sum + error`, where `sum` is the f64 nearest to it and `error` the (tiny) rest.
+/// Rounds `sum + error` to odd, where `sum` is the nearest f64 and `error` the small remainder.
 #[inline]
 pub fn to_odd(sum: f64, error: f64) -> f64 {
     let bits = sum.to_bits();
@@ -87,7 +87,7 @@ pub fn to_odd(sum: f64, error: f64) -> f64 {
     f64::from_bits(if away { bits + 1 } else { bits - 1 })
 }
 
-/// The round-to-odd value of `a + b` (Knuth's two-sum gives the error exactly; neither operand may overflow f64).
+/// Rounds `a + b` to odd. Knuth's two-sum gives the error exactly; neither operand may overflow f64.
 #[inline]
 pub fn sum_to_odd(a: f64, b: f64) -> f64 {
     let sum = a + b;
@@ -96,7 +96,7 @@ pub fn sum_to_odd(a: f64, b: f64) -> f64 {
     to_odd(sum, error)
 }
 
-/// `x` rounded to f32 in the given mode. NaN passes as NaN.
+/// Rounds `x` to f32 in the given mode; NaN stays NaN.
 #[inline]
 pub fn f32_from_f64(x: f64, rounding: Rounding) -> f32 {
     let nearest = x as f32;
@@ -120,18 +120,18 @@ pub fn f32_from_f64(x: f64, rounding: Rounding) -> f32 {
 }
 
 /// A finite real number `(-1)^negative * significand * 2^exponent`. If bits had to be cut off, the lowest bit of the
-/// significand is set, and at least 60 bits stand above it: enough to round to f64 in any mode.
+/// significand is set, and at least 60 bits lie above it: enough to round to f64 in any mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exact {
-    /// The sign.
+    /// True for a negative number.
     pub negative: bool,
-    /// The magnitude's bits, the lowest one sticky.
+    /// Bits of the magnitude, the lowest one sticky.
     pub significand: u128,
-    /// The weight of the lowest bit.
+    /// Weight of the lowest bit, as a power of 2.
     pub exponent: i32,
 }
 
-/// Shifts right; whatever falls off the end stays visible in the lowest bit.
+/// Shifts right; the lowest bit is set if a non-zero bit was shifted out.
 const fn shift_right_jam(x: u128, by: u32) -> u128 {
     if by == 0 {
         x
@@ -143,7 +143,7 @@ const fn shift_right_jam(x: u128, by: u32) -> u128 {
 }
 
 impl Exact {
-    /// The value of a finite f64.
+    /// Converts a finite f64.
     pub fn from_f64(x: f64) -> Exact {
         let bits = x.to_bits();
         let field = (bits >> 52) as i32 & 0x7ff;
@@ -155,7 +155,7 @@ impl Exact {
         }
     }
 
-    /// The value of an integer.
+    /// Converts an integer.
     pub const fn from_int(x: i128) -> Exact {
         Exact {
             negative: x < 0,
@@ -182,7 +182,7 @@ impl Exact {
         }
     }
 
-    /// The product; both significands must have at most 64 bits.
+    /// Multiplies; both significands must have at most 64 bits.
     pub const fn mul(self, other: Exact) -> Exact {
         Exact {
             negative: self.negative != other.negative,
@@ -191,7 +191,7 @@ impl Exact {
         }
     }
 
-    /// The sum; neither operand may be sticky. A zero sum of non-zero operands has `negative == false`.
+    /// Adds; neither operand may be sticky. A zero sum of non-zero operands has `negative == false`.
     pub const fn add(self, other: Exact) -> Exact {
         if self.significand == 0 || other.significand == 0 {
             return if self.significand == 0 { other } else { self };
@@ -221,7 +221,7 @@ impl Exact {
         }
     }
 
-    /// The quotient, sticky in the last of about 72 bits; both operands come from f64, the divisor is not zero.
+    /// Divides, sticky in the last of about 72 bits; both operands come from f64, the divisor is not zero.
     pub const fn div(self, divisor: Exact) -> Exact {
         let numerator = self.normalised();
         let down = 53 - (128 - divisor.significand.leading_zeros());
@@ -235,7 +235,7 @@ impl Exact {
         }
     }
 
-    /// The square root of a non-negative value, sticky in the last of 63 bits.
+    /// Takes the square root of a non-negative value, sticky in the last of 63 bits.
     pub const fn sqrt(self) -> Exact {
         let mut x = self.normalised();
         if x.exponent & 1 != 0 {
@@ -251,7 +251,7 @@ impl Exact {
         }
     }
 
-    /// The nearest f64 in the given mode. Zero keeps the sign it has.
+    /// Rounds to f64 in the given mode. Zero keeps its sign.
     pub fn to_f64(self, rounding: Rounding) -> f64 {
         let sign = u64::from(self.negative) << 63;
         if self.significand == 0 {
@@ -275,7 +275,7 @@ impl Exact {
         };
         let up = rounding.increments(self.negative, kept & 1 == 1, half, sticky);
         let kept = kept + u64::from(up);
-        // `kept` carries the implicit bit, so it adds one to an exponent field that is therefore one too low.
+        // `kept` includes the implicit bit, which adds one to the exponent field; the field is one too low for that.
         let field = (lowest + 1074) as u64;
         let magnitude = if field >= 2046 || kept + (field << 52) >= 0x7ff << 52 {
             (0x7ff << 52) - u64::from(!rounding.overflows_to_infinity(self.negative))

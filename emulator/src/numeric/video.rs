@@ -1,11 +1,11 @@
-//! Scalar video instructions: `vadd`, `vsub`, `vabsdiff`, `vmin`, `vmax`, `vset`, `vshl`, `vshr` and `vmad` (PTX ISA, "Scalar
-//! Video Instructions").
+//! Scalar video instructions: `vadd`, `vsub`, `vabsdiff`, `vmin`, `vmax`, `vset`, `vshl`, `vshr` and `vmad` (PTX ISA,
+//! "Scalar Video Instructions").
 //!
-//! Each operand is a byte, a half or the whole of a 32-bit word, extended by its type. The operation works on the extended
-//! values, its result is clamped if `.sat` says so, and is then combined with `c`: by a second operation, or by taking the
-//! place of a byte or half of `c`.
+//! Each operand is a byte, a half or the whole of a 32-bit word, extended by its type. The operation works on the
+//! extended values, and `.sat` clamps its result. The result is then combined with `c`: by a second operation, or by
+//! replacing a byte or half of `c`.
 
-/// Part of a 32-bit word that an operand or the result is.
+/// Part of a 32-bit word that is an operand or the result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     /// All 32 bits.
@@ -17,7 +17,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// Width in bits.
+    /// Returns the width in bits.
     pub const fn bits(self) -> u32 {
         match self {
             Part::Word => 32,
@@ -34,7 +34,7 @@ impl Part {
         }
     }
 
-    /// The value of this part of a word.
+    /// Returns the value of this part of a word.
     const fn select(self, word: u32, signed: bool) -> i64 {
         let up = word << (32 - self.bits() - self.shift());
         let down = 32 - self.bits();
@@ -45,7 +45,7 @@ impl Part {
         }
     }
 
-    /// `word` with this part replaced by the low bits of `value`.
+    /// Replaces this part of `word` by the low bits of `value`.
     const fn replace(self, word: u32, value: u32) -> u32 {
         let mask = (u32::MAX >> (32 - self.bits())) << self.shift();
         (word & !mask) | (value << self.shift() & mask)
@@ -83,16 +83,16 @@ pub enum Operation {
     Shift {
         /// `vshr`.
         right: bool,
-        /// `.wrap` instead of `.clamp`.
+        /// True for `.wrap`, false for `.clamp`.
         wrap: bool,
     },
     /// `vmad`: the product plus `c`, shifted right.
     Mad {
-        /// True if the product and `c` are negated.
+        /// True if the product is negated, and true if `c` is.
         negate: [bool; 2],
-        /// `.po`: adds one more.
+        /// `.po`: true to add one.
         plus_one: bool,
-        /// 0, 7 or 15 bits.
+        /// Bits of the shift: 0, 7 or 15.
         scale: u32,
     },
 }
@@ -115,14 +115,14 @@ pub struct ScalarVideo {
     pub signed: [bool; 3],
     /// Part of `d` that is written (the rest is `c`), and parts of a and b that are read.
     pub parts: [Part; 3],
-    /// Clamp the result to the range of its part.
+    /// True to clamp the result to the range of its part.
     pub saturate: bool,
     /// Second operation.
     pub second: Option<Second>,
 }
 
 impl ScalarVideo {
-    /// The result for words a, b and c; `c` is 0 where the instruction has none.
+    /// Returns the result for words a, b and c; `c` is 0 if the instruction has none.
     pub fn apply(&self, a: u32, b: u32, c: u32) -> u32 {
         let [_, a_signed, b_signed] = self.signed;
         let [to, a_part, b_part] = self.parts;
@@ -143,7 +143,7 @@ impl ScalarVideo {
             }),
             Operation::Shift { right, wrap } => {
                 let amount = if wrap { y & 31 } else { y.min(32) };
-                // Any 32 bits shifted by up to 32 fit in 64, but for the sign of the largest unsigned ones.
+                // 32 bits shifted by up to 32 fit in 64 bits, except for the sign of the largest unsigned values.
                 let wide = if right {
                     i128::from(x) >> amount
                 } else {

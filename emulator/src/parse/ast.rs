@@ -1,9 +1,9 @@
-//! The parsed form: what the text says, before anything is given a meaning.
+//! The parsed form of a module: the text's structure, without meaning.
 //!
-//! Every instruction has the same shape (guard, opcode, modifiers, operands, line). What an opcode means,
-//! and which operands it takes, is decided once, in [`decode`](crate::decode).
+//! Every instruction has the same form (guard, opcode, modifiers, operands, line). [`decode`](crate::decode)
+//! determines the meaning of an opcode and the operands that it takes.
 
-/// A whole module.
+/// A module.
 #[derive(Debug, Default)]
 pub(crate) struct Module<'a> {
     pub version: &'a str,
@@ -35,13 +35,13 @@ pub(crate) struct Directives {
     pub max_registers: Option<u32>,
 }
 
-/// A formal parameter. `size` is its bytes, arrays included.
+/// A formal parameter. `size` is its size in bytes, including arrays.
 #[derive(Debug, Clone)]
 pub(crate) struct Parameter<'a> {
     pub name: &'a str,
     pub size: u64,
     pub align: u64,
-    /// `.reg` instead of `.param`: the type word of an old-style register parameter.
+    /// Type word of an old-style register parameter (`.reg` instead of `.param`).
     pub register: Option<&'a str>,
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Variable<'a> {
     pub name: &'a str,
     /// `global`, `shared`, `const`, `local` or `param`.
     pub space: &'a str,
-    /// Bytes of one element as written by initialisers (vectors count their parts).
+    /// Bytes of one element in an initialiser (each part of a vector counts).
     pub element: u64,
     pub size: u64,
     pub align: u64,
@@ -67,7 +67,7 @@ pub(crate) struct Init<'a> {
     pub value: InitValue<'a>,
 }
 
-/// Value that an initialiser puts there.
+/// Value of an initialiser.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum InitValue<'a> {
     Bits(u64),
@@ -86,12 +86,12 @@ pub(crate) enum Statement<'a> {
     Label(&'a str),
     Instruction(Instruction<'a>),
     Block(Vec<Statement<'a>>),
-    /// `name: .branchtargets a, b;` or `.calltargets`
+    /// `name: .branchtargets a, b;` or `.calltargets`.
     Targets {
         name: &'a str,
         list: Vec<&'a str>,
     },
-    /// `name: .callprototype (…) _ (…);` The call itself says what it passes.
+    /// `name: .callprototype (…) _ (…);`. It is ignored: the call itself lists its arguments.
     Prototype(&'a str),
 }
 
@@ -101,23 +101,23 @@ pub(crate) struct RegisterDecl<'a> {
     pub ty: &'a str,
     pub vector: u32,
     pub name: &'a str,
-    /// `Some(n)` for `name<n>`: declares name0 … name(n-1).
+    /// `Some(n)` for `name<n>`, which declares name0 … name(n-1).
     pub count: Option<u64>,
 }
 
-/// One instruction.
+/// An instruction.
 #[derive(Debug)]
 pub(crate) struct Instruction<'a> {
     pub line: u32,
-    /// Guard predicate and whether it is negated.
+    /// Guard predicate, and true if it is negated.
     pub guard: Option<(&'a str, bool)>,
     pub opcode: &'a str,
-    /// Dot-separated modifiers, `::` kept within one.
+    /// Modifiers, separated by dots; `::` stays within one.
     pub modifiers: Vec<&'a str>,
     pub operands: Vec<Operand<'a>>,
 }
 
-/// One operand.
+/// An operand.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Operand<'a> {
     /// Register, special register, symbol, label or `_`.
@@ -127,7 +127,7 @@ pub(crate) enum Operand<'a> {
     F64(u64),
     /// `!p`
     Not(Box<Operand<'a>>),
-    /// `-r` of a register (`vmad`)
+    /// `-r` of a register (`vmad`).
     Negative(Box<Operand<'a>>),
     /// `{a, b, …}`
     Vector(Vec<Operand<'a>>),

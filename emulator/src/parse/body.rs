@@ -5,7 +5,7 @@ use super::{MAX_NESTING, Parser, Result};
 use crate::lex::Token;
 
 impl<'a> Parser<'a> {
-    /// Statements up to and including the closing brace.
+    /// Parses statements up to and including the closing brace.
     pub(super) fn statements(&mut self) -> Result<Vec<Statement<'a>>> {
         self.depth += 1;
         if self.depth > MAX_NESTING {
@@ -97,7 +97,7 @@ impl<'a> Parser<'a> {
         let mut parts = word.split('.');
         let opcode = parts.next().unwrap_or(word);
         let mut modifiers: Vec<&str> = parts.collect();
-        // Modifiers may stand apart: `mov .u32`.
+        // Modifiers may be separate words: `mov .u32`.
         while let Token::Word(word) = self.peek()
             && let Some(modifier) = word.strip_prefix('.')
         {

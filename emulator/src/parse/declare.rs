@@ -4,12 +4,12 @@ use super::ast::{Init, InitValue, Parameter, RegisterDecl, Variable};
 use super::{Parser, Result};
 use crate::lex::Token;
 
-/// A variable larger than this is a mistake in the text, not a wish.
+/// Largest variable in bytes; a larger one is taken for a mistake in the text.
 const MAX_VARIABLE: u64 = 1 << 32;
-/// Scalars one initialiser may spell out.
+/// Largest number of scalars in one initialiser.
 const MAX_INIT: usize = 1 << 24;
 
-/// Bytes of a fundamental type word such as `.b32`; predicates count one byte.
+/// Returns the bytes of a fundamental type word such as `.b32`; a predicate counts as one byte.
 pub(crate) fn type_bytes(word: &str) -> Option<u64> {
     Some(match word {
         ".b8" | ".u8" | ".s8" | ".pred" => 1,
@@ -22,7 +22,7 @@ pub(crate) fn type_bytes(word: &str) -> Option<u64> {
 }
 
 impl<'a> Parser<'a> {
-    /// `( .param .b64 a, .param .align 8 .b8 b[16] )`
+    /// Parses `( .param .b64 a, .param .align 8 .b8 b[16] )`.
     pub(super) fn parameters(&mut self) -> Result<Vec<Parameter<'a>>> {
         self.expect(b'(')?;
         let mut out = Vec::new();
@@ -48,7 +48,7 @@ impl<'a> Parser<'a> {
                 Token::Word(".align") => {
                     self.next();
                     let value = self.alignment()?;
-                    // The alignment of what a `.ptr` parameter points at is no property of the parameter.
+                    // The alignment of the memory that a `.ptr` parameter points to does not matter here.
                     if ty.is_none() {
                         align = value;
                     }
@@ -96,7 +96,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Product of `[a][b]…`; `None` without brackets, 0 for `[]`.
+    /// Returns the product of `[a][b]…`: `None` without brackets, 0 for `[]`.
     fn dimensions(&mut self) -> Result<Option<u64>> {
         let mut total = None;
         while self.accept(b'[') {
@@ -107,7 +107,7 @@ impl<'a> Parser<'a> {
         Ok(total)
     }
 
-    /// `.shared .align 16 .b8 a[64], b[64];`
+    /// Parses `.shared .align 16 .b8 a[64], b[64];`.
     pub(super) fn variables(&mut self, is_extern: bool) -> Result<Vec<Variable<'a>>> {
         let space = self.word("a state space")?.trim_start_matches('.');
         let space = space.split("::").next().unwrap_or(space);
@@ -175,7 +175,7 @@ impl<'a> Parser<'a> {
     }
 
     fn initialiser(&mut self, scalar: u64, offset: u64, out: &mut Vec<Init<'a>>) -> Result<()> {
-        // Braces nest only to mirror the dimensions: the scalars follow one another in memory.
+        // Nested braces follow the dimensions; the scalars are consecutive in memory.
         let mut depth = 0u32;
         let mut at = offset;
         loop {
@@ -233,7 +233,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `+4`, `-4`, `+-4` or nothing.
+    /// Parses `+4`, `-4`, `+-4` or nothing.
     pub(super) fn signed_offset(&mut self) -> Result<i64> {
         let mut negative = false;
         let mut any = false;
@@ -254,7 +254,7 @@ impl<'a> Parser<'a> {
         Ok(if negative { value.wrapping_neg() } else { value })
     }
 
-    /// `.reg .b32 %r<10>, %tmp;`
+    /// Parses `.reg .b32 %r<10>, %tmp;`.
     pub(super) fn registers(&mut self) -> Result<Vec<RegisterDecl<'a>>> {
         self.next();
         let mut vector = 1;

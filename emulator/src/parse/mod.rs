@@ -1,5 +1,5 @@
-//! Tokens to [`ast`]: module-level directives and functions. Statements and operands are in
-//! [`body`], declarations in [`declare`].
+//! Parses tokens to [`ast`]: module-level directives and functions. Statements and operands are in [`body`],
+//! declarations in [`declare`].
 
 pub(crate) mod ast;
 mod body;
@@ -17,7 +17,7 @@ pub(crate) struct SyntaxError {
 
 type Result<T> = std::result::Result<T, SyntaxError>;
 
-/// Blocks nested deeper than this are refused, so that no text can exhaust the stack.
+/// Deepest nesting of blocks; deeper text is refused, so that none can exhaust the stack.
 const MAX_NESTING: u32 = 64;
 
 /// Parses a module.
@@ -166,7 +166,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `8.0` comes out of the lexer as a decimal number; what matters is only that it is one.
+    /// Checks the version. The lexer returns `8.0` as a decimal number; its value does not matter.
     fn version(&mut self) -> Result<&'a str> {
         match self.next() {
             Token::F64(_) | Token::Int(_) => Ok("given"),
@@ -205,7 +205,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Skips `.file`, `.loc`, `.section` and `.pragma`; true if there was one.
+    /// Skips `.file`, `.loc`, `.section` and `.pragma`; returns true if there was one.
     fn debug_directive(&mut self) -> Result<bool> {
         match self.peek() {
             Token::Word(".file") => {

@@ -1,9 +1,9 @@
-//! wgmma's matrix descriptor: where each element of an operand lies in shared memory (manual sections "Shared Memory
-//! Matrix Layout", "Strides", "Canonical Layouts", "Matrix Descriptor Format").
+//! The matrix descriptor of wgmma: the location of each element of an operand in shared memory (manual sections
+//! "Shared Memory Matrix Layout", "Strides", "Canonical Layouts", "Matrix Descriptor Format").
 //!
-//! Call the dimension that A and B share K, the other one MN. Memory is counted in chunks of 16 bytes, T elements each
-//! (8 for 16-bit types). A tile is made of atoms of eight chunk-rows; the two byte offsets of the descriptor lead from
-//! atom to atom:
+//! K is the dimension that A and B share, MN the other one. Memory is counted in chunks of 16 bytes, each of T
+//! elements (8 for 16-bit types). A tile consists of atoms of eight chunk rows. The two byte offsets of the
+//! descriptor lead from atom to atom:
 //!
 //! | operand | row of an atom | stride byte offset | leading byte offset |
 //! | --- | --- | --- | --- |
@@ -12,12 +12,12 @@
 //! | MN-major, swizzled | `span` bytes of one K index | next 8 of K | next `span` bytes of MN |
 //! | MN-major, no swizzle | 16 bytes of one K index | next T of MN | next 8 of K |
 //!
-//! The last row is not a misprint: without swizzle the two offsets change roles. The swizzle is then applied to
-//! the address so computed, so a start address inside an atom (a later K slice of a 128-byte row) needs no further care.
+//! The last row is no misprint: without swizzle the two offsets exchange their roles. The swizzle is applied to the
+//! resulting address, so a start address inside an atom (a later K slice of a 128-byte row) needs no special care.
 
 use super::swizzle::Swizzle;
 
-/// Which dimension's elements lie next to each other in memory.
+/// Dimension whose elements are contiguous in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Major {
     /// K: not transposed.
@@ -26,7 +26,7 @@ pub enum Major {
     Mn,
 }
 
-/// Bytes of the unit in which operands lie contiguously.
+/// Bytes of a chunk, the unit in which operands are contiguous.
 pub const CHUNK_BYTES: usize = 16;
 
 /// A decoded matrix descriptor; addresses and offsets in bytes.
@@ -34,19 +34,20 @@ pub const CHUNK_BYTES: usize = 16;
 pub struct Descriptor {
     /// Shared address of the first element, before swizzling; a multiple of 16 below 2^18.
     pub start: u32,
-    /// The leading-dimension byte offset.
+    /// Leading-dimension byte offset.
     pub leading: u32,
-    /// The stride-dimension byte offset.
+    /// Stride-dimension byte offset.
     pub stride: u32,
-    /// The 128-byte line, modulo 8, at which the swizzle pattern starts, if not at a multiple of the pattern's size.
-    /// The manual gives the field's formula and not its effect; here it shifts the pattern's rows by that many lines.
+    /// 128-byte line, modulo 8, at which the swizzle pattern starts, if not at a multiple of the pattern's size. The
+    /// manual gives a formula for the field, but not its effect; here it shifts the rows of the pattern by that many
+    /// lines.
     pub base_offset: u32,
-    /// The swizzle mode.
+    /// Swizzle mode.
     pub swizzle: Swizzle,
 }
 
 impl Descriptor {
-    /// Reads the 64 bits. Bits the manual does not name are ignored.
+    /// Decodes the 64 bits. Bits without a name in the manual are ignored.
     pub const fn decode(bits: u64) -> Descriptor {
         Descriptor {
             start: ((bits & 0x3fff) << 4) as u32,
@@ -62,7 +63,8 @@ impl Descriptor {
         }
     }
 
-    /// Writes the 64 bits; bytes below 16 and above 2^18 are lost, as in the manual's `matrix-descriptor-encode`.
+    /// Encodes the 64 bits. The lowest 4 bits of addresses and offsets, and those from 2^18 on, are lost, as in the
+    /// manual's `matrix-descriptor-encode`.
     pub const fn encode(self) -> u64 {
         let mode = match self.swizzle {
             Swizzle::None => 0,
@@ -77,7 +79,7 @@ impl Descriptor {
             | mode << 62
     }
 
-    /// The shared address of the 16-byte chunk that holds (mn, k), and the element's place in the chunk.
+    /// Returns the shared address of the 16-byte chunk that holds (mn, k), and the element's offset in the chunk.
     #[inline]
     const fn locate(self, major: Major, element_bytes: usize, mn: usize, k: usize) -> (u32, usize) {
         let pack = CHUNK_BYTES / element_bytes;
@@ -106,16 +108,16 @@ impl Descriptor {
         )
     }
 
-    /// The shared address of element (mn, k), `element_bytes` wide.
+    /// Returns the shared address of element (mn, k), which is `element_bytes` wide.
     #[inline]
     pub const fn address(self, major: Major, element_bytes: usize, mn: usize, k: usize) -> u32 {
         let (chunk, part) = self.locate(major, element_bytes, mn, k);
         chunk + (part * element_bytes) as u32
     }
 
-    /// Every 16-byte chunk of an operand of `mn` x `k` elements: the shared address, and the (mn, k) of its first element.
-    /// The following elements of a chunk go along K if K-major, along MN if MN-major. A list of these is what an
-    /// operand reads; `mn` and `k` must be multiples of the elements in a chunk in the major direction.
+    /// Lists the 16-byte chunks that an operand of `mn` x `k` elements reads: the shared address and the (mn, k) of
+    /// the first element of each. The following elements of a chunk go along K if K-major, along MN if MN-major. `mn`
+    /// and `k` must be multiples of the elements of a chunk in the major direction.
     pub fn chunks(
         self,
         major: Major,
@@ -159,8 +161,8 @@ mod tests {
         }
     }
 
-    /// The offset in elements of a nested layout ((shape…),(shape…)):((stride…),(stride…)), each coordinate split with
-    /// its first mode fastest: the notation of the manual's examples.
+    /// Returns the offset in elements of a nested layout ((shape…),(shape…)):((stride…),(stride…)), the notation of
+    /// the manual's examples. Each coordinate is split with its first mode fastest.
     fn nested(coordinates: [usize; 2], shape: [&[usize]; 2], strides: [&[usize]; 2]) -> usize {
         let mut offset = 0;
         for dimension in 0..2 {
@@ -185,8 +187,8 @@ mod tests {
                 [&[8, 2], &[4, 4]],
                 [&[4, 32], &[1, 64]],
             ),
-            // K-major, 32-byte swizzle, tf32: SBO 64 elements. (Four chunks of K, as the figure has, exceed the span, so
-            // only the two that one instruction reads are compared.)
+            // K-major, 32-byte swizzle, tf32: SBO 64 elements. The figure's four chunks of K exceed the span, so only
+            // the two that one instruction reads are compared.
             (
                 Major::K,
                 4,

@@ -1,15 +1,16 @@
-//! Who holds what: the fragment layouts of `mma.sync` (manual section "Matrix Fragments for mma…").
+//! Fragment layouts of `mma.sync`: the elements that each lane holds (manual section "Matrix Fragments for mma…").
 //!
-//! The manual draws one figure per shape and type; all but one follow a single rule. Call `group = lane / 4` and
-//! `member = lane % 4`, and let one 32-bit register hold `pack` neighbouring elements along k (one, if an element is
-//! wider). A register covers four members times `pack` elements of k. A has one register per 8 rows and per such k
-//! block, rows first; B has one per k block; the accumulator always holds two neighbouring columns of one row.
-//! The exception is `m8n8k4` with f16, kept from Volta: the [`volta`] maps.
+//! The manual has one figure per shape and type. All but one follow a single rule. Let `group = lane / 4` and `member
+//! = lane % 4`, and let one 32-bit register hold `pack` neighbouring elements along k (one, if an element is wider).
+//! A register covers four members times `pack` elements of k. A has one register per 8 rows and per such k block,
+//! rows first; B has one per k block; the accumulator always holds two neighbouring columns of one row. The exception
+//! is `m8n8k4` with f16, a shape of Volta: the [`volta`] maps.
 
-/// Lanes of a warp.
+/// Number of lanes of a warp.
 pub const LANES: usize = 32;
 
-/// The (row, k) of part `part` of A's register `register`, with `pack` elements a register and 8 or 16 `rows`.
+/// Returns the (row, k) of part `part` of A's register `register`, with `pack` elements a register and 8 or 16
+/// `rows`.
 #[inline]
 pub const fn a(pack: usize, rows: usize, lane: usize, register: usize, part: usize) -> (usize, usize) {
     let halves = rows / 8;
@@ -18,31 +19,31 @@ pub const fn a(pack: usize, rows: usize, lane: usize, register: usize, part: usi
     (row, k)
 }
 
-/// The (k, column) of part `part` of B's register `register`, with `pack` elements a register.
+/// Returns the (k, column) of part `part` of B's register `register`, with `pack` elements a register.
 #[inline]
 pub const fn b(pack: usize, lane: usize, register: usize, part: usize) -> (usize, usize) {
     (register * 4 * pack + (lane % 4) * pack + part, lane / 4)
 }
 
-/// The (row, column) of accumulator element `index` (0 and 1 in the upper 8 rows, 2 and 3 in the lower).
+/// Returns the (row, column) of accumulator element `index`: 0 and 1 in the upper 8 rows, 2 and 3 in the lower.
 #[inline]
 pub const fn c(lane: usize, index: usize) -> (usize, usize) {
     (lane / 4 + 8 * (index / 2), (lane % 4) * 2 + index % 2)
 }
 
-/// `mma.m8n8k4` with f16: four independent products, each by eight lanes.
+/// `mma.m8n8k4` with f16: four independent products, each computed by eight lanes.
 pub mod volta {
-    /// Which of the four products a lane takes part in.
+    /// Returns the product, of the four, that a lane takes part in.
     pub const fn product(lane: usize) -> usize {
         lane % 16 / 4
     }
 
-    /// The position among the eight lanes of a product: 0..4 in the low group, 4..8 in the high one.
+    /// Returns the position among the eight lanes of a product: 0..4 in the low group, 4..8 in the high one.
     const fn position(lane: usize) -> usize {
         lane % 4 + lane / 16 * 4
     }
 
-    /// The (row, k) of A's element `index` (0..4).
+    /// Returns the (row, k) of A's element `index` (0..4).
     pub const fn a(column_major: bool, lane: usize, index: usize) -> (usize, usize) {
         if column_major {
             (index + lane / 16 * 4, lane % 4)
@@ -51,7 +52,7 @@ pub mod volta {
         }
     }
 
-    /// The (k, column) of B's element `index` (0..4).
+    /// Returns the (k, column) of B's element `index` (0..4).
     pub const fn b(column_major: bool, lane: usize, index: usize) -> (usize, usize) {
         if column_major {
             (index, position(lane))
@@ -60,12 +61,12 @@ pub mod volta {
         }
     }
 
-    /// The (row, column) of element `index` (0..8) of an f16 accumulator.
+    /// Returns the (row, column) of element `index` (0..8) of an f16 accumulator.
     pub const fn c_f16(lane: usize, index: usize) -> (usize, usize) {
         (position(lane), index)
     }
 
-    /// The (row, column) of element `index` (0..8) of an f32 accumulator.
+    /// Returns the (row, column) of element `index` (0..8) of an f32 accumulator.
     pub const fn c_f32(lane: usize, index: usize) -> (usize, usize) {
         (
             (lane & 1) + (index & 2) + lane / 16 * 4,

@@ -1,33 +1,33 @@
 //! `ldmatrix`, `stmatrix` and `movmatrix` (manual sections of the same names), shape `.m8n8`, type `.b16`.
 //!
-//! An 8x8 matrix of 16-bit elements is eight rows of 16 bytes. For matrix `i` of `.x1 .x2 .x4`, the address of row `r`
-//! comes from lane `8i + r`; register `i` of a lane then holds two neighbouring elements of one row, the lower half first.
-//! `.trans` exchanges rows and columns between memory and registers.
+//! An 8x8 matrix of 16-bit elements is eight rows of 16 bytes. For matrix `i` of `.x1 .x2 .x4`, lane `8i + r`
+//! supplies the address of row `r`. Register `i` of a lane holds two neighbouring elements of one row, the lower half
+//! first. `.trans` exchanges rows and columns between memory and registers.
 
 use super::fragment::LANES;
 
-/// Rows of a matrix, and elements of a row.
+/// Number of rows of a matrix, and of elements of a row.
 pub const SIDE: usize = 8;
-/// Bytes a lane's address points at; the address must be a multiple of it.
+/// Bytes of a row, which a lane's address points to; the address must be a multiple of it.
 pub const ROW_BYTES: usize = 16;
 
 /// An 8x8 matrix of 16-bit elements, by rows.
 pub type Matrix = [[u16; SIDE]; SIDE];
 
-/// The lane that supplies the address of a row.
+/// Returns the lane that supplies the address of a row.
 #[inline]
 pub const fn address_lane(matrix: usize, row: usize) -> usize {
     matrix * SIDE + row
 }
 
-/// The (row, column) of the matrix in memory that a lane's register half holds.
+/// Returns the (row, column) of the matrix in memory that a half of a lane's register holds.
 #[inline]
 pub const fn element(transposed: bool, lane: usize, half: usize) -> (usize, usize) {
     let (row, column) = (lane / 4, lane % 4 * 2 + half);
     if transposed { (column, row) } else { (row, column) }
 }
 
-/// `ldmatrix`: the register of each lane, from a matrix in memory.
+/// `ldmatrix`: returns the register of each lane, from a matrix in memory.
 #[inline]
 pub fn distribute(matrix: &Matrix, transposed: bool) -> [u32; LANES] {
     std::array::from_fn(|lane| {
@@ -39,7 +39,7 @@ pub fn distribute(matrix: &Matrix, transposed: bool) -> [u32; LANES] {
     })
 }
 
-/// `stmatrix`: the matrix in memory, from the register of each lane.
+/// `stmatrix`: returns the matrix in memory, from the register of each lane.
 #[inline]
 pub fn collect(registers: &[u32; LANES], transposed: bool) -> Matrix {
     let mut matrix = Matrix::default();
@@ -52,7 +52,7 @@ pub fn collect(registers: &[u32; LANES], transposed: bool) -> Matrix {
     matrix
 }
 
-/// `movmatrix.sync.aligned.m8n8.trans.b16`: the transpose, across the lanes.
+/// `movmatrix.sync.aligned.m8n8.trans.b16`: transposes across the lanes.
 pub fn transpose(registers: &[u32; LANES]) -> [u32; LANES] {
     distribute(&collect(registers, false), true)
 }

@@ -1,14 +1,14 @@
 //! The warp-level product `mma.sync` (manual section "Multiply-and-Accumulate Instruction: mma").
 //!
-//! Three steps for every shape and type: scatter the lanes' registers into small row-major matrices by the maps of
-//! [`super::fragment`], multiply, gather. What the manual leaves open is decided here as follows.
-//! * f16, bf16, tf32, fp8: a product is exact in f32 (bf16 and tf32 ones may over- or underflow); products are added to
-//!   the accumulator in f32 one after the other, k rising, each sum to nearest even. An f16 accumulator is widened
-//!   before and rounded once after.
+//! All shapes and types take three steps: scatter the lanes' registers to small row-major matrices by the maps of
+//! [`super::fragment`], multiply, gather. The manual leaves some rounding open; it is fixed here as follows.
+//! * f16, bf16, tf32, fp8: a product is exact in f32 (bf16 and tf32 products may overflow or underflow). Products are
+//! added to the accumulator in f32 one after the other, k rising, each sum rounded to nearest even. An f16
+//! accumulator is widened before and rounded once after.
 //! * f64: one fused multiply-add after the other, k rising, in the instruction's rounding mode.
 //! * integers: the sum is exact; without `.satfinite` it wraps, with it clamps.
 //!
-//! A NaN result is the canonical one.
+//! A NaN result is the canonical NaN.
 
 #![expect(
     clippy::needless_range_loop,
@@ -21,7 +21,7 @@ use crate::numeric::float32::canonical;
 use crate::numeric::float64;
 use crate::numeric::format::{bf16_to_f32, e4m3_to_f32, e5m2_to_f32, f16_to_f32, f32_to_f16, tf32_to_f32};
 
-/// Most registers a lane gives to one operand (f64 `m16n8k16` A; f16 `m8n8k4` C in f32).
+/// Most registers of a lane for one operand (f64 `m16n8k16` A; f16 `m8n8k4` C in f32).
 pub const MAX_REGISTERS: usize = 8;
 
 /// Largest k of a float type.
@@ -48,7 +48,7 @@ pub enum Element {
 }
 
 impl Element {
-    /// Width of an element in a register, in bits.
+    /// Returns the width of an element in a register, in bits.
     pub const fn bits(self) -> usize {
         match self {
             Element::F64 => 64,
@@ -60,7 +60,7 @@ impl Element {
         }
     }
 
-    /// Elements in one register.
+    /// Returns the number of elements in one register.
     pub const fn pack(self) -> usize {
         match self.bits() {
             64 => 1,
@@ -68,7 +68,7 @@ impl Element {
         }
     }
 
-    /// The value of an integer element at `part` of a register.
+    /// Returns the value of an integer element at `part` of a register.
     #[inline]
     pub const fn to_i32(self, register: u32, part: usize) -> i32 {
         let bits = self.bits();
@@ -91,7 +91,7 @@ pub enum Accumulator {
 }
 
 impl Accumulator {
-    /// Accumulator elements in one register.
+    /// Returns the number of accumulator elements in one register.
     pub const fn pack(self) -> usize {
         match self {
             Accumulator::F16 => 2,
@@ -100,7 +100,7 @@ impl Accumulator {
     }
 }
 
-/// The bit operation of a `.b1` product.
+/// Bit operation of a `.b1` product.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum BitOp {
     /// `.xor.popc`.
@@ -119,28 +119,28 @@ pub struct Shape {
     pub k: usize,
 }
 
-/// One `mma.sync` instruction, operands aside.
+/// An `mma.sync` instruction, without its operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Mma {
-    /// The shape.
+    /// Shape of the product.
     pub shape: Shape,
-    /// A's element type.
+    /// Element type of A.
     pub a: Element,
-    /// B's element type.
+    /// Element type of B.
     pub b: Element,
-    /// C's type.
+    /// Type of C.
     pub c: Accumulator,
-    /// D's type.
+    /// Type of D.
     pub d: Accumulator,
-    /// A stored by columns (`m8n8k4` f16 alone; the others are `.row`).
+    /// True if A is stored by columns (only for f16 `m8n8k4`; the other shapes have `.row` alone).
     pub a_column_major: bool,
-    /// B stored by columns (the others are `.col`).
+    /// True if B is stored by columns (`.col`, the only layout but for f16 `m8n8k4`).
     pub b_column_major: bool,
     /// `.satfinite` of the integer types.
     pub satfinite: bool,
-    /// The operation of `.b1`.
+    /// Operation of `.b1`.
     pub bit_op: BitOp,
-    /// The rounding of `.f64`.
+    /// Rounding of `.f64`.
     pub rounding: Rounding,
 }
 
@@ -151,7 +151,7 @@ pub struct Mma {
 pub struct UnsupportedMma(pub Mma);
 
 impl Mma {
-    /// An instruction with `.row.col` layouts and no further modifiers.
+    /// Makes an instruction with `.row.col` layouts and no further modifiers.
     pub const fn new(shape: Shape, a: Element, b: Element, c: Accumulator, d: Accumulator) -> Mma {
         Mma {
             shape,
@@ -167,12 +167,12 @@ impl Mma {
         }
     }
 
-    /// True if this is the Volta-style product, which has maps of its own.
+    /// Returns true for the Volta-style product, which has maps of its own.
     pub const fn is_volta(&self) -> bool {
         matches!(self.a, Element::F16) && self.shape.m == 8
     }
 
-    /// Registers that a lane supplies for A, B, C and D.
+    /// Returns the number of registers that a lane supplies for A, B, C and D.
     pub const fn registers(&self) -> [usize; 4] {
         let Shape { m, n, k } = self.shape;
         if self.is_volta() {
@@ -187,7 +187,7 @@ impl Mma {
         ]
     }
 
-    /// Multiply-add operations times two: what a FLOP counter adds for one warp.
+    /// Returns the FLOPs of one warp: two for each multiply-add.
     pub const fn flops(&self) -> u64 {
         let products = if self.is_volta() { 4 } else { 1 };
         (2 * self.shape.m * self.shape.n * self.shape.k * products) as u64
@@ -232,11 +232,11 @@ impl Mma {
         matches!(self.c, Accumulator::F16 | Accumulator::F32) && matches!(self.d, Accumulator::F16 | Accumulator::F32)
     }
 
-    /// D = A B + C. Registers beyond [`Mma::registers`] are ignored on the way in and zero on the way out.
+    /// Computes D = A B + C. Registers beyond [`Mma::registers`] are ignored in the operands and zero in the result.
     ///
     /// # Errors
     ///
-    /// [`UnsupportedMma`] as [`Mma::check`] says.
+    /// [`UnsupportedMma`] under the conditions of [`Mma::check`].
     pub fn execute(&self, a: &Fragment, b: &Fragment, c: &Fragment) -> Result<Fragment, UnsupportedMma> {
         self.check()?;
         let mut d = [[0; MAX_REGISTERS]; LANES];
@@ -250,7 +250,7 @@ impl Mma {
         Ok(d)
     }
 
-    /// The float types other than f64: all have 16 rows.
+    /// Computes a product of a float type other than f64; all have 16 rows.
     fn float(&self, a: &Fragment, b: &Fragment, c: &Fragment, d: &mut Fragment) {
         // One instance per element type, so that decoding is inlined into the loops.
         let right = match self.b {
@@ -455,7 +455,7 @@ impl Mma {
     }
 }
 
-/// Element `index` of a float accumulator held in `registers`.
+/// Returns element `index` of a float accumulator held in `registers`.
 #[inline]
 pub(super) fn read_float(kind: Accumulator, registers: &[u64], index: usize) -> f32 {
     match kind {

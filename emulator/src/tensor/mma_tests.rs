@@ -1,4 +1,4 @@
-//! The product through the fragments against a plain triple loop over matrices that a test filled itself.
+//! Compares the product through the fragments with a triple loop over matrices that the test fills itself.
 
 use super::Accumulator as Acc;
 use super::Element::*;
@@ -16,7 +16,7 @@ impl Numbers {
     }
 }
 
-/// The bits of a small value in a type (so that every sum is exact), and that value.
+/// Returns the bits of a small value of a type, for which every sum is exact, and the value.
 fn small(element: Element, draw: u64) -> (u64, f64) {
     let n = draw % 7;
     let value = n as f64 - 3.0;
@@ -24,7 +24,7 @@ fn small(element: Element, draw: u64) -> (u64, f64) {
     match element {
         F16 => (halves[n as usize], value),
         Bf16 => (u64::from((value as f32).to_bits() >> 16), value),
-        // The low bits of a tf32 register do not count.
+        // The low bits of a tf32 register are ignored.
         Tf32 => (u64::from((value as f32).to_bits()) | draw >> 4 & 0x1fff, value),
         F64 => (value.to_bits(), value),
         E4m3 => ([0xc4u64, 0xc0, 0xb8, 0, 0x38, 0x40, 0x44][n as usize], value),

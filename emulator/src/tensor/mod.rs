@@ -1,8 +1,7 @@
-//! Meaning of the tensor instructions: which lane holds which element, where a tile lies in shared memory, and what the
-//! product is.
+//! Tensor instructions: the elements that each lane holds, the location of a tile in shared memory, and the product.
 //!
-//! Lane maps and swizzles are `const fn` over plain integers; the products are pure functions of registers (and, for
-//! wgmma, of a closure that reads shared memory). Nothing here knows a warp, a block or a memory.
+//! Lane maps and swizzles are `const fn` over plain integers. Products are pure functions of registers and, for
+//! wgmma, of a closure that reads shared memory. Nothing here depends on a warp, a block or a memory.
 //!
 //! | module | idea |
 //! | --- | --- |
@@ -14,7 +13,7 @@
 //! | [`descriptor`] | wgmma's 64-bit matrix descriptor: the address of every element |
 //! | [`wgmma`] | the warpgroup-level product |
 //! | [`tensor_map`] | encoding and checking a tensor map |
-//! | [`tile_copy`] | what a tensor copy moves, byte range by byte range |
+//! | [`tile_copy`] | the byte ranges that a tensor copy moves |
 
 pub mod descriptor;
 pub mod fragment;

@@ -1,10 +1,11 @@
-//! The shared-memory swizzles of tensor copies and wgmma (manual sections "Swizzling Modes", "Shared Memory Matrix Layout").
+//! Shared-memory swizzles of tensor copies and wgmma (manual sections "Swizzling Modes", "Shared Memory Matrix
+//! Layout").
 //!
-//! A tile whose rows are 128 bytes has every row's first 16 bytes in the same banks. A swizzle moves the 16-byte chunks
-//! of row r by exclusive-or with r: the 128-byte mode replaces address bits 4..6 by their xor with bits 7..9, the
-//! 64-byte mode bits 4..5 with 7..8, the 32-byte mode bit 4 with bit 7. The bits are those of the shared address itself,
-//! not of an offset into the tile: a tile that does not start at a multiple of [`Swizzle::pattern_bytes`] begins
-//! in the middle of the pattern.
+//! In a tile with rows of 128 bytes the first 16 bytes of all rows lie in the same banks. A swizzle moves the 16-byte
+//! chunks of row r by exclusive-or with r: the 128-byte mode replaces address bits 4..6 by their xor with bits 7..9,
+//! the 64-byte mode bits 4..5 with 7..8, the 32-byte mode bit 4 with bit 7. These are bits of the shared address, not
+//! of an offset in the tile: a tile that does not start at a multiple of [`Swizzle::pattern_bytes`] begins in the
+//! middle of the pattern.
 
 /// A swizzle mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -21,7 +22,8 @@ pub enum Swizzle {
 }
 
 impl Swizzle {
-    /// Bytes within which chunks move: the longest row of a tile. 16 for no swizzle: the width of a core matrix.
+    /// Returns the bytes within which chunks move, which is the longest row of a tile. It is 16 without swizzle, the
+    /// width of a core matrix.
     pub const fn span(self) -> u32 {
         match self {
             Swizzle::None => 16,
@@ -31,7 +33,8 @@ impl Swizzle {
         }
     }
 
-    /// Bytes after which the permutation repeats; a tile that starts at a multiple of it starts at row 0 of the pattern.
+    /// Returns the bytes after which the permutation repeats. A tile that starts at a multiple of it starts at row 0
+    /// of the pattern.
     pub const fn pattern_bytes(self) -> u32 {
         match self {
             Swizzle::None => 16,
@@ -41,14 +44,14 @@ impl Swizzle {
         }
     }
 
-    /// Where the byte at `address` of the unswizzled tile lies.
+    /// Returns the swizzled location of the byte at `address` of the unswizzled tile.
     #[inline]
     pub const fn apply(self, address: u32) -> u32 {
         self.apply_from(address, 0)
     }
 
     /// Swizzles by a pattern whose row 0 is at 128-byte line `base` (modulo 8) instead of at a multiple of
-    /// [`Swizzle::pattern_bytes`]: wgmma's matrix base offset.
+    /// [`Swizzle::pattern_bytes`]: the matrix base offset of wgmma.
     #[inline]
     pub const fn apply_from(self, address: u32, base: u32) -> u32 {
         let line = (address >> 7).wrapping_sub(base);

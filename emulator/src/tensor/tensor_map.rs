@@ -1,10 +1,10 @@
 //! Tensor maps: the 128 opaque bytes that `cp.async.bulk.tensor` takes (manual section "Tensors"; driver function
 //! `cuTensorMapEncodeTiled`).
 //!
-//! The hardware's encoding is secret, so this one is the emulator's own; its first bytes are a mark, and a map made by
-//! a driver is recognised as foreign instead of being misread. What is checked, and with which limits, is what the
-//! driver's documentation demands; each broken rule is an error that names the argument, the value and the limit.
-//! Copies through a map are in [`super::tile_copy`].
+//! The hardware's encoding is not public, so this encoding is the emulator's own. Its first bytes are a mark, so a
+//! map of a driver is recognised as foreign instead of being misread. The checks and their limits are those of the
+//! driver's documentation; each broken rule is an error that names the argument, the value and the limit. Copies
+//! through a map are in [`super::tile_copy`].
 //!
 //! Dimension 0 is the innermost: its elements are contiguous, and `strides` starts with dimension 1.
 
@@ -25,20 +25,20 @@ pub const MAX_RANK: usize = 5;
 
 const MARK: [u8; 8] = *b"\x7fptxTMA1";
 
-/// Arguments of [`TensorMap::tiled`], those of `cuTensorMapEncodeTiled`.
+/// Arguments of [`TensorMap::tiled`], named as those of `cuTensorMapEncodeTiled`.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiled<'a> {
     /// Element type.
     pub element: ElementType,
     /// Global address of element (0, 0, …).
     pub address: u64,
-    /// Elements in each dimension, innermost first; the length is the rank.
+    /// Number of elements in each dimension, innermost first; the length is the rank.
     pub dims: &'a [u64],
-    /// Bytes from one index to the next, of dimensions 1 and up.
+    /// Stride of each dimension from 1 up, in bytes.
     pub strides: &'a [u64],
-    /// The box in elements, innermost first.
+    /// Size of the box in elements, innermost first.
     pub box_dims: &'a [u32],
-    /// Steps within the box, innermost first; all 1 usually. Entry 0 is ignored without interleave.
+    /// Steps within the box, innermost first; usually all 1. Entry 0 is ignored without interleave.
     pub element_strides: &'a [u32],
     /// Interleaved layout.
     pub interleave: Interleave,
@@ -116,7 +116,7 @@ fn check_multiple(
     Ok(())
 }
 
-/// `values` in the first entries, `rest` in the others.
+/// Puts `values` in the first entries and `rest` in the others.
 fn padded<T: Copy>(values: &[T], rest: T) -> [T; MAX_RANK] {
     let mut out = [rest; MAX_RANK];
     out[..values.len()].copy_from_slice(values);
@@ -124,11 +124,11 @@ fn padded<T: Copy>(values: &[T], rest: T) -> [T; MAX_RANK] {
 }
 
 impl TensorMap {
-    /// A map for tile mode, or the first rule broken. (A map for im2col mode cannot be made.)
+    /// Makes a map for tile mode. Maps for im2col mode are not supported.
     ///
     /// # Errors
     ///
-    /// A [`TensorMapError`] that names the argument, its value and the limit.
+    /// A [`TensorMapError`] for the first rule broken, with the argument, its value and the limit.
     pub fn tiled(arguments: &Tiled<'_>) -> Result<TensorMap, TensorMapError> {
         let Tiled {
             element,
@@ -194,7 +194,7 @@ impl TensorMap {
         })
     }
 
-    /// The 128 bytes.
+    /// Returns the 128 bytes of the map.
     pub fn encode(&self) -> [u8; TENSOR_MAP_BYTES] {
         let mut out = Vec::with_capacity(TENSOR_MAP_BYTES);
         out.extend(MARK);
@@ -225,11 +225,11 @@ impl TensorMap {
         bytes
     }
 
-    /// Reads the 128 bytes back, and checks them by every rule again, since a program may have changed them.
+    /// Decodes the 128 bytes and checks them by every rule again, since a program may have changed them.
     ///
     /// # Errors
     ///
-    /// [`TensorMapError::Foreign`] if the mark or an enumerated field is not this emulator's, else the rule broken.
+    /// [`TensorMapError::Foreign`] if the mark or an enumerated field is not of this emulator, else the rule broken.
     pub fn decode(bytes: &[u8; TENSOR_MAP_BYTES]) -> Result<TensorMap, TensorMapError> {
         let foreign = TensorMapError::Foreign;
         if bytes[..8] != MARK {
@@ -267,13 +267,13 @@ impl TensorMap {
         })
     }
 
-    /// Changes one field of the 128 bytes, as `tensormap.replace` does; bytes that are all zero become a map by it.
+    /// Changes one field of the 128 bytes, as `tensormap.replace` does. Bytes that are all zero become a map.
     ///
     /// # Errors
     ///
-    /// [`TensorMapError::Foreign`] if the bytes are neither zero nor this emulator's map, [`TensorMapError::Range`] or
-    /// [`TensorMapError::Unsupported`] if the field cannot hold the value. What the fields mean together is checked
-    /// when the map is used.
+    /// [`TensorMapError::Foreign`] if the bytes are neither zero nor a map of this emulator,
+    /// [`TensorMapError::Range`] or [`TensorMapError::Unsupported`] if the field cannot hold the value. The fields
+    /// together are checked when the map is used.
     pub fn replace(bytes: &mut [u8; TENSOR_MAP_BYTES], field: Field, value: u64) -> Result<(), TensorMapError> {
         if bytes[..8] != MARK && bytes.iter().any(|b| *b != 0) {
             return Err(TensorMapError::Foreign);
@@ -287,7 +287,7 @@ impl TensorMap {
                 range("rank", MAX_RANK as u64 - 1)?;
                 put(8, 1, value + 1);
             }
-            // A size of 2^32 is written as zero.
+            // A size of 2^32 is written as 0.
             Field::GlobalDim(n) => put(24 + 4 * usize::from(n), 4, value.wrapping_sub(1) & 0xffff_ffff),
             Field::GlobalStride(n) => put(44 + 8 * usize::from(n), 8, value),
             Field::BoxDim(n) => {
@@ -315,27 +315,27 @@ impl TensorMap {
         Ok(())
     }
 
-    /// The number of dimensions.
+    /// Returns the number of dimensions.
     pub const fn rank(&self) -> usize {
         self.rank
     }
 
-    /// The element type.
+    /// Returns the element type.
     pub const fn element(&self) -> ElementType {
         self.element
     }
 
-    /// The out-of-bounds fill.
+    /// Returns the out-of-bounds fill.
     pub const fn fill(&self) -> Fill {
         self.fill
     }
 
-    /// The swizzle.
+    /// Returns the swizzle mode.
     pub const fn swizzle(&self) -> Swizzle {
         self.swizzle
     }
 
-    /// Returns this map over another address (`cuTensorMapReplaceAddress`).
+    /// Returns this map with another address (`cuTensorMapReplaceAddress`).
     ///
     /// # Errors
     ///

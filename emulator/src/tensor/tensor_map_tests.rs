@@ -1,4 +1,4 @@
-//! Round trips, damaged bytes, and one case for every rule with the message it must give.
+//! Round trips, damaged bytes, and one case for every rule with its message.
 
 use super::*;
 use crate::numeric::float16::OOB_NAN;
@@ -52,7 +52,7 @@ fn damaged_or_foreign_bytes_are_refused() {
         for bit in 0..8 {
             let mut bytes = bytes;
             bytes[at] ^= 1 << bit;
-            // Whatever comes back, it is a value and not a panic.
+            // Any result is fine, as long as it is a value and not a panic.
             let _ = TensorMap::decode(&bytes);
         }
     }

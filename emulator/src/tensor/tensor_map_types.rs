@@ -1,12 +1,11 @@
-//! The enumerations of `cuTensorMapEncodeTiled`, numbered as the driver numbers them, and the rules it enforces as
-//! error variants.
+//! Enumerations of `cuTensorMapEncodeTiled`, with the driver's numbers, and its rules as error variants.
 
 use super::swizzle::Swizzle;
 use crate::numeric::Rounding;
 use crate::numeric::float16::OOB_NAN;
 use crate::numeric::format::TF32;
 
-/// Element types (`CUtensorMapDataType`, numbered alike).
+/// Element types, with the numbers of `CUtensorMapDataType`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[allow(missing_docs, reason = "the names are the driver's")]
@@ -32,7 +31,7 @@ impl ElementType {
         [U8, U16, U32, S32, U64, S64, F16, F32, F64, Bf16, F32Ftz, Tf32, Tf32Ftz]
     };
 
-    /// Bytes of an element.
+    /// Returns the bytes of an element.
     pub const fn bytes(self) -> u32 {
         use ElementType::*;
         match self {
@@ -43,17 +42,18 @@ impl ElementType {
         }
     }
 
-    /// True if the type is a floating-point one.
+    /// Returns true for a floating-point type.
     pub const fn is_float(self) -> bool {
         use ElementType::*;
         matches!(self, F16 | F32 | F64 | Bf16 | F32Ftz | Tf32 | Tf32Ftz)
     }
 
-    /// The type numbered as `CUtensorMapDataType` does.
+    /// Returns the type with this number in `CUtensorMapDataType`.
     ///
     /// # Errors
     ///
-    /// [`TensorMapError::Unsupported`] for the packed 4- and 6-bit types of later architectures and for unknown numbers.
+    /// [`TensorMapError::Unsupported`] for the packed 4- and 6-bit types of later architectures and for unknown
+    /// numbers.
     pub fn from_number(number: u32) -> Result<ElementType, TensorMapError> {
         let found = Self::ALL.get(number as usize).copied();
         found.ok_or(TensorMapError::Unsupported {
@@ -62,7 +62,8 @@ impl ElementType {
         })
     }
 
-    /// The type numbered as the `elemtype` field of `tensormap.replace` does, which is not the driver's order.
+    /// Returns the type with this number in the `elemtype` field of `tensormap.replace`, which has another order than
+    /// the driver.
     ///
     /// # Errors
     ///
@@ -77,8 +78,8 @@ impl ElementType {
         })
     }
 
-    /// Value that a load writes for an in-bounds 32-bit element: `.tf32` maps round to tf32 (to nearest, ties away: the manual
-    /// does not say), with NaN 0x7fffe000; every other type copies bits.
+    /// Converts an in-bounds 32-bit element as a load does: `.tf32` maps round to tf32 (to nearest, ties away; the
+    /// manual does not say), with NaN 0x7fffe000; every other type copies bits.
     pub const fn loaded(self, bits: u32) -> u32 {
         match self {
             ElementType::Tf32 | ElementType::Tf32Ftz => {
@@ -93,16 +94,16 @@ impl ElementType {
     }
 }
 
-/// A field of a tensor map that `tensormap.replace` can change; some have an entry a dimension.
+/// Fields of a tensor map that `tensormap.replace` can change; some have one entry per dimension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, reason = "the names are the instruction's")]
 pub enum Field {
     GlobalAddress,
-    /// The number of dimensions less one.
+    /// Number of dimensions minus one.
     Rank,
     BoxDim(u8),
     GlobalDim(u8),
-    /// Entry 0 is the stride of dimension 1.
+    /// Strides; entry 0 is the stride of dimension 1.
     GlobalStride(u8),
     ElementStride(u8),
     ElementType,
@@ -111,20 +112,20 @@ pub enum Field {
     Fill,
 }
 
-/// Interleaved layouts (`CUtensorMapInterleave`, numbered alike).
+/// Interleaved layouts, with the numbers of `CUtensorMapInterleave`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Interleave {
-    /// None.
+    /// No interleave.
     #[default]
     None = 0,
-    /// NC/8HWC8: slices of 16 bytes. Can be encoded; copies through it are not emulated.
+    /// NC/8HWC8: slices of 16 bytes. It can be encoded, but copies through it are not emulated.
     B16,
-    /// NC/16HWC16: slices of 32 bytes. Can be encoded; copies through it are not emulated.
+    /// NC/16HWC16: slices of 32 bytes. It can be encoded, but copies through it are not emulated.
     B32,
 }
 
-/// L2 promotion (`CUtensorMapL2promotion`, numbered alike): a hint that changes nothing here.
+/// L2 promotion, with the numbers of `CUtensorMapL2promotion`. It is a hint without effect here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[allow(missing_docs, reason = "the names are the driver's")]
@@ -136,19 +137,19 @@ pub enum L2Promotion {
     B256,
 }
 
-/// Bytes that a load writes for elements outside the tensor (`CUtensorMapFloatOOBfill`, numbered alike).
+/// Bytes that a load writes for elements outside of the tensor, with the numbers of `CUtensorMapFloatOOBfill`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Fill {
     /// Zeros.
     #[default]
     Zero = 0,
-    /// The out-of-bounds NaN, [`OOB_NAN`] in every 16 bits, which `fma.oob` turns into zero.
+    /// Out-of-bounds NaN: [`OOB_NAN`] in every 16 bits, which `fma.oob` turns into zero.
     Nan,
 }
 
 impl Fill {
-    /// The byte written at an offset from the start of a 16-byte aligned fill.
+    /// Returns the byte at an offset from the start of a 16-byte aligned fill.
     pub const fn byte(self, offset: usize) -> u8 {
         match self {
             Fill::Zero => 0,
@@ -157,7 +158,7 @@ impl Fill {
     }
 }
 
-/// The number `CUtensorMapSwizzle` gives a mode, and back.
+/// Returns the mode with this number in `CUtensorMapSwizzle`.
 ///
 /// # Errors
 ///
@@ -178,85 +179,85 @@ pub fn swizzle_from_number(number: u32) -> Result<Swizzle, TensorMapError> {
 /// A rule of `cuTensorMapEncodeTiled` that an argument breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TensorMapError {
-    /// A count of dimensions outside the allowed range.
+    /// The number of dimensions is out of range.
     #[error("tensorRank is {rank}, must be {min} to 5")]
     Rank {
-        /// The rank given.
+        /// Rank given.
         rank: usize,
-        /// 1, or 3 if interleaved.
+        /// Least rank: 1, or 3 if interleaved.
         min: usize,
     },
-    /// An array whose length is not that of the rank (or, for strides, one less).
+    /// An array has another length than the rank (for strides, one less than the rank).
     #[error("{argument} has {length} entries, must have {expected}")]
     Length {
-        /// The argument's name.
+        /// Name of the argument.
         argument: &'static str,
         /// Length found.
         length: usize,
-        /// The length it must have.
+        /// Length that it must have.
         expected: usize,
     },
-    /// A value outside its range.
+    /// A value is out of range.
     #[error("{argument}[{index}] is {value}, must be {min} to {max}")]
     Range {
-        /// The argument's name.
+        /// Name of the argument.
         argument: &'static str,
-        /// The entry.
+        /// Index of the entry.
         index: usize,
         /// Value found.
         value: u64,
-        /// The least allowed.
+        /// Least value allowed.
         min: u64,
-        /// The greatest allowed.
+        /// Greatest value allowed.
         max: u64,
     },
-    /// A value that is not a multiple of what it must be.
+    /// A value is not a multiple of the number that it must be a multiple of.
     #[error("{argument}[{index}] is {value}, must be a multiple of {multiple}")]
     Multiple {
-        /// The argument's name.
+        /// Name of the argument.
         argument: &'static str,
-        /// The entry; 0 for the address.
+        /// Index of the entry; 0 for the address.
         index: usize,
         /// Value found.
         value: u64,
-        /// Divisor that it must have.
+        /// Number that it must be a multiple of.
         multiple: u64,
     },
-    /// An inner box row that is not a multiple of 16 bytes.
+    /// A row of the box is not a multiple of 16 bytes.
     #[error("boxDim[0] is {bytes} bytes, must be a multiple of 16")]
     InnerBytes {
         /// Bytes of a row of the box.
         bytes: u64,
     },
-    /// An inner box row longer than the swizzle's span.
+    /// A row of the box is longer than the span of the swizzle.
     #[error("boxDim[0] is {bytes} bytes, must be at most the swizzle's {span}")]
     InnerExceedsSwizzle {
         /// Bytes of a row of the box.
         bytes: u64,
-        /// The swizzle's span.
+        /// Span of the swizzle, in bytes.
         span: u64,
     },
-    /// 32-byte interleave with another swizzle than 32 bytes.
+    /// 32-byte interleave is combined with another swizzle than 32 bytes.
     #[error("interleave of 32 bytes needs the 32-byte swizzle, not {swizzle:?}")]
     InterleaveSwizzle {
-        /// The swizzle given.
+        /// Swizzle given.
         swizzle: Swizzle,
     },
-    /// A NaN fill of a type that has none.
+    /// A NaN fill is combined with a type that has no NaN.
     #[error("oobFill NaN needs a floating-point type, not {element:?}")]
     NanFill {
-        /// The type given.
+        /// Element type given.
         element: ElementType,
     },
-    /// A value of a later architecture, or of none.
+    /// A value belongs to a later architecture, or to none.
     #[error("{argument} {value} is not supported for sm_90")]
     Unsupported {
-        /// The argument's name.
+        /// Name of the argument.
         argument: &'static str,
         /// Value found.
         value: u64,
     },
-    /// 128 bytes that this emulator did not write.
+    /// The 128 bytes were not written by this emulator.
     #[error("these 128 bytes are not a tensor map of this emulator")]
     Foreign,
 }

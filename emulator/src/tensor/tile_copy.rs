@@ -1,34 +1,34 @@
-//! Bytes that a tensor copy moves: the box of a [`TensorMap`] at given coordinates, as pieces (manual sections "Bounding Box",
-//! "Traversal-Stride", "Out of Boundary Access", "Swizzling Modes").
+//! Bytes that a tensor copy moves: the box of a [`TensorMap`] at given coordinates, in pieces (manual sections
+//! "Bounding Box", "Traversal-Stride", "Out of Boundary Access", "Swizzling Modes").
 //!
-//! In shared memory the box is dense, dimension 0 innermost, except that with a swizzle each row starts on a new
-//! [`Swizzle::span`] of bytes even if it is shorter. The swizzle permutes 16-byte chunks by their shared address, so a piece
-//! never crosses a chunk then; without swizzle a piece is as long as a row allows. Elements outside the tensor are
-//! pieces without a global address: a load fills them, a store skips them.
+//! In shared memory the box is dense, dimension 0 innermost. With a swizzle, however, each row starts at a new
+//! multiple of [`Swizzle::span`] bytes even if it is shorter, and 16-byte chunks are permuted by their shared
+//! address, so a piece never crosses a chunk. Without swizzle a piece is as long as the row allows. Elements outside
+//! of the tensor are pieces without a global address: a load fills them, a store skips them.
 
 use super::swizzle::Swizzle;
 use super::tensor_map::{Interleave, MAX_RANK, TensorMap};
 
-/// Bytes that move together.
+/// A run of bytes that move together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// The global address of the first byte, or `None` outside the tensor.
+    /// Global address of the first byte, or `None` outside of the tensor.
     pub global: Option<u64>,
-    /// The shared address of the first byte.
+    /// Shared address of the first byte.
     pub shared: u32,
-    /// How many bytes.
+    /// Number of bytes.
     pub bytes: u32,
 }
 
 /// A copy that cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TileCopyError {
-    /// The instruction's dimension is not the map's.
+    /// The instruction has another number of coordinates than the map has dimensions.
     #[error("the instruction gives {given} coordinates, the tensor map has {rank} dimensions")]
     Rank {
-        /// Coordinates of the instruction.
+        /// Number of coordinates of the instruction.
         given: usize,
-        /// Dimensions of the map.
+        /// Number of dimensions of the map.
         rank: usize,
     },
     /// Interleaved layouts are not emulated.
@@ -37,24 +37,24 @@ pub enum TileCopyError {
 }
 
 impl TensorMap {
-    /// Elements copied along a dimension: the box divided by the traversal stride, rounded up.
+    /// Returns the number of elements copied along a dimension: the box divided by the traversal stride, rounded up.
     const fn count(&self, dimension: usize) -> u32 {
         self.box_dims[dimension].div_ceil(self.element_strides[dimension])
     }
 
-    /// Rows of the box: the product of all counts but the innermost.
+    /// Returns the rows of the box: the product of all counts but the innermost.
     fn rows(&self) -> u64 {
         (1..MAX_RANK)
             .map(|dimension| u64::from(self.count(dimension)))
             .product()
     }
 
-    /// Bytes of a row of the box.
+    /// Returns the bytes of a row of the box.
     const fn row_bytes(&self) -> u32 {
         self.box_dims[0] * self.element.bytes()
     }
 
-    /// Bytes from one row to the next in shared memory.
+    /// Returns the bytes from one row to the next in shared memory.
     const fn row_pitch(&self) -> u32 {
         match self.swizzle {
             Swizzle::None => self.row_bytes(),
@@ -62,19 +62,21 @@ impl TensorMap {
         }
     }
 
-    /// Bytes a copy moves, filled ones included: what it adds to an mbarrier's transaction count.
+    /// Returns the bytes of a copy, including filled ones: the number that it adds to an mbarrier's transaction
+    /// count.
     pub fn copied_bytes(&self) -> u64 {
         self.rows() * u64::from(self.row_bytes())
     }
 
-    /// Bytes of shared memory the box spans, more than [`TensorMap::copied_bytes`] where rows are shorter than the swizzle.
-    /// A caller checks this against its shared memory before it asks for pieces: a box may be far larger.
+    /// Returns the bytes of shared memory that the box spans, more than [`TensorMap::copied_bytes`] where rows are
+    /// shorter than the swizzle. Check this against the shared memory before asking for pieces: a box may be far
+    /// larger.
     pub fn shared_bytes(&self) -> u64 {
         self.rows() * u64::from(self.row_pitch())
     }
 
-    /// The pieces of the box whose first element is at `coordinates` (innermost first, possibly outside the tensor),
-    /// with the tile at shared address `shared`, a multiple of [`super::tensor_map::TILE_ALIGNMENT`].
+    /// Lists the pieces of the box whose first element is at `coordinates` (innermost first, possibly outside of the
+    /// tensor), with the tile at shared address `shared`, a multiple of [`super::tensor_map::TILE_ALIGNMENT`].
     ///
     /// # Errors
     ///
@@ -101,7 +103,7 @@ impl TensorMap {
         Ok((0..map.rows()).flat_map(move |row| map.row_pieces(&start, row, shared)))
     }
 
-    /// The global address of the first element of a row of the box, inside or not, if its outer coordinates are inside.
+    /// Returns the global address of the first element of a row, if its outer coordinates are inside of the tensor.
     fn row_address(&self, start: &[i64; MAX_RANK], row: u64) -> Option<u64> {
         let mut address = self
             .address
@@ -124,7 +126,7 @@ impl TensorMap {
         let element = i64::from(self.element.bytes());
         let bytes = self.row_bytes();
         let address = self.row_address(start, row);
-        // The bytes of the row that lie inside the tensor: first..last.
+        // Bytes of the row that lie inside of the tensor: first..last.
         let clamp = |x: i64| (x.clamp(0, i64::from(self.box_dims[0])) * element) as u32;
         let (first, last) = match address {
             Some(_) => (clamp(-start[0]), clamp(self.dims[0] as i64 - start[0])),

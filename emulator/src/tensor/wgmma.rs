@@ -1,14 +1,14 @@
 //! The warpgroup-level product `wgmma.mma_async` (manual section "Asynchronous Multiply-and-Accumulate Instruction").
 //!
-//! 128 threads hold the 64 x n accumulator; B, and A unless it comes from registers, is read through a
-//! [`Descriptor`]. The work is done on plain row-major arrays: operands are decoded once into f32 (or i32), the product
-//! runs as tight loops that vectorise, and [`accumulator`] says which thread's register an element belongs to.
+//! 128 threads hold the 64 x n accumulator. B is read through a [`Descriptor`], and so is A unless it comes from
+//! registers. The work is done on plain row-major arrays: operands are decoded once to f32 (or i32), the product runs
+//! as tight loops that vectorise, and [`accumulator`] maps elements to the registers of threads.
 //!
-//! Rounding that the manual leaves open is decided as for `mma.sync` ([`super::mma`]): products are exact, summed in f32 with k
-//! rising, added to what the accumulator holds. f16 accumulators are widened before and rounded once after. Integers are
-//! summed exactly, then wrap or, with `.satfinite`, clamp. When the work happens (the instruction is asynchronous) is
-//! the caller's business, and so is which proxy sees which bytes; [`Wgmma::chunks_of_a`] and [`Wgmma::chunks_of_b`]
-//! say which bytes those are.
+//! Rounding that the manual leaves open is fixed as for `mma.sync` ([`super::mma`]): products are exact, summed in
+//! f32 with k rising, and added to the accumulator. f16 accumulators are widened before and rounded once after.
+//! Integers are summed exactly and then wrap or, with `.satfinite`, clamp. The instruction is asynchronous; the
+//! caller decides when the work happens and which proxy sees which bytes. [`Wgmma::chunks_of_a`] and
+//! [`Wgmma::chunks_of_b`] list the bytes that are read.
 
 use super::descriptor::{CHUNK_BYTES, Descriptor, Major};
 use super::fragment;
@@ -16,58 +16,59 @@ use super::mma::{Accumulator, Element};
 use crate::numeric::float32::canonical;
 use crate::numeric::format::{bf16_to_f32, e4m3_to_f32, e5m2_to_f32, f16_to_f32, f32_to_f16, tf32_to_f32};
 
-/// Rows of the accumulator.
+/// Number of rows of the accumulator.
 pub const M: usize = 64;
 /// Largest n.
 pub const MAX_N: usize = 256;
 /// Largest k (8-bit elements).
 pub const MAX_K: usize = 32;
-/// Threads of a warpgroup.
+/// Number of threads of a warpgroup.
 pub const THREADS: usize = 128;
 
-/// The (row, column) of accumulator element `index` of a thread; `index` counts elements, not registers.
+/// Returns the (row, column) of accumulator element `index` of a thread; `index` counts elements, not registers.
 #[inline]
 pub const fn accumulator(thread: usize, index: usize) -> (usize, usize) {
     let (row, column) = fragment::c(thread % 32, index % 4);
     (thread / 32 * 16 + row, index / 4 * 8 + column)
 }
 
-/// The (row, k) of part `part` of register `register` (0..4) of an A operand in registers.
+/// Returns the (row, k) of part `part` of register `register` (0..4) of an A operand in registers.
 #[inline]
 pub const fn a_in_registers(pack: usize, thread: usize, register: usize, part: usize) -> (usize, usize) {
     let (row, k) = fragment::a(pack, 16, thread % 32, register, part);
     (thread / 32 * 16 + row, k)
 }
 
-/// One `wgmma.mma_async` instruction, operands aside.
+/// A `wgmma.mma_async` instruction, without its operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Wgmma {
-    /// n: the accumulator's columns.
+    /// n: number of columns of the accumulator.
     pub n: usize,
-    /// A's element type.
+    /// Element type of A.
     pub a: Element,
-    /// B's element type.
+    /// Element type of B.
     pub b: Element,
-    /// The accumulator's type.
+    /// Type of the accumulator.
     pub d: Accumulator,
-    /// `imm-scale-a` is -1.
+    /// True if `imm-scale-a` is -1.
     pub negate_a: bool,
-    /// `imm-scale-b` is -1.
+    /// True if `imm-scale-b` is -1.
     pub negate_b: bool,
-    /// `imm-trans-a` is 1: A in shared memory is M-major.
+    /// True if `imm-trans-a` is 1: A in shared memory is M-major.
     pub transpose_a: bool,
-    /// `imm-trans-b` is 1: B in shared memory is N-major.
+    /// True if `imm-trans-b` is 1: B in shared memory is N-major.
     pub transpose_b: bool,
     /// `.satfinite` of the integer types.
     pub satfinite: bool,
 }
 
-/// A combination of shape, types and immediates that `wgmma.mma_async` does not have (or that is not emulated: `.b1`).
+/// A combination of shape, types and immediates that `wgmma.mma_async` does not have, or that is not emulated
+/// (`.b1`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("wgmma.mma_async has no m64n{} with types {:?} x {:?} -> {:?} and these immediates", .0.n, .0.a, .0.b, .0.d)]
 pub struct UnsupportedWgmma(pub Wgmma);
 
-/// Where A comes from.
+/// Source of A.
 pub enum Left<F> {
     /// Shared memory, through a matrix descriptor.
     Shared(Descriptor),
@@ -76,7 +77,7 @@ pub enum Left<F> {
 }
 
 impl Wgmma {
-    /// An instruction without negation, transposition or saturation.
+    /// Makes an instruction without negation, transposition or saturation.
     pub const fn new(n: usize, a: Element, b: Element, d: Accumulator) -> Wgmma {
         Wgmma {
             n,
@@ -91,17 +92,17 @@ impl Wgmma {
         }
     }
 
-    /// k: 32 bytes of elements.
+    /// Returns k: 32 bytes of elements.
     pub const fn k(&self) -> usize {
         256 / self.a.bits()
     }
 
-    /// Registers of a thread's accumulator.
+    /// Returns the registers of a thread's accumulator.
     pub const fn accumulator_registers(&self) -> usize {
         self.n / 2 / self.d.pack()
     }
 
-    /// Multiply-add operations times two.
+    /// Returns the FLOPs: two for each multiply-add.
     pub const fn flops(&self) -> u64 {
         (2 * M * self.n * self.k()) as u64
     }
@@ -136,24 +137,24 @@ impl Wgmma {
         if self.transpose_b { Major::Mn } else { Major::K }
     }
 
-    /// The shared addresses of the 16-byte chunks that A is read from.
+    /// Lists the shared addresses of the 16-byte chunks that A is read from.
     pub fn chunks_of_a(&self, a: Descriptor) -> impl Iterator<Item = u32> {
         a.chunks(self.major_a(), self.a.bits() / 8, M, self.k())
             .map(|(address, ..)| address)
     }
 
-    /// The shared addresses of the 16-byte chunks that B is read from.
+    /// Lists the shared addresses of the 16-byte chunks that B is read from.
     pub fn chunks_of_b(&self, b: Descriptor) -> impl Iterator<Item = u32> {
         b.chunks(self.major_b(), self.b.bits() / 8, self.n, self.k())
             .map(|(address, ..)| address)
     }
 
-    /// D = A B + D (or A B, if not `accumulate`, which is `scale-d`) for float types, on a row-major 64 x n accumulator.
-    /// `read` returns the 16 bytes at a shared address that is a multiple of 16.
+    /// Computes D = A B + D, or A B if not `accumulate` (`scale-d`), for float types on a row-major 64 x n
+    /// accumulator. `read` returns the 16 bytes at a shared address that is a multiple of 16.
     ///
     /// # Errors
     ///
-    /// [`UnsupportedWgmma`] as [`Wgmma::check`] says, or for an integer type.
+    /// [`UnsupportedWgmma`] under the conditions of [`Wgmma::check`], or for an integer type.
     ///
     /// # Panics
     ///
@@ -197,7 +198,7 @@ impl Wgmma {
     ///
     /// # Errors
     ///
-    /// [`UnsupportedWgmma`] as [`Wgmma::check`] says, or for a float type.
+    /// [`UnsupportedWgmma`] under the conditions of [`Wgmma::check`], or for a float type.
     ///
     /// # Panics
     ///
@@ -231,7 +232,7 @@ impl Wgmma {
         Ok(())
     }
 
-    /// A as 64 rows of k values.
+    /// Reads A as 64 rows of k values.
     #[inline]
     fn left<const BYTES: usize, T: Copy + Default, F: Fn(usize, usize) -> u32>(
         &self,
@@ -266,7 +267,7 @@ impl Wgmma {
         left
     }
 
-    /// B as k rows of n values.
+    /// Reads B as k rows of n values.
     #[inline]
     fn right<const BYTES: usize, T: Copy + Default>(
         &self,
@@ -308,7 +309,8 @@ impl Wgmma {
         }
     }
 
-    /// The inverse of [`Wgmma::gather_f32`]: `write(thread, index, bits)` for every accumulator register.
+    /// Scatters a row-major 64 x n array, the inverse of [`Wgmma::gather_f32`]: calls `write(thread, index, bits)`
+    /// for every accumulator register.
     pub fn scatter_f32(&self, sums: &[f32], mut write: impl FnMut(usize, usize, u32)) {
         let at = |thread, index| {
             let (row, column) = accumulator(thread, index);
@@ -329,7 +331,7 @@ impl Wgmma {
     }
 }
 
-/// The elements of a chunk or register, low to high.
+/// Splits a chunk or register into its elements, low to high.
 #[inline]
 fn elements<const BYTES: usize>(bytes: &[u8]) -> impl Iterator<Item = u32> {
     bytes.chunks_exact(BYTES).map(|element| match *element {
@@ -340,7 +342,7 @@ fn elements<const BYTES: usize>(bytes: &[u8]) -> impl Iterator<Item = u32> {
     })
 }
 
-/// `sums += left * right`, row by row, in blocks of columns that fit in registers.
+/// Computes `sums += left * right`, row by row, in blocks of columns that fit in registers.
 #[inline(always)]
 fn product<T: Copy + Default>(
     left: &[[T; MAX_K]; M],
@@ -364,7 +366,7 @@ fn product<T: Copy + Default>(
     }
 }
 
-/// Columns summed at once: eight 256-bit registers of f32.
+/// Number of columns summed at a time: eight 256-bit registers of f32.
 const WIDE: usize = 32;
 
 #[inline(always)]
@@ -390,13 +392,13 @@ fn block<const W: usize, T: Copy + Default>(
 fn product_f32(left: &[[f32; MAX_K]; M], right: &[[f32; MAX_N]; MAX_K], n: usize, k: usize, sums: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the function's only requirement is AVX2, just detected.
+        // SAFETY: the function only requires AVX2, which was just detected.
         return unsafe { product_f32_avx2(left, right, n, k, sums) };
     }
     product(left, right, n, k, sums, |sum, x, y| sum + x * y);
 }
 
-/// Product loops compiled for wider registers. Without the fma feature the result is the same to the bit.
+/// Product loops compiled for wider registers. Without the fma feature the result has the same bits.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn product_f32_avx2(left: &[[f32; MAX_K]; M], right: &[[f32; MAX_N]; MAX_K], n: usize, k: usize, sums: &mut [f32]) {

@@ -1,5 +1,5 @@
-//! Operands are laid into a byte array element by element through [`Descriptor::address`] (whose own tests pin it to
-//! the manual's examples), the product is compared with a triple loop.
+//! Operands are written to a byte array element by element through [`Descriptor::address`], which has its own tests
+//! against the manual's examples. The product is compared with a triple loop.
 
 use super::super::swizzle::Swizzle;
 use super::Accumulator as Acc;
@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 type NoRegisters = fn(usize, usize) -> u32;
 
-/// Small integers, so that every sum is exact in f32.
+/// Returns small integers, for which every sum is exact in f32.
 fn value(seed: usize, i: usize, j: usize) -> f32 {
     ((i * 31 + j * 17 + seed * 7 + i * j) % 7) as f32 - 3.0
 }
@@ -32,11 +32,11 @@ fn decoded(element: Element, x: f32) -> f32 {
     if element == U8 { x.abs() } else { x }
 }
 
-/// A descriptor whose atoms are dense and do not overlap, for `mn` x 32 bytes of k.
+/// Makes a descriptor whose atoms are dense and do not overlap, for `mn` x 32 bytes of k.
 fn dense(swizzle: Swizzle, transposed: bool, start: u32) -> Descriptor {
     let atom = swizzle.span() * 8;
     let (leading, stride) = match (transposed, swizzle) {
-        // Leading is irrelevant for swizzled K-major operands: a value that would break any use of it.
+        // The leading offset is unused for swizzled K-major operands: this value would break any use of it.
         (false, Swizzle::None) => (16 * 1024, atom),
         (false, _) => (0x3fff0, atom),
         (true, Swizzle::None) => (16 * 1024, atom),

@@ -1,9 +1,10 @@
-//! `wmma.load`, `wmma.mma`, `wmma.store` (manual section "Matrix multiply-accumulate operation using wmma instructions").
+//! `wmma.load`, `wmma.mma`, `wmma.store` (manual section "Matrix multiply-accumulate operation using wmma
+//! instructions").
 //!
-//! The manual fixes how many registers a fragment has and leaves open which element lies where; programs may only treat
-//! all elements alike. The layout chosen here is the plainest: element `slot` of lane `lane` is number
-//! `lane * slots + slot` of the matrix by rows. The f16 fragments of A and B have room for more elements than
-//! the matrix; the numbers then wrap, so some elements are held several times, as on the hardware.
+//! The manual defines the number of registers of a fragment, but not the element that lies in each; programs may only
+//! treat all elements alike. This layout is the simplest: element `slot` of lane `lane` is number `lane * slots +
+//! slot` of the matrix by rows. The f16 fragments of A and B have room for more elements than the matrix; the numbers
+//! then wrap, so some elements are held several times, as on hardware.
 
 use super::fragment::LANES;
 use super::mma::{Accumulator, BitOp, Element, Fragment, MAX_REGISTERS, Shape, read_float, write_float};
@@ -11,7 +12,7 @@ use crate::numeric::Rounding;
 use crate::numeric::float64;
 use crate::numeric::format::{bf16_to_f32, f16_to_f32, tf32_to_f32};
 
-/// The matrix of a fragment.
+/// Matrix of a fragment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operand {
     /// m x k.
@@ -24,24 +25,24 @@ pub enum Operand {
     D,
 }
 
-/// One `wmma` instruction's shape and types; `wmma.load` and `wmma.store` use the part that concerns them.
+/// Shape and types of a `wmma` instruction; `wmma.load` and `wmma.store` use the fields of their matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Wmma {
-    /// The shape.
+    /// Shape of the product.
     pub shape: Shape,
-    /// A's element type.
+    /// Element type of A.
     pub a: Element,
-    /// B's element type.
+    /// Element type of B.
     pub b: Element,
-    /// C's type.
+    /// Type of C.
     pub c: Accumulator,
-    /// D's type.
+    /// Type of D.
     pub d: Accumulator,
     /// `.satfinite`: integers clamp.
     pub satfinite: bool,
-    /// The operation of `.b1`.
+    /// Operation of `.b1`.
     pub bit_op: BitOp,
-    /// The rounding of `.f64`.
+    /// Rounding of `.f64`.
     pub rounding: Rounding,
 }
 
@@ -52,7 +53,7 @@ pub struct Wmma {
 pub struct UnsupportedWmma(pub Wmma);
 
 impl Wmma {
-    /// An instruction without modifiers.
+    /// Makes an instruction without modifiers.
     pub const fn new(shape: Shape, a: Element, b: Element, c: Accumulator, d: Accumulator) -> Wmma {
         Wmma {
             shape,
@@ -90,7 +91,7 @@ impl Wmma {
         if fine { Ok(()) } else { Err(UnsupportedWmma(*self)) }
     }
 
-    /// Rows and columns of an operand.
+    /// Returns the rows and columns of an operand.
     pub const fn size(&self, operand: Operand) -> (usize, usize) {
         let Shape { m, n, k } = self.shape;
         match operand {
@@ -100,7 +101,7 @@ impl Wmma {
         }
     }
 
-    /// Elements that a lane holds of an operand.
+    /// Returns the number of elements of an operand that a lane holds.
     pub const fn slots(&self, operand: Operand) -> usize {
         let (rows, columns) = self.size(operand);
         match operand {
@@ -110,7 +111,7 @@ impl Wmma {
         }
     }
 
-    /// Elements in one register of an operand.
+    /// Returns the number of elements in one register of an operand.
     pub const fn pack(&self, operand: Operand) -> usize {
         match operand {
             Operand::A => self.a.pack(),
@@ -120,12 +121,12 @@ impl Wmma {
         }
     }
 
-    /// Registers that a lane holds of an operand.
+    /// Returns the number of registers of an operand that a lane holds.
     pub const fn registers(&self, operand: Operand) -> usize {
         self.slots(operand) / self.pack(operand)
     }
 
-    /// Width in bits of an operand's elements in memory.
+    /// Returns the width of an operand's elements in memory, in bits.
     pub const fn bits(&self, operand: Operand) -> usize {
         match operand {
             Operand::A => self.a.bits(),
@@ -141,7 +142,7 @@ impl Wmma {
         }
     }
 
-    /// The (row, column) of a lane's element: register `slot / pack`, part `slot % pack` from the low bits.
+    /// Returns the (row, column) of a lane's element: register `slot / pack`, part `slot % pack` from the low bits.
     #[inline]
     pub const fn element(&self, operand: Operand, lane: usize, slot: usize) -> (usize, usize) {
         let (rows, columns) = self.size(operand);
@@ -149,7 +150,7 @@ impl Wmma {
         (number / columns, number % columns)
     }
 
-    /// The index, in elements from the matrix's address, of (row, column) under a layout and `stride`.
+    /// Returns the index of (row, column) in elements from the matrix's address, for a layout and `stride`.
     #[inline]
     pub const fn memory_index(column_major: bool, stride: usize, row: usize, column: usize) -> usize {
         if column_major {
@@ -159,11 +160,11 @@ impl Wmma {
         }
     }
 
-    /// `wmma.mma`: D = A B + C, with the arithmetic of [`super::mma`].
+    /// `wmma.mma`: computes D = A B + C, with the arithmetic of [`super::mma`].
     ///
     /// # Errors
     ///
-    /// [`UnsupportedWmma`] as [`Wmma::check`] says.
+    /// [`UnsupportedWmma`] under the conditions of [`Wmma::check`].
     pub fn execute(&self, a: &Fragment, b: &Fragment, c: &Fragment) -> Result<Fragment, UnsupportedWmma> {
         self.check()?;
         let mut d = [[0; MAX_REGISTERS]; LANES];
@@ -218,7 +219,7 @@ impl Wmma {
         Ok(d)
     }
 
-    /// An operand by rows.
+    /// Returns an operand by rows.
     fn matrix<T: Copy + Default>(
         &self,
         operand: Operand,
@@ -237,7 +238,7 @@ impl Wmma {
         matrix
     }
 
-    /// `sum` plus the products that make a lane's element of D, k rising.
+    /// Adds the products of a lane's element of D to `sum`, k rising.
     fn dot<T: Copy, S>(
         &self,
         lane: usize,

@@ -1,5 +1,5 @@
-//! For every check a small kernel with one fault, which some seed must catch, and its mended twin, which must pass
-//! under all of them. Here what threads do to memory and to each other; `checks_async` has the rest.
+//! Tests of the checks for memory and synchronisation. Each has a small kernel with one fault, which some seed must
+//! find, and a corrected twin, which must pass with all seeds. `checks_async` has the other checks.
 
 use crate::common::*;
 use ptx_emulator::{DeviceMemory, FindingKind, Launch, Options};
@@ -43,7 +43,7 @@ fn use_after_free() {
     assert_eq!(report.total_findings, 32);
 }
 
-/// Each thread writes its word and reads its neighbour's across the warp boundary.
+/// Each thread writes its word and reads its neighbour's, across the warp boundary.
 fn exchange(between: &str) -> String {
     format!(
         "shl.b32 %r4, %r1, 2;\nadd.u32 %r5, %r2, %r4;\nst.shared.u32 [%r5], %r1;\n{between}\n\
@@ -73,7 +73,8 @@ fn global_race_between_blocks() {
     let faulty = "st.global.u32 [%rd1], %r1;";
     let mended = "red.global.add.u32 [%rd1], %r1;";
     caught(&case, FindingKind::GlobalRace, faulty, mended);
-    // Block 0 writes a word and raises a flag that the others wait for: with ordinary stores the write is not published.
+    // Block 0 writes a word and raises a flag that the others wait for: with ordinary stores the write is not
+    // published.
     let body = |raise: &str, look: &str| {
         format!(
             "mov.u32 %r4, %ctaid.x;\nor.b32 %r5, %r4, %r1;\nsetp.eq.u32 %p1, %r5, 0;\n\
@@ -186,7 +187,7 @@ fn stores_of_the_same_value_do_not_race() {
     let warp = "shr.u32 %r4, %r1, 5;\n";
     let (faulty, mended) = (format!("{warp}{}", body("%r4")), format!("{warp}{}", body("%r3")));
     caught(&TWO_WARPS, FindingKind::SharedRace, &faulty, &mended);
-    // Whoever reads the copies must know of one of them, whoever changes them of all.
+    // A reader must be ordered after one of the copies, a writer after all of them.
     let then = |between: &str| {
         format!(
             "{}\n{between}\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 st.shared.u32 [%r2], %r1;",
@@ -215,7 +216,7 @@ fn a_guess_before_compare_and_swap_is_no_race() {
     };
     let add = "ld.global.u32 %r4, [%rd1];\nL:\nmov.u32 %r5, %r4;\nadd.u32 %r6, %r5, 3;\n\
                atom.global.cas.b32 %r4, [%rd1], %r5, %r6;\nsetp.ne.u32 %p1, %r4, %r5;\n@%p1 bra L;";
-    // Block 0 counts, the others look without counting.
+    // Block 0 counts, the other blocks read without counting.
     let look = "mov.u32 %r4, %ctaid.x;\nsetp.eq.u32 %p1, %r4, 0;\n@%p1 atom.global.add.u32 %r4, [%rd1], 1;\n\
                 @!%p1 ld.global.u32 %r5, [%rd1];";
     caught(&case, FindingKind::GlobalRace, look, add);
@@ -239,13 +240,13 @@ fn a_guess_before_compare_and_swap_in_shared_memory_is_no_race() {
         "{start}ld.shared.u64 %rd3, [%r2];\nL:\nmov.u64 %rd4, %rd3;\nadd.u64 %rd5, %rd4, 3;\n\
          atom.shared.cas.b64 %rd3, [%r2], %rd4, %rd5;\nsetp.ne.u64 %p2, %rd3, %rd4;\n@%p2 bra L;"
     );
-    // The second warp looks without counting.
+    // The second warp reads without counting.
     let look = format!(
         "{start}setp.lt.u32 %p2, %r1, 32;\n@%p2 atom.shared.add.u64 %rd3, [%r2], 1;\n\
          @!%p2 ld.shared.u64 %rd4, [%r2];"
     );
     caught(&TWO_WARPS, FindingKind::SharedRace, &look, &add);
-    // The address comes from elsewhere for the read: what tells is that a thread updates what it read.
+    // The read has its address in another register; it counts as a guess because a thread updates what it read.
     let elsewhere = add.replace(
         "ld.shared.u64 %rd3, [%r2];",
         "add.u32 %r5, %r2, 0;\nld.shared.u64 %rd3, [%r5];",

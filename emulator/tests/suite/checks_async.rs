@@ -1,4 +1,4 @@
-//! Faulty kernels and their mended twins, as in `checks`, for asynchronous copies, mbarriers, `wgmma` and registers that move.
+//! Faulty kernels and their corrected twins for asynchronous copies, mbarriers, `wgmma` and `setmaxnreg`.
 
 use crate::common::*;
 use ptx_emulator::{FindingKind, Module};
@@ -16,7 +16,7 @@ fn cp_async_read_before_its_wait() {
     caught(&TWO_WARPS, FindingKind::UnawaitedAsync, &faulty, &mended);
 }
 
-/// Warp 0 arms an mbarrier and everyone waits for its first phase.
+/// Warp 0 arms an mbarrier and all warps wait for its first phase.
 fn pipeline(init: &str, arm: &str) -> String {
     format!(
         "setp.eq.u32 %p1, %r1, 0;\n{init}\nbar.sync 0;\n\
@@ -65,7 +65,7 @@ fn mbarrier_misuse() {
         &pipeline(INIT, many),
         &pipeline(INIT, ARM),
     );
-    // Re-initialised while in use; the mended twin invalidates it first.
+    // Re-initialised while in use; the corrected twin invalidates it first.
     let again = |inval: &str| {
         format!(
             "{}\nbar.sync 0;\n{inval}\n@%p1 mbarrier.init.shared::cta.b64 [%r3], 2;",
@@ -120,7 +120,7 @@ fn bulk_store_whose_source_is_overwritten_before_its_wait() {
     caught(&HOPPER, FindingKind::UnawaitedAsync, &faulty, &mended);
 }
 
-/// A bulk store is in memory after a wait for its group; after a wait for the reads alone, in some orders not yet.
+/// Tests that a bulk store is in memory after a wait for its group, and after a wait for the reads alone not always.
 #[test]
 fn bulk_store_writes_after_its_reads() {
     let finds_old = |read| {
@@ -200,7 +200,7 @@ fn wgmma_register_operand_overwritten_before_its_wait() {
     caught(&HOPPER, FindingKind::UnawaitedAsync, &faulty, &mended);
 }
 
-/// A kernel of two warpgroups that the launch bounds give 96 registers a thread; the first gives some away.
+/// A kernel of two warpgroups whose launch bounds give each thread 96 registers; the first warpgroup returns some.
 fn register_pool(body: &str) -> Module {
     let text = format!(
         ".version 8.0\n.target sm_90a\n.address_size 64\n\
@@ -225,9 +225,9 @@ fn setmaxnreg_against_its_rules() {
     };
     for seed in 0..SEEDS {
         assert_eq!(kinds(&body(40, 152), seed), []);
-        // Raised by more than the others gave: the wait for registers never ends.
+        // Raised to more than the others returned: the wait for registers never ends.
         assert!(kinds(&body(40, 160), seed).contains(&FindingKind::Limit));
-        // Lowered to more than there were, raised to fewer.
+        // Lowered to more than before, raised to fewer than before.
         assert!(kinds(&body(104, 152), seed).contains(&FindingKind::Limit));
         assert!(kinds(&body(40, 88), seed).contains(&FindingKind::Limit));
     }
@@ -240,7 +240,7 @@ fn moves_of_an_accumulator_before_its_wait_only_rename() {
     let (wait, read) = ("wgmma.wait_group.sync.aligned 0;", "add.f32 %f7, %f6, %f2;");
     let kind = FindingKind::UnawaitedAsync;
     caught(&HOPPER, kind, &body(read, wait), &body(wait, read));
-    // A copy that is overwritten is none any more.
+    // A copy that is overwritten is no copy any more.
     let other = body("mov.f32 %f6, 0f3F800000;\nadd.f32 %f7, %f6, %f6;", wait);
     caught(&HOPPER, kind, &body("add.f32 %f7, %f5, %f5;", wait), &other);
 }

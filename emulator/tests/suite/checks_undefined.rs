@@ -1,15 +1,15 @@
-//! Faulty kernels and their mended twins, as in `checks`, for values that were never written: a finding where the program depends on one, none where it only moves it
-//! or ignores it.
+//! Faulty kernels and their corrected twins for values that were never written: a finding where the program depends
+//! on one, none where it only moves or ignores it.
 
 use crate::common::*;
 use ptx_emulator::{DeviceMemory, FindingKind, Launch, Options};
 
-/// The faulty body depends on an undefined value, its twin does not.
+/// Tests that the faulty body, which depends on an undefined value, has a finding, and its twin has none.
 fn undefined(faulty: &str, mended: &str) {
     caught(&ONE_WARP, FindingKind::Uninitialized, faulty, mended);
 }
 
-/// Reads a word of shared memory that nothing wrote.
+/// Reads a word of shared memory that was never written.
 const READ: &str = "ld.shared.u32 %r4, [tile];\n";
 
 #[test]
@@ -38,7 +38,7 @@ fn addresses_results_and_atomics_are_uses() {
         &format!("{READ}{address}ld.shared.u32 %r6, [%r5];"),
         &format!("{READ}{address}"),
     );
-    // Moved to global memory a value is as undefined there as it was; computed from, it is a result.
+    // A value that is only moved to global memory stays undefined there. A value computed from it is a result.
     let computed = format!("{READ}add.u32 %r5, %r4, 1;\nst.global.u32 [%rd1], %r5;");
     undefined(&computed, &format!("{READ}st.global.u32 [%rd1], %r4;"));
     let through = |what: &str| {
@@ -63,7 +63,7 @@ fn bits_that_do_not_matter_are_defined() {
     let store = "add.u32 %r6, %r5, 0;\nst.global.u32 [%rd1], %r6;";
     let masked = |mask: &str| format!("st.shared.u8 [tile], %r1;\n{READ}and.b32 %r5, %r4, {mask};\n{store}");
     undefined(&masked("0x1ff"), &masked("0xff"));
-    // Of a comparison whose outcome the defined byte settles, nothing is undefined.
+    // A comparison is defined if the defined byte determines its outcome.
     let above = |limit: &str| {
         format!(
             "mov.u32 %r8, 64;\nst.shared.u8 [tile+3], %r8;\n{READ}setp.gt.u32 %p1, %r4, {limit};\n\
@@ -110,7 +110,7 @@ fn asynchronous_copies_move_what_is_undefined() {
     undefined(&body("+4"), &body(""));
 }
 
-/// Bytes that a kernel only moved to global memory are not initialised there, others are.
+/// Tests that bytes that a kernel only moved to global memory are uninitialised there, and others are not.
 #[test]
 fn the_host_sees_what_was_left_undefined() {
     let module = module(

@@ -1,4 +1,4 @@
-//! How launches end: traps, runaways, bounds on findings, progress of lanes and blocks.
+//! Ends of launches: traps, runaways, the bound on findings, and progress of lanes and blocks.
 
 use crate::common::*;
 use ptx_emulator::{DeviceMemory, Error, Launch, Module, Options};
@@ -33,7 +33,7 @@ fn unknown_instructions_are_refused_by_name_and_line() {
 
 #[test]
 fn lanes_of_a_warp_can_wait_for_each_other() {
-    // A lock taken by each lane in turn: without independent progress the loop never ends.
+    // Each lane takes a lock in turn: without independent progress of lanes the loop does not end.
     let body = "L:\natom.global.cas.b32 %r4, [%rd1], 0x01010101, 0;\nsetp.ne.u32 %p1, %r4, 0x01010101;\n@%p1 bra L;\n\
                 atom.global.add.u32 %r5, [%rd1+8], 1;\natom.global.exch.b32 %r6, [%rd1], 0x01010101;";
     for seed in 0..SEEDS {
@@ -44,7 +44,7 @@ fn lanes_of_a_warp_can_wait_for_each_other() {
 
 #[test]
 fn blocks_can_wait_for_later_blocks() {
-    // A barrier of the whole grid: every block must be under way before any can end.
+    // A barrier of the whole grid: all blocks must be running before any can end.
     let body = "setp.ne.u32 %p1, %r1, 0;\n@%p1 bra DONE;\natom.global.add.u32 %r4, [%rd1+16], 1;\n\
                 L:\nld.acquire.gpu.global.u32 %r5, [%rd1+16];\nsub.u32 %r6, %r5, 0x01010101;\n\
                 setp.lt.u32 %p2, %r6, 8;\n@%p2 bra L;\nDONE:";
@@ -82,7 +82,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
 
 #[test]
 fn a_grid_synchronises_in_its_workspace() {
-    // As cooperative groups do it: one block adds what makes the others' arrivals flip the upper bit.
+    // The barrier of cooperative groups: one block adds a number such that all arrivals together flip the upper bit.
     let body = "mov.u32 %r4, %envreg2;\ncvt.u64.u32 %rd2, %r4;\nmov.u32 %r5, %envreg1;\ncvt.u64.u32 %rd3, %r5;\n\
                 bfi.b64 %rd2, %rd3, %rd2, 32, 32;\nmov.u32 %r6, %ctaid.x;\nadd.u32 %r7, %r6, 1;\nrem.u32 %r7, %r7, 4;\n\
                 mul.wide.u32 %rd4, %r6, 4;\nadd.u64 %rd4, %rd1, %rd4;\nmul.wide.u32 %rd5, %r7, 4;\n\

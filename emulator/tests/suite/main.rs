@@ -1,4 +1,4 @@
-//! Programs that run on the emulator, right and wrong ones.
+//! Tests of whole programs on the emulator.
 
 mod checks;
 mod checks_async;

@@ -1,7 +1,7 @@
-//! The micro-kernels of `tests/ptx` at the root of the repository, one an instruction family. Every word must be exact: the
-//! emulator computes approximate instructions well, too.
+//! The micro-kernels of `tests/ptx` at the root of the repository, one for each instruction family. Every word must
+//! be exact: the emulator's approximate instructions also meet the expected values.
 
-// Shared with the program that runs them on hardware, which needs more of it.
+// Shared with the program that runs them on hardware, which uses more of it.
 #[allow(dead_code)]
 #[path = "../../../tests/src/micro.rs"]
 mod format;
@@ -13,7 +13,7 @@ use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{ElementType, Fill, Interleave, L2Promotion, TensorMap, Tiled};
 use ptx_emulator::{DeviceMemory, Launch, Module, Options};
 
-/// The emulator's form of a map.
+/// Converts a tensor map to the emulator's.
 fn tensor_map(map: &Map, address: u64) -> Result<[u8; format::MAP_BYTES], String> {
     let swizzles = [Swizzle::None, Swizzle::B32, Swizzle::B64, Swizzle::B128];
     let swizzle = swizzles.into_iter().find(|s| s.span() == map.span);
@@ -42,7 +42,7 @@ fn bytes(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Runs the kernel; says how it differs from what its header promises.
+/// Runs the kernel; an error tells how it differs from the values in its header.
 fn run(micro: &Micro, seed: u64) -> Result<(), String> {
     let module = Module::parse(&micro.text, &micro.name).map_err(|e| e.to_string())?;
     let memory = DeviceMemory::new();

@@ -1,9 +1,9 @@
-//! No text may panic, hang or exhaust memory: generated modules parse and run, broken ones are refused.
+//! No text may cause a panic, a hang or exhausted memory: generated modules parse and run, broken ones are refused.
 
 use proptest::prelude::*;
 use ptx_emulator::{DeviceMemory, Launch, Module, Options};
 
-/// Parses, and runs every entry for a moment. What comes of it does not matter, only that it ends.
+/// Parses a text and runs every entry for a short time. The outcome does not matter, only that it ends.
 fn survive(text: &str) {
     let Ok(module) = Module::parse(text, "text.ptx") else {
         return;
@@ -89,7 +89,7 @@ const WORDS: &[&str] = &[
     "\n",
 ];
 
-/// A line of a well-formed body.
+/// Generates a line of a well-formed body.
 fn instruction() -> impl Strategy<Value = String> {
     let r = || (0..8u32).prop_map(|n| format!("%r{n}"));
     let binary = prop::sample::select(vec![

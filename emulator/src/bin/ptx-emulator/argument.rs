@@ -1,4 +1,4 @@
-//! Kernel arguments as the command line writes them.
+//! Kernel arguments in the syntax of the command line.
 
 use std::path::PathBuf;
 
@@ -61,7 +61,7 @@ impl Argument {
         })
     }
 
-    /// `in:A.npy:elem=f16,swizzle=3,dims=128x64,strides=256,box=64x64`
+    /// Reads a tensor map: `in:A.npy:elem=f16,swizzle=3,dims=128x64,strides=256,box=64x64`.
     fn tensor(text: &str, value: &str, memory: &DeviceMemory) -> Result<Argument, String> {
         let broken = |what: String| format!("argument `{text}`: {what}");
         let (direction, rest) = value.split_once(':').unwrap_or((value, ""));
@@ -80,12 +80,12 @@ impl Argument {
         Ok(argument)
     }
 
-    /// Bytes for the parameter buffer.
+    /// Returns the argument's bytes for the parameter buffer.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Text on the command line.
+    /// Returns the argument's text on the command line.
     pub fn text(&self) -> &str {
         &self.text
     }

@@ -1,4 +1,4 @@
-//! The command line. It is read by hand, so that the library, which shares this package, depends on no parser.
+//! The command line, parsed by hand: the library shares this package and should not depend on a parser.
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 /// Printed by `--help`.
 pub const HELP: &str = "\
-Runs a PTX kernel on the CPU, checks every memory access and counts what it did
+Runs a PTX kernel on the CPU, checks every memory access, and counts instructions and bytes
 
 Usage: ptx-emulator [OPTIONS] FILE [ARG]...
 
@@ -17,11 +17,11 @@ Options:
   --entry NAME            kernel to run; may be left out if the file has one
   --grid SIZE             blocks: X, X,Y or X,Y,Z [default: 1]
   --block SIZE            threads of a block: X, X,Y or X,Y,Z [default: 1]
-  --cluster SIZE          blocks of a cluster: X, X,Y or X,Y,Z [default: what the kernel requires, else 1]
+  --cluster SIZE          blocks of a cluster: X, X,Y or X,Y,Z [default: the kernel's required cluster, else 1]
   --smem BYTES            bytes of dynamic shared memory [default: 0]
   --stats [table|json]    print the counters [default: table]
-  --no-check              switch all checks off
-  --seed N                decides the order of warps and when asynchronous work lands [default: 0]
+  --no-check              turn off all checks
+  --seed N                order of warps and landing of asynchronous work [default: 0]
   --max-instructions N    stop after this many thread instructions [default: 68719476736]
   --threads N             host threads [default: all cores]
   --max-findings N        findings to print; the others are counted [default: 20]
@@ -32,7 +32,7 @@ Arguments, one for each kernel parameter:
   i32:5 u32:5 i64:5 u64:5 f32:0.5 f64:0.5   a scalar
   null                                      a null pointer
   in:A.npy                                  A copied to device memory, its address passed
-  out:B.npy                                 the same, and written back to B.npy after the launch
+  out:B.npy                                 like in:, and written back to B.npy after the launch
   tma:in:A.npy:elem=f16,swizzle=3,dims=128x64,strides=256,box=64x64   (or tma:out:…)
                                             a tensor map over A, passed by value; dims and box innermost first,
                                             strides in bytes of the outer dims, swizzle as in CUtensorMapSwizzle
@@ -43,14 +43,14 @@ Example: y = 2 x + y on 1000 floats, under every check, with the counters:
 Exit status: 0 clean, 1 findings or a trap, 2 unusable arguments or PTX.
 ";
 
-/// How `--stats` prints the counters.
+/// Output format of `--stats`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StatsFormat {
     Table,
     Json,
 }
 
-/// A launch as the command line describes it.
+/// A launch described by the command line.
 #[derive(Debug)]
 pub struct Cli {
     pub file: PathBuf,
@@ -68,7 +68,7 @@ pub struct Cli {
     pub arguments: Vec<String>,
 }
 
-/// A request of the command line.
+/// A request made on the command line.
 #[derive(Debug)]
 pub enum Request {
     Help,
@@ -76,12 +76,12 @@ pub enum Request {
     Launch(Box<Cli>),
 }
 
-/// Reads the words after the program's name. Options and arguments may be mixed; `--option=value` and `--option value` mean
-/// the same, and after `--` every word is an argument.
+/// Reads the words after the program's name. Options and arguments may be mixed. `--option=value` and `--option
+/// value` are equivalent. After `--` every word is an argument.
 ///
 /// # Errors
 ///
-/// A sentence that names the word.
+/// A sentence that quotes the word.
 pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Request, String> {
     let mut words = words.into_iter().peekable();
     let mut file = None;

@@ -11,7 +11,7 @@ use argument::Argument;
 use cli::{Cli, Request, StatsFormat};
 use ptx_emulator::{Checks, DeviceMemory, Entry, Error, Launch, Module, Options, Report};
 
-/// Why the program ends with status 2 (or 1, if the kernel is to blame).
+/// The reason why the program ends with status 2, or with status 1 if the kernel failed.
 struct Failure {
     status: u8,
     message: String,
@@ -106,7 +106,7 @@ fn choose<'m>(module: &'m Module, cli: &Cli) -> Result<&'m Entry, Failure> {
         .ok_or_else(|| format!("no entry `{name}` in {}; it has: {}", module.file(), names.join(", ")).into())
 }
 
-/// The parameter buffer.
+/// Builds the parameter buffer.
 fn buffer(entry: &Entry, arguments: &[Argument]) -> Result<Vec<u8>, Failure> {
     if arguments.len() != entry.params.len() {
         let message = format!(
@@ -148,7 +148,7 @@ fn print_report(cli: &Cli, report: &Report) {
         Some(StatsFormat::Table) => report.counters.to_string(),
         Some(StatsFormat::Json) => {
             let json = report.counters.to_json();
-            // The findings' number belongs to the document a script reads.
+            // A script that reads the document needs the number of findings in it.
             let rest = json.trim_start_matches("{\n");
             format!("{{\n  \"findings\": {},\n{rest}\n", report.total_findings)
         }
@@ -157,7 +157,7 @@ fn print_report(cli: &Cli, report: &Report) {
     print(&text);
 }
 
-/// Prints to the standard output. A reader that closed the pipe has read what it wanted.
+/// Prints to the standard output. A closed pipe is no error: its reader has read what it needed.
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }

@@ -1,8 +1,8 @@
-//! The NumPy array format, as far as the program needs it: a header to keep, and bytes to copy.
+//! The part of the NumPy array format that the program needs: the header is kept, the data is read or replaced.
 
 use std::path::Path;
 
-/// An array file: everything up to the data, and the data.
+/// An array file: the bytes before the data, and the data.
 #[derive(Debug, Clone)]
 pub struct Npy {
     header: Vec<u8>,
@@ -63,7 +63,7 @@ impl Npy {
     }
 }
 
-/// The quoted value after a key.
+/// Returns the quoted value that follows a key.
 fn field<'t>(text: &'t str, key: &str) -> Option<&'t str> {
     let rest = text.split_once(key)?.1.trim_start();
     let quote = rest.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
@@ -79,7 +79,7 @@ fn shape(text: &str) -> Vec<usize> {
     inner.split(',').filter_map(|n| n.trim().parse().ok()).collect()
 }
 
-/// Bytes of an element such as `<f4`; big-endian ones are not for a GPU.
+/// Returns the bytes of an element type such as `<f4`; `None` for big-endian types, which a GPU cannot use.
 fn element_bytes(descr: &str) -> Option<usize> {
     let digits = descr.trim_start_matches(['<', '|', '=']);
     let kind = digits.chars().next()?;

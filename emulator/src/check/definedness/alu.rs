@@ -1,5 +1,5 @@
-//! Definedness of what arithmetic computes: exact for moves, masks, selections and integer comparisons; for sums every bit that
-//! a carry may reach; for everything else the whole result.
+//! Definedness of arithmetic results. It is exact for moves, masks, selections and integer comparisons. A sum is
+//! undefined in every bit that a carry may reach. Every other result is undefined as a whole.
 
 use super::{Flag, Registers, Row, Shadow, carried, combined, float_bits, float_elements, lanes, width};
 use crate::isa::types::{IntTy, Pred, Slot};
@@ -142,7 +142,7 @@ impl Shadow {
                 combine,
             } => {
                 let open = self.comparison(registers, *cmp, *ty, [*a, *b], mask);
-                // Of floats the value is not known here: as if it never settled what it is combined with.
+                // The values of floats are not known here, so none decides the combination by itself.
                 let (yes, no) = match (ty, combine) {
                     (CmpTy::Int(ty), _) => {
                         let holds = compare_lanes(registers, *cmp, *ty, [*a, *b]);
@@ -269,14 +269,14 @@ impl Shadow {
         }
     }
 
-    /// An instruction whose result is undefined as a whole if any bit of an operand is.
+    /// Makes the whole result undefined if any bit of an operand is.
     fn narrow(&mut self, instr: &Instr, mask: u32, bits: u32) {
         for row in &instr.writes {
             self.whole(*row, &instr.reads, mask, bits);
         }
     }
 
-    /// The lanes in which a comparison depends on undefined bits.
+    /// Returns the lanes in which a comparison depends on undefined bits.
     fn comparison(&self, registers: &impl Registers, cmp: Cmp, ty: CmpTy, s: [Slot; 2], mask: u32) -> Flag {
         let mut open = Flag::default();
         let rows = s.map(|slot| *self.row(slot));
@@ -393,7 +393,7 @@ fn int3(op: Int3, ty: IntTy, values: [u64; 3], undefined: [u64; 3]) -> u64 {
     }
 }
 
-/// A value as an unsigned key that sorts as the type does.
+/// Converts a value to an unsigned key with the order of the type.
 fn key(ty: IntTy, value: u64) -> u64 {
     let value = ty.extend(value);
     if ty.signed() { value ^ 1 << 63 } else { value }
@@ -418,7 +418,7 @@ fn compare_lanes(registers: &impl Registers, cmp: Cmp, ty: IntTy, s: [Slot; 2]) 
     (0..32).fold(0, |m, at| m | lane(at))
 }
 
-/// True if undefined bits can change what an integer comparison gives.
+/// Returns true if undefined bits can change the outcome of an integer comparison.
 fn depends(cmp: Cmp, ty: IntTy, values: [u64; 2], undefined: [u64; 2]) -> bool {
     let undefined = undefined.map(|u| u & width(ty.bits()));
     if undefined == [0; 2] {
@@ -426,7 +426,7 @@ fn depends(cmp: Cmp, ty: IntTy, values: [u64; 2], undefined: [u64; 2]) -> bool {
     }
     let known = !(undefined[0] | undefined[1]) & width(ty.bits());
     let differs = (values[0] ^ values[1]) & known != 0;
-    // Smallest and largest value: the sign bit counts the other way.
+    // The smallest and the largest value. A signed type has its sign bit inverted.
     let sign = if ty.signed() { 1 << (ty.bits() - 1) } else { 0 };
     let range = |value: u64, u: u64| {
         let least = value & !u | u & sign;

@@ -1,14 +1,14 @@
-//! Definedness of values, as Valgrind's memcheck follows it: a bit beside every bit of a register.
+//! Definedness of values, tracked as in Valgrind's memcheck: one bit for every bit of a register.
 //!
-//! A read of bytes that were never written is no finding. Its destination becomes undefined in these bits, and so does what
-//! is computed from them, as far as the undefined bits can change the result: `and` with a defined zero is defined, a
-//! comparison that comes out alike for all values of the undefined bits is too. A finding is made where the program depends
-//! on an undefined bit: a branch or another instruction whose guard it decides, an address, an operand of an atomic, barrier,
-//! asynchronous or tensor-core operation, or a store of a value computed from it to global memory. Bits that were only moved
-//! may be stored anywhere; they stay undefined there.
+//! A read of bytes that were never written is not a finding. It makes these bits of its destination undefined, and
+//! also the bits of results that the undefined bits can change: `and` with a defined zero is defined, and so is a
+//! comparison with the same outcome for all values of the undefined bits. A finding is made where the program depends
+//! on an undefined bit: a guard, such as that of a branch; an address; an operand of an atomic, barrier, asynchronous
+//! or tensor-core operation; or a store to global memory of a value that was computed from it. Bits that were only
+//! moved may be stored anywhere, and stay undefined there.
 //!
-//! A frame has a [`Shadow`] only while some register of it is undefined, so that kernels which read nothing of the kind pay
-//! one test an instruction.
+//! A frame has a [`Shadow`] only while one of its registers is undefined. A kernel without undefined values pays one
+//! test an instruction.
 
 mod alu;
 
@@ -22,7 +22,7 @@ use crate::tensor::matrix;
 
 type Lanes = [u64; 32];
 
-/// Registers as the executor holds them.
+/// Read access to the executor's registers.
 pub(crate) trait Registers {
     fn value(&self, slot: Slot) -> &Lanes;
     fn predicate(&self, slot: Slot) -> u32;
@@ -49,7 +49,7 @@ struct Flag {
     origin: [Origin; 32],
 }
 
-/// An undefined value that decides something.
+/// A use of an undefined value that affects the program's behaviour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Use {
     pub lane: usize,
@@ -57,7 +57,7 @@ pub(crate) struct Use {
     pub what: &'static str,
 }
 
-/// The undefined registers of a frame.
+/// Undefined registers of a frame.
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
     rows: HashMap<Slot, Box<Row>>,
@@ -65,12 +65,12 @@ pub(crate) struct Shadow {
     carry: Flag,
 }
 
-/// All bits of a value of `bits`.
+/// Returns a mask of the low `bits` bits.
 fn width(bits: u32) -> u64 {
     u64::MAX >> (64 - bits.clamp(1, 64))
 }
 
-/// The lowest of these bits and all above it, which a carry can reach.
+/// Returns the lowest set bit and all bits above it, which a carry can reach.
 fn carried(bits: u64) -> u64 {
     bits | bits.wrapping_neg()
 }
@@ -87,7 +87,7 @@ fn float_bits(ty: FloatTy) -> u32 {
     }
 }
 
-/// Undefined bits of floats of this type that are computed from these undefined bits: whole elements.
+/// Widens the undefined bits of floats of type `ty` to whole elements: a computed element is undefined as a whole.
 fn float_elements(ty: FloatTy, undefined: u64) -> u64 {
     match ty {
         FloatTy::F16x2 | FloatTy::Bf16x2 => [0xffff, 0xffff_0000].iter().filter(|h| undefined & **h != 0).sum(),
@@ -96,7 +96,7 @@ fn float_elements(ty: FloatTy, undefined: u64) -> u64 {
     }
 }
 
-/// Undefined lanes of a combination of predicates, each value and undefined lanes.
+/// Returns the undefined lanes of a combination of two predicates, each given as values and undefined lanes.
 fn combined(op: BoolOp, a: (u32, u32), b: (u32, u32)) -> u32 {
     let ((a, ua), (b, ub)) = (a, b);
     match op {
@@ -107,12 +107,12 @@ fn combined(op: BoolOp, a: (u32, u32), b: (u32, u32)) -> u32 {
 }
 
 impl Shadow {
-    /// True if every register is defined again.
+    /// Returns true if every register is defined.
     pub fn is_clear(&self) -> bool {
         self.rows.is_empty() && self.flags.is_empty() && self.carry.lanes == 0
     }
 
-    /// Undefined bits of a register.
+    /// Returns the undefined bits of a register.
     pub fn row(&self, slot: Slot) -> &Row {
         self.rows.get(&slot).map_or(&DEFINED, |row| row)
     }
@@ -163,14 +163,14 @@ impl Shadow {
         }
     }
 
-    /// The origin of the first of these registers that is undefined in a lane.
+    /// Returns the origin of the first of these registers that is undefined in a lane.
     fn origin(&self, slots: &[Slot], lane: usize) -> Option<Origin> {
         let mut rows = slots.iter().map(|slot| self.row(*slot));
         rows.find(|row| row.bits[lane] != 0).map(|row| row.origin[lane])
     }
 
-    /// Writes lanes of a register: `f` gives the undefined bits of a lane from those of the sources. Every lane is read
-    /// before one is written.
+    /// Writes lanes of a register. `f` computes a lane's undefined bits from those of the sources. All lanes are read
+    /// before the first is written.
     fn write(&mut self, dst: Slot, sources: &[Slot], mask: u32, computed: bool, f: impl Fn(usize, &[u64]) -> u64) {
         let mut results = [(0, Origin::default()); 32];
         let mut undefined = [0; 8];
@@ -188,14 +188,14 @@ impl Shadow {
         }
     }
 
-    /// `dst` becomes undefined in `bits` where any bit of a source is.
+    /// Makes `bits` of `dst` undefined in the lanes where any bit of a source is.
     fn whole(&mut self, dst: Slot, sources: &[Slot], mask: u32, bits: u32) {
         let any = |u: &[u64]| u.iter().any(|u| *u != 0);
         self.write(dst, sources, mask, true, |_, u| if any(u) { width(bits) } else { 0 });
     }
 
-    /// Uses registers for something that may not be undefined. They count as defined from here on, so that one mistake is
-    /// one finding.
+    /// Records uses of registers that must be defined. Undefined ones count as defined afterwards, so that one
+    /// mistake gives one finding.
     fn consume(&mut self, slots: &[Slot], mask: u32, what: &'static str, found: &mut Vec<Use>) {
         for lane in lanes(mask) {
             if let Some(origin) = self.origin(slots, lane) {
@@ -216,8 +216,8 @@ impl Shadow {
         self.set_flag(pred.slot, mask, 0, |_| Origin::default());
     }
 
-    /// Follows an instruction that the lanes of `group` are about to execute, as far as its guard lets them. Loads, stores
-    /// and calls move the definedness of what they move themselves.
+    /// Follows an instruction that the lanes of `group` are about to execute, where its guard allows it. Loads,
+    /// stores and calls update the definedness of the data they move elsewhere.
     pub fn execute(&mut self, registers: &impl Registers, instr: &Instr, group: u32, found: &mut Vec<Use>) {
         let mut mask = group;
         let mut doubtful = None;
@@ -300,7 +300,7 @@ impl Shadow {
         }
     }
 
-    /// Any other instruction: what it reads must be defined.
+    /// Handles any other instruction: the registers it reads must be defined.
     fn others(&mut self, instr: &Instr, mask: u32, found: &mut Vec<Use>) {
         let what = match &instr.op {
             Op::Memory(Memory::Atomic { .. }) => "is an operand of an atomic operation",
@@ -315,7 +315,8 @@ impl Shadow {
         }
     }
 
-    /// Nobody knows whether these lanes executed the instruction: what it writes is undefined.
+    /// Makes the results undefined in lanes whose guard is undefined: whether they executed the instruction is
+    /// unknown.
     fn doubt(&mut self, instr: &Instr, mask: u32, guard: &Flag) {
         let computed = |origin: Origin| Origin {
             computed: true,
@@ -430,7 +431,7 @@ impl Shadow {
         }
     }
 
-    /// A result that all lanes take from all lanes' `a`; returns the origin if it is undefined.
+    /// Writes a result that depends on `a` in all lanes; returns the origin if it is undefined.
     fn gathered(&mut self, dst: Slot, a: Slot, mask: u32) -> Option<Origin> {
         let origin = lanes(mask).find_map(|lane| self.origin(&[a], lane));
         let origin = origin.map(|origin| Origin {

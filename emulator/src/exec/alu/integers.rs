@@ -148,8 +148,8 @@ pub(super) fn carry(f: &mut Frame, mask: u32, alu: &Alu) {
         let flag = *reads_carry && f.carry >> lane & 1 != 0;
         let (value, out) = match op {
             Carry::Add => integer::add_carry(*ty, x[lane], y[lane], flag),
-            // The flag is the carry of a + !b + 1, so it is set where nothing was borrowed: ptxas turns `addc` after
-            // `sub.cc` into that, and nvcc's 128-bit division counts on it.
+            // The flag is the carry of a + !b + 1, so it is set if there was no borrow. ptxas compiles `addc` after
+            // `sub.cc` to that, and nvcc's 128-bit division depends on it.
             Carry::Sub => {
                 let (value, borrowed) = integer::sub_borrow(*ty, x[lane], y[lane], *reads_carry && !flag);
                 (value, !borrowed)

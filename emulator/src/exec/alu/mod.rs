@@ -1,7 +1,7 @@
-//! Integer arithmetic, logic, moves and conversions: what one lane does with its registers.
+//! Integer arithmetic, logic, moves and conversions of one lane's registers.
 //!
-//! Each instruction becomes one loop over the rows of its operands; [`map`] and its kin are that loop, and take
-//! the meaning of one lane as a closure. With every lane active it is a plain loop the compiler can vectorise.
+//! Each instruction is one loop over the rows of its operands. [`map`], [`map2`] and [`map3`] are that loop and take
+//! the operation of one lane as a closure. With all lanes active it is a plain loop that the compiler can vectorise.
 
 use super::float;
 use super::warp::{FULL, Frame, Lanes, lanes};
@@ -10,7 +10,7 @@ use crate::isa::{Alu, BoolOp, Cmp, CmpTy};
 use crate::numeric::cvt;
 use crate::numeric::integer;
 
-/// `op` with the type known in each arm, so that the commonest instructions are tight loops.
+/// Expands `op` with the type known in each arm, so that the most frequent instructions are tight loops.
 macro_rules! by_type {
     ($ty:expr, $t:ident => $body:expr) => {
         match $ty {
@@ -54,7 +54,7 @@ mod integers;
 
 use integers::{carry, int1, int2, int3, packed16};
 
-/// The value in the low `bits` bits.
+/// Keeps the low `bits` bits.
 #[inline]
 pub(super) fn truncate(bits: u32, value: u64) -> u64 {
     if bits >= 64 {
@@ -109,7 +109,7 @@ pub(super) fn map3(f: &mut Frame, mask: u32, d: Slot, s: [Slot; 3], op: impl Fn(
     }
 }
 
-/// Bit mask of the lanes for which `op` holds.
+/// Returns the mask of the lanes in which `op` holds.
 #[inline]
 fn test2(f: &Frame, s: [Slot; 2], op: impl Fn(u64, u64) -> bool) -> u32 {
     let (x, y): (&Lanes, &Lanes) = (f.row(s[0]), f.row(s[1]));
@@ -120,8 +120,8 @@ fn test2(f: &Frame, s: [Slot; 2], op: impl Fn(u64, u64) -> bool) -> u32 {
     out
 }
 
-/// Runs an arithmetic instruction for the lanes of `mask`. `Clock`, `Cvta` and the other instructions that look
-/// beyond the registers are the executor's.
+/// Executes an arithmetic instruction for the lanes of `mask`. The executor handles `Clock`, `Cvta` and the other
+/// instructions that need more than registers.
 pub(super) fn execute(f: &mut Frame, mask: u32, alu: &Alu) {
     match alu {
         Alu::Mov { dst, src, bits } => {
@@ -199,7 +199,7 @@ pub(super) fn execute(f: &mut Frame, mask: u32, alu: &Alu) {
         } => {
             let holds = compare(f, *cmp, *ty, [*a, *b]);
             let (yes, mut no) = combined(f, holds, *with);
-            // On two halves the second predicate is the upper half's, not the opposite of the first.
+            // On two halves the second predicate belongs to the upper half and is not the complement of the first.
             if let CmpTy::Float(halves @ (FloatTy::F16x2 | FloatTy::Bf16x2), ftz) = *ty {
                 let upper = float::compare(f, *cmp, halves, ftz, [*a, *b], 1);
                 no = combined(f, upper, *with).0;
@@ -234,7 +234,7 @@ pub(super) fn execute(f: &mut Frame, mask: u32, alu: &Alu) {
             b,
             c,
         } => {
-            // Flushing a subnormal selector gives a zero of the same sign, and -0 >= 0 too.
+            // Flushing a subnormal selector gives a zero of the same sign, and -0 >= 0 holds too.
             let float = *float;
             map3(f, mask, *dst, [*a, *b, *c], |x, y, z| {
                 let first = if float {
@@ -331,7 +331,7 @@ fn alu_ftz(alu: &Alu) -> bool {
 
 fn pack(f: &mut Frame, mask: u32, dst: Slot, parts: &[Slot], part_bits: u32) {
     if part_bits == 64 {
-        // A 128-bit register is two rows; its parts may be the rows it is made of.
+        // A 128-bit register is two rows; the sources may be the same rows as the destination.
         let rows: Vec<Lanes> = parts.iter().map(|p| *f.row(*p)).collect();
         for (at, row) in (0..).zip(&rows) {
             let out = f.row_mut(dst + at);
@@ -374,7 +374,7 @@ fn combine(op: BoolOp, a: u32, b: u32) -> u32 {
     }
 }
 
-/// The comparison and its complement, each combined with the predicate.
+/// Combines the comparison and its complement each with the predicate.
 fn combined(f: &Frame, holds: u32, with: Option<(BoolOp, Pred)>) -> (u32, u32) {
     match with {
         None => (holds, !holds),

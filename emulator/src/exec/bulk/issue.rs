@@ -1,4 +1,4 @@
-//! Issuing bulk operations: checking both ends and resolving them into pieces.
+//! Issue of bulk operations: checks both ends and splits the operation into pieces.
 
 use super::{End, Pending, Piece};
 use crate::check::clock::Knowledge;
@@ -15,7 +15,7 @@ use crate::schedule::Landing;
 use crate::tensor::tensor_map::{ElementType, TILE_ALIGNMENT};
 
 impl<'m> Cluster<'m> {
-    /// Looks up and checks a range one end of a copy touches.
+    /// Finds and checks the range at one end of a copy.
     fn end(
         &mut self,
         warp: &mut Warp,
@@ -79,7 +79,7 @@ impl<'m> Cluster<'m> {
         );
     }
 
-    /// Queues an operation that was resolved, or lands it at once.
+    /// Queues an operation, or lands it at once.
     fn enqueue(&mut self, warp: &Warp, lane: usize, step: u32, mut pending: Pending, grouped: bool) {
         pending.known = self.known[warp.id].clone();
         pending.known.generic.set(Engine::Bulk.agent(warp.id), step);
@@ -114,7 +114,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Blocks that receive a multicast, with the shared address each gets.
+    /// Lists the blocks that receive a multicast, with the shared address in each.
     fn receivers(&self, warp: &Warp, lane: usize, multicast: Option<Slot>, address: u64) -> Vec<u64> {
         match multicast {
             None => vec![address],
@@ -181,7 +181,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Adds the barriers that an operation completes: one a receiving block.
+    /// Adds the barriers that an operation completes: one for each receiving block.
     #[expect(clippy::too_many_arguments, reason = "a completion is all of these")]
     fn signal(
         &mut self,
@@ -289,7 +289,7 @@ impl<'m> Cluster<'m> {
             }
         }
         if let Some(barrier) = barrier {
-            // A box is at most what fits in shared memory, or the copy was refused above.
+            // A larger box than shared memory was refused above.
             let bytes = u32::try_from(map.copied_bytes()).unwrap_or(u32::MAX);
             self.signal(warp, instr, lane, barrier, multicast, bytes, &mut pending)?;
         }
@@ -297,7 +297,7 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// `st.async` and `red.async`: values to another block's shared memory, completing a barrier there.
+    /// `st.async` and `red.async`: stores values to another block's shared memory and completes a barrier there.
     pub(super) fn store_async(
         &mut self,
         warp: &mut Warp,
@@ -356,7 +356,7 @@ pub(in crate::exec) fn access_of(lane: usize, address: u64, space: Space, bytes:
     }
 }
 
-/// The type a tensor reduction works in.
+/// Returns the type of a tensor reduction's arithmetic.
 fn reduction_ty(element: ElementType) -> AtomicTy {
     match element {
         ElementType::U8 => AtomicTy::Int(IntTy::U8),

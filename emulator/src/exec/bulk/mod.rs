@@ -1,8 +1,8 @@
-//! Bulk and tensor copies: what the copy engine of an SM does in the background.
+//! Bulk and tensor copies: the background work of an SM's copy engine.
 //!
-//! An operation is checked and resolved into pieces when it is issued, and put in a queue of the cluster. It lands
-//! at its drawn moment, or when somebody waits for it; landing moves the bytes and completes the barrier or group. A wait for
-//! the reads alone has it read its sources and leaves what it writes for later.
+//! An operation is checked and split into pieces when it is issued, and put in a queue of the cluster. It lands at a
+//! moment drawn from the seed, or when a thread waits for it. Landing moves the bytes and completes the barrier or
+//! group. A wait for the reads alone makes the operation read its sources; the writes follow later.
 
 mod issue;
 
@@ -21,7 +21,7 @@ use crate::report::FindingKind;
 use crate::schedule::Landing;
 use crate::tensor::tensor_map::{ElementType, Fill};
 
-/// Steps after its reads were waited for that an operation writes at the latest, if nobody waits for that.
+/// Number of steps after a wait for the reads within which an operation writes, if no thread waits for the writes.
 const WRITE_STEPS: u64 = 512;
 
 /// One end of a piece.
@@ -31,9 +31,9 @@ pub(super) enum End {
     Global(usize, usize),
     /// Block and offset.
     Shared(usize, usize),
-    /// Bytes outside a tensor.
+    /// Fill value of bytes outside of a tensor.
     Fill(Fill),
-    /// Values of an `st.async` or `red.async`.
+    /// Value of an `st.async` or `red.async`.
     Value(u64),
 }
 
@@ -56,21 +56,21 @@ struct Fetched {
 struct Pending {
     landing: Landing,
     pieces: Vec<Piece>,
-    /// Bytes of the pieces, once they were read ahead of landing.
+    /// Bytes of the pieces, if they were read before landing.
     read: Vec<Fetched>,
     reduction: Option<Reduction>,
-    /// Round 32-bit elements on the way in, as the map's type asks.
+    /// Element type of a map that rounds 32-bit elements when they are loaded.
     element: Option<ElementType>,
-    /// Barriers to complete, with the bytes each gets.
+    /// Barriers to complete, with the number of bytes for each.
     barriers: Vec<((usize, u32), u32)>,
-    /// Warp, lane and group that wait for it.
+    /// Warp and lane whose bulk group the operation belongs to.
     group: Option<(usize, usize)>,
     known: Knowledge,
     actor: Actor,
     line: u32,
 }
 
-/// Bulk groups of one lane: operations not yet in a group, then the sizes of the groups.
+/// Bulk groups of one lane: the number of operations not yet in a group, then the sizes of the groups.
 #[derive(Debug, Default, Clone)]
 struct LaneGroups {
     open: usize,
@@ -78,17 +78,17 @@ struct LaneGroups {
     committed: VecDeque<(usize, u32)>,
 }
 
-/// The copy engine's queue.
+/// Queue of the copy engine.
 #[derive(Debug, Default)]
 pub(crate) struct BulkQueue {
     pending: Vec<Pending>,
     groups: std::collections::HashMap<(usize, usize), LaneGroups>,
-    /// Somebody waits: late operations may land from this tick on.
+    /// True while a thread waits: late operations may land from this tick on.
     hurried: bool,
 }
 
 impl BulkQueue {
-    /// Somebody waits for an mbarrier: what lands "at its wait" may do so now.
+    /// Records that a thread waits for an mbarrier: operations drawn to land at their wait may do so now.
     pub fn hurry(&mut self) {
         self.hurried = true;
     }
@@ -139,7 +139,7 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
-    /// Waits until all but `left` bulk groups of the lane have read their sources. They write some time later.
+    /// Waits until all but `left` bulk groups of the lane have read their sources. The writes follow later.
     fn bulk_wait_read(&mut self, warp: &Warp, lane: usize, left: usize) {
         let key = (warp.id, lane);
         let Some(groups) = self.bulk.groups.get_mut(&key) else {
@@ -151,7 +151,7 @@ impl<'m> Cluster<'m> {
         else {
             return;
         };
-        // Groups that have landed are of no more interest to anybody.
+        // Groups that have landed need not be tracked any more.
         while groups.committed.len() > left && groups.committed.front().is_some_and(|&(n, _)| n == 0) {
             groups.committed.pop_front();
         }
@@ -184,7 +184,7 @@ impl<'m> Cluster<'m> {
                 step = at;
             }
         }
-        // The lane's oldest operations are the first of its own in the queue.
+        // The lane's oldest operations come first among its operations in the queue.
         while finish > 0 {
             let Some(at) = self.bulk.pending.iter().position(|p| p.group == Some(key)) else {
                 break;
@@ -199,7 +199,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Lands what is due; everything, if `all`. True if anything did.
+    /// Lands the operations that are due, or all of them. Returns true if any landed.
     pub(super) fn land_bulk_due(&mut self, all: bool) -> bool {
         if self.bulk.pending.is_empty() {
             return false;
@@ -224,7 +224,7 @@ impl<'m> Cluster<'m> {
         any
     }
 
-    /// A member of a bulk group landed before its wait: the wait has one less to do.
+    /// Records that a member of a bulk group landed before its wait, which then has one operation less to finish.
     fn finish_group_member(&mut self, done: &Pending) {
         let Some(groups) = done.group.and_then(|key| self.bulk.groups.get_mut(&key)) else {
             return;

@@ -1,4 +1,4 @@
-//! Whose registers are whose while products are in flight: what a product owns until it is waited for may not be touched.
+//! Ownership of registers while products are in flight: a register of a product must not be accessed before its wait.
 
 use super::Cluster;
 use crate::error::Error;
@@ -7,7 +7,7 @@ use crate::isa::types::Slot;
 use crate::isa::{Alu, Instr, Int2, Int3, Op, Wgmma, WgmmaA};
 use crate::report::FindingKind;
 
-/// Rows of registers that a product holds.
+/// Rows of registers that a product owns.
 #[derive(Debug, Clone)]
 pub(super) struct Owned {
     pub(super) frame: u32,
@@ -17,14 +17,14 @@ pub(super) struct Owned {
     pub(super) line: u32,
 }
 
-/// Use that a product makes of a register.
+/// Role of a register in a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
-    /// May be neither read nor written.
+    /// Accumulator: must be neither read nor written.
     Accumulator,
-    /// May not be written.
+    /// Operand: must not be written.
     Operand,
-    /// Holds a copy of an accumulator, made before the wait: may not be read.
+    /// Copy of an accumulator, made before the wait: must not be read.
     Copy,
 }
 
@@ -38,7 +38,7 @@ impl Role {
     }
 }
 
-/// True if an instruction only moves registers, whole or in parts.
+/// Returns true if an instruction only moves registers, whole or in parts.
 fn moves_registers(instr: &Instr) -> bool {
     let moves = matches!(
         &instr.op,
@@ -47,7 +47,7 @@ fn moves_registers(instr: &Instr) -> bool {
     moves && !instr.reads.is_empty()
 }
 
-/// True if it only moves bits, as in taking halves out of words and putting them together again.
+/// Returns true if an instruction only moves bits, for example takes halves out of words or puts them together.
 fn moves_bits(instr: &Instr) -> bool {
     match &instr.op {
         Op::Alu(Alu::Cvt { to, from, .. }) => to.int().is_some() && from.int().is_some(),
@@ -59,7 +59,7 @@ fn moves_bits(instr: &Instr) -> bool {
 }
 
 impl<'m> Cluster<'m> {
-    /// Times register writes, and looks for instructions that touch what a product in flight owns.
+    /// Records the times of register writes, and checks instructions that access registers of a product in flight.
     pub(in crate::exec) fn track_registers(&mut self, warp: &mut Warp, instr: &Instr) -> Result<(), Error> {
         warp.wgmma.now += 1;
         if matches!(&instr.op, Op::Wgmma(_)) {
@@ -82,8 +82,8 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Moves only rename: compilers put them between a product and its wait, and assemblers make them vanish. What is
-    /// moved out of an accumulator is the product's result, which nobody may use before the wait.
+    /// Tracks a move of an accumulator. Compilers put moves between a product and its wait, and assemblers remove
+    /// them, so a move only renames. The copy holds the product's result, which must not be used before the wait.
     fn track_move(&mut self, warp: &mut Warp, instr: &Instr) -> Result<(), Error> {
         let frame = warp.group().frame;
         let moved = |o: &&Owned| {
@@ -113,7 +113,8 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Accumulators of products up to step `landed` may be written: they get back what was moved out of them.
+    /// Checks accesses to owned registers. Accumulators of products up to step `landed` may be written, with the
+    /// values that were moved out of them.
     fn check_owned(&mut self, warp: &mut Warp, instr: &Instr, landed: u32) {
         let frame = warp.group().frame;
         let touched = warp.wgmma.owned.iter().find_map(|owned| {
@@ -123,7 +124,7 @@ impl<'m> Cluster<'m> {
             let read = owned.role != Role::Operand && instr.reads.iter().any(mine);
             (written || read).then_some((owned.role, owned.line, written))
         });
-        // A copy that is overwritten is one no more.
+        // A copy that is overwritten is no copy any more.
         warp.wgmma.owned.retain_mut(|owned| {
             if owned.role == Role::Copy && owned.frame == frame {
                 let stays = |row: &&Slot| !instr.writes.contains(row);
@@ -142,7 +143,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Registers written since the last `wgmma.fence` are not yet the product's to use.
+    /// Checks that no register of the product was written since the last `wgmma.fence`.
     pub(super) fn check_fence(&mut self, warp: &mut Warp, instr: &Instr, op: &Wgmma) {
         let fenced = warp.wgmma.fenced_at;
         let frame = warp.frame();
@@ -158,7 +159,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// A finding about a register, if registers are checked.
+    /// Reports a finding about a register, if the check is on.
     fn report_register(&mut self, warp: &Warp, instr: &Instr, message: impl FnOnce() -> String) {
         if self.ctx.checks.registers {
             let actor = self.actor(warp);

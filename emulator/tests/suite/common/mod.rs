@@ -1,4 +1,4 @@
-//! Small kernels to launch, shared by the tests of the checks and of launches.
+//! Small kernels for the tests of the checks and of launches.
 
 #![allow(dead_code, reason = "each test program uses some of it")]
 
@@ -23,7 +23,7 @@ pub fn run(module: &Module, grid: u32, threads: u32, seed: u64) -> Result<Report
     run_for_data(module, grid, threads, seed).map(|(report, _)| report)
 }
 
-/// The report, and what the kernel leaves of `data`, which is all ones.
+/// Runs the kernel on `data`, which is all ones; returns the report and the content of `data` afterwards.
 pub fn run_for_data(module: &Module, grid: u32, threads: u32, seed: u64) -> Result<(Report, Vec<u8>), Error> {
     let memory = DeviceMemory::new();
     let data = memory.alloc(4096)?;
@@ -69,7 +69,7 @@ pub const HOPPER: Case = Case {
     threads: 128,
 };
 
-/// The faulty body must give a finding of `kind` for some seed, the mended one none for any.
+/// Tests that the faulty body has a finding of `kind` for some seed, and the corrected one none for any seed.
 pub fn caught(case: &Case, kind: FindingKind, faulty: &str, mended: &str) {
     let broken = module(case.target, faulty);
     let found = (0..SEEDS).any(|seed| {

@@ -1,28 +1,28 @@
 //! `cargo xtask gpu-bundle`: one folder that runs on a machine with an NVIDIA driver and no Rust.
 //!
-//! It holds the suite, the micro-kernels and the program that runs them, the table of speed, the data they read and
-//! a script. Programs are stripped: nothing but names is lost.
+//! It contains the test suite, the micro-kernels with the program that runs them, the program that writes the table
+//! of speed, their data, and a script. Programs are stripped of debug information.
 
 use crate::{Outcome, make_executable, workspace};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What runs everything on the other machine.
+/// Script that runs everything on the other machine.
 const RUN: &str = include_str!("bundle/run.sh");
 
-/// What to make and where.
+/// Options of the bundle.
 pub struct Options {
-    /// The folder, made anew.
+    /// Folder to write; an earlier bundle in it is replaced.
     pub output: PathBuf,
-    /// `release`, or `dev` to test the bundle itself with programs that are built already.
+    /// Cargo profile: `release`, or `dev` to test the bundle itself with programs that are already built.
     pub profile: String,
-    /// Whether to pack the folder into one file beside it, too.
+    /// True to pack the folder into one file beside it, too.
     pub archive: bool,
 }
 
 impl Options {
-    /// From what follows `gpu-bundle`.
+    /// Parses the arguments that follow `gpu-bundle`.
     pub fn parse(arguments: &[&str]) -> Option<Self> {
         let mut options = Self {
             output: workspace().join("target/gpu-bundle"),
@@ -66,7 +66,8 @@ pub fn make(options: &Options) -> Outcome {
     Ok(())
 }
 
-/// Moves a bundle to another place, hides the repository, and runs its script on the CPU device: what it needs, it carries.
+/// Moves a bundle elsewhere, hides the repository, and runs its script on the CPU device. This shows that the bundle
+/// is complete.
 pub fn check(bundle: &Path) -> Outcome {
     let moved = std::env::temp_dir().join(format!("flash-attention-bundle-{}", std::process::id()));
     let outcome = check_moved(bundle, &moved);
@@ -102,7 +103,7 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
             Err(format!("{what}: success {succeeded}, missing {missing:?}:\n{text}"))
         }
     };
-    // These read data.
+    // These parts read data.
     let suite = script(
         &["suite", "speed"],
         "f16_gradients_are_as_good_as_those_of_standard_attention",
@@ -123,7 +124,7 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
         false,
         &["no part `sweet`"],
     )?;
-    // Without its data the suite fails, says where it looked, and goes on test by test.
+    // Without its data the suite must fail test by test and name the missing path.
     std::fs::remove_dir_all(moved.join("data")).map_err(|e| format!("{}: {e}", moved.display()))?;
     let bare = script(&["suite"], "f16_gradients_are_as_good_as_those_of_standard_attention")?;
     let sought = moved.join("data/examples/data").display().to_string();
@@ -142,7 +143,8 @@ fn check_moved(bundle: &Path, moved: &Path) -> Outcome {
     Ok(())
 }
 
-/// A command under which a folder is empty, to be followed by what runs there; nothing where the system does not allow that.
+/// Returns a command that runs another program while a folder appears empty; `None` where the system does not allow
+/// that.
 fn hidden(folder: &Path) -> Option<Command> {
     let mut unshare = Command::new("unshare");
     unshare.args(["--map-root-user", "--mount", "bash", "-c"]);
@@ -152,7 +154,7 @@ fn hidden(folder: &Path) -> Option<Command> {
     works.is_ok_and(|output| output.status.success()).then_some(unshare)
 }
 
-/// The same program with the same arguments.
+/// Returns a command with the same program and arguments.
 fn copy_of(command: &Command) -> Command {
     let mut copy = Command::new(command.get_program());
     copy.args(command.get_args());
@@ -163,7 +165,7 @@ fn has_gpu() -> bool {
     Path::new("/dev/nvidiactl").exists()
 }
 
-/// The programs, built; name and path.
+/// Builds the programs; returns name and path of each.
 fn programs(profile: &str) -> Outcome<Vec<(String, PathBuf)>> {
     let mut programs = vec![("suite".to_owned(), suite(profile)?)];
     for (package, name) in [("flash-attention-tests", "gpu_kernels"), ("benches", "gpu_speed")] {
@@ -174,7 +176,7 @@ fn programs(profile: &str) -> Outcome<Vec<(String, PathBuf)>> {
     Ok(programs)
 }
 
-/// The suite, built; its name has a hash behind it.
+/// Builds the test suite; returns its path, whose file name ends in a hash.
 fn suite(profile: &str) -> Outcome<PathBuf> {
     let mut cargo = cargo();
     cargo.args([
@@ -196,7 +198,7 @@ fn cargo() -> Command {
     cargo
 }
 
-/// Runs cargo; what it built, by the messages it prints for machines: file name and path.
+/// Runs cargo and returns file name and path of each program it built, from its JSON messages.
 fn built(cargo: &mut Command) -> Outcome<Vec<(String, PathBuf)>> {
     cargo.args(["--message-format", "json-render-diagnostics"]);
     cargo.stderr(std::process::Stdio::inherit());
@@ -210,22 +212,22 @@ fn built(cargo: &mut Command) -> Outcome<Vec<(String, PathBuf)>> {
     Ok(named.collect())
 }
 
-/// The path in a message of cargo about a program.
+/// Returns the path of a program from a message of cargo.
 fn executable(message: &str) -> Option<PathBuf> {
     let (_, rest) = message.split_once(r#""executable":""#)?;
     let (path, _) = rest.split_once('"')?;
     Some(PathBuf::from(path))
 }
 
-/// Copies a program without what only debuggers need, where binutils are installed.
+/// Copies a program and strips it, where binutils are installed.
 fn install(from: &Path, to: &Path) -> Outcome {
     copy_file(from, to)?;
-    // Without it the program is larger, and runs as well.
+    // A program that is not stripped is larger, but runs the same.
     let _ = Command::new("strip").arg(to).output();
     Ok(())
 }
 
-/// The bundle's first page: how to run it, what it was made from, what it asks of a machine.
+/// Writes the bundle's README: how to run it, its origin, and its requirements.
 fn readme(folder: &Path, options: &Options) -> Outcome<String> {
     let mut libraries = BTreeSet::new();
     let mut glibc = (0, 0);
@@ -281,13 +283,13 @@ On an older system they say `GLIBC_{}.{} not found`: then build there, with `car
     ))
 }
 
-/// The first line that a command prints, or all of what `ldd` does; nothing if it fails.
+/// Returns the first line that a command prints (all lines of `ldd`), or `None` if it fails.
 fn said(command: &mut Command) -> Option<String> {
     let output = command.output().ok().filter(|output| output.status.success())?;
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// The newest version of glibc's symbols that a program names: its table of strings spells them out.
+/// Returns the newest glibc symbol version in a program's string table.
 fn newest_glibc(program: &[u8]) -> (u32, u32) {
     const MARK: &[u8] = b"\0GLIBC_";
     let versions = program
@@ -302,7 +304,7 @@ fn newest_glibc(program: &[u8]) -> (u32, u32) {
     versions.filter_map(|(at, _)| parse(at)).max().unwrap_or((0, 0))
 }
 
-/// Packs the folder. Programs repeat each other's kernels, so the window of the compressor reaches over several.
+/// Packs the folder. Its programs contain the same kernels, so the compressor's window spans several programs.
 fn archive(folder: &Path) -> Outcome {
     let (Some(parent), Some(name)) = (folder.parent(), folder.file_name()) else {
         return Err(format!("{}: not a folder to pack", folder.display()));
@@ -327,7 +329,7 @@ fn archive(folder: &Path) -> Outcome {
     Ok(())
 }
 
-/// An empty folder. What is there already has to be a bundle.
+/// Makes an empty folder. An existing folder is emptied only if it is a bundle.
 fn empty(folder: &Path) -> Outcome {
     if folder.exists() {
         if !folder.join("run.sh").exists() {
@@ -349,7 +351,7 @@ fn copy_file(from: &Path, to: &Path) -> Outcome {
     Ok(())
 }
 
-/// The files of a folder, not those of folders in it.
+/// Lists the files of a folder, without subfolders.
 fn files(folder: &Path) -> Outcome<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for item in std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))? {

@@ -1,8 +1,8 @@
-//! Rust to PTX: finds a compiler that has core's source, and runs it.
+//! Compiles Rust to PTX: finds a compiler with the source of `core`, and runs it.
 //!
-//! `core` has to be built for `nvptx64-nvidia-cuda` too, so its source must be at hand: from `rustup component add
-//! rust-src`, or from Debian's packages. Both are stable compilers; `RUSTC_BOOTSTRAP` opens the few features the
-//! kernels need.
+//! `core` is built for `nvptx64-nvidia-cuda` too, so its source must be installed: by `rustup component add
+//! rust-src`, or by Debian's packages. Both are stable compilers; `RUSTC_BOOTSTRAP` enables the few unstable features
+//! that the kernels use.
 
 use crate::table::Table;
 use crate::{Outcome, workspace};
@@ -13,12 +13,12 @@ use std::process::Command;
 pub struct Compiler {
     rustc: PathBuf,
     cargo: PathBuf,
-    /// `rustc 1.96.0 (…)`.
+    /// Version line: `rustc 1.96.0 (…)`.
     pub version: String,
 }
 
 impl Compiler {
-    /// The toolchain in use if it has core's source, else the system's.
+    /// Returns the active toolchain if it has the source of `core`, else the system's.
     pub fn find() -> Outcome<Self> {
         [("rustc", "cargo"), ("/usr/bin/rustc", "/usr/bin/cargo")]
             .iter()
@@ -39,7 +39,7 @@ impl Compiler {
     pub fn compile(&self, table: &Table) -> Outcome<String> {
         let target = workspace().join("target/kernels").join(table.name);
         let artifacts = target.join("nvptx64-nvidia-cuda/release/deps");
-        // What an earlier run left is not what this one makes.
+        // Files of an earlier run must not be taken for results of this one.
         let _ = std::fs::remove_dir_all(&artifacts);
         let status = Command::new(&self.cargo)
             .current_dir(workspace().join("kernels"))
@@ -52,14 +52,14 @@ impl Compiler {
                 "--",
                 "--emit=asm",
             ])
-            // The .s of a fat-LTO cdylib is one finished module; there is nothing to link.
+            // The .s file of a cdylib with fat LTO is a complete module, so nothing has to be linked.
             .args([
                 "-C",
                 "linker=/bin/true",
                 "-C",
                 &format!("target-cpu={}", table.arch.name()),
             ])
-            // Register arrays stay in registers only where every index is a constant after unrolling.
+            // Register arrays stay in registers only if every index is a constant after unrolling.
             .args(["-C", "llvm-args=-unroll-threshold=100000"])
             .env("RUSTC", &self.rustc)
             .env("RUSTC_BOOTSTRAP", "1")
@@ -95,7 +95,7 @@ fn find_assembly(folder: &Path) -> Outcome<PathBuf> {
         .ok_or_else(|| format!("the compiler left no PTX in {}", folder.display()))
 }
 
-/// What a program prints, if it runs and succeeds.
+/// Returns the output of a program, if it runs and succeeds.
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
     output

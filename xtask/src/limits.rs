@@ -1,17 +1,17 @@
-//! What main loops are held to: products by their tiles, and the limits of one table.
+//! Checks of main loops: the number of products computed from the tiles, and limits from one table.
 
 use crate::machine_code::Loop;
 use crate::step::Step;
 use crate::table::Row;
 use flash_attention_kernels::entries::{Arch, Pass};
 
-/// The most that one pass at one head_dim may take, all its main loops together, for 64 x 64 scores that four warps share:
-/// cycles of stall counts, and instructions of one warp beside the products. f16 and bf16, full and causal, every card, without
-/// the mask.
+/// Limits of one pass at one head_dim, summed over its main loops, for 64 x 64 scores shared by four warps: stall
+/// cycles, and instructions of one warp other than products. They hold for f16 and bf16, full and causal, on every
+/// GPU architecture, for the unmasked path.
 struct Limit(Arch, Pass, u32, [u32; 2]);
 
-/// Today's values, by ptxas 13.5.37. They may fall and are then lowered here; those of FlashAttention-3 stand beside them in
-/// `benches/results/sass.md`.
+/// Values of ptxas 13.5.37. If a kernel improves, lower its limit. `benches/results/sass.md` shows those of
+/// FlashAttention-3 beside them.
 #[rustfmt::skip]
 const LIMITS: &[Limit] = &[
     Limit(Arch::Sm90a, Pass::Forward, 64, [579, 215]),
@@ -46,10 +46,10 @@ const LIMITS: &[Limit] = &[
     Limit(Arch::Sm80, Pass::BackwardKeys, 256, [9844, 2336]),
 ];
 
-/// Products of one warpgroup's step that a kernel for Hopper must have, computed from the tiles: of 64 rows, 16 deep. One
-/// number for each walk of the kernel; none if it does not multiply.
+/// Returns the products of one warpgroup's step that a Hopper kernel must have, computed from its tiles, in units of
+/// 64 rows and depth 16. There is one number for each main loop, and none for a kernel without products.
 ///
-/// ptxas 13 neither rotates nor unrolls these loops, so each is found in the code as one loop with exactly its step.
+/// ptxas 13 neither rotates nor unrolls these loops, so each appears in the code as one loop with exactly its step.
 fn products_of_step(entry: &Row) -> Vec<u32> {
     let (head_dim, queries, keys) = (entry.head_dim / 16, entry.block_m / 16, entry.block_n / 16);
     match entry.pass {
@@ -65,16 +65,16 @@ fn products_of_step(entry: &Row) -> Vec<u32> {
     }
 }
 
-/// The loops of one kernel.
+/// Loops of one kernel.
 pub struct Loops<'a> {
-    /// Its main loops, one a walk: the leanest with that many products.
+    /// Main loops: for each expected number of products, the loop with the fewest other instructions.
     pub main: Vec<&'a Loop>,
-    /// The others, which mask.
+    /// The other loops, which apply the mask.
     pub masked: Vec<&'a Loop>,
 }
 
 impl<'a> Loops<'a> {
-    /// Sorts loops of which the leanest comes first.
+    /// Sorts loops; they come with the fewest other instructions first.
     pub fn of(loops: &'a [Loop]) -> Self {
         let is_first = |&(at, found): &(usize, &Loop)| {
             let mut earlier = loops[..at].iter();
@@ -88,27 +88,27 @@ impl<'a> Loops<'a> {
         }
     }
 
-    /// One step of each main loop.
+    /// Returns one step of each main loop.
     pub fn steps(&self) -> Vec<Step> {
         self.main.iter().map(|found| Step::of(&found.leanest)).collect()
     }
 }
 
-/// Cycles of stall counts and instructions beside the products that the main loops of a kernel take for 64 x 64 scores.
+/// Returns the stall cycles and the instructions other than products of a kernel's main loops for 64 x 64 scores.
 pub fn for_scores(entry: &Row, steps: &[Step]) -> [f64; 2] {
     let stalls: u32 = steps.iter().map(|step| step.stalls).sum();
     let others: u32 = steps.iter().map(Step::others).sum();
     [stalls, others].map(|sum| f64::from(sum) / tiles(entry))
 }
 
-/// Tiles of 64 x 64 scores that four multiplying warps of a kernel share in a step.
+/// Returns the number of 64 x 64 tiles that four multiplying warps of a kernel share in a step.
 pub fn tiles(entry: &Row) -> f64 {
     let loading = if entry.arch == Arch::Sm90a { 4 } else { 0 };
     let fours = f64::from(entry.threads / 32 - loading) / 4.0;
     f64::from(entry.block_m * entry.block_n) / 4096.0 / fours
 }
 
-/// The sentence about main loops with other products than their tiles ask for, or with more of anything than their limit.
+/// Describes main loops with other products than their tiles require, or above their limit.
 pub fn fault(entry: &Row, loops: &[Loop]) -> Option<String> {
     let steps = Loops::of(loops).steps();
     let mut found: Vec<u32> = steps.iter().map(|step| step.instructions - step.others()).collect();
@@ -128,7 +128,7 @@ pub fn fault(entry: &Row, loops: &[Loop]) -> Option<String> {
     }
 }
 
-/// The sentence about values above their limits.
+/// Describes values above their limits.
 fn over(values: [f64; 2], limits: [u32; 2]) -> Option<String> {
     let names = ["cycles of stalls", "instructions beside the products"];
     let mut all = names.iter().zip(values).zip(limits);

@@ -1,41 +1,41 @@
-//! Machine code as `nvdisasm -c -hex` prints it: instructions, what ptxas wrote beside them for the scheduler, and the loops
-//! that multiply on the tensor cores.
+//! Machine code in the output of `nvdisasm -c -hex`: instructions, the scheduling fields that ptxas wrote for each,
+//! and the loops with tensor-core products.
 
 use crate::Outcome;
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
-/// One instruction of 128 bits. Bits 41 to 57 of its second word are for the scheduler.
+/// An instruction of 128 bits. Bits 41 to 57 of its second word are the scheduling fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instruction {
     /// Opcode and operands, without the guard.
     pub text: String,
-    /// Has a guard, such as `@!P0`.
+    /// True for an instruction with a guard, such as `@!P0`.
     pub guarded: bool,
-    /// Cycles before the next instruction of the same warp, at least.
+    /// Stall count: least number of cycles before the warp's next instruction.
     pub stall: u8,
-    /// The scoreboard that is held until the result is there.
+    /// Scoreboard that is held until the result is available.
     pub result: Option<u8>,
-    /// The scoreboard that is held until the operands are read.
+    /// Scoreboard that is held until the operands have been read.
     pub operands: Option<u8>,
-    /// The scoreboards that must be free before this is issued, a bit each.
+    /// Mask of the scoreboards that must be free before this instruction is issued.
     pub waits: u8,
-    /// Index of the instruction that a branch goes to.
+    /// Index of the target of a branch.
     target: Option<usize>,
 }
 
 impl Instruction {
-    /// Opcode with its modifiers: `FADD`, `HGMMA.64x128x16.F32`.
+    /// Returns the opcode with its modifiers: `FADD`, `HGMMA.64x128x16.F32`.
     pub fn opcode(&self) -> &str {
         self.text.split(' ').next().unwrap_or_default()
     }
 
-    /// Opcode without modifiers.
+    /// Returns the opcode without modifiers.
     pub fn name(&self) -> &str {
         self.opcode().split('.').next().unwrap_or_default()
     }
 
-    /// Multiplies on the tensor cores.
+    /// Returns true for a tensor-core product.
     pub fn is_tensor(&self) -> bool {
         matches!(self.name(), "HMMA" | "HGMMA" | "QGMMA")
     }
@@ -58,30 +58,30 @@ impl Instruction {
         }
     }
 
-    /// An instruction that waits for nothing and takes no cycle.
+    /// Makes an instruction that waits for nothing and takes no cycle.
     #[cfg(test)]
     pub fn unscheduled(text: &str) -> Self {
         Self::decode(text, 7 << 46 | 7 << 49)
     }
 
-    /// A branch that may fall through: one with a guard, or with an operand beside its target.
+    /// Returns true for a branch that may fall through: it has a guard, or an operand beside its target.
     fn is_conditional(&self) -> bool {
         let operands = self.text.strip_prefix(self.opcode()).unwrap_or_default();
         self.guarded || !operands.trim_start().starts_with('`')
     }
 }
 
-/// A loop that multiplies on the tensor cores and holds no other that does.
+/// A loop with tensor-core products and no inner loop that has any.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Loop {
-    /// The way through it that leaves out what a branch forward can leave out: a step without mask and exceptions.
+    /// Path that skips as much as possible: a step without mask and exceptions.
     pub leanest: Vec<Instruction>,
-    /// The way that leaves out least.
+    /// Path that skips as little as possible.
     pub longest: Vec<Instruction>,
 }
 
 impl Loop {
-    /// Tensor instructions of a step.
+    /// Returns the number of tensor instructions of a step.
     pub fn products(&self) -> usize {
         products(&self.leanest)
     }
@@ -91,11 +91,11 @@ fn products(way: &[Instruction]) -> usize {
     way.iter().filter(|instruction| instruction.is_tensor()).count()
 }
 
-/// The instructions of a kernel, in the order of their addresses.
+/// Instructions of a kernel, in the order of their addresses.
 pub struct Listing(Vec<Instruction>);
 
 impl Listing {
-    /// Reads the output of `nvdisasm -c -hex`.
+    /// Parses the output of `nvdisasm -c -hex`.
     pub fn parse(code: &str) -> Outcome<Self> {
         let (mut instructions, mut names) = (Vec::new(), Vec::new());
         let mut labels = HashMap::new();
@@ -117,15 +117,16 @@ impl Listing {
         Ok(Self(instructions))
     }
 
-    /// Tensor instructions of the whole kernel.
+    /// Returns the number of tensor instructions of the whole kernel.
     pub fn products(&self) -> usize {
         products(&self.0)
     }
 
-    /// The innermost loops that have tensor instructions, that with fewest other instructions for each first.
+    /// Returns the innermost loops with tensor instructions, those with the fewest other instructions first.
     ///
-    /// A loop lies between the target of a branch back and that branch. Where ptxas moves the rare part of a wait behind the
-    /// end of the kernel, the way back is such a branch too: it starts within a loop and ends outside of it, and is none.
+    /// A loop extends from the target of a backward branch to that branch. ptxas may move the rare part of a wait
+    /// behind the end of the kernel. The branch back from there is no loop: the span from its target to it starts
+    /// inside another loop and ends outside.
     pub fn tensor_loops(&self) -> Vec<Loop> {
         let back = |(at, branch): (usize, &Instruction)| {
             let start = branch.target.filter(|&start| branch.name() == "BRA" && start <= at)?;
@@ -157,10 +158,12 @@ impl Listing {
         loops
     }
 
-    /// The way through a loop that meets as many products as any, and among those the fewest or the most other instructions.
+    /// Returns the path through a loop with the most products, and among those paths with the fewest or the most
+    /// other instructions.
     fn way(&self, body: RangeInclusive<usize>, leanest: bool) -> Option<Vec<Instruction>> {
         let (first, last) = body.into_inner();
-        // From each instruction to the branch back: products, instructions, and which comes next.
+        // For each instruction, the best path to the backward branch: products, instructions, and the next
+        // instruction.
         let mut ways: Vec<Option<(usize, usize, usize)>> = vec![None; last - first + 1];
         ways[last - first] = Some((0, 1, last + 1));
         for at in (first..last).rev() {
@@ -192,21 +195,21 @@ impl Listing {
     }
 }
 
-/// The rest of a line that begins with an address: `/*0010*/  @P0 FADD R1, R1, R2 ;  /* 0x… */`.
+/// Returns the part of a line after its address: `/*0010*/  @P0 FADD R1, R1, R2 ;  /* 0x… */`.
 fn after_address(line: &str) -> Option<&str> {
     let (address, rest) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
     let is_address = !address.is_empty() && address.chars().all(|c| c.is_ascii_hexdigit());
     is_address.then_some(rest)
 }
 
-/// The text of an instruction, without its first word and without a note such as `(*"SpillRefill"*)`.
+/// Returns the text of an instruction, without its first word and without a note such as `(*"SpillRefill"*)`.
 fn text_of(rest: &str) -> Option<&str> {
     let (text, _) = rest.rsplit_once("/*")?;
     let text = text.trim().strip_suffix(';')?;
     Some(text.split("(*").next().unwrap_or_default().trim())
 }
 
-/// The word that a line ends with, as a comment.
+/// Returns the word in the comment at the end of a line.
 fn last_word(line: &str) -> Option<u64> {
     let word = line.trim_end().strip_suffix("*/")?.rsplit("/*").next()?.trim();
     u64::from_str_radix(word.strip_prefix("0x")?, 16).ok()
@@ -216,7 +219,7 @@ fn last_word(line: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// A listing of `lines`, each a label or an instruction of 2 cycles that touches no scoreboard.
+    /// Makes a listing of `lines`: each is a label, or an instruction of 2 cycles without scoreboards.
     fn listing(lines: &[&str]) -> Listing {
         let control: u64 = 2 << 41 | 7 << 46 | 7 << 49;
         let print = |line: &&str| match line.ends_with(':') {
@@ -299,7 +302,7 @@ mod tests {
         .tensor_loops();
         assert_eq!(names(&loops[0].leanest), ["HMMA", "BRA", "LDGSTS", "BRA"]);
         assert_eq!(names(&loops[0].longest), ["HMMA", "BRA", "LDG", "STS", "BRA", "BRA"]);
-        // Products are never left out, however long the way to them.
+        // Products are never skipped, however long the path to them.
         let loops = listing(&[
             ".L_x_0:",
             "@P0 BRA `(.L_x_1)",

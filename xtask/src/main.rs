@@ -1,4 +1,5 @@
-//! Build tasks: `cargo xtask ptx [--check | --show NAME]`, `cargo xtask sass [PART]`, `cargo xtask results`, `cargo xtask gpu-bundle`.
+//! Build tasks: `cargo xtask ptx [--check | --show NAME]`, `cargo xtask sass [PART]`, `cargo xtask results`, `cargo
+//! xtask gpu-bundle`.
 
 mod bundle;
 mod compiler;
@@ -32,7 +33,7 @@ Usage: cargo xtask <TASK>
                         micro-kernels, the table of speed, their data, run.sh; --archive also packs it into DIR.tar.xz
   gpu-bundle --check DIR  move a bundle elsewhere, hide the repository, and run it on the CPU";
 
-/// What a task returns: nothing, or the sentence to print.
+/// Result of a task; the error is the sentence to print.
 type Outcome<T = ()> = Result<T, String>;
 
 fn main() -> ExitCode {
@@ -64,7 +65,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Has the model of Hopper predict from the data of `sass`.
+/// Runs `hopper_model`, which predicts speeds from the data of `sass`.
 fn predict() -> Outcome {
     let mut cargo = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
@@ -78,7 +79,7 @@ fn predict() -> Outcome {
     }
 }
 
-/// The root of the workspace.
+/// Returns the root of the workspace.
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -86,16 +87,16 @@ fn workspace() -> PathBuf {
         .to_owned()
 }
 
-/// The folder of the archives of compiled kernels.
+/// Returns the folder of the archives of compiled kernels.
 fn ptx_folder() -> PathBuf {
     workspace().join("kernels/ptx")
 }
 
-/// Reads a file, naming it if that fails.
+/// Reads a file; an error names it.
 fn read(path: &Path) -> Outcome<String> {
     std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
-/// Lets everybody run a file.
+/// Makes a file executable for all users.
 #[cfg(unix)]
 fn make_executable(path: &Path) -> Outcome {
     use std::os::unix::fs::PermissionsExt;

@@ -1,13 +1,13 @@
-//! One module of many kernels to many modules of one, with launch bounds.
+//! Splits a module of many kernels into modules of one kernel each, with launch bounds.
 //!
-//! LLVM knows nothing of launch bounds, but they stand on the line between a kernel's parameters and its body, so they
-//! can be added from the table of entries. Without them ptxas would have to allow for 1024 threads a block.
+//! LLVM cannot express launch bounds. They belong between a kernel's parameters and its body, so they are added there
+//! from the table of entries. Without them ptxas would have to allow for 1024 threads per block.
 
 use crate::Outcome;
 use crate::table::Row;
 use flash_attention_kernels::entries::Arch;
 
-/// The module that holds `entry` alone, cut out of the compiler's `module`.
+/// Cuts the module that contains only `entry` out of the compiler's `module`.
 pub fn extract(module: &str, entry: &Row) -> Outcome<String> {
     let name = entry.name;
     let header = lines_between(module, ".version", ".address_size").ok_or("the module has no header")?;
@@ -41,7 +41,7 @@ pub fn extract(module: &str, entry: &Row) -> Outcome<String> {
     ))
 }
 
-/// The parameter list, which on Hopper starts with tensor maps: those lie at multiples of 64 bytes.
+/// Converts the parameter list. On Hopper it starts with tensor maps, which must be aligned to 64 bytes.
 fn parameters(list: &str, arch: Arch) -> String {
     match arch {
         Arch::Sm80 => list.to_owned(),
@@ -49,8 +49,8 @@ fn parameters(list: &str, arch: Arch) -> String {
     }
 }
 
-/// A kernel's code with labels `$L__BB_2` for `$L__BB11_2`: the compiler numbers the functions of a module, and a kernel would
-/// change with what is compiled beside it.
+/// Renames labels such as `$L__BB11_2` to `$L__BB_2`. The compiler numbers the functions of a module, so a kernel
+/// would otherwise change with the kernels compiled beside it.
 fn own_labels(code: &str) -> String {
     let mut parts = code.split("$L__BB");
     let first = parts.next().unwrap_or_default().to_owned();
@@ -59,13 +59,14 @@ fn own_labels(code: &str) -> String {
     })
 }
 
-/// Whether a line is worth keeping: the compiler's remarks around inline assembly double a kernel's length.
+/// Returns true for a line of code. The compiler's remarks around inline assembly, which would double a kernel's
+/// length, are dropped.
 fn is_code(line: &str) -> bool {
     let line = line.trim_start();
     !line.is_empty() && !line.starts_with("//")
 }
 
-/// The lines from the first that starts with `from` to the next that starts with `to`.
+/// Returns the lines from the first that starts with `from` to the next that starts with `to`.
 fn lines_between(text: &str, from: &str, to: &str) -> Option<String> {
     let mut lines = text.lines().skip_while(|line| !line.starts_with(from));
     let mut kept = Vec::new();
@@ -78,7 +79,7 @@ fn lines_between(text: &str, from: &str, to: &str) -> Option<String> {
     }
 }
 
-/// The parameter list of the only kernel of a module, to compare what two compilers made of it.
+/// Returns the parameter list of a module's only kernel, to compare the output of two compilers.
 pub fn signature(module: &str) -> Option<&str> {
     let start = module.find(".entry ")?;
     let end = module[start..].find(')')?;

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-/// The archive of `kernels`, which inflates to them. The same kernels give the same bytes.
+/// Packs `kernels` into an archive. It is deterministic: equal kernels give equal bytes.
 pub fn archive(rustc: &str, source: &str, kernels: &[Kernel]) -> Outcome<Vec<u8>> {
     let streams: Vec<_> = (0..kernels.len())
         .into_par_iter()
@@ -34,7 +34,7 @@ pub fn archive(rustc: &str, source: &str, kernels: &[Kernel]) -> Outcome<Vec<u8>
     Ok(bytes)
 }
 
-/// The kernel before this one that it resembles most, by its name: the same in f16, or without its last property.
+/// Returns the earlier kernel with the most similar name: its f16 twin, or the name without the last property.
 fn base(kernels: &[Kernel], at: usize) -> Option<&Kernel> {
     let name = kernels[at].0;
     let find = |name: &str| kernels[..at].iter().find(|kernel| kernel.0 == name);
@@ -42,7 +42,7 @@ fn base(kernels: &[Kernel], at: usize) -> Option<&Kernel> {
     in_f16.or_else(|| find(name.rsplit_once('_')?.0))
 }
 
-/// Raw LZMA of `text`, whose dictionary starts with `base`.
+/// Compresses `text` to raw LZMA, with `base` at the start of the dictionary.
 fn deflate(text: &str, base: &str) -> Outcome<Vec<u8>> {
     let mut options = LzmaOptions::with_preset(9);
     options.dict_size = window(text.len(), base.len());

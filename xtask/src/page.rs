@@ -1,4 +1,5 @@
-//! `benches/results/sass.json` and `sass.md`: what was assembled, as data and as tables with FlashAttention-3 beside ours.
+//! `benches/results/sass.json` and `sass.md`: data of the assembled kernels, and tables that compare them with
+//! FlashAttention-3.
 
 use crate::limits::{Loops, for_scores, tiles};
 use crate::peer::{Figures, Peer};
@@ -8,7 +9,7 @@ use flash_attention_kernels::entries::{Arch, Dtype, Pass};
 use serde::Serialize;
 use std::fmt::Write as _;
 
-/// A kernel for one card, as it is recorded.
+/// Record of a kernel for one GPU architecture.
 #[derive(Serialize)]
 struct Kernel {
     name: &'static str,
@@ -21,7 +22,7 @@ struct Kernel {
     stack: u32,
     spilled: u32,
     tensor_instructions: usize,
-    /// A loop for each walk.
+    /// Main loops of the kernel.
     main: Vec<Recorded>,
     masked: Vec<Recorded>,
 }
@@ -29,7 +30,7 @@ struct Kernel {
 impl Kernel {
     fn of(kernel: &Assembled) -> Self {
         let entry = &kernel.entry;
-        // bf16 has the loops of f16.
+        // bf16 kernels have the same loops as f16 kernels.
         let replayed = entry.arch == Arch::Sm90a && entry.dtype == Dtype::F16;
         let loops = Loops::of(&kernel.loops);
         let record = |loops: Vec<_>| loops.into_iter().map(|found| Recorded::of(found, replayed)).collect();
@@ -50,7 +51,7 @@ impl Kernel {
     }
 }
 
-/// The record of all kernels, one a line.
+/// Writes the records of all kernels as JSON, one a line.
 pub fn json(ptxas: &str, assembled: &[Assembled]) -> String {
     let kernels: Vec<String> = assembled
         .iter()
@@ -62,7 +63,7 @@ pub fn json(ptxas: &str, assembled: &[Assembled]) -> String {
     )
 }
 
-/// The page of tables.
+/// Writes the page of tables.
 pub fn markdown(ptxas: &str, assembled: &[Assembled]) -> String {
     let mut page = include_str!("page.md").replace("PTXAS", ptxas);
     page += "\n## Main loops on Hopper, for 64 x 64 scores\n\n";
@@ -75,12 +76,12 @@ pub fn markdown(ptxas: &str, assembled: &[Assembled]) -> String {
     page + &all(assembled)
 }
 
-/// A line of dashes below the titles of a table's columns.
+/// Returns the line of dashes below the column titles of a table.
 fn rule(columns: usize) -> String {
     format!("{}|\n", "| --- ".repeat(columns))
 }
 
-/// Main loops of f16 kernels for a card, those of all kernels of one pass together.
+/// Writes the table of the main loops of f16 kernels for one GPU architecture. The kernels of one pass are summed.
 fn against_peers(assembled: &[Assembled], target: &str) -> String {
     let titles = "| pass | head_dim | mask | tile | stall sum | FA3 | against FA3 | other instructions | FA3 | against FA3 | \
                   EX2 between waits for products | spills in the loops | longest step: instructions, stalls | FA3, with mask |\n";
@@ -115,7 +116,7 @@ fn against_peers(assembled: &[Assembled], target: &str) -> String {
     table
 }
 
-/// A row of that table for the kernels of one pass; what is above FlashAttention-3 is added to `above`.
+/// Writes the row of one pass in that table. Values above those of FlashAttention-3 are added to `above`.
 fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
     let entry = &kernels[0].entry;
     let pass = match (entry.pass, kernels.len()) {
@@ -184,7 +185,7 @@ fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
     format!("| {} |\n", cells.join(" | "))
 }
 
-/// Instructions of the main loops of full f16 kernels for Hopper, a column a loop.
+/// Writes the table of instructions by class in the main loops of full f16 kernels for Hopper, one column a loop.
 fn by_class(assembled: &[Assembled]) -> String {
     let mut columns: Vec<(String, f64, Step)> = Vec::new();
     for kernel in assembled {

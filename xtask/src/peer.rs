@@ -1,41 +1,42 @@
-//! The main loops of FlashAttention-3, as read from its machine code.
+//! Main loops of FlashAttention-3, read from its machine code.
 //!
-//! Source: `flash_attn_3/_C.so` of the PyPI wheel xformers 0.0.33.post2 (flash v2.8.3-133-gde1584b, CUDA 12.8), f16 kernels without
-//! local windows, softcap, variable lengths, paging, packed GQA or splits; `cuobjdump -xelf` and `nvdisasm -c -hex` 13.5.37.
+//! Source: `flash_attn_3/_C.so` of the PyPI wheel xformers 0.0.33.post2 (flash v2.8.3-133-gde1584b, CUDA 12.8), f16
+//! kernels without local windows, softcap, variable lengths, paging, packed GQA or splits; `cuobjdump -xelf` and
+//! `nvdisasm -c -hex` 13.5.37.
 
 use flash_attention_kernels::entries::{Arch, Pass};
 
-/// One step of one warp.
+/// One step of one warp of FlashAttention-3.
 pub struct Peer {
     arch: Arch,
-    /// Forward, or the backward of all gradients.
+    /// Forward, or the backward kernel of all gradients.
     pass: Pass,
     head_dim: u32,
     causal: bool,
-    /// Queries and keys of a step, all multiplying warps together, and how many those are.
+    /// Queries and keys of a step of all multiplying warps together, and the number of these warps.
     tile: [u32; 3],
     instructions: u32,
-    /// Sum of stall counts; not read of backward at head_dim 192 and 256.
+    /// Sum of stall counts; `None` for backward at head_dim 192 and 256, where it was not read.
     stalls: Option<u32>,
-    /// Tensor instructions; not read there either.
+    /// Number of tensor instructions; `None` where the stall counts are.
     products: Option<u32>,
-    /// Instructions and stall sum of the loop that masks, where it was read.
+    /// Instructions and stall sum of the masked loop, if it was read.
     pub masked: Option<[u32; 2]>,
 }
 
-/// Figures of a peer for 64 x 64 scores that four warps share.
+/// Figures of a peer for 64 x 64 scores shared by four warps.
 #[derive(Debug, PartialEq)]
 pub struct Figures {
-    /// Sum of stall counts, cycles.
+    /// Sum of stall counts, in cycles.
     pub stalls: Option<f64>,
-    /// Instructions beside the products.
+    /// Number of instructions other than products.
     pub others: Option<f64>,
-    /// All instructions.
+    /// Number of all instructions.
     pub instructions: f64,
 }
 
 impl Peer {
-    /// Its step for 64 x 64 scores.
+    /// Scales the step to 64 x 64 scores.
     pub fn for_scores(&self) -> Figures {
         let [queries, keys, warps] = self.tile.map(f64::from);
         let tiles = queries * keys / 4096.0 / (warps / 4.0);
@@ -47,7 +48,7 @@ impl Peer {
         }
     }
 
-    /// The peer of a kernel. A backward of two kernels is compared with the one of FlashAttention-3.
+    /// Returns the peer of a kernel. A backward pass of two kernels is compared with FlashAttention-3's one kernel.
     pub fn of(arch: Arch, pass: Pass, head_dim: u32, causal: bool) -> Option<&'static Self> {
         let pass = if pass == Pass::Forward { pass } else { Pass::BackwardAll };
         let key = |peer: &Peer| (peer.arch, peer.pass, peer.head_dim, peer.causal);
@@ -55,7 +56,7 @@ impl Peer {
     }
 }
 
-/// A row of [`PEERS`]: instructions, stall sum and tensor instructions, 0 where they were not read.
+/// Makes a row of [`PEERS`]: instructions, stall sum and tensor instructions, 0 where they were not read.
 const fn peer(
     (arch, pass): (Arch, Pass),
     head_dim: u32,

@@ -1,4 +1,4 @@
-//! `cargo xtask ptx`: the committed kernels, written, checked and shown.
+//! `cargo xtask ptx`: writes, checks and prints the committed kernels.
 
 use crate::compiler::Compiler;
 use crate::table::{Table, tables};
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 const REMEDY: &str = "run `cargo xtask ptx` and commit the result";
 
-/// Compiles every kernel and writes `kernels/ptx`, which holds nothing else afterwards.
+/// Compiles every kernel and writes `kernels/ptx`; other files there are removed.
 pub fn write() -> Outcome {
     let compiler = Compiler::find()?;
     let source = source::hash()?;
@@ -33,11 +33,11 @@ pub fn write() -> Outcome {
     Ok(())
 }
 
-/// Compiles every kernel and compares with what is committed. By the compiler that made the archives, to the letter; by
-/// another, the hash of the sources, the set of entries and their parameters.
+/// Compiles every kernel and compares it with the committed one. With the compiler that made the archives the text
+/// must be equal. With another one, the hash of the sources, the set of entries and their parameters must be equal.
 pub fn check() -> Outcome {
     let compiler = Compiler::find()?;
-    // Before the minutes that compiling takes.
+    // Checked first, since compiling takes minutes.
     let source = source::hash()?;
     for table in tables() {
         table.committed()?.check(&table, &source)?;
@@ -62,7 +62,7 @@ pub fn check() -> Outcome {
         }
         let (count, name, version) = (kernels.len(), table.name, &compiler.version);
         if same_compiler {
-            println!("{name}: {count} kernels are what {version} makes of kernels/src, to the letter");
+            println!("{name}: {count} kernels equal the output of {version} for kernels/src");
         } else {
             println!(
                 "{name}: {count} kernels have the same sources, entries and parameters; the text was not compared, since {} \
@@ -85,10 +85,10 @@ pub fn show(name: &str) -> Outcome {
     Ok(())
 }
 
-/// A kernel's name and its PTX.
+/// Name and PTX of a kernel.
 pub type Kernel = (&'static str, String);
 
-/// Compiles the kernels of every table, all tables at once; each table's kernels in its order.
+/// Compiles all tables in parallel; the kernels of each come back in its order.
 fn compile(compiler: &Compiler) -> Outcome<Vec<(Table, Vec<Kernel>)>> {
     let compiled = tables().into_par_iter().map(|table| {
         let module = compiler.compile(&table)?;
@@ -102,7 +102,7 @@ fn compile(compiler: &Compiler) -> Outcome<Vec<(Table, Vec<Kernel>)>> {
     compiled.collect()
 }
 
-/// An archive as it is committed.
+/// A committed archive.
 pub struct Committed {
     path: PathBuf,
     bytes: Vec<u8>,
@@ -131,7 +131,7 @@ impl Committed {
         self.archive()?.text(name).map_err(|e| self.fault(e))
     }
 
-    /// Refuses an archive of other sources or kernels.
+    /// Fails if the archive was made from other sources or holds other kernels.
     fn check(&self, table: &Table, source: &str) -> Outcome {
         let archive = self.archive()?;
         if archive.source != source {

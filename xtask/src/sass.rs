@@ -1,7 +1,8 @@
-//! `cargo xtask sass`: what ptxas makes of the kernels. It needs no GPU.
+//! `cargo xtask sass`: assembles the kernels with ptxas and checks the result. It needs no GPU.
 //!
-//! A spill, a stack frame or a warning is a failure: each means that a tile no longer fits the registers it was planned
-//! for. So is a main loop with other products than its tiles ask for, or one above its [limit](crate::limits).
+//! A spill, a stack frame or a warning is a failure: it means that a tile no longer fits in the registers it was
+//! planned for. A main loop is a failure if its products differ from those that its tiles require, or if it exceeds
+//! its [limit](crate::limits).
 
 use crate::machine_code::{Listing, Loop};
 use crate::ptx::Committed;
@@ -12,7 +13,8 @@ use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The cards a kernel is assembled for: its own target, and Hopper, where portable kernels run too.
+/// Returns the architectures that a kernel is assembled for: its own target, and Hopper, which runs portable kernels
+/// too.
 fn targets(arch: Arch) -> &'static [&'static str] {
     match arch {
         Arch::Sm80 => &["sm_80", "sm_90"],
@@ -20,7 +22,7 @@ fn targets(arch: Arch) -> &'static [&'static str] {
     }
 }
 
-/// One kernel, assembled for one card.
+/// A kernel assembled for one GPU architecture.
 pub struct Assembled {
     pub entry: Row,
     pub target: &'static str,
@@ -28,12 +30,13 @@ pub struct Assembled {
     pub spilled: u32,
     pub stack: u32,
     pub tensor_instructions: usize,
-    /// The innermost loops that multiply on the tensor cores, leanest first.
+    /// Innermost loops with tensor-core products, those with the fewest other instructions first.
     pub loops: Vec<Loop>,
     warnings: Vec<String>,
 }
 
-/// Assembles every kernel and prints the page; fails if a kernel has a fault, or if the committed data are of other kernels.
+/// Assembles every kernel and prints the page. Fails if a kernel has a fault or the committed data belong to other
+/// kernels.
 pub fn check() -> Outcome {
     let (ptxas, assembled) = assemble_all("")?;
     print!("{}", page::markdown(&ptxas, &assembled));
@@ -44,22 +47,22 @@ pub fn check() -> Outcome {
     }
     if committed.contains(&format!("\"ptxas\": \"{ptxas}\"")) {
         return Err(
-            "benches/results/sass.json is not what these kernels give; run `cargo xtask results` and commit the result"
+            "benches/results/sass.json differs from the data of these kernels; run `cargo xtask results` and commit the result"
                 .to_owned(),
         );
     }
-    eprintln!("benches/results/sass.json is of another ptxas than {ptxas}, and was not compared");
+    eprintln!("benches/results/sass.json was written with another ptxas than {ptxas}, so it was not compared");
     Ok(())
 }
 
-/// Assembles the kernels with `part` in their name and prints their page; fails if one has a fault.
+/// Assembles the kernels with `part` in their name and prints their page. Fails if one has a fault.
 pub fn show(part: &str) -> Outcome {
     let (ptxas, assembled) = assemble_all(part)?;
     print!("{}", page::markdown(&ptxas, &assembled));
     judge(&assembled)
 }
 
-/// Assembles every kernel and writes the page and its data, then fails if a kernel has a fault.
+/// Assembles every kernel and writes the page and its data. Fails afterwards if a kernel has a fault.
 pub fn write() -> Outcome {
     let (ptxas, assembled) = assemble_all("")?;
     let files = [
@@ -77,7 +80,7 @@ fn results() -> PathBuf {
     workspace().join("benches/results")
 }
 
-/// Assembles the kernels with `part` in their name; returns the version of ptxas too.
+/// Assembles the kernels with `part` in their name; also returns the version of ptxas.
 fn assemble_all(part: &str) -> Outcome<(String, Vec<Assembled>)> {
     let (ptxas, nvdisasm) = (tool("ptxas")?, tool("nvdisasm")?);
     let about = run(Command::new(&ptxas).arg("--version"))?;
@@ -101,7 +104,7 @@ fn assemble_all(part: &str) -> Outcome<(String, Vec<Assembled>)> {
     Ok((version.to_owned(), assembled))
 }
 
-/// Fails with a sentence for each kernel that has a fault.
+/// Fails with one sentence for each kernel that has a fault.
 fn judge(assembled: &[Assembled]) -> Outcome {
     let faults: Vec<_> = assembled.iter().filter_map(fault).collect();
     if !faults.is_empty() {
@@ -118,9 +121,10 @@ fn judge(assembled: &[Assembled]) -> Outcome {
 
 /// Kernels that may spill: name, target, and the most bytes.
 ///
-/// Registers ran out where partly hidden tiles are cleaned of NaN and infinity, and in f32 backward, which reads two statistics a
-/// query. At head_dim 64 and 96 a value is stored once before the main loop and loaded once after it. At 192 and 256 it was not
-/// found yet how to do without; `hopper_forward_*_d256_causal` loads a descriptor again in every step.
+/// These kernels run out of registers where they clean partly hidden tiles of NaN and infinity, and in f32 backward,
+/// which reads two statistics per query. At head_dim 64 and 96 one value is stored before the main loop and loaded
+/// after it. At 192 and 256 no way to avoid the spill is known yet; `hopper_forward_*_d256_causal` loads a descriptor
+/// again in every step.
 const SPILLS: &[(&str, &str, u32)] = &[
     ("backward_queries_f32_d64", "sm_90", 8),
     ("backward_queries_f32_d64_causal", "sm_80", 12),
@@ -134,7 +138,7 @@ const SPILLS: &[(&str, &str, u32)] = &[
     ("hopper_backward_all_bf16_d64_causal", "sm_90a", 8),
 ];
 
-/// Bytes that a kernel may spill on a target.
+/// Returns the bytes that a kernel may spill on a target.
 fn most_spilled(name: &str, target: &str) -> u32 {
     let listed = SPILLS.iter().find(|&&(n, t, _)| (n, t) == (name, target));
     listed.map_or(0, |&(.., bytes)| bytes)
@@ -177,7 +181,7 @@ fn assemble(
     let number_before = |what: &str| -> Outcome<u32> {
         let end = log
             .find(what)
-            .ok_or_else(|| format!("ptxas said nothing of '{what}' for {}:\n{log}", entry.name))?;
+            .ok_or_else(|| format!("ptxas did not report '{what}' for {}:\n{log}", entry.name))?;
         let digits = log[..end]
             .trim_end()
             .rsplit(|c: char| !c.is_ascii_digit())
@@ -203,7 +207,7 @@ fn assemble(
     })
 }
 
-/// Runs a program to its end; its output, both streams.
+/// Runs a program to its end; returns its output from both streams.
 fn run(command: &mut Command) -> Outcome<String> {
     let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
@@ -214,7 +218,7 @@ fn run(command: &mut Command) -> Outcome<String> {
     }
 }
 
-/// A tool of the CUDA toolkit: on PATH, in CUDA_HOME, or fetched once into `target/`.
+/// Finds a tool of the CUDA toolkit: on PATH, in CUDA_HOME, or fetched once into `target/`.
 fn tool(name: &str) -> Outcome<PathBuf> {
     let on_path = std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect::<Vec<_>>());
     let home = std::env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin"));
@@ -275,7 +279,7 @@ fn fetch(folder: &Path) -> Outcome {
         for version in versions.filter_map(Result::ok) {
             let path = version.path().join("bin").join(name);
             if path.is_file() {
-                // Python's zipfile drops the bit that says so.
+                // Python's zipfile does not restore the executable bit.
                 make_executable(&path)?;
             }
         }

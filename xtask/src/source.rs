@@ -1,4 +1,4 @@
-//! A hash of the kernels' sources that prose does not change.
+//! Hash of the kernels' sources that comments do not change.
 
 use crate::{Outcome, read, workspace};
 use proc_macro2::{Delimiter, Spacing, TokenStream, TokenTree};
@@ -6,11 +6,11 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// The source file that no kernel is compiled from: the door to what was compiled.
+/// Source file that no kernel is compiled from: it reads the compiled archives.
 const DOOR: &str = "archive.rs";
 
-/// SHA-256 in hex over the paths and tokens of all that kernels are compiled from. Comments, documentation, layout and unit
-/// tests leave it alone.
+/// Returns the SHA-256 (in hex) of the paths and tokens of all sources of the kernels. Comments, documentation,
+/// layout and unit tests do not change it.
 pub fn hash() -> Outcome<String> {
     let root = workspace().join("kernels/src");
     let mut hasher = Sha256::new();
@@ -24,7 +24,7 @@ pub fn hash() -> Outcome<String> {
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The tokens of a file that reach the compiler's back end, side by side.
+/// Returns the tokens of a file that reach the compiler's back end, separated by spaces.
 fn code(text: &str) -> Result<String, proc_macro2::LexError> {
     let mut code = String::with_capacity(text.len());
     append(text.parse()?, &mut code);
@@ -72,7 +72,7 @@ fn append(tokens: TokenStream, code: &mut String) {
     }
 }
 
-/// If an attribute starts at `token`: what its brackets hold, and the tokens behind it.
+/// If an attribute starts at `token`, returns the content of its brackets and the tokens after it.
 fn attribute<'a>(token: &TokenTree, rest: &'a [TokenTree]) -> Option<(String, &'a [TokenTree])> {
     let is = |token: &TokenTree, mark| matches!(token, TokenTree::Punct(punct) if punct.as_char() == mark);
     if !is(token, '#') {
@@ -87,7 +87,7 @@ fn attribute<'a>(token: &TokenTree, rest: &'a [TokenTree]) -> Option<(String, &'
     }
 }
 
-/// Whether an item that starts before `token` ends with it.
+/// Returns true if an item that starts before `token` ends with it.
 fn ends_item(token: &TokenTree) -> bool {
     match token {
         TokenTree::Group(group) => group.delimiter() == Delimiter::Brace,

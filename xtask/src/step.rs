@@ -1,11 +1,11 @@
-//! A step of a main loop as it is counted and recorded.
+//! Counts and records of one step of a main loop.
 
 use crate::machine_code::{Instruction, Loop};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-/// A kind of instruction, by what it does or by the pipe it takes.
+/// Class of an instruction, by its effect or its pipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum Class {
     /// HMMA, HGMMA, QGMMA.
@@ -37,19 +37,19 @@ pub enum Class {
     Warpgroup,
     /// FENCE, MEMBAR.
     Fence,
-    /// LDL, STL: registers spilled.
+    /// LDL, STL: spilled registers.
     Local,
     R2ur,
     /// Instructions on uniform registers.
     Uniform,
-    /// Branches, and what is issued for convergence or for nothing.
+    /// Branches, convergence instructions and NOP.
     Branch,
     /// Integers, moves, predicates and special registers.
     Integer,
 }
 
 impl Class {
-    /// All classes with their names in tables.
+    /// All classes with their titles in tables.
     pub const TITLES: &[(Self, &str)] = &[
         (Self::Tensor, "HGMMA"),
         (Self::Exp2, "MUFU.EX2"),
@@ -107,21 +107,22 @@ impl Class {
     }
 }
 
-/// Instructions that one warp issues in a step.
+/// Counts of the instructions that one warp issues in a step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Step {
-    /// All instructions.
+    /// Number of all instructions.
     pub instructions: u32,
-    /// The sum of the stall counts that ptxas wrote, cycles: the least time in which one warp issues its step.
+    /// Sum of the stall counts of ptxas, in cycles: the least time in which one warp issues its step.
     pub stalls: u32,
-    /// Instructions by class; a class that is not there has none.
+    /// Number of instructions by class; a class without an entry has none.
     pub classes: BTreeMap<Class, u32>,
-    /// Exponentials before the first wait for products, between that and the next, and so on, to the branch back.
+    /// Number of exponentials before the first wait for products, between that and the next, and so on up to the
+    /// backward branch.
     pub exponentials_between_waits: Vec<u32>,
 }
 
 impl Step {
-    /// Counts the instructions of one way through a loop.
+    /// Counts the instructions of one path through a loop.
     pub fn of(way: &[Instruction]) -> Self {
         let mut classes = BTreeMap::new();
         let mut exponentials = vec![0];
@@ -143,42 +144,42 @@ impl Step {
         }
     }
 
-    /// Instructions of a class.
+    /// Returns the number of instructions of a class.
     pub fn count(&self, class: Class) -> u32 {
         self.classes.get(&class).copied().unwrap_or(0)
     }
 
-    /// Instructions beside those on the tensor cores.
+    /// Returns the number of instructions other than tensor-core products.
     pub fn others(&self) -> u32 {
         self.instructions - self.count(Class::Tensor)
     }
 }
 
-/// A loop as it is recorded.
+/// Record of a loop.
 #[derive(Serialize)]
 pub struct Recorded {
-    /// The leanest way through: no mask, no exception.
+    /// The shortest path: no mask, no exceptions.
     pub step: Step,
-    /// The longest way through: with the mask, if that is in the loop, and with exceptions.
+    /// The longest path: with the mask, if it is in the loop, and with exceptions.
     pub longest: Longest,
-    /// The leanest way in the notation of [`code`], where it is replayed.
+    /// The shortest path in the notation of [`code`]; empty if it is not replayed.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub code: String,
 }
 
-/// The longest way through a loop.
+/// Counts of the longest path through a loop.
 #[derive(Serialize)]
 pub struct Longest {
-    /// All instructions.
+    /// Number of all instructions.
     pub instructions: u32,
-    /// The sum of stall counts, cycles.
+    /// Sum of stall counts, in cycles.
     pub stalls: u32,
-    /// Loads and stores of spilled registers.
+    /// Number of loads and stores of spilled registers.
     pub local: u32,
 }
 
 impl Recorded {
-    /// Counts a loop, and records its code too if it is to be replayed.
+    /// Counts a loop, and with `replayed` also records its code.
     pub fn of(found: &Loop, replayed: bool) -> Self {
         let longest = Step::of(&found.longest);
         Self {
@@ -193,15 +194,17 @@ impl Recorded {
     }
 }
 
-/// Instructions in the notation that `hopper_model` replays, one blank between them.
+/// Writes instructions in the notation that `hopper_model` replays, separated by blanks.
 ///
-/// `NAME/stall`, then `>s` if scoreboard `s` is held until the result is there, `<s` if until the operands are read, `?m` if
-/// the scoreboards of the hexadecimal mask `m` are waited for; `n*` before it all if it is repeated. Names are opcodes without
-/// modifiers, but for
+/// Each is `NAME/stall`, followed by `>s` if scoreboard `s` is held until the result is available, `<s` if it is held
+/// until the operands have been read, and `?m` if the instruction waits for the scoreboards of the hexadecimal mask
+/// `m`. A prefix `n*` repeats it. Names are opcodes without modifiers, with these exceptions:
 ///
-/// - `HGMMA:n:ss` or `:rs`, a product of 64 x n with A in shared memory or in registers, and `:c` if it ends a group;
-/// - `WAIT:n`, a wait until at most n groups are under way;
-/// - `SYNC:b:t` and `ARRIVE:b:t`, the named barrier b of t threads; b is `turn` where a register names it, t is 0 for all.
+/// - `HGMMA:n:ss` or `:rs`: a product of 64 x n with A in shared memory or in registers; `:c` is added if it ends a
+///   group.
+/// - `WAIT:n`: a wait until at most n groups are pending.
+/// - `SYNC:b:t` and `ARRIVE:b:t`: named barrier b of t threads. b is `turn` if a register holds it; t is 0 for all
+///   threads.
 pub fn code(way: &[Instruction]) -> String {
     let notes: Vec<String> = way.iter().map(note).collect();
     let runs = notes.chunk_by(|a, b| a == b).map(|same| match same.len() {

@@ -1,22 +1,22 @@
-//! What is compiled: each table of kernels, for one target, to one archive.
+//! Tables of the kernels to compile: one for each archive, with one target each.
 
 use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
 use flash_attention_kernels::study::KERNELS;
 
-/// A compiled kernel of any table; those of the study have no pass.
+/// A compiled kernel of any table; kernels of the traffic study have no pass.
 pub type Row = Entry<Option<Pass>>;
 
-/// The kernels that are compiled together.
+/// Kernels that are compiled together.
 pub struct Table {
-    /// Name of the archive's file, and feature of `kernels/` that has them compiled.
+    /// Name of the archive's file, and of the feature of `kernels/` that compiles them.
     pub name: &'static str,
-    /// Target they are compiled for.
+    /// Target architecture.
     pub arch: Arch,
-    /// The kernels.
+    /// Kernels of the table.
     pub rows: Vec<Row>,
 }
 
-/// The tables: a target's kernels each, and the study's.
+/// Returns the tables: one for each target, and that of the traffic study.
 pub fn tables() -> Vec<Table> {
     let product = Arch::ALL.iter().map(|&arch| Table {
         name: arch.name(),

@@ -53,7 +53,9 @@ impl Plan {
     /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`],
     /// [`Error::Unsupported`] if the device does not run score programs.
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
-        refuse_programs(problem, device)?;
+        if let DeviceInfo::Gpu { .. } = device {
+            refuse_programs(problem, device)?;
+        }
         let (tiles, launches) = match *device {
             DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {

@@ -13,7 +13,9 @@ mod compose;
 mod derive;
 mod evaluate;
 mod expression;
+pub mod interval;
 pub(crate) mod named;
+pub(crate) mod strip;
 
 use std::any::Any;
 use std::fmt;

@@ -4,6 +4,7 @@
 mod common;
 mod cpu;
 mod cpu_backward;
+mod cpu_program;
 mod cpu_sizes;
 mod device;
 #[cfg(feature = "emulator")]

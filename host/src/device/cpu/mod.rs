@@ -8,6 +8,7 @@ mod forward;
 mod kernels;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
+mod program;
 mod team;
 mod tensor;
 mod vector;
@@ -284,9 +285,9 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
 /// register idle.
 const FEW: u32 = 4;
 
-/// Tells if a problem has few queries.
+/// Tells if a problem has few queries. With a program they are lanes all the same.
 fn is_few(problem: &Problem) -> bool {
-    problem.seqlen_q() <= FEW
+    problem.seqlen_q() <= FEW && problem.program().is_none()
 }
 
 /// Pairs of bf16 that make the scores of a problem, and how many parts numbers have; `None` where products are of f32. Forward and

@@ -230,10 +230,10 @@ pub(super) enum Visibility {
 }
 
 impl Visibility {
-    pub(super) fn new(problem: &crate::problem::Problem) -> Self {
+    pub(super) fn new(problem: &crate::problem::Problem, causal: bool) -> Self {
         use flash_attention_kernels::mask::Mask;
         let (seqlen_q, seqlen_k) = (problem.seqlen_q(), problem.seqlen_k());
-        if problem.causal() {
+        if causal {
             Self::Causal(Mask::new(seqlen_q, seqlen_k))
         } else {
             Self::Full(Mask::new(seqlen_q, seqlen_k))

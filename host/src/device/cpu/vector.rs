@@ -2,9 +2,13 @@
 //!
 //! Everything above this trait is written once. A new instruction set is one `impl`, and one line in `kernels/isa.rs`.
 
+mod words;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_words;
 
+pub(super) use words::Words;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512};
 

@@ -73,7 +73,7 @@ pub(super) unsafe fn backward(
         problem,
         tensors,
         tiles,
-        visibility: Visibility::new(problem),
+        visibility: Visibility::new(problem, problem.causal()),
         delta,
         reporter,
     };

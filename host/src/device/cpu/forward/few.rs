@@ -8,7 +8,7 @@ use crate::device::cpu::kernels::{MAX_LANES, One};
 impl State {
     /// Takes in what another run of keys gave for one query: largest scores, sums and outputs.
     pub(super) fn merge_one(&mut self, forward: &Forward<'_>, row: usize, other: &Self) {
-        let scale_log2 = forward.problem.scale().magnitude_log2;
+        let scale_log2 = forward.scale.log2;
         let exp2 = |x: f32| f64::from(x * scale_log2).exp2() as f32;
         let (left, right) = (self.max.as_slice()[row], other.max.as_slice()[row]);
         let max = if left > right { left } else { right };
@@ -60,7 +60,7 @@ impl Scratch {
         keys: usize,
         state: &mut State,
     ) {
-        let scale_log2 = forward.problem.scale().magnitude_log2;
+        let scale_log2 = forward.scale.log2;
         let depth = forward.panels.depth;
         let ((k, k_stride_bytes), (v, v_stride_bytes)) = (tile.k.row(first_key), tile.v.row(first_key));
         // SAFETY: the processor has the instructions, the keys exist, and rows of q and the output are whole registers.

@@ -9,6 +9,7 @@
 
 mod few;
 mod pairs;
+mod program;
 mod scratch;
 mod state;
 mod tiled;
@@ -19,6 +20,7 @@ use std::sync::OnceLock;
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::kernels::{Kernels, Pairs, SIDE};
+use super::program::ScoreProgram;
 use super::team::Team;
 use super::tensor::{Head, Panels, Visibility};
 use super::{is_few, pairs_of};
@@ -53,6 +55,9 @@ struct Forward<'a> {
     panels: Panels,
     tiles: Tiles,
     visibility: Visibility,
+    /// What happens to scores, if anything does. It knows the causal mask as well, and `visibility` none.
+    program: Option<ScoreProgram>,
+    scale: Units,
     out: u64,
     lse: u64,
     /// row_max and row_sum, if they are wanted.
@@ -60,9 +65,21 @@ struct Forward<'a> {
     reporter: &'a Reporter<'a>,
 }
 
+/// The units of scores, as the softmax takes them.
+#[derive(Clone, Copy)]
+struct Units {
+    /// Turns a score into an exponent of e; and of 2.
+    natural: f32,
+    log2: f32,
+    /// Turns a score into what backward computes again.
+    sign: f32,
+}
+
 /// A tile of queries of one head.
 #[derive(Clone, Copy)]
 struct Tile {
+    batch: usize,
+    head: usize,
     q: Head,
     k: Head,
     v: Head,
@@ -93,6 +110,7 @@ pub(super) unsafe fn forward(
     reporter: &Reporter<'_>,
 ) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
+    let program = ScoreProgram::new(problem, problem.scale().magnitude);
     let few = is_few(problem);
     let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
     let parts = parts.unwrap_or(0);
@@ -112,7 +130,20 @@ pub(super) unsafe fn forward(
         },
         problem,
         tiles,
-        visibility: Visibility::new(problem),
+        visibility: Visibility::new(problem, program.is_none() && problem.causal()),
+        scale: match &program {
+            Some(program) if program.score.is_some() => Units {
+                natural: 1.0,
+                log2: std::f32::consts::LOG2_E,
+                sign: 1.0,
+            },
+            _ => Units {
+                natural: problem.softmax_scale().abs(),
+                log2: problem.scale().magnitude_log2,
+                sign: problem.scale().sign,
+            },
+        },
+        program,
         out,
         lse,
         statistics,
@@ -158,7 +189,7 @@ impl Forward<'_> {
                 let units = blocks.len() as u64;
                 if index == 0 {
                     scratch.attend(self, &tile, blocks, state);
-                } else {
+                } else if self.program.is_none() || scratch.walk.within(blocks.clone()).next().is_some() {
                     scratch.attend(self, &tile, blocks, partial);
                     state.merge(self, tile.rows, partial);
                 }
@@ -249,6 +280,8 @@ impl Forward<'_> {
         unsafe {
             let rows_of = |tensor, head| Head::new(tensor, problem.dtype(), batch, head, self.head_dim());
             Tile {
+                batch,
+                head,
                 q: rows_of(problem.q(), head),
                 k: rows_of(problem.k(), kv_head),
                 v: rows_of(problem.v(), kv_head),
@@ -268,6 +301,15 @@ impl Forward<'_> {
                 whole_blocks,
             }
         }
+    }
+
+    /// Asks for a part of a tile of keys and values that comes next: that of panel `index` of so many.
+    fn prefetch(&self, tile: &Tile, n: u32, index: usize, panels: usize) {
+        let block_n = self.tiles.block_n as usize;
+        let (first, end) = (n as usize * block_n, self.problem.seqlen_k() as usize);
+        let rows = first + block_n * index / panels..(first + block_n * (index + 1) / panels).min(end);
+        tile.k.prefetch(rows.clone());
+        tile.v.prefetch(rows);
     }
 
     /// Words of a row of keys as pairs, in whole tiles.

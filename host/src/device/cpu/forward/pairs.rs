@@ -1,6 +1,7 @@
 //! What products of pairs of bf16 read: the words, how they are made, and for which queries.
 
 use super::scratch::Scratch;
+use super::tiled::Lanes;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::{MAX_LANES, Pairing, SIDE};
 use crate::device::cpu::team::Lines;
@@ -139,7 +140,7 @@ impl Scratch {
         }
         if forward.parts > 1 {
             self.words.queries_fit.fill(true);
-            // What sees no key gives nothing, whatever it is.
+            // What sees no key gives nothing, whatever it is. Programs hide pairs one by one.
             let sees_a_key = |query: &usize| forward.visibility.visible_end(forward.position(tile, *query)) > 0;
             let row = &mut self.rows.as_mut_slice()[..forward.head_dim()];
             for query in (0..tile.rows).filter(sees_a_key) {
@@ -185,15 +186,16 @@ impl Scratch {
         load(self, false);
     }
 
-    /// Scores of a panel: of f32 where the query or the key may not be split.
-    pub(super) fn choose_scores(&mut self, forward: &Forward<'_>, first: usize, lanes: usize, keys: usize) {
+    /// Scores of some lanes: of f32 where the query or the key may not be split.
+    pub(super) fn choose_scores(&mut self, forward: &Forward<'_>, lanes: Lanes, keys: usize) {
         let (stride, words) = (forward.panels.lanes, &self.words);
         let rows = self.scores.as_mut_slice().chunks_mut(stride);
         let rows = rows
             .zip(words.f32_scores.as_slice().chunks(stride))
             .zip(&words.keys_fit);
         for ((scores, f32_scores), key_fits) in rows.take(keys) {
-            for (lane, query_fits) in words.queries_fit[first..first + lanes].iter().enumerate() {
+            let fit = &words.queries_fit[lanes.in_tile()..lanes.in_tile() + lanes.count];
+            for (lane, query_fits) in (lanes.first..).zip(fit) {
                 if !(key_fits & query_fits) {
                     scores[lane] = f32_scores[lane];
                 }

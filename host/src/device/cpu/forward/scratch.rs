@@ -3,10 +3,12 @@
 use std::ops::Range;
 
 use super::pairs::Words;
+use super::program::Machines;
 use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::MAX_LANES;
 use crate::device::cpu::pointer_mut;
+use crate::device::cpu::program::{ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 
 /// The tiles that a thread works in: what is shared memory and registers on a GPU.
@@ -24,6 +26,10 @@ pub(super) struct Scratch {
     pub(super) visible: Lines,
     /// A few rows of q or out, `MAX_LANES x head_dim`.
     pub(super) rows: Lines,
+    /// What the program runs in, if there is one.
+    pub(super) machines: Option<Machines>,
+    /// What the tile's queries see by it.
+    pub(super) walk: Walk,
 }
 
 impl Scratch {
@@ -38,6 +44,8 @@ impl Scratch {
             scores: Lines::new(block_n * forward.panels.lanes),
             visible: Lines::new(lanes),
             rows: Lines::new(MAX_LANES * head_dim.next_multiple_of(MAX_LANES)),
+            machines: Machines::new(forward),
+            walk: Walk::default(),
         }
     }
 
@@ -58,6 +66,9 @@ impl Scratch {
         if forward.pairs.is_some() {
             self.pair_queries(forward, tile);
         }
+        if let Some(program) = &forward.program {
+            self.begin_program(forward, program, tile);
+        }
     }
 
     /// Attention of the tile's queries to the keys of some blocks.
@@ -65,8 +76,9 @@ impl Scratch {
         state.clear();
         // SAFETY: the processor has the instructions of its kernels.
         forward.pairs.inspect(|pairs| unsafe { (pairs.begin)() });
-        for n in blocks {
-            self.attend_block(forward, tile, n, state);
+        match &forward.program {
+            None => blocks.for_each(|n| self.attend_block(forward, tile, n, state)),
+            Some(program) => self.attend_scored(forward, program, tile, blocks, state),
         }
         // SAFETY: as above.
         forward.pairs.inspect(|pairs| unsafe { (pairs.end)() });
@@ -74,16 +86,21 @@ impl Scratch {
 
     /// Divides by the sums, and writes out, lse and, where they are wanted, row_max and row_sum.
     pub(super) fn store(&mut self, forward: &Forward<'_>, tile: &Tile, state: &State) {
-        let magnitude = f64::from(forward.problem.softmax_scale().abs());
-        let sign = forward.problem.scale().sign;
         let (max, sum) = (state.max.as_slice(), state.sum.as_slice());
-        let sees_a_key = |row: usize| forward.visibility.visible_end(forward.position(tile, row)) > 0;
-        let inverse = |row: usize| match sum[row] {
-            _ if !sees_a_key(row) => 0.0,
-            0.0 => f32::NAN, // every score is minus infinity: 0 / 0
-            sum => 1.0 / sum,
-        };
-        let inverses = (0..tile.rows).map(inverse);
+        let sees_a_key: Vec<bool> = (0..tile.rows)
+            .map(|row| match &forward.program {
+                None => forward.visibility.visible_end(forward.position(tile, row)) > 0,
+                Some(_) => sum[row] != 0.0,
+            })
+            .collect();
+        let sink = forward.program.as_ref().and_then(|program| program.sink(tile.head));
+        let finished: Vec<Finished> = sees_a_key
+            .into_iter()
+            .enumerate()
+            .map(|(row, sees)| Finished::new(sees, max[row], sum[row], forward.scale.natural, sink))
+            .collect();
+        let factor = forward.program.as_ref().map_or(1.0, ScoreProgram::kept_factor);
+        let inverses = finished.iter().map(|finished| finished.inverse * factor);
         if forward.few {
             self.store_few(forward, tile, state, inverses);
         } else {
@@ -91,27 +108,81 @@ impl Scratch {
             tile.out
                 .store_panels(forward.kernels, first, inverses, forward.panels, output, &mut self.rows);
         }
-        for row in 0..tile.rows {
-            let lse = if !sees_a_key(row) || sum[row] == 0.0 {
-                f32::NEG_INFINITY
-            } else {
-                (f64::from(max[row]) * magnitude + f64::from(sum[row]).ln()) as f32
-            };
+        for (row, finished) in finished.iter().enumerate() {
             // SAFETY: lse has an entry for each of the tile's queries, and this task alone writes it.
-            unsafe { pointer_mut::<f32>(forward.lse).add(tile.first + row).write(lse) };
+            unsafe {
+                pointer_mut::<f32>(forward.lse)
+                    .add(tile.first + row)
+                    .write(finished.lse)
+            };
             if let Some([row_max, row_sum]) = forward.statistics {
-                let (max, sum) = match sum[row] {
-                    _ if !sees_a_key(row) => (f32::NEG_INFINITY, 0.0),
-                    0.0 => (f32::NEG_INFINITY, f32::NAN),
-                    sum if forward.few => (self.best_score(forward, tile, row, state.best[row]) * sign, sum),
-                    sum => (max[row] * sign, sum),
-                };
+                let [mut max, sum] = finished.statistics;
+                if forward.few && sum > 0.0 {
+                    max = self.best_score(forward, tile, row, state.best[row]);
+                }
                 // SAFETY: the same holds of these.
                 unsafe {
-                    pointer_mut::<f32>(row_max).add(tile.first + row).write(max);
+                    pointer_mut::<f32>(row_max)
+                        .add(tile.first + row)
+                        .write(max * forward.scale.sign);
                     pointer_mut::<f32>(row_sum).add(tile.first + row).write(sum);
                 }
             }
         }
     }
+}
+
+/// What a query has at the end of its keys.
+struct Finished {
+    /// What exponentials times values are multiplied by; 0 makes zeros, whatever they are.
+    inverse: f32,
+    lse: f32,
+    /// The largest score, and the sum of exponentials relative to it.
+    statistics: [f32; 2],
+}
+
+impl Finished {
+    /// From the largest score and the sum of exponentials relative to it, in units of which one is `natural` of e; with a
+    /// logit that has no value, if there is one.
+    fn new(sees_a_key: bool, max: f32, sum: f32, natural: f32, sink: Option<f32>) -> Self {
+        let max_of_e = f64::from(max) * f64::from(natural);
+        let with_sink = |sink: f32| {
+            let largest = max_of_e.max(sink.into());
+            let total = f64::from(sum) * (max_of_e - largest).exp() + (f64::from(sink) - largest).exp();
+            (sum + (f64::from(sink) - max_of_e).exp() as f32, largest + total.ln())
+        };
+        let (sum, lse) = match sink {
+            None => (sum, max_of_e + f64::from(sum).ln()),
+            Some(sink) if sees_a_key => with_sink(sink),
+            Some(sink) => {
+                return Self {
+                    lse: sink,
+                    ..Self::NOTHING
+                };
+            }
+        };
+        if !sees_a_key {
+            return Self::NOTHING;
+        }
+        if sum == 0.0 {
+            // Every score is minus infinity: 0 / 0.
+            return Self {
+                inverse: f32::NAN,
+                statistics: [f32::NEG_INFINITY, f32::NAN],
+                ..Self::NOTHING
+            };
+        }
+        Self {
+            inverse: 1.0 / sum,
+            lse: lse as f32,
+            statistics: [max, sum],
+        }
+    }
+
+    /// No key is seen.
+    const NOTHING: Self = Self {
+        inverse: 0.0,
+        lse: f32::NEG_INFINITY,
+        statistics: [f32::NEG_INFINITY, 0.0],
+    };
 }

@@ -47,7 +47,7 @@ impl State {
 
     /// Takes in what another run of keys gave.
     pub(super) fn merge(&mut self, forward: &Forward<'_>, rows: usize, other: &Self) {
-        let scale_log2 = forward.problem.scale().magnitude_log2;
+        let scale_log2 = forward.scale.log2;
         let (head_dim, depth) = (forward.head_dim(), forward.panels.depth);
         if forward.few {
             return (0..rows).for_each(|row| self.merge_one(forward, row, other));

@@ -9,20 +9,38 @@ use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, ROWS, SIDE, S
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::{Head, Panels};
 
+/// Queries that pass a tile of keys together: lanes of one panel.
+#[derive(Clone, Copy)]
+pub(super) struct Lanes {
+    /// The panel's first lane in the tile.
+    pub(super) panel: usize,
+    /// The first lane in the panel.
+    pub(super) first: usize,
+    /// A multiple of the lanes of a register, and of [`SIDE`] where pairs are multiplied.
+    pub(super) count: usize,
+}
+
+impl Lanes {
+    /// The first lane in the tile.
+    pub(super) fn in_tile(self) -> usize {
+        self.panel + self.first
+    }
+}
+
 /// A tile of keys and values, loaded.
-struct Block {
+pub(super) struct Block {
     /// Rows of f32; of the keys, only where they may be wanted, of the values, those that are not multiplied as pairs.
-    keys: *const f32,
-    values: *const f32,
+    pub(super) keys: *const f32,
+    pub(super) values: *const f32,
     /// How many there are, padded.
-    count: usize,
+    pub(super) count: usize,
     /// Whether some query does not see all of them.
-    masked: bool,
+    pub(super) masked: bool,
     /// Whether no value is infinite or NaN, as far as that matters.
-    finite: bool,
+    pub(super) finite: bool,
     /// Which keys, and which values, are multiplied as pairs of bf16.
-    pairs_of_keys: Fit,
-    pairs_of_values: Fit,
+    pub(super) pairs_of_keys: Fit,
+    pub(super) pairs_of_values: Fit,
 }
 
 impl Scratch {
@@ -47,29 +65,33 @@ impl Scratch {
             }
         }
         let panels = tile.rows.div_ceil(forward.panels.lanes);
-        for (index, (first, lanes)) in forward.panels(tile.rows).enumerate() {
+        for (index, (panel, count)) in forward.panels(tile.rows).enumerate() {
+            let lanes = Lanes { panel, first: 0, count };
             if n + 1 < tile.blocks {
-                let rows = block_n as usize * index / panels..block_n as usize * (index + 1) / panels;
-                let next = (first_key + block_n) as usize;
-                let end = forward.problem.seqlen_k() as usize;
-                tile.k.prefetch(next + rows.start..(next + rows.end).min(end));
-                tile.v.prefetch(next + rows.start..(next + rows.end).min(end));
+                forward.prefetch(tile, n + 1, index, panels);
             }
             // SAFETY: the panel is one of the tile's, tiles are as large as the plan says, and keys and values are either
             // rows in memory, all of which exist, or the tiles they were loaded to.
             unsafe {
-                self.scores_of_panel(forward, first, lanes, &block);
-                self.exponentials_of_panel(forward, first, lanes, &block, state);
-                self.add_values(forward, first, lanes, &block, state);
+                self.scores_of(forward, lanes, &block);
+                self.exponentials_of(forward, lanes, &block, state);
+                self.add_values(forward, lanes, &block, state);
                 if !block.finite {
-                    self.add_seen_values(forward, first, lanes.min(tile.rows - first), state);
+                    self.add_seen_values(forward, panel, count.min(tile.rows - panel), state);
                 }
             }
         }
     }
 
     /// Loads the tile of keys and values that starts at `first`, of which queries see `seen`.
-    fn load_block(&mut self, forward: &Forward<'_>, tile: &Tile, first: usize, seen: usize, masked: bool) -> Block {
+    pub(super) fn load_block(
+        &mut self,
+        forward: &Forward<'_>,
+        tile: &Tile,
+        first: usize,
+        seen: usize,
+        masked: bool,
+    ) -> Block {
         let (kernels, head_dim) = (forward.kernels, forward.head_dim());
         let count = seen.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
         // Pairs are made of whole registers.
@@ -126,14 +148,14 @@ impl Scratch {
         block
     }
 
-    /// Scores of the panel that starts at lane `first`.
+    /// Scores of some lanes.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions, the panel is one of the tile's, and the keys are there.
-    unsafe fn scores_of_panel(&mut self, forward: &Forward<'_>, first: usize, lanes: usize, block: &Block) {
+    /// The processor has the kernels' instructions, the lanes are among the tile's, and the keys are there.
+    pub(super) unsafe fn scores_of(&mut self, forward: &Forward<'_>, lanes: Lanes, block: &Block) {
         let Panels { lanes: stride, depth } = forward.panels;
         let queries = if forward.parts > 1 {
-            Fit::of(&self.words.queries_fit[first..first + lanes])
+            Fit::of(&self.words.queries_fit[lanes.in_tile()..lanes.in_tile() + lanes.count])
         } else {
             Fit::All
         };
@@ -144,15 +166,18 @@ impl Scratch {
                 (pairs.product)(&PairProduct {
                     rows: block.count,
                     inner: forward.words(),
-                    columns: lanes,
+                    columns: lanes.count,
                     a: self.words.keys.as_ptr().cast(),
                     a_stride: forward.words(),
                     a_part: forward.keys_part(),
-                    b: self.words.query.as_ptr().cast::<u32>().add(first * forward.words()),
+                    b: {
+                        let words = self.words.query.as_ptr().cast::<u32>();
+                        words.add(lanes.panel * forward.words() + lanes.first)
+                    },
                     b_stride: stride,
                     b_part: forward.query_part(),
                     parts: forward.parts,
-                    c: self.scores.as_mut_ptr(),
+                    c: self.scores.as_mut_ptr().add(lanes.first),
                     c_stride: stride,
                     accumulate: false,
                 });
@@ -166,52 +191,53 @@ impl Scratch {
                 (forward.kernels.product)(&Product {
                     rows: block.count,
                     inner: forward.head_dim(),
-                    columns: lanes,
+                    columns: lanes.count,
                     a: block.keys,
                     a_stride: forward.head_dim(),
                     transposed: false,
-                    b: self.query.as_ptr().add(first * depth),
+                    b: self.query.as_ptr().add(lanes.panel * depth + lanes.first),
                     b_stride: stride,
-                    c: scores.as_mut_ptr(),
+                    c: scores.as_mut_ptr().add(lanes.first),
                     c_stride: stride,
                     accumulate: false,
                 });
             }
         }
         if fit == Fit::Some {
-            self.choose_scores(forward, first, lanes, block.count);
+            self.choose_scores(forward, lanes, block.count);
         }
     }
 
-    /// Exponentials of the scores of a panel.
+    /// Exponentials of the scores of some lanes.
     ///
     /// # Safety
-    /// As for [`scores_of_panel`](Self::scores_of_panel).
-    unsafe fn exponentials_of_panel(
+    /// As for [`scores_of`](Self::scores_of).
+    pub(super) unsafe fn exponentials_of(
         &mut self,
         forward: &Forward<'_>,
-        first: usize,
-        lanes: usize,
+        lanes: Lanes,
         block: &Block,
         state: &mut State,
     ) {
         let Panels { lanes: stride, depth } = forward.panels;
-        let scale_log2 = forward.problem.scale().magnitude_log2;
-        let visible = block.masked.then(|| self.visible.as_ptr().wrapping_add(first));
+        let output = lanes.panel * depth + lanes.first;
+        // A program has hidden scores itself.
+        let visible = (block.masked && forward.program.is_none()).then(|| self.visible.as_ptr());
+        let visible = visible.map(|visible| visible.wrapping_add(lanes.in_tile()));
         // SAFETY: passed on to the caller.
         unsafe {
             (forward.kernels.softmax)(&Softmax {
                 keys: block.count,
-                lanes,
-                scores: self.scores.as_mut_ptr(),
+                lanes: lanes.count,
+                scores: self.scores.as_mut_ptr().add(lanes.first),
                 stride,
                 visible: visible.unwrap_or(std::ptr::null()),
-                scale_log2,
-                max: state.max.as_mut_ptr().add(first),
-                sum: state.sum.as_mut_ptr().add(first),
-                output: state.output.as_mut_ptr().add(first * depth),
+                scale_log2: forward.scale.log2,
+                max: state.max.as_mut_ptr().add(lanes.in_tile()),
+                sum: state.sum.as_mut_ptr().add(lanes.in_tile()),
+                output: state.output.as_mut_ptr().add(output),
                 head_dim: forward.head_dim(),
-                pairs: self.words.scores.as_mut_ptr().cast(),
+                pairs: self.words.scores.as_mut_ptr().cast::<u32>().wrapping_add(lanes.first),
                 parts: if block.pairs_of_values == Fit::None {
                     0
                 } else {
@@ -223,32 +249,25 @@ impl Scratch {
         }
     }
 
-    /// Adds exponentials times values to a panel of the output: of pairs, and those of f32 if all of them are finite.
+    /// Adds exponentials times values to some lanes of the output: of pairs, and those of f32 if all of them are finite.
     ///
     /// # Safety
-    /// As for [`scores_of_panel`](Self::scores_of_panel).
-    unsafe fn add_values(
-        &mut self,
-        forward: &Forward<'_>,
-        first: usize,
-        lanes: usize,
-        block: &Block,
-        state: &mut State,
-    ) {
+    /// As for [`scores_of`](Self::scores_of).
+    pub(super) unsafe fn add_values(&mut self, forward: &Forward<'_>, lanes: Lanes, block: &Block, state: &mut State) {
         let head_dim = forward.head_dim();
         let Panels { lanes: stride, depth } = forward.panels;
         // SAFETY: passed on to the caller.
         unsafe {
-            let c = state.output.as_mut_ptr().add(first * depth);
+            let c = state.output.as_mut_ptr().add(lanes.panel * depth + lanes.first);
             if let Some(pairs) = forward.pairs.filter(|_| block.pairs_of_values != Fit::None) {
                 (pairs.product)(&PairProduct {
                     rows: depth,
                     inner: block.count / 2,
-                    columns: lanes,
+                    columns: lanes.count,
                     a: self.words.values.as_ptr().cast(),
                     a_stride: forward.tiles.block_n as usize / 2,
                     a_part: forward.values_part(),
-                    b: self.words.scores.as_ptr().cast(),
+                    b: self.words.scores.as_ptr().cast::<u32>().add(lanes.first),
                     b_stride: stride,
                     b_part: forward.scores_part(),
                     parts: forward.parts,
@@ -261,11 +280,11 @@ impl Scratch {
                 (forward.kernels.product)(&Product {
                     rows: head_dim,
                     inner: block.count,
-                    columns: lanes,
+                    columns: lanes.count,
                     a: block.values,
                     a_stride: head_dim,
                     transposed: true,
-                    b: self.scores.as_ptr(),
+                    b: self.scores.as_ptr().add(lanes.first),
                     b_stride: stride,
                     c,
                     c_stride: stride,

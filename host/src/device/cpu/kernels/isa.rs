@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 use flash_attention_kernels::entries::Dtype;
 
 use super::{
-    Backpropagate, Kernels, Merge, One, Pairing, Product, Softmax, backward, convert, few, parts, product, softmax,
+    Backpropagate, Kernels, Merge, One, Pairing, Product, Softmax, Strip, backward, convert, few, parts, product,
+    softmax, strip,
 };
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::pairs;
@@ -124,12 +125,20 @@ macro_rules! instruction_set {
                 one,
                 merge,
                 backpropagate,
+                strip_lanes: STRIP_LANES,
+                strip,
                 widen,
                 narrow,
                 transpose,
                 dot,
                 #[cfg(test)]
                 exp2,
+            };
+
+            /// 16, or a panel where that is none of its divisors.
+            const STRIP_LANES: usize = {
+                let panel = <$vector>::COLUMNS * <$vector>::LANES;
+                if panel.is_multiple_of(16) { 16 } else { panel }
             };
 
             $(#[target_feature(enable = $features)])?
@@ -177,6 +186,11 @@ macro_rules! instruction_set {
             unsafe fn backpropagate(b: &Backpropagate) {
                 // SAFETY: as above.
                 unsafe { backward::backpropagate::<$vector>(b) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn strip(s: &Strip<'_>) {
+                // SAFETY: as above.
+                unsafe { strip::run::<$vector, STRIP_LANES>(s) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn widen(dtype: Dtype, from: *const u8, count: usize, to: *mut f32) {

@@ -14,6 +14,7 @@ mod isa;
 mod parts;
 mod product;
 mod softmax;
+mod strip;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +28,7 @@ pub(super) use parts::Pairing;
 pub(super) use parts::terms;
 pub(super) use product::{PairProduct, Pairs, Product, ROWS, SIDE};
 pub(super) use softmax::{Merge, Softmax};
+pub(super) use strip::{Registers, Strip, Table};
 
 /// Lanes of the widest register: rows of tiles that are read in whole registers are a multiple of this.
 pub(super) const MAX_LANES: usize = 16;
@@ -55,6 +57,9 @@ pub(super) struct Kernels {
     pub one: unsafe fn(&One),
     pub merge: unsafe fn(&Merge),
     pub backpropagate: unsafe fn(&Backpropagate),
+    /// Queries of a strip; divides those of every panel.
+    pub strip_lanes: usize,
+    pub strip: unsafe fn(&Strip<'_>),
     /// (dtype, elements, how many, widened).
     pub widen: unsafe fn(Dtype, *const u8, usize, *mut f32),
     /// (dtype, elements, how many, rounded).

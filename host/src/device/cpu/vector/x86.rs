@@ -6,7 +6,7 @@ use super::Vector;
 
 /// AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
-pub(in crate::device::cpu) struct Avx2(__m256);
+pub(in crate::device::cpu) struct Avx2(pub(super) __m256);
 
 // SAFETY: eight f32; the rest is the trait's own contract, which each method passes on.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "the contract of the trait, for each")]
@@ -92,7 +92,7 @@ unsafe impl Vector for Avx2 {
 
 /// AVX-512 F.
 #[derive(Clone, Copy)]
-pub(in crate::device::cpu) struct Avx512(__m512);
+pub(in crate::device::cpu) struct Avx512(pub(super) __m512);
 
 // SAFETY: sixteen f32; the rest is the trait's own contract, which each method passes on.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "the contract of the trait, for each")]

@@ -1,8 +1,10 @@
-//! The paper's central claim, counted: standard attention moves O(N d + N^2) elements, FlashAttention O(N^2 d^2 / M).
+//! Counts the memory traffic behind the paper's claim: standard attention moves O(N d + N^2) elements, FlashAttention
+//! O(N^2 d^2 / M).
 //!
-//! Both run on the emulator, which counts every byte that their kernels load from and store to device memory. Standard
-//! attention is three plain kernels with scores in device memory; FlashAttention is the fused kernel with 16 to 128
-//! queries a block, which is what more SRAM (M) buys. One head, f32, head_dim 64, full attention.
+//! Both run on the emulator, which counts every byte that their kernels load from and store to device memory.
+//! Standard attention is three plain kernels with the scores in device memory. FlashAttention is the fused kernel
+//! with 16 to 128 queries per block: a larger SRAM (M) holds more queries. One head, f32, head_dim 64, full
+//! attention.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,7 +20,7 @@ struct Options {
     /// Sequence lengths, comma-separated.
     #[arg(long, value_delimiter = ',', default_value = "128,256,512,1024", value_parser = clap::value_parser!(u32).range(1..=8192))]
     seqlen: Vec<u32>,
-    /// Where the plot goes.
+    /// File of the plot.
     #[arg(long, default_value = "target/io_complexity.svg")]
     plot: PathBuf,
 }
@@ -69,7 +71,8 @@ fn print_row(standard: &Measured, flash: &Measured) {
     );
 }
 
-/// Bytes by sequence length, a line for standard attention and one for each amount of SRAM; both axes logarithmic.
+/// Draws bytes by sequence length: one line for standard attention and one for each amount of SRAM. Both axes are
+/// logarithmic.
 fn plot(measured: &[(Measured, Measured)], path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;

@@ -1,8 +1,8 @@
-//! Attention on a real input, on the device you choose.
+//! Runs attention on a real input, on a device of your choice.
 //!
-//! `cargo run --release --example quickstart` takes the queries, keys and values that layer 5 of a pretrained sentence
-//! encoder (all-MiniLM-L6-v2) computed for the Gettysburg Address, 12 heads of 331 tokens, and prints how far the answer
-//! is from the one computed in f64. `--help` names the options.
+//! `cargo run --release --example quickstart` reads the queries, keys and values that layer 5 of a pretrained
+//! sentence encoder (all-MiniLM-L6-v2) computed for the Gettysburg Address, 12 heads of 331 tokens. It prints the
+//! error against the answer in f64. `--help` lists the options.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,12 +18,12 @@ use flash_attention_examples::command_line::{first_paragraph, refuse};
 use flash_attention_examples::{Accuracy, AttentionFile, Failure, Stored, write_output};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Runs attention over q, k and v of a file, and if asked its backward pass, and compares with the answers stored beside
-/// them, if there are any.
+/// Runs attention, and with --backward its gradients, over q, k and v of a file. Compares with the answers stored in
+/// the file, if there are any.
 #[derive(Debug, Parser)]
 #[command(name = "quickstart")]
 struct Options {
-    /// File with the tensors q, k, v and perhaps out, lse, dout, dq, dk, dv [default: a layer of all-MiniLM-L6-v2]
+    /// File with the tensors q, k, v and optionally out, lse, dout, dq, dk, dv [default: a layer of all-MiniLM-L6-v2]
     #[arg(value_name = "FILE.safetensors")]
     file: Option<PathBuf>,
     /// cpu, cuda, cuda:N, emulator, emulator:sm_80, emulator:sm_90a, or best: a GPU if there is one, else the CPU
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The whole of it. Whether the answer is as good as it has to be.
+/// Runs the program; returns true if all errors are within their bounds.
 fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
     let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm_layer5.safetensors");
     let path = options.file.as_ref().unwrap_or(&bundled);
@@ -120,7 +120,7 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
     Ok(out_passes && gradients_pass)
 }
 
-/// The gradient that backward starts from, if it is asked for.
+/// Returns the gradient of out that backward starts from, if backward is asked for.
 fn dout<'a>(options: &Options, path: &Path, file: &'a AttentionFile) -> Result<Option<&'a Stored>, Failure> {
     match &file.dout {
         _ if !options.backward => Ok(None),
@@ -132,7 +132,7 @@ fn dout<'a>(options: &Options, path: &Path, file: &'a AttentionFile) -> Result<O
     }
 }
 
-/// Makes a call and prints its plan, how long it took, and what was counted, if anything counts.
+/// Makes a call and prints its plan, its time and, on the emulator, its counters.
 fn measured<R>(
     device: &Device,
     plan: &Plan,
@@ -161,7 +161,7 @@ fn attention(options: &Options, file: &AttentionFile) -> Attention {
     if options.causal { attention.causal() } else { attention }
 }
 
-/// Opens a file for writing and leaves it as it is.
+/// Checks that a file can be written, and leaves it unchanged.
 fn check_writable(path: &Path) -> Result<(), Failure> {
     let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
     opened
@@ -169,7 +169,7 @@ fn check_writable(path: &Path) -> Result<(), Failure> {
         .map_err(|error| Failure(format!("{}: {error}", path.display())))
 }
 
-/// Holds the output to the stored answer, and prints both errors.
+/// Compares the output with the stored answer and prints both errors.
 fn compare<T: Element>(
     options: &Options,
     file: &AttentionFile,
@@ -192,7 +192,7 @@ fn compare<T: Element>(
     Ok(out.passes() && lse.passes())
 }
 
-/// Holds the gradients to the stored ones, and prints the error of each.
+/// Compares the gradients with the stored ones and prints the error of each.
 fn compare_gradients<T: Element>(
     options: &Options,
     file: &AttentionFile,
@@ -218,7 +218,7 @@ fn compare_gradients<T: Element>(
     Ok(pass)
 }
 
-/// Says why there is nothing to hold a result to, which is no failure.
+/// Prints why there is nothing to compare with, which is no failure.
 fn not_compared(options: &Options, what: &str, missing: &str, print: &mut impl Write) -> Result<bool, Failure> {
     let reason = if options.causal {
         "the stored one is for full attention".to_owned()
@@ -229,7 +229,7 @@ fn not_compared(options: &Options, what: &str, missing: &str, print: &mut impl W
     Ok(true)
 }
 
-/// How long a call took: the first, and the median of all that were made.
+/// Times of a call: the first, and the median of all.
 struct Times(Vec<Duration>);
 
 impl std::fmt::Display for Times {
@@ -249,7 +249,8 @@ impl std::fmt::Display for Times {
     }
 }
 
-/// The result of a call, made once on the emulator, which counts better than it hurries, else for a fraction of a second.
+/// Runs a call and returns its result and times: once on the emulator, which is slow, else for a fraction of a
+/// second.
 fn timed<R>(device: &Device, call: impl Fn(&Bar) -> Result<R, Error>) -> Result<(R, Times), Failure> {
     let begin = Instant::now();
     let mut times = Vec::new();
@@ -265,14 +266,14 @@ fn timed<R>(device: &Device, call: impl Fn(&Bar) -> Result<R, Error>) -> Result<
     }
 }
 
-/// How far a call is: a bar on standard error, where that is a terminal and the call takes long.
+/// Progress bar on standard error, shown if that is a terminal and the call takes long.
 struct Bar {
     bar: ProgressBar,
     start: Instant,
 }
 
 impl Bar {
-    /// What is over sooner needs no bar.
+    /// Calls shorter than this need no bar.
     const PATIENCE: Duration = Duration::from_millis(200);
 
     fn new() -> Self {
@@ -290,7 +291,7 @@ impl Bar {
         }
     }
 
-    /// Takes the bar away. The time since it was made.
+    /// Removes the bar; returns the time since it was made.
     fn clear(&self) -> Duration {
         let elapsed = self.start.elapsed();
         self.bar.finish_and_clear();

@@ -1,9 +1,9 @@
-//! Trains a small GPT with this library's attention on both passes, and holds it to plain attention.
+//! Trains a small GPT with this library's attention, and compares it with standard attention.
 //!
-//! `cargo run --release --example train` reads the Gettysburg Address, one character a token. For the first steps it trains
-//! two models from the same weights on the same data, one with this library's attention and one with attention by the
-//! formula, which stores every score, and compares their losses. Then it goes on with the first, until that has learned
-//! the text by heart, and lets it recite. `--help` names the options.
+//! `cargo run --release --example train` reads the Gettysburg Address, one token per character. In the first steps it
+//! trains two models from the same weights on the same data, one with this library's attention and one with standard
+//! attention, which stores every score, and compares their losses. Then it continues with the first model until that
+//! has learned the text by heart, and prints its recitation. `--help` lists the options.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -21,14 +21,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 #[derive(Debug, Parser)]
 #[command(name = "train")]
 struct Options {
-    /// How many steps to train for
+    /// Number of training steps
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
-    /// Where attention is computed: cpu, cuda, cuda:N, emulator, emulator:sm_80 (slow: give it few steps), or best: a
-    /// GPU if there is one, else the CPU
+    /// Device of the attention: cpu, cuda, cuda:N, emulator, emulator:sm_80 (slow: give it few steps), or best: a GPU
+    /// if there is one, else the CPU
     #[arg(long, default_value = "best")]
     device: String,
-    /// Where the first weights, the order of the data and the sample come from
+    /// Seed of the initial weights, the order of the data and the sample
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Text to learn, in UTF-8, of 129 characters or more [default: the Gettysburg Address]
@@ -36,19 +36,19 @@ struct Options {
     text: Option<PathBuf>,
 }
 
-/// Steps in which the losses of both attentions are compared.
+/// Number of steps in which the losses of both attentions are compared.
 ///
-/// Not all of them. Both attentions round, each in its own way, and training makes such differences grow: after enough
-/// steps the two models are different ones, as they would be had a sum been taken in another order.
+/// Both attentions round differently, and training amplifies such differences: after enough steps the two models
+/// differ, as they would after any change in the order of a sum. Therefore not all steps are compared.
 const COMPARED: usize = 40;
 
-/// How far the two losses of a step may be apart, in nats a character.
+/// Largest difference of the two losses of a step, in nats per character.
 const TOLERANCE: f64 = 1e-3;
 
-/// A line is printed at every step that is a multiple of this.
+/// Number of steps between printed lines.
 const LINE_EVERY: usize = 10;
 
-/// Characters of the text that the sample begins with.
+/// Number of characters of the text that the sample starts with.
 const GIVEN: usize = 10;
 
 fn main() -> ExitCode {
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The whole of it. Whether both attentions agree.
+/// Runs the program; returns true if both attentions agree.
 fn run(options: &Options) -> Result<bool, Failure> {
     const CONTEXT: usize = 128;
     let text = read_text(options, CONTEXT)?;
@@ -103,14 +103,14 @@ fn run(options: &Options) -> Result<bool, Failure> {
     }
     log.finish()?;
 
-    // One short sequence at a time is work for a CPU, wherever the training was.
+    // Short sequences one at a time are work for a CPU, whatever device the training used.
     let reciting = FlashAttention::new(Device::cpu());
     let sample = flash.sample(&reciting, GIVEN, 300, 0.5)?;
     log.line(&format!("\nThe model, given the first {GIVEN} characters:\n\n{sample}"))?;
     Ok(true)
 }
 
-/// Trains with both for so many steps. Whether their losses agree at each.
+/// Trains with both attentions for some steps; returns true if their losses agree in each.
 fn compare(
     flash: &mut Trainer<FlashAttention>,
     mut plain: Trainer<PlainAttention>,
@@ -139,7 +139,7 @@ fn compare(
     Ok(agree)
 }
 
-/// The text that was asked for.
+/// Reads the text that was asked for.
 fn read_text(options: &Options, context: usize) -> Result<Text, Failure> {
     let bundled = concat!(env!("CARGO_MANIFEST_DIR"), "/data/gettysburg.txt");
     let path = options.text.clone().unwrap_or_else(|| bundled.into());
@@ -148,7 +148,7 @@ fn read_text(options: &Options, context: usize) -> Result<Text, Failure> {
     Text::new(&text, context).map_err(|error| failure(&error))
 }
 
-/// Lines on standard output, and below them, where standard error is a terminal, a bar.
+/// Lines on standard output, and a progress bar below them if standard error is a terminal.
 struct Log {
     bar: ProgressBar,
     start: Instant,
@@ -167,7 +167,7 @@ impl Log {
         self.bar.suspend(|| writeln!(std::io::stdout(), "{line}"))
     }
 
-    /// Moves the bar, and prints some steps' lines.
+    /// Advances the bar, and prints the lines of some steps.
     fn step(&self, step: usize, loss: f64, line: impl FnOnce() -> String) -> std::io::Result<()> {
         self.bar.set_message(format!("loss {loss:.4}"));
         self.bar.set_position(step as u64);

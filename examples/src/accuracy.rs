@@ -1,21 +1,22 @@
-//! How far an answer is from the right one, and how far it may be.
+//! Error of a result, and the bound on it.
 
 use flash_attention::Element;
 
-/// The error of an answer beside that of standard attention computed in the same dtype.
+/// The error of a result beside that of standard attention computed in the same dtype.
 ///
-/// The rule is the one FlashAttention tests itself by: at most twice the error of standard attention, plus 1e-5. Standard
-/// attention's error is its distance from attention in f64, so that a stored answer that is wrong excuses nobody.
+/// The bound is that of FlashAttention's own tests: at most twice the error of standard attention, plus 1e-5. The
+/// error of standard attention is its distance from attention in f64, so a wrong stored answer does not widen the
+/// bound.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Accuracy {
-    /// Largest distance of an element from the stored answer.
+    /// Largest distance of an element of the result from the stored answer.
     pub error: f64,
     /// Largest distance of an element of standard attention from attention in f64.
     pub standard: f64,
 }
 
 impl Accuracy {
-    /// Compares an answer with the stored one, and standard attention with attention in f64.
+    /// Compares a result with the stored answer, and standard attention with attention in f64.
     pub fn of<T: Element>(got: &[T], stored: &[f32], standard: &[T], exact: &[f64]) -> Self {
         Self {
             error: largest_error(got, stored),
@@ -23,12 +24,12 @@ impl Accuracy {
         }
     }
 
-    /// The largest error allowed.
+    /// Returns the largest error allowed.
     pub fn bound(&self) -> f64 {
         2.0 * self.standard + 1e-5
     }
 
-    /// Whether the answer is as good as it has to be.
+    /// Returns true if the error is within the bound.
     pub fn passes(&self) -> bool {
         self.error <= self.bound()
     }
@@ -47,7 +48,7 @@ impl std::fmt::Display for Accuracy {
     }
 }
 
-/// The largest distance of elements; infinite where one is not a number and the other is.
+/// Returns the largest distance of two elements; infinite if exactly one of them is NaN.
 fn largest_error<T: Element>(got: &[T], right: &[impl Copy + Into<f64>]) -> f64 {
     let error = |got: f64, right: f64| {
         let error = (got - right).abs();

@@ -10,22 +10,22 @@ use zerocopy::IntoBytes;
 
 use crate::Failure;
 
-/// The content of a file with the tensors q, k and v, and perhaps the answer.
+/// Content of a file: the tensors q, k and v, and optionally the stored answer.
 #[derive(Clone, Debug)]
 pub struct AttentionFile {
     /// Queries, `[batch, heads_q, seqlen_q, head_dim]`.
     pub q: Stored,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
     pub k: Stored,
-    /// Values, shaped as the keys.
+    /// Values, with the shape of the keys.
     pub v: Stored,
-    /// The right output for full attention, shaped as the queries.
+    /// Correct output of full attention, with the shape of the queries.
     pub out: Option<Stored>,
-    /// The right log-sum-exp for full attention, `[batch, heads_q, seqlen_q]`.
+    /// Correct log-sum-exp of full attention, `[batch, heads_q, seqlen_q]`.
     pub lse: Option<Stored>,
-    /// Gradient of the output, shaped as the queries.
+    /// Gradient of the output, with the shape of the queries.
     pub dout: Option<Stored>,
-    /// The right gradients of q, k and v for full attention, each shaped as what it is the gradient of.
+    /// Correct gradients of q, k and v for full attention, each with the shape of its tensor.
     pub gradients: [Option<Stored>; 3],
     /// `softmax_scale` of the file's metadata.
     pub softmax_scale: Option<f32>,
@@ -34,9 +34,9 @@ pub struct AttentionFile {
 /// A tensor of a file. Files hold f16, bf16 or f32, each of which is exact in f32.
 #[derive(Clone, Debug)]
 pub struct Stored {
-    /// Its shape.
+    /// Shape of the tensor.
     pub shape: Vec<usize>,
-    /// Its elements in logical order.
+    /// Elements in logical order.
     pub elements: Vec<f32>,
 }
 
@@ -44,8 +44,8 @@ impl AttentionFile {
     /// Reads a file.
     ///
     /// # Errors
-    /// If the file can not be read, is no safetensors file, lacks q, k or v, holds another type than f16, bf16 and f32, or
-    /// stores an answer or a gradient whose shape does not fit.
+    /// A sentence if the file cannot be read, is no safetensors file, lacks q, k or v, holds another type than f16,
+    /// bf16 and f32, or stores an answer or a gradient of the wrong shape.
     pub fn read(path: &Path) -> Result<Self, Failure> {
         let failed = |what: String| Failure(format!("{}: {what}", path.display()));
         let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
@@ -84,7 +84,7 @@ impl AttentionFile {
         Ok(file)
     }
 
-    /// The answer, and what backward needs, must have the shapes that attention over these inputs has.
+    /// Checks that the answer and the inputs of backward have the shapes that attention over these inputs gives.
     fn check_answer(&self) -> Result<(), String> {
         let (q, k, v) = (&self.q.shape[..], &self.k.shape[..], &self.v.shape[..]);
         let [dq, dk, dv] = &self.gradients;
@@ -112,7 +112,7 @@ impl AttentionFile {
 impl Stored {
     fn read(name: &str, view: &TensorView<'_>) -> Result<Self, String> {
         fn widen<T: Element>(bytes: &[u8]) -> Vec<f32> {
-            // A file's tensors start anywhere.
+            // A tensor may start at any byte of the file.
             bytes
                 .chunks_exact(size_of::<T>())
                 .map(|chunk| T::read_from_bytes(chunk).expect("a chunk is an element").to_f32())
@@ -130,29 +130,29 @@ impl Stored {
         })
     }
 
-    /// The elements as f64.
+    /// Returns the elements as f64.
     pub fn widen(&self) -> Vec<f64> {
         self.elements.iter().map(|&element| element.into()).collect()
     }
 
-    /// The elements rounded to `T`.
+    /// Returns the elements rounded to `T`.
     pub fn round<T: Element>(&self) -> Vec<T> {
         self.elements.iter().map(|&element| T::from_f32(element)).collect()
     }
 
-    /// The tensor on a device, its elements rounded to `T`.
+    /// Returns the tensor on a device, with its elements rounded to `T`.
     ///
     /// # Errors
-    /// What the device says of the memory.
+    /// The errors of [`Tensor::from_slice`].
     pub fn upload<T: Element>(&self, device: &Device) -> Result<Tensor<T>, Failure> {
         Ok(Tensor::from_slice(device, &self.shape, &self.round::<T>())?)
     }
 }
 
-/// Writes out and lse, the scale that made them, and dq, dk and dv if there are gradients.
+/// Writes out and lse, the softmax scale, and dq, dk and dv if there are gradients.
 ///
 /// # Errors
-/// If the device fails or the file can not be written.
+/// A sentence if the device fails or the file cannot be written.
 pub fn write_output<T: Element>(
     path: &Path,
     output: &Output<T>,

@@ -1,4 +1,5 @@
-//! What the examples share: attention inputs on disk, how far an answer is from the right one, and how to refuse a call.
+//! Shared parts of the examples: attention inputs on disk, the error of a result, and the refusal of wrong command
+//! lines.
 
 mod accuracy;
 pub mod command_line;
@@ -9,7 +10,7 @@ pub mod train;
 pub use accuracy::Accuracy;
 pub use file::{AttentionFile, Stored, write_output};
 
-/// Why an example stopped: one sentence.
+/// The reason why an example stopped: one sentence.
 #[derive(Debug)]
 pub struct Failure(pub String);
 

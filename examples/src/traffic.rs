@@ -11,20 +11,20 @@ use zerocopy::IntoBytes;
 
 use crate::Failure;
 
-/// Elements of a head in the study.
+/// head_dim of the study.
 pub const HEAD_DIM: u32 = 64;
 
-/// Queries a block of the fused kernel owns, one compiled kernel each.
+/// Number of queries per block of the fused kernel; one kernel is compiled for each.
 pub const QUERIES_PER_BLOCK: [u32; 4] = [16, 32, 64, 128];
 
-/// Traffic of one way to compute attention.
+/// Memory traffic of one way to compute attention.
 #[derive(Clone, Copy, Debug)]
 pub struct Measured {
-    /// Queries, and keys.
+    /// Length of both sequences.
     pub seqlen: u32,
-    /// Queries that a block owns.
+    /// Number of queries of a block.
     pub block_m: u32,
-    /// SRAM of a block, in bytes: the M of the formulas, times 4.
+    /// SRAM of a block in bytes, 4 times the M of the formulas.
     pub shared_bytes: u32,
     /// Bytes read from and written to device memory.
     pub bytes: u64,
@@ -42,15 +42,15 @@ pub struct Study {
     scores: DevicePtr,
     causal: bool,
     options: Options,
-    /// What standard attention computed, to compare with.
+    /// Result of standard attention, to compare with.
     reference: std::cell::OnceCell<Vec<f32>>,
 }
 
 impl Study {
-    /// Draws q, k and v, for full attention that is counted and not checked.
+    /// Draws q, k and v for full attention, with the emulator's checks off.
     ///
     /// # Errors
-    /// If the emulator's memory is too small.
+    /// A sentence if the emulator's memory is too small.
     pub fn new(seqlen: u32) -> Result<Self, Failure> {
         let options = Options {
             checks: Checks::none(),
@@ -59,10 +59,11 @@ impl Study {
         Self::with_options(seqlen, false, options)
     }
 
-    /// The same, causal or not, with checks and an order of warps; a finding is a failure.
+    /// Draws q, k and v, with or without a causal mask, with these checks and this order of warps. A finding is a
+    /// failure.
     ///
     /// # Errors
-    /// If the emulator's memory is too small.
+    /// A sentence if the emulator's memory is too small.
     pub fn with_options(seqlen: u32, causal: bool, options: Options) -> Result<Self, Failure> {
         let memory = DeviceMemory::new();
         let mut random = StdRng::seed_from_u64(u64::from(seqlen));
@@ -92,10 +93,10 @@ impl Study {
         })
     }
 
-    /// Three kernels, scores in device memory.
+    /// Runs standard attention: three kernels, with the scores in device memory.
     ///
     /// # Errors
-    /// What the emulator says of a launch.
+    /// The error of a launch.
     pub fn standard(&self) -> Result<Measured, Failure> {
         let n = self.seqlen.get();
         let mut bytes = 0;
@@ -128,10 +129,11 @@ impl Study {
         })
     }
 
-    /// The fused kernel with `block_m` queries a block. Its result must be that of standard attention, if that ran.
+    /// Runs the fused kernel with `block_m` queries per block. If standard attention ran before, the results must
+    /// agree.
     ///
     /// # Errors
-    /// What the emulator says of the launch, or that the results differ.
+    /// The error of the launch, or a difference of the results.
     pub fn flash(&self, block_m: u32) -> Result<Measured, Failure> {
         let n = self.seqlen.get();
         let entry = find(Step::Flash, self.causal, Some(block_m))?;
@@ -158,7 +160,7 @@ impl Study {
         })
     }
 
-    /// Bytes that one launch moves.
+    /// Returns the bytes that one launch moves.
     fn launch(&self, entry: &Entry<Step>, blocks: u32, params: &[u8]) -> Result<u64, Failure> {
         let module = Module::parse(&entry.ptx(), &format!("{}.ptx", entry.name)).map_err(failure)?;
         let launch = Launch {

@@ -1,10 +1,10 @@
-//! Adam (Kingma and Ba, 2014): steps in units of each gradient's own recent size.
+//! Adam (Kingma and Ba, 2014): steps in units of the recent size of each gradient.
 
-/// The optimiser's running means.
+/// The running means of the optimiser.
 #[derive(Clone, Debug, Default)]
 pub struct Adam {
     steps: i32,
-    /// For each tensor and element, the running means of the gradient and of its square.
+    /// Running means of the gradient and of its square, for each element of each tensor.
     means: Vec<Vec<(f32, f32)>>,
 }
 
@@ -13,8 +13,8 @@ impl Adam {
     const KEEP_SQUARE: f32 = 0.99;
     const EPSILON: f32 = 1e-8;
 
-    /// Moves every parameter against its gradient by about `learning_rate`. The tensors of both come in the same order
-    /// at every call.
+    /// Moves every parameter against its gradient by about `learning_rate`. Both lists have the same order in every
+    /// call.
     pub fn step<'a>(
         &mut self,
         learning_rate: f32,
@@ -22,7 +22,7 @@ impl Adam {
         gradients: impl IntoIterator<Item = &'a mut [f32]>,
     ) {
         self.steps += 1;
-        // The means begin at zero, and are divided by how much of them is not that zero.
+        // The means start at 0, so they are divided by the weight of the gradients in them.
         let mean_weight = 1.0 - Self::KEEP_MEAN.powi(self.steps);
         let square_weight = 1.0 - Self::KEEP_SQUARE.powi(self.steps);
         for (i, (parameters, gradients)) in parameters.into_iter().zip(gradients).enumerate() {

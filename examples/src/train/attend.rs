@@ -1,29 +1,29 @@
-//! Causal self-attention, as the model sees it: packed queries, keys and values go in, one row a token.
+//! Causal self-attention as the model uses it, on packed queries, keys and values with one row per token.
 
 use flash_attention::{Attention, Device, Error, Output, Tensor};
 use ndarray::parallel::prelude::*;
 use ndarray::{Array2, Array4, Array5, Axis, s};
 
-/// How rows of activations are cut into sequences and heads.
+/// Partition of rows of activations into sequences and heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
-    /// Sequences.
+    /// Number of sequences.
     pub batch: usize,
-    /// Tokens of each.
+    /// Tokens per sequence.
     pub seqlen: usize,
-    /// Heads.
+    /// Number of heads.
     pub heads: usize,
-    /// Numbers that a head has for each token.
+    /// Elements of a head per token (head_dim).
     pub head_dim: usize,
 }
 
 impl Heads {
-    /// Numbers that all heads together have for each token.
+    /// Returns the elements of all heads per token.
     pub fn width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Columns of one head within the queries (`part` 0), keys (1) or values (2) of packed rows.
+    /// Returns the columns of one head within the queries (`part` 0), keys (1) or values (2) of packed rows.
     fn columns(&self, part: usize, head: usize) -> std::ops::Range<usize> {
         let first = part * self.width() + head * self.head_dim;
         first..first + self.head_dim
@@ -34,35 +34,36 @@ impl Heads {
     }
 }
 
-/// Causal self-attention with both passes.
+/// Causal self-attention, forward and backward.
 ///
-/// `qkv` is `[batch * seqlen, 3 * heads * head_dim]`: in each token's row its queries, then its keys, then its values.
+/// `qkv` is `[batch * seqlen, 3 * heads * head_dim]`: each token's row has its queries, then its keys, then its
+/// values.
 pub trait Attend {
-    /// What the way back needs.
+    /// Values that forward saves for backward.
     type Saved;
 
-    /// The output, `[batch * seqlen, heads * head_dim]`, and what the way back needs.
+    /// Returns the output, `[batch * seqlen, heads * head_dim]`, and the values saved for backward.
     ///
     /// # Errors
-    /// What the library says, if it is asked.
+    /// The errors of the library, where it computes the attention.
     fn forward(&self, heads: Heads, qkv: Array2<f32>) -> Result<(Array2<f32>, Self::Saved), Error>;
 
-    /// The gradient of qkv, packed alike, from that of the output.
+    /// Returns the gradient of qkv, packed like qkv, from the gradient of the output.
     ///
     /// # Errors
-    /// What the library says, if it is asked.
+    /// The errors of the library, where it computes the attention.
     fn backward(&self, heads: Heads, saved: &Self::Saved, dout: &Array2<f32>) -> Result<Array2<f32>, Error>;
 }
 
-/// Attention by the formula: all scores of a head in a matrix, which is kept for the way back.
+/// Standard attention: all scores of a head form a matrix, which is saved for backward.
 #[derive(Clone, Copy, Debug)]
 pub struct PlainAttention;
 
-/// What [`PlainAttention`] keeps: seqlen x seqlen numbers a head.
+/// Values that [`PlainAttention`] saves: seqlen x seqlen elements per head.
 #[derive(Debug)]
 pub struct PlainSaved {
     qkv: Array2<f32>,
-    /// For each sequence the softmax of each head.
+    /// Softmax of each head of each sequence.
     probabilities: Vec<Vec<Array2<f32>>>,
 }
 
@@ -111,7 +112,7 @@ impl Attend for PlainAttention {
     }
 }
 
-/// The softmax of each row up to the diagonal; zeros right of it.
+/// Computes the softmax of each row up to the diagonal; elements right of it are 0.
 fn causal_softmax(mut scores: Array2<f32>) -> Array2<f32> {
     for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
         let (mut seen, mut unseen) = row.view_mut().split_at(Axis(0), i + 1);
@@ -124,29 +125,29 @@ fn causal_softmax(mut scores: Array2<f32>) -> Array2<f32> {
     scores
 }
 
-/// The gradient of the scores from that of their softmax `p`. It is zero where p is.
+/// Computes the gradient of the scores from that of their softmax `p`. It is 0 where p is 0.
 fn softmax_backward(p: &Array2<f32>, dp: Array2<f32>) -> Array2<f32> {
     let row_sums = (p * &dp).sum_axis(Axis(1)).insert_axis(Axis(1));
     (dp - row_sums) * p
 }
 
-/// This library's attention, on both passes. What it keeps grows with the sequence, not with its square.
+/// Attention of this library, in forward and backward. Its saved memory grows with the sequence, not with its square.
 #[derive(Clone, Debug)]
 pub struct FlashAttention {
     attention: Attention,
     device: Device,
 }
 
-/// What [`FlashAttention`] keeps.
+/// Values that [`FlashAttention`] saves.
 #[derive(Debug)]
 pub struct FlashSaved {
-    /// `[batch, seqlen, 3, heads, head_dim]`.
+    /// Packed input, `[batch, seqlen, 3, heads, head_dim]`.
     qkv: Tensor<f32>,
     output: Output<f32>,
 }
 
 impl FlashAttention {
-    /// Attention computed on this device.
+    /// Makes attention that runs on this device.
     pub fn new(device: Device) -> Self {
         Self {
             attention: Attention::new().causal(),
@@ -174,20 +175,20 @@ impl Attend for FlashAttention {
     }
 }
 
-/// Rows as they are, as `[batch, seqlen, parts, heads, head_dim]`.
+/// Copies rows to the device, as `[batch, seqlen, parts, heads, head_dim]`.
 fn upload(device: &Device, heads: Heads, parts: usize, rows: &Array2<f32>) -> Result<Tensor<f32>, Error> {
     let shape = [heads.batch, heads.seqlen, parts, heads.heads, heads.head_dim];
     let rows = rows.as_standard_layout();
     Tensor::from_slice(device, shape, rows.as_slice().expect("the standard layout has no gaps"))
 }
 
-/// Views of the three parts as attention takes them, `[batch, heads, seqlen, head_dim]`: packed memory, used in place.
+/// Returns views of the three parts as attention takes them, `[batch, heads, seqlen, head_dim]`; nothing is copied.
 fn queries_keys_values(qkv: &Tensor<f32>) -> Result<[Tensor<f32>; 3], Error> {
     let part = |part| qkv.select(2, part)?.transpose(1, 2);
     Ok([part(0)?, part(1)?, part(2)?])
 }
 
-/// Packs tensors `[batch, heads, seqlen, head_dim]` side by side into rows, the way back of [`upload`].
+/// Packs tensors `[batch, heads, seqlen, head_dim]` side by side into rows, the inverse of [`upload`].
 fn download(heads: Heads, parts: &[&Tensor<f32>]) -> Result<Array2<f32>, Error> {
     let Heads { batch, seqlen, .. } = heads;
     let mut packed = Array5::zeros((batch, seqlen, parts.len(), heads.heads, heads.head_dim));
@@ -234,7 +235,7 @@ mod tests {
         gradient_matches_finite_differences(&FlashAttention::new(Device::cpu()));
     }
 
-    /// On a problem that no tile divides.
+    /// Tests a problem whose sizes no tile divides.
     fn agrees_with_plain_attention(device: Device) {
         let heads = Heads {
             batch: 3,

@@ -1,4 +1,4 @@
-//! One layer of the transformer, with norms before each half: attention, then a small network for each token alone.
+//! One layer of the transformer: attention, then a small network for each token, each after a layer norm.
 
 use flash_attention::Error;
 use ndarray::Array2;
@@ -19,7 +19,7 @@ pub struct Block {
     shrink: Linear,
 }
 
-/// What the way back through a [`Block`] needs: the input of each of its layers.
+/// Values that a [`Block`] saves for backward: the input of each of its layers.
 #[derive(Debug)]
 pub struct BlockSaved<S> {
     norm1: Normalized,
@@ -33,8 +33,8 @@ pub struct BlockSaved<S> {
 }
 
 impl Block {
-    /// Random weights. Those of the two maps that add to x are smaller the more layers there are, so that their sum is
-    /// about as large with many as with one.
+    /// Makes random weights. In the two maps that add to x they are smaller the more layers there are, so that the
+    /// sum of all layers has about the same size for any number of layers.
     pub fn new(rng: &mut StdRng, config: &Config) -> Self {
         let width = config.width();
         let deviation = 0.02;
@@ -49,10 +49,10 @@ impl Block {
         }
     }
 
-    /// The new rows, and what the way back needs.
+    /// Returns the new rows, and the values saved for backward.
     ///
     /// # Errors
-    /// Those of [`Attend::forward`].
+    /// The errors of [`Attend::forward`].
     pub fn forward<A: Attend>(
         &self,
         attend: &A,
@@ -81,10 +81,10 @@ impl Block {
         Ok((x, saved))
     }
 
-    /// The gradients of x and of the parameters. Each half adds to what flows past it.
+    /// Returns the gradients of x and of the parameters. Each half adds to the gradient that flows past it.
     ///
     /// # Errors
-    /// Those of [`Attend::backward`].
+    /// The errors of [`Attend::backward`].
     pub fn backward<A: Attend>(
         &self,
         attend: &A,

@@ -1,15 +1,15 @@
-//! Holds a gradient to the slope between two nearby points.
+//! Compares a gradient with the slope between two nearby points.
 
 use ndarray::Array2;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rand_distr::StandardNormal;
 
-/// Half the distance of the two points. Large, because a loss computed in f32 is known to seven digits: the slope then
-/// is to five, and what the third derivative adds is less than that where arguments and derivatives are about 1.
+/// Half the distance of the two points. It is large because an f32 loss has seven digits: the slope then has five,
+/// and the third derivative adds less than that if arguments and derivatives are about 1.
 const STEP: f32 = 1e-2;
 
-/// How far a derivative may be from the slope, as a part of the largest derivative in the same tensor.
+/// Largest distance of a derivative from the slope, relative to the largest derivative of the tensor.
 const TOLERANCE: f64 = 3e-3;
 
 /// Checks every element of `gradient` against the slope of `loss` at `point`; `parameters` lists the tensors of both.
@@ -40,18 +40,18 @@ pub fn check<P>(mut point: P, parameters: fn(&mut P) -> Vec<&mut [f32]>, gradien
     }
 }
 
-/// Normally distributed numbers.
+/// Returns normally distributed numbers.
 pub fn random(seed: u64, rows: usize, columns: usize) -> Array2<f32> {
     let mut rng = StdRng::seed_from_u64(seed);
     Array2::from_shape_simple_fn((rows, columns), || rng.sample(StandardNormal))
 }
 
-/// A loss whose gradient is `weights`.
+/// Computes a loss whose gradient is `weights`.
 pub fn weighted_sum(y: &Array2<f32>, weights: &Array2<f32>) -> f64 {
     y.iter().zip(weights).map(|(&y, &w)| f64::from(y) * f64::from(w)).sum()
 }
 
-/// A matrix as [`check`] takes it.
+/// Lists the tensors of a matrix, for [`check`].
 pub fn matrix(x: &mut Array2<f32>) -> Vec<&mut [f32]> {
     vec![x.as_slice_memory_order_mut().expect("it owns its memory")]
 }

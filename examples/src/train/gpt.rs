@@ -1,4 +1,4 @@
-//! The whole model: from tokens to the loss, from the loss to every gradient, and from a beginning to a text.
+//! The model: the loss of tokens, all gradients of the loss, and generation of text.
 
 use flash_attention::Error;
 use ndarray::{Array2, Axis, Zip, s};
@@ -10,23 +10,23 @@ use super::block::{Block, BlockSaved};
 use super::layers::{Embedding, LayerNorm, Linear, Normalized};
 use super::text::Batch;
 
-/// The model's sizes.
+/// Sizes of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Tokens it knows.
+    /// Number of different tokens.
     pub vocabulary: usize,
-    /// Tokens it sees at most.
+    /// Largest number of tokens of a sequence.
     pub context: usize,
-    /// Blocks.
+    /// Number of blocks.
     pub layers: usize,
-    /// Attention heads of a block.
+    /// Number of attention heads of a block.
     pub heads: usize,
-    /// Numbers that a head has for each token; a multiple of 8.
+    /// Elements of a head per token; a multiple of 8.
     pub head_dim: usize,
 }
 
 impl Config {
-    /// Numbers that a token is between blocks.
+    /// Returns the elements of a token between blocks.
     pub fn width(&self) -> usize {
         self.heads * self.head_dim
     }
@@ -51,7 +51,7 @@ pub struct Gpt {
     head: Linear,
 }
 
-/// What the way back through a [`Gpt`] needs.
+/// Values that a [`Gpt`] saves for backward.
 struct Saved<S> {
     blocks: Vec<BlockSaved<S>>,
     norm: Normalized,
@@ -59,7 +59,7 @@ struct Saved<S> {
 }
 
 impl Gpt {
-    /// A model that has learned nothing.
+    /// Makes a model with random weights.
     pub fn new(rng: &mut StdRng, config: Config) -> Self {
         Self {
             config,
@@ -70,7 +70,7 @@ impl Gpt {
         }
     }
 
-    /// For each token of each sequence, a score for every token that may come next.
+    /// Computes, for each token of each sequence, a logit for every possible next token.
     fn forward<A: Attend>(
         &self,
         attend: &A,
@@ -95,10 +95,10 @@ impl Gpt {
         Ok((logits, saved))
     }
 
-    /// The mean cross entropy, in nats a token, and its gradient.
+    /// Returns the mean cross entropy, in nats per token, and its gradient.
     ///
     /// # Errors
-    /// Those of [`Attend`].
+    /// The errors of [`Attend`].
     pub fn loss_and_gradient<A: Attend>(&self, attend: &A, batch: &Batch) -> Result<(f64, Self), Error> {
         let heads = self.config.cut(batch.inputs.len(), batch.seqlen);
         let (logits, saved) = self.forward(attend, &batch.inputs, batch.seqlen)?;
@@ -122,11 +122,11 @@ impl Gpt {
         Ok((loss, gradient))
     }
 
-    /// Continues `tokens` by `count` tokens, each drawn from what the model expects. A `temperature` below 1 prefers
-    /// what is likely.
+    /// Continues `tokens` by `count` tokens, each drawn from the model's distribution. A `temperature` below 1
+    /// favours likely tokens.
     ///
     /// # Errors
-    /// Those of [`Attend::forward`].
+    /// The errors of [`Attend::forward`].
     pub fn generate<A: Attend>(
         &self,
         attend: &A,
@@ -145,18 +145,18 @@ impl Gpt {
                 left -= log.exp();
                 left < 0.0
             });
-            // Rounding may leave a little over after the last.
+            // Rounding may leave a small probability after the last token.
             tokens.push(drawn.unwrap_or(self.config.vocabulary - 1));
         }
         Ok(())
     }
 
-    /// How many numbers are learned.
+    /// Returns the number of parameters.
     pub fn parameter_count(&mut self) -> usize {
         self.parameters().iter().map(|tensor| tensor.len()).sum()
     }
 
-    /// Every tensor that is learned, always in the same order.
+    /// Returns all parameters, always in the same order.
     pub fn parameters(&mut self) -> Vec<&mut [f32]> {
         let mut all = self.embedding.parameters();
         all.extend(self.blocks.iter_mut().flat_map(Block::parameters));
@@ -166,7 +166,7 @@ impl Gpt {
     }
 }
 
-/// The mean of `-log softmax(logits)[target]`, summed in f64, and its gradient.
+/// Returns the mean of `-log softmax(logits)[target]`, summed in f64, and its gradient.
 fn cross_entropy(logits: Array2<f32>, targets: &[usize]) -> (f64, Array2<f32>) {
     let mut rows = log_softmax(logits);
     let mut loss = 0.0;
@@ -179,7 +179,7 @@ fn cross_entropy(logits: Array2<f32>, targets: &[usize]) -> (f64, Array2<f32>) {
     (loss / f64::from(count), rows)
 }
 
-/// The logarithm of each row's softmax.
+/// Computes the logarithm of each row's softmax.
 fn log_softmax(mut rows: Array2<f32>) -> Array2<f32> {
     Zip::from(rows.lanes_mut(Axis(1))).par_for_each(|mut row| {
         let max = row.fold(f32::NEG_INFINITY, |max, &x| max.max(x));
@@ -212,7 +212,7 @@ mod tests {
         }
     }
 
-    /// Weights as they are after some training: all of the model has a say in the loss.
+    /// Makes weights like those of a trained model, in which every parameter affects the loss.
     fn model() -> Gpt {
         let mut rng = StdRng::seed_from_u64(1);
         let mut model = Gpt::new(&mut rng, CONFIG);

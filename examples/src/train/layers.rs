@@ -1,4 +1,4 @@
-//! The layers without attention: embedding, linear map, layer norm, GELU.
+//! Layers without attention: embedding, linear map, layer norm, GELU.
 
 use ndarray::{Array1, Array2, ArrayView1, Axis, Zip};
 use rand::RngExt;
@@ -7,12 +7,12 @@ use rand_distr::StandardNormal;
 
 use super::linalg::product;
 
-/// Normally distributed numbers with mean 0.
+/// Returns normally distributed numbers with mean 0.
 fn normal(rng: &mut StdRng, rows: usize, columns: usize, deviation: f32) -> Array2<f32> {
     Array2::from_shape_simple_fn((rows, columns), || deviation * rng.sample::<f32, _>(StandardNormal))
 }
 
-/// A vector for each token of the vocabulary and one for each position; a token's row is their sum.
+/// A vector for each token of the vocabulary and for each position; the row of a token is their sum.
 #[derive(Clone, Debug)]
 pub struct Embedding {
     tokens: Array2<f32>,
@@ -20,7 +20,7 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// Random vectors.
+    /// Makes random vectors.
     pub fn new(rng: &mut StdRng, vocabulary: usize, context: usize, width: usize) -> Self {
         Self {
             tokens: normal(rng, vocabulary, width, 0.02),
@@ -28,7 +28,7 @@ impl Embedding {
         }
     }
 
-    /// One row for each of `tokens`, which are sequences of `seqlen` one after the other.
+    /// Returns one row for each of `tokens`, which are consecutive sequences of `seqlen` tokens.
     pub fn forward(&self, tokens: &[usize], seqlen: usize) -> Array2<f32> {
         let mut rows = self.tokens.select(Axis(0), tokens);
         for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
@@ -37,7 +37,7 @@ impl Embedding {
         rows
     }
 
-    /// The gradient of both tables.
+    /// Returns the gradient of both tables.
     pub fn backward(&self, tokens: &[usize], seqlen: usize, drows: &Array2<f32>) -> Self {
         let mut gradient = Self {
             tokens: Array2::zeros(self.tokens.raw_dim()),
@@ -57,7 +57,7 @@ impl Embedding {
     }
 }
 
-/// `x weight + bias`.
+/// Linear map: `x weight + bias`.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Array2<f32>,
@@ -65,7 +65,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// A random map from `inputs` to `outputs` numbers, its weights with this standard deviation.
+    /// Makes a random map from `inputs` to `outputs` elements, with weights of this standard deviation.
     pub fn new(rng: &mut StdRng, inputs: usize, outputs: usize, deviation: f32) -> Self {
         Self {
             weight: normal(rng, inputs, outputs, deviation),
@@ -78,7 +78,7 @@ impl Linear {
         product(x.view(), self.weight.view()) + &self.bias
     }
 
-    /// The gradients of x and of the parameters.
+    /// Returns the gradients of x and of the parameters.
     pub fn backward(&self, x: &Array2<f32>, dy: &Array2<f32>) -> (Array2<f32>, Self) {
         let dx = product(dy.view(), self.weight.t());
         let gradient = Self {
@@ -93,27 +93,28 @@ impl Linear {
     }
 }
 
-/// Shifts and scales each row to mean 0 and variance 1, then each column as it has learned.
+/// Layer norm: shifts and scales each row to mean 0 and variance 1, then scales and shifts each column by learned
+/// values.
 #[derive(Clone, Debug)]
 pub struct LayerNorm {
     gain: Array1<f32>,
     bias: Array1<f32>,
 }
 
-/// What the way back through a [`LayerNorm`] needs.
+/// Values that a [`LayerNorm`] saves for backward.
 #[derive(Clone, Debug)]
 pub struct Normalized {
     /// Rows of mean 0 and variance 1.
     rows: Array2<f32>,
-    /// What each row was multiplied by.
+    /// Factor by which each row was multiplied.
     inv_deviation: Array1<f32>,
 }
 
 impl LayerNorm {
-    /// Keeps a constant row from being divided by 0.
+    /// Added to the variance, so that a constant row is not divided by 0.
     const EPSILON: f32 = 1e-5;
 
-    /// One that leaves columns as they are.
+    /// Makes a norm that leaves columns unchanged.
     pub fn new(width: usize) -> Self {
         Self {
             gain: Array1::ones(width),
@@ -121,7 +122,7 @@ impl LayerNorm {
         }
     }
 
-    /// The result, and what the way back needs.
+    /// Returns the result, and the values saved for backward.
     pub fn forward(&self, x: &Array2<f32>) -> (Array2<f32>, Normalized) {
         let mut rows = x.clone();
         let mut inv_deviation = Array1::zeros(x.nrows());
@@ -137,9 +138,9 @@ impl LayerNorm {
         (y, Normalized { rows, inv_deviation })
     }
 
-    /// The gradients of x and of the parameters.
+    /// Returns the gradients of x and of the parameters.
     pub fn backward(&self, saved: &Normalized, dy: &Array2<f32>) -> (Array2<f32>, Self) {
-        // A row's mean and size are taken out of x, so they are taken out of its gradient.
+        // The norm removes a row's mean and size from x, so both are removed from the gradient of x.
         let mut dx = dy * &self.gain;
         Zip::from(dx.rows_mut())
             .and(saved.rows.rows())
@@ -162,14 +163,14 @@ impl LayerNorm {
     }
 }
 
-/// GELU, in the form with tanh that GPT-2 has: `x (1 + tanh u) / 2`, which is `x sigmoid(2 u)`.
+/// GELU in GPT-2's form with tanh: `x (1 + tanh u) / 2`, which equals `x sigmoid(2 u)`.
 pub fn gelu(x: &Array2<f32>) -> Array2<f32> {
     let mut y = x.clone();
     y.par_mapv_inplace(|x| x * sigmoid_and_slope(x).0);
     y
 }
 
-/// The gradient of GELU's x.
+/// Returns the gradient of GELU's input.
 pub fn gelu_backward(x: &Array2<f32>, dy: &Array2<f32>) -> Array2<f32> {
     let mut dx = dy.clone();
     Zip::from(&mut dx).and(x).par_for_each(|d, &x| {
@@ -179,7 +180,7 @@ pub fn gelu_backward(x: &Array2<f32>, dy: &Array2<f32>) -> Array2<f32> {
     dx
 }
 
-/// `sigmoid(2 u)` and the derivative of `2 u`, where `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
+/// Returns `sigmoid(2 u)` and the derivative of `2 u`, where `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
 fn sigmoid_and_slope(x: f32) -> (f32, f32) {
     const TWO_SQRT_2_OVER_PI: f32 = 2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
     const CUBIC: f32 = 0.044_715;
@@ -210,7 +211,7 @@ mod tests {
     fn embedding() {
         let mut rng = StdRng::seed_from_u64(1);
         let layer = Embedding::new(&mut rng, 5, 4, 6);
-        let tokens = [0, 3, 3, 1, 4, 3, 0, 0]; // 2 doesn't occur: its gradient is 0
+        let tokens = [0, 3, 3, 1, 4, 3, 0, 0]; // token 2 does not occur: its gradient is 0
         let weights = random(2, 8, 6);
         let mut gradient = layer.backward(&tokens, 4, &weights);
         assert!(gradient.tokens.row(2).iter().all(|&d| d == 0.0));

@@ -4,7 +4,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::parallel::prelude::*;
 use ndarray::{Array2, ArrayView2, Axis};
 
-/// `a b`. Each of rayon's threads computes some rows of it.
+/// Computes `a b`. Each thread of rayon computes some of its rows.
 pub fn product(a: ArrayView2<f32>, b: ArrayView2<f32>) -> Array2<f32> {
     let mut result = Array2::zeros((a.nrows(), b.ncols()));
     let rows = a.nrows().div_ceil(rayon::current_num_threads()).max(1);

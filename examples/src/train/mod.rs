@@ -1,12 +1,13 @@
-//! A small GPT and its training, written by hand, so that attention can be exchanged and nothing else changes.
+//! A small GPT and its training, written by hand, so that attention can be exchanged while all other code stays the
+//! same.
 //!
-//! Activations are matrices with one row a token, `[batch * seqlen, width]`. Every layer has a `forward`, which gives the
-//! result and, where needed, what the way back needs; and a `backward`, which turns the gradient of its result into the
-//! gradient of its input and the gradient of its parameters. The latter is a value of the layer's own type: the
+//! Activations are matrices with one row per token, `[batch * seqlen, width]`. The `forward` of a layer returns its
+//! result and, if needed, values saved for backward. Its `backward` turns the gradient of the result into the
+//! gradient of the input and the gradient of the parameters. The latter is a value of the layer's own type: the
 //! gradient of a [`Gpt`] is a `Gpt`.
 //!
-//! Attention is behind the trait [`Attend`]: [`PlainAttention`] is the textbook's and stores every score,
-//! [`FlashAttention`] is this library's on both passes and stores none.
+//! The trait [`Attend`] has two implementations: [`PlainAttention`] is standard attention and stores every score,
+//! [`FlashAttention`] is this library and stores none.
 
 mod adam;
 mod attend;

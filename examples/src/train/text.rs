@@ -1,22 +1,22 @@
-//! A text as the model reads it: one token a character.
+//! A text as tokens: one token per character.
 
 use rand::RngExt;
 use rand::rngs::StdRng;
 
-/// A text whose characters are numbered.
+/// A text with numbered characters.
 #[derive(Clone, Debug)]
 pub struct Text {
-    /// Every character that occurs, in order; its index is its token.
+    /// All characters that occur, sorted; the index of a character is its token.
     vocabulary: Vec<char>,
     tokens: Vec<usize>,
 }
 
-/// A text that is too short to learn from.
+/// Error of a text that is too short to learn from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TextError {
-    /// Characters it has.
+    /// Number of characters it has.
     pub len: usize,
-    /// Characters it must have: a context, and the character that follows it.
+    /// Number of characters it needs: a context, and the character that follows it.
     pub needed: usize,
 }
 
@@ -29,14 +29,14 @@ impl std::fmt::Display for TextError {
 
 impl std::error::Error for TextError {}
 
-/// Pieces of a text, and for each of their tokens the one that follows.
+/// Pieces of a text, and for each of their tokens the next one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
-    /// Sequences of `seqlen` tokens, one after the other.
+    /// Consecutive sequences of `seqlen` tokens.
     pub inputs: Vec<usize>,
-    /// What follows each of them.
+    /// The token that follows each input.
     pub targets: Vec<usize>,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     pub seqlen: usize,
 }
 
@@ -44,7 +44,7 @@ impl Text {
     /// Numbers the characters of a text that is longer than `context`.
     ///
     /// # Errors
-    /// [`TextError`] if it is not.
+    /// [`TextError`] if the text is too short.
     pub fn new(text: &str, context: usize) -> Result<Self, TextError> {
         let characters: Vec<char> = text.chars().collect();
         let (len, needed) = (characters.len(), context + 1);
@@ -65,22 +65,22 @@ impl Text {
         })
     }
 
-    /// How many different characters there are.
+    /// Returns the number of different characters.
     pub fn vocabulary(&self) -> usize {
         self.vocabulary.len()
     }
 
-    /// The whole text.
+    /// Returns the tokens of the whole text.
     pub fn tokens(&self) -> &[usize] {
         &self.tokens
     }
 
-    /// The characters of tokens of this text.
+    /// Returns the characters of tokens of this text.
     pub fn decode(&self, tokens: &[usize]) -> String {
         tokens.iter().map(|&token| self.vocabulary[token]).collect()
     }
 
-    /// `size` pieces of `seqlen` tokens, each from anywhere in the text.
+    /// Draws `size` pieces of `seqlen` tokens from random positions of the text.
     pub fn batch(&self, rng: &mut StdRng, size: usize, seqlen: usize) -> Batch {
         let mut batch = Batch {
             inputs: Vec::with_capacity(size * seqlen),

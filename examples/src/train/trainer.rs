@@ -1,4 +1,4 @@
-//! Training: draw a batch, compute the gradient, take a step.
+//! Training: draws a batch, computes the gradient, takes a step.
 
 use flash_attention::Error;
 use rand::SeedableRng;
@@ -9,22 +9,22 @@ use super::attend::Attend;
 use super::gpt::{Config, Gpt};
 use super::text::Text;
 
-/// How a model is trained.
+/// Settings of the training.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// Where the model's first weights and the order of the data come from.
+    /// Seed of the initial weights and of the order of the data.
     pub seed: u64,
-    /// Steps of the whole training, which the learning rate depends on.
+    /// Number of steps of the whole training, which determines the learning rate.
     pub steps: usize,
-    /// Pieces of text a step.
+    /// Pieces of text per step.
     pub batch: usize,
-    /// The learning rate at its highest.
+    /// Highest learning rate.
     pub learning_rate: f32,
 }
 
-/// A model in training, with attention of one kind.
+/// A model in training, with one kind of attention.
 ///
-/// Two trainers with the same settings and texts but different attention begin with the same weights and see the same
+/// Two trainers with the same settings and text but different attention start from the same weights and see the same
 /// pieces in the same order.
 #[derive(Debug)]
 pub struct Trainer<'a, A> {
@@ -39,12 +39,12 @@ pub struct Trainer<'a, A> {
 }
 
 impl<'a, A: Attend> Trainer<'a, A> {
-    /// Steps in which the learning rate rises to its highest.
+    /// Number of steps in which the learning rate rises to its highest value.
     const WARMUP: usize = 20;
-    /// The part of the highest learning rate that is left at the end.
+    /// Learning rate at the end, as a fraction of the highest.
     const LAST_RATE: f32 = 0.1;
 
-    /// A trainer before its first step. The text is longer than the model's context.
+    /// Makes a trainer before its first step. The text must be longer than the model's context.
     pub fn new(settings: Settings, config: Config, text: &'a Text, attend: A) -> Self {
         let mut rng = StdRng::seed_from_u64(settings.seed);
         Self {
@@ -59,10 +59,10 @@ impl<'a, A: Attend> Trainer<'a, A> {
         }
     }
 
-    /// One step. The loss before it, in nats a character.
+    /// Takes one step; returns the loss before it, in nats per character.
     ///
     /// # Errors
-    /// Those of [`Attend`].
+    /// The errors of [`Attend`].
     pub fn step(&mut self) -> Result<f64, Error> {
         let batch = self.text.batch(&mut self.rng, self.settings.batch, self.context);
         let (loss, mut gradient) = self.model.loss_and_gradient(&self.attend, &batch)?;
@@ -73,7 +73,7 @@ impl<'a, A: Attend> Trainer<'a, A> {
         Ok(loss)
     }
 
-    /// Rises evenly, then falls along half a cosine.
+    /// Rises linearly, then falls along half a cosine.
     fn learning_rate(&self) -> f32 {
         let warmup = (self.step + 1) as f32 / Self::WARMUP as f32;
         let progress = (self.step as f32 / self.settings.steps as f32).min(1.0);
@@ -81,12 +81,12 @@ impl<'a, A: Attend> Trainer<'a, A> {
         self.settings.learning_rate * warmup.min(1.0) * (Self::LAST_RATE + (1.0 - Self::LAST_RATE) * fall)
     }
 
-    /// Continues the first `given` characters of the text by `count` of the model's own.
+    /// Continues the first `given` characters of the text by `count` characters of the model.
     ///
-    /// Attention may be another here than in training, for the problems are: one sequence at a time, and many of them.
+    /// Generation may use another attention than training: it has one sequence at a time, and many of them.
     ///
     /// # Errors
-    /// Those of [`Attend`].
+    /// The errors of [`Attend`].
     pub fn sample(
         &mut self,
         attend: &impl Attend,
@@ -100,7 +100,7 @@ impl<'a, A: Attend> Trainer<'a, A> {
         Ok(self.text.decode(&tokens))
     }
 
-    /// How many numbers the model learns.
+    /// Returns the number of parameters.
     pub fn parameter_count(&mut self) -> usize {
         self.model.parameter_count()
     }

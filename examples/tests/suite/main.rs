@@ -1,4 +1,4 @@
-//! The example programs, run as a user runs them.
+//! Tests that run the example programs as a user does.
 
 mod quickstart;
 mod traffic;

@@ -1,4 +1,4 @@
-//! The quickstart as a user meets it: its output, its exit status, and what it says of wrong input.
+//! Tests of the quickstart as a user sees it: its output, its exit status, and its errors for wrong input.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -7,12 +7,12 @@ use flash_attention::Device;
 use flash_attention_examples::AttentionFile;
 use safetensors::{Dtype, tensor::TensorView};
 
-/// The built example, which lies beside the folder of this test's own program.
+/// Runs the built example, which lies beside the folder of this test program.
 fn quickstart(arguments: &[&str]) -> Output {
     quickstart_with(&[], arguments)
 }
 
-/// The same, with environment variables.
+/// Runs the example with environment variables.
 fn quickstart_with(environment: &[(&str, &str)], arguments: &[&str]) -> Output {
     let test = std::env::current_exe().expect("a running program has a path");
     let built = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
@@ -33,7 +33,8 @@ fn printed(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Runs with arguments that must be refused: status 2, nothing on standard output, and one sentence, which is returned.
+/// Runs with arguments that must be refused: status 2, nothing on standard output, and one sentence, which is
+/// returned.
 fn refused(arguments: &[&str]) -> String {
     let output = quickstart(arguments);
     let sentence = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
@@ -43,7 +44,7 @@ fn refused(arguments: &[&str]) -> String {
     sentence
 }
 
-/// A file of this test's own, removed with it.
+/// A file of this test, removed when the value is dropped.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -75,7 +76,7 @@ impl Drop for Scratch {
     }
 }
 
-/// The number that follows `error` in the line that starts with this word.
+/// Returns the number that follows `error` in the line that starts with this word.
 fn error_of(word: &str, text: &str) -> f64 {
     let line = text.lines().find(|line| line.starts_with(word)).unwrap_or_default();
     let number = line.split_once("error ").and_then(|(_, rest)| rest.split(',').next());
@@ -142,7 +143,8 @@ fn a_causal_run_has_no_stored_answer_and_writes_what_it_found() {
     assert_eq!(out.data()[..64], input.tensor("v").expect("v").data()[..64]);
 }
 
-/// dq, dk and dv beside out and lse: f32 on the CPU, 16-bit on the emulator too, which takes a minute for f32.
+/// Tests dq, dk and dv beside out and lse: f32 on the CPU, 16-bit also on the emulator, which would take a minute for
+/// f32.
 #[test]
 fn backward_gives_the_stored_gradients() {
     let layer0 = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm_layer0.safetensors");
@@ -165,7 +167,7 @@ fn backward_gives_the_stored_gradients() {
     }
 }
 
-/// Gradients that are not the stored ones fail the run: status 1, and the line says so.
+/// Tests that gradients that differ from the stored ones fail the run with status 1 and a line that says so.
 #[test]
 fn wrong_gradients_fail() {
     let shape = [1, 1, 4, 8];
@@ -180,7 +182,8 @@ fn wrong_gradients_fail() {
         std::fs::write(&scratch.0, bytes).expect("a writable temporary folder");
         scratch
     };
-    // All values are one value, so q and k have no gradient; every key has a quarter of four queries' gradients, 1.
+    // All values are equal, so q and k have no gradient; every key has a quarter of the gradients, 1, of four
+    // queries.
     let file = ones("ones", &["q", "k", "v", "dout", "dq", "dk", "dv"]);
     let output = quickstart(&["--device", "cpu", "--backward", file.path()]);
     let text = printed(&output);
@@ -300,7 +303,7 @@ fn wrong_options_are_refused() {
     }
 }
 
-/// The variable that chooses the CPU's instructions chooses them, and is no more ignored than an option when it is wrong.
+/// Tests that the environment variable chooses the CPU's instructions, and that a wrong value is an error.
 #[test]
 fn the_environment_chooses_instructions() {
     let run = |name| quickstart_with(&[("FLASH_ATTENTION_CPU", name)], &["--device", "cpu"]);

@@ -1,9 +1,10 @@
-//! The kernels of the study of memory traffic, under every check of the emulator.
+//! Tests of the kernels of the traffic study, under every check of the emulator.
 
 use flash_attention_examples::traffic::{QUERIES_PER_BLOCK, Study};
 use ptx_emulator::Options;
 
-/// In 16 orders of warps no check finds anything, and the fused kernels agree with standard attention.
+/// Tests that with 16 orders of warps no check has a finding, and that the fused kernels agree with standard
+/// attention.
 #[test]
 fn kernels_of_the_study_are_clean_in_any_order() {
     for causal in [false, true] {

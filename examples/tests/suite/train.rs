@@ -1,9 +1,9 @@
-//! The training example as a user meets it: its output, its exit status, and what it says of wrong input.
+//! Tests of the training example as a user sees it: its output, its exit status, and its errors for wrong input.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// The built example, which lies beside the folder of this test's own program.
+/// Runs the built example, which lies beside the folder of this test program.
 fn train(arguments: &[&str]) -> Output {
     let test = std::env::current_exe().expect("a running program has a path");
     let built = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
@@ -16,7 +16,8 @@ fn train(arguments: &[&str]) -> Output {
         .unwrap_or_else(|error| panic!("{}: {error}; `cargo build --example train` makes it", program.display()))
 }
 
-/// Runs with arguments that must be refused: status 2, nothing on standard output, and one sentence, which is returned.
+/// Runs with arguments that must be refused: status 2, nothing on standard output, and one sentence, which is
+/// returned.
 fn refused(arguments: &[&str]) -> String {
     let output = train(arguments);
     let sentence = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();

@@ -1,4 +1,4 @@
-//! [`Case`]: one attention problem, solved on a device and held to the oracle.
+//! [`Case`]: an attention problem, solved on a device and compared with the oracle.
 
 use std::fmt::Debug;
 
@@ -8,7 +8,7 @@ use flash_attention::{Attention, Device, Dtype, Element};
 use crate::layout::{Input, Layout, Poisoned};
 use crate::{compare, devices, files, largest_error};
 
-/// One attention problem, with everything that may vary.
+/// An attention problem, with everything that may vary.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// Element type.
@@ -21,13 +21,13 @@ pub struct Case {
     pub kv: [usize; 4],
     /// Memory of q, k, v and out.
     pub layouts: [Layout; 4],
-    /// Inputs are drawn from the normal distribution with this deviation.
+    /// Standard deviation of the normal distribution that inputs are drawn from.
     pub deviation: f32,
-    /// What they are drawn with.
+    /// Seed of the inputs.
     pub seed: u64,
 }
 
-/// The inputs of a case in logical order, each contiguous.
+/// Inputs of a case in logical order, contiguous.
 #[derive(Clone, Debug)]
 pub struct Inputs<T> {
     /// Queries.
@@ -38,24 +38,24 @@ pub struct Inputs<T> {
     pub v: Vec<T>,
 }
 
-/// What a device gave, in logical order.
+/// Forward results of a device, in logical order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome<T> {
-    /// The attention output.
+    /// Attention output.
     pub out: Vec<T>,
-    /// The log-sum-exp.
+    /// Log-sum-exp.
     pub lse: Vec<f32>,
 }
 
-/// What a result is held to.
+/// Expected results of a case, and their bounds.
 struct Expected {
     out: Vec<f64>,
     lse: Vec<f64>,
-    /// How far out may be, and lse.
+    /// Largest errors allowed for out and lse.
     bounds: [f64; 2],
 }
 
-/// Runs an expression for the element type that a dtype names: `for_dtype!(case.dtype, T => solve::<T>(&case))`.
+/// Runs an expression with the element type of a dtype: `for_dtype!(case.dtype, T => solve::<T>(&case))`.
 #[macro_export]
 macro_rules! for_dtype {
     ($dtype:expr, $T:ident => $body:expr) => {
@@ -77,7 +77,7 @@ macro_rules! for_dtype {
 }
 
 impl Case {
-    /// Full attention with the default scale over contiguous tensors of normal numbers.
+    /// Makes a case of full attention with the default scale over contiguous tensors of normal numbers.
     pub fn new(dtype: Dtype, q: [usize; 4], kv: [usize; 4]) -> Self {
         Self {
             dtype,
@@ -90,18 +90,18 @@ impl Case {
         }
     }
 
-    /// One batch entry and one head.
+    /// Makes a case of one batch entry and one head.
     pub fn one_head(dtype: Dtype, seqlen_q: usize, seqlen_k: usize, head_dim: usize) -> Self {
         Self::new(dtype, [1, 1, seqlen_q, head_dim], [1, 1, seqlen_k, head_dim])
     }
 
-    /// The same case with these options.
+    /// Returns this case with other options.
     #[must_use]
     pub fn with(self, attention: Attention) -> Self {
         Self { attention, ..self }
     }
 
-    /// The case with the mask on or off.
+    /// Returns this case with the causal mask on or off.
     #[must_use]
     pub fn masked(self, causal: bool) -> Self {
         if causal {
@@ -112,24 +112,24 @@ impl Case {
         }
     }
 
-    /// The same case in other memory: q, k, v, out.
+    /// Returns this case with other layouts of q, k, v and out.
     #[must_use]
     pub fn laid_out(self, layouts: [Layout; 4]) -> Self {
         Self { layouts, ..self }
     }
 
-    /// Solves the case on every device and holds each result to the rule.
+    /// Solves the case on every device and checks each error against its bound.
     ///
     /// # Panics
-    /// If a device fails, or is further off than the rule allows: index, got and want are in the message.
+    /// If a device fails, or an error exceeds its bound; the message has the index and both values.
     pub fn check(&self) {
         self.check_on(devices().all());
     }
 
-    /// As [`check`](Self::check), on some devices.
+    /// Checks the case like [`check`](Self::check), on these devices.
     ///
     /// # Panics
-    /// As [`check`](Self::check).
+    /// Under the conditions of [`check`](Self::check).
     pub fn check_on<'a>(&self, devices: impl IntoIterator<Item = &'a Device>) {
         for_dtype!(self.dtype, T => self.check_as::<T>(devices.into_iter()));
     }
@@ -139,13 +139,13 @@ impl Case {
         let mut expected = None;
         for device in devices {
             let (placed, outcome) = self.run(device, &inputs);
-            // Broadcasting makes other elements than were drawn; all devices make the same.
+            // Broadcasting repeats some of the drawn elements; it does so equally on all devices.
             let expected = expected.get_or_insert_with(|| Expected::of(self, &placed));
             expected.check(&format!("{self:?} on {device}"), self, &outcome);
         }
     }
 
-    /// The inputs, drawn from the seed.
+    /// Draws the inputs from the seed.
     pub fn inputs<T: Element>(&self) -> Inputs<T> {
         let draw = |shape: [usize; 4], salt| {
             files::normal(shape.iter().product(), self.deviation, self.seed * 3 + salt)
@@ -160,10 +160,10 @@ impl Case {
         }
     }
 
-    /// Solves the case on one device. Gives the inputs as placed (broadcast ones repeat) and the result.
+    /// Solves the case on one device. Returns the inputs as placed (broadcast ones repeat) and the result.
     ///
     /// # Panics
-    /// If the device fails, or memory next to an output was written to.
+    /// If the device fails, or memory next to an output was written.
     pub fn run<T: Element>(&self, device: &Device, inputs: &Inputs<T>) -> (Inputs<T>, Outcome<T>) {
         fn must<V, E: Debug>(case: &Case, device: &Device, result: Result<V, E>) -> V {
             result.unwrap_or_else(|error| panic!("{case:?} on {device}: {error:#?}"))
@@ -195,20 +195,20 @@ impl Case {
         (placed, outcome)
     }
 
-    /// The sizes and options of the reference.
+    /// Returns the sizes and options for the reference.
     pub fn dims(&self) -> Dims {
         Dims::new(&self.attention, self.q, self.kv)
     }
 }
 
 impl<T: Element> Inputs<T> {
-    /// The f64 oracle's answer, `(out, lse)`.
+    /// Returns the f64 oracle's `(out, lse)`.
     pub fn oracle(&self, dims: &Dims) -> (Vec<f64>, Vec<f64>) {
         let widen = |elements: &[T]| elements.iter().map(|x| x.to_f64()).collect::<Vec<_>>();
         reference::forward(dims, &widen(&self.q), &widen(&self.k), &widen(&self.v))
     }
 
-    /// Twice the error of standard attention in the same dtype, plus 1e-5: what out and lse may be off by.
+    /// Returns the largest errors allowed for out and lse: twice that of standard attention in this dtype, plus 1e-5.
     pub fn bounds(&self, dims: &Dims, out: &[f64], lse: &[f64]) -> [f64; 2] {
         let (standard_out, standard_lse) = reference::standard(dims, &self.q, &self.k, &self.v);
         [

@@ -1,25 +1,25 @@
-//! Comparing what a device gave with what it should have given.
+//! Comparison of a device's results with the expected ones.
 
 use std::fmt;
 
 use flash_attention::Element;
 
-/// How far an element may be from what was wanted, and the element that is furthest.
+/// Error of a comparison, with the worst element.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mismatch {
-    /// What was compared.
+    /// Name of the results compared.
     pub what: String,
     /// Index of the worst element.
     pub index: Vec<usize>,
-    /// What it is.
+    /// Value of the worst element.
     pub got: f64,
-    /// What it should be.
+    /// Expected value of the worst element.
     pub want: f64,
-    /// The largest distance allowed.
+    /// Largest distance allowed.
     pub bound: f64,
-    /// Elements that are further off than allowed.
+    /// Number of elements whose distance exceeds the bound.
     pub count: usize,
-    /// Elements compared.
+    /// Number of elements compared.
     pub len: usize,
 }
 
@@ -41,7 +41,8 @@ impl fmt::Display for Mismatch {
     }
 }
 
-/// The distance of two numbers. Equal infinities have none, nor have two NaN; one NaN or one infinity is infinitely far.
+/// Returns the distance of two numbers: 0 for equal infinities and for two NaN, infinite for any other NaN or
+/// infinity.
 fn error(got: f64, want: f64) -> f64 {
     if got == want || (got.is_nan() && want.is_nan()) {
         return 0.0;
@@ -50,10 +51,10 @@ fn error(got: f64, want: f64) -> f64 {
     if error.is_nan() { f64::INFINITY } else { error }
 }
 
-/// The largest distance between elements of the two, which have one length.
+/// Returns the largest distance between elements of two slices of equal length.
 ///
 /// # Panics
-/// If they do not.
+/// If the lengths differ.
 pub fn largest_error<T: Element>(got: &[T], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len(), "results of two lengths");
     got.iter()
@@ -62,13 +63,13 @@ pub fn largest_error<T: Element>(got: &[T], want: &[f64]) -> f64 {
         .fold(0.0, f64::max)
 }
 
-/// Holds every element of `got` to within `bound` of `want`; both in logical order of `shape`.
+/// Checks that every element of `got` is within `bound` of `want`; both are in logical order of `shape`.
 ///
 /// # Errors
-/// The worst element, if one is further off.
+/// A [`Mismatch`] with the worst element, if a distance exceeds the bound.
 ///
 /// # Panics
-/// If the lengths differ, or the bound is not a number that can bound anything.
+/// If the lengths differ, or the bound is not finite.
 pub fn compare<T: Element>(what: &str, shape: &[usize], got: &[T], want: &[f64], bound: f64) -> Result<(), Mismatch> {
     assert_eq!(got.len(), want.len(), "{what}: results of two lengths");
     assert!(bound.is_finite(), "{what}: a bound of {bound} allows anything");
@@ -93,7 +94,7 @@ pub fn compare<T: Element>(what: &str, shape: &[usize], got: &[T], want: &[f64],
     }
 }
 
-/// The index that an element has in a tensor, from its place in logical order.
+/// Returns the index in a tensor of the element at a place in logical order.
 fn unravel(mut place: usize, shape: &[usize]) -> Vec<usize> {
     let mut index: Vec<usize> = shape
         .iter()

@@ -1,4 +1,4 @@
-//! The devices of this machine: those that run the suite, and those that are absent, with the reason.
+//! Devices of this machine: those that run the suite, and those that are absent, with the reason.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -7,14 +7,14 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use flash_attention::device::{DeviceKind, EmulatorOptions};
 use flash_attention::{Arch, Device};
 
-/// A device by the text that makes it.
+/// A device, given by its text.
 struct Spec {
     text: &'static str,
-    /// Whether a machine may lack it. One that may not and does fails the suite.
+    /// True if a machine may lack the device. The absence of any other device fails the suite.
     optional: bool,
 }
 
-/// Every device the library has.
+/// All devices of the library.
 const SPECS: [Spec; 4] = [
     Spec {
         text: "cpu",
@@ -34,35 +34,36 @@ const SPECS: [Spec; 4] = [
     },
 ];
 
-/// The devices of this run.
+/// Devices of this run.
 #[derive(Clone, Debug)]
 pub struct Devices {
     devices: Vec<Device>,
-    /// Whether tests of the emulator itself run.
+    /// True if tests of the emulator itself run.
     emulation: bool,
 }
 
-/// Names the devices that run the suite, separated by commas, instead of all that are there: `cuda`, or
-/// `cpu,emulator:sm_90a`. Each is a text that [`Device::from_str`](std::str::FromStr) reads, and must be there.
+/// Name of the environment variable that chooses the devices of a run, separated by commas: `cuda`, or
+/// `cpu,emulator:sm_90a`. Each is a text that [`Device::from_str`](std::str::FromStr) reads, and must be present.
+/// Without the variable all devices of the machine run.
 pub const CHOICE: &str = "FLASH_ATTENTION_DEVICES";
 
-/// The devices of this run: those that [`CHOICE`] names, else every one the machine has. Printed the first time a test
-/// binary asks: what runs, by name, and what does not, with the reason.
+/// Returns the devices of this run: those that [`CHOICE`] names, else all of the machine. The first call of a test
+/// binary prints the names of the devices that run, and the reason for each that does not.
 ///
 /// # Panics
-/// If a device is missing that every machine has or that was chosen.
+/// If a device is absent that was chosen, or that every machine has.
 pub fn devices() -> &'static Devices {
     static DEVICES: OnceLock<Devices> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let choice = std::env::var(CHOICE).ok();
         let (devices, report) = Devices::choose(choice.as_deref()).unwrap_or_else(|error| panic!("{error}"));
-        // Past the test harness, which keeps what passing tests print to itself.
+        // Written directly, since the test harness hides the output of passing tests.
         let _ = writeln!(std::io::stderr(), "devices of this run:{report}");
         devices
     })
 }
 
-/// An emulator of its own that runs warps in the order of a seed, blocks on as many threads of the host.
+/// Makes an emulator that runs warps in the order of a seed, and blocks on this number of host threads.
 pub fn emulator(arch: Arch, seed: u64, threads: usize) -> Device {
     let mut options = EmulatorOptions::new(arch);
     options.launch.seed = seed;
@@ -71,7 +72,7 @@ pub fn emulator(arch: Arch, seed: u64, threads: usize) -> Device {
 }
 
 impl Devices {
-    /// Those that a text like `cuda,cpu` names, or all; and what to print about them.
+    /// Opens the devices in a text like `cuda,cpu`, or all; also returns the report to print.
     fn choose(choice: Option<&str>) -> Result<(Self, String), String> {
         let (mut devices, mut report) = (Vec::new(), String::new());
         let mut add = |text: &str, optional: bool| match text.parse::<Device>() {
@@ -105,30 +106,30 @@ impl Devices {
         Ok((Self { devices, emulation }, report))
     }
 
-    /// All of them.
+    /// Iterates over all devices.
     pub fn all(&self) -> impl Iterator<Item = &Device> {
         self.devices.iter()
     }
 
-    /// Those that compute at the speed of hardware, for shapes too large to emulate.
+    /// Iterates over the devices with hardware speed, for shapes too large to emulate.
     pub fn native(&self) -> impl Iterator<Item = &Device> {
         self.all().filter(|device| device.kind() != DeviceKind::Emulator)
     }
 
-    /// GPUs, the hardware itself.
+    /// Iterates over the GPUs.
     pub fn gpus(&self) -> impl Iterator<Item = &Device> {
         self.all().filter(|device| device.kind() == DeviceKind::Cuda)
     }
 
-    /// The first emulator, of the portable kernels if that was not chosen otherwise. Where none was chosen, says that the
-    /// test does not run.
+    /// Returns the first emulator, which runs the portable kernels unless chosen otherwise. If none was chosen,
+    /// prints that the test does not run.
     pub fn emulator(&self) -> Option<&Device> {
         self.emulation();
         self.all().find(|device| device.kind() == DeviceKind::Emulator)
     }
 
-    /// Whether tests that make emulators of their own run. Where the choice of devices left emulators out, says that the
-    /// test does not.
+    /// Returns true if tests that make emulators of their own run. If the choice of devices has no emulator, prints
+    /// that the test does not run.
     pub fn emulation(&self) -> bool {
         static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
         if !self.emulation {

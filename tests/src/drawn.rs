@@ -1,4 +1,4 @@
-//! Cases that proptest draws: sizes, dtypes, masks, scales, heads and memory, all at once.
+//! Cases drawn by proptest: sizes, dtypes, masks, scales, heads and layouts together.
 
 use flash_attention::{Attention, Dtype};
 use proptest::prelude::*;
@@ -8,7 +8,7 @@ use crate::{Case, Layout, Order};
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
-/// What one case may cost: products of tiles, in multiplications. The emulator does about 100 million a second.
+/// Largest cost of one case, in multiplications of tile products. The emulator does about 100 million a second.
 pub const SMALL: usize = 12_000_000;
 
 fn layout(broadcast: bool) -> impl Strategy<Value = Layout> {
@@ -40,12 +40,12 @@ fn attention() -> impl Strategy<Value = Attention> {
     })
 }
 
-/// A length, more often a short one.
+/// Draws a length; short ones are more frequent.
 fn seqlen(longest: usize) -> impl Strategy<Value = usize> {
     prop_oneof![1..=9_usize, 1..=longest / 4, 1..=longest]
 }
 
-/// A case of sequences up to `longest`, with as many heads as `budget` multiplications allow.
+/// Draws a case with sequences up to `longest`, and as many heads as `budget` multiplications allow.
 pub fn case(longest: usize, budget: usize) -> impl Strategy<Value = Case> {
     let head_dim = prop_oneof![3 => 1..=8_usize, 1 => 1..=32_usize].prop_map(|n| 8 * n);
     let heads = (1..=2_usize, 1..=3_usize, 1..=3_usize); // batch, heads_kv, heads_q of each
@@ -57,7 +57,7 @@ pub fn case(longest: usize, budget: usize) -> impl Strategy<Value = Case> {
         .prop_map(
             move |((dtype, attention, head_dim, heads), (seqlen_q, seqlen_k, layouts, seed))| {
                 let (mut batch, mut heads_kv, mut group) = heads;
-                // Fewer heads where they are long: work is padded to tiles.
+                // Long sequences get fewer heads: work is padded to tiles.
                 let padded = |seqlen: usize| seqlen.next_multiple_of(64);
                 let head = 2 * padded(seqlen_q).max(128) * padded(seqlen_k) * head_dim.next_multiple_of(32);
                 while batch * heads_kv * group > 1 && batch * heads_kv * group * head > budget {
@@ -81,7 +81,8 @@ pub fn case(longest: usize, budget: usize) -> impl Strategy<Value = Case> {
         )
 }
 
-/// The same cases on every run; `PROPTEST_RNG_SEED` draws others and `PROPTEST_CASES` more.
+/// Configures proptest to draw the same cases on every run. `PROPTEST_RNG_SEED` draws others and `PROPTEST_CASES`
+/// more.
 pub fn config(cases: u32) -> Config {
     let chosen = |name| std::env::var_os(name).is_some();
     let default = Config::default();

@@ -1,4 +1,4 @@
-//! Numbers to compute with: drawn from a seed, or recorded from a real model.
+//! Test numbers: drawn from a seed, or recorded from a real model.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rand_distr::{Distribution as _, Normal};
 use safetensors::{Dtype, SafeTensors};
 
-/// Normal numbers, the same on every run.
+/// Returns normally distributed numbers, the same on every run.
 ///
 /// # Panics
 /// If the deviation is not finite.
@@ -17,13 +17,13 @@ pub fn normal(len: usize, deviation: f32, seed: u64) -> Vec<f32> {
     normal.sample_iter(StdRng::seed_from_u64(seed)).take(len).collect()
 }
 
-/// One attention layer of a pretrained sentence encoder (all-MiniLM-L6-v2) on a real text: what its heads were given in
-/// f16, and the answer as computed in f64.
+/// One attention layer of a pretrained sentence encoder (all-MiniLM-L6-v2) on a real text: the f16 inputs of its
+/// heads, and the answer computed in f64.
 #[derive(Clone, Debug)]
 pub struct RealLayer {
     /// Shape of q, k, v and out.
     pub shape: [usize; 4],
-    /// What the model multiplies scores by.
+    /// Softmax scale of the model.
     pub softmax_scale: f32,
     /// Queries.
     pub q: Vec<f16>,
@@ -31,21 +31,21 @@ pub struct RealLayer {
     pub k: Vec<f16>,
     /// Values.
     pub v: Vec<f16>,
-    /// The right output.
+    /// Correct output.
     pub out: Vec<f64>,
-    /// The right log-sum-exp.
+    /// Correct log-sum-exp.
     pub lse: Vec<f64>,
-    /// The gradient of the output.
+    /// Gradient of the output.
     pub dout: Vec<f16>,
-    /// The right gradients of q, k and v.
+    /// Correct gradients of q, k and v.
     pub gradients: [Vec<f64>; 3],
 }
 
-/// Names a folder that stands in for the workspace on a machine that tests were carried to: `examples/data`, `tests/ptx`
-/// and whatever else is read are below it.
+/// Name of the environment variable with the folder of test data on another machine. It takes the place of the
+/// workspace: the tests read `examples/data`, `tests/ptx` and other files below it.
 pub const DATA: &str = "FLASH_ATTENTION_DATA";
 
-/// The root of the workspace, or the folder that [`DATA`] names.
+/// Returns the root of the workspace, or the folder that [`DATA`] names.
 pub fn workspace() -> PathBuf {
     match std::env::var_os(DATA) {
         Some(folder) => PathBuf::from(folder),
@@ -53,10 +53,10 @@ pub fn workspace() -> PathBuf {
     }
 }
 
-/// Layer 0 or 5 of the model.
+/// Reads layer 0 or 5 of the model.
 ///
 /// # Panics
-/// If the file is not what it was.
+/// If the file is missing or has another content.
 pub fn real_layer(layer: usize) -> RealLayer {
     let path = workspace().join(format!("examples/data/minilm_layer{layer}.safetensors"));
     let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

@@ -1,5 +1,5 @@
-//! An NVIDIA GPU without the library in between, on the same calls of the driver: PTX in, words out, with the clusters and
-//! the tensor maps of any rank that the library does not use.
+//! An NVIDIA GPU without the library, through the library's driver calls. It runs PTX and returns words, with
+//! clusters and with tensor maps of any rank, which the library does not use.
 
 use std::ffi::c_void;
 
@@ -11,25 +11,25 @@ use flash_attention_kernels::entries::{Arch, Entry};
 
 use crate::micro::{Element, MAP_BYTES, Map, Micro};
 
-/// One GPU, its primary context current on the thread that opened it.
+/// A GPU whose primary context is current on the thread that opened it.
 #[derive(Debug)]
 pub struct Gpu {
-    /// What the driver calls it.
+    /// Name that the driver gives the GPU.
     pub name: String,
     /// Compute capability: major, minor.
     pub capability: (u32, u32),
-    /// Newest CUDA version that the driver knows: major, minor.
+    /// Newest CUDA version that the driver supports: major, minor.
     pub driver: (u32, u32),
 }
 
-/// What the driver's compiler made of a kernel.
+/// Properties of a kernel compiled by the driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Compiled {
-    /// Registers of a thread.
+    /// Registers per thread.
     pub registers: i32,
-    /// Bytes of local memory of a thread: spills and stack.
+    /// Local memory per thread in bytes: spills and stack.
     pub local_bytes: i32,
-    /// Most threads a block may have.
+    /// Most threads that a block may have.
     pub max_threads: i32,
 }
 
@@ -38,17 +38,17 @@ struct Module(sys::CUmodule);
 
 impl Drop for Module {
     fn drop(&mut self) {
-        // SAFETY: the module was loaded, and nothing of it runs any more: whoever launched has waited. Where a kernel
-        // failed the call fails too, as every later one.
+        // SAFETY: the module was loaded, and none of its kernels still runs: every caller waits for its launch. After
+        // a failed kernel this call fails, as every later one does.
         let _ = unsafe { sys::cuModuleUnload(self.0) };
     }
 }
 
 impl Gpu {
-    /// GPU number `ordinal`, its context made current on this thread to the end of the process.
+    /// Opens GPU number `ordinal` and makes its context current on this thread, to the end of the process.
     ///
     /// # Errors
-    /// A sentence that says what is missing: driver, GPU, or what call failed.
+    /// A sentence with what is missing (driver or GPU), or with the call that failed.
     pub fn open(ordinal: usize) -> Result<Self, String> {
         let count = driver::start().map_err(|reason| reason.to_string())?;
         if ordinal >= count {
@@ -68,19 +68,19 @@ impl Gpu {
         })
     }
 
-    /// Has the driver compile a kernel of the table, as the library does, and says what came of it.
+    /// Compiles a kernel of the table with the driver, as the library does, and returns its properties.
     ///
     /// # Errors
-    /// What the driver says of PTX that it can not load.
+    /// The driver's message for PTX that it cannot load.
     pub fn compile(&self, entry: &Entry) -> Result<Compiled, String> {
         use sys::CUfunction_attribute::{
             CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, CU_FUNC_ATTRIBUTE_NUM_REGS,
         };
         let module = Module(driver::load(&entry.ptx()).map_err(said)?);
-        // SAFETY: the module is loaded, and so is the function of it.
+        // SAFETY: the module is loaded.
         let function = unsafe { driver::function(module.0, entry.name) }.map_err(said)?;
         let attribute = |which| {
-            // SAFETY: as above.
+            // SAFETY: the function belongs to the loaded module.
             unsafe { result::function::get_function_attribute(function, which) }
                 .map_err(|error| said(failed("cuFuncGetAttribute")(error)))
         };
@@ -91,10 +91,10 @@ impl Gpu {
         })
     }
 
-    /// Runs a micro-kernel over an output buffer that holds 0xa5 bytes; the words it leaves there.
+    /// Runs a micro-kernel with an output buffer of 0xa5 bytes; returns the words of the buffer afterwards.
     ///
     /// # Errors
-    /// The call that failed, and what the driver says.
+    /// The call that failed, with the driver's message.
     pub fn run(&self, micro: &Micro) -> Result<Vec<u32>, String> {
         let module = Module(driver::load(&micro.text).map_err(said)?);
         // SAFETY: the module is loaded.
@@ -102,8 +102,9 @@ impl Gpu {
         let failed = |call: &'static str| move |error| said(failed(call)(error));
         let bytes = |words: &[u32]| (4 * words.len()).max(4);
         let mut got = vec![0_u32; micro.output.len()];
-        // SAFETY: each buffer is as long as what is copied to or from it, and is freed after the kernel has finished or
-        // failed; the kernel takes the parameters that its header names, by addresses of memory that outlives the launch.
+        // SAFETY: each buffer is as long as the data copied to or from it, and is freed after the kernel has finished
+        // or failed. The kernel takes the parameters that its header names, with addresses of memory that outlives
+        // the launch.
         unsafe {
             let input = result::malloc_sync(bytes(&micro.input)).map_err(failed("cuMemAlloc"))?;
             let output = result::malloc_sync(bytes(&micro.output)).map_err(failed("cuMemAlloc"))?;
@@ -127,8 +128,8 @@ impl Gpu {
     }
 }
 
-/// Whether a card of this compute capability loads PTX for a target like `sm_80` or `sm_90a`, which with its letter is for
-/// that card alone.
+/// Returns true if a GPU of this compute capability loads PTX for a target like `sm_80` or `sm_90a`. A target with a
+/// letter is for that compute capability alone.
 pub fn loads(target: &str, (major, minor): (u32, u32)) -> bool {
     let Some(number) = target.strip_prefix("sm_") else {
         return false;
@@ -140,12 +141,12 @@ pub fn loads(target: &str, (major, minor): (u32, u32)) -> bool {
     }
 }
 
-/// Whether a card of this compute capability loads the kernels of an architecture.
+/// Returns true if a GPU of this compute capability loads the kernels of an architecture.
 pub fn loads_arch(arch: Arch, capability: (u32, u32)) -> bool {
     loads(arch.name(), capability)
 }
 
-/// The driver's form of a map.
+/// Encodes a tensor map with the driver.
 fn encode(map: &Map, address: u64) -> Result<[u8; MAP_BYTES], DriverError> {
     use sys::CUtensorMapSwizzle as Swizzle;
     let element = match map.element {
@@ -175,7 +176,7 @@ fn encode(map: &Map, address: u64) -> Result<[u8; MAP_BYTES], DriverError> {
     Ok(bytes)
 }
 
-/// An error as a sentence.
+/// Writes an error as a sentence.
 fn said(error: DriverError) -> String {
     error.to_string()
 }

@@ -1,4 +1,4 @@
-//! The backward half of a [`Case`]: forward, then gradients into poisoned memory, held to the oracle.
+//! The backward part of a [`Case`]: forward, then gradients in poisoned memory, compared with the oracle.
 
 use std::fmt::Debug;
 
@@ -8,7 +8,7 @@ use flash_attention::{Attention, Device, Element, Gradients, Output, Statistics}
 use crate::layout::{Input, Layout, Poisoned};
 use crate::{Case, Inputs, compare, devices, files, for_dtype, largest_error};
 
-/// What a backward pass gave, in logical order.
+/// Gradients of a device, in logical order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientsOutcome<T> {
     /// Gradient of q.
@@ -20,12 +20,12 @@ pub struct GradientsOutcome<T> {
 }
 
 impl<T: Element> GradientsOutcome<T> {
-    /// dq, dk and dv, named.
+    /// Returns dq, dk and dv with their names.
     pub fn named(&self) -> [(&'static str, &[T]); 3] {
         [("dq", &self.dq), ("dk", &self.dk), ("dv", &self.dv)]
     }
 
-    /// Its bits, so that equal means equal.
+    /// Returns the bits of all gradients, for comparisons to the bit.
     pub fn bits(&self) -> Vec<u64> {
         let bits = |x: &T| x.to_f64().to_bits();
         self.named()
@@ -35,23 +35,23 @@ impl<T: Element> GradientsOutcome<T> {
     }
 }
 
-/// A case on a device, forward done, ready for backward.
+/// A case on a device after its forward pass, ready for backward.
 #[derive(Debug)]
 pub struct Prepared<T: Element> {
-    /// The options of the calls.
+    /// Options of the calls.
     pub attention: Attention,
-    /// q, k and v as placed.
+    /// q, k and v as placed on the device.
     pub inputs: [Input<T>; 3],
-    /// What forward gave.
+    /// Forward results.
     pub output: Output<T>,
-    /// The gradient of the output, as placed.
+    /// Gradient of the output, as placed on the device.
     pub dout: Input<T>,
-    /// Where gradients are to go: dq, dk, dv, which hold NaN.
+    /// Memory for dq, dk and dv, filled with NaN.
     pub gradients: [Poisoned<T>; 3],
 }
 
 impl Case {
-    /// The gradient of the output, drawn from the seed.
+    /// Draws the gradient of the output from the seed.
     pub fn dout<T: Element>(&self) -> Vec<T> {
         files::normal(self.q.iter().product(), 1.0, self.seed * 3 + 1_000_003)
             .into_iter()
@@ -59,18 +59,18 @@ impl Case {
             .collect()
     }
 
-    /// Solves the case both ways on every device and holds dq, dk and dv to the rule.
+    /// Runs forward and backward on every device and checks dq, dk and dv against their bounds.
     ///
     /// # Panics
-    /// If a device fails, or is further off than the rule allows.
+    /// If a device fails, or an error exceeds its bound.
     pub fn check_gradients(&self) {
         self.check_gradients_on(devices().all());
     }
 
-    /// As [`check_gradients`](Self::check_gradients), on some devices.
+    /// Checks gradients like [`check_gradients`](Self::check_gradients), on these devices.
     ///
     /// # Panics
-    /// As [`check_gradients`](Self::check_gradients).
+    /// Under the conditions of [`check_gradients`](Self::check_gradients).
     pub fn check_gradients_on<'a>(&self, devices: impl IntoIterator<Item = &'a Device>) {
         for_dtype!(self.dtype, T => self.check_gradients_as::<T>(devices.into_iter()));
     }
@@ -80,7 +80,7 @@ impl Case {
         let mut expected = None;
         for device in devices {
             let (placed, outcome) = self.run_backward(device, &inputs, &dout);
-            // Broadcasting makes other elements than were drawn; all devices make the same.
+            // Broadcasting repeats some of the drawn elements; it does so equally on all devices.
             let (oracle, bounds) = expected.get_or_insert_with(|| {
                 let oracle = placed.0.oracle_gradients(self, &placed.1);
                 let bounds = placed.0.gradient_bounds(self, &placed.1, &oracle);
@@ -95,8 +95,8 @@ impl Case {
         }
     }
 
-    /// Places the case on a device and runs forward. dout lies as q does, and dq, dk and dv as q, k and v do, without
-    /// repeats.
+    /// Places the case on a device and runs forward. dout has the layout of q, and dq, dk and dv those of q, k and v
+    /// without broadcasting.
     ///
     /// # Panics
     /// If the device fails.
@@ -140,11 +140,11 @@ impl Case {
         }
     }
 
-    /// Solves the case both ways on one device. Gives q, k, v and dout as placed (broadcast ones repeat) and the
+    /// Runs forward and backward on one device. Returns q, k, v and dout as placed (broadcast ones repeat) and the
     /// gradients.
     ///
     /// # Panics
-    /// If the device fails, or memory next to a gradient was written to.
+    /// If the device fails, or memory next to a gradient was written.
     pub fn run_backward<T: Element>(
         &self,
         device: &Device,
@@ -163,13 +163,13 @@ impl Case {
 }
 
 impl<T: Element> Prepared<T> {
-    /// Runs backward and reads what it wrote.
+    /// Runs backward and reads the gradients.
     ///
     /// # Errors
-    /// Those of `Attention::backward_into`.
+    /// The errors of `Attention::backward_into`.
     ///
     /// # Panics
-    /// If memory next to a gradient was written to.
+    /// If memory next to a gradient was written.
     pub fn backward(&self) -> Result<GradientsOutcome<T>, flash_attention::Error> {
         let [q, k, v] = self.inputs.each_ref().map(|input| &input.tensor);
         let [dq, dk, dv] = self.gradients.each_ref().map(|poisoned| poisoned.tensor.clone());
@@ -186,14 +186,15 @@ impl<T: Element> Prepared<T> {
 }
 
 impl<T: Element> Inputs<T> {
-    /// The f64 oracle's gradients, `[dq, dk, dv]`.
+    /// Returns the f64 oracle's gradients, `[dq, dk, dv]`.
     pub fn oracle_gradients(&self, case: &Case, dout: &[T]) -> [Vec<f64>; 3] {
         let [q, k, v, dout] =
             [&self.q[..], &self.k, &self.v, dout].map(|data| data.iter().map(|x| x.to_f64()).collect::<Vec<_>>());
         reference::backward(&case.dims(), &q, &k, &v, &dout)
     }
 
-    /// Twice the error of standard attention's gradients in the same dtype, plus 1e-5: what dq, dk and dv may be off by.
+    /// Returns the largest errors allowed for dq, dk and dv: twice those of standard attention in this dtype, plus
+    /// 1e-5.
     pub fn gradient_bounds(&self, case: &Case, dout: &[T], oracle: &[Vec<f64>; 3]) -> [f64; 3] {
         let standard = reference::standard_backward(&case.dims(), &self.q, &self.k, &self.v, dout);
         std::array::from_fn(|i| 2.0 * largest_error(&standard[i], &oracle[i]) + 1e-5)

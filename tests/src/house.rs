@@ -1,16 +1,16 @@
-//! The floors of a crate: which of its rooms may import which.
+//! Layers of a crate: the modules that each module may import.
 //!
-//! A room is a module of the crate root with everything below it. The rooms stand on floors; a room imports from itself and
-//! from rooms on lower floors, and names the room an item lives in, not the front door (`lib.rs`) that shows it to users.
-//! Unit tests are left out: they may look anywhere.
+//! A room is a module of the crate root with everything below it. Rooms stand on floors. A room may import from
+//! itself and from rooms on lower floors, and must name the room that defines an item, not `lib.rs`, which re-exports
+//! it for users. Unit tests may import from anywhere.
 
 use std::path::{Path, PathBuf};
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-/// Reads the sources below `src` and returns a sentence for every import that the floors do not allow. `floors` lists the
-/// rooms of each floor, ground floor first; two rooms of one floor do not import each other. `lib.rs` and the programs in
-/// `bin` stand above all and are not read.
+/// Reads the sources below `src` and returns a sentence for every import that the floors forbid. `floors` lists the
+/// rooms of each floor, lowest first; two rooms of one floor must not import each other. `lib.rs` and the programs in
+/// `bin` are above all floors and are not read.
 ///
 /// # Errors
 ///
@@ -55,7 +55,7 @@ fn floor_of(floors: &[&[&str]], room: &str) -> Option<usize> {
     floors.iter().position(|rooms| rooms.contains(&room))
 }
 
-/// The Rust files of a folder and of those below it, without files of unit tests.
+/// Collects the Rust files of a folder and its subfolders, without files of unit tests.
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), String> {
     let describe = |error: std::io::Error| format!("{}: {error}", folder.display());
     let items = std::fs::read_dir(folder).map_err(describe)?;
@@ -74,7 +74,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), String> {
     Ok(())
 }
 
-/// The path of a file's module from the crate root, of which `lib.rs` is `lib`.
+/// Returns the path of a file's module from the crate root; that of `lib.rs` is `lib`.
 fn module_path(src: &Path, file: &Path) -> Vec<String> {
     let inside = file.strip_prefix(src).unwrap_or(file).with_extension("");
     let mut path: Vec<String> = inside.iter().map(|part| part.to_string_lossy().into_owned()).collect();
@@ -84,7 +84,7 @@ fn module_path(src: &Path, file: &Path) -> Vec<String> {
     path
 }
 
-/// The file in which the start of a path is defined.
+/// Returns the file in which the start of a path is defined.
 fn defined_in(src: &Path, path: &[String]) -> PathBuf {
     let candidates = (1..=path.len()).rev().flat_map(|n| {
         let module = src.join(path[..n].iter().collect::<PathBuf>());
@@ -94,7 +94,7 @@ fn defined_in(src: &Path, path: &[String]) -> PathBuf {
     files.next().unwrap_or_else(|| src.join("lib.rs"))
 }
 
-/// The paths from the crate root that a file names, in `use` lines or anywhere else outside its unit tests.
+/// Returns the paths from the crate root that a file names, in `use` lines or elsewhere outside its unit tests.
 fn imports(file: &Path, module: &[String]) -> Result<Vec<Vec<String>>, String> {
     let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let tokens: TokenStream = text.parse().map_err(|error| format!("{}: {error}", file.display()))?;
@@ -108,14 +108,14 @@ fn scan(tokens: TokenStream, module: &[String], found: &mut Vec<Vec<String>>) {
     let mut at = 0;
     while at < tokens.len() {
         if is_test_attribute(&tokens[at..]) {
-            // The item the attribute belongs to: up to its body, or its semicolon.
+            // Skip the item of the attribute: up to its body, or its semicolon.
             while at < tokens.len() && !ends_item(&tokens[at]) {
                 at += 1;
             }
             at += 1;
             continue;
         }
-        // A path goes on after a name that is part of one: only its first name may be `crate` or `super`.
+        // Only the first name of a path can be `crate` or `super`.
         let continues = at >= 2 && is_separator(&tokens[at - 2..]);
         match &tokens[at] {
             TokenTree::Ident(name) if !continues && (name == "crate" || name == "super") => {
@@ -125,7 +125,7 @@ fn scan(tokens: TokenStream, module: &[String], found: &mut Vec<Vec<String>>) {
                 {
                     tree(&tokens[next + 2..], base, found);
                 }
-                // The path has been read to its end, a list in braces included.
+                // Continue after the path, including a list in braces.
                 at = next - 1;
                 while is_separator(&tokens[(at + 1).min(tokens.len())..]) {
                     at += 3;
@@ -138,7 +138,8 @@ fn scan(tokens: TokenStream, module: &[String], found: &mut Vec<Vec<String>>) {
     }
 }
 
-/// The module that `crate` or a chain of `super` stands for, and the place after it; no module past the crate root.
+/// Returns the module that `crate` or a chain of `super` stands for, and the position after it; `None` above the
+/// crate root.
 fn base_of(tokens: &[TokenTree], at: usize, module: &[String]) -> (Option<Vec<String>>, usize) {
     let is_super = |at: usize| matches!(tokens.get(at), Some(TokenTree::Ident(name)) if name == "super");
     if !is_super(at) {
@@ -152,11 +153,11 @@ fn base_of(tokens: &[TokenTree], at: usize, module: &[String]) -> (Option<Vec<St
     (module.len().checked_sub(up).map(|n| module[..n].to_vec()), next)
 }
 
-/// Collects the paths of a `use` tree, or of a plain path, that begins after `base`.
+/// Collects the paths of a `use` tree, or of a plain path, that starts after `base`.
 fn tree(tokens: &[TokenTree], base: Vec<String>, found: &mut Vec<Vec<String>>) {
     match tokens.first() {
         Some(TokenTree::Ident(name)) => {
-            // A macro is at the crate root wherever it is written.
+            // A macro belongs to the crate root, whatever module defines it.
             let is_macro = matches!(tokens.get(1), Some(TokenTree::Punct(p)) if p.as_char() == '!');
             if base.is_empty() && is_macro {
                 return;
@@ -189,7 +190,7 @@ fn is_separator(tokens: &[TokenTree]) -> bool {
     colon(0) && colon(1)
 }
 
-/// Whether an item of unit tests begins here: `#[cfg(test)]`.
+/// Returns true if `#[cfg(test)]`, the attribute of unit tests, starts here.
 fn is_test_attribute(tokens: &[TokenTree]) -> bool {
     let hash = matches!(tokens.first(), Some(TokenTree::Punct(p)) if p.as_char() == '#');
     let is_cfg = |g: &proc_macro2::Group| g.stream().to_string().replace(' ', "") == "cfg(test)";

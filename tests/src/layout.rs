@@ -1,52 +1,53 @@
-//! Where a tensor's elements lie: every way a caller may hold them, with NaN all around.
+//! Layouts of a tensor's elements in memory, as callers may have them, with NaN around the elements.
 
 use flash_attention::{Device, Element, Error, Tensor};
 
-/// Which axis of a `[batch, heads, seqlen, head_dim]` tensor follows head_dim in memory.
+/// Axis of a `[batch, heads, seqlen, head_dim]` tensor that follows head_dim in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
-    /// The sequence: `[batch, heads, seqlen, head_dim]` memory.
+    /// Sequence first: `[batch, heads, seqlen, head_dim]` memory.
     #[default]
     Bhsd,
-    /// The heads: `[batch, seqlen, heads, head_dim]` memory.
+    /// Heads first: `[batch, seqlen, heads, head_dim]` memory.
     Bshd,
 }
 
-/// Memory of a `[batch, heads, seqlen, head_dim]` tensor.
+/// Layout of a `[batch, heads, seqlen, head_dim]` tensor in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
     /// Order of the axes in memory.
     pub order: Order,
-    /// Elements of each row of memory that do not belong to the tensor.
+    /// Number of elements in each row of memory that do not belong to the tensor.
     pub gap: usize,
-    /// How many of those lie before the row's own; what is not a multiple of 16 bytes forbids copies of 16 bytes.
+    /// Number of these elements before the tensor's own. A lead that is not a multiple of 16 bytes rules out 16-byte
+    /// copies.
     pub lead: usize,
-    /// An axis, batch or heads, whose entries are all the same memory (stride 0). Inputs only.
+    /// Axis (batch or heads) whose entries share one memory, with stride 0. Inputs only.
     pub broadcast: Option<usize>,
 }
 
-/// An input as a device has it, and its elements in logical order.
+/// An input on a device, and its elements in logical order.
 #[derive(Debug)]
 pub struct Input<T: Element> {
     /// The tensor.
     pub tensor: Tensor<T>,
-    /// Its elements.
+    /// Elements of the tensor, in logical order.
     pub elements: Vec<T>,
 }
 
-/// An output that holds NaN, with NaN before and after it and in its gaps.
+/// An output filled with NaN, with NaN before it, after it and in its gaps.
 #[derive(Debug)]
 pub struct Poisoned<T: Element> {
-    /// The tensor to write to.
+    /// Tensor to write to.
     pub tensor: Tensor<T>,
-    /// The memory it is a view of: one entry of the first axis before it, one after it.
+    /// Memory behind the tensor, with one more entry of the first axis before it and one after it.
     memory: Tensor<T>,
-    /// The columns that belong to the tensor, in each row of the memory.
+    /// Columns of each row of the memory that belong to the tensor.
     columns: std::ops::Range<usize>,
 }
 
 impl Layout {
-    /// Memory of these orders, gaps and leads.
+    /// Makes a layout with this order, gap and lead.
     pub const fn new(order: Order, gap: usize, lead: usize) -> Self {
         Self {
             order,
@@ -56,7 +57,7 @@ impl Layout {
         }
     }
 
-    /// The same memory for every entry of an axis.
+    /// Returns this layout with one memory for all entries of an axis.
     #[must_use]
     pub const fn broadcast(self, axis: usize) -> Self {
         Self {
@@ -76,10 +77,11 @@ impl Layout {
         strides
     }
 
-    /// An input with these elements, given in logical order; where an axis is broadcast, those of its last entry.
+    /// Makes an input with these elements, given in logical order. All entries of a broadcast axis get the elements
+    /// of the last.
     ///
     /// # Errors
-    /// What the device says of the memory.
+    /// The device's error for the memory.
     pub fn input<T: Element>(&self, device: &Device, shape: [usize; 4], elements: &[T]) -> Result<Input<T>, Error> {
         let [batch, heads, seqlen, head_dim] = shape;
         let pitch = head_dim + self.gap;
@@ -105,10 +107,10 @@ impl Layout {
         })
     }
 
-    /// An output of this shape that holds NaN.
+    /// Makes an output of this shape, filled with NaN.
     ///
     /// # Errors
-    /// What the device says of the memory.
+    /// The device's error for the memory.
     pub fn output<T: Element>(&self, device: &Device, shape: [usize; 4]) -> Result<Poisoned<T>, Error> {
         let [batch, heads, seqlen, head_dim] = shape;
         let pitch = head_dim + self.gap;
@@ -126,10 +128,10 @@ impl Layout {
 }
 
 impl<T: Element> Poisoned<T> {
-    /// A contiguous output of any rank that holds NaN.
+    /// Makes a contiguous output of any rank, filled with NaN.
     ///
     /// # Errors
-    /// What the device says of the memory.
+    /// The device's error for the memory.
     pub fn contiguous(device: &Device, shape: &[usize]) -> Result<Self, Error> {
         let mut guarded = shape.to_vec();
         guarded[0] += 2;
@@ -144,13 +146,13 @@ impl<T: Element> Poisoned<T> {
         })
     }
 
-    /// The tensor's elements in logical order.
+    /// Returns the tensor's elements in logical order.
     ///
     /// # Errors
-    /// What the device says of reading.
+    /// The device's error for reading.
     ///
     /// # Panics
-    /// If memory around the tensor was written to.
+    /// If memory around the tensor was written.
     pub fn read(&self) -> Result<Vec<T>, Error> {
         let shape = self.memory.shape();
         let pitch = shape[shape.len() - 1];

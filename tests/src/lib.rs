@@ -1,12 +1,12 @@
-//! One suite, every device.
+//! The test suite of all devices.
 //!
-//! A [`Case`] is an attention problem with everything that can vary: sizes, dtype, mask, scale, where its tensors lie.
-//! [`Case::check`] solves it on every device of the machine and holds each result to the rule FlashAttention tests
-//! itself by: against the f64 oracle, the largest error is at most twice that of standard attention computed in the same
-//! dtype, plus 1e-5. Before a device writes, its outputs hold NaN, and so does all memory around inputs and outputs: an
-//! element that was not written, a row too many that was read, a byte too many that was written, each shows.
+//! A [`Case`] is an attention problem with everything that can vary: sizes, dtype, mask, scale, memory layouts.
+//! [`Case::check`] solves it on every device of the machine and applies the rule of FlashAttention's own tests: the
+//! largest error against the f64 oracle is at most twice that of standard attention computed in the same dtype, plus
+//! 1e-5. Outputs and all memory around inputs and outputs are filled with NaN before a call, so that an element that
+//! was not written, or an access outside of a tensor, shows.
 //!
-//! Which devices ran is printed by every test binary, and so is which did not and why. Nothing skips in silence.
+//! Every test binary prints the devices that run and the reason for each that does not. No test is skipped silently.
 
 mod case;
 mod compare;
@@ -26,7 +26,7 @@ pub use devices::{CHOICE, Devices, devices, emulator};
 pub use gradients::{GradientsOutcome, Prepared};
 pub use layout::{Input, Layout, Order, Poisoned};
 
-/// Compiles and runs the example of the repository's first page.
+/// Compiles and runs the example of the repository's README.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;

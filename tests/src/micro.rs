@@ -1,74 +1,75 @@
-//! The micro-kernels of `tests/ptx`: one kernel an instruction family, with its input and the expected output.
+//! The micro-kernels of `tests/ptx`: at least one kernel for each instruction family, with its input and expected
+//! output.
 //!
-//! Each file is a kernel `test(input, output)`. Its header holds the number of threads, the input and the expected
-//! output as 32-bit words in hexadecimal, so that any device that loads PTX can run it. `cluster: n` launches n blocks
-//! as one cluster. Each `map: buffer type dims box swizzle` adds a parameter of 128 bytes, aligned to 64: the tensor
-//! map of a dense tensor in the input or output buffer. `within: bound …` belongs to approximate instructions: how far
-//! each word may be off where hardware runs it, the list repeated down the output.
+//! Each file is a kernel `test(input, output)`. Its header gives the number of threads, the input and the expected
+//! output as 32-bit words in hexadecimal, so that any device that loads PTX can run it. `cluster: n` launches n
+//! blocks as one cluster. Each `map: buffer type dims box swizzle` adds a parameter of 128 bytes, aligned to 64: the
+//! tensor map of a dense tensor in the input or output buffer. `within: bound …`, for approximate instructions,
+//! bounds the error of each word on hardware; the list repeats over the output.
 //!
-//! The emulator's tests compile this file into themselves, so it uses nothing but the standard library.
+//! The emulator's tests include this file, so it uses only the standard library.
 
 use std::path::{Path, PathBuf};
 
 /// Bytes of an encoded tensor map.
 pub const MAP_BYTES: usize = 128;
 
-/// One file.
+/// A file of `tests/ptx`.
 #[derive(Clone, Debug)]
 pub struct Micro {
     /// Name of the file.
     pub name: String,
-    /// The whole file: PTX with the header as its comments.
+    /// Text of the file: PTX with the header as comments.
     pub text: String,
-    /// What `.target` says: `sm_80`, `sm_90a`.
+    /// Target: `sm_80`, `sm_90a`.
     pub target: String,
-    /// What `.version` says: major, minor.
+    /// PTX version: major, minor.
     pub version: (u32, u32),
-    /// Threads of a block.
+    /// Threads per block.
     pub block: u32,
-    /// Blocks, which are one cluster.
+    /// Number of blocks, which form one cluster.
     pub cluster: u32,
-    /// Tensor maps, which follow the two addresses among the parameters.
+    /// Tensor maps, which follow the two addresses in the parameters.
     pub maps: Vec<Map>,
     /// Words of the input buffer.
     pub input: Vec<u32>,
-    /// Words that the output buffer holds in the end.
+    /// Expected words of the output buffer after the launch.
     pub output: Vec<u32>,
-    /// How far words may be off on hardware: word i by entry `i % len`, by nothing if there is no entry.
+    /// Bounds of the words' errors on hardware: entry `i % len` for word i; without entries every word must be equal.
     pub within: Vec<Bound>,
 }
 
 /// A tensor map of a dense tensor that starts where its buffer starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Map {
-    /// Whether the tensor is in the input buffer, not the output buffer.
+    /// True if the tensor is in the input buffer, false if it is in the output buffer.
     pub in_input: bool,
-    /// Type of its elements.
+    /// Type of the elements.
     pub element: Element,
-    /// Sizes, innermost first.
+    /// Sizes of the tensor, innermost first.
     pub dims: Vec<u64>,
-    /// Sizes of the box that one instruction copies.
+    /// Sizes of the box that one instruction copies, innermost first.
     pub box_dims: Vec<u32>,
-    /// Bytes that the swizzle spans: 16 (none), 32, 64 or 128.
+    /// Span of the swizzle in bytes: 16 (none), 32, 64 or 128.
     pub span: u32,
 }
 
-/// Element types that maps have.
+/// Element types of maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
     /// IEEE binary16.
     F16,
     /// IEEE binary32.
     F32,
-    /// Unsigned words.
+    /// Unsigned 32-bit words.
     U32,
 }
 
-/// What the PTX manual allows an approximate result to be off by. A zero, where not said otherwise, an infinity and a
-/// NaN have no slack: the manual's tables fix them.
+/// Error that the PTX manual allows for an approximate result. Infinity, NaN and (unless stated otherwise) zero must
+/// be exact: the manual's tables define them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Bound {
-    /// `exact`: the same word.
+    /// `exact`: an equal word.
     Exact,
     /// `ulp:n`: n units in the last place of an f32.
     Ulp(u32),
@@ -83,10 +84,10 @@ pub enum Bound {
 }
 
 impl Micro {
-    /// Every `.ptx` file of a folder, by name.
+    /// Reads every `.ptx` file of a folder, sorted by name.
     ///
     /// # Errors
-    /// If the folder or a file is unreadable, or a header is not as the module describes; the message names the file.
+    /// A sentence with the name of the file, if the folder or a file cannot be read or a header is malformed.
     pub fn read_folder(folder: &Path) -> Result<Vec<Self>, String> {
         let unreadable = |e: std::io::Error| format!("{}: {e}", folder.display());
         let mut paths: Vec<PathBuf> = Vec::new();
@@ -109,10 +110,10 @@ impl Micro {
         paths.iter().map(read).collect()
     }
 
-    /// A file from its text.
+    /// Parses the text of a file.
     ///
     /// # Errors
-    /// If the header is not as the module describes.
+    /// A sentence if the header is malformed.
     pub fn parse(name: &str, text: &str) -> Result<Self, String> {
         let mut micro = Self {
             name: name.to_owned(),
@@ -171,11 +172,11 @@ impl Micro {
         Ok(())
     }
 
-    /// The kernel's parameters, one after the other, for buffers at these addresses. `encode` makes the bytes of a tensor
-    /// map whose tensor is at an address.
+    /// Returns the kernel's parameters, one after the other, for buffers at these addresses. `encode` makes the bytes
+    /// of a tensor map for a tensor at an address.
     ///
     /// # Errors
-    /// Those of `encode`.
+    /// The errors of `encode`.
     pub fn params<E>(
         &self,
         input: u64,
@@ -189,11 +190,11 @@ impl Micro {
         Ok(params)
     }
 
-    /// Compares what a device gave with what is expected. Gives the number of words that are not equal but within
-    /// the manual's bound.
+    /// Compares the words of a device with the expected ones. Returns the number of words that are not equal but
+    /// within the manual's bound.
     ///
     /// # Errors
-    /// If a word is off by more than that: the first such, and how many there are.
+    /// A sentence with the first word out of bounds, and the number of such words.
     pub fn compare(&self, got: &[u32]) -> Result<usize, String> {
         if got.len() != self.output.len() {
             return Err(format!("{} words, not {}", got.len(), self.output.len()));
@@ -219,7 +220,7 @@ impl Micro {
 }
 
 impl Map {
-    /// What follows `map:`, as in `input f32 8,4 4,4 128`.
+    /// Parses the text after `map:`, such as `input f32 8,4 4,4 128`.
     fn parse(line: &str) -> Result<Self, String> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let &[buffer, element, dims, box_dims, span] = &words[..] else {
@@ -247,7 +248,7 @@ impl Map {
         Ok(map)
     }
 
-    /// Bytes from one index to the next, of every axis but the innermost.
+    /// Returns the stride of every axis but the innermost, in bytes.
     pub fn strides(&self) -> Vec<u64> {
         let outer = self.dims.iter().take(self.dims.len() - 1);
         outer
@@ -260,7 +261,7 @@ impl Map {
 }
 
 impl Element {
-    /// Bytes of one element.
+    /// Returns the bytes of one element.
     pub fn bytes(self) -> u64 {
         match self {
             Self::F16 => 2,
@@ -287,7 +288,7 @@ impl Bound {
         }
     }
 
-    /// Whether a word may be `got` where the exact result rounds to `want`.
+    /// Returns true if a word may be `got` where the exact result rounds to `want`.
     fn allows(self, got: u32, want: u32) -> bool {
         if got == want {
             return true;
@@ -314,7 +315,7 @@ impl Bound {
     }
 }
 
-/// The value of an f16.
+/// Returns the value of an f16.
 fn half(bits: u16) -> f64 {
     let (exponent, fraction) = (i32::from(bits >> 10 & 31), f64::from(bits & 1023));
     let magnitude = match exponent {

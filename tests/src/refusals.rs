@@ -1,4 +1,4 @@
-//! Calls that must fail: with a typed error, before anything is allocated.
+//! Calls that must fail with a typed error, before anything is allocated.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -6,14 +6,14 @@ use flash_attention::{Device, Error};
 
 use crate::devices;
 
-/// Memory is counted by the device, which all tests of a program share: one at a time.
+/// Locks the memory count of the devices, which all tests of a program share.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs a call that must fail on every device, and shows that it allocated nothing. The error goes to `expect`, the
-/// device with it.
+/// Runs a call that must fail on every device, and checks that it allocated nothing. Passes the device and the error
+/// to `expect`.
 ///
 /// # Panics
 /// If the call succeeds, or allocates before it fails.
@@ -35,7 +35,7 @@ pub fn refused<A, R>(
     }
 }
 
-/// Asserts the variant and its fields of an error on a device, and that the message shows each of the words.
+/// Asserts the variant and fields of an error, and that its message contains each of the words.
 #[macro_export]
 macro_rules! assert_error {
     ($device:ident, $error:ident, $pattern:pat $(if $guard:expr)?, $($word:expr),+) => {

@@ -1,8 +1,9 @@
-//! Runs on a GPU what the library's suite does not: `gpu_kernels compile [PART/PARTS]` has the driver compile every kernel of
-//! the table; `gpu_kernels micro [FOLDER]` runs the micro-kernels of `tests/ptx` and compares with the answers in them.
+//! Tests of kernels on a GPU beside the library's suite. `gpu_kernels compile [PART/PARTS]` compiles every kernel of
+//! the table with the driver. `gpu_kernels micro [FOLDER]` runs the micro-kernels of `tests/ptx` and compares their
+//! results with the expected ones.
 //!
-//! Each micro-kernel may hang or fail, and a failure leaves a context that refuses everything else; so they run in a process
-//! of their own, which is started afresh after the one that failed.
+//! A micro-kernel may hang or fail, and a failure leaves a context that refuses all later calls. So the micro-kernels
+//! run in a process of their own, and after a failure a new process continues.
 
 use std::io::{BufRead as _, BufReader, Write as _, stdout};
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ const USAGE: &str = "\
 Usage: gpu_kernels compile [PART/PARTS]   have the driver compile every kernel, or the PART-th of PARTS shares (from 0)
        gpu_kernels micro [FOLDER]         run the micro-kernels of tests/ptx, or of FOLDER";
 
-/// How long one micro-kernel may take, the driver's start and compiler included.
+/// Longest time of one micro-kernel, including the driver's start and its compiler.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() -> ExitCode {
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Has the driver compile a share of the kernels. The driver keeps what it compiled, so a suite that follows starts sooner.
+/// Compiles a share of the kernels with the driver. The driver caches them, so a suite that follows starts sooner.
 fn compile(part: usize, parts: usize) -> Result<(), String> {
     let gpu = Gpu::open(0)?;
     let (mut compiled, mut left, mut failures, start) = (0, 0, Vec::new(), Instant::now());
@@ -83,7 +84,7 @@ fn compile(part: usize, parts: usize) -> Result<(), String> {
     }
 }
 
-/// Runs every micro-kernel that the card loads and prints how each fared.
+/// Runs every micro-kernel that the GPU can load and prints the result of each.
 fn micro(folder: &Path) -> Result<(), String> {
     let micros = Micro::read_folder(folder)?;
     let gpu = Gpu::open(0)?;
@@ -112,8 +113,8 @@ fn micro(folder: &Path) -> Result<(), String> {
     }
 }
 
-/// Gets a result for every name from processes that print one line `NAME: RESULT` each, in order, starting with the one
-/// that they are told. A process that ends, or is silent for too long, failed at the name it did not report.
+/// Collects a result for every name from processes that print one line `NAME: RESULT` each, in order, from a given
+/// first name on. A process that ends or prints nothing for too long has failed at the next name.
 fn supervise(names: &[&str], patience: Duration, command: impl Fn(usize) -> Command) -> Vec<String> {
     let mut results: Vec<String> = Vec::new();
     while results.len() < names.len() {
@@ -134,7 +135,8 @@ fn supervise(names: &[&str], patience: Duration, command: impl Fn(usize) -> Comm
                     results.push(result);
                 }
                 Err(RecvTimeoutError::Timeout) => break Some(format!("FAILED: silent for {patience:?}, stopped")),
-                // One that reported something may have ended because of that; the next starts where it stopped.
+                // A process that has reported a result may end because of it; the next process continues after that
+                // name.
                 Err(RecvTimeoutError::Disconnected) if results.len() > first => break None,
                 Err(RecvTimeoutError::Disconnected) => break Some("FAILED: its process ended".to_owned()),
             }
@@ -149,7 +151,7 @@ fn supervise(names: &[&str], patience: Duration, command: impl Fn(usize) -> Comm
     results
 }
 
-/// A process and the lines it prints.
+/// Starts a process; returns it and a receiver of the lines it prints.
 fn start(mut command: Command) -> Result<(Child, Receiver<String>), String> {
     let mut child = command
         .stdout(Stdio::piped())
@@ -168,7 +170,8 @@ fn start(mut command: Command) -> Result<(Child, Receiver<String>), String> {
     Ok((child, receiver))
 }
 
-/// Runs the micro-kernels from one on, a line each, up to the first after which the context is not to be trusted.
+/// Runs the micro-kernels from number `first` on, with one line each, up to the first failure after which the context
+/// is unusable.
 fn run_from(folder: &Path, first: usize) -> Result<(), String> {
     let micros = Micro::read_folder(folder)?;
     let gpu = Gpu::open(0)?;

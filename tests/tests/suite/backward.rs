@@ -10,13 +10,13 @@ use proptest::prelude::*;
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
-/// The lengths that FlashAttention's own tests break tiles with.
+/// Tests the lengths with which FlashAttention's own tests break tiles.
 #[test]
 fn lengths_that_break_tiles() {
     for dtype in DTYPES {
         for causal in [false, true] {
-            // In f32 the 799 gradients of a lone key cancel to 0, and what their roundings leave, 1.1e-5, is past the rule's
-            // absolute term: a known limit, so that shape is held to the rule in 16 bits only.
+            // In f32 the 799 gradients of a single key cancel to 0. The remaining rounding error of 1.1e-5 exceeds
+            // the rule's absolute term, a known limit, so this shape is tested only in 16 bits.
             let tall = if dtype == Dtype::F32 { (239, 2) } else { (799, 1) };
             for (seqlen_q, seqlen_k) in [(1, 1), (113, 203), (239, 1), (1, 799), tall, (300, 301)] {
                 Case::one_head(dtype, seqlen_q, seqlen_k, 64)
@@ -27,10 +27,10 @@ fn lengths_that_break_tiles() {
     }
 }
 
-/// q, k and v are parts of one tensor, and their gradients the same parts of another.
+/// Tests q, k and v as parts of one tensor, and their gradients as the same parts of another.
 #[test]
 fn gradients_of_packed_qkv_are_written_in_place() {
-    let packed = [1, 8, 3, 2, 16]; // batch, seqlen, which of q, k, v, heads, head_dim
+    let packed = [1, 8, 3, 2, 16]; // batch, seqlen, part (q, k or v), heads, head_dim
     let data: Vec<f32> = (0..8 * 3 * 2 * 16).map(|i| (i as f32 * 0.37).sin()).collect();
     for device in devices().all() {
         let parts = |x: &Tensor<f32>| {
@@ -60,7 +60,7 @@ fn gradients_of_packed_qkv_are_written_in_place() {
     }
 }
 
-/// The same, or as much of it as the emulator has time for, in another dtype and mask each.
+/// Tests these lengths, as far as the emulator is fast enough, each with another dtype and mask.
 #[test]
 fn lengths_that_break_tiles_on_the_emulator() {
     for (i, (seqlen_q, seqlen_k)) in [(1, 1), (113, 203), (239, 1), (1, 799), (33, 70), (65, 64)]
@@ -81,7 +81,8 @@ fn lengths_that_break_tiles_on_the_emulator() {
     }
 }
 
-/// Every backward row of the table: a problem of its dtype, mask and width runs it, and no row is left out.
+/// Tests every backward row of the table with a problem of its dtype, mask and width, and checks that no row is left
+/// out.
 #[test]
 fn every_compiled_kernel() {
     if !devices().emulation() {
@@ -104,7 +105,7 @@ fn every_compiled_kernel() {
     }
 }
 
-/// What the kernels of a backward pass compute.
+/// Backward passes of the table.
 const BACKWARD: [Pass; 5] = [
     Pass::BackwardDelta,
     Pass::BackwardQueries,
@@ -113,7 +114,7 @@ const BACKWARD: [Pass; 5] = [
     Pass::BackwardFinish,
 ];
 
-/// A small case for each kernel that makes dQ.
+/// Returns a small case for each kernel that computes dQ.
 fn cases_of_kernels() -> impl Iterator<Item = (Arch, Case)> {
     let makes_dq = |pass| matches!(pass, Pass::BackwardQueries | Pass::BackwardAll);
     ENTRIES.iter().filter(move |entry| makes_dq(entry.pass)).map(|entry| {
@@ -123,7 +124,7 @@ fn cases_of_kernels() -> impl Iterator<Item = (Arch, Case)> {
     })
 }
 
-/// The kernels that a case's backward pass launches on a device.
+/// Lists the kernels that a case's backward pass launches on a device.
 fn kernels<T: Element>(case: &Case, device: &Device) -> Vec<&'static str> {
     let prepared = case.prepare_backward::<T>(device, &case.inputs(), &case.dout());
     let [q, k, v] = prepared.inputs.each_ref().map(|input| &input.tensor);
@@ -134,7 +135,7 @@ fn kernels<T: Element>(case: &Case, device: &Device) -> Vec<&'static str> {
     plan.launches().iter().map(|launch| launch.entry.name).collect()
 }
 
-/// The first queries see no key: their dq is 0, not NaN and not what lay there before.
+/// Tests that dq is 0 for the first queries, which see no key.
 #[test]
 fn queries_that_see_nothing_have_no_gradient() {
     fn check<T: Element>(case: &Case) {
@@ -167,7 +168,7 @@ fn query_heads_share_key_heads() {
     }
 }
 
-/// The shapes of models: grouped heads, both masks, all dtypes, several tiles each way.
+/// Tests the shapes of models: grouped heads, both masks, all dtypes, several tiles of queries and keys.
 #[test]
 fn heads_of_models() {
     for dtype in DTYPES {
@@ -194,7 +195,7 @@ fn scales_of_every_sign_and_size() {
     }
 }
 
-/// Where the caller's memory lies must not matter: 16-byte copies, copies element by element, gaps, repeats.
+/// Tests that the memory layout does not matter: 16-byte copies, copies by element, gaps, broadcasts.
 #[test]
 fn every_layout() {
     let layouts = [
@@ -232,7 +233,7 @@ proptest! {
 proptest! {
     #![proptest_config(drawn::config(48))]
 
-    /// In 16 bits: long f32 sums over repeated rows add up one rounding.
+    /// Runs in 16 bits: in f32, long sums over repeated rows accumulate one rounding error.
     #[test]
     fn larger_where_hardware_computes(case in drawn::case(300, 30_000_000)) {
         let dtype = if case.dtype == Dtype::F32 { Dtype::F16 } else { case.dtype };
@@ -240,8 +241,8 @@ proptest! {
     }
 }
 
-/// The case with scores no larger than twice the default scale makes them: delta comes from out, whose rounding is more than the
-/// rule allows where one key of many weighs nearly everything.
+/// Limits the scores of a case to twice the default scale. delta comes from out, whose rounding exceeds the rule
+/// where one key of many has nearly all the weight.
 fn mild(case: Case) -> Case {
     let head_dim = case.q[3];
     let limit = 2.0 * Attention::new().scale_for(head_dim);
@@ -250,7 +251,7 @@ fn mild(case: Case) -> Case {
     case.clone().with(attention).masked(case.attention.is_causal())
 }
 
-/// From lse alone gradients obey the rule where scores are mild, which 24 bits of lse are enough for.
+/// Tests gradients from lse alone: they satisfy the rule if scores are small enough for the 24 bits of lse.
 fn check_without_statistics<T: Element>(case: &Case, device: &Device) {
     let (inputs, dout) = (case.inputs::<T>(), case.dout::<T>());
     let mut prepared = case.prepare_backward(device, &inputs, &dout);
@@ -275,12 +276,12 @@ fn lse_alone_is_enough_where_scores_are_mild() {
     }
 }
 
-/// The bits of a case's gradients.
+/// Returns the bits of a case's gradients.
 fn bits(case: &Case, device: &Device) -> Vec<u64> {
     for_dtype!(case.dtype, T => case.run_backward::<T>(device, &case.inputs(), &case.dout()).1.bits())
 }
 
-/// A case gives the same bits on each of these devices.
+/// Tests that a case gives the same bits on each of these devices.
 fn check_same_bits(case: &Case, devices: impl IntoIterator<Item = Device>) {
     let mut first = None;
     for (i, device) in devices.into_iter().enumerate() {
@@ -290,12 +291,12 @@ fn check_same_bits(case: &Case, devices: impl IntoIterator<Item = Device>) {
     }
 }
 
-/// The case as it is, and asking for the same bits each time, which only some kernels for Hopper would not give.
+/// Returns the case without and with `.deterministic()`; only some kernels for Hopper differ.
 fn both_modes(case: &Case) -> [Case; 2] {
     [case.clone(), asking_for_bits(case)]
 }
 
-/// The case, asking for the same bits each time.
+/// Returns the case with `.deterministic()`.
 fn asking_for_bits(case: &Case) -> Case {
     case.clone().with(case.attention.clone().deterministic())
 }
@@ -307,7 +308,7 @@ fn the_same_call_gives_the_same_bits() {
         for device in devices().native() {
             check_same_bits(&asking_for_bits(&case), std::iter::repeat_n(device.clone(), 5));
         }
-        // The CPU needs not be asked.
+        // The CPU is always deterministic.
         check_same_bits(&case, std::iter::repeat_n(Device::cpu(), 5));
     }
 }
@@ -326,13 +327,13 @@ fn the_number_of_threads_does_not_show() {
     }
 }
 
-/// The emulator in 16 orders of warps, on one to three host threads.
+/// Iterates over emulators with 16 orders of warps, on one to three host threads.
 fn every_order(arch: Arch) -> impl Iterator<Item = Device> {
     (0..16).map(move |seed| emulator(arch, seed, 1 + seed as usize % 3))
 }
 
-/// Whatever the order of the warps, no check finds anything and every bit is the same: every kernel, small. A problem of one
-/// tile of keys, so that no two blocks add to the same sum.
+/// Tests every kernel on small cases in every order of warps: no check has a finding, and all bits are equal. A
+/// problem has one tile of keys, so that no two blocks add to the same element of dQ.
 fn check_every_kernel(arch: Arch) {
     if !devices().emulation() {
         return;
@@ -352,7 +353,7 @@ fn every_kernel_for_hopper_is_clean_in_any_order() {
     check_every_kernel(Arch::Sm90a);
 }
 
-/// The same where rings go round and query heads share keys.
+/// Tests the same with pipelines that wrap around and query heads that share keys.
 #[test]
 fn the_order_of_warps_does_not_show() {
     if !devices().emulation() {
@@ -371,8 +372,8 @@ fn the_order_of_warps_does_not_show() {
     }
 }
 
-/// Where blocks add dQ up, they do so in one order if asked to, and in several if not: on one square of dQ a tile and on two,
-/// with four tiles of keys a head.
+/// Tests the order in which blocks add to dQ: one order with `.deterministic()`, several without. A tile of dQ has
+/// one square or two, and a head four tiles of keys.
 #[test]
 fn blocks_take_turns_where_bits_are_asked_for() {
     if !devices().emulation() {
@@ -398,7 +399,8 @@ fn blocks_take_turns_where_bits_are_asked_for() {
     }
 }
 
-/// Where blocks add dQ up in any order, gradients are right in any order, on one square of dQ a tile and on two.
+/// Tests that gradients are correct for any order in which blocks add to dQ, with one square of dQ per tile and with
+/// two.
 #[test]
 fn sums_of_blocks_are_right_in_any_order() {
     if !devices().emulation() {
@@ -412,13 +414,14 @@ fn sums_of_blocks_are_right_in_any_order() {
     }
 }
 
-/// More tiles of work than blocks: on Hopper blocks stay, and their rings go on from tile to tile.
+/// Tests more tiles than blocks: on Hopper blocks are persistent, and their pipelines continue from tile to tile.
 #[test]
 fn blocks_that_stay_take_every_tile() {
     if !devices().emulation() {
         return;
     }
-    // One tile a head, for dQ and for dK and dV; three of either, with a last round that blocks share by pairs of tiles.
+    // One tile per head, for dQ and for dK and dV; three of either, where blocks share the last round by pairs of
+    // tiles.
     for (batch, seqlen_q, seqlen_k, causal) in [
         (7, 20, 20, false),
         (7, 20, 20, true),
@@ -432,7 +435,7 @@ fn blocks_that_stay_take_every_tile() {
     }
 }
 
-/// Bytes of global memory of a backward pass, predicted and counted: `(read, written)` each.
+/// Returns bytes of global memory of a backward pass, predicted and counted: `(read, written)` each.
 fn traffic<T: Element>(case: &Case, arch: Arch) -> [(u128, u128); 2] {
     let device = Device::emulator(arch);
     let prepared = case.prepare_backward::<T>(&device, &case.inputs(), &case.dout());
@@ -466,8 +469,8 @@ proptest! {
     }
 }
 
-/// Forward and backward hold eight tensors of rows (q, k, v, out, dout, dq, dk, dv), four of an f32 a query (lse, row_max,
-/// row_sum, delta) and what the plan says, and at no time anything else: nothing is seqlen x seqlen.
+/// Tests that forward and backward hold eight tensors of rows (q, k, v, out, dout, dq, dk, dv), four with an f32 per
+/// query (lse, row_max, row_sum, delta) and the plan's workspace, and never more: nothing has size seqlen x seqlen.
 #[test]
 fn memory_grows_with_the_length_alone() {
     fn peak<T: Element>(device: &Device, seqlen: usize, head_dim: usize) -> u64 {
@@ -479,13 +482,13 @@ fn memory_grows_with_the_length_alone() {
         device.memory().peak
     }
     let rows = |seqlen: usize, head_dim: usize, bytes: usize| (seqlen * (8 * head_dim * bytes + 4 * 4)) as u64;
-    // lse in base 2 and a shift; a flag for 16 queries.
+    // lse in base 2 and a shift; one flag per 16 queries.
     let of_gpus = |seqlen: usize| (seqlen * 2 * 4 + seqlen / 16 * 4) as u64;
     let cpu = Device::cpu_with_threads(2).expect("threads");
     for seqlen in [1024, 2048, 4096] {
         assert_eq!(peak::<f32>(&cpu, seqlen, 32), rows(seqlen, 32, 4), "seqlen {seqlen}");
     }
-    // On Hopper dQ is kept in f32 and whole panels of 64 columns.
+    // On Hopper dQ is accumulated in f32, in whole panels of 64 columns.
     let sums = |seqlen: usize| (seqlen * 64 * 4) as u64;
     for seqlen in [128, 256, 512] {
         for arch in [Arch::Sm80, Arch::Sm90a] {

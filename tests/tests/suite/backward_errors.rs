@@ -1,5 +1,5 @@
-//! What is wrong with a backward call is a typed error, before anything is allocated or launched. On every device. That
-//! dtypes agree is checked by the compiler: `backward` takes tensors of one element type.
+//! Errors of backward calls, on every device: each is a typed error, before anything is allocated or launched. The
+//! compiler checks that dtypes agree: `backward` takes tensors of one element type.
 
 use flash_attention::half::f16;
 use flash_attention::{Arch, Attention, Device, Error, Gradients, Output, Tensor};
@@ -9,7 +9,7 @@ use flash_attention_tests::{assert_error, devices};
 const Q: [usize; 4] = [2, 4, 6, 16];
 const KV: [usize; 4] = [2, 2, 7, 16];
 
-/// What a backward call is made of. A test spoils one thing of it.
+/// Arguments of a backward call. Each test makes one of them wrong.
 #[derive(Clone)]
 struct Call {
     attention: Attention,
@@ -25,7 +25,7 @@ fn zeros(device: &Device, shape: impl AsRef<[usize]>) -> Tensor<f16> {
     Tensor::zeros(device, shape.as_ref()).expect("a small tensor")
 }
 
-/// A call that is right, on a device.
+/// Makes a correct call on a device.
 fn call(device: &Device) -> Call {
     let (q, kv) = (|| zeros(device, Q), || zeros(device, KV));
     Call {
@@ -65,7 +65,7 @@ fn backward_into(call: &Call) -> Result<(), Error> {
     attention.backward_into(q, k, v, output, dout, &mut gradients.clone())
 }
 
-/// A right call, spoilt.
+/// Makes a correct call and makes one argument wrong.
 fn spoilt(spoil: impl Fn(&Device, &mut Call)) -> impl Fn(&Device) -> Call {
     move |device| {
         let mut call = call(device);
@@ -74,7 +74,7 @@ fn spoilt(spoil: impl Fn(&Device, &mut Call)) -> impl Fn(&Device) -> Call {
     }
 }
 
-/// The tensor of a call that has this name.
+/// Returns the tensor of a call with this name.
 fn named<'a>(call: &'a mut Call, name: &str) -> &'a mut Tensor<f16> {
     match name {
         "q" => &mut call.q,
@@ -98,7 +98,7 @@ fn what_the_tests_spoil_is_right() {
     }
 }
 
-/// What forward refuses, backward refuses.
+/// Tests that backward refuses the inputs that forward refuses.
 #[test]
 fn inputs_that_forward_refuses() {
     let prepare = spoilt(|device, call| call.v = zeros(device, [2, 2, 8, 16]));
@@ -285,7 +285,7 @@ fn gradients_whose_elements_share_memory() {
     }
 }
 
-/// A gradient may not share memory with anything that is read, nor with another gradient, wholly or in part.
+/// Tests that a gradient must not share memory with an input or another gradient, wholly or in part.
 #[test]
 fn gradients_that_share_memory() {
     let pairs = [
@@ -326,7 +326,7 @@ fn gradients_that_share_memory() {
     });
 }
 
-/// An lse with a NaN is refused by debug builds; release builds make NaN of what it touches, and nothing worse.
+/// Tests an lse that holds NaN: debug builds refuse it; in release builds the results that depend on it are NaN.
 #[test]
 fn an_lse_that_is_not_a_number() {
     let prepare = spoilt(|device, call| {
@@ -361,7 +361,7 @@ fn an_lse_that_is_not_a_number() {
     }
 }
 
-/// Nothing stays behind when there is no memory for the results.
+/// Tests that nothing stays allocated if there is no memory for the results.
 #[test]
 fn results_that_do_not_fit() {
     let mut options = flash_attention::device::EmulatorOptions::new(Arch::Sm80);

@@ -1,4 +1,4 @@
-//! Forward attention on every device against the f64 oracle, for whatever proptest draws.
+//! Tests of forward attention on every device against the f64 oracle, on cases drawn by proptest.
 
 use flash_attention_tests::{devices, drawn};
 use proptest::prelude::*;

@@ -1,5 +1,5 @@
-//! What only the emulator can show: that kernels are clean under its checks whatever the order of warps, and that they
-//! move the bytes that plans predict.
+//! Tests that only the emulator can run: kernels have no finding in any order of warps, and move exactly the bytes
+//! that plans predict.
 
 use flash_attention::device::EmulatorOptions;
 use flash_attention::half::{bf16, f16};
@@ -9,7 +9,7 @@ use flash_attention_kernels::entries::{ENTRIES, Pass};
 use flash_attention_tests::{Case, Layout, Order, Outcome, devices, drawn, emulator};
 use proptest::prelude::*;
 
-/// Orders of execution that are tried.
+/// Seeds of the orders of warps.
 const SEEDS: std::ops::Range<u64> = 1..16;
 
 /// Runs a function for the element type of a case.
@@ -26,7 +26,7 @@ fn bits<T: Element>(outcome: &Outcome<T>) -> (Vec<u64>, Vec<u32>) {
     (out, outcome.lse.iter().map(|x| x.to_bits()).collect())
 }
 
-/// A case gives the same bits for every seed; a finding is an error, which `run` does not forgive.
+/// Tests that a case gives the same bits for every seed; a finding is an error, and `run` panics.
 fn check_seeds<T: Element>(arch: Arch, case: &Case) {
     let inputs = case.inputs::<T>();
     let first = bits(&case.run(&emulator(arch, 0, 2), &inputs).1);
@@ -36,7 +36,7 @@ fn check_seeds<T: Element>(arch: Arch, case: &Case) {
     }
 }
 
-/// The kernel that is planned for a case whose tensors are contiguous.
+/// Returns the kernel that is planned for a case with contiguous tensors.
 fn kernel(arch: Arch, case: &Case) -> &'static str {
     let device = Device::emulator(arch);
     let info = |shape| TensorInfo::contiguous(device.id(), case.dtype, shape, 4096).expect("small");
@@ -45,7 +45,7 @@ fn kernel(arch: Arch, case: &Case) -> &'static str {
     plan.launches()[0].entry.name
 }
 
-/// Every forward kernel, with a ring of tiles that goes round, in every order that is tried.
+/// Tests every forward kernel with every seed, with enough tiles for its pipeline to wrap around.
 fn check_every_kernel(arch: Arch) {
     if !devices().emulation() {
         return;
@@ -76,7 +76,7 @@ fn every_kernel_for_hopper_is_clean_in_any_order() {
     check_every_kernel(Arch::Sm90a);
 }
 
-/// Memory that forbids 16-byte copies takes another way through the loaders.
+/// Tests memory that rules out 16-byte copies, which takes another path through the loaders.
 #[test]
 fn unaligned_copies_are_clean_in_any_order() {
     if !devices().emulation() {
@@ -96,7 +96,7 @@ fn unaligned_copies_are_clean_in_any_order() {
     }
 }
 
-/// Blocks run on as many threads as the host has; what they compute and what is counted does not depend on it.
+/// Tests that results and counters do not depend on the number of host threads.
 #[test]
 fn host_threads_do_not_show() {
     if !devices().emulation() {
@@ -117,7 +117,7 @@ fn host_threads_do_not_show() {
     }
 }
 
-/// Bytes of global memory, predicted and counted: `(read, written)` each.
+/// Returns bytes of global memory, predicted and counted: `(read, written)` each.
 fn traffic<T: Element>(arch: Arch, case: &Case) -> [(u128, u128); 2] {
     let device = Device::emulator(arch);
     let inputs = case.inputs::<T>();
@@ -176,7 +176,7 @@ proptest! {
     }
 }
 
-/// Where tiles are full, the tensor cores do exactly the operations that the plan counts.
+/// Tests that with full tiles the tensor cores execute exactly the operations that the plan counts.
 #[test]
 fn full_tiles_waste_no_products() {
     if !devices().emulation() {
@@ -197,7 +197,7 @@ fn full_tiles_waste_no_products() {
     }
 }
 
-/// Swizzled tiles: no access of a warp meets itself in a bank of shared memory.
+/// Tests that with swizzled tiles no access of a warp has a bank conflict in shared memory.
 #[test]
 fn shared_memory_has_no_bank_conflicts() {
     if !devices().emulation() {
@@ -216,8 +216,8 @@ fn shared_memory_has_no_bank_conflicts() {
     }
 }
 
-/// More tiles of work than blocks: on Hopper blocks stay, and their rings go on from tile to tile. Heads that share keys,
-/// batch entries, and a causal mask decide what comes next.
+/// Tests more tiles than blocks: on Hopper blocks are persistent, and their pipelines continue from tile to tile.
+/// Heads that share keys, batch entries, and a causal mask determine the next tile.
 #[test]
 fn blocks_that_stay_take_every_tile() {
     if !devices().emulation() {
@@ -225,7 +225,8 @@ fn blocks_that_stay_take_every_tile() {
     }
     let device = emulator(Arch::Sm90a, 7, 2);
     for causal in [false, true] {
-        // One tile a head; three, with a last round that blocks share tile by tile; three, with one that they share by pairs.
+        // One tile per head; three, where blocks share the last round by tiles; three, where they share it by pairs
+        // of tiles.
         for (batch, heads, seqlen_q) in [(9, 20, 70), (7, 20, 400), (5, 20, 400)] {
             Case::new(Dtype::Bf16, [batch, heads, seqlen_q, 64], [batch, 4, 40, 64])
                 .masked(causal)
@@ -234,8 +235,8 @@ fn blocks_that_stay_take_every_tile() {
     }
 }
 
-/// Where heads have few queries, those that share keys are packed into one tile, on Hopper, and right: tiles that end between
-/// two queries or within one, batch entries, both layouts, both masks, every order of warps.
+/// Tests heads with few queries on Hopper, where heads that share keys are packed into one tile: tiles that end
+/// between two queries or within one, batch entries, both layouts, both masks, every order of warps.
 #[test]
 fn heads_that_share_keys_are_packed() {
     if !devices().emulation() {
@@ -256,7 +257,7 @@ fn heads_that_share_keys_are_packed() {
         }
     }
     let device = Device::emulator(Arch::Sm90a);
-    let unpacked = [(6, 1), (128, 1), (4, 1500)]; // no power of two, too many, nothing gained
+    let unpacked = [(6, 1), (128, 1), (4, 1500)]; // not a power of two, too many, no gain
     for (sharing, seqlen_q) in unpacked {
         let case = Case::new(Dtype::F16, [1, sharing, seqlen_q, 64], [1, 1, 40, 64]);
         assert_eq!(packed_heads(&case, &device), 1, "{case:?}");
@@ -265,7 +266,7 @@ fn heads_that_share_keys_are_packed() {
     assert_eq!(packed_heads(&forced, &device), 1);
 }
 
-/// Query heads whose queries a block of the case's forward pass owns together.
+/// Returns the number of query heads that share a tile in the case's forward pass.
 fn packed_heads(case: &Case, device: &Device) -> u32 {
     let info = |shape| TensorInfo::contiguous(device.id(), case.dtype, shape, 4096).expect("small");
     let (q, k) = (info(case.q), info(case.kv));
@@ -276,8 +277,9 @@ fn packed_heads(case: &Case, device: &Device) -> u32 {
         .packed_heads
 }
 
-/// What tensor maps can not describe, and scales that turn the largest product into another score than the largest, go to the
-/// portable kernels; so does everything when asked to. What asks for Hopper's own and can not have them is told why.
+/// Tests the choice of kernels. The portable kernels get tensors that tensor maps cannot describe, scales that are
+/// not positive, and every call with `.arch(Arch::Sm80)`. A call that asks for Hopper's kernels but cannot use them
+/// is an error with the reason.
 #[test]
 fn hoppers_kernels_are_chosen_where_they_serve() {
     let device = Device::emulator(Arch::Sm90a);
@@ -325,7 +327,7 @@ fn hoppers_kernels_are_chosen_where_they_serve() {
     assert!(error.contains("compute capability 9.0"), "{error}");
 }
 
-/// The checks are what "clean" rests on, so they must be on wherever the suite runs.
+/// Tests that all checks are on, since the suite relies on them.
 #[test]
 fn all_checks_are_on() {
     let options = EmulatorOptions::new(Arch::Sm80);

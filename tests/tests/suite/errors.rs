@@ -1,5 +1,5 @@
-//! What is wrong with a call is a typed error that names the argument, its value and what is allowed, before anything is
-//! allocated or launched. On every device.
+//! Errors of forward calls, on every device: each is a typed error with the argument, its value and the limit, before
+//! anything is allocated or launched.
 
 use flash_attention::device::{DeviceKind, EmulatorOptions};
 use flash_attention::half::f16;
@@ -11,7 +11,7 @@ fn zeros<T: Element>(device: &Device, shape: &[usize]) -> Tensor<T> {
     Tensor::zeros(device, shape).expect("a small tensor")
 }
 
-/// q, k and v of these shapes.
+/// Makes q, k and v of these shapes.
 fn inputs(shapes: [&'static [usize]; 3]) -> impl Fn(&Device) -> [Tensor<f16>; 3] {
     move |device| shapes.map(|shape| zeros(device, shape))
 }
@@ -56,7 +56,8 @@ fn sizes_of_zero() {
 
 #[test]
 fn shapes_that_disagree() {
-    /// Shapes of q, k and v; the argument and axis that disagree; the axis' size there and where it should be the same.
+    /// Shapes of q, k and v; the argument and the axis that disagree; the size of the axis there and the expected
+    /// size.
     type Disagreement<'a> = ([&'a [usize]; 3], &'a str, &'a str, usize, usize);
     let cases: [Disagreement<'_>; 6] = [
         ([SHAPE, &[3, 4, 6, 16], &[3, 4, 6, 16]], "k", "batch", 3, 2),
@@ -166,7 +167,7 @@ fn sequences_too_long_to_count() {
     });
 }
 
-/// More blocks than a launch can have. The CPU has no launches.
+/// Tests a problem with more blocks than a launch can have. The CPU has no launches.
 #[test]
 fn grids_too_large_to_launch() {
     let _alone = alone();
@@ -215,7 +216,7 @@ fn tensors_on_two_devices() {
     });
 }
 
-/// q, k, v, and the caller's own out and lse.
+/// q, k, v, and the caller's out and lse.
 type Call = ([Tensor<f16>; 3], Tensor<f16>, Tensor<f32>);
 
 fn forward_into((inputs, out, lse): &Call) -> Result<(), Error> {
@@ -381,7 +382,7 @@ fn memory_that_is_not_there() {
     );
 }
 
-/// The results of a call need memory too; nothing stays behind when there is none.
+/// Tests that nothing stays allocated if there is no memory for the results.
 #[test]
 fn results_that_do_not_fit() {
     let mut options = EmulatorOptions::new(Arch::Sm80);

@@ -1,4 +1,5 @@
-//! Forward attention on every device against the f64 oracle: tile edges, every compiled kernel, every memory layout.
+//! Tests of forward attention on every device against the f64 oracle: tile edges, every compiled kernel, every memory
+//! layout.
 
 use flash_attention::{Attention, Dtype};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
@@ -6,7 +7,7 @@ use flash_attention_tests::{Case, Layout, Order, devices};
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
-/// The lengths that FlashAttention's own tests break tiles with.
+/// Tests the lengths with which FlashAttention's own tests break tiles.
 #[test]
 fn lengths_that_break_tiles() {
     for (i, (seqlen_q, seqlen_k)) in [(1, 1), (113, 203), (239, 1), (1, 799)].into_iter().enumerate() {
@@ -17,7 +18,7 @@ fn lengths_that_break_tiles() {
     }
 }
 
-/// Everywhere but on the emulator, whose time is better spent on more and smaller shapes.
+/// Tests long sequences on all devices but the emulator, which is too slow for them.
 #[test]
 fn long_lengths_that_break_tiles() {
     for dtype in DTYPES {
@@ -39,7 +40,7 @@ fn long_lengths_that_break_tiles() {
     }
 }
 
-/// Lengths one less, equal and one more than the tiles of the kernel that serves them.
+/// Tests lengths one less than, equal to and one more than the tiles of the kernel that serves them.
 #[test]
 fn lengths_around_the_tiles() {
     for (i, dtype) in DTYPES.into_iter().enumerate() {
@@ -59,7 +60,8 @@ fn lengths_around_the_tiles() {
     }
 }
 
-/// The first queries see no key: out is 0, lse minus infinity, for whole tiles and for parts of them.
+/// Tests that for the first queries, which see no key, out is 0 and lse minus infinity, in whole tiles and parts of
+/// tiles.
 #[test]
 fn more_queries_than_keys_under_a_causal_mask() {
     for (dtype, seqlen_q, seqlen_k) in [
@@ -74,7 +76,8 @@ fn more_queries_than_keys_under_a_causal_mask() {
     }
 }
 
-/// Every multiple of 8, each in another dtype and mask than the one before, so that none needs a kernel of its own.
+/// Tests every multiple of 8, each with another dtype and mask than the one before. Not every width has a kernel of
+/// its own.
 #[test]
 fn every_head_dim() {
     for (i, head_dim) in (8..=256).step_by(8).enumerate() {
@@ -84,7 +87,7 @@ fn every_head_dim() {
     }
 }
 
-/// Every row of the table of compiled kernels, at its own width and one step below, with more than one key block.
+/// Tests every row of the table of compiled kernels, at its own width and one step below, with several key blocks.
 #[test]
 fn every_compiled_kernel() {
     for entry in ENTRIES.iter().filter(|entry| entry.pass == Pass::Forward) {
@@ -106,7 +109,7 @@ fn query_heads_share_key_heads() {
     }
 }
 
-/// The shapes of models: grouped heads, both masks, all dtypes, several tiles each way.
+/// Tests the shapes of models: grouped heads, both masks, all dtypes, several tiles of queries and keys.
 #[test]
 fn heads_of_models() {
     for dtype in DTYPES {
@@ -132,7 +135,7 @@ fn scales_of_every_sign_and_size() {
     }
 }
 
-/// Scores in the hundreds: one key takes all the weight, and a maximum that comes late rescales by nearly nothing.
+/// Tests scores in the hundreds: one key has all the weight, and a late maximum rescales earlier sums to nearly 0.
 #[test]
 fn scores_that_overflow_without_their_maximum() {
     for dtype in DTYPES {
@@ -143,7 +146,7 @@ fn scores_that_overflow_without_their_maximum() {
     }
 }
 
-/// Where the caller's memory lies must not matter: 16-byte copies, copies element by element, gaps, repeats.
+/// Tests that the memory layout does not matter: 16-byte copies, copies by element, gaps, broadcasts.
 #[test]
 fn every_layout() {
     let layouts = [

@@ -1,6 +1,6 @@
-//! Every compiled kernel on every GPU of the run. Without one, all there is to see here is that the cases reach every kernel,
-//! and the list of devices that the run prints says so: the emulator's part is in `forward.rs`, `backward.rs` and
-//! `emulator.rs`.
+//! Tests of every compiled kernel on every GPU of the run. Without a GPU they only check that the cases reach every
+//! kernel, and the printed list of devices says that none ran. `forward.rs`, `backward.rs` and `emulator.rs` run the
+//! kernels on the emulator.
 
 use std::collections::BTreeSet;
 
@@ -10,11 +10,11 @@ use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
 use flash_attention_tests::gpu::loads_arch;
 use flash_attention_tests::{Case, devices, for_dtype};
 
-/// As many times is a call repeated whose bits must not change.
+/// Number of runs of a case whose results must be equal to the bit.
 const REPEATS: usize = 20;
 
-/// A case for each forward kernel that a card of this compute capability runs; its backward pass takes the kernels of the
-/// same arch, dtype, mask and width.
+/// Returns a case for each forward kernel that a GPU of this compute capability runs. Its backward pass uses the
+/// kernels of the same architecture, dtype, mask and width.
 fn cases(capability: (u32, u32)) -> impl Iterator<Item = (&'static Entry, Case)> {
     let kernels = ENTRIES
         .iter()
@@ -22,7 +22,8 @@ fn cases(capability: (u32, u32)) -> impl Iterator<Item = (&'static Entry, Case)>
     kernels.map(|entry| (entry, case(entry)))
 }
 
-/// A case that this kernel serves, of several tiles each way, the last ones partly filled, with grouped heads.
+/// Makes a case for this kernel: several tiles of queries and of keys, the last ones partly filled, and grouped
+/// heads.
 fn case(entry: &Entry) -> Case {
     let (long, wide) = (2 * entry.block_m as usize + 5, 3 * entry.block_n as usize + 11);
     let shape = |heads, seqlen| [1, heads, seqlen, entry.head_dim as usize];
@@ -45,7 +46,7 @@ fn on_every_gpu(check: impl Fn(&Device, &Case)) {
     }
 }
 
-/// The kernels that a case launches on an emulated Hopper card, forward and backward.
+/// Lists the kernels that a case launches on an emulated Hopper GPU, forward and backward.
 fn kernels<T: Element>(case: &Case) -> Vec<&'static str> {
     let device = Device::emulator(Arch::Sm90a);
     let empty = |shape: [usize; 4]| Tensor::<T>::empty(&device, shape).expect("it fits");
@@ -89,7 +90,7 @@ fn every_backward_kernel_is_right() {
     });
 }
 
-/// A result that moves is a race.
+/// Tests that results are equal in every run: a difference is a race.
 #[test]
 fn every_forward_kernel_gives_the_same_bits() {
     fn check<T: Element>(case: &Case, gpu: &Device) {
@@ -123,7 +124,7 @@ fn every_backward_kernel_gives_the_same_bits_when_asked_to() {
     });
 }
 
-/// More work than blocks that stay: 132 multiprocessors are met by some thousand tiles.
+/// Tests more tiles than resident blocks: some thousand tiles on 132 multiprocessors.
 #[test]
 fn more_tiles_than_a_gpu_holds() {
     for gpu in devices().gpus() {

@@ -1,11 +1,11 @@
-//! The floors of the crates: a room imports from itself and from rooms below it.
+//! Layers of the crates: a room imports from itself and from rooms below it.
 
 use std::path::Path;
 
 use flash_attention_tests::files::workspace;
 use flash_attention_tests::house::forbidden_imports;
 
-/// The emulator's rooms, ground floor first.
+/// Rooms of the emulator, lowest floor first.
 const EMULATOR: &[&[&str]] = &[
     &["error", "counters", "lex", "numeric", "schedule"],
     &["memory", "parse", "report", "tensor"],
@@ -18,7 +18,7 @@ const EMULATOR: &[&[&str]] = &[
     &["module"],
 ];
 
-/// The host's rooms, ground floor first.
+/// Rooms of the host library, lowest floor first.
 const HOST: &[&[&str]] = &[
     &["error", "element", "progress"],
     &["layout", "target"],
@@ -32,7 +32,7 @@ const HOST: &[&[&str]] = &[
     &["call"],
 ];
 
-/// The kernels' rooms, ground floor first.
+/// Rooms of the kernels, lowest floor first.
 const KERNELS: &[&[&str]] = &[
     &["abi", "element", "mask"],
     &["ptx"],
@@ -64,7 +64,7 @@ fn imports_go_down(src: &str, floors: &[&[&str]]) {
     assert!(forbidden.is_empty(), "{}", forbidden.join("\n"));
 }
 
-/// Writes the files of a small crate to a folder that is removed at the end.
+/// Writes the files of a small crate to a folder that is removed when the value is dropped.
 fn with_crate(name: &str, files: &[(&str, &str)], check: impl FnOnce(&Path)) {
     let folder = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
     for (path, text) in files {

@@ -1,5 +1,6 @@
-//! The suite: the library on every device of this machine, against the CPU reference in f64, and the compiled kernels
-//! against what the host library takes them to be. One binary, because each links the library, the emulator and all kernels.
+//! The suite: the library on every device of this machine against the CPU reference in f64, and the compiled kernels
+//! against the host's description of them. It is one binary, because each binary links the library, the emulator and
+//! all kernels.
 
 mod backward;
 mod backward_errors;

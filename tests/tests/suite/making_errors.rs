@@ -1,5 +1,5 @@
-//! What is wrong with a tensor or the name of a device is a typed error that names the argument, its value and what is
-//! allowed, before anything is allocated. On every device.
+//! Errors of tensors and device names, on every device: each is a typed error with the argument, its value and the
+//! limit, before anything is allocated.
 
 use flash_attention::error::CudaUnavailable;
 use flash_attention::half::f16;
@@ -121,8 +121,8 @@ fn devices_that_are_not_there() {
     assert!(matches!(error, Error::Threads { threads: 0, .. }), "{error}");
 }
 
-/// With a driver and a GPU an ordinal too large is named with how many there are; without, what is missing is named, and
-/// `best` is the CPU.
+/// Tests an ordinal that is too large. With a driver and a GPU the error has the number of GPUs. Without, it names
+/// what is missing, and `best` is the CPU.
 #[test]
 fn gpus_that_are_not_there() {
     match Device::cuda(4096) {

@@ -1,5 +1,5 @@
-//! What can be known without a GPU about running the micro-kernels on one: their headers, parameters and bounds. The
-//! emulator's own tests run the kernels; `gpu_kernels micro` does on a GPU.
+//! Tests of the micro-kernels' headers, parameters and bounds, which need no GPU. The emulator's own tests run the
+//! kernels, and on a GPU `gpu_kernels micro` does.
 
 use flash_attention_tests::files::workspace;
 use flash_attention_tests::gpu::loads;
@@ -26,7 +26,7 @@ fn every_header_says_what_a_launch_needs() {
             "{}",
             micro.name
         );
-        // A bound allows something other than equality only where an instruction is approximate.
+        // Only approximate instructions may have a bound other than equality.
         assert_eq!(
             micro.within.is_empty(),
             !micro.text.contains(".approx."),
@@ -43,7 +43,7 @@ fn every_header_says_what_a_launch_needs() {
                 micro.name
             );
             assert!((1..=5).contains(&map.dims.len()), "{}: {map:?}", micro.name);
-            // What cuTensorMapEncodeTiled asks for.
+            // Requirements of cuTensorMapEncodeTiled.
             let row = u64::from(map.box_dims[0]) * map.element.bytes();
             assert!(row.is_multiple_of(16), "{}: {map:?}", micro.name);
             assert!(map.span == 16 || row <= map.span.into(), "{}: {map:?}", micro.name);
@@ -73,7 +73,7 @@ fn parameters_are_two_addresses_and_the_maps() {
         for (i, param) in params[2..].iter().enumerate() {
             assert_eq!(param, &[1 + i as u8; MAP_BYTES]);
         }
-        // The kernel declares as many.
+        // The kernel must declare the same number of parameters.
         let (_, entry) = micro.text.split_once(".entry test").expect("an entry");
         let (list, _) = entry.split_once(')').expect("a parameter list");
         assert_eq!(list.matches(".param").count(), params.len(), "{}: {list}", micro.name);

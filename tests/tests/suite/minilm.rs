@@ -1,10 +1,11 @@
-//! Real inputs: what two layers of a pretrained sentence encoder computed for a real text, and the answer in f64.
+//! Tests on real inputs: q, k and v of two layers of a pretrained sentence encoder for a real text, and the answer in
+//! f64.
 
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Device, Element};
 use flash_attention_tests::{Case, Inputs, compare, devices, files, largest_error};
 
-/// Every head of a layer in one dtype, within the rule, or within a bound that is tighter.
+/// Tests every head of a layer in one dtype, within the rule, or within a tighter bound.
 fn check<T: Element>(layer: usize, tight: Option<f64>) {
     let real = files::real_layer(layer);
     let case = Case::new(T::DTYPE, real.shape, real.shape).with(Attention::new().softmax_scale(real.softmax_scale));
@@ -33,7 +34,8 @@ fn f32_is_within_two_millionths() {
     check::<f32>(5, Some(2e-6));
 }
 
-/// Layer 0 has scores up to 77, whose own rounding to f32 is worth 4e-6: standard attention is off by 3.6e-6 there.
+/// Tests f32. Layer 0 has scores up to 77, whose rounding to f32 changes results by 4e-6; standard attention has an
+/// error of 3.6e-6.
 #[test]
 fn f32_is_as_good_as_standard_attention() {
     check::<f32>(0, None);
@@ -51,7 +53,7 @@ fn bf16_is_as_good_as_standard_attention() {
     check::<bf16>(5, None);
 }
 
-/// The oracle agrees with what another program computed in f64.
+/// Tests that the oracle agrees with the answer that another program computed in f64.
 #[test]
 fn the_oracle_gives_the_stored_answer() {
     let real = files::real_layer(5);
@@ -63,13 +65,13 @@ fn the_oracle_gives_the_stored_answer() {
     };
     let (out, lse) = inputs.oracle(&case.dims());
     let narrow = |data: &[f64]| data.iter().map(|&x| x as f32).collect::<Vec<_>>();
-    // Stored as f32: half a unit in the last place of numbers up to 16.
+    // The answer is stored as f32: the bound is half a unit in the last place of numbers up to 16.
     compare("out", &real.shape, &narrow(&out), &real.out, 2e-7).expect("out");
     compare("lse", &real.shape[..3], &narrow(&lse), &real.lse, 1e-6).expect("lse");
 }
 
-/// Gradients of the first heads of a layer in one dtype, against the stored ones: within the rule, or within a share of
-/// the largest gradient.
+/// Tests gradients of the first heads of a layer in one dtype against the stored ones: within the rule, or within a
+/// fraction of the largest gradient.
 fn check_gradients<'a, T: Element>(
     layer: usize,
     heads: usize,
@@ -113,7 +115,7 @@ fn f32_gradients_are_within_five_millionths_of_the_largest() {
     }
 }
 
-/// f32 takes the emulator seconds a head: one of each layer. 16-bit runs whole layers.
+/// Tests f32 on one head of each layer, which takes the emulator seconds. 16-bit tests use whole layers.
 #[test]
 fn f32_gradients_of_a_head_on_the_emulator() {
     for layer in [0, 5] {
@@ -133,7 +135,7 @@ fn bf16_gradients_are_as_good_as_those_of_standard_attention() {
     check_gradients::<bf16>(5, 12, None, devices().all());
 }
 
-/// The oracle's gradients agree with what another program computed in f64 and stored in f32.
+/// Tests that the oracle's gradients agree with those that another program computed in f64 and stored in f32.
 #[test]
 fn the_oracle_gives_the_stored_gradients() {
     for layer in [0, 5] {
@@ -148,7 +150,7 @@ fn the_oracle_gives_the_stored_gradients() {
         let oracle = inputs.oracle_gradients(&case, &real.dout);
         for (i, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
             let largest = oracle[i].iter().fold(0.0_f64, |largest, x| largest.max(x.abs()));
-            let stored: Vec<f32> = real.gradients[i].iter().map(|&x| x as f32).collect(); // as it is in the file
+            let stored: Vec<f32> = real.gradients[i].iter().map(|&x| x as f32).collect(); // rounded as in the file
             let error = largest_error(&stored, &oracle[i]);
             assert!(
                 error <= 1e-7 * largest,

@@ -1,5 +1,5 @@
-//! Infinities and NaN give what IEEE arithmetic gives in standard attention. They never hang, and they stay in the rows
-//! and columns they belong to.
+//! Tests of infinities and NaN: they give the results of IEEE arithmetic in standard attention, cause no hang, and
+//! stay in the rows and columns that they belong to.
 
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Element};
@@ -9,7 +9,7 @@ const ROWS: usize = 20;
 const KEYS: usize = 70;
 const HEAD_DIM: usize = 16;
 
-/// What kind of number it is.
+/// Returns the class of a number.
 fn class(x: f64) -> &'static str {
     match x {
         x if x.is_nan() => "NaN",
@@ -19,8 +19,8 @@ fn class(x: f64) -> &'static str {
     }
 }
 
-/// Full attention, after a change of the inputs: every element is of the kind that the definition gives, finite ones
-/// within a thousandth of it.
+/// Tests full attention after a change of the inputs: every element has the class that the definition gives, and
+/// finite ones are close to it.
 fn check<T: Element>(name: &str, change: impl Fn(&mut Inputs<T>)) {
     let case = Case::one_head(T::DTYPE, ROWS, KEYS, HEAD_DIM);
     let mut inputs = case.inputs::<T>();
@@ -82,7 +82,7 @@ fn nan_and_infinity_in_a_value_stay_in_their_column() {
     }
 }
 
-/// A score of plus infinity leaves infinity minus infinity, one of minus infinity leaves a weight of 0.
+/// Tests an infinite score: plus infinity gives infinity minus infinity, minus infinity gives weight 0.
 #[test]
 fn infinity_in_a_query_or_a_key() {
     for value in [f32::INFINITY, f32::NEG_INFINITY] {
@@ -92,8 +92,8 @@ fn infinity_in_a_query_or_a_key() {
     }
 }
 
-/// Every score of every query is minus infinity. Standard attention gives NaN: a row that sees keys but can weigh none is
-/// not a row that sees none.
+/// Tests queries whose scores are all minus infinity. Standard attention gives NaN: such a row differs from one that
+/// sees no key.
 #[test]
 fn scores_that_are_all_minus_infinity() {
     fn set<T: Element>(inputs: &mut Inputs<T>) {
@@ -105,7 +105,7 @@ fn scores_that_are_all_minus_infinity() {
     check::<bf16>("all scores -inf", set);
 }
 
-/// The first key block has nothing to weigh, a later one does: minus infinity must not have become NaN on the way.
+/// Tests a first key block without weight before a later one with weight: minus infinity must not have become NaN.
 #[test]
 fn a_first_block_without_weight() {
     fn set<T: Element>(inputs: &mut Inputs<T>) {
@@ -117,7 +117,7 @@ fn a_first_block_without_weight() {
     check::<bf16>("first block -inf", set);
 }
 
-/// Under a causal mask what a key holds is nobody's business before its time.
+/// Tests that under a causal mask a hidden key does not affect earlier queries.
 #[test]
 fn hidden_keys_do_not_reach_earlier_queries() {
     let n = 80;
@@ -133,7 +133,8 @@ fn hidden_keys_do_not_reach_earlier_queries() {
     }
 }
 
-/// Numbers at the ends of their range: no hang, and every element is written (the harness's NaN would show as one).
+/// Tests numbers at the ends of their range: no hang, and every element is written (the harness's NaN would show as
+/// one).
 #[test]
 fn extremes_of_the_range() {
     check::<f16>("largest values", |inputs| inputs.v.fill(f16::from_f32(6e4)));

@@ -1,4 +1,4 @@
-//! Numbers at the ends of what f32 holds, and numbers that a mask hides: results are those of the definition.
+//! Tests of numbers at the ends of f32's range, and of numbers that a mask hides: results follow the definition.
 
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Element, Tensor};
@@ -7,8 +7,8 @@ use proptest::prelude::*;
 
 const HEAD_DIM: usize = 64;
 
-/// Queries and keys of one column, whose products are whole numbers times a power of two, so that every device and f64 have
-/// the same scores, whatever their magnitude. One key in seven dominates.
+/// Makes queries and keys with one column, whose products are whole numbers times a power of two, so that all devices
+/// and f64 compute the same scores at any magnitude. One key in seven dominates.
 fn of_magnitude<T: Element>(case: &Case, q: i32, k: i32) -> Inputs<T> {
     let mut inputs = case.inputs::<T>();
     for (row, elements) in inputs.q.chunks_mut(HEAD_DIM).enumerate() {
@@ -23,7 +23,8 @@ fn of_magnitude<T: Element>(case: &Case, q: i32, k: i32) -> Inputs<T> {
     inputs
 }
 
-/// Forward of scores of any magnitude and scale: out within 2e-2 (16 bits) or 1e-5, lse within a millionth of itself.
+/// Tests forward with scores of any magnitude and scale: out within 2e-2 (16 bits) or 1e-5, lse within a relative
+/// 1e-6.
 fn check_magnitude<T: Element>(q: i32, k: i32, scale: f32, causal: bool) {
     let attention = Attention::new().softmax_scale(scale);
     let attention = if causal { attention.causal() } else { attention };
@@ -57,7 +58,7 @@ proptest! {
     fn forward_is_right_at_any_magnitude(
         q in -40..=40_i32, k in -40..=40_i32, scale in -90..=90_i32, negative in any::<bool>(), causal in any::<bool>(),
     ) {
-        // Scores up to 1e30 or so, after the scale and before.
+        // Scores up to about 1e30, before and after the scale.
         let scale = 2.0_f32.powi(scale.min(90 - q - k)) * if negative { -1.3 } else { 1.3 };
         check_magnitude::<f32>(q, k, scale, causal);
         check_magnitude::<bf16>(q, k, scale, causal);
@@ -65,7 +66,7 @@ proptest! {
     }
 }
 
-/// Eight equal keys of a large score weigh an eighth each, so that dV sums to dO: from row_max and row_sum at every size.
+/// Tests that eight equal keys of a large score weigh an eighth each, so that dV sums to dO, at any magnitude.
 #[test]
 fn weights_of_equal_keys_are_equal_at_any_magnitude() {
     fn check<T: Element>(magnitude: f32) {
@@ -102,7 +103,8 @@ fn weights_of_equal_keys_are_equal_at_any_magnitude() {
     }
 }
 
-/// NaN and infinity that a causal mask hides reach no result: what is finite by the definition is finite.
+/// Tests that NaN and infinity hidden by a causal mask reach no result: results that are finite by the definition are
+/// finite.
 fn check_hidden<T: Element>(seqlen_q: usize, seqlen_k: usize, head_dim: usize, poison: f32) {
     let case = Case::one_head(T::DTYPE, seqlen_q, seqlen_k, head_dim).with(Attention::new().causal());
     let clean = case.inputs::<T>();
@@ -111,7 +113,7 @@ fn check_hidden<T: Element>(seqlen_q: usize, seqlen_k: usize, head_dim: usize, p
     let poison = T::from_f32(poison);
     for which in 0..4 {
         if which == 1 && poison.to_f64().is_infinite() {
-            continue; // where it is seen its score may be minus infinity, and what the key itself gets is another question
+            continue; // a visible one may have a score of minus infinity, and the key's own gradient is not tested here
         }
         let (mut inputs, mut dout) = (clean.clone(), case.dout::<T>());
         match which {
@@ -127,7 +129,8 @@ fn check_hidden<T: Element>(seqlen_q: usize, seqlen_k: usize, head_dim: usize, p
             let [q, k, v] =
                 [(case.q, &inputs.q), (case.kv, &inputs.k), (case.kv, &inputs.v)].map(|(s, x)| tensor(s, x));
             let mut output = case.attention.forward(&q, &k, &v).expect("valid");
-            // A debug build refuses the NaN of queries that see a poisoned key; whose results are not asked here.
+            // A debug build refuses the NaN in lse of queries that see a poisoned key. Their results are not tested
+            // here.
             let lse: Vec<f32> = output.lse.to_vec().expect("read");
             let lse: Vec<f32> = lse
                 .into_iter()
@@ -171,7 +174,7 @@ fn what_a_mask_hides_reaches_nothing() {
     check_hidden::<f16>(200, 200, 192, f32::NAN);
 }
 
-/// A mean of numbers is none larger than the largest: rounded weights alone can have it so.
+/// Tests that an average of numbers is not larger than the largest; rounding of the weights alone could make it so.
 #[test]
 fn the_mean_of_the_largest_number_is_finite() {
     let case = Case::one_head(f16::DTYPE, 1, 1001, HEAD_DIM).with(Attention::new().softmax_scale(1.0));

@@ -1,4 +1,4 @@
-//! Plans: a function of problem and device description alone, whose numbers are those that counting gives.
+//! Tests of plans: they depend only on problem and device description, and their numbers agree with direct counting.
 
 use flash_attention::device::DeviceInfo;
 use flash_attention::plan::{Entry, Parameters, Results, TileMap};
@@ -9,14 +9,14 @@ use flash_attention_tests::{Case, drawn};
 use proptest::prelude::*;
 use std::convert::Infallible;
 
-/// Cards that are not here: A100, RTX 3090, H100.
+/// GPUs described by numbers: A100, RTX 3090, H100.
 const CARDS: [DeviceInfo; 3] = [
     DeviceInfo::gpu((8, 0), 108, 163 * 1024),
     DeviceInfo::gpu((8, 6), 82, 99 * 1024),
     DeviceInfo::gpu((9, 0), 132, 227 * 1024),
 ];
 
-/// The problem of a case, over tensors that have no memory.
+/// Makes the problem of a case, over tensors without memory.
 fn problem(case: &Case) -> Problem {
     let info = |shape: [usize; 4]| {
         TensorInfo::contiguous(Device::cpu().id(), case.dtype, shape, 4096).expect("a size that can be counted")
@@ -24,13 +24,13 @@ fn problem(case: &Case) -> Problem {
     Problem::new(&case.attention, &info(case.q), &info(case.kv), &info(case.kv), None).expect("valid")
 }
 
-/// Bytes read and written and operations, by walking every query tile, key block and pair.
+/// Counts bytes read, bytes written and operations, by iterating over every query tile, key block and pair.
 fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
     let ([batch, heads, seqlen_q, head_dim], seqlen_k) = (case.q, case.kv[2]);
     let tiles = plan.tiles();
     let [block_m, block_n, packed] = [tiles.block_m, tiles.block_n, tiles.packed_heads].map(|n| n as usize);
     let row_bytes = (head_dim * case.dtype.bytes()) as u128;
-    // Of the heads that are packed, all together.
+    // Counts all packed heads together.
     let (mut rows_read, mut pairs) = (0, 0);
     for first in (0..seqlen_q * packed).step_by(block_m) {
         let rows = first..(first + block_m).min(seqlen_q * packed);
@@ -55,7 +55,7 @@ fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
     )
 }
 
-/// The blocks of a kernel whose blocks stay for the whole launch: one a multiprocessor.
+/// Returns the number of blocks of a persistent kernel: one per multiprocessor.
 fn resident(entry: &Entry, device: &DeviceInfo) -> Option<u32> {
     match *device {
         DeviceInfo::Gpu { multiprocessors, .. } if entry.arch == Arch::Sm90a => Some(multiprocessors),
@@ -80,7 +80,7 @@ proptest! {
                     lse: 1 << 21,
                     statistics: None,
                 };
-                // A map that differs where what it describes does.
+                // A stand-in for the encoding, which differs if the described tensor differs.
                 let encode = |tile: &TileMap| Ok::<_, Infallible>(TensorMap([tile.address + u64::from(tile.box_dims[2]); 16]));
                 let params = launch.params(results, encode).unwrap_or_else(|never| match never {});
                 let same_params = same.params(results, encode).unwrap_or_else(|never| match never {});
@@ -94,7 +94,8 @@ proptest! {
         }
     }
 
-    /// A kernel is wide enough, of the right type and mask, and has a block for every query tile of every head.
+    /// Tests that a kernel is wide enough, has the right type and mask, and has a block for every query tile of every
+    /// head.
     #[test]
     fn plans_launch_what_the_problem_needs(case in drawn::case(300, usize::MAX)) {
         for device in CARDS {
@@ -113,8 +114,8 @@ proptest! {
     }
 }
 
-/// The paper's claim, in numbers of the plan: traffic grows with seqlen^2 / block_m, never with the N x N scores, and the
-/// memory that is written with seqlen alone.
+/// Tests the paper's claim on the plan's numbers: traffic grows with seqlen^2 / block_m, never with the N x N scores,
+/// and memory with seqlen.
 #[test]
 fn traffic_grows_as_the_paper_says() {
     let cost = |seqlen: usize| {
@@ -124,14 +125,14 @@ fn traffic_grows_as_the_paper_says() {
     let (short, long) = (cost(1024), cost(4096));
     assert_eq!(long.bytes_written, 4 * short.bytes_written);
     assert_eq!(long.flops, 16 * short.flops);
-    // Standard attention writes scores, reads them, writes probabilities, reads those.
+    // Standard attention writes and reads the scores, and writes and reads the probabilities.
     let standard = 4 * 4096_u128 * 4096 * 2;
     assert!(3 * (long.bytes_read + long.bytes_written) < standard);
-    // Q once, K and V once for each of the 32 tiles of 128 queries.
+    // Q is read once, K and V once for each of the 32 tiles of 128 queries.
     assert_eq!(long.bytes_read, (1 + 2 * 32) * 4096 * 64 * 2);
 }
 
-/// Half the pairs are hidden, and so is nearly half of the traffic.
+/// Tests that under a causal mask half of the pairs, and nearly half of the traffic, disappear.
 #[test]
 fn blocks_that_no_query_sees_are_never_read() {
     let case = Case::one_head(Dtype::F16, 4096, 4096, 64);
@@ -144,7 +145,7 @@ fn blocks_that_no_query_sees_are_never_read() {
     assert_eq!(causal.bytes_written, full.bytes_written);
 }
 
-/// Problems far larger than any memory are planned without allocating.
+/// Tests that problems larger than any memory are planned without allocating.
 #[test]
 fn plans_need_no_memory() {
     let case = Case::new(Dtype::Bf16, [8, 32, 1 << 20, 128], [8, 8, 1 << 20, 128]);

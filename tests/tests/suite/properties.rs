@@ -1,16 +1,16 @@
-//! What must hold of attention whatever its inputs are: to the bit where arithmetic allows, on every device.
+//! Properties of attention for any inputs, on every device, to the bit where arithmetic allows.
 
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Arch, Attention, Device, Dtype, Element};
 use flash_attention_tests::{Case, Inputs, Layout, Order, Outcome, devices, files, largest_error};
 
-/// Bits of a result, so that equal means equal.
+/// Returns the bits of a result, for comparisons to the bit.
 fn bits<T: Element>(outcome: &Outcome<T>) -> (Vec<u64>, Vec<u32>) {
     let out = outcome.out.iter().map(|x| x.to_f64().to_bits()).collect();
     (out, outcome.lse.iter().map(|x| x.to_bits()).collect())
 }
 
-/// The result of a case on a device, inputs drawn from its seed.
+/// Solves a case on a device, with inputs drawn from its seed.
 fn solve<T: Element>(case: &Case, device: &Device) -> Outcome<T> {
     case.run(device, &case.inputs::<T>()).1
 }
@@ -48,8 +48,8 @@ fn the_number_of_threads_does_not_show() {
     }
 }
 
-/// Where tensors lie decides how they are copied, not what is computed. Which kernel computes it may depend on their
-/// alignment: Hopper's own take rows of 16-byte multiples only.
+/// Tests that the memory layout affects only how tensors are copied, not the results. The choice of the kernel may
+/// depend on their alignment: Hopper's kernels need rows of a multiple of 16 bytes.
 #[test]
 fn the_layout_does_not_show() {
     fn check<T: Element>(causal: bool) {
@@ -82,7 +82,7 @@ fn the_layout_does_not_show() {
     check::<bf16>(false);
 }
 
-/// Heads and batch entries have nothing to do with each other: each alone gives the bits it gives among others.
+/// Tests that heads and batch entries are independent: each alone gives the same bits as among others.
 #[test]
 fn heads_are_solved_as_if_alone() {
     let (seqlen_q, seqlen_k, head_dim) = (20, 70, 16);
@@ -113,7 +113,7 @@ fn heads_are_solved_as_if_alone() {
     }
 }
 
-/// A power of two moves between q and the scale without rounding, so without a trace.
+/// Tests that a power of two can move between q and the scale without any change: it is not rounded.
 #[test]
 fn scales_by_powers_of_two_are_exact() {
     let scale = 0.25;
@@ -128,7 +128,7 @@ fn scales_by_powers_of_two_are_exact() {
     }
 }
 
-/// Where all values are one value, that is the answer, whatever the scores are.
+/// Tests that if all values are equal, the output is that value for any scores.
 #[test]
 fn averages_of_one_value_are_that_value() {
     for device in devices().all() {
@@ -143,7 +143,7 @@ fn averages_of_one_value_are_that_value() {
     }
 }
 
-/// Without a scale all scores are 0: the mean of the visible values, and the logarithm of how many there are.
+/// Tests that with a scale of 0 the output is the mean of the visible values, and lse the logarithm of their number.
 #[test]
 fn a_scale_of_zero_takes_means() {
     let (seqlen, head_dim) = (70, 8);
@@ -170,7 +170,7 @@ fn a_scale_of_zero_takes_means() {
     }
 }
 
-/// lse is what is needed to put attention over two sets of keys together.
+/// Tests that attention over two sets of keys can be merged by lse.
 #[test]
 fn two_sets_of_keys_merge_by_their_lse() {
     let (rows, keys, head_dim) = (9, 100, 16);
@@ -199,7 +199,7 @@ fn two_sets_of_keys_merge_by_their_lse() {
     }
 }
 
-/// The order of the keys matters to rounding only.
+/// Tests that the order of the keys matters only to rounding.
 #[test]
 fn keys_come_in_any_order() {
     let (rows, keys, head_dim) = (9, 90, 16);
@@ -218,7 +218,7 @@ fn keys_come_in_any_order() {
     }
 }
 
-/// The generator is part of the evidence: it must not drift into numbers that test nothing.
+/// Tests the generator: its numbers must keep the distribution that the other tests rely on.
 #[test]
 fn drawn_numbers_are_normal() {
     let numbers = files::normal(100_000, 2.0, 7);

@@ -1,5 +1,5 @@
-//! What the committed kernels must be, read from their text: registers only, no calls, the products that their tiles
-//! take and no more, and the bounds of the table.
+//! Contract of the committed kernels, checked on their text: registers only, no calls, exactly the products of their
+//! tiles, and the launch bounds of the table.
 
 use std::collections::BTreeSet;
 use std::ops::Deref;
@@ -15,7 +15,7 @@ use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES}
 use flash_attention_kernels::study::{self, StandardParams};
 use flash_attention_tests::files::workspace;
 
-/// A row of a table and its text. Kernels of the study have no pass.
+/// A row of a table and its PTX. Kernels of the traffic study have no pass.
 struct Kernel {
     entry: Entry<Option<Pass>>,
     ptx: String,
@@ -30,14 +30,14 @@ impl Deref for Kernel {
 }
 
 impl Kernel {
-    /// The instructions, without comments and directives.
+    /// Iterates over the instructions, without comments and directives.
     fn instructions(&self) -> impl Iterator<Item = &str> {
         let lines = self.ptx.lines().map(str::trim);
         lines.filter(|line| !line.is_empty() && !line.starts_with("//") && !line.starts_with('.'))
     }
 }
 
-/// Every kernel that is compiled, the study's too, inflated once for all tests.
+/// All compiled kernels, including those of the traffic study, inflated once for all tests.
 static KERNELS: LazyLock<Vec<Kernel>> = LazyLock::new(|| {
     let product = ENTRIES.iter().map(|entry| Kernel {
         entry: entry.with_pass(Some(entry.pass)),
@@ -77,7 +77,7 @@ fn nothing_leaves_the_registers_and_nothing_is_called() {
     }
 }
 
-/// `mma.sync` m16n8k16 that one warp issues for one product of its rows, a streamed tile and head_dim.
+/// Returns the `mma.sync` m16n8k16 that one warp issues for one product of its rows, a streamed tile and head_dim.
 fn mma_of_one_product(entry: &Kernel) -> u32 {
     let (owned, streamed) = match entry.pass {
         Some(Pass::BackwardKeys) => (entry.block_n, entry.block_m),
@@ -87,13 +87,13 @@ fn mma_of_one_product(entry: &Kernel) -> u32 {
     (rows / 16) * (streamed / 8) * (entry.head_dim / 16)
 }
 
-/// Two loops, one body each, masked and not; every product fully unrolled. Where keys own the block, full attention
-/// masks nothing.
+/// Tests the products of portable kernels: two loops with one body each, masked and unmasked, with all products
+/// unrolled. A kernel in which a block owns keys masks nothing in full attention.
 #[test]
 fn tensor_core_instructions_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm80) {
         let products = match (entry.pass, entry.two_walks) {
-            (None, _) => 0, // the study's are f32
+            (None, _) => 0, // kernels of the study are f32
             (Some(Pass::BackwardDelta), _) => 0,
             (Some(Pass::Forward), _) => 2,          // Q K^T, P V
             (Some(Pass::BackwardQueries), _) => 3,  // Q K^T, dO V^T, dS K
@@ -123,8 +123,8 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
     }
 }
 
-/// The same on Hopper, by warpgroups. Forward issues Q K^T before the loop, P V after it, and both in it; a causal mask takes a
-/// loop of its own.
+/// Tests the products of Hopper kernels, by warpgroups. Forward issues Q K^T before the loop, P V after it, and both
+/// in it; a causal mask has a loop of its own.
 #[test]
 fn warpgroup_products_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm90a) {
@@ -141,7 +141,7 @@ fn warpgroup_products_are_those_of_the_tiles() {
             (Some(Pass::BackwardDelta | Pass::BackwardFinish), _) => (0, 0, 0),
             other => panic!("no kernel of {other:?} is compiled for Hopper"),
         };
-        // A square of dQ, down the keys of both warpgroups.
+        // A square of dQ, along the keys of both warpgroups.
         let dq = if entry.pass == Some(Pass::BackwardAll) {
             entry.block_n / 16
         } else {
@@ -177,7 +177,7 @@ fn warpgroup_products_are_those_of_the_tiles() {
     }
 }
 
-/// f32 is true f32: fused multiply-adds, and no type that is narrower.
+/// Tests that f32 kernels compute in f32: fused multiply-adds, and no narrower type.
 #[test]
 fn f32_kernels_compute_in_f32() {
     for entry in KERNELS.iter().filter(|entry| entry.dtype == Dtype::F32) {
@@ -223,14 +223,14 @@ fn the_header_is_the_table() {
             }
             Some(_) => size_of::<BackwardParams>(),
         };
-        // Tensor maps, which come first on Hopper, lie at multiples of 64 bytes.
+        // Tensor maps, which come first on Hopper, are aligned to 64 bytes.
         let align = if entry.arch == Arch::Sm90a { 64 } else { 8 };
         has(&format!(".param .align {align} .b8 {}_param_0[{bytes}]", entry.name));
         assert_eq!(entry.ptx.matches(".entry").count(), 1, "{}", entry.name);
     }
 }
 
-/// Any driver from CUDA 12.0 on loads both versions.
+/// Tests that any driver from CUDA 12.0 on loads the PTX versions.
 #[test]
 fn the_version_is_old_enough() {
     for entry in KERNELS.iter() {
@@ -243,7 +243,7 @@ fn the_version_is_old_enough() {
     }
 }
 
-/// Calls `check` with the name of each committed archive, and the archive.
+/// Calls `check` with the name and content of each committed archive.
 fn for_each_archive(mut check: impl FnMut(String, Archive<'_>)) {
     for path in files_below(&workspace().join("kernels/ptx"), "lzma") {
         let name = path.file_stem().expect("a file has a name").to_string_lossy();
@@ -283,7 +283,7 @@ fn files_and_table_are_the_same_set() {
     );
 }
 
-/// What every card that runs a kernel grants: 99 KiB of shared memory from sm_80 on, 227 on Hopper.
+/// Tests shared memory against the least of all GPUs that run a kernel: 99 KiB from sm_80 on, 227 KiB on Hopper.
 #[test]
 fn blocks_fit_every_card() {
     for entry in KERNELS.iter() {
@@ -300,7 +300,8 @@ fn blocks_fit_every_card() {
     }
 }
 
-/// `asm!` lives in one room; and in one file of the CPU device, for the tiles of AMX, which Rust has no intrinsics for.
+/// Tests that `asm!` is only in `kernels/src/ptx`, and in one file of the CPU device for AMX, which Rust has no
+/// intrinsics for.
 #[test]
 fn inline_assembly_stays_in_its_room() {
     let root = workspace();

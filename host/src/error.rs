@@ -23,16 +23,6 @@ pub enum Error {
         expected: usize,
     },
 
-    /// A tensor has no elements.
-    ZeroSize {
-        /// Name of the tensor.
-        argument: &'static str,
-        /// Name of the empty axis.
-        axis: &'static str,
-        /// Shape of the tensor.
-        shape: Vec<usize>,
-    },
-
     /// Two tensors have different sizes along an axis on which they must agree.
     ShapeMismatch {
         /// Name of the tensor that disagrees.
@@ -363,10 +353,6 @@ impl fmt::Display for Error {
                 rank,
                 expected,
             } => write!(f, "`{argument}` has rank {rank} (shape {shape:?}), expected {expected}"),
-            Self::ZeroSize { argument, axis, shape } => write!(
-                f,
-                "`{argument}` has {axis} = 0 (shape {shape:?}), every size must be at least 1"
-            ),
             Self::ShapeMismatch {
                 argument,
                 axis,
@@ -401,7 +387,7 @@ impl fmt::Display for Error {
                 max,
             } => write!(
                 f,
-                "`{argument}` has head_dim = {head_dim}, expected a multiple of {multiple_of} up to {max}"
+                "`{argument}` has head_dim = {head_dim}, expected a multiple of {multiple_of} up to {max}, and not 0"
             ),
             Self::LastAxisStride {
                 argument,

@@ -33,6 +33,9 @@ const EXPONENT: u128 = 3 * STATISTIC;
 impl Cost {
     /// A forward pass that writes `statistics` f32 a query.
     pub(super) fn forward(problem: &Problem, tiles: Tiles, statistics: u32) -> Self {
+        if !problem.has_queries() {
+            return Self::NOTHING;
+        }
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
         let packs = heads / u128::from(tiles.packed_heads);
@@ -45,8 +48,27 @@ impl Cost {
         }
     }
 
+    const NOTHING: Self = Self {
+        bytes_read: 0,
+        bytes_written: 0,
+        flops: 0,
+    };
+
+    /// A backward pass on the CPU over queries alone or keys alone, which writes zeros.
+    fn cpu_backward_of_nothing(problem: &Problem) -> Self {
+        let of_queries = problem.heads_q() as u128 * u128::from(problem.seqlen_q());
+        let of_keys = 2 * problem.heads_kv() as u128 * u128::from(problem.seqlen_k());
+        Self {
+            bytes_written: problem.batch() as u128 * (of_queries + of_keys) * row_bytes(problem),
+            ..Self::NOTHING
+        }
+    }
+
     /// A backward pass on the CPU that reads `statistics` f32 a query of what forward left.
     pub(super) fn cpu_backward(problem: &Problem, tiles: Tiles, statistics: u32) -> Self {
+        if !problem.has_pairs() {
+            return Self::cpu_backward_of_nothing(problem);
+        }
         let walked = Walked::new(problem);
         let batch = problem.batch() as u128;
         let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);

@@ -251,6 +251,12 @@ impl Launch {
         } else {
             grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
         };
+        // Where there are no queries, not even a head of them, each key head has an empty one.
+        let (heads_q, seqlen_q) = if problem.has_queries() {
+            (problem.heads_q(), problem.seqlen_q())
+        } else {
+            (problem.heads_kv(), 0)
+        };
         let params = BackwardParams {
             q: problem.q(),
             k: problem.k(),
@@ -262,10 +268,10 @@ impl Launch {
             dv: tensors.dv,
             rows: forward_rows(tensors),
             exponents,
-            heads_q: count(problem.heads_q())?,
+            heads_q: count(heads_q)?,
             heads_kv: count(problem.heads_kv())?,
-            heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
-            seqlen_q: problem.seqlen_q(),
+            heads_q_per_kv: count(heads_q / problem.heads_kv())?,
+            seqlen_q,
             seqlen_k: problem.seqlen_k(),
             tiles,
             softmax_scale: problem.softmax_scale(),
@@ -410,7 +416,7 @@ pub(super) fn portable_exponents(problem: &BackwardProblem) -> (Exponents, u64) 
 }
 
 /// Exponents of `rows` queries with `flags` flags, as offsets, and their bytes in whole 16s.
-fn exponents(rows: u64, flags: u64) -> (Exponents, u64) {
+pub(super) fn exponents(rows: u64, flags: u64) -> (Exponents, u64) {
     let line = rows * size_of::<f32>() as u64;
     let exponents = Exponents {
         lse_log2: 0,

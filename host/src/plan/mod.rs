@@ -60,19 +60,21 @@ impl Plan {
             DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 // Only of a positive scale the largest product is the largest score.
-                let hopper = problem.softmax_scale() > 0.0
+                let hopper = problem.has_pairs()
+                    && problem.softmax_scale() > 0.0
                     && tile_map::fit(problem, &[problem.q(), problem.out()], &[problem.k(), problem.v()]);
                 let entry = choose(problem, Pass::Forward, device, hopper)?;
-                let launch = match entry.arch {
-                    Arch::Sm80 => Launch::forward(problem, entry)?,
-                    Arch::Sm90a => Launch::hopper_forward(problem, entry, multiprocessors)?,
+                let launches = match entry.arch {
+                    _ if !problem.has_queries() => Vec::new(),
+                    Arch::Sm80 => vec![Launch::forward(problem, entry)?],
+                    Arch::Sm90a => vec![Launch::hopper_forward(problem, entry, multiprocessors)?],
                 };
-                let packed_heads = launch.packed_heads();
+                let packed_heads = launches.first().map_or(1, Launch::packed_heads);
                 let tiles = Tiles {
                     packed_heads,
                     ..Tiles::of(entry)
                 };
-                (tiles, vec![launch])
+                (tiles, launches)
             }
         };
         Ok(Self {
@@ -105,10 +107,7 @@ impl Plan {
         let statistics = if problem.tensors().statistics.is_some() { 2 } else { 1 };
         let (tiles, launches, workspace_bytes) = match *device {
             DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),
-            DeviceInfo::Gpu { multiprocessors, .. } => {
-                let (launches, workspace_bytes) = backward_launches(problem, device, multiprocessors)?;
-                (Tiles::of(launches[1].entry), launches, workspace_bytes)
-            }
+            DeviceInfo::Gpu { multiprocessors, .. } => backward_launches(problem, device, multiprocessors)?,
         };
         Ok(Self {
             problem: forward.clone(),
@@ -213,8 +212,11 @@ fn backward_launches(
     problem: &BackwardProblem,
     device: &DeviceInfo,
     multiprocessors: u32,
-) -> Result<(Vec<Launch>, u64), Error> {
+) -> Result<(Tiles, Vec<Launch>, u64), Error> {
     let forward = problem.forward();
+    if !forward.has_pairs() {
+        return launches_without_pairs(problem, device);
+    }
     let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
     let hopper = tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
     let choose = |pass| choose(forward, pass, device, hopper);
@@ -225,7 +227,7 @@ fn backward_launches(
             .map(|entry| Launch::backward(problem, entry, exponents))
             .into_iter()
             .collect::<Result<Vec<_>, Error>>()?;
-        return Ok((launches, workspace_bytes));
+        return Ok((Tiles::of(launches[1].entry), launches, workspace_bytes));
     }
     // None is compiled for the widest heads.
     let (dtype, causal) = (forward.dtype(), forward.causal());
@@ -239,7 +241,25 @@ fn backward_launches(
     } else {
         vec![edge(first)?, middle(choose(Pass::BackwardQueries)?)?, middle(streams)?]
     };
-    Ok((launches, workspace_bytes))
+    Ok((Tiles::of(launches[1].entry), launches, workspace_bytes))
+}
+
+/// The portable kernels that write zeros where there are only queries, or only keys.
+fn launches_without_pairs(problem: &BackwardProblem, device: &DeviceInfo) -> Result<(Tiles, Vec<Launch>, u64), Error> {
+    let forward = problem.forward();
+    let choose = |pass| choose(forward, pass, device, false);
+    let (passes, (exponents, workspace_bytes)) = if forward.has_queries() {
+        let passes: &[Pass] = &[Pass::BackwardDelta, Pass::BackwardQueries];
+        (passes, launch::portable_exponents(problem))
+    } else if forward.has_keys() {
+        (&[Pass::BackwardKeys][..], launch::exponents(0, 0))
+    } else {
+        (&[][..], launch::exponents(0, 0))
+    };
+    let launch = |&pass: &Pass| Launch::backward(problem, choose(pass)?, exponents);
+    let launches = passes.iter().map(launch).collect::<Result<Vec<_>, Error>>()?;
+    let tiles = Tiles::of(choose(Pass::BackwardQueries)?);
+    Ok((tiles, launches, workspace_bytes))
 }
 
 impl Tiles {
@@ -281,8 +301,8 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
     // Sums of rows know no mask.
     let causal = problem.causal() && !matches!(pass, Pass::BackwardDelta | Pass::BackwardFinish);
     let compiled = |arch| entries::find(pass, arch, problem.dtype(), causal, problem.head_dim());
-    // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too.
-    let arch = problem.arch();
+    // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too, and takes what has no pairs.
+    let arch = problem.arch().filter(|_| problem.has_pairs());
     let hopper = match arch {
         Some(Arch::Sm80) => None,
         Some(Arch::Sm90a) if (major, minor) != (9, 0) => {

@@ -85,7 +85,7 @@ impl Problem {
     /// q is `[batch, heads_q, seqlen_q, head_dim]`, k and v are `[batch, heads_kv, seqlen_k, head_dim]`.
     ///
     /// # Errors
-    /// In this order: [`Error::Rank`]; [`Error::ZeroSize`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
+    /// In this order: [`Error::Rank`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
     /// [`Error::DeviceMismatch`]; [`Error::HeadsNotDivisible`]; [`Error::HeadDim`]; [`Error::LastAxisStride`];
     /// [`Error::SequenceTooLong`]; [`Error::NotContiguous`] for lse; [`Error::OverlappingStrides`] and
     /// [`Error::Aliased`] or [`Error::Interleaved`] for outputs; [`Error::SoftmaxScale`]; [`Error::Program`]. Sizes that overflow are refused earlier, where a
@@ -103,7 +103,7 @@ impl Problem {
         let all: Vec<Named<'_>> = inputs.into_iter().chain(out).chain(of_rows.iter().copied()).collect();
         let rows: Vec<Named<'_>> = inputs.into_iter().chain(out).collect(); // those with a head_dim
 
-        check_rank_and_sizes(&all)?;
+        check_rank(&all)?;
         check_shapes_agree(&inputs, out, &of_rows)?;
         check_dtypes_and_devices(&all)?;
         check_heads(q, k)?;
@@ -210,6 +210,21 @@ impl Problem {
         self.v
     }
 
+    /// Tells if there are queries; without them out, lse and dq have no elements.
+    pub fn has_queries(&self) -> bool {
+        self.batch > 0 && self.heads_q > 0 && self.seqlen_q > 0
+    }
+
+    /// Tells if there are keys; without them dk and dv have no elements, out is 0 and lse -inf.
+    pub fn has_keys(&self) -> bool {
+        self.batch > 0 && self.heads_kv > 0 && self.seqlen_k > 0
+    }
+
+    /// Tells if any query sees any key.
+    pub fn has_pairs(&self) -> bool {
+        self.has_queries() && self.has_keys()
+    }
+
     /// Tells if forward writes row_max and row_sum beside lse.
     pub fn keeps_statistics(&self) -> bool {
         self.keeps_statistics
@@ -239,7 +254,7 @@ fn is_of_rows(argument: &str) -> bool {
     argument == "lse" || STATISTICS.contains(&argument)
 }
 
-fn check_rank_and_sizes(tensors: &[Named<'_>]) -> Result<(), Error> {
+fn check_rank(tensors: &[Named<'_>]) -> Result<(), Error> {
     for &(argument, tensor) in tensors {
         let (rank, expected) = (tensor.shape().len(), if is_of_rows(argument) { 3 } else { 4 });
         if rank != expected {
@@ -248,15 +263,6 @@ fn check_rank_and_sizes(tensors: &[Named<'_>]) -> Result<(), Error> {
                 shape: tensor.shape().to_vec(),
                 rank,
                 expected,
-            });
-        }
-    }
-    for &(argument, tensor) in tensors {
-        if let Some(axis) = tensor.shape().iter().position(|&size| size == 0) {
-            return Err(Error::ZeroSize {
-                argument,
-                axis: AXES[axis],
-                shape: tensor.shape().to_vec(),
             });
         }
     }
@@ -323,7 +329,7 @@ fn check_heads(q: &TensorInfo, k: &TensorInfo) -> Result<(), Error> {
 
 fn check_head_dim((argument, tensor): Named<'_>) -> Result<(), Error> {
     let head_dim = tensor.shape()[3];
-    if head_dim <= MAX_HEAD_DIM && head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
+    if (1..=MAX_HEAD_DIM).contains(&head_dim) && head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
         Ok(())
     } else {
         Err(Error::HeadDim {
@@ -390,11 +396,11 @@ fn check_written(inputs: &[Named<'_>], outputs: &[Named<'_>]) -> Result<(), Erro
     Ok(())
 }
 
-/// A `[batch, heads, seqlen, head_dim]` tensor as kernels take it. The stride of an axis of one entry is never used,
-/// and is set to 0 so that it can not spoil the alignment.
+/// A `[batch, heads, seqlen, head_dim]` tensor as kernels take it. Strides of an axis of one entry, or of a tensor of none, are
+/// never used, and are set to 0 so that they cannot spoil the alignment.
 fn strided(tensor: &TensorInfo) -> StridedTensor {
     let stride = |axis: usize| {
-        if tensor.shape()[axis] == 1 {
+        if tensor.shape()[axis] == 1 || tensor.is_empty() {
             0
         } else {
             tensor.strides()[axis] as u64

@@ -55,14 +55,7 @@ fn what_is_wrong_first_is_reported_first() {
             ..
         })
     ));
-    assert!(matches!(
-        problem(&zero, &good),
-        Err(Error::ZeroSize {
-            argument: "q",
-            axis: "seqlen",
-            ..
-        })
-    ));
+    assert!(problem(&zero, &good).is_ok_and(|problem| !problem.has_queries() && problem.has_keys()));
     let wide = info(&[1, 2, 4, 264], 64);
     assert!(matches!(
         problem(&wide, &good),
@@ -252,7 +245,7 @@ fn outputs_have_memory_of_their_own() {
 fn messages_name_argument_value_and_limit() {
     let wide = info(&[1, 2, 4, 264], 64);
     let message = problem(&wide, &wide).expect_err("too wide").to_string();
-    assert_eq!(message, "`q` has head_dim = 264, expected a multiple of 8 up to 256");
+    assert_eq!(message, "`q` has head_dim = 264, expected a multiple of 8 up to 256, and not 0");
 }
 
 /// lse lies between the heads of out. Offsets of two dtypes are not compared, so the call is refused, but not as shared memory.

@@ -5,6 +5,7 @@
 mod backward;
 mod backward_errors;
 mod drawn;
+mod empty;
 mod emulator;
 mod errors;
 mod forward;

@@ -1,0 +1,66 @@
+//! Problems without a (query, key) pair, because one of the sequences, or the batch, is empty: results are zeros, and lse -inf.
+
+use flash_attention_kernels::abi::StridedTensor;
+
+use super::kernels::Kernels;
+use super::pointer_mut;
+use super::tensor::Head;
+use crate::problem::{BackwardTensors, Problem};
+
+/// Writes out, lse and, where their addresses are given, row_max and row_sum of queries that see no key.
+///
+/// # Safety
+/// As for [`forward`](super::forward::forward).
+pub(super) unsafe fn forward(
+    kernels: &Kernels,
+    problem: &Problem,
+    out: StridedTensor,
+    lse: u64,
+    statistics: Option<[u64; 2]>,
+) {
+    if !problem.has_queries() {
+        return;
+    }
+    let queries = problem.batch() * problem.heads_q() * problem.seqlen_q() as usize;
+    let [row_max, row_sum] = statistics.map_or([None; 2], |addresses| addresses.map(Some));
+    let nothing = f32::NEG_INFINITY;
+    for (address, value) in [(Some(lse), nothing), (row_max, nothing), (row_sum, 0.0)] {
+        if let Some(address) = address {
+            // SAFETY: each has an f32 a query, says the caller.
+            unsafe { std::slice::from_raw_parts_mut(pointer_mut::<f32>(address), queries) }.fill(value);
+        }
+    }
+    // SAFETY: passed on to the caller.
+    unsafe { zero(kernels, problem, out, problem.heads_q(), problem.seqlen_q()) };
+}
+
+/// Writes dq where there are queries, dk and dv where there are keys.
+///
+/// # Safety
+/// As for [`backward`](super::backward::backward).
+pub(super) unsafe fn backward(kernels: &Kernels, problem: &Problem, tensors: &BackwardTensors) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if problem.has_queries() {
+            zero(kernels, problem, tensors.dq, problem.heads_q(), problem.seqlen_q());
+        }
+        if problem.has_keys() {
+            zero(kernels, problem, tensors.dk, problem.heads_kv(), problem.seqlen_k());
+            zero(kernels, problem, tensors.dv, problem.heads_kv(), problem.seqlen_k());
+        }
+    }
+}
+
+/// Writes zeros to every row of a tensor.
+///
+/// # Safety
+/// The tensor has so many heads and rows, and nobody else touches it.
+unsafe fn zero(kernels: &Kernels, problem: &Problem, tensor: StridedTensor, heads: usize, seqlen: u32) {
+    let head_dim = problem.head_dim() as usize;
+    let zeros = vec![0.0; head_dim];
+    for head in 0..problem.batch() * heads {
+        // SAFETY: passed on to the caller.
+        let rows = unsafe { Head::new(tensor, problem.dtype(), head / heads, head % heads, head_dim) };
+        (0..seqlen as usize).for_each(|row| rows.store(kernels, row, &zeros));
+    }
+}

@@ -1,17 +1,17 @@
-"""Runs attention of PyTorch, candle and burn on the CPU and ours, on the same shapes, in turn, and prints ratios.
+"""Measures attention of this library, PyTorch, candle and burn on the CPU, in turn on the same shapes, and prints ratios.
 
     cargo build --release -p benches
     cargo build --release --manifest-path benches/rust_peers/Cargo.toml
     python benches/cpu_peers.py [--threads N] [--rounds N] [--seconds S] [--only TEXT] [--markdown FILE] [--plot FILE.svg]
 
-Needs torch; any wheel will do, the GPU is not used. Every contestant is a process that waits for a line `DTYPE MASK BATCH
+Needs torch (any wheel; the GPU is not used). Every library runs in a process that waits for a line `DTYPE MASK BATCH
 HEADS SEQLEN_Q SEQLEN_K HEAD_DIM PASS RUNS` and answers with the seconds of every run. Each round measures every shape once
-with each, one after the other, so that what else the machine does falls on all. A time is the least of a few runs in a
-round; reported are the median and the least over the rounds. GFLOP/s count 4 B H N^2 D operations forward, half of that
-under a causal mask, and 3.5 times as many forward and backward.
+with each library, one after the other, so that other load on the machine affects all alike. A time is the least of a few
+runs in a round; the median and the least over the rounds are reported. GFLOP/s count 4 B H N^2 D operations forward, half
+of that under a causal mask, and 3.5 times as many forward and backward.
 
-PyTorch runs twice: as it is ("512", on a processor where oneMKL takes its AVX-512 path), and held to AVX2 ("stock", what
-oneMKL does on AMD's processors), with the settings in AVX2 below.
+PyTorch runs twice: unrestricted ("512", on a processor where oneMKL takes its AVX-512 path), and restricted to AVX2
+("stock", as oneMKL does on AMD's processors), by the settings in AVX2 below.
 """
 
 import argparse
@@ -35,13 +35,13 @@ SHAPES = [
 ]
 DTYPES = ["f32", "f16", "bf16"]
 
-# What holds PyTorch to AVX2: its own kernels, oneDNN's, oneMKL's.
+# Settings that restrict PyTorch to AVX2: its own kernels, those of oneDNN, those of oneMKL.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 OURS, FULL, STOCK = "ours", "PyTorch, 512", "PyTorch, stock"
 RUST = ["candle", "candle-flash", "burn"]
 
-# Rounds in which the Rust peers take part, and whoever needs more than SLOW seconds for a case.
+# Number of rounds of the Rust peers, and of every library that needs more than SLOW seconds for a case.
 SLOW_ROUNDS, SLOW = 1, 5
 
 MATMUL = "matmul"
@@ -49,7 +49,7 @@ MATMUL_SIZE = 4096
 
 
 def cases():
-    """(dtype, mask, shape, pass) of every row."""
+    """Yields (dtype, mask, shape, pass) of every row."""
     for mask, shapes in [("full", SHAPES), ("causal", SHAPES[:2])]:
         for shape in shapes:
             for dtype in DTYPES:
@@ -66,7 +66,7 @@ def cases():
 
 
 def is_for_rust(case):
-    """Whether the Rust peers are measured too."""
+    """Returns True if the Rust peers are measured too."""
     dtype, _, shape, which = case
     return dtype == "f32" or shape == SHAPES[1] and which == "forward"
 
@@ -78,7 +78,7 @@ def flops(case):
 
 
 class Torch:
-    """One case in PyTorch."""
+    """Runs one case in PyTorch."""
 
     def __init__(self, dtype, mask, shape, which):
         import torch
@@ -107,7 +107,7 @@ class Torch:
 
 
 def matmul(size):
-    """Seconds of one product of two square matrices of f32."""
+    """Returns the seconds of a product of two square f32 matrices."""
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -117,7 +117,7 @@ def matmul(size):
 
 
 def work(threads):
-    """PyTorch as a contestant."""
+    """The process that measures PyTorch."""
     import torch
 
     torch.set_num_threads(threads)
@@ -138,7 +138,7 @@ def work(threads):
 
 
 class Contestant:
-    """A process that measures itself when it is asked."""
+    """A process that measures itself on request."""
 
     def __init__(self, command, threads, **environment):
         environment = dict(os.environ, RAYON_NUM_THREADS=str(threads), OMP_NUM_THREADS=str(threads), **environment)
@@ -154,9 +154,9 @@ class Contestant:
         return answer.get("seconds")
 
     def best(self, words, seconds):
-        """The least time of as many runs as take so long, at least 2 after the first; `None` if it can not be run."""
+        """Returns the least time of the runs that fit in `seconds`, at least 2 after the first; `None` if it cannot run."""
         first = self.ask(words, 2)
-        time.sleep(0.02)  # threads that spin for more work get tired of it
+        time.sleep(0.02)  # until threads that spin for more work go to sleep
         if first is None:
             return None
         runs = max(2, min(200, int(seconds / first[1])))
@@ -176,7 +176,7 @@ def processor():
 
 
 def measure(contestants, rows, options):
-    """{case: {name: least seconds of every round}}."""
+    """Returns {case: {name: least seconds of every round}}."""
     times = {case: {name: [] for name in contestants} for case in rows}
     for round_ in range(options.rounds):
         for case in rows:
@@ -210,7 +210,7 @@ def ratio(theirs, mine):
 
 
 def tables(times):
-    """The results as lines of Markdown."""
+    """Returns the results as lines of Markdown."""
     rows = [case for case in times if case[0] != MATMUL]
     heads = ["dtype", "mask", "B, H, Nq, Nk, D", "pass"]
     head = lambda names: ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]

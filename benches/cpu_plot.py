@@ -1,4 +1,4 @@
-"""Draws what `cpu_peers.py` measured as an SVG of four panels of bars."""
+"""Draws the results of `cpu_peers.py` as an SVG with four panels of bars."""
 
 from html import escape
 
@@ -17,7 +17,7 @@ def text(x, y, words, size=12, anchor="middle"):
 
 
 def step_of(highest):
-    """The distance of grid lines: four to eight of them."""
+    """Returns the distance of grid lines, for four to eight of them."""
     for step in (10, 20, 25, 50, 100, 200, 250, 500):
         if highest / step <= 8:
             return step
@@ -25,7 +25,7 @@ def step_of(highest):
 
 
 def panel(rows, names, title, x, y, width, height):
-    """One panel: a group of bars for each shape."""
+    """Draws one panel: a group of bars for each shape."""
     highest = max((rate for rates in rows.values() for rate in rates.values()), default=1)
     step = step_of(highest)
     top = step * (int(highest / step) + 1)
@@ -52,7 +52,7 @@ def panel(rows, names, title, x, y, width, height):
 
 
 def plot(rates, names):
-    """SVG of `{(dtype, mask, shape, pass): {name: GFLOP/s}}`: full attention of many queries."""
+    """Draws `{(dtype, mask, shape, pass): {name: GFLOP/s}}` as SVG: full attention of many queries."""
     width, height = (WIDTH - 2 * LEFT - 20) / 2, (HEIGHT - TOP - 2 * GAP) / 2
     parts = [text(WIDTH / 2, 22, "Attention on two CPU cores, GFLOP/s (shapes B, H, N, D)", 16)]
     across = (WIDTH - 40) / len(names)

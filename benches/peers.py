@@ -2,17 +2,17 @@
 
     python3 benches/peers.py --program target/release/gpu_speed --output benches/results
 
-Ours is measured by `gpu_speed`, which answers one row at a time, so that whatever the card does in between (clocks, heat) falls on
-all alike. Peers are PyTorch's scaled_dot_product_attention with the cuDNN, flash, efficient and math backends, and FlashAttention-3
-if `flash_attn_interface` imports; without PyTorch the table has ours alone and says so. A time is the median of 30 runs by device
-events, launched without waiting, after a warm-up, on normal numbers, over inputs that take turns and exceed the L2 cache
-together. TFLOP/s count 4 B H N^2 D operations forward, 2.5 times that backward, half under a causal mask. A large matmul and a
-large copy show what the card can do.
+`gpu_speed` measures ours and answers one row at a time, so that changes of the GPU's clocks and temperature affect all
+libraries alike. Peers are PyTorch's scaled_dot_product_attention with the cuDNN, flash, efficient and math backends, and FlashAttention-3
+if `flash_attn_interface` can be imported; without PyTorch the table has ours alone and says so. A time is the median of
+30 runs by device events, launched without waiting after a warm-up. Inputs are normal numbers; several sets take turns and
+together exceed L2. TFLOP/s count 4 B H N^2 D operations forward, 2.5 times that backward, half under a causal mask. A large matmul and a
+large copy show the limits of the GPU.
 
-One file without dependencies, so that it can be copied to the machine with the GPU by itself.
+The script is one file without dependencies, so that it can be copied to the machine with the GPU.
 
-Writes DATE-CARD.json (everything measured, and on what), DATE-CARD.md (tables) and one SVG plot a pass. `--render FILE.json` writes
-tables and plots from such a file again, on any machine.
+Writes DATE-CARD.json (all measurements and the hardware), DATE-CARD.md (tables) and one SVG plot per pass.
+`--render FILE.json` writes tables and plots from such a file again, on any machine.
 """
 
 import argparse
@@ -41,14 +41,14 @@ LABELS = {
     "math": "SDPA, math",
     "fa3": "FlashAttention-3",
 }
-# TFLOP/s that the estimate assumes, about half of what H100 tables show, and the seconds that a row takes beside its runs.
+# TFLOP/s that the estimate assumes, about half of published H100 numbers, and the seconds of a row besides its runs.
 ASSUMED = {"ours": 300, "cudnn": 300, "flash": 200, "efficient": 120, "math": 25, "fa3": 300}
 ROW_SECONDS = 0.25
 WARM_UP_SECONDS = 0.02
 
 
 def shape(row, tokens=TOKENS, hidden=HIDDEN):
-    """(batch, heads) of a row (pass, dtype, mask, head_dim, seqlen)."""
+    """Returns (batch, heads) of a row (pass, dtype, mask, head_dim, seqlen)."""
     return max(1, tokens // row[4]), max(1, hidden // row[3])
 
 
@@ -60,7 +60,7 @@ def flops(row, tokens=TOKENS, hidden=HIDDEN):
 
 
 def rows(options):
-    """Every row, those of one dtype and one shape together."""
+    """Returns every row, grouped by dtype and shape."""
     middle = options.head_dims[len(options.head_dims) // 2]
     for dtype in options.dtypes:
         for head_dim in options.head_dims:
@@ -72,8 +72,8 @@ def rows(options):
 
 
 def measures(peer, row, options):
-    """Whether a peer runs a row: the math backend holds N x N scores; of the peers only FlashAttention-3's call takes
-    `deterministic`, and refuses it at head_dim 256."""
+    """Returns True if a peer can run a row. The math backend stores N x N scores. Of the peers only FlashAttention-3 has
+    `deterministic`, and not at head_dim 256."""
     which, _, _, head_dim, seqlen = row
     if peer == "math" and seqlen > options.math_up_to:
         return False
@@ -83,7 +83,7 @@ def measures(peer, row, options):
 
 
 def runs_of(peer, row, options):
-    """Timed runs: 30, or as many as --row-seconds has room for where a peer is slow, 5 at least."""
+    """Returns the number of timed runs: 30, or for a slow peer as many as fit in --row-seconds, but at least 5."""
     once = flops(row, options.tokens, options.hidden) / (ASSUMED[peer] * 1e12)
     if peer == "ours":
         return options.runs
@@ -91,7 +91,7 @@ def runs_of(peer, row, options):
 
 
 def estimate(all_rows, peers, options):
-    """Seconds that the table takes if everybody does what is assumed."""
+    """Returns the seconds of the table at the assumed speeds."""
     seconds = 0
     for row in all_rows:
         for peer in ["ours"] + peers:
@@ -103,7 +103,7 @@ def estimate(all_rows, peers, options):
 
 
 class Ours:
-    """The program that measures ours. One that hangs or fails is started afresh: a kernel that fails takes the context with it."""
+    """The program that measures ours. It is restarted if it hangs or fails, since a failed kernel makes its context unusable."""
 
     PATIENCE = 60  # seconds for one row
 
@@ -154,10 +154,10 @@ class Ours:
 
 
 class Torch:
-    """PyTorch, and FlashAttention-3 where it is."""
+    """PyTorch, and FlashAttention-3 if it is installed."""
 
     def __init__(self, options):
-        import torch  # what the machine has
+        import torch  # optional
         from torch.nn import attention, functional
 
         if not torch.cuda.is_available():
@@ -192,7 +192,7 @@ class Torch:
         return ["cudnn", "flash", "efficient", "math"] + (["fa3"] if self.fa3 else [])
 
     def times(self, runs, seconds_expected, run):
-        """Seconds of each run, by events; `run` is told its turn."""
+        """Returns the seconds of each run, by events. `run` gets the number of its turn."""
         torch = self.torch
         warm_up = 3 + int(min(50, WARM_UP_SECONDS / seconds_expected))
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
@@ -206,7 +206,7 @@ class Torch:
         return [start.elapsed_time(end) * 1e-3 for start, end in events]
 
     def inputs(self, dtype, head_dim, seqlen):
-        """Sets of q, k, v, dout as [batch, seqlen, heads, head_dim], kept while the shape stays."""
+        """Returns sets of q, k, v, dout as [batch, seqlen, heads, head_dim], which are kept as long as the shape is the same."""
         key = (dtype, head_dim, seqlen)
         if self.bound is None or self.bound[0] != key:
             self.bound = None
@@ -219,7 +219,7 @@ class Torch:
         return self.bound[1]
 
     def forward(self, peer, mask, q, k, v, deterministic=False):
-        """The output as [batch, seqlen, heads, head_dim]."""
+        """Computes the output as [batch, seqlen, heads, head_dim]."""
         causal = mask == "causal"
         if peer == "fa3":
             out = self.fa3(q, k, v, causal=causal, deterministic=deterministic)
@@ -228,7 +228,7 @@ class Torch:
             return self.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal).transpose(1, 2)
 
     def measure(self, peer, row):
-        """As `gpu_speed` answers."""
+        """Answers a row in the format of `gpu_speed`."""
         which, dtype, mask, head_dim, seqlen = row
         torch, operations = self.torch, flops(row, self.options.tokens, self.options.hidden)
         runs = runs_of(peer, row, self.options)
@@ -280,7 +280,7 @@ class Torch:
 
 
 def said(*command):
-    """The first line that a command prints, or why there is none."""
+    """Returns the first line that a command prints, or the reason why there is none."""
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()
         return lines[0] if lines else ""
@@ -289,7 +289,7 @@ def said(*command):
 
 
 def commit():
-    """The commit that the bundle or the checkout was made from."""
+    """Returns the commit of the bundle or the checkout."""
     readme = Path(__file__).resolve().parent.parent / "README.md"
     found = re.search(r"^- commit: (.*)$", readme.read_text(), re.MULTILINE) if readme.exists() else None
     return found.group(1) if found else said("git", "-C", str(readme.parent), "describe", "--always", "--dirty")
@@ -299,7 +299,7 @@ def commit():
 
 
 def table(results, which, dtype):
-    """Markdown of one pass and dtype: TFLOP/s of ours and each peer, and ours over the best of them."""
+    """Returns Markdown for one pass and dtype: TFLOP/s of ours and each peer, and the ratio of ours to the best peer."""
     of = [r for r in results if (r["pass"], r["dtype"]) == (which, dtype)]
     by = {(r["mask"], r["head_dim"], r["seqlen"], r["peer"]): r for r in of}
     present = [p for p in ["ours"] + PEERS if any(r["peer"] == p for r in of)]
@@ -330,7 +330,7 @@ def table(results, which, dtype):
 
 
 def page(run):
-    """The Markdown of a whole run."""
+    """Returns the Markdown of a whole run."""
     header, ceilings, versions = run["header"], run["ceilings"], run["versions"]
     facts = [f"{name} {value}" for name, value in versions.items()]
     matmul, copy = ceilings.get("matmul_bf16_8192_tflops"), header.get("copy_tb_per_s")
@@ -390,13 +390,13 @@ def text_at(x, y, text, size=11, anchor="middle", extra=""):
 
 
 def scale_end(most):
-    """The end of an axis that holds `most`, and its step."""
+    """Returns the end of an axis that includes `most`, and its step."""
     step = next(s for s in [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] if most / s <= 6 or s == 1000)
     return max(1, math.ceil(most / step)) * step, step
 
 
 def panel(results, title, left, top, most):
-    """One plot, TFLOP/s by seqlen, a line a library."""
+    """Draws one plot: TFLOP/s by seqlen, one line per library."""
     width, height = PANEL
     parts = [text_at(left + width / 2, top - 8, title, 12)]
     seqlens = sorted({r["seqlen"] for r in results})
@@ -427,7 +427,7 @@ def panel(results, title, left, top, most):
 
 
 def plot(run, which, dtype):
-    """The SVG of one pass: a row of panels a mask, a column a head_dim. Nothing if no TFLOP/s were measured."""
+    """Returns the SVG of one pass, with a row of panels per mask and a column per head_dim; None if no TFLOP/s were measured."""
     results = [r for r in run["rows"] if (r["pass"], r["dtype"]) == (which, dtype) and r.get("tflops")]
     if not results:
         return None
@@ -458,7 +458,7 @@ def plot(run, which, dtype):
 
 
 def write(run, folder):
-    """The run's files: JSON, Markdown, and a plot a pass of the dtype that the field shows most."""
+    """Writes the run's files: JSON, Markdown, and one plot per pass for the most common dtype."""
     stem = f"{run['date']}-{re.sub('[^A-Za-z0-9]+', '-', run['card']).strip('-').lower()}"
     folder.mkdir(parents=True, exist_ok=True)
     text, paths = page(run), []
@@ -478,7 +478,7 @@ def write(run, folder):
 
 
 def measure(options):
-    """The whole run."""
+    """Runs the whole table."""
     began = time.monotonic()
     ours = Ours(options)
     header = ours.header

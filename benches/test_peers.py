@@ -1,4 +1,4 @@
-"""Tests of what peers.py makes of measurements, on numbers made up here: python3 -m unittest benches/test_peers.py"""
+"""Tests of peers.py on made-up measurements: python3 -m unittest benches/test_peers.py"""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import peers
 
 
 def made_up():
-    """A run that nobody measured: ours does 100 TFLOP/s plus one per head_dim element, others a share of it."""
+    """Makes up a run: ours has 100 TFLOP/s plus one per element of head_dim, the others a fraction of it."""
     run = {
         "date": "1970-01-01",
         "card": "Made-up <card> & co",

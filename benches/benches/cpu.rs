@@ -1,6 +1,7 @@
-//! The CPU device: `cargo bench -p benches --bench cpu [-- NAME]`. `FLASH_ATTENTION_CPU` chooses the instruction set.
+//! Speed of the CPU device: `cargo bench -p benches --bench cpu [-- NAME]`. `FLASH_ATTENTION_CPU` chooses the
+//! instruction set.
 //!
-//! Items are the field's operations (see `Shape::forward_flops`), so items a second are FLOP/s.
+//! Items are FLOPs (see `Shape::forward_flops`), so items per second are FLOP/s.
 
 use benches::{Problem, Shape};
 use divan::Bencher;
@@ -12,7 +13,7 @@ fn main() {
     divan::main();
 }
 
-/// What is measured: mask, batch, heads, lengths of queries and keys, head_dim.
+/// Shapes measured: causal mask, batch, heads, lengths of queries and keys, head_dim.
 const SHAPES: [(bool, [usize; 5]); 8] = [
     (false, [1, 12, 512, 512, 64]),
     (false, [1, 12, 2048, 2048, 64]),
@@ -24,7 +25,7 @@ const SHAPES: [(bool, [usize; 5]); 8] = [
     (false, [1, 32, 1, 4096, 128]),
 ];
 
-/// A row of the table; its text is its name.
+/// A row of the table; its text is the name of the benchmark.
 #[derive(Clone, Copy)]
 struct Row(Shape);
 
@@ -45,7 +46,7 @@ impl std::fmt::Display for Row {
     }
 }
 
-/// Every dtype of every shape.
+/// Iterates over all dtypes of all shapes.
 fn rows() -> impl Iterator<Item = Row> {
     SHAPES
         .into_iter()
@@ -64,7 +65,7 @@ fn rows() -> impl Iterator<Item = Row> {
         })
 }
 
-/// The problem of a row, once solved: memory that was never touched is not measured.
+/// Makes the problem of a row and solves it once, so that first accesses to memory are not measured.
 fn prepare(row: Row) -> Box<dyn Problem> {
     let mut problem = row
         .0

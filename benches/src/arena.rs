@@ -1,7 +1,7 @@
 //! Memory that the rows of a table share, filled once with normal numbers.
 //!
-//! Every row has as many elements a tensor, so each sees the same memory in its own shape. Inputs are there several times, to
-//! be taken in turn: what a run reads was not left in the L2 cache by the run before.
+//! All rows have tensors of the same number of elements, and each views this memory in its own shape. There are
+//! several sets of inputs, used in turn, so that a run does not find its inputs in L2 from the run before.
 
 use std::sync::Arc;
 
@@ -10,20 +10,20 @@ use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Plan
 use crate::Failure;
 use crate::row::{Pass, Row};
 
-/// Normal numbers on the host that tensors are filled from, each from another place on.
+/// Number of normal numbers on the host. Tensors are filled from them, each starting at another place.
 const POOL: usize = (1 << 21) + 7;
 
-/// As many times are inputs there at most: small ones stay in the cache.
+/// Largest number of input sets; for small inputs this is not enough to exceed the cache.
 const MOST_SETS: usize = 64;
 
-/// Inputs of one run, as flat tensors: q, k, v, dout; and what forward makes of them.
+/// Inputs of one run as flat tensors (q, k, v, dout), and their forward results.
 struct Set<T: Element> {
     inputs: [Tensor<T>; 4],
     out: Tensor<T>,
     lse: Tensor<f32>,
 }
 
-/// Memory for tensors of up to so many elements.
+/// Memory for tensors of up to a number of elements.
 pub struct Arena<T: Element> {
     device: Device,
     elements: usize,
@@ -31,27 +31,28 @@ pub struct Arena<T: Element> {
     gradients: [Tensor<T>; 3],
 }
 
-/// A row's tensors in an arena.
+/// Tensors of a row in an arena.
 pub struct Bound<T: Element> {
     attention: Attention,
     pass: Pass,
     /// q, k, v, dout, and the output, of every set.
     pub sets: Vec<([Tensor<T>; 4], Output<T>)>,
-    /// Where the gradients go.
+    /// Memory for the gradients.
     pub gradients: Gradients<T>,
 }
 
 impl<T: Element> Arena<T> {
-    /// An arena for tensors of `elements` elements, with inputs enough that they are `rotate_bytes` together and two at least.
+    /// Makes an arena for tensors of `elements` elements, with at least two sets of inputs, and enough that they have
+    /// `rotate_bytes` together.
     ///
     /// # Errors
-    /// If the device has no room for it.
+    /// The error of the device if it has no room.
     pub fn new(device: &Device, elements: usize, rotate_bytes: usize) -> Result<Self, Error> {
         let sets = rotate_bytes.div_ceil(3 * elements * size_of::<T>()).clamp(2, MOST_SETS);
         let pool = normal_numbers::<T>(POOL);
         let mut drawn = 0;
         let mut draw = || {
-            // Starts that are far apart and never the same.
+            // Starts far apart, and never equal.
             let start = drawn * 379_009 % pool.len();
             drawn += 1;
             let data: Vec<T> = pool[start..]
@@ -67,7 +68,7 @@ impl<T: Element> Arena<T> {
             Ok(Set {
                 inputs: [draw()?, draw()?, draw()?, draw()?],
                 out: empty()?,
-                // A head has 8 elements at least.
+                // A head has at least 8 elements.
                 lse: Tensor::zeros(device, [elements.div_ceil(8)])?,
             })
         });
@@ -79,15 +80,15 @@ impl<T: Element> Arena<T> {
         })
     }
 
-    /// Whether tensors of this shape fit.
+    /// Returns true if tensors of this shape fit.
     pub fn holds(&self, shape: [usize; 4]) -> bool {
         shape.iter().product::<usize>() <= self.elements
     }
 
-    /// The arena in a row's shape. For a backward pass, forward has been run on every set.
+    /// Views the arena in a row's shape. For a backward pass, forward has been run on every set.
     ///
     /// # Errors
-    /// What a forward pass fails with.
+    /// The error of the forward pass.
     pub fn bind(&mut self, row: &Row, shape: [usize; 4], attention: Attention) -> Result<Bound<T>, Error> {
         let attention = if row.causal { attention.causal() } else { attention };
         let attention = match row.pass {
@@ -118,10 +119,10 @@ impl<T: Element> Arena<T> {
 }
 
 impl<T: Element> Bound<T> {
-    /// Launches the row's pass on the sets in turn.
+    /// Launches the row's pass, with the sets in turn.
     ///
     /// # Errors
-    /// What the call fails with.
+    /// The error of the call.
     pub fn run(&mut self, turn: usize) -> Result<(), Error> {
         let turn = turn % self.sets.len();
         let ([q, k, v, dout], output) = &mut self.sets[turn];
@@ -137,10 +138,10 @@ impl<T: Element> Bound<T> {
         }
     }
 
-    /// How the device goes about it.
+    /// Returns the plan of the row's pass.
     ///
     /// # Errors
-    /// If it does not.
+    /// The error of planning.
     pub fn plan(&self) -> Result<Plan, Failure> {
         let ([q, k, v, dout], output) = &self.sets[0];
         Ok(match self.pass {
@@ -149,14 +150,14 @@ impl<T: Element> Bound<T> {
         })
     }
 
-    /// What scores are multiplied by.
+    /// Returns the softmax scale.
     pub fn scale(&self) -> f64 {
         let head_dim = self.gradients.dq.shape()[3];
         self.attention.scale_for(head_dim).into()
     }
 }
 
-/// The first elements of a flat tensor in another shape.
+/// Views the first elements of a flat tensor in another shape.
 fn view<T: Element>(device: &Device, flat: &Tensor<T>, shape: &[usize]) -> Result<Tensor<T>, Error> {
     assert!(shape.iter().product::<usize>() <= flat.shape()[0]);
     let mut strides = vec![1; shape.len()];
@@ -164,19 +165,19 @@ fn view<T: Element>(device: &Device, flat: &Tensor<T>, shape: &[usize]) -> Resul
         strides[axis - 1] = strides[axis] * shape[axis];
     }
     let owner = Arc::new(flat.clone());
-    // SAFETY: the shape fits the flat tensor, which is initialised and lives as long as its clone, the owner. Only this
-    // device uses it, in the order of its stream.
+    // SAFETY: the shape fits in the flat tensor, which is initialised and lives as long as its clone, the owner. Only
+    // this device uses it, in the order of its stream.
     unsafe { Tensor::from_raw_parts(device, flat.address(), shape, strides, Some(owner)) }
 }
 
-/// Numbers of a normal distribution, the same on every run.
+/// Returns normally distributed numbers, the same on every run.
 fn normal_numbers<T: Element>(len: usize) -> Vec<T> {
     let mut state = 1_u64;
     let mut uniform = move || {
         state = state
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        // Above 0, up to 1.
+        // In (0, 1].
         ((state >> 11) + 1) as f64 / (1_u64 << 53) as f64
     };
     let mut numbers = Vec::with_capacity(len + 1);

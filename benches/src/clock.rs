@@ -1,4 +1,4 @@
-//! Time as the GPU's own events tell it, and as the host's clock does where there is no GPU.
+//! Times of a GPU's events, and of the host's clock on other devices.
 
 use std::ffi::c_int;
 use std::time::Instant;
@@ -9,7 +9,7 @@ use flash_attention::{Device, Error};
 
 use crate::Failure;
 
-/// Times runs of work that was launched on a device.
+/// Times runs of work launched on a device.
 pub struct Clock {
     device: Device,
     events: Option<Events>,
@@ -22,10 +22,10 @@ struct Events {
 }
 
 impl Clock {
-    /// A clock for a device. On a GPU, the device's context becomes current on this thread.
+    /// Makes a clock for a device. On a GPU, the device's context becomes current on this thread.
     ///
     /// # Errors
-    /// What the driver says.
+    /// The error of the driver.
     pub fn new(device: &Device) -> Result<Self, Failure> {
         let events = match device.cuda_stream() {
             None => None,
@@ -43,7 +43,7 @@ impl Clock {
         })
     }
 
-    /// What the times are: `device events` or `host clock`.
+    /// Returns the source of the times: `device events` or `host clock`.
     pub fn name(&self) -> &'static str {
         if self.events.is_some() {
             "device events"
@@ -52,14 +52,14 @@ impl Clock {
         }
     }
 
-    /// Launches work `warm_up + runs` times, in one go, and gives the seconds of each of the last `runs`, in order. `run` is
-    /// told how often it was called before, so that it may take other inputs each time.
+    /// Launches work `warm_up + runs` times without waiting, and returns the seconds of each of the last `runs`, in
+    /// order. `run` receives the number of earlier calls, so that it can use other inputs each time.
     ///
-    /// On a GPU nothing waits between runs: while one executes, the next is launched, and each is timed by an event before and
-    /// one after it on the stream.
+    /// On a GPU nothing waits between runs: while one executes, the next is launched. An event before and one after
+    /// each run, on the stream, time it.
     ///
     /// # Errors
-    /// What `run` fails with, or the driver.
+    /// The error of `run` or of the driver.
     pub fn time(
         &mut self,
         warm_up: usize,
@@ -89,17 +89,17 @@ impl Clock {
         events.pairs[..runs].iter().map(|pair| elapsed(*pair)).collect()
     }
 
-    /// Seconds of copies of `bytes` within a GPU's memory, each timed; `None` where there is no GPU.
+    /// Returns the seconds of copies of `bytes` within a GPU's memory; `None` on other devices.
     ///
     /// # Errors
-    /// What the driver says.
+    /// The error of the driver.
     pub fn time_copies(&mut self, bytes: usize, warm_up: usize, runs: usize) -> Result<Option<Vec<f64>>, Failure> {
         let Some(events) = &mut self.events else {
             return Ok(None);
         };
         events.grow(runs)?;
-        // SAFETY: two allocations of as many bytes as are copied, freed after the work on them is over. What they hold is
-        // set first.
+        // SAFETY: both allocations have the size of the copy, are initialised first, and are freed after the work on
+        // them has finished.
         unsafe {
             let from = result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))?;
             let to = result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))?;
@@ -133,33 +133,34 @@ impl Events {
     }
 
     fn record(&self, event: sys::CUevent) -> Result<(), Failure> {
-        // SAFETY: the event was created in the context that is current and is never destroyed; neither is the stream.
+        // SAFETY: the event was created in the context that is current, and neither it nor the stream is ever
+        // destroyed.
         unsafe { event::record(event, self.stream) }.map_err(failed("cuEventRecord"))
     }
 }
 
-/// Seconds between two events that have happened.
+/// Returns the seconds between two events that have occurred.
 fn elapsed([start, end]: [sys::CUevent; 2]) -> Result<f64, Failure> {
-    // SAFETY: both were created and recorded on one stream, and are never destroyed.
+    // SAFETY: both events were created and recorded on one stream, and are never destroyed.
     let milliseconds = unsafe { event::elapsed(start, end) }.map_err(failed("cuEventElapsedTime"))?;
     Ok(f64::from(milliseconds) * 1e-3)
 }
 
-/// What is worth knowing of a GPU beside its name.
+/// Properties of a GPU beside its name.
 pub struct Card {
-    /// Bytes of its L2 cache.
+    /// Size of L2, in bytes.
     pub l2_bytes: usize,
-    /// Bytes of memory that are free.
+    /// Free memory, in bytes.
     pub free_bytes: usize,
     /// CUDA version of the driver: major, minor.
     pub driver: (i32, i32),
 }
 
 impl Card {
-    /// What the driver says of a GPU; `None` of other devices.
+    /// Queries the driver for a GPU's properties; `None` for other devices.
     ///
     /// # Errors
-    /// What the driver says.
+    /// The error of the driver.
     pub fn of(device: &Device) -> Result<Option<Self>, Failure> {
         if device.cuda_stream().is_none() {
             return Ok(None);
@@ -182,13 +183,13 @@ impl Card {
     }
 }
 
-/// The number in `cuda:N`.
+/// Returns the number in `cuda:N`.
 fn ordinal(device: &Device) -> c_int {
     let name = device.to_string();
     name.rsplit(':').next().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
-/// Makes a GPU's primary context current on this thread, which the library has retained and keeps.
+/// Makes a GPU's primary context, which the library has retained and keeps, current on this thread.
 fn enter(ordinal: c_int) -> Result<sys::CUdevice, DriverError> {
     let gpu = device::get(ordinal)?;
     // SAFETY: a device that the driver just gave us; the context is kept to the end of the process.

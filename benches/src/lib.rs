@@ -1,5 +1,5 @@
-//! What the measurements share: a problem of a shape, ready to run, and how many operations it is; and for GPUs rows of a
-//! table, memory that they share, a clock of device events, and a look at whether what was timed is right.
+//! Shared parts of the measurements: a problem of a given shape with its FLOPs, and for GPUs the rows of the table,
+//! the memory that they share, a clock of device events, and a check of the timed results.
 
 pub mod arena;
 pub mod clock;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Device, Dtype, Element, Error, Gradients, Output, Tensor};
 
-/// Whatever went wrong.
+/// Any error.
 pub type Failure = Box<dyn std::error::Error>;
 
 /// A shape to measure.
@@ -20,31 +20,32 @@ pub type Failure = Box<dyn std::error::Error>;
 pub struct Shape {
     /// Element type of all tensors.
     pub dtype: Dtype,
-    /// Whether query i sees only the keys up to `i + seqlen_k - seqlen_q`.
+    /// True for a causal mask: query i sees the keys up to `i + seqlen_k - seqlen_q`.
     pub causal: bool,
-    /// Independent sequences.
+    /// Number of independent sequences.
     pub batch: usize,
-    /// Heads of queries and of keys.
+    /// Number of heads of queries and of keys.
     pub heads: usize,
     /// Length of the query sequence.
     pub seqlen_q: usize,
     /// Length of the key sequence.
     pub seqlen_k: usize,
-    /// Elements of a head.
+    /// Elements of a head (head_dim).
     pub head_dim: usize,
 }
 
 impl Shape {
-    /// Operations of a forward pass, as the field counts them: 4 B H N^2 D, and half of that under a causal mask.
+    /// Returns the FLOPs of a forward pass as the field counts them: 4 B H N^2 D, and half of that under a causal
+    /// mask.
     pub fn forward_flops(&self) -> f64 {
         let pairs = self.batch as f64 * self.heads as f64 * self.seqlen_q as f64 * self.seqlen_k as f64;
         4.0 * pairs * self.head_dim as f64 / if self.causal { 2.0 } else { 1.0 }
     }
 
-    /// A problem of this shape on a device, of numbers that look random.
+    /// Makes a problem of this shape on a device, with pseudo-random numbers.
     ///
     /// # Errors
-    /// If the device has no room for it.
+    /// The error of the device if it has no room.
     pub fn problem(&self, device: &Device) -> Result<Box<dyn Problem>, Error> {
         Ok(match self.dtype {
             Dtype::F32 => Box::new(Tensors::<f32>::new(self, device)?),
@@ -54,18 +55,18 @@ impl Shape {
     }
 }
 
-/// A problem that can be solved again and again, into the same memory.
+/// A problem that can be solved repeatedly in the same memory.
 pub trait Problem {
     /// Runs the forward pass.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`].
+    /// The errors of [`Attention::forward_into`].
     fn forward(&mut self) -> Result<Duration, Error>;
 
     /// Runs the backward pass, after a forward pass.
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into`].
+    /// The errors of [`Attention::backward_into`].
     fn backward(&mut self) -> Result<Duration, Error>;
 }
 

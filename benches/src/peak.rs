@@ -1,11 +1,12 @@
-//! The limits of the processor that measurements of the CPU are held against: the rate of multiply-adds, and of reading
-//! memory.
+//! Limits of the processor, with which CPU measurements are compared: the rate of multiply-adds, and the bandwidth of
+//! memory reads.
 
 use std::hint::black_box;
 use std::time::Instant;
 
-/// Multiply-adds of f32 that one thread starts a second, times two, by instruction set: `avx2`, `avx512`, `avx512bf16` or
-/// `neon`; `None` where the processor has no such instructions. Twelve independent sums, so that latency does not show.
+/// Returns the FLOP/s of f32 multiply-adds of one thread (two operations each) for an instruction set: `avx2`,
+/// `avx512`, `avx512bf16` or `neon`; `None` if the processor does not support it. Twelve independent sums hide the
+/// latency.
 pub fn multiply_adds(isa: &str) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
     {
@@ -35,12 +36,12 @@ pub fn multiply_adds(isa: &str) -> Option<f64> {
     }
 }
 
-/// Instructions of each of the twelve sums in one measurement: a few milliseconds.
+/// Instructions of each of the twelve sums in one measurement, which takes a few milliseconds.
 const STEPS: usize = 1_000_000;
 
 const SUMS: usize = 12;
 
-/// The largest of a few rates of twelve sums, whose steps make `flops` operations each.
+/// Returns the best of several rates of twelve sums, whose steps have `flops` operations each.
 #[inline(always)]
 fn best(flops: usize, mut run: impl FnMut()) -> f64 {
     let mut least = f64::INFINITY;
@@ -104,15 +105,15 @@ fn neon() -> f64 {
     best(8, || {
         let mut sums = [y; SUMS];
         for _ in 0..STEPS {
-            // SAFETY: as above.
+            // SAFETY: every such processor has NEON.
             sums.iter_mut().for_each(|sum| *sum = unsafe { vfmaq_f32(y, *sum, x) });
         }
         black_box(sums);
     })
 }
 
-/// Bytes a second that so many threads read together from `data`, each its own share of it, in order: the largest of a few
-/// rates.
+/// Returns the bytes per second that `threads` threads read together from `data`, each its own share in order: the
+/// best of several rates.
 pub fn reading(data: &[u64], threads: usize) -> f64 {
     let mut least = f64::INFINITY;
     for _ in 0..5 {
@@ -127,7 +128,7 @@ pub fn reading(data: &[u64], threads: usize) -> f64 {
     (size_of_val(data)) as f64 / least
 }
 
-/// Sixteen sums, which compilers make vectors of.
+/// Sums with sixteen accumulators, which compilers vectorise.
 fn sum(share: &[u64]) -> u64 {
     let mut sums = [0_u64; 16];
     for line in share.chunks_exact(16) {

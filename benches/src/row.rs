@@ -1,4 +1,4 @@
-//! One row of the table of speed: what is computed, and how many operations that is.
+//! A row of the table of speed: the problem and its FLOPs.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,12 +14,12 @@ pub enum Pass {
     Forward,
     /// Backward.
     Backward,
-    /// Backward, the same bits each time.
+    /// Backward with the same bits in every run.
     Deterministic,
 }
 
 impl Pass {
-    /// Its name in arguments and results.
+    /// Returns the name in arguments and results.
     pub fn name(self) -> &'static str {
         match self {
             Self::Forward => "fwd",
@@ -28,7 +28,7 @@ impl Pass {
         }
     }
 
-    /// Its name in tables.
+    /// Returns the name in tables.
     pub fn title(self) -> &'static str {
         match self {
             Self::Forward => "forward",
@@ -48,52 +48,53 @@ impl FromStr for Pass {
     }
 }
 
-/// What is timed.
+/// A problem to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// The pass.
+    /// Pass to time.
     pub pass: Pass,
     /// f16 or bf16.
     pub dtype: Dtype,
-    /// Whether the mask is causal.
+    /// True for a causal mask.
     pub causal: bool,
-    /// Elements of a head.
+    /// Elements of a head (head_dim).
     pub head_dim: usize,
     /// Length of both sequences.
     pub seqlen: usize,
 }
 
-/// What all rows share.
+/// Sizes that all rows share.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Tokens of all sequences together; a row whose sequence is longer has one sequence.
+    /// Number of tokens of all sequences together; a row with a longer sequence has one sequence.
     pub tokens: usize,
-    /// Elements of all heads together.
+    /// Number of elements of all heads together.
     pub hidden: usize,
 }
 
 impl Row {
-    /// `[batch, heads, seqlen, head_dim]` of every tensor.
+    /// Returns the shape of every tensor, `[batch, heads, seqlen, head_dim]`.
     pub fn shape(&self, sizes: &Sizes) -> [usize; 4] {
         let batch = (sizes.tokens / self.seqlen).max(1);
         let heads = (sizes.hidden / self.head_dim).max(1);
         [batch, heads, self.seqlen, self.head_dim]
     }
 
-    /// Operations, as the field counts them: 4 B H N^2 D forward, 2.5 times that backward, half under a causal mask.
+    /// Returns the FLOPs as the field counts them: 4 B H N^2 D forward, 2.5 times that backward, half under a causal
+    /// mask.
     pub fn flops(&self, sizes: &Sizes) -> f64 {
         let [batch, heads, seqlen, head_dim] = self.shape(sizes).map(|n| n as f64);
         let full = 4.0 * batch * heads * seqlen * seqlen * head_dim;
         full * if self.causal { 0.5 } else { 1.0 } * if self.pass == Pass::Forward { 1.0 } else { 2.5 }
     }
 
-    /// `full` or `causal`.
+    /// Returns `full` or `causal`.
     pub fn mask(&self) -> &'static str {
         if self.causal { "causal" } else { "full" }
     }
 }
 
-/// `fwd bf16 causal 128 4096`.
+/// Writes, for example, `fwd bf16 causal 128 4096`.
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (pass, dtype, mask) = (self.pass.name(), self.dtype.name(), self.mask());
@@ -123,10 +124,10 @@ impl FromStr for Row {
     }
 }
 
-/// `f16` or `bf16`.
+/// Parses `f16` or `bf16`.
 ///
 /// # Errors
-/// If it is neither.
+/// A sentence for any other text.
 pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
     match text {
         "f16" => Ok(Dtype::F16),
@@ -135,10 +136,10 @@ pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
     }
 }
 
-/// Whether a mask is causal: `full` or `causal`.
+/// Parses a mask: `full` is false, `causal` is true.
 ///
 /// # Errors
-/// If it is neither.
+/// A sentence for any other text.
 pub fn parse_mask(text: &str) -> Result<bool, String> {
     match text {
         "full" => Ok(false),

@@ -1,15 +1,15 @@
-//! Whether what was timed is right: a few rows of a result against f64, on the host.
+//! Spot check of timed results: a few rows against f64, on the host.
 //!
-//! This is no measurement of accuracy, which is the suite's: it catches results that are wrong at the sizes that only a table
-//! of speed has. Rows at both ends and in the middle of the last head of the last sequence are looked at.
+//! It does not measure accuracy, which the test suite does. It finds results that are wrong at sizes that only a
+//! table of speed has. It compares rows at both ends and in the middle of the last head of the last sequence.
 
 use flash_attention::{Element, Error, Tensor};
 
 use crate::arena::Bound;
 use crate::row::{Pass, Row};
 
-/// Largest error allowed, in units of the size that a row of a result has if the terms of its sums are independent. Right
-/// results come to 0.009 in bf16 and 0.0009 in f16 at any length, wrong ones to about one.
+/// Largest error allowed, in units of the size of a result's row if the terms of its sums are independent. Correct
+/// results have 0.009 in bf16 and 0.0009 in f16 at any length, wrong ones about 1.
 pub const ALLOWED: f64 = 1.0 / 32.0;
 
 /// A head on the host, `[seqlen][head_dim]`, flat.
@@ -26,18 +26,18 @@ struct Head {
     scale: f64,
 }
 
-/// A row of a result: sums of terms, and the sums of their squares, with dP and delta, whose difference may cancel, each taken
-/// for itself.
+/// A row of a result: sums of terms, and the sums of their squares. dP and delta, whose difference may cancel, count
+/// as separate terms.
 struct Sums {
     value: Vec<f64>,
     squares: Vec<f64>,
 }
 
-/// The largest error of the rows looked at in what the last run gave, in the unit of [`ALLOWED`]. A NaN is an infinite error.
-/// `turn` is that of the last run.
+/// Returns the largest error of the checked rows in the results of the last run, in the unit of [`ALLOWED`]. A NaN is
+/// an infinite error. `turn` is the turn of the last run.
 ///
 /// # Errors
-/// If a result can not be read: the launch failed.
+/// The error of the device if a result cannot be read: the launch failed.
 pub fn error<T: Element>(bound: &Bound<T>, row: &Row, turn: usize) -> Result<f64, Error> {
     let ([q, k, v, dout], output) = &bound.sets[turn % bound.sets.len()];
     let head = Head {
@@ -91,7 +91,7 @@ impl Head {
         &of[index * self.head_dim..][..self.head_dim]
     }
 
-    /// Keys that a query sees.
+    /// Returns the number of keys that a query sees.
     fn keys(&self, query: usize) -> usize {
         if self.causal { query + 1 } else { self.seqlen }
     }
@@ -110,7 +110,7 @@ impl Head {
         out
     }
 
-    /// P, dP and delta of a pair, from the lse and the output that the device gave.
+    /// Returns P, dP and delta of a pair, from the lse and the output of the device.
     fn pair(&self, query: usize, key: usize) -> [f64; 3] {
         let (q, dout) = (self.row(&self.q, query), self.row(&self.dout, query));
         let p = (self.scale * dot(q, self.row(&self.k, key)) - self.lse[query]).exp();
@@ -135,7 +135,7 @@ impl Head {
         dq
     }
 
-    /// dK and dV of a key.
+    /// Returns dK and dV of a key.
     fn key_gradients(&self, key: usize) -> [Sums; 2] {
         let [mut dk, mut dv] = [Sums::new(self.head_dim), Sums::new(self.head_dim)];
         for query in if self.causal { key } else { 0 }..self.seqlen {
@@ -160,7 +160,7 @@ impl Sums {
         }
     }
 
-    /// Adds a row times a weight, which came from terms of some size.
+    /// Adds a row times a weight that is a sum of terms of this size.
     fn add(&mut self, weight: f64, size: f64, row: &[f64]) {
         for ((value, squares), x) in self.value.iter_mut().zip(&mut self.squares).zip(row) {
             *value += weight * x;

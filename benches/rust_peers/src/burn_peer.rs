@@ -1,4 +1,4 @@
-//! burn with its Flex backend: its attention, and its automatic differentiation of it.
+//! burn with its Flex backend: its attention, and automatic differentiation of it.
 
 use std::time::{Duration, Instant};
 

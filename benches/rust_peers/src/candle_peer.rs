@@ -1,4 +1,4 @@
-//! candle: the formula in tensors, and its flash attention for the CPU.
+//! candle: attention as tensor operations, and candle's flash attention for the CPU.
 
 use std::time::{Duration, Instant};
 
@@ -20,10 +20,10 @@ fn draw(shape: [usize; 4], dtype: DType, seed: u64) -> Result<Tensor, Failure> {
     Ok(Tensor::from_vec(data, &shape[..], &Device::Cpu)?.to_dtype(dtype)?)
 }
 
-/// matmul, softmax, matmul; its backward pass is candle's.
+/// Standard attention: matmul, softmax, matmul; the backward pass is candle's automatic differentiation.
 pub struct Standard {
     inputs: [Var; 3],
-    /// 0 where a query sees a key, else minus infinity.
+    /// Mask: 0 where a query sees a key, else minus infinity.
     mask: Option<Tensor>,
     dout: Option<Tensor>,
     scale: f64,
@@ -65,7 +65,7 @@ impl Standard {
             None => scores,
         };
         let probabilities = match self.dout {
-            Some(_) => candle_nn::ops::softmax(&scores, 3)?, // the other has no gradient
+            Some(_) => candle_nn::ops::softmax(&scores, 3)?, // `softmax_last_dim` has no gradient
             None => candle_nn::ops::softmax_last_dim(&scores)?,
         };
         probabilities.matmul(v)
@@ -93,7 +93,7 @@ impl Peer for Standard {
     }
 }
 
-/// `candle_nn::attention::flash_attn`, which takes `[batch, seqlen, heads, head_dim]`.
+/// candle's `candle_nn::attention::flash_attn`, which takes `[batch, seqlen, heads, head_dim]`.
 pub struct Flash {
     inputs: [Tensor; 3],
     shape: Shape,

@@ -1,7 +1,7 @@
-//! Measures the attention of another Rust library on the CPU, for a program that measures something else in between.
+//! Measures the attention of another Rust library on the CPU, for a program that alternates its runs with others.
 //!
-//! `rust_peers candle | candle-flash | burn` reads the lines that `cpu_times` of the package `benches` reads and answers alike;
-//! where the library has no such pass or it would take too much memory, with `{"error": …}`.
+//! `rust_peers candle | candle-flash | burn` reads and answers the lines of `cpu_times` in the package `benches`. If
+//! the library has no such pass, or it would need too much memory, the answer is `{"error": …}`.
 
 mod burn_peer;
 mod candle_peer;
@@ -11,10 +11,10 @@ use std::time::Duration;
 
 type Failure = Box<dyn std::error::Error>;
 
-/// A shape to measure, as in `benches`.
+/// A shape to measure, like that of `benches`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// f32, f16 or bf16.
+    /// Element type: f32, f16 or bf16.
     pub dtype: String,
     pub causal: bool,
     pub batch: usize,
@@ -22,24 +22,24 @@ pub struct Shape {
     pub seqlen_q: usize,
     pub seqlen_k: usize,
     pub head_dim: usize,
-    /// Forward and backward, or forward alone.
+    /// True for forward and backward, false for forward alone.
     pub backward: bool,
 }
 
 impl Shape {
-    /// Operations as the field counts them.
+    /// Returns the FLOPs as the field counts them.
     fn flops(&self) -> f64 {
         let pairs = self.batch as f64 * self.heads as f64 * self.seqlen_q as f64 * self.seqlen_k as f64;
         let forward = 4.0 * pairs * self.head_dim as f64 / if self.causal { 2.0 } else { 1.0 };
         forward * if self.backward { 3.5 } else { 1.0 }
     }
 
-    /// Bytes of one matrix of all scores in f32.
+    /// Returns the bytes of an f32 matrix of all scores.
     pub fn score_bytes(&self) -> usize {
         4 * self.batch * self.heads * self.seqlen_q * self.seqlen_k
     }
 
-    /// Numbers in -1 .. 1 that look random, for a tensor of so many.
+    /// Draws `count` pseudo-random numbers in -1 .. 1.
     pub fn draw(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
@@ -52,13 +52,13 @@ impl Shape {
     }
 }
 
-/// One shape, ready to be solved again and again.
+/// A problem of one shape that can be solved repeatedly.
 pub trait Peer {
-    /// Solves it once, and says how long that took.
+    /// Solves the problem once and returns the time.
     fn run(&mut self) -> Result<Duration, Failure>;
 }
 
-/// Largest matrix of scores that is tried.
+/// Largest matrix of scores that is tried, in bytes.
 const MOST_SCORES: usize = 1 << 30;
 
 fn main() -> Result<(), Failure> {
@@ -68,7 +68,7 @@ fn main() -> Result<(), Failure> {
         let line = line?;
         let (shape, runs) = parse(&line)?;
         if current.as_ref().is_none_or(|(measured, _)| *measured != shape) {
-            drop(current.take()); // before there are two
+            drop(current.take()); // before there are two problems
             match peer(&library, &shape) {
                 Ok(peer) => current = Some((shape.clone(), peer)),
                 Err(error) => {
@@ -90,7 +90,7 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// `f32 full 1 12 512 512 64 forward 5`.
+/// Parses a line such as `f32 full 1 12 512 512 64 forward 5`.
 fn parse(line: &str) -> Result<(Shape, usize), Failure> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let [dtype, mask, batch, heads, seqlen_q, seqlen_k, head_dim, pass, runs] = words[..] else {

@@ -4,8 +4,9 @@
 //! cargo run --release -p benches --bin cpu_programs -- [--device cpu] [--rounds 7] [--only NAME]
 //! ```
 //!
-//! Plain attention and the features are measured in turn, round after round, so that what else the machine does falls on
-//! all; times are the best of all rounds. A cost of 1 means as much time for a visible pair as plain full attention takes.
+//! Plain attention and the features are measured in turn, round after round, so that what else the machine does falls
+//! on all; times are the best of all rounds. A cost of 1 means as much time for a visible pair as plain full
+//! attention takes.
 
 use std::time::Instant;
 

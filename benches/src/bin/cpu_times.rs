@@ -1,11 +1,11 @@
-//! Measures the CPU device for another program, which may measure something else in between.
+//! Measures the CPU device for another program, which may alternate these runs with others.
 //!
-//! Reads a line `DTYPE MASK BATCH HEADS SEQLEN_Q SEQLEN_K HEAD_DIM PASS RUNS` at a time (`f32 full 1 12 512 512 64 forward
-//! 5`), and answers each with a line of JSON: the seconds of every run, and what ran. A pass is `forward`, or `both`: forward
-//! and backward. The one argument, if any, names the device.
+//! Reads lines `DTYPE MASK BATCH HEADS SEQLEN_Q SEQLEN_K HEAD_DIM PASS RUNS` (`f32 full 1 12 512 512 64 forward 5`),
+//! and answers each with a line of JSON: the seconds of every run, and the instructions used. A pass is `forward`, or
+//! `both` for forward and backward. The optional argument is the device.
 //!
-//! A line `peak ISA RUNS` (see [`multiply_adds`]) is answered with the seconds of a billion operations of one thread, a line
-//! `read THREADS RUNS` with those of reading a billion bytes of memory.
+//! A line `peak ISA RUNS` (see [`multiply_adds`]) is answered with the seconds that one thread takes for 10^9
+//! operations. A line `read THREADS RUNS` is answered with the seconds for reading 10^9 bytes of memory.
 
 use std::io::{BufRead as _, Write as _, stdin, stdout};
 
@@ -43,7 +43,7 @@ fn main() -> Result<(), Failure> {
             head_dim: head_dim.parse()?,
         };
         if current.as_ref().is_none_or(|(measured, _)| *measured != shape) {
-            drop(current.take()); // before there are two
+            drop(current.take()); // before there are two problems
             current = Some((shape, shape.problem(&device)?));
         }
         let Some((_, problem)) = &mut current else { continue };
@@ -73,7 +73,7 @@ fn limit(what: &str, of: &str, runs: usize) -> Result<(), Failure> {
     let rate: Box<dyn Fn() -> Option<f64>> = if what == "peak" {
         Box::new(|| multiply_adds(of))
     } else {
-        // More than any cache holds.
+        // Larger than any cache.
         let data: Vec<u64> = (0..32 << 20).collect();
         let threads = of.parse()?;
         Box::new(move || Some(reading(&data, threads)))

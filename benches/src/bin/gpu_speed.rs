@@ -1,14 +1,14 @@
 //! The table of speed: forward, backward and deterministic backward on a GPU, in TFLOP/s, as lines of JSON.
 //!
-//! Sequences of all lengths have as many tokens together and as many hidden elements, as FlashAttention's own tables do. A time
-//! is the median over runs timed by device events, launched without waiting, over inputs that take turns and are larger than the
-//! L2 cache together. Results go to memory that is there already, so what is timed is the library's call without the allocation
-//! of its results; scratch memory that a backward pass takes comes from a pool and is included. After each row a few rows of its
-//! result are compared with f64, and a wrong one is an error.
+//! All rows have the same number of tokens and of hidden elements, as in FlashAttention's own tables. A time is the
+//! median of runs timed by device events. Runs are launched without waiting, on inputs that take turns and together
+//! exceed L2. Results are written to existing memory, so their allocation is not timed. The scratch memory of a
+//! backward pass comes from a pool and is included. After each row a few rows of its result are compared with f64; a
+//! wrong one is an error.
 //!
-//! With `--serve` it reads rows `PASS DTYPE MASK HEAD_DIM SEQLEN` from its input and answers each, so that another program may
-//! measure something else in between. On a device that is no GPU times are the host's and no TFLOP/s are printed: that is for
-//! testing this program.
+//! With `--serve` it reads rows `PASS DTYPE MASK HEAD_DIM SEQLEN` from its input and answers each, so that another
+//! program can alternate its own runs with them. On other devices than GPUs, which are for testing this program,
+//! times are those of the host and no TFLOP/s are printed.
 
 use std::io::{BufRead as _, Write as _, stdin, stdout};
 use std::time::Instant;
@@ -22,13 +22,13 @@ use clap::Parser;
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Arch, Attention, Device, Dtype, Element};
 
-/// For the estimate before anything is measured.
+/// Speed assumed for the estimate of the run time, in TFLOP/s.
 const ASSUMED_TFLOPS: f64 = 300.0;
 
-/// Shortest time that the device warms up before a row: from idle, clocks take a while to rise.
+/// Least time that the device warms up before a row, in seconds: clocks rise slowly from idle.
 const WARM_UP_SECONDS: f64 = 0.02;
 
-/// Bytes of the copy that shows what memory can do.
+/// Size of the copy that measures the memory bandwidth, in bytes.
 const COPY_BYTES: usize = 4 << 30;
 
 /// The table of speed on a GPU, as lines of JSON
@@ -55,19 +55,19 @@ struct Options {
     /// Also a sequence of this length, in bf16 with the head_dim in the middle; 0 for none
     #[arg(long, default_value_t = 65_536)]
     once: usize,
-    /// Tokens of all sequences of a row together
+    /// Number of tokens of all sequences of a row together
     #[arg(long, default_value_t = 16_384)]
     tokens: usize,
-    /// Elements of all heads together
+    /// Number of elements of all heads together
     #[arg(long, default_value_t = 2_048)]
     hidden: usize,
-    /// Timed runs of a row
+    /// Number of timed runs per row
     #[arg(long, default_value_t = 30)]
     runs: usize,
-    /// Kernels of this architecture only: sm_80 for the portable ones
+    /// Use only kernels of this architecture: sm_80 for the portable ones
     #[arg(long, value_parser = parse_arch)]
     arch: Option<Arch>,
-    /// Answer rows from the input instead
+    /// Answer rows from the input instead of running the table
     #[arg(long)]
     serve: bool,
 }
@@ -120,7 +120,7 @@ fn say(line: &str) -> Result<(), Failure> {
     Ok(stdout().flush()?)
 }
 
-/// Every row of the table, rows of one dtype together.
+/// Returns all rows of the table, grouped by dtype.
 fn rows(options: &Options) -> Vec<Row> {
     let mut rows = Vec::new();
     for &dtype in &options.dtypes {
@@ -143,7 +143,7 @@ fn rows(options: &Options) -> Vec<Row> {
     rows
 }
 
-/// How long the table will take, if the device does what is assumed.
+/// Estimates the time of the table at the assumed speed.
 fn estimate(rows: &[Row], options: &Options) -> String {
     let sizes = options.sizes();
     let seconds = rows.iter().map(|row| {
@@ -158,7 +158,7 @@ fn estimate(rows: &[Row], options: &Options) -> String {
     )
 }
 
-/// Runs before those that count, of a call that takes about so many seconds.
+/// Returns the number of warm-up runs of a call that takes about `seconds`.
 fn warm_up(seconds: f64) -> usize {
     3 + (WARM_UP_SECONDS / seconds).min(50.0) as usize
 }
@@ -172,14 +172,14 @@ impl Options {
     }
 }
 
-/// What is kept between rows: the device, its clock, and the memory of the last dtype.
+/// State kept between rows: the device, its clock, and the memory of the last dtype.
 struct Bench {
     device: Device,
     clock: Clock,
     sizes: Sizes,
     attention: Attention,
     runs: usize,
-    /// What the inputs that take turns have to come to.
+    /// Least size of all input sets together, in bytes.
     rotate_bytes: usize,
     halves: Option<Arena<f16>>,
     brains: Option<Arena<bf16>>,
@@ -226,7 +226,7 @@ impl Bench {
         })
     }
 
-    /// Times a row; the line of JSON about it.
+    /// Times a row; returns its line of JSON.
     fn measure(&mut self, row: &Row) -> Result<String, Failure> {
         let shape = row.shape(&self.sizes);
         match row.dtype {
@@ -249,7 +249,7 @@ impl Bench {
         }
     }
 
-    /// Memory for a row of this shape and all others of the usual size.
+    /// Makes memory for a row of this shape and all others of the usual size.
     fn arena<T: Element>(&self, shape: [usize; 4]) -> Result<Arena<T>, Failure> {
         let elements = (self.sizes.tokens * self.sizes.hidden).max(shape.iter().product());
         Ok(Arena::new(&self.device, elements, self.rotate_bytes)?)
@@ -323,7 +323,7 @@ mod tests {
             .collect()
     }
 
-    /// The whole way on a device that needs no GPU: results are looked at, and no speed is claimed.
+    /// Runs the program on a device that is no GPU: results are checked, and no speed is printed.
     #[test]
     fn rows_run_and_are_right_without_a_gpu() {
         for device in ["cpu", "emulator:sm_90a"] {
@@ -365,7 +365,7 @@ mod tests {
         assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
     }
 
-    /// The look at results sees what is wrong.
+    /// Tests that the check finds wrong results.
     #[test]
     fn a_wrong_result_is_seen() {
         let device = Device::cpu();
@@ -376,7 +376,7 @@ mod tests {
             let mut bound = arena.bind(&row, row.shape(&sizes), Attention::new()).expect("valid");
             bound.run(0).expect("valid");
             assert!(spot::error(&bound, &row, 0).expect("read") < spot::ALLOWED);
-            // The answer to the other inputs.
+            // Results of the other inputs.
             let right = spot::error(&bound, &row, 0).expect("read");
             let wrong = spot::error(&bound, &row, 1).expect("read");
             assert!(wrong > 10.0 * right && wrong > spot::ALLOWED, "{line}: {right} {wrong}");

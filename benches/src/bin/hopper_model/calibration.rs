@@ -1,4 +1,4 @@
-//! From replayed cycles to time: what is fitted on the speeds that FlashAttention-3 publishes.
+//! Converts replayed cycles to time, with parameters fitted to the speeds that FlashAttention-3 publishes.
 
 use std::fmt::Write as _;
 
@@ -11,8 +11,8 @@ use crate::model::{MATMUL, PEAK, TENSOR};
 use crate::record::main_loops;
 use crate::replay::{Arbitration, Pipe, Program, Reason, Replay, replay};
 
-/// A main loop of FlashAttention-3, replayed by the rules of [`crate::replay`] from the machine code of the PyPI wheel xformers
-/// 0.0.33.post2. The program that did was another; on our loops the two agree within 1.5 %.
+/// A main loop of FlashAttention-3, replayed by the rules of [`crate::replay`] from the machine code of the PyPI
+/// wheel xformers 0.0.33.post2. Another program did this; on our loops the two agree within 1.5 %.
 struct Peer {
     pass: Pass,
     head_dim: u32,
@@ -20,11 +20,11 @@ struct Peer {
     warpgroups: f64,
     /// Queries and keys of a step of all warpgroups.
     tile: [f64; 2],
-    /// Cycles of such a step: greedy, round-robin.
+    /// Cycles of this step with greedy and with round-robin arbitration.
     cycles: [f64; 2],
-    /// Cycles of a step of one warpgroup that has the scheduler and the tensor cores for itself.
+    /// Cycles of a step of one warpgroup that has the scheduler and the tensor cores to itself.
     alone: f64,
-    /// TFLOP/s at 16384 on H100: the paper's figures 5 and 6.
+    /// Published TFLOP/s at seqlen 16384 on H100: the paper's figures 5 and 6.
     published: f64,
 }
 
@@ -55,42 +55,44 @@ impl Peer {
         }
     }
 
-    /// Cycles on the tensor cores, at boost.
+    /// Returns the cycles on the tensor cores, at boost clock.
     fn tensor(&self) -> f64 {
         let products = if self.pass == Pass::Forward { 2.0 } else { 5.0 };
         products * 2.0 * self.tile[0] * self.tile[1] * f64::from(self.head_dim) / TENSOR.1
     }
 
-    /// Cycles that the published speed leaves for a step, at the clock that power allows.
+    /// Returns the cycles that the published speed gives a step, at the clock that the power limit allows.
     fn published_cycles(&self) -> f64 {
         self.tensor() * PEAK.1 / self.published / slowdown()
     }
 }
 
-/// Rows of full attention are fitted on; at head_dim 64 and 128 forward, the tile of the replay is 128 keys of 192 and 176.
+/// Rows of full attention used for the fit. The replay of forward at head_dim 64 and 128 has tiles of 128 keys
+/// instead of 192 and 176.
 #[rustfmt::skip]
 const FITTED: [Peer; 5] = [
     Peer::new((Pass::Forward, 64, false, 3.0), [192.0, 128.0], [1756.0, 1649.0], 1233.0, 497.0),
     Peer::new((Pass::Forward, 128, false, 2.0), [128.0, 128.0], [2048.0, 2048.0], 1572.0, 648.0),
     Peer::new((Pass::Forward, 256, false, 2.0), [128.0, 80.0], [2560.0, 2560.0], 1678.0, 756.0),
     Peer::new((Pass::Backward, 64, false, 2.0), [128.0, 128.0], [2924.0, 2948.0], 1838.0, 474.0),
-    // 80 queries; the replay was given for 64.
+    // 80 queries; the replay was made for 64.
     Peer::new((Pass::Backward, 128, false, 2.0), [80.0, 128.0], [1.25 * 2560.0, 1.25 * 2560.0], 1.25 * 1596.0, 561.0),
 ];
 
-/// Not fitted; the published speed has the cut tiles and the tails of a causal mask in it, the estimate has not.
+/// Rows that are not fitted: the published speed includes the cut tiles and the tails of a causal mask, the estimate
+/// does not.
 #[rustfmt::skip]
 const CAUSAL: [Peer; 2] = [
     Peer::new((Pass::Forward, 64, true, 3.0), [192.0, 128.0], [1756.0, 1672.0], 1175.0, 473.0),
     Peer::new((Pass::Forward, 128, true, 2.0), [128.0, 128.0], [2048.0, 2048.0], 1618.0, 616.0),
 ];
 
-/// Cycles at boost for one of the clock that power allows.
+/// Returns the cycles at boost clock per cycle of the clock that the power limit allows.
 fn slowdown() -> f64 {
     PEAK.1 / MATMUL.1
 }
 
-/// Cycles of a step as replayed.
+/// Replayed cycles of a step.
 #[derive(Clone, Copy, Debug)]
 struct Estimate {
     /// All warpgroups together, the mean of both arbitrations.
@@ -100,7 +102,7 @@ struct Estimate {
 }
 
 impl Estimate {
-    /// The sum of two walks.
+    /// Adds two main loops.
     fn plus(self, other: Self) -> Self {
         Self {
             together: self.together + other.together,
@@ -108,15 +110,15 @@ impl Estimate {
         }
     }
 
-    /// Cycles at boost of a step, with what is fitted.
+    /// Returns the cycles of a step at boost clock, with the fitted parameters.
     fn cycles(self, adds: bool) -> f64 {
         let wait = if adds { wait() } else { 0.0 };
         slowdown() * (self.together + unhidden() * (self.apart - self.together).max(0.0) + wait)
     }
 }
 
-/// The share that is not hidden of what the replay lets one warpgroup hide behind another: the mean of what the published forward
-/// speeds imply.
+/// Returns the fraction that remains exposed of the work that the replay hides behind another warpgroup: the mean
+/// over the published forward speeds.
 fn unhidden() -> f64 {
     let forward = FITTED.iter().filter(|peer| peer.pass == Pass::Forward);
     let shares = forward.map(|peer| {
@@ -126,7 +128,8 @@ fn unhidden() -> f64 {
     shares.sum::<f64>() / 3.0
 }
 
-/// Cycles that a step of the five-product backward takes beside that, whatever its tile: the mean of what published speeds imply.
+/// Returns the cycles that a step of the five-product backward takes in addition, for any tile: the mean over the
+/// published speeds.
 fn wait() -> f64 {
     let backward = FITTED.iter().filter(|peer| peer.pass == Pass::Backward);
     let waits = backward.map(|peer| {
@@ -136,15 +139,15 @@ fn wait() -> f64 {
     waits.sum::<f64>() / 2.0
 }
 
-/// Multiplying warpgroups of a kernel.
+/// Returns the number of multiplying warpgroups of a kernel.
 fn warpgroups(entry: &Entry) -> usize {
     (entry.threads / 128 - 1) as usize
 }
 
-/// Cycles at boost of a step of a kernel, all its walks together.
+/// Returns the cycles of a step of a kernel at boost clock, summed over its main loops.
 ///
 /// # Errors
-/// If its loops were not recorded.
+/// If the loops of the kernel were not recorded.
 pub fn step_cycles(entry: &Entry) -> Result<f64, Failure> {
     let mut sum = Estimate {
         together: 0.0,
@@ -156,13 +159,13 @@ pub fn step_cycles(entry: &Entry) -> Result<f64, Failure> {
     Ok(sum.cycles(entry.pass == entries::Pass::BackwardAll))
 }
 
-/// A loop replayed in all ways that are shown.
+/// A loop replayed in all variants that the table shows.
 struct Replayed {
     warpgroups: usize,
     greedy: Replay,
     round_robin: Replay,
     alone: Replay,
-    /// Greedy, with products twice as fast.
+    /// Greedy arbitration, with products twice as fast.
     fast: Replay,
 }
 
@@ -185,7 +188,7 @@ impl Replayed {
     }
 }
 
-/// The table of the loops of f16 kernels for Hopper: cycles a step, and what fills them.
+/// Writes the table of the loops of f16 kernels for Hopper: cycles per step, and what limits them.
 ///
 /// # Errors
 /// If a loop was not recorded.
@@ -229,7 +232,7 @@ pub fn loops() -> Result<String, Failure> {
     Ok(text)
 }
 
-/// How well what was fitted fits.
+/// Describes the quality of the fit.
 pub fn about() -> String {
     let mut text = format!(
         "Fitted: {:.2} of what warpgroups hide behind one another in the replay is not hidden, and a step of five products takes {:.0} \
@@ -270,7 +273,7 @@ mod tests {
             let error = peer.published_cycles() * slowdown() / cycles - 1.0;
             assert!(error.abs() < 0.05, "{} {}: {error}", peer.pass.title(), peer.head_dim);
         }
-        // By hand: 0.383, 0.433 and 0.179 forward; 1129 and 1090 cycles backward.
+        // Computed by hand: 0.383, 0.433 and 0.179 forward; 1129 and 1090 cycles backward.
         assert!((unhidden() - 0.331).abs() < 1e-3);
         assert!((wait() - 1109.5).abs() < 0.5);
     }

@@ -1,4 +1,4 @@
-//! What a step of the main loops takes, counted by the emulator from the very PTX.
+//! Counts the work of a step of the main loops, by executing the PTX on the emulator.
 
 use benches::row::Pass;
 use flash_attention::device::EmulatorOptions;
@@ -11,7 +11,7 @@ use flash_attention_kernels::entries;
 use crate::Failure;
 use crate::record::{Loop, main_loops};
 
-/// A row of the table of speed: both sequences of one length.
+/// A row of the table of speed; both sequences have the same length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     pub pass: Pass,
@@ -23,7 +23,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// 16k tokens, hidden 2048.
+    /// Makes a row with 16k tokens and hidden size 2048.
     pub fn of_table(pass: Pass, head_dim: usize, seqlen: usize, causal: bool) -> Self {
         let (batch, heads) = ((16384 / seqlen).max(1), (2048 / head_dim).max(1));
         Self {
@@ -36,26 +36,28 @@ impl Shape {
         }
     }
 
-    /// Operations as the field counts them.
+    /// Returns the FLOPs as the field counts them.
     pub fn flops(&self) -> f64 {
         let full = 4.0 * (self.batch * self.heads * self.head_dim) as f64 * (self.seqlen as f64).powi(2);
         full * if self.causal { 0.5 } else { 1.0 } * if self.pass == Pass::Forward { 1.0 } else { 2.5 }
     }
 }
 
-/// What the main loops of a call take for a pair of a query and a key, all kernels of the call together.
+/// Work of a call's main loops per pair of a query and a key, summed over all kernels of the call.
 #[derive(Clone, Copy, Debug)]
 pub struct Counts {
     pub tensor_flops: f64,
     /// Exponentials of lanes.
     pub exponentials: f64,
-    /// Instructions that warps issue, exponentials among them, products aside.
+    /// Instructions issued by warps, including exponentials, without products.
     pub issued: f64,
-    /// Bytes through shared memory: passes of warps of 128 bytes each, what bulk copies move, and operands of products.
+    /// Bytes through shared memory: 128 for each wavefront of a warp, the bytes of bulk copies, and the operands of
+    /// products.
     pub shared_bytes: f64,
 }
 
-/// The products of 64 rows that one warpgroup issues in a step: columns, steps along k, whether A is in shared memory too.
+/// Returns the products of 64 rows that one warpgroup issues in a step: columns, steps along k, and true if A is in
+/// shared memory too.
 pub fn products(entry: &Entry) -> Vec<(u32, u32, bool)> {
     let (d, m, n) = (entry.head_dim, entry.block_m, entry.block_n);
     let (of_queries, of_keys) = ((m, d / 16, true), (n, d / 16, true));
@@ -74,7 +76,7 @@ pub fn products(entry: &Entry) -> Vec<(u32, u32, bool)> {
     }
 }
 
-/// (operations, bytes of operands in shared memory) of those for a pair of a query and a key.
+/// Returns (operations, bytes of operands in shared memory) of these products per pair of a query and a key.
 fn products_of_pair(entry: &Entry) -> (f64, f64) {
     let groups = (entry.threads / 128 - 1) as f64;
     let pairs = f64::from(entry.block_m * entry.block_n) / groups;
@@ -87,19 +89,19 @@ fn products_of_pair(entry: &Entry) -> (f64, f64) {
     (f64::from(flops) / pairs, f64::from(bytes) / pairs)
 }
 
-/// Instructions beside the products that warps issue for a pair, by the machine code: what ptxas makes of a kernel cannot be
-/// counted in PTX, whose moves vanish and whose address arithmetic is folded.
+/// Returns the instructions other than products that warps issue per pair, from the machine code. They cannot be
+/// counted in PTX: ptxas removes moves and folds address arithmetic.
 fn issued_for_pair(entry: &Entry) -> Result<f64, Failure> {
     let of_warp: u32 = main_loops(entry.name)?.iter().map(Loop::others).sum();
     let warps = f64::from(entry.threads / 32 - 4);
     Ok(f64::from(of_warp) * warps / f64::from(entry.block_m * entry.block_n))
 }
 
-/// Runs a call on the emulator at two lengths of each sequence. What grows with the product of both is the main loops;
-/// prologues, epilogues and the kernels around them cancel out.
+/// Runs a call on the emulator at two lengths of each sequence. The work that grows with the product of both is that
+/// of the main loops; prologues, epilogues and the kernels around them cancel.
 ///
 /// # Errors
-/// If the emulator's products are not those of the tiles.
+/// If the emulator's products differ from those of the tiles.
 pub fn measure(pass: Pass, head_dim: usize) -> Result<Counts, Failure> {
     let plan = run(pass, head_dim, 1, 1)?.1;
     let main = || {
@@ -111,7 +113,7 @@ pub fn measure(pass: Pass, head_dim: usize) -> Result<Counts, Failure> {
     let whole = |a: usize, b: u32| a / gcd(a, b as usize) * b as usize;
     let q = main().fold(1, |length, entry| whole(length, entry.block_m));
     let k = main().fold(1, |length, entry| whole(length, entry.block_n));
-    // The first tile of a walk is peeled or waits for nothing: start from two.
+    // The first tile of a loop is peeled or waits for nothing, so start from two.
     let runs = [(2 * q, 2 * k), (q, k), (2 * q, k), (q, 2 * k)].map(|(q, k)| run(pass, head_dim, q, k));
     let [both, neither, queries, keys] = runs.map(|run| run.map(|(counters, _)| counters));
     let (both, neither, queries, keys) = (both?, neither?, queries?, keys?);
@@ -150,7 +152,7 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// The counters of one call for a single head, without a mask, and its plan.
+/// Returns the counters of one call for a single head without a mask, and its plan.
 fn run(pass: Pass, head_dim: usize, seqlen_q: usize, seqlen_k: usize) -> Result<(Counters, Plan), Failure> {
     let mut options = EmulatorOptions::new(Arch::Sm90a);
     options.launch.checks = Checks::none();

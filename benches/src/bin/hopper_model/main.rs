@@ -1,7 +1,8 @@
-//! Predicts the speed of the kernels for Hopper, without a GPU, and holds measured speeds against it.
+//! Predicts the speed of the kernels for Hopper without a GPU, and compares measured speeds with the predictions.
 //!
-//! `hopper_model [--output FILE]` writes the table of predictions; `hopper_model --check FILE` reads measured rows, a JSON
-//! object a line with `pass`, `dtype`, `mask` or `causal`, `head_dim`, `seqlen` and `tflops`, and prints both side by side.
+//! `hopper_model [--output FILE]` writes the table of predictions. `hopper_model --check FILE` reads measured rows
+//! and prints them beside the predictions. A row is a line with a JSON object with `pass`, `dtype`, `mask` or
+//! `causal`, `head_dim`, `seqlen` and `tflops`.
 
 mod calibration;
 mod counts;
@@ -20,10 +21,11 @@ type Failure = Box<dyn std::error::Error>;
 const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 const SEQLENS: [usize; 6] = [512, 1024, 2048, 4096, 8192, 16384];
 
-/// How far off a prediction may be if the model is to be kept.
+/// Largest relative error of a prediction with which the model is kept.
 const TOLERANCE: f64 = 0.15;
 
-/// FlashAttention-3 on H100, FP16, 16k tokens, hidden 2048, TFLOP/s at each of [`SEQLENS`]: its paper's figures 5 and 6.
+/// FlashAttention-3 on H100, FP16, 16k tokens, hidden 2048, TFLOP/s at each of [`SEQLENS`]: its paper's figures 5 and
+/// 6.
 const PUBLISHED: [(Pass, usize, bool, [u32; 6]); 8] = [
     (Pass::Forward, 64, false, [333, 392, 460, 476, 496, 497]),
     (Pass::Forward, 64, true, [197, 265, 371, 420, 460, 473]),
@@ -46,7 +48,7 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// The predictions, with what they rest on.
+/// Writes the predictions and the data they are based on.
 fn document() -> Result<String, Failure> {
     let [mut counted, mut replayed] = ["", ""].map(|_| String::from("| pass | mask | head_dim |"));
     for seqlen in SEQLENS {
@@ -85,7 +87,7 @@ fn document() -> Result<String, Failure> {
         .replace("REPLAYED\n", &replayed))
 }
 
-/// The cells of a row of the older model.
+/// Writes the cells of a row of the older model.
 fn counted_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> String {
     let mut text = String::new();
     for prediction in predictions {
@@ -104,7 +106,7 @@ fn counted_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> Strin
     text
 }
 
-/// The cells of a row of the replay.
+/// Writes the cells of a row of the replay.
 fn replayed_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> String {
     let mut text = String::new();
     for prediction in predictions {
@@ -127,12 +129,12 @@ fn replayed_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> Stri
     text
 }
 
-/// Published speeds in a cell.
+/// Writes published speeds in a cell.
 fn speeds(published: Option<[u32; 6]>) -> String {
     published.map_or("-".into(), |speeds| speeds.map(|speed| speed.to_string()).join(", "))
 }
 
-/// Measured rows beside what was predicted for them; rows that are none of the table's are counted, not hidden.
+/// Writes measured rows beside their predictions. Lines that are no rows of the table are counted in the summary.
 fn check(lines: &str) -> Result<String, Failure> {
     let mut text =
         String::from("| pass | mask | head_dim | seqlen | measured | counted | error | | replayed | error | |\n");
@@ -176,7 +178,8 @@ fn check(lines: &str) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// The shape and TFLOP/s of a line; `None` if it is no row of f16 or bf16 with a speed, or somebody else's.
+/// Reads the shape and TFLOP/s of a line. `None` if it is no f16 or bf16 row with a speed, or is a row of another
+/// library.
 fn measured_row(line: &str) -> Option<(Shape, f64)> {
     if !matches!(field(line, "dtype")?, "f16" | "bf16") || field(line, "backend").is_some_and(|name| name != "ours") {
         return None;
@@ -194,7 +197,7 @@ fn measured_row(line: &str) -> Option<(Shape, f64)> {
     (tflops > 0.0).then(|| (Shape::of_table(pass, head_dim, seqlen, causal), tflops))
 }
 
-/// The value of a field of a flat JSON object, without its quotes.
+/// Returns the value of a field of a flat JSON object, without its quotes.
 fn field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     let rest = line
         .split_once(&format!("\"{name}\""))?

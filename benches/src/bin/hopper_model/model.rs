@@ -1,4 +1,5 @@
-//! From counts to seconds: what resources take, what the schedule leaves bare, and how work falls to multiprocessors.
+//! Converts counts to seconds: the time of each resource, the part that the schedule exposes, and the distribution of
+//! work over multiprocessors.
 
 use std::fmt::Write as _;
 
@@ -17,7 +18,7 @@ use crate::Failure;
 use crate::calibration;
 use crate::counts::{Counts, Shape, products};
 
-/// A constant of the hardware, with where it is from.
+/// A constant of the hardware, with its source.
 pub struct Constant(&'static str, pub f64, &'static str);
 
 const MULTIPROCESSORS: Constant = Constant("multiprocessors", 132.0, "NVIDIA H100 whitepaper, SXM5");
@@ -70,7 +71,8 @@ const CONSTANTS: [Constant; 11] = [
     TURN,
 ];
 
-/// FlashAttention-3 at 16k, full mask: pass, head_dim, queries and keys of a tile, TFLOP/s. Tiles as in its source.
+/// FlashAttention-3 at seqlen 16k with a full mask: pass, head_dim, queries and keys of a tile (from its source),
+/// TFLOP/s.
 const FITTED: [(Pass, f64, f64, f64, f64); 5] = [
     (Pass::Forward, 64.0, 192.0, 192.0, 497.0),
     (Pass::Forward, 128.0, 128.0, 176.0, 648.0),
@@ -79,12 +81,14 @@ const FITTED: [(Pass, f64, f64, f64, f64); 5] = [
     (Pass::Backward, 128.0, 80.0, 128.0, 561.0),
 ];
 
-/// (cycles on the tensor cores, of other instructions, of the whole step as published) of a peer's step.
+/// Returns the cycles of a peer's step: on the tensor cores, of other instructions, and of the whole step as
+/// published.
 fn peer((pass, d, m, n, tflops): (Pass, f64, f64, f64, f64)) -> [f64; 3] {
     let products = if pass == Pass::Forward { 2.0 } else { 5.0 };
     let tensor = products * 2.0 * m * n * d / TENSOR.1;
-    // An exponential each; maximum, multiply-add, sum and half a conversion, or multiply-add, difference, product and two
-    // half conversions; and the rescaling of the output, or dQ and dS on their way through shared memory (left out).
+    // Per pair one exponential, and: maximum, multiply-add, sum and half a conversion (forward), or multiply-add,
+    // difference, product and two half conversions (backward). The rescaling of the output, and the path of dQ and dS
+    // through shared memory, are left out.
     let others = if pass == Pass::Forward {
         3.5 * m * n + m * d
     } else {
@@ -93,13 +97,13 @@ fn peer((pass, d, m, n, tflops): (Pass, f64, f64, f64, f64)) -> [f64; 3] {
     [tensor, vector(m * n, (m * n + others) / 32.0), tensor * PEAK.1 / tflops]
 }
 
-/// Cycles of instructions that are no products. While an exponential takes its 8 cycles others can be issued, but those of
-/// one warp wait for one another: maximum, exponentials, sum.
+/// Returns the cycles of instructions that are no products. Other instructions can be issued during the 8 cycles of
+/// an exponential, but those of one warp depend on each other: maximum, exponentials, sum.
 fn vector(exponentials: f64, issued: f64) -> f64 {
     exponentials / MUFU.1 + (issued - exponentials / 32.0) / ISSUE.1
 }
 
-/// The share of the other instructions that no product hides: the mean of what published forward speeds imply.
+/// Returns the fraction of the other instructions that no product hides: the mean over the published forward speeds.
 fn exposed() -> f64 {
     let forward = FITTED.into_iter().filter(|row| row.0 == Pass::Forward).map(peer);
     forward
@@ -108,7 +112,7 @@ fn exposed() -> f64 {
         / 3.0
 }
 
-/// Cycles by which a step of the five-product backward is longer than that: the mean of what published speeds imply.
+/// Returns the additional cycles of a step of the five-product backward: the mean over the published speeds.
 fn wait() -> f64 {
     let backward = FITTED.into_iter().filter(|row| row.0 == Pass::Backward).map(peer);
     backward
@@ -117,17 +121,17 @@ fn wait() -> f64 {
         / 2.0
 }
 
-/// What a call is predicted to take.
+/// Prediction for a call.
 #[derive(Clone, Copy, Debug)]
 pub struct Prediction {
     pub tflops: f64,
-    /// The same with the steps that were replayed.
+    /// TFLOP/s with the replayed steps.
     pub replayed: f64,
-    /// If everything overlapped: the busiest resource alone.
+    /// TFLOP/s with perfect overlap: the busiest resource alone.
     pub ceiling: f64,
-    /// That resource, and its share of the predicted time.
+    /// The busiest resource, and its share of the predicted time.
     pub busiest: (&'static str, f64),
-    /// Steps of the block that has most, over the mean of all multiprocessors; of the worse kernel, if there are two.
+    /// Steps of the longest block over the mean of all multiprocessors; for two kernels, that of the worse one.
     pub imbalance: f64,
 }
 
@@ -163,7 +167,7 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
         let takes_turns = adds && shape.pass == Pass::Deterministic;
         let list = work_list(launch)?;
         let (longest, mean) = steps_of_blocks(launch, &list, shape);
-        // The first scores, the last products and the store of a tile overlap with nothing: a step more.
+        // The first scores, the last products and the store of a tile do not overlap: one more step.
         seconds += longest * (whole_step(step) + wait) / hertz;
         replayed += longest * calibration::step_cycles(launch.entry)? / hertz;
         if takes_turns {
@@ -180,7 +184,7 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     }
     let cost = plan.cost();
     limits[3].1 = (cost.bytes_read + cost.bytes_written) as f64 / (L2.1 * 1e12);
-    // What comes before and after reads and writes the workspace and three tensors once.
+    // The kernels before and after read and write the workspace and three tensors once.
     let tensor = (shape.batch * shape.heads * shape.seqlen * shape.head_dim * 2) as f64;
     let around = match shape.pass {
         Pass::Forward => 0.0,
@@ -199,7 +203,8 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     })
 }
 
-/// Cycles of a step of `pairs` on the tensor cores, of other instructions (the busier of their pipes), of shared memory.
+/// Returns the cycles of a step of `pairs` on the tensor cores, of other instructions (the busiest of their pipes),
+/// and of shared memory.
 fn step_cycles(counts: &Counts, pairs: f64) -> [f64; 3] {
     [
         counts.tensor_flops / TENSOR.1,
@@ -209,8 +214,8 @@ fn step_cycles(counts: &Counts, pairs: f64) -> [f64; 3] {
     .map(|cycles| cycles * pairs)
 }
 
-/// Cycles of a step: of its products with what they do not hide, but no less than any resource takes, the tensor cores at
-/// the rate that power leaves them.
+/// Returns the cycles of a step: its products and the exposed part of the rest, but at least the time of each
+/// resource, where the tensor cores run at the rate that the power limit allows.
 fn whole_step([tensor, vector, shared]: [f64; 3]) -> f64 {
     (tensor + exposed() * vector)
         .max(tensor * PEAK.1 / MATMUL.1)
@@ -218,13 +223,14 @@ fn whole_step([tensor, vector, shared]: [f64; 3]) -> f64 {
         .max(shared)
 }
 
-/// How much of a call's main loops a kernel is, by its products.
+/// Returns a kernel's share of a call's main loops, by its products.
 fn weight(entry: &Entry) -> f64 {
     let of_step: u32 = products(entry).iter().map(|&(n, steps, _)| n * steps).sum();
     f64::from(of_step * (entry.threads / 128 - 1)) / f64::from(entry.block_m * entry.block_n)
 }
 
-/// Steps of the block that has most, one more for each tile of work; and of all blocks on average, without those.
+/// Returns the steps of the longest block, with one more for each of its tiles, and the mean of all blocks without
+/// these.
 fn steps_of_blocks(launch: &Launch, list: &WorkList, shape: &Shape) -> (f64, f64) {
     let owns_keys = !matches!(
         launch.entry.pass,
@@ -281,7 +287,7 @@ fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
     }
 }
 
-/// The library's plan for a row on a Hopper GPU, of tensors that are nowhere.
+/// Makes the library's plan for a row on a Hopper GPU, over tensors without memory.
 fn plan(shape: &Shape) -> Result<Plan, Failure> {
     let hopper = DeviceInfo::gpu((9, 0), MULTIPROCESSORS.1 as u32, 227 * 1024);
     let device = Device::cpu();
@@ -314,7 +320,7 @@ fn plan(shape: &Shape) -> Result<Plan, Failure> {
     })
 }
 
-/// The constants, and how well what was fitted fits.
+/// Describes the constants and the quality of the fit.
 pub fn about() -> String {
     let mut text = String::from("| constant | value | source |\n| --- | --- | --- |\n");
     for Constant(name, value, source) in CONSTANTS {
@@ -342,7 +348,8 @@ mod tests {
 
     #[test]
     fn a_step_by_hand() {
-        // 64 x 64 pairs of head_dim 64, forward: 4 x 64 operations, an exponential and 1/8 of an instruction each.
+        // 64 x 64 pairs at head_dim 64, forward: each has 4 x 64 operations, one exponential and 1/8 of an
+        // instruction.
         let counts = Counts {
             tensor_flops: 256.0,
             exponentials: 1.0,
@@ -352,7 +359,7 @@ mod tests {
         let step = step_cycles(&counts, 4096.0);
         assert_eq!(step, [256.0, 256.0 + 96.0, 32.0]);
         assert_eq!(whole_step(step), 256.0 + exposed() * 352.0);
-        // Nothing is faster than shared memory, nor than a matrix product.
+        // A step is never faster than shared memory, nor than its matrix products.
         assert_eq!(whole_step([256.0, 0.0, 900.0]), 900.0);
         assert_eq!(whole_step([798.0, 0.0, 0.0]), 989.4);
     }

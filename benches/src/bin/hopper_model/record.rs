@@ -1,4 +1,4 @@
-//! The main loops as `cargo xtask results` records them from the machine code.
+//! Main loops as `cargo xtask results` records them from the machine code.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::Failure;
 use crate::replay::Program;
 
-/// `benches/results/sass.json`.
+/// Content of `benches/results/sass.json`.
 #[derive(Deserialize)]
 struct Record {
     kernels: Vec<Kernel>,
@@ -35,15 +35,15 @@ struct Step {
 }
 
 impl Loop {
-    /// Instructions that one warp issues in a step beside the products.
+    /// Returns the instructions other than products that one warp issues in a step.
     pub fn others(&self) -> u32 {
         self.step.instructions - self.step.classes.get("Tensor").unwrap_or(&0)
     }
 
-    /// The loop as it is replayed.
+    /// Returns the loop as a program to replay.
     ///
     /// # Errors
-    /// If it was not recorded, or is in another notation.
+    /// If the code of the loop was not recorded, or is malformed.
     pub fn program(&self) -> Result<Program, Failure> {
         if self.code.is_empty() {
             return Err("the record has no code of this loop".into());
@@ -52,10 +52,10 @@ impl Loop {
     }
 }
 
-/// The main loops of a kernel for Hopper, one a walk.
+/// Returns the main loops of a kernel for Hopper.
 ///
 /// # Errors
-/// If the record has none of this name.
+/// If the record has no kernel of this name.
 pub fn main_loops(kernel: &str) -> Result<Vec<Loop>, Failure> {
     let record: Record = serde_json::from_str(include_str!("../../../results/sass.json"))?;
     let found = record

@@ -1,30 +1,30 @@
-//! One scheduler of a multiprocessor that runs a decoded main loop: a warp of each multiplying warpgroup, one instruction a
-//! cycle.
+//! Replays a decoded main loop on one scheduler of a multiprocessor, with one warp of each multiplying warpgroup. The
+//! scheduler issues one instruction a cycle.
 //!
-//! Stall counts and scoreboards are those that ptxas wrote. Products of all warps queue for the tensor cores, in the order in
-//! which they are issued; the queue has no end, which that of the hardware has. Tiles have always arrived. Barriers by a register are
-//! taken in turns, warpgroup after warpgroup; of a numbered barrier only the multiplying warpgroups are waited for.
+//! Stall counts and scoreboards are those that ptxas wrote. Products of all warps queue for the tensor cores in the
+//! order of issue; the queue is unlimited here, unlike in hardware. Tiles have always arrived. Warpgroups take turns
+//! at barriers whose number is in a register. At a numbered barrier only the multiplying warpgroups are expected.
 
 use std::collections::HashMap;
 
 use crate::Failure;
 
-/// Cycles from the issue of an instruction to its result, where no stall count says it. Assumed.
+/// Cycles from the issue of an instruction to its result, if no stall count covers it. Assumed.
 const LATENCIES: [(&str, u64); 4] = [("MUFU", 20), ("LDS", 30), ("SHFL", 24), ("SYNCS", 20)];
 
-/// The same of instructions that have a scoreboard and no line of their own. Assumed.
+/// Latency of all other instructions that have a scoreboard, in cycles. Assumed.
 const OTHER_LATENCY: u64 = 27;
 
-/// Cycles until an instruction has read its operands, where a scoreboard says so. Assumed.
+/// Cycles until an instruction has read its operands, if a scoreboard tracks that. Assumed.
 const READING: u64 = 10;
 
-/// Cycles from the end of a product to the warp that waits for it. Assumed.
+/// Cycles from the end of a product to the issue of the warp that waits for it. Assumed.
 const PRODUCT_LATENCY: u64 = 13;
 
-/// Bytes of operands that the tensor cores read from shared memory in a cycle.
+/// Bytes of operands that the tensor cores read from shared memory per cycle.
 const SHARED_BYTES: u64 = 128;
 
-/// A pipe of a scheduler, and the cycles for which an instruction of a warp keeps it.
+/// A pipe of a scheduler. An instruction of a warp occupies it for some cycles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Pipe {
     /// Exponentials: 4 lanes a cycle.
@@ -40,7 +40,8 @@ pub enum Pipe {
 }
 
 impl Pipe {
-    /// The pipe of an opcode, and the cycles it is taken; none for branches, uniform registers and barriers.
+    /// Returns the pipe of an opcode and the cycles for which it is occupied; `None` for branches, uniform registers
+    /// and barriers.
     fn of(name: &str) -> Option<(Self, u64)> {
         Some(match name {
             "MUFU" => (Self::Mufu, 8),
@@ -54,24 +55,24 @@ impl Pipe {
     }
 }
 
-/// The part of an instruction that the scheduler treats in a way of its own.
+/// Special effect of an instruction on the schedule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Action {
-    /// Nothing beyond its pipe and its latency.
+    /// None beyond its pipe and its latency.
     Plain,
-    /// A product, cycles on the tensor cores; whether it ends a group.
+    /// A product: cycles on the tensor cores, and true if it ends a group.
     Product(u64, bool),
-    /// A wait until at most so many groups are under way.
+    /// A wait until at most this many groups are pending.
     Wait(usize),
-    /// A wait for its turn.
+    /// A wait for the warpgroup's turn.
     TakeTurn,
-    /// The turn of the next warpgroup.
+    /// Passes the turn to the next warpgroup.
     PassTurn,
-    /// A numbered barrier of so many warpgroups, and whether it is waited for.
+    /// A numbered barrier: its number, the number of warpgroups, and true if the instruction waits.
     Barrier(u32, usize, bool),
 }
 
-/// One instruction.
+/// An instruction of the loop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Op {
     action: Action,
@@ -84,7 +85,7 @@ struct Op {
 }
 
 impl Op {
-    /// Reads a note as `cargo xtask sass` records it: `NAME:ARGUMENTS/stall>result<operands?waits`.
+    /// Parses an instruction as `cargo xtask sass` records it: `NAME:ARGUMENTS/stall>result<operands?waits`.
     fn parse(note: &str) -> Option<Self> {
         let (note, waits) = match note.split_once('?') {
             Some((note, mask)) => (note, u8::from_str_radix(mask, 16).ok()?),
@@ -120,7 +121,7 @@ impl Op {
         Some(Self {
             action,
             pipe: Pipe::of(name),
-            // A stall of 0 still takes the cycle of its issue.
+            // An instruction with stall count 0 still takes the cycle of its issue.
             stall: stall.parse::<u64>().ok()?.max(1),
             latency: own.map_or(OTHER_LATENCY, |&(_, cycles)| cycles),
             result,
@@ -130,15 +131,16 @@ impl Op {
     }
 }
 
-/// A main loop.
+/// Program of a main loop.
 #[derive(Clone, Debug)]
 pub struct Program(Vec<Op>);
 
 impl Program {
-    /// Reads a loop as `cargo xtask sass` records it, notes with a blank between them, `n*` before one that is repeated.
+    /// Parses a loop as `cargo xtask sass` records it: instructions separated by blanks, with `n*` before a repeated
+    /// one.
     ///
     /// # Errors
-    /// If a note is none.
+    /// If an instruction is malformed.
     pub fn parse(code: &str) -> Result<Self, Failure> {
         let mut ops = Vec::new();
         for repeated in code.split_whitespace() {
@@ -152,7 +154,7 @@ impl Program {
         Ok(Self(ops))
     }
 
-    /// The same loop on tensor cores of twice the speed: how near it is to being bound by something else.
+    /// Returns this loop with tensor cores of twice the speed, which shows the next limit.
     pub fn with_fast_products(&self) -> Self {
         let halved = |op: &Op| {
             let action = match op.action {
@@ -164,7 +166,7 @@ impl Program {
         Self(self.0.iter().map(halved).collect())
     }
 
-    /// Cycles for which a step of one warp keeps the tensor cores.
+    /// Returns the cycles for which a step of one warp occupies the tensor cores.
     pub fn tensor_cycles(&self) -> u64 {
         let of = |op: &Op| match op.action {
             Action::Product(cycles, _) => cycles,
@@ -173,7 +175,7 @@ impl Program {
         self.0.iter().map(of).sum()
     }
 
-    /// Cycles for which a step of one warp keeps a pipe.
+    /// Returns the cycles for which a step of one warp occupies a pipe.
     pub fn pipe_cycles(&self, pipe: Pipe) -> u64 {
         let taken = self.0.iter().filter_map(|op| op.pipe);
         taken
@@ -182,33 +184,33 @@ impl Program {
             .sum()
     }
 
-    /// Instructions of a step of one warp.
+    /// Returns the number of instructions of a step of one warp.
     pub fn instructions(&self) -> u64 {
         self.0.len() as u64
     }
 }
 
-/// Which of the warps that could issue does.
+/// Choice among the warps that can issue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arbitration {
-    /// The one that issued last, then the next in order. A loop without a stall would never let go.
+    /// The warp that issued last, then the next in order. A loop without stalls would never let another warp issue.
     Greedy,
-    /// The one after that which issued last.
+    /// The warp after the one that issued last.
     RoundRobin,
 }
 
-/// Reasons for which a warp does not issue.
+/// State of a warp in a cycle: it issues, or the reason why not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// It issues.
+    /// The warp issues.
     Issues,
-    /// The stall count of its last instruction.
+    /// Stall count of its last instruction.
     Stall,
-    /// A scoreboard.
+    /// A held scoreboard.
     Scoreboard,
     /// Another instruction in the pipe.
     Pipe,
-    /// A product.
+    /// A pending product.
     Product,
     /// A turn or a barrier.
     Barrier,
@@ -217,7 +219,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// All of them with their names in tables.
+    /// All reasons with their names in tables.
     pub const TITLES: [(Self, &str); 7] = [
         (Self::Issues, "issues"),
         (Self::Stall, "stall counts"),
@@ -229,25 +231,25 @@ impl Reason {
     ];
 }
 
-/// Time that a loop takes.
+/// Time of a loop.
 #[derive(Clone, Copy, Debug)]
 pub struct Replay {
     /// Cycles in which every warp makes one step.
     pub cycles: f64,
-    /// The share of a warp's time that each of [`Reason::TITLES`] takes, the mean of the warps.
+    /// Fraction of a warp's time for each of [`Reason::TITLES`], averaged over the warps.
     pub shares: [f64; 7],
 }
 
-/// Steps of each warp before time is taken, and while it is.
+/// Number of steps of each warp before the measurement, and during it.
 const STEPS: (usize, usize) = (12, 24);
 
-/// Cycles after which a replay is given up; those of a loop here take some 100 000.
+/// Cycles after which a replay is stopped; loops here need about 100,000.
 const LONGEST: u64 = 10_000_000;
 
-/// Runs a loop in `warps` warps.
+/// Replays a loop in `warps` warps.
 ///
 /// # Errors
-/// If no warp can ever issue again, or one never does.
+/// If no warp can ever issue again, or one warp never issues.
 pub fn replay(program: &Program, warps: usize, arbitration: Arbitration) -> Result<Replay, Failure> {
     let mut scheduler = Scheduler::new(program, warps);
     scheduler.run(STEPS.0, arbitration)?;
@@ -269,16 +271,16 @@ struct Warp {
     next: usize,
     steps: usize,
     ready: u64,
-    /// When each scoreboard is free.
+    /// Cycle at which each scoreboard becomes free.
     scoreboards: [u64; 6],
-    /// When each group of products that was ended is there.
+    /// Cycle at which each ended group of products is complete.
     groups: Vec<u64>,
     turns: usize,
-    /// Arrived at a numbered barrier and waiting for its generation.
+    /// Generation of the numbered barrier at which the warp has arrived and waits.
     waiting: Option<u64>,
 }
 
-/// A numbered barrier: arrivals, and how often it was complete.
+/// A numbered barrier: number of arrivals and of completions.
 #[derive(Clone, Copy, Default)]
 struct Barrier {
     arrived: usize,
@@ -290,7 +292,7 @@ struct Scheduler<'a> {
     warps: Vec<Warp>,
     barriers: HashMap<u32, Barrier>,
     pipes: HashMap<Pipe, u64>,
-    /// When the last product will have ended.
+    /// Cycle at which the last product ends.
     tensor: u64,
     last: usize,
     now: u64,
@@ -314,7 +316,7 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// Runs until every warp has made so many steps.
+    /// Runs until every warp has made this many steps.
     fn run(&mut self, steps: usize, arbitration: Arbitration) -> Result<(), Failure> {
         while self.warps.iter().any(|warp| warp.steps < steps) {
             self.cycle(arbitration)?;
@@ -325,7 +327,7 @@ impl<'a> Scheduler<'a> {
         Ok(())
     }
 
-    /// One cycle: one warp issues, or none.
+    /// Runs one cycle, in which at most one warp issues.
     fn cycle(&mut self, arbitration: Arbitration) -> Result<(), Failure> {
         let count = self.warps.len();
         let first = match arbitration {
@@ -354,7 +356,7 @@ impl<'a> Scheduler<'a> {
         Ok(())
     }
 
-    /// The reason for which a warp cannot issue now.
+    /// Returns the reason why a warp cannot issue now.
     fn obstacle(&mut self, warp: usize) -> Reason {
         let Self {
             ops,
@@ -475,9 +477,9 @@ mod tests {
     #[test]
     fn stalls_and_scoreboards_are_waited_for() {
         assert_eq!(cycles("4*FADD/4", 1), 16.0);
-        // 20 cycles until the exponential is there.
+        // The exponential takes 20 cycles.
         assert_eq!(cycles("MUFU/1>2 FADD/4?4", 1), 24.0);
-        // Two warps share what one leaves free.
+        // The second warp uses the cycles that the first leaves free.
         assert_eq!(cycles("4*FADD/4", 2), 16.0);
         assert_eq!(cycles("4*FADD/1", 2), 8.0);
     }
@@ -495,13 +497,14 @@ mod tests {
 
     #[test]
     fn products_queue_and_are_waited_for() {
-        // 64 x 128 from registers: 64 cycles; both operands from shared memory, 64 x 32: 3072 bytes, 24 cycles.
+        // 64 x 128 with A in registers: 64 cycles. 64 x 32 with both operands in shared memory: 3072 bytes, 24
+        // cycles.
         assert_eq!(
             cycles("HGMMA:128:rs:c/1 WAIT:0/1", 1),
             64.0 + PRODUCT_LATENCY as f64 + 1.0
         );
         assert_eq!(Program::parse("HGMMA:32:ss/1").expect("a loop").tensor_cycles(), 24);
-        // Two warps keep the tensor cores busy; one that leaves its product running does too.
+        // Two warps keep the tensor cores busy, and so does one that does not wait for its product.
         assert_eq!(cycles("HGMMA:128:rs:c/1 WAIT:0/1", 2), 128.0);
         assert_eq!(cycles("HGMMA:128:rs:c/1 WAIT:1/1", 1), 64.0);
         let program = Program::parse("HGMMA:128:rs:c/1 WAIT:1/1").expect("a loop");
@@ -512,7 +515,7 @@ mod tests {
     fn turns_go_round_and_barriers_wait_for_all() {
         // Each warp holds the turn for 10 cycles.
         assert_eq!(cycles("SYNC:turn:256/10 ARRIVE:turn:256/1", 3), 33.0);
-        // The last to arrive goes first, the other a cycle or two later.
+        // The last warp to arrive continues first, the other one or two cycles later.
         assert!((11.0..=12.0).contains(&cycles("SYNC:3:256/1 FADD/9", 2)));
         let greedy = replay(&Program::parse("FADD/1").expect("a loop"), 2, Arbitration::Greedy);
         assert!(
@@ -526,8 +529,9 @@ mod tests {
         assert!(failure.to_string().contains("barrier"));
     }
 
-    /// Loops of an earlier state of the kernels (commit 7be4680, ptxas 13.5.37), which were replayed by another program with
-    /// the rules above: name, warpgroups, cycles greedy and round-robin, of one warpgroup alone, greedy with fast products.
+    /// Loops of an earlier version of the kernels (commit 7be4680, ptxas 13.5.37), which another program replayed
+    /// with these rules: name, warpgroups, and cycles (greedy, round-robin, one warpgroup alone, greedy with fast
+    /// products).
     const REPLAYED: [(&str, usize, [f64; 4]); 5] = [
         ("forward 64", 3, [2185.0, 1871.0, 1280.0, 2164.0]),
         ("forward 128", 2, [2048.0, 2048.0, 1555.0, 1623.0]),

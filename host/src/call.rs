@@ -4,10 +4,11 @@ use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use crate::element::Element;
 use crate::error::Error;
+use crate::features;
 use crate::layout::{TensorInfo, contiguous_strides};
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
-use crate::plan::{Plan, Results};
+use crate::plan::{Plan, Results, TableGradients};
 use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs, Outputs, Problem};
 use crate::progress::{Progress, Reporter};
 use crate::tensor::{Storage, Tensor};
@@ -161,7 +162,7 @@ impl Attention {
     /// [`Plan::workspace_bytes`], at an address that is a multiple of 64, which shares no memory with another argument. Its
     /// content is undefined before and after.
     ///
-    /// The call allocates nothing and, on a GPU, waits for nothing, so that a stream it works on can be captured in a CUDA
+    /// The call allocates nothing, but for gradients of tables where they are asked for, and, on a GPU, waits for nothing, so that a stream it works on can be captured in a CUDA
     /// graph. An lse that holds a NaN is not refused.
     ///
     /// ```
@@ -307,11 +308,11 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
     ) -> Result<Gradients<T>, Error> {
         let plan = self.attention.plan_backward(q, k, v, output, dout)?;
         check_lse(&output.lse)?;
-        let mut gradients = Gradients {
-            dq: Tensor::empty(q.device(), q.shape())?,
-            dk: Tensor::empty(k.device(), k.shape())?,
-            dv: Tensor::empty(v.device(), v.shape())?,
-        };
+        let mut gradients = Gradients::new(
+            Tensor::empty(q.device(), q.shape())?,
+            Tensor::empty(k.device(), k.shape())?,
+            Tensor::empty(v.device(), v.shape())?,
+        );
         let inputs = [q, k, v, &output.out, dout];
         backward(&plan, inputs, output, &mut gradients, None, self.reporter())?;
         Ok(gradients)
@@ -456,7 +457,8 @@ fn forward<T: Element>(
         .into_iter()
         .chain(statistics.into_iter().flatten().map(Tensor::storage))
         .collect();
-    let guards = Guards::lock(&inputs.map(Tensor::storage), &written);
+    let read: Vec<&Storage> = inputs.map(Tensor::storage).into_iter().chain(tables_of(plan)).collect();
+    let guards = Guards::lock(&read, &written);
     let results = Results::Forward {
         out: out.address(),
         lse: lse.address(),
@@ -491,7 +493,12 @@ fn backward<T: Element>(
         }
     };
     let [q, k, v, out, dout] = inputs.map(Tensor::storage);
-    let Gradients { dq, dk, dv } = gradients;
+    let program = plan.problem().program();
+    let tables = match program {
+        Some(program) if plan.table_gradients() => gradients.make_tables(program)?,
+        _ => TableGradients::default(),
+    };
+    let Gradients { dq, dk, dv, .. } = &*gradients;
     let statistics = output.statistics.as_ref();
     let of_rows = statistics
         .into_iter()
@@ -499,19 +506,34 @@ fn backward<T: Element>(
     let read: Vec<&Storage> = [q, k, v, out, dout, output.lse.storage()]
         .into_iter()
         .chain(of_rows.map(Tensor::storage))
+        .chain(tables_of(plan))
         .collect();
-    let guards = Guards::lock(&read, &[dq.storage(), dk.storage(), dv.storage(), workspace.storage()]);
+    let of_tables = gradients.tables.iter().map(|(_, gradient)| gradient.storage());
+    let written: Vec<&Storage> = [dq.storage(), dk.storage(), dv.storage(), workspace.storage()]
+        .into_iter()
+        .chain(of_tables)
+        .collect();
+    let guards = Guards::lock(&read, &written);
     let results = Results::Backward {
         dq: dq.address(),
         dk: dk.address(),
         dv: dv.address(),
         workspace: workspace.address(),
+        tables,
     };
     // SAFETY: as in `forward`; the workspace is as large as the plan says. One of ours is freed when the call returns, and a
     // device keeps what is freed until the work launched before has finished.
     let result = unsafe { device.backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
+}
+
+/// The memory of the tables that a plan's program reads.
+fn tables_of(plan: &Plan) -> impl Iterator<Item = &Storage> {
+    let program = plan.problem().program().into_iter();
+    program
+        .flat_map(|program| program.tables().iter().chain(program.sinks()))
+        .map(features::storage)
 }
 
 /// Reports the end of a call, whose tensors are locked no more.

@@ -1,4 +1,5 @@
-//! The three element types and their conversions to and from f32, in which all arithmetic is done.
+//! Element types: those that tensors hold, and the three of attention, with their conversions to the f32 that all
+//! arithmetic is done in.
 
 use std::fmt::{Debug, Display};
 
@@ -7,17 +8,88 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+/// The element types that tensors may have: those of attention, and the integers of tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DataType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    Bf16,
+    /// A signed integer of 32 bits.
+    I32,
+    /// An unsigned integer of 32 bits.
+    U32,
+}
+
+impl DataType {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// Tells if its values are real numbers.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
+    /// The name that Rust and PyTorch give it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::I32 => "i32",
+            Self::U32 => "u32",
+        }
+    }
+}
+
+impl From<Dtype> for DataType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::F16 => Self::F16,
+            Dtype::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl PartialEq<Dtype> for DataType {
+    fn eq(&self, other: &Dtype) -> bool {
+        *self == Self::from(*other)
+    }
+}
+
+impl DataType {
+    /// The same type among those of attention, if it is one.
+    pub(crate) const fn of_attention(self) -> Option<Dtype> {
+        match self {
+            Self::F32 => Some(Dtype::F32),
+            Self::F16 => Some(Dtype::F16),
+            Self::Bf16 => Some(Dtype::Bf16),
+            Self::I32 | Self::U32 => None,
+        }
+    }
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
+    impl Sealed for i32 {}
+    impl Sealed for u32 {}
 }
 
-/// An element type that kernels are compiled for: `f32`, [`half::f16`] or [`half::bf16`].
+/// A type that tensors hold: an [`Element`] of attention, or `i32` or `u32` for the tables of score programs.
 ///
 /// Every bit pattern of such a type is a valid value, so tensors can be copied as bytes.
-pub trait Element:
+pub trait Scalar:
     sealed::Sealed
     + FromBytes
     + IntoBytes
@@ -32,6 +104,22 @@ pub trait Element:
     + Sync
     + 'static
 {
+    /// Name of the type at run time.
+    const DATA_TYPE: DataType;
+}
+
+macro_rules! scalars {
+    ($($type:ident $data_type:ident),*) => {$(
+        impl Scalar for $type {
+            const DATA_TYPE: DataType = DataType::$data_type;
+        }
+    )*};
+}
+
+scalars! { f32 F32, f16 F16, bf16 Bf16, i32 I32, u32 U32 }
+
+/// An element type that kernels are compiled for: `f32`, [`half::f16`] or [`half::bf16`].
+pub trait Element: Scalar {
     /// Name of the type at run time.
     const DTYPE: Dtype;
 

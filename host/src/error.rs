@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use flash_attention_kernels::entries::Dtype;
+use crate::element::DataType;
 
 /// The reason why a call was refused or failed.
 #[derive(Debug)]
@@ -43,9 +43,9 @@ pub enum Error {
         /// Name of the tensor.
         argument: &'static str,
         /// Element type it has.
-        got: Dtype,
+        got: DataType,
         /// Element type it must have.
-        expected: Dtype,
+        expected: DataType,
     },
 
     /// Tensors of one call lie on different devices.
@@ -549,6 +549,38 @@ pub enum ProgramError {
         limit: usize,
     },
 
+    /// A tensor is no table that the feature takes: it has another number of axes, or a size of 0.
+    TableShape {
+        /// The feature.
+        argument: &'static str,
+        /// The tensor's shape.
+        shape: Vec<usize>,
+        /// The shapes it takes.
+        expected: &'static str,
+    },
+
+    /// A table is read beyond its end, or may be: the index reaches from `low` to `high` over the pairs of the call.
+    Index {
+        /// The table.
+        table: &'static str,
+        /// The axis.
+        axis: usize,
+        /// Its size.
+        size: usize,
+        /// The smallest index.
+        low: i32,
+        /// The largest index.
+        high: i32,
+    },
+
+    /// There are more or fewer sinks than query heads.
+    Sinks {
+        /// Their shape.
+        shape: Vec<usize>,
+        /// Query heads.
+        heads: usize,
+    },
+
     /// Backward needs a derivative that an operation does not have.
     NotDifferentiable {
         /// Name of the operation.
@@ -570,6 +602,25 @@ impl fmt::Display for ProgramError {
                 "the score program divides an index by {value}, expected a number above 0"
             ),
             Self::TooLarge { what, limit } => write!(f, "the score program has more than {limit} {what}"),
+            Self::TableShape {
+                argument,
+                shape,
+                expected,
+            } => write!(f, "`{argument}` has shape {shape:?}, expected {expected}"),
+            Self::Index {
+                table,
+                axis,
+                size,
+                low,
+                high,
+            } => write!(
+                f,
+                "`{table}` has {size} entries on axis {axis}, the index reaches {low} ..= {high}"
+            ),
+            Self::Sinks { shape, heads } => write!(
+                f,
+                "`sinks` has shape {shape:?}, expected one number for each of the {heads} heads of `q`"
+            ),
             Self::NotDifferentiable { operation } => write!(
                 f,
                 "the score program has no derivative: it applies `{operation}` to a value that depends on the score or on a \

@@ -5,8 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use flash_attention_kernels::entries::Dtype;
-
+use crate::element::DataType;
 use crate::error::Error;
 
 /// Identity of a device: a number that no other device of the process has, and the text that names it.
@@ -37,55 +36,14 @@ impl fmt::Display for DeviceId {
     }
 }
 
-/// Element types of tensors: those of attention, and the integers of tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DataType {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// bfloat16: the upper half of an f32.
-    Bf16,
-    /// Signed 32-bit integer.
-    I32,
-    /// Unsigned 32-bit integer.
-    U32,
-}
-
-impl DataType {
-    /// Size of an element, in bytes.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::F32 | Self::I32 | Self::U32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// Returns true for the floating-point types.
-    pub const fn is_float(self) -> bool {
-        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
-    }
-
-    /// Name of the type in Rust and PyTorch.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::I32 => "i32",
-            Self::U32 => "u32",
-        }
-    }
-}
-
-/// A tensor's device, dtype, shape, strides and address, without its memory.
+/// A tensor's device, dtype, shape, strides and address, without the tensor.
 ///
 /// [`Problem::new`](crate::problem::Problem::new) takes these, so a problem of any size can be validated and planned
 /// without being allocated. [`Tensor::info`](crate::Tensor::info) returns that of a tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorInfo {
     device: DeviceId,
-    dtype: Dtype,
+    dtype: DataType,
     shape: Vec<usize>,
     strides: Vec<usize>,
     address: u64,
@@ -103,7 +61,7 @@ impl TensorInfo {
     /// cannot be counted or addressed.
     pub fn new(
         device: &DeviceId,
-        dtype: Dtype,
+        dtype: impl Into<DataType>,
         shape: impl AsRef<[usize]>,
         strides: impl AsRef<[usize]>,
         address: u64,
@@ -117,7 +75,7 @@ impl TensorInfo {
         }
         let info = Self {
             device: device.clone(),
-            dtype,
+            dtype: dtype.into(),
             shape: shape.to_vec(),
             strides: strides.to_vec(),
             address,
@@ -132,7 +90,7 @@ impl TensorInfo {
     /// [`Error::SizeOverflow`] if the elements' bytes cannot be counted or addressed.
     pub fn contiguous(
         device: &DeviceId,
-        dtype: Dtype,
+        dtype: impl Into<DataType>,
         shape: impl AsRef<[usize]>,
         address: u64,
     ) -> Result<Self, Error> {
@@ -146,7 +104,7 @@ impl TensorInfo {
     }
 
     /// Returns the element type.
-    pub fn dtype(&self) -> Dtype {
+    pub fn dtype(&self) -> DataType {
         self.dtype
     }
 
@@ -375,6 +333,8 @@ pub(crate) fn contiguous_strides(shape: &[usize]) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
+    use flash_attention_kernels::entries::Dtype;
+
     use super::*;
 
     fn device() -> DeviceId {

@@ -67,6 +67,7 @@ mod call;
 pub mod device;
 mod element;
 pub mod error;
+mod features;
 mod layout;
 mod options;
 mod output;
@@ -83,7 +84,7 @@ pub use call::Reporting;
 #[cfg(feature = "cuda")]
 pub use cudarc;
 pub use device::Device;
-pub use element::Element;
+pub use element::{Element, Scalar};
 pub use error::Error;
 pub use flash_attention_kernels::entries::{Arch, Dtype};
 pub use half;

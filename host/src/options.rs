@@ -10,7 +10,7 @@ use crate::program::{At, Fragment, Parts, Program, Score, Truth, named};
 /// `softmax(softmax_scale * q k^T) v`, with its options. Cheap to make and to clone.
 ///
 /// Features of scores and masks combine freely. Whatever the order of the calls, a score passes by softmax_scale,
-/// [`softcap`](Self::softcap), then the closures of [`score`](Self::score) in the order given; a pair is visible if
+/// [`softcap`](Self::softcap), [`bias`](Self::bias), [`alibi`](Self::alibi), then the closures of [`score`](Self::score) in the order given; a pair is visible if
 /// [`causal`](Self::causal) and every mask say so. Positions in formulas: `p = query + seqlen_k - seqlen_q`, the query's place
 /// among the keys if the last query stands at the last key.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +19,7 @@ pub struct Attention {
     softmax_scale: Option<f32>,
     deterministic: bool,
     arch: Option<Arch>,
+    table_gradients: bool,
     parts: Parts,
     /// What the parts make, or why they make none.
     program: Result<Option<Arc<Program>>, ProgramError>,
@@ -31,6 +32,7 @@ impl Default for Attention {
             softmax_scale: None,
             deterministic: false,
             arch: None,
+            table_gradients: false,
             parts: Parts::default(),
             program: Ok(None),
         }
@@ -118,6 +120,34 @@ impl Attention {
     #[must_use]
     pub fn top_left(self) -> Self {
         self.with(|parts| parts.masks.push(named::top_left()))
+    }
+
+    /// Drops weights: each is 0 with probability p, else divided by 1 - p, after normalisation. `p` is at least 0 and below 1.
+    ///
+    /// Which are dropped is a pure function of the seed, batch, head, query and key, the same on every device:
+    /// [`program::dropout`](crate::program::dropout) has it. Backward takes the same attention. A training step wants another
+    /// seed each time, which is a parameter.
+    #[must_use]
+    pub fn dropout(self, p: f32, seed: u64) -> Self {
+        self.with(|parts| match named::dropout(p, seed) {
+            Ok(dropout) => parts.dropout = dropout,
+            Err(error) => parts.masks.push(Fragment::refused(error)),
+        })
+    }
+
+    /// Asks backward for the gradients of bias, ALiBi's slopes, sinks and every [`Table`](crate::program::Table) of floats,
+    /// which [`Gradients`](crate::Gradients) then has.
+    #[must_use]
+    pub fn table_gradients(self) -> Self {
+        Self {
+            table_gradients: true,
+            ..self
+        }
+    }
+
+    /// True if backward gives the gradients of tables.
+    pub fn has_table_gradients(&self) -> bool {
+        self.table_gradients
     }
 
     /// The same attention with other features.

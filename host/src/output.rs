@@ -1,7 +1,10 @@
 //! Results of a call: [`Output`] of a forward pass, [`Gradients`] of a backward pass.
 
-use crate::element::Element;
+use crate::element::{Element, Scalar};
+use crate::error::Error;
 use crate::layout::TensorInfo;
+use crate::plan::TableGradients;
+use crate::program::{Program, Table, TableSource};
 use crate::tensor::Tensor;
 
 /// Results of a forward pass.
@@ -61,11 +64,68 @@ pub struct Gradients<T: Element> {
     pub dk: Tensor<T>,
     /// Gradient of v, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
     pub dv: Tensor<T>,
+    /// Gradient of [`Attention::bias`](crate::Attention::bias), f32 and of its shape, if
+    /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it; axes that repeat are summed.
+    pub bias: Option<Tensor<f32>>,
+    /// Gradient of [`Attention::sinks`](crate::Attention::sinks), `[heads_q]`, likewise.
+    pub sinks: Option<Tensor<f32>>,
+    /// Gradient of [`Attention::alibi`](crate::Attention::alibi)'s slopes, of their shape, likewise.
+    pub alibi_slopes: Option<Tensor<f32>>,
+    /// For each table of floats its gradient.
+    pub(crate) tables: Vec<(TableSource, Tensor<f32>)>,
 }
 
 impl<T: Element> Gradients<T> {
     /// Collects the caller's own tensors, for [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn new(dq: Tensor<T>, dk: Tensor<T>, dv: Tensor<T>) -> Self {
-        Self { dq, dk, dv }
+        Self {
+            dq,
+            dk,
+            dv,
+            bias: None,
+            sinks: None,
+            alibi_slopes: None,
+            tables: Vec::new(),
+        }
+    }
+
+    /// Gradient of a table that the score program reads, f32 and of the table's shape, if
+    /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it. Tables of integers have none.
+    pub fn table<E: Scalar, const RANK: usize>(&self, table: &Table<E, RANK>) -> Option<&Tensor<f32>> {
+        self.of_source(table.source())
+    }
+
+    pub(crate) fn of_source(&self, source: &TableSource) -> Option<&Tensor<f32>> {
+        let (_, gradient) = self.tables.iter().find(|(table, _)| table == source)?;
+        Some(gradient)
+    }
+
+    /// Makes the gradients of a program's tables, zero. They are new memory each time, which no other argument can share.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or what the device's driver says.
+    pub(crate) fn make_tables(&mut self, program: &Program) -> Result<TableGradients, Error> {
+        let device = self.dq.device().clone();
+        self.tables.clear();
+        let mut zeros = |table: &TableSource| -> Result<u64, Error> {
+            let gradient = Tensor::zeros(&device, &table.shape)?;
+            let address = gradient.address();
+            self.tables.push((table.clone(), gradient));
+            Ok(address)
+        };
+        let mut addresses = TableGradients::default();
+        for (table, address) in program.tables().iter().zip(&mut addresses.tables) {
+            if table.element.is_float() {
+                *address = zeros(table)?;
+            }
+        }
+        if let Some(sinks) = program.sinks() {
+            addresses.sinks = zeros(sinks)?;
+        }
+        let at = |place: Option<usize>| self.of_source(&program.tables()[place?]).cloned();
+        let (bias, alibi_slopes) = (at(program.bias()), at(program.alibi_slopes()));
+        self.sinks = program.sinks().and_then(|sinks| self.of_source(sinks)).cloned();
+        (self.bias, self.alibi_slopes) = (bias, alibi_slopes);
+        Ok(addresses)
     }
 }

@@ -103,7 +103,24 @@ impl Dims {
                 q: row_of(q, row),
                 keys: pairs.iter().map(|pair| row_of_pair(k, pair)).collect(),
                 values: pairs.iter().map(|pair| row_of_pair(v, pair)).collect(),
+                kept: pairs.iter().map(|pair| self.kept(pair)).collect(),
                 pairs,
+            }
+        })
+    }
+
+    fn has_sinks(&self) -> bool {
+        (self.program.as_ref()).is_some_and(|program| program.program().sinks().is_some())
+    }
+
+    /// What a pair's weight is multiplied by after normalisation: 1 without dropout, else 0 or `1 / (1 - p)`.
+    fn kept(&self, pair: &Pair) -> f64 {
+        let dropout = self.program.as_ref().and_then(|program| program.program().dropout());
+        dropout.map_or(1.0, |dropout| {
+            let [batch, head, query, key] = [pair.batch, pair.head, pair.query, pair.key].map(|x| x as u32);
+            match dropout.keeps(batch, head, query, key) {
+                true => 1.0 / (1.0 - f64::from(dropout.probability)),
+                false => 0.0,
             }
         })
     }
@@ -130,6 +147,8 @@ struct Query<'a, T> {
     q: &'a [T],
     /// The pairs that it is in, with the keys and values of each.
     pairs: Vec<Pair>,
+    /// What dropout multiplies the weight of each pair by.
+    kept: Vec<f64>,
     keys: Vec<&'a [T]>,
     values: Vec<&'a [T]>,
 }
@@ -169,7 +188,8 @@ pub fn forward(dims: &Dims, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f
     let (mut out, mut lse) = (Vec::new(), Vec::new());
     for query in dims.queries(q, k, v) {
         let softmax = Softmax::new(&scores(dims, &query).1, query.sink, dims.program.is_some());
-        let weights = &softmax.probabilities;
+        let weights = softmax.probabilities.iter().zip(&query.kept).map(|(p, kept)| p * kept);
+        let weights: Vec<f64> = weights.collect();
         out.extend((0..dims.head_dim).map(|d| {
             weights
                 .iter()
@@ -201,7 +221,7 @@ pub fn standard<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, 
     let (mut out, mut lse) = (Vec::new(), Vec::new());
     for query in dims.queries(q, k, v) {
         let Probabilities {
-            weights,
+            kept: weights,
             lse: query_lse,
             ..
         } = probabilities(dims, &query);
@@ -225,19 +245,19 @@ pub fn standard<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, 
 /// # Panics
 /// If a slice is shorter than its shape, or the program has no derivative.
 pub fn backward(dims: &Dims, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> [Vec<f64>; 3] {
-    let OracleGradients { dq, dk, dv, .. } = backward_with_tables(dims, q, k, v, dout, false);
+    let AllGradients { dq, dk, dv, .. } = backward_with_tables(dims, q, k, v, dout, false);
     [dq, dk, dv]
 }
 
-/// All gradients of attention in f64.
+/// All gradients of attention.
 #[derive(Clone, Debug, PartialEq)]
-pub struct OracleGradients {
+pub struct AllGradients<T> {
     /// Gradient of q.
-    pub dq: Vec<f64>,
+    pub dq: Vec<T>,
     /// Gradient of k.
-    pub dk: Vec<f64>,
+    pub dk: Vec<T>,
     /// Gradient of v.
-    pub dv: Vec<f64>,
+    pub dv: Vec<T>,
     /// Gradient of each table of the program, of the table's shape; zeros for tables of integers.
     pub tables: Vec<Vec<f64>>,
     /// Gradient of the sinks, `[heads_q]`, if there are any.
@@ -255,7 +275,7 @@ pub fn backward_with_tables(
     v: &[f64],
     dout: &[f64],
     of_tables: bool,
-) -> OracleGradients {
+) -> AllGradients<f64> {
     let (scale, head_dim) = (f64::from(dims.softmax_scale), dims.head_dim);
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|tensor| vec![0.0; tensor.len()]);
@@ -265,7 +285,8 @@ pub fn backward_with_tables(
         let dout = &dout[query.row * head_dim..][..head_dim];
         let (scaled, taken) = scores(dims, &query);
         let Softmax { probabilities: p, lse } = Softmax::new(&taken, query.sink, dims.program.is_some());
-        let dp: Vec<f64> = query.values.iter().map(|value| dot(dout, value)).collect();
+        let of_pairs = query.values.iter().zip(&query.kept);
+        let dp: Vec<f64> = of_pairs.map(|(value, kept)| kept * dot(dout, value)).collect();
         let delta = dot(&p, &dp); // which is dot(dout, out)
         if let Some(sink) = query.sink {
             dsinks[query.heads % dims.heads_q] -= (sink - lse).exp() * delta;
@@ -277,19 +298,16 @@ pub fn backward_with_tables(
             for d in 0..head_dim {
                 dq[d] += scale * ds * key[d];
                 dk[of_key + d] += scale * ds * query.q[d];
-                dv[of_key + d] += p[j] * dout[d];
+                dv[of_key + d] += query.kept[j] * p[j] * dout[d];
             }
         }
     }
-    OracleGradients {
+    AllGradients {
         dq,
         dk,
         dv,
         tables: slopes.tables,
-        sinks: dims
-            .program
-            .as_ref()
-            .and_then(|program| program.program().sinks().map(|_| dsinks)),
+        sinks: dims.has_sinks().then_some(dsinks),
     }
 }
 
@@ -348,16 +366,44 @@ fn times(dy: f64, slope: Value) -> f64 {
 /// # Panics
 /// If a slice is shorter than its shape.
 pub fn standard_backward<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T], dout: &[T]) -> [Vec<T>; 3] {
+    let AllGradients { dq, dk, dv, .. } = standard_backward_with_tables(dims, q, k, v, dout, false);
+    [dq, dk, dv]
+}
+
+/// [`standard_backward`], with the gradients of sinks and, if they are asked for, of the program's tables: sums of dS as it
+/// was rounded to `T`.
+///
+/// # Panics
+/// If a slice is shorter than its shape, or the program has no derivative.
+pub fn standard_backward_with_tables<T: Element>(
+    dims: &Dims,
+    q: &[T],
+    k: &[T],
+    v: &[T],
+    dout: &[T],
+    of_tables: bool,
+) -> AllGradients<T> {
     let (scale, head_dim) = (dims.softmax_scale, dims.head_dim);
     let round = |x: f32| T::from_f32(x).to_f32();
     let of_queries = dims.batch * dims.heads_q * dims.seqlen_k * head_dim;
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; of_queries], vec![0.0; of_queries]);
-    let mut slopes = Slopes::new(dims, false);
+    let mut slopes = Slopes::new(dims, of_tables);
+    let mut dsinks = vec![0.0; dims.heads_q];
     for query in dims.queries(q, k, v) {
         let dout = &dout[query.row * head_dim..][..head_dim];
-        let Probabilities { scaled, weights: p, .. } = probabilities(dims, &query);
-        let dp: Vec<f32> = query.values.iter().map(|value| round(dot(dout, value))).collect();
+        let Probabilities {
+            scaled,
+            weights: p,
+            kept,
+            of_sink,
+            ..
+        } = probabilities(dims, &query);
+        let of_pairs = query.values.iter().zip(&query.kept);
+        let dp: Vec<f32> = of_pairs
+            .map(|(value, &kept)| round(round(dot(dout, value)) * kept as f32))
+            .collect();
         let delta: f32 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
+        dsinks[query.heads % dims.heads_q] -= f64::from(of_sink * delta);
 
         let dq = &mut dq[query.row * head_dim..][..head_dim];
         for (j, (key, pair)) in query.keys.iter().zip(&query.pairs).enumerate() {
@@ -367,7 +413,7 @@ pub fn standard_backward<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T], dou
             for d in 0..head_dim {
                 dq[d] += ds * key[d].to_f32();
                 dk[of_key + d] += ds * query.q[d].to_f32();
-                dv[of_key + d] += p[j] * dout[d].to_f32();
+                dv[of_key + d] += kept[j] * dout[d].to_f32();
             }
         }
     }
@@ -379,7 +425,13 @@ pub fn standard_backward<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T], dou
             .flat_map(|group| (0..head).map(move |i| T::from_f32(sum(group, i))))
             .collect()
     };
-    [dq.into_iter().map(T::from_f32).collect(), add_up(dk), add_up(dv)]
+    AllGradients {
+        dq: dq.into_iter().map(T::from_f32).collect(),
+        dk: add_up(dk),
+        dv: add_up(dv),
+        tables: slopes.tables,
+        sinks: dims.has_sinks().then_some(dsinks),
+    }
 }
 
 /// A query's softmax as a framework computes it.
@@ -388,6 +440,10 @@ struct Probabilities {
     scaled: Vec<f32>,
     /// One probability a pair.
     weights: Vec<f32>,
+    /// What dropout leaves of them.
+    kept: Vec<f32>,
+    /// The probability of the sink.
+    of_sink: f32,
     lse: f32,
 }
 
@@ -406,17 +462,27 @@ fn probabilities<T: Element>(dims: &Dims, query: &Query<'_, T>) -> Probabilities
     if scores.is_empty() || (dims.program.is_some() && max == f32::NEG_INFINITY) {
         return Probabilities {
             weights: vec![0.0; scores.len()],
+            kept: vec![0.0; scores.len()],
+            of_sink: sink.map_or(0.0, |_| 1.0),
             scaled,
             lse: sink.unwrap_or(f32::NEG_INFINITY),
         };
     }
     let exponentials: Vec<f32> = scores.iter().map(|score| (score - max).exp()).collect();
-    let sum: f32 = exponentials.iter().sum::<f32>() + sink.map_or(0.0, |sink| (sink - max).exp());
-    let weights = exponentials.iter().map(|x| round(x / sum)).collect();
+    let of_sink = sink.map_or(0.0, |sink| (sink - max).exp());
+    let sum: f32 = exponentials.iter().sum::<f32>() + of_sink;
+    let weights: Vec<f32> = exponentials.iter().map(|x| round(x / sum)).collect();
+    let kept = weights
+        .iter()
+        .zip(&query.kept)
+        .map(|(x, &kept)| round(x * kept as f32))
+        .collect();
     let lse = log_sum_exp(scores.into_iter().chain(sink).map(f64::from), max.into(), sum.into());
     Probabilities {
         scaled,
         weights,
+        kept,
+        of_sink: of_sink / sum,
         lse: lse as f32,
     }
 }

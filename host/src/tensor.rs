@@ -7,18 +7,18 @@ use std::any::Any;
 use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use flash_attention_kernels::entries::Dtype;
 use zerocopy::IntoBytes;
 
 use crate::device::Device;
-use crate::element::Element;
+use crate::element::{DataType, Scalar};
 use crate::error::Error;
 use crate::layout::{TensorInfo, contiguous_strides};
 
 /// A tensor of `T` in a device's memory.
 ///
-/// Attention takes `[batch, heads, seqlen, head_dim]` with a contiguous last axis and any other strides.
-pub struct Tensor<T: Element> {
+/// Attention takes `[batch, heads, seqlen, head_dim]` with a contiguous last axis and any other strides; score programs read
+/// tables of any shape.
+pub struct Tensor<T: Scalar> {
     info: TensorInfo,
     storage: Arc<Storage>,
     element: PhantomData<T>,
@@ -78,14 +78,14 @@ impl Storage {
     }
 }
 
-impl<T: Element> Tensor<T> {
+impl<T: Scalar> Tensor<T> {
     /// Makes a contiguous tensor with a copy of `data`, in row-major order.
     ///
     /// # Errors
     /// [`Error::DataLength`] if `data` does not have exactly as many elements as the shape, [`Error::SizeOverflow`],
     /// [`Error::OutOfMemory`], or an error of the device's driver.
     pub fn from_slice(device: &Device, shape: impl AsRef<[usize]>, data: &[T]) -> Result<Self, Error> {
-        let info = TensorInfo::contiguous(device.id(), T::DTYPE, shape, 0)?;
+        let info = TensorInfo::contiguous(device.id(), T::DATA_TYPE, shape, 0)?;
         if data.len() != info.len() {
             return Err(Error::DataLength {
                 len: data.len(),
@@ -109,7 +109,7 @@ impl<T: Element> Tensor<T> {
         strides: impl AsRef<[usize]>,
         data: &[T],
     ) -> Result<Self, Error> {
-        let info = TensorInfo::new(device.id(), T::DTYPE, shape, strides, 0)?;
+        let info = TensorInfo::new(device.id(), T::DATA_TYPE, shape, strides, 0)?;
         match data.get(..info.span()) {
             Some(data) => Self::uploaded(device, info, data),
             None => Err(Error::DataLength {
@@ -125,7 +125,7 @@ impl<T: Element> Tensor<T> {
     /// # Errors
     /// [`Error::SizeOverflow`], [`Error::OutOfMemory`], or an error of the device's driver.
     pub fn empty(device: &Device, shape: impl AsRef<[usize]>) -> Result<Self, Error> {
-        Self::allocated(device, TensorInfo::contiguous(device.id(), T::DTYPE, shape, 0)?)
+        Self::allocated(device, TensorInfo::contiguous(device.id(), T::DATA_TYPE, shape, 0)?)
     }
 
     /// Makes a contiguous tensor of zeros.
@@ -165,8 +165,8 @@ impl<T: Element> Tensor<T> {
         strides: impl AsRef<[usize]>,
         owner: Option<Arc<dyn Any + Send + Sync>>,
     ) -> Result<Self, Error> {
-        let info = TensorInfo::new(device.id(), T::DTYPE, shape, strides, address)?;
-        let align = T::DTYPE.bytes();
+        let info = TensorInfo::new(device.id(), T::DATA_TYPE, shape, strides, address)?;
+        let align = T::DATA_TYPE.bytes();
         if !info.is_empty() && (address == 0 || !address.is_multiple_of(align as u64)) {
             return Err(Error::Address { address, align });
         }
@@ -285,8 +285,8 @@ impl<T: Element> Tensor<T> {
     }
 
     /// Returns the element type.
-    pub fn dtype(&self) -> Dtype {
-        T::DTYPE
+    pub fn dtype(&self) -> DataType {
+        T::DATA_TYPE
     }
 
     /// Returns the size of each axis.
@@ -311,6 +311,20 @@ impl<T: Element> Tensor<T> {
 
     pub(crate) fn storage(&self) -> &Storage {
         &self.storage
+    }
+
+    /// The memory, kept allocated by whoever holds this.
+    pub(crate) fn owner(&self) -> Arc<Storage> {
+        self.storage.clone()
+    }
+
+    /// Memory that the caller knows to hold such a tensor.
+    pub(crate) fn seen_through(info: TensorInfo, storage: Arc<Storage>) -> Self {
+        Self {
+            info,
+            storage,
+            element: PhantomData,
+        }
     }
 
     /// Allocates memory for a tensor described at address 0.
@@ -360,18 +374,18 @@ impl<T: Element> Tensor<T> {
 }
 
 /// Returns an empty vector with room for `len` elements in the host's memory.
-fn reserved<T: Element>(len: usize) -> Result<Vec<T>, Error> {
+fn reserved<T: Scalar>(len: usize) -> Result<Vec<T>, Error> {
     let mut elements = Vec::new();
     elements.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
         device: "the host".to_owned(),
-        requested: (len * T::DTYPE.bytes()) as u64,
+        requested: (len * T::DATA_TYPE.bytes()) as u64,
         free: None,
     })?;
     Ok(elements)
 }
 
 /// Makes a tensor that shares this memory; nothing is copied.
-impl<T: Element> Clone for Tensor<T> {
+impl<T: Scalar> Clone for Tensor<T> {
     fn clone(&self) -> Self {
         Self {
             info: self.info.clone(),
@@ -381,9 +395,15 @@ impl<T: Element> Clone for Tensor<T> {
     }
 }
 
-impl<T: Element> std::fmt::Debug for Tensor<T> {
+impl<T: Scalar> std::fmt::Debug for Tensor<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tensor<{}>({:?} on {}", T::DTYPE.name(), self.shape(), self.device())?;
+        write!(
+            f,
+            "Tensor<{}>({:?} on {}",
+            T::DATA_TYPE.name(),
+            self.shape(),
+            self.device()
+        )?;
         if self.strides() != contiguous_strides(self.shape()) {
             write!(f, ", strides {:?}", self.strides())?;
         }

@@ -13,6 +13,7 @@ use super::MAX_BLOCKS;
 use super::tile_map::{self, TileMap};
 use crate::error::Error;
 use crate::problem::{BackwardProblem, BackwardTensors, Problem, Scale};
+use crate::program::MAX_TABLES;
 
 /// One launch of a compiled kernel.
 #[derive(Clone, Copy, Debug)]
@@ -80,7 +81,19 @@ pub enum Results {
         dv: u64,
         /// The workspace, [`Plan::workspace_bytes`](super::Plan::workspace_bytes).
         workspace: u64,
+        /// Gradients of the score program's tables.
+        tables: TableGradients,
     },
+}
+
+/// Device addresses of the gradients of a score program's tables, each f32, contiguous, of its table's shape, and zero when
+/// the call begins. 0 for a table that has none: one of integers, or one that nobody asks for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TableGradients {
+    /// In the order of [`Program::tables`](crate::program::Program::tables).
+    pub tables: [u64; MAX_TABLES],
+    /// Of the sinks.
+    pub sinks: u64,
 }
 
 impl Launch {
@@ -333,7 +346,12 @@ impl Launch {
                 p.lse = lse;
                 [p.row_max, p.row_sum] = statistics.unwrap_or_default();
             }
-            (Parameters::HopperBackward(p, maps), Results::Backward { dq, dk, dv, workspace }) => {
+            (
+                Parameters::HopperBackward(p, maps),
+                Results::Backward {
+                    dq, dk, dv, workspace, ..
+                },
+            ) => {
                 let [.., dq_map, dk_map, dv_map] = maps;
                 (dq_map.address, dk_map.address, dv_map.address) = (dq, dk, dv);
                 [p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv] = encode_all(maps, encode)?;
@@ -344,7 +362,12 @@ impl Launch {
                 p.sums = placed(p.sums, workspace);
                 p.layout.aligned = aligned(&[p.out, p.dout, p.dq]);
             }
-            (Parameters::Backward(p), Results::Backward { dq, dk, dv, workspace }) => {
+            (
+                Parameters::Backward(p),
+                Results::Backward {
+                    dq, dk, dv, workspace, ..
+                },
+            ) => {
                 (p.dq.address, p.dk.address, p.dv.address) = (dq, dk, dv);
                 p.exponents = exponents_at(p.exponents, workspace);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv]);

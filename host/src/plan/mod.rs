@@ -8,16 +8,18 @@ mod launch;
 mod tile_map;
 
 use std::fmt;
+use std::sync::Arc;
 
 pub use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::entries::{self, Arch, Pass};
 
 pub use cost::Cost;
-pub use launch::{Launch, Parameters, Results};
+pub use launch::{Launch, Parameters, Results, TableGradients};
 pub use tile_map::TileMap;
 
 use crate::error::Error;
 use crate::problem::{BackwardProblem, BackwardTensors, Problem};
+use crate::program::Derivative;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
 /// Blocks that one launch can have along x.
@@ -28,6 +30,8 @@ pub const MAX_BLOCKS: u32 = i32::MAX as u32;
 pub struct Plan {
     problem: Problem,
     backward: Option<BackwardTensors>,
+    derivative: Option<Arc<Derivative>>,
+    table_gradients: bool,
     device: DeviceInfo,
     tiles: Tiles,
     launches: Vec<Launch>,
@@ -80,6 +84,8 @@ impl Plan {
         Ok(Self {
             problem: problem.clone(),
             backward: None,
+            derivative: None,
+            table_gradients: false,
             device: *device,
             tiles,
             cost: Cost::forward(problem, tiles, 1 + 2 * u32::from(problem.keeps_statistics())),
@@ -112,6 +118,8 @@ impl Plan {
         Ok(Self {
             problem: forward.clone(),
             backward: Some(*problem.tensors()),
+            derivative: problem.derivative().cloned(),
+            table_gradients: problem.table_gradients(),
             device: *device,
             tiles,
             cost: match device {
@@ -131,6 +139,17 @@ impl Plan {
     /// Where the tensors of a backward pass lie; `None` if the plan is for a forward pass.
     pub(crate) fn backward_tensors(&self) -> Option<&BackwardTensors> {
         self.backward.as_ref()
+    }
+
+    /// True if a backward pass gives the gradients of the score program's tables.
+    pub fn table_gradients(&self) -> bool {
+        self.table_gradients
+    }
+
+    /// The derivatives of the score program, of a backward pass that has one. Those by tables are there if their gradients
+    /// are asked for.
+    pub fn derivative(&self) -> Option<&Arc<Derivative>> {
+        self.derivative.as_ref()
     }
 
     /// Device memory that is needed while the plan runs, beside inputs and results: in backward on the CPU an f32 a query, on

@@ -12,6 +12,7 @@ pub struct BackwardProblem {
     forward: Problem,
     tensors: BackwardTensors,
     deterministic: bool,
+    table_gradients: bool,
     derivative: Option<Arc<Derivative>>,
 }
 
@@ -132,9 +133,12 @@ impl BackwardProblem {
         check_written(&read, &written)?;
 
         let derivative = match forward.program() {
-            Some(program) => Some(Arc::new(program.derivative(false)?)),
+            Some(program) => Some(Arc::new(program.derivative(attention.has_table_gradients())?)),
             None => None,
         };
+        if let Some(program) = forward.program() {
+            check_tables_apart(program, &written)?;
+        }
         let new = |like: &TensorInfo| TensorInfo::contiguous(like.device(), like.dtype(), like.shape(), 0);
         let (new_q, new_k) = (new(q)?, new(k)?);
         let (dq, dk, dv) = gradients.map_or((&new_q, &new_k, &new_k), |g| (g.dq, g.dk, g.dv));
@@ -154,12 +158,18 @@ impl BackwardProblem {
             tensors,
             derivative,
             deterministic: attention.is_deterministic(),
+            table_gradients: attention.has_table_gradients(),
         })
     }
 
     /// The forward problem; its `out` is forward's output.
     pub fn forward(&self) -> &Problem {
         &self.forward
+    }
+
+    /// True if the gradients of the score program's tables are asked for, sinks included.
+    pub fn table_gradients(&self) -> bool {
+        self.table_gradients
     }
 
     /// The derivatives of the score program, if there is one.

@@ -14,11 +14,13 @@ use flash_attention_kernels::entries::{Arch, Dtype};
 pub use flash_attention_kernels::mask::MAX_SEQLEN;
 pub use scale::Scale;
 
+pub use crate::element::DataType;
 use crate::error::Error;
 pub use crate::layout::TensorInfo;
 use crate::layout::{Sharing, contiguous_strides};
 use crate::options::Attention;
-use crate::program::Program;
+use crate::program::interval::Ranges;
+use crate::program::{Coordinate, Program};
 
 /// The widest head that kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -114,11 +116,16 @@ impl Problem {
         of_rows.iter().try_for_each(|&tensor| check_contiguous(tensor))?;
         let written: Vec<Named<'_>> = out.into_iter().chain(of_rows).collect();
         check_written(&inputs, &written)?;
+        let dtype = (q.dtype().of_attention()).expect("checked beside shapes and devices");
         let softmax_scale = attention.scale_for(q.shape()[3]);
         if !softmax_scale.is_finite() {
             return Err(Error::SoftmaxScale { value: softmax_scale });
         }
         let program = attention.program()?.cloned();
+        if let Some(program) = &program {
+            program.check(q.device(), &all_pairs(q, k))?;
+            check_tables_apart(program, &written)?;
+        }
 
         Ok(Self {
             batch: q.shape()[0],
@@ -127,7 +134,7 @@ impl Problem {
             seqlen_q: q.shape()[2] as u32,
             seqlen_k: k.shape()[2] as u32,
             head_dim: q.shape()[3] as u32,
-            dtype: q.dtype(),
+            dtype,
             causal: attention.is_causal(),
             scale: Scale::new(softmax_scale),
             arch: attention.forced_arch(),
@@ -241,6 +248,20 @@ impl Problem {
     }
 }
 
+/// The first and last coordinates of a problem's pairs.
+fn all_pairs(q: &TensorInfo, k: &TensorInfo) -> Ranges {
+    let size = |tensor: &TensorInfo, axis: usize| i32::try_from(tensor.shape()[axis]).unwrap_or(i32::MAX);
+    Coordinate::ALL.map(|coordinate| match coordinate {
+        Coordinate::Batch => (0, size(q, 0) - 1),
+        Coordinate::Head => (0, size(q, 1) - 1),
+        Coordinate::KvHead => (0, size(k, 1) - 1),
+        Coordinate::Query => (0, size(q, 2) - 1),
+        Coordinate::Key => (0, size(k, 2) - 1),
+        Coordinate::SeqlenQ => (size(q, 2), size(q, 2)),
+        Coordinate::SeqlenK => (size(k, 2), size(k, 2)),
+    })
+}
+
 /// The tensors that hold one f32 a query, with their names.
 fn of_rows<'a>(lse: &'a TensorInfo, statistics: Option<[&'a TensorInfo; 2]>) -> Vec<Named<'a>> {
     let statistics = statistics
@@ -296,12 +317,15 @@ fn agree((argument, tensor): Named<'_>, (other, model): Named<'_>, axes: &[usize
 fn check_dtypes_and_devices(tensors: &[Named<'_>]) -> Result<(), Error> {
     let q = tensors[0].1;
     for &(argument, tensor) in tensors {
-        let expected = if is_of_rows(argument) { Dtype::F32 } else { q.dtype() };
+        let expected = match q.dtype().of_attention() {
+            Some(dtype) if !is_of_rows(argument) => dtype,
+            _ => Dtype::F32,
+        };
         if tensor.dtype() != expected {
             return Err(Error::DtypeMismatch {
                 argument,
                 got: tensor.dtype(),
-                expected,
+                expected: expected.into(),
             });
         }
     }
@@ -370,6 +394,14 @@ fn check_contiguous((argument, tensor): Named<'_>) -> Result<(), Error> {
         strides: tensor.strides().to_vec(),
         expected: contiguous_strides(tensor.shape()),
     })
+}
+
+/// Nothing that is written is memory of a table.
+fn check_tables_apart(program: &Program, outputs: &[Named<'_>]) -> Result<(), Error> {
+    for table in program.tables().iter().chain(program.sinks()) {
+        check_written(&[(table.name, &table.info())], outputs)?;
+    }
+    Ok(())
 }
 
 /// Every element that is written has memory of its own.

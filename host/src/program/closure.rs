@@ -16,8 +16,10 @@ use std::marker::PhantomData;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Rem, Shl, Shr, Sub};
 
 use super::compose::Fragment;
-use super::expression::{Binary, Comparison, Coordinate, Node, NodeId, Type, Unary};
+use super::expression::{Binary, Comparison, Coordinate, Indices, Node, NodeId, Type, Unary};
+use super::table::TableSource;
 use super::{Constant, ProgramError};
+use crate::element::Scalar;
 
 /// A score while a closure is traced: f32 on devices.
 #[derive(Clone, Copy)]
@@ -62,6 +64,16 @@ impl<'g> At<'g> {
         self.position() - self.key
     }
 
+    /// 0, which is no parameter: the index of an axis that has one entry.
+    pub(crate) fn first(&self) -> Index<'g> {
+        Index(Traced::new(self.batch.0.graph, Node::Integer(0)))
+    }
+
+    /// A number as an index, a parameter: for reads of tables.
+    pub fn constant(&self, number: i32) -> Index<'g> {
+        Index(number.trace(self.batch.0.graph))
+    }
+
     /// `query - key`: the same distance if the first query stands at the first key (top-left alignment).
     pub fn distance_top_left(&self) -> Index<'g> {
         self.query - self.key
@@ -91,6 +103,20 @@ impl<'g> Traced<'g> {
 
     fn binary(self, op: Binary, other: Self) -> Self {
         Self::new(self.graph, Node::Binary(op, self.node, other.node))
+    }
+
+    fn load(source: &TableSource, indices: &[Index<'g>], clamped: bool) -> Self {
+        let graph = indices[0].0.graph;
+        let table = graph.borrow_mut().table(source);
+        let indices = Indices::new(&indices.iter().map(|index| index.0.node).collect::<Vec<_>>());
+        Self::new(
+            graph,
+            Node::Load {
+                table,
+                indices,
+                clamped,
+            },
+        )
     }
 
     fn compare(self, op: Comparison, other: Self) -> Truth<'g> {
@@ -125,6 +151,15 @@ fn at(graph: &RefCell<Fragment>) -> At<'_> {
         seqlen_q: coordinate(Coordinate::SeqlenQ),
         seqlen_k: coordinate(Coordinate::SeqlenK),
     }
+}
+
+/// Elements of tables, and what they are read as: f32, f16 and bf16 as [`Score`]s, i32 and u32 as [`Index`]es.
+pub trait Readable: Scalar {
+    /// What an element is read as.
+    type Value<'g>;
+
+    #[doc(hidden)]
+    fn read<'g>(source: &TableSource, indices: &[Index<'g>], clamped: bool) -> Self::Value<'g>;
 }
 
 mod sealed {
@@ -420,6 +455,11 @@ macro_rules! ordered {
 ordered! { Score Index }
 
 impl<'g> Score<'g> {
+    /// What a table holds; the indices are as many as its axes.
+    pub(crate) fn load(source: &TableSource, indices: &[Index<'g>], clamped: bool) -> Self {
+        Self(Traced::load(source, indices, clamped))
+    }
+
     /// The largest whole number up to x as an index: the nearest i32 beyond its range, 0 of a NaN. It has no derivative.
     pub fn to_index(self) -> Index<'g> {
         Index(self.0.unary(Unary::ToIndex))
@@ -427,6 +467,11 @@ impl<'g> Score<'g> {
 }
 
 impl<'g> Index<'g> {
+    /// What a table holds; the indices are as many as its axes.
+    pub(crate) fn load(source: &TableSource, indices: &[Index<'g>], clamped: bool) -> Self {
+        Self(Traced::load(source, indices, clamped))
+    }
+
     /// The same number as a score, rounded to the nearest f32 beyond 24 bits.
     pub fn to_score(self) -> Score<'g> {
         Score(self.0.unary(Unary::ToScore))

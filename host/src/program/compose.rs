@@ -11,6 +11,9 @@ pub const MAX_NODES: usize = 4096;
 /// Most numbers that a program has as parameters.
 pub const MAX_CONSTANTS: usize = 256;
 
+/// Most tables that a program reads, its sinks not counted.
+pub const MAX_TABLES: usize = 16;
+
 /// The operations of one closure, with the values of its parameters and its tables.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Fragment {
@@ -24,7 +27,7 @@ pub struct Fragment {
 
 impl Fragment {
     /// A fragment that lets the program it becomes part of be refused.
-    pub(super) fn refused(error: ProgramError) -> Self {
+    pub(crate) fn refused(error: ProgramError) -> Self {
         Self {
             error: Some(error),
             ..Self::default()
@@ -50,6 +53,11 @@ impl Fragment {
     pub(super) fn parameter(&mut self, value: Constant) -> u32 {
         self.constants.push(value);
         self.constants.len() as u32 - 1
+    }
+
+    /// The place of a table, which is added if it is not there.
+    pub(super) fn table(&mut self, source: &TableSource) -> u32 {
+        place_of(source, &mut self.tables, &mut self.expression)
     }
 
     pub(super) fn refuse(&mut self, error: ProgramError) {
@@ -105,16 +113,24 @@ impl Parts {
         let sizes = [
             ("operations", expression.nodes().len(), MAX_NODES),
             ("numbers", constants.len(), MAX_CONSTANTS),
+            ("tables", tables.len(), MAX_TABLES),
         ];
         if let Some(&(what, _, limit)) = sizes.iter().find(|(_, size, limit)| size > limit) {
             return Err(ProgramError::TooLarge { what, limit });
         }
+        let place = |fragment: &Option<Fragment>| {
+            let table = fragment.as_ref().and_then(|fragment| fragment.tables.first())?;
+            tables.iter().position(|other| other == table)
+        };
+        let [bias, alibi_slopes] = [place(&self.bias), place(&self.alibi)];
         Ok(Some(Arc::new(Program {
             expression,
             score,
             mask,
             constants,
             tables,
+            bias,
+            alibi_slopes,
             sinks: self.sinks.clone(),
             dropout: self.dropout,
         })))
@@ -150,7 +166,7 @@ impl Composer {
                     indices,
                     clamped,
                 } => Node::Load {
-                    table: self.table(&fragment.tables[table as usize], &fragment.expression, table),
+                    table: place_of(&fragment.tables[table as usize], &mut self.tables, &mut self.expression),
                     indices,
                     clamped,
                 },
@@ -160,13 +176,13 @@ impl Composer {
         }
         Ok(places[root.index()])
     }
+}
 
-    /// The place of a table, which is added if it is not there.
-    fn table(&mut self, source: &TableSource, of: &Expression, place: u32) -> u32 {
-        if let Some(place) = self.tables.iter().position(|table| table == source) {
-            return place as u32;
-        }
-        self.tables.push(source.clone());
-        self.expression.add_table(of.tables()[place as usize])
+/// The place of a table, which is added if it is not there.
+fn place_of(source: &TableSource, tables: &mut Vec<TableSource>, expression: &mut Expression) -> u32 {
+    if let Some(place) = tables.iter().position(|table| table == source) {
+        return place as u32;
     }
+    tables.push(source.clone());
+    expression.add_table(source.table_type())
 }

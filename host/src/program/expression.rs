@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::ops::{BitOr, Deref};
 
-use crate::layout::DataType;
+use crate::element::DataType;
 
 /// Most axes that a table has.
 pub const MAX_RANK: usize = 4;
@@ -232,6 +232,18 @@ impl Node {
             Self::Load { indices, .. } => std::array::from_fn(|axis| indices.get(axis).copied()),
         };
         [a, b, c, d].into_iter().flatten()
+    }
+
+    /// The table and the indices of a read that has to be proven to stay within it.
+    pub(super) fn unproven_read(&self) -> Option<(u32, Indices)> {
+        match *self {
+            Self::Load {
+                table,
+                indices,
+                clamped: false,
+            } => Some((table, indices)),
+            _ => None,
+        }
     }
 
     /// The same operation on other operands.

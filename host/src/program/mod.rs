@@ -11,28 +11,30 @@
 mod closure;
 mod compose;
 mod derive;
+pub mod dropout;
 mod evaluate;
 mod expression;
 pub mod interval;
 pub(crate) mod named;
 pub(crate) mod strip;
+mod table;
 
-use std::any::Any;
-use std::fmt;
-use std::sync::Arc;
-
-pub use closure::{At, Index, Operand, Score, Truth};
+pub use closure::{At, Index, Operand, Readable, Score, Truth};
 pub(crate) use compose::{Fragment, Parts};
-pub use compose::{MAX_CONSTANTS, MAX_NODES};
+pub use compose::{MAX_CONSTANTS, MAX_NODES, MAX_TABLES};
 pub use derive::{Derivative, LoadDerivative};
+pub use dropout::Dropout;
 pub use evaluate::{Evaluator, HostTable, Pair, Value};
 pub use expression::{
     Binary, Comparison, Coordinate, Dependence, Expression, Indices, MAX_RANK, Node, NodeId, TableType, Type, Unary,
     read_as,
 };
+use interval::{Bounds, Intervals, Ranges};
+pub use table::{Table, TableSource};
 
+pub use crate::element::DataType;
+use crate::error::Error;
 pub use crate::error::ProgramError;
-pub use crate::layout::DataType;
 use crate::layout::DeviceId;
 
 /// A finished program. Where it has neither score nor mask, sinks nor dropout, there is none.
@@ -43,6 +45,10 @@ pub struct Program {
     mask: Option<NodeId>,
     constants: Vec<Constant>,
     tables: Vec<TableSource>,
+    /// The place of [`Attention::bias`](crate::Attention::bias)'s table, if there is one.
+    bias: Option<usize>,
+    /// The place of [`Attention::alibi`](crate::Attention::alibi)'s table, if there is one.
+    alibi_slopes: Option<usize>,
     sinks: Option<TableSource>,
     dropout: Option<Dropout>,
 }
@@ -54,32 +60,6 @@ pub enum Constant {
     Score(f32),
     /// Of a parameter that is an index.
     Index(i32),
-}
-
-/// Dropout of weights: each is 0 with a probability p, else divided by 1 - p, after normalisation.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Dropout {
-    /// p, in `0 .. 1`.
-    pub probability: f32,
-    /// The key of the generator.
-    pub seed: u64,
-}
-
-/// The memory of a table, kept alive by its owner.
-#[derive(Clone)]
-pub struct TableSource {
-    /// The device it is on.
-    pub device: DeviceId,
-    /// Element type.
-    pub element: DataType,
-    /// Its size along each axis, none of them 0.
-    pub shape: Vec<usize>,
-    /// Elements from one index to the next, for each axis; 0 repeats one entry.
-    pub strides: Vec<usize>,
-    /// Device address of its first element; a pointer on the CPU.
-    pub address: u64,
-    /// Who keeps the memory allocated.
-    pub owner: Arc<dyn Any + Send + Sync>,
 }
 
 impl Program {
@@ -113,6 +93,16 @@ impl Program {
         &self.tables
     }
 
+    /// The place in [`tables`](Self::tables) of the table that [`Attention::bias`](crate::Attention::bias) gave.
+    pub fn bias(&self) -> Option<usize> {
+        self.bias
+    }
+
+    /// The place in [`tables`](Self::tables) of the table that [`Attention::alibi`](crate::Attention::alibi) gave.
+    pub fn alibi_slopes(&self) -> Option<usize> {
+        self.alibi_slopes
+    }
+
     /// A logit for each query head, f32 `[heads_q]`, that takes part in the softmax and has no value.
     pub fn sinks(&self) -> Option<&TableSource> {
         self.sinks.as_ref()
@@ -121,6 +111,57 @@ impl Program {
     /// Dropout of weights.
     pub fn dropout(&self) -> Option<Dropout> {
         self.dropout
+    }
+
+    /// Checks that tables are on a device, and that no read leaves its table for the pairs within ranges.
+    ///
+    /// # Errors
+    /// [`Error::DeviceMismatch`], [`ProgramError::Index`], [`ProgramError::Sinks`].
+    pub(crate) fn check(&self, device: &DeviceId, ranges: &Ranges) -> Result<(), Error> {
+        if let Some(table) = self
+            .tables
+            .iter()
+            .chain(&self.sinks)
+            .find(|table| table.device != *device)
+        {
+            return Err(Error::DeviceMismatch {
+                argument: table.name,
+                got: table.device.to_string(),
+                expected: device.to_string(),
+            });
+        }
+        let heads = ranges[Coordinate::Head as usize].1 as usize + 1;
+        if let Some(sinks) = &self.sinks
+            && sinks.shape != [heads]
+        {
+            let shape = sinks.shape.clone();
+            return Err(ProgramError::Sinks { shape, heads }.into());
+        }
+        let reads = || (self.expression.nodes().iter()).filter_map(Node::unproven_read);
+        let roots = reads().flat_map(|(_, indices)| indices.to_vec());
+        let mut bounds = Intervals::new(&self.expression, roots);
+        bounds.evaluate(ranges, &self.constants, |table, _| {
+            Bounds::any(read_as(self.tables[table as usize].element))
+        });
+        for (table, indices) in reads() {
+            let table = &self.tables[table as usize];
+            for (axis, (&index, &size)) in indices.iter().zip(&table.shape).enumerate() {
+                let Bounds::Index(low, high) = bounds.of(index) else {
+                    unreachable!("an index has bounds of an index")
+                };
+                if low < 0 || i64::from(high) >= size as i64 {
+                    return Err(ProgramError::Index {
+                        table: table.name,
+                        axis,
+                        size,
+                        low,
+                        high,
+                    }
+                    .into());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The same program with a causal mask in its mask: a query sees key j only if
@@ -155,23 +196,5 @@ impl Constant {
             Self::Score(value) => value.to_bits(),
             Self::Index(value) => value as u32,
         }
-    }
-}
-
-/// Equal where they lie at one place of one device and are read alike; owners are not compared.
-impl PartialEq for TableSource {
-    fn eq(&self, other: &Self) -> bool {
-        self.device == other.device
-            && self.element == other.element
-            && self.shape == other.shape
-            && self.strides == other.strides
-            && self.address == other.address
-    }
-}
-
-impl fmt::Debug for TableSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "table {} {:?} on {}", self.element.name(), self.shape, self.device)?;
-        write!(f, ", strides {:?}, at {:#x}", self.strides, self.address)
     }
 }

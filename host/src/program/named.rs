@@ -2,8 +2,8 @@
 //!
 //! `p` is the query's position among the keys, `query + seqlen_k - seqlen_q`.
 
-use super::ProgramError;
 use super::compose::Fragment;
+use super::{Dropout, ProgramError};
 
 /// `cap * tanh(score / cap)`.
 pub(crate) fn softcap(cap: f32) -> Fragment {
@@ -50,6 +50,19 @@ pub(crate) fn dilated(step: usize) -> Fragment {
 /// `key <= query`.
 pub(crate) fn top_left() -> Fragment {
     Fragment::mask(|at| at.key.at_most(at.query))
+}
+
+/// Dropout with probability p; none if p is 0.
+pub(crate) fn dropout(p: f32, seed: u64) -> Result<Option<Dropout>, ProgramError> {
+    match p {
+        0.0 => Ok(None),
+        _ if (0.0..1.0).contains(&p) => Ok(Some(Dropout { probability: p, seed })),
+        _ => Err(ProgramError::Argument {
+            argument: "dropout",
+            value: p.to_string(),
+            expected: "a probability, at least 0 and below 1",
+        }),
+    }
 }
 
 /// A number of keys as an index. No distance is larger than the largest.

@@ -12,6 +12,7 @@ mod emulator;
 mod plan;
 mod problem;
 mod program;
+mod program_tables;
 mod progress;
 mod reference;
 mod tensor;

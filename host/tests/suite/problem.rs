@@ -1,6 +1,6 @@
 //! Validation that no tensor of reasonable size can reach, and the order of what is checked.
 
-use flash_attention::problem::{Outputs, Problem, TensorInfo};
+use flash_attention::problem::{DataType, Outputs, Problem, TensorInfo};
 use flash_attention::{Attention, Device, Dtype, Error};
 
 fn info(shape: &[usize], address: u64) -> TensorInfo {
@@ -94,8 +94,8 @@ fn dtypes_and_devices_agree() {
         mismatch,
         Err(Error::DtypeMismatch {
             argument: "k",
-            got: Dtype::Bf16,
-            expected: Dtype::F16
+            got: DataType::Bf16,
+            expected: DataType::F16
         })
     ));
     let elsewhere = Device::cpu_with_threads(1).expect("a thread");
@@ -173,8 +173,8 @@ fn outputs_have_the_shape_of_q() {
         wrong,
         Err(Error::DtypeMismatch {
             argument: "lse",
-            got: Dtype::F16,
-            expected: Dtype::F32
+            got: DataType::F16,
+            expected: DataType::F32
         })
     ));
 }

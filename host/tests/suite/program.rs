@@ -249,7 +249,7 @@ fn devices_that_run_no_programs_say_so() {
 }
 
 /// Numbers without a pattern, in -1 .. 1.
-fn numbers(count: usize, seed: u64) -> Vec<f64> {
+pub fn numbers(count: usize, seed: u64) -> Vec<f64> {
     let mut state = seed;
     let mut next = || {
         state = state

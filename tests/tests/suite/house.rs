@@ -20,7 +20,8 @@ const EMULATOR: &[&[&str]] = &[
 
 /// Rooms of the host library, lowest floor first.
 const HOST: &[&[&str]] = &[
-    &["error", "element", "progress"],
+    &["element", "progress"],
+    &["error"],
     &["layout", "target"],
     &["program"],
     &["options"],
@@ -28,7 +29,7 @@ const HOST: &[&[&str]] = &[
     &["plan"],
     &["device"],
     &["tensor"],
-    &["output", "trace"],
+    &["output", "trace", "features"],
     &["call"],
 ];
 

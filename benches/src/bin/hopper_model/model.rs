@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use benches::row::Pass;
 use flash_attention::device::DeviceInfo;
 use flash_attention::half::f16;
-use flash_attention::plan::{Entry, Launch, Parameters, Results};
+use flash_attention::plan::{Entry, Launch, Parameters, Results, TableGradients};
 use flash_attention::problem::{BackwardInputs, BackwardProblem, Problem, TensorInfo};
 use flash_attention::{Attention, Device, Dtype, Element, Plan};
 use flash_attention_kernels::abi::{TensorMap, WorkList};
@@ -278,6 +278,7 @@ fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
             dk: 0,
             dv: 0,
             workspace: 0,
+            tables: TableGradients::default(),
         },
     };
     match launch.params(results, |_| Ok::<_, std::convert::Infallible>(TensorMap([0; 16])))? {

@@ -280,6 +280,7 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
                 dk,
                 dv,
                 workspace: delta,
+                tables: _,
             } => {
                 let tensors = plan.backward_tensors().expect("results are of the plan's own pass");
                 let at = |tensor, address| StridedTensor { address, ..tensor };

@@ -135,11 +135,7 @@ fn foreign<T: crate::element::Element>(device: &Device, address: u64, shape: &[u
 fn tensors(device: &Device) -> ([Tensor<half::f16>; 4], Output<half::f16>, Gradients<half::f16>) {
     let at = |index: u64| foreign(device, index << 20, &SHAPE);
     let output = Output::new(at(5), foreign(device, 6 << 20, &SHAPE[..3]));
-    let gradients = Gradients {
-        dq: at(7),
-        dk: at(8),
-        dv: at(9),
-    };
+    let gradients = Gradients::new(at(7), at(8), at(9));
     ([at(1), at(2), at(3), at(4)], output, gradients)
 }
 

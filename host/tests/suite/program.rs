@@ -242,10 +242,9 @@ fn what_has_no_derivative_is_refused_in_backward_only() {
 #[test]
 fn devices_that_run_no_programs_say_so() {
     let problem = problem(&Attention::new().softcap(30.0)).expect("a valid problem");
-    for device in [DeviceInfo::gpu((8, 0), 108, 163 * 1024), Device::cpu().info()] {
-        let error = Plan::new(&problem, &device).expect_err("no device runs programs yet");
-        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-    }
+    let device = DeviceInfo::gpu((8, 0), 108, 163 * 1024);
+    let error = Plan::new(&problem, &device).expect_err("no GPU runs programs yet");
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
 }
 
 /// Numbers without a pattern, in -1 .. 1.

@@ -137,6 +137,9 @@ impl Program {
             let shape = sinks.shape.clone();
             return Err(ProgramError::Sinks { shape, heads }.into());
         }
+        if ranges.iter().any(|(first, last)| first > last) {
+            return Ok(()); // no pairs, no reads
+        }
         let reads = || (self.expression.nodes().iter()).filter_map(Node::unproven_read);
         let roots = reads().flat_map(|(_, indices)| indices.to_vec());
         let mut bounds = Intervals::new(&self.expression, roots);

@@ -22,7 +22,12 @@ pub fn noise(len: usize, seed: u64) -> Vec<f64> {
 pub fn instruction_sets() -> &'static [Device] {
     static DEVICES: std::sync::OnceLock<Vec<Device>> = std::sync::OnceLock::new();
     DEVICES.get_or_init(|| {
-        let sets = ["cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2", "cpu:portable"].into_iter();
+        let of_processor: &[&str] = match std::env::consts::ARCH {
+            "x86_64" => &["cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2"],
+            "aarch64" => &["cpu:neonbf16", "cpu:neon"],
+            _ => &[],
+        };
+        let sets = of_processor.iter().chain(&["cpu:portable"]);
         sets.filter_map(|set| match set.parse() {
             Ok(device) => Some(device),
             Err(error) => {

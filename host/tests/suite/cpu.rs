@@ -260,10 +260,21 @@ fn instruction_sets_are_chosen_by_name() {
         .to_string();
     assert!(error.contains("\"mmx\"") && error.contains("portable"), "{error}");
     #[cfg(target_arch = "x86_64")]
-    for (key, name, present) in [
+    let sets = [
         ("cpu:avx512", "AVX-512", is_x86_feature_detected!("avx512f")),
         ("cpu:avx2", "AVX2", is_x86_feature_detected!("avx2")),
-    ] {
+    ];
+    #[cfg(target_arch = "aarch64")]
+    let sets = [
+        (
+            "cpu:neonbf16",
+            "NEON and BF16",
+            std::arch::is_aarch64_feature_detected!("bf16"),
+        ),
+        ("cpu:neon", "NEON", true),
+    ];
+    #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+    for (key, name, present) in sets {
         let named = names.iter().any(|found| found.contains(name));
         assert_eq!((named, key.parse::<Device>().is_ok()), (present, present), "{key}");
     }

@@ -3,12 +3,14 @@
 //! A task owns the queries of one tile of one head, as a block of a GPU does, and walks the keys the same way. Extra
 //! memory is a few tiles per thread.
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
 mod backward;
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+mod bf16;
 mod empty;
 mod forward;
 mod kernels;
-#[cfg(target_arch = "x86_64")]
-mod pairs;
 mod program;
 mod team;
 mod tensor;

@@ -70,19 +70,12 @@ impl Head {
 
     /// Asks for rows that will be read soon, as far as the L2 cache.
     pub(super) fn prefetch(&self, rows: Range<usize>) {
-        #[cfg(target_arch = "x86_64")]
         for row in rows {
             let (row, _) = self.row(row);
             for byte in (0..self.head_dim * self.dtype.bytes()).step_by(64) {
-                // SAFETY: a prefetch never faults, and every x86-64 processor has it.
-                unsafe {
-                    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                    _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(byte).cast());
-                }
+                prefetch_l2(row.wrapping_add(byte));
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = rows;
     }
 
     /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows up
@@ -256,4 +249,17 @@ impl Visibility {
             Self::Causal(mask) => mask.keys_of(row).end,
         }
     }
+}
+
+/// Asks for a cache line, which need not exist, as far as the L2 cache.
+fn prefetch_l2(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, and every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    super::arm::prefetch_l2(line);
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
+    let _ = line;
 }

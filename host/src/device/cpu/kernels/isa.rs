@@ -8,8 +8,10 @@ use super::{
     Backpropagate, Kernels, Merge, One, Pairing, Product, Softmax, Strip, backward, convert, few, parts, product,
     softmax, strip,
 };
-#[cfg(target_arch = "x86_64")]
-use crate::device::cpu::pairs;
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+use crate::device::cpu::bf16;
+#[cfg(target_arch = "aarch64")]
+use crate::device::cpu::vector::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::vector::{Avx2, Avx512};
 use crate::device::cpu::vector::{Portable, Vector};
@@ -25,6 +27,10 @@ pub(in crate::device::cpu) enum Isa {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Portable,
 }
 
@@ -42,16 +48,23 @@ impl Isa {
                 if avx2 && is_x86_feature_detected!("avx512f") {
                     available.push(Self::Avx512);
                     // What is faster goes first: tiles where there are any.
-                    if pairs::has_avx512_bf16() {
-                        available.insert(usize::from(!pairs::prefers_avx512_bf16()), Self::Avx512Bf16);
+                    if bf16::has_avx512_bf16() {
+                        available.insert(usize::from(!bf16::prefers_avx512_bf16()), Self::Avx512Bf16);
                     }
-                    if pairs::has_amx() {
+                    if bf16::has_amx() {
                         available.insert(0, Self::Amx);
                     }
                 }
                 if avx2 {
                     available.push(Self::Avx2);
                 }
+            }
+            #[cfg(target_arch = "aarch64")]
+            {
+                if bf16::has_neon_bf16() {
+                    available.push(Self::NeonBf16);
+                }
+                available.push(Self::Neon);
             }
             available.push(Self::Portable);
             available
@@ -69,6 +82,10 @@ impl Isa {
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonBf16 => "neonbf16",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
             Self::Portable => "portable",
         }
     }
@@ -81,7 +98,7 @@ impl Isa {
                 const {
                     &Kernels {
                         name: "AVX-512 and AMX",
-                        pairs: Some(&pairs::AMX),
+                        pairs: Some(&bf16::AMX),
                         ..avx512::KERNELS
                     }
                 }
@@ -91,7 +108,7 @@ impl Isa {
                 const {
                     &Kernels {
                         name: "AVX-512 and AVX512-BF16",
-                        pairs: Some(&pairs::AVX512_BF16),
+                        pairs: Some(&bf16::AVX512_BF16),
                         ..avx512::KERNELS
                     }
                 }
@@ -100,6 +117,18 @@ impl Isa {
             Self::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => &avx2::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonBf16 => {
+                const {
+                    &Kernels {
+                        name: "NEON and BF16",
+                        pairs: Some(&bf16::NEON_BF16),
+                        ..neon::KERNELS
+                    }
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => &neon::KERNELS,
             Self::Portable => &portable::KERNELS,
         }
     }
@@ -235,4 +264,6 @@ macro_rules! instruction_set {
 instruction_set!(avx512, Avx512, "AVX-512", "avx512f,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 instruction_set!(avx2, Avx2, "AVX2", "avx2,fma,f16c");
+#[cfg(target_arch = "aarch64")]
+instruction_set!(neon, Neon, "NEON", "neon");
 instruction_set!(portable, Portable, "portable");

@@ -24,7 +24,7 @@ pub(super) use backward::Backpropagate;
 pub(super) use few::One;
 pub(super) use isa::Isa;
 pub(super) use parts::Pairing;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(super) use parts::terms;
 pub(super) use product::{PairProduct, Pairs, Product, ROWS, SIDE};
 pub(super) use softmax::{Merge, Softmax};

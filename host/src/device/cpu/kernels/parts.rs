@@ -18,7 +18,7 @@ const LEAST: f32 = 1.0 / (1_u64 << 45) as f32;
 const LIMIT: f32 = (1_u64 << 50) as f32;
 
 /// Which parts are multiplied, by how many parts numbers have: (of a, of b), each with one in common with the one before it.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(in crate::device::cpu) const fn terms(parts: usize) -> &'static [(usize, usize)] {
     match parts {
         1 => &[(0, 0)],

@@ -1,4 +1,4 @@
-//! Products of matrices: what describes them, and those of f32. Products of pairs of bf16 are in `pairs.rs`, written for
+//! Products of matrices: what describes them, and those of f32. Products of pairs of bf16 are in `bf16.rs`, written for
 //! the processors that have them.
 
 use crate::device::cpu::vector::Vector;
@@ -32,15 +32,15 @@ pub(in crate::device::cpu) const SIDE: usize = 16;
 
 /// `c (+)= a b` over pairs of bf16; or of sums of them, part by part (see `parts.rs`).
 #[cfg_attr(
-    not(target_arch = "x86_64"),
-    expect(dead_code, reason = "only x86 has products of pairs")
+    not(any(target_arch = "aarch64", target_arch = "x86_64")),
+    expect(dead_code, reason = "no other processor has products of pairs")
 )]
 pub(in crate::device::cpu) struct PairProduct {
     /// Rows of a and c, a multiple of [`SIDE`].
     pub rows: usize,
     /// Words of a row of a, rows of b; a multiple of [`SIDE`].
     pub inner: usize,
-    /// Columns of b and c, a multiple of [`SIDE`].
+    /// Columns of b and c, a multiple of the lanes of a register.
     pub columns: usize,
     pub a: *const u32,
     /// Words, or f32, from one row to the next.
@@ -146,12 +146,11 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
                 *b_row = V::load(b.add(n * V::LANES));
             }
             for (m, sums) in sums.iter_mut().enumerate() {
-                let place = if TRANSPOSED {
-                    i * p.a_stride + m
+                let factor = if TRANSPOSED {
+                    V::splat(*a.add(i * p.a_stride + m))
                 } else {
-                    m * p.a_stride + i
+                    V::broadcast(a.add(m * p.a_stride), i)
                 };
-                let factor = V::splat(*a.add(place));
                 for (sum, b) in sums.iter_mut().zip(b_row) {
                     *sum = factor.fma(b, *sum);
                 }

@@ -1,21 +1,19 @@
-//! Products of bf16 that processors have instructions for: AVX512-BF16, and the tiles of AMX.
-//!
-//! Both multiply pairs: a word holds two neighbours along the inner axis. Sums are f32.
+//! AVX512-BF16, and the tiles of AMX.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::kernels::{PairProduct, Pairs, SIDE, terms};
+use crate::device::cpu::kernels::{PairProduct, Pairs, SIDE, terms};
 
-pub(super) static AVX512_BF16: Pairs = Pairs {
+pub(in crate::device::cpu) static AVX512_BF16: Pairs = Pairs {
     begin: nothing,
     end: nothing,
     most_parts: 1,
     product: registers,
 };
 
-pub(super) static AMX: Pairs = Pairs {
+pub(in crate::device::cpu) static AMX: Pairs = Pairs {
     begin: configure,
     end: release,
     most_parts: 3,
@@ -35,19 +33,19 @@ fn cpuid(leaf: u32) -> CpuidResult {
 }
 
 /// Whether the processor has AVX512-BF16.
-pub(super) fn has_avx512_bf16() -> bool {
+pub(in crate::device::cpu) fn has_avx512_bf16() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
 }
 
 /// Whether AVX512-BF16 is faster than widening to f32: it is on AMD's processors, where it does twice the work of an FMA in
 /// the same time. Measured on Sapphire Rapids, it takes nearly four times as long.
-pub(super) fn prefers_avx512_bf16() -> bool {
+pub(in crate::device::cpu) fn prefers_avx512_bf16() -> bool {
     let vendor = cpuid(0);
     has_avx512_bf16() && (vendor.ebx, vendor.edx, vendor.ecx) == (0x6874_7541, 0x6974_6e65, 0x444d_4163)
 }
 
 /// Whether the processor has AMX for bf16, and the system lets this process use it.
-pub(super) fn has_amx() -> bool {
+pub(in crate::device::cpu) fn has_amx() -> bool {
     static GRANTED: OnceLock<bool> = OnceLock::new();
     *GRANTED.get_or_init(|| {
         const AMX_BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
@@ -283,83 +281,5 @@ unsafe fn one_tile<const PARTS: usize>(p: &PairProduct, row: usize, column: usiz
             }
         }
         asm!("tilestored [{c} + {s}], tmm0", c = in(reg) c, s = in(reg) c_bytes, options(nostack));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn products_of_pairs_are_those_of_their_definition() {
-        let mut kinds = Vec::new();
-        if has_avx512_bf16() {
-            kinds.push(("AVX512-BF16", AVX512_BF16));
-        }
-        if has_amx() {
-            kinds.push(("AMX", AMX));
-        }
-        for (name, pairs) in kinds {
-            println!("{name}");
-            for (rows, inner, columns) in [(16, 16, 16), (32, 32, 32), (48, 16, 32), (64, 64, 16), (48, 16, 80)] {
-                // Small whole numbers, so that every sum is exact.
-                let value = |i: usize| half::bf16::from_f32((i * 7 % 11) as f32 - 5.0);
-                let word = |i: usize| u32::from(value(2 * i).to_bits()) | u32::from(value(2 * i + 1).to_bits()) << 16;
-                let a: Vec<u32> = (0..3 * rows * inner).map(word).collect();
-                let b: Vec<u32> = (0..3 * inner * columns).map(|i| word(3 * i)).collect();
-                for (parts, accumulate) in [(1, false), (1, true), (2, true), (3, false), (3, true)] {
-                    let mut c: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
-                    // SAFETY: the processor has the instructions, and the matrices are of these sizes.
-                    unsafe {
-                        (pairs.begin)();
-                        (pairs.product)(&PairProduct {
-                            rows,
-                            inner,
-                            columns,
-                            a: a.as_ptr(),
-                            a_stride: inner,
-                            a_part: rows * inner,
-                            b: b.as_ptr(),
-                            b_stride: columns,
-                            b_part: inner * columns,
-                            parts,
-                            c: c.as_mut_ptr(),
-                            c_stride: columns,
-                            accumulate,
-                        });
-                        (pairs.end)();
-                    }
-                    let halves = |word: u32| [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)];
-                    for (i, got) in c.into_iter().enumerate() {
-                        let (row, column) = (i / columns, i % columns);
-                        let term = |k: usize, (of_a, of_b): (usize, usize)| {
-                            let x = halves(a[(of_a * rows + row) * inner + k]);
-                            let y = halves(b[(of_b * inner + k) * columns + column]);
-                            x[0] * y[0] + x[1] * y[1]
-                        };
-                        let product = |k: usize| terms(parts).iter().map(|&of| term(k, of)).sum::<f32>();
-                        let before = if accumulate { i as f32 } else { 0.0 };
-                        let want = before + (0..inner).map(product).sum::<f32>();
-                        assert_eq!(got, want, "{name} ({row}, {column}), {parts} parts");
-                    }
-                }
-            }
-        }
-    }
-
-    /// Of the parts that a number has, those of every product down to what is asked for, and each once.
-    #[test]
-    fn terms_are_the_products_that_matter() {
-        for parts in 1..=3 {
-            let mut all: Vec<_> = terms(parts).to_vec();
-            all.sort();
-            let each = (0..parts).flat_map(|of_a| (0..parts - of_a).map(move |of_b| (of_a, of_b)));
-            assert_eq!(all, each.collect::<Vec<_>>());
-            let share = |two: &[(usize, usize)]| two[0].0 == two[1].0 || two[0].1 == two[1].1;
-            assert!(
-                terms(parts).windows(2).all(share),
-                "a part in common with the one before"
-            );
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! What the CPU device allocates while it works: tiles for each thread, whatever the length.
+//! Tests of the CPU device's memory: it allocates tiles for each thread, for any sequence length.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use flash_attention::half::bf16;
 use flash_attention::{Attention, Device, Element, Gradients, Output, Tensor};
 
-/// The system's allocator, counting.
+/// The system's allocator, with a count of the bytes.
 struct Counting;
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -17,7 +17,7 @@ fn count(bytes: usize) {
     PEAK.fetch_max(held, Ordering::Relaxed);
 }
 
-// SAFETY: every call is passed on to the system's allocator as it came.
+// SAFETY: every call is passed on to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size());
@@ -41,7 +41,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// The most bytes that `work` holds at a time.
+/// Returns the largest number of bytes that `work` holds at a time.
 fn peak_of(work: impl FnOnce()) -> usize {
     let before = HELD.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
@@ -49,7 +49,7 @@ fn peak_of(work: impl FnOnce()) -> usize {
     PEAK.load(Ordering::Relaxed) - before
 }
 
-/// Bytes of forward and of backward beside their tensors and, in backward, an f32 a query.
+/// Returns the bytes of forward and of backward besides their tensors and, in backward, an f32 per query.
 fn peaks<T: Element>(threads: usize, heads: usize, seqlen: usize, head_dim: usize) -> [usize; 2] {
     let device = Device::cpu_with_threads(threads).expect("threads");
     let shape = [1, heads, seqlen, head_dim];
@@ -68,7 +68,7 @@ fn peaks<T: Element>(threads: usize, heads: usize, seqlen: usize, head_dim: usiz
     [forward, backward - 4 * heads * seqlen]
 }
 
-/// One test: two at a time would count each other's.
+/// A single test, since two at a time would count each other's bytes.
 #[test]
 fn extra_memory_is_tiles_for_each_thread() {
     const MIB: usize = 1 << 20;
@@ -78,14 +78,14 @@ fn extra_memory_is_tiles_for_each_thread() {
             let case = format!("{threads} threads, {heads} x {seqlen} x {head_dim}: {forward}, {backward} bytes");
             assert!(forward <= threads * MIB, "{case}");
             assert!(backward <= threads * 2 * MIB, "{case}");
-            // In 16 bits dQ of a head is added up in f32, for one head a thread and one more.
+            // In 16 bits the dQ of a head is accumulated in f32, for one head per thread and one more.
             let sums = (threads + 1) * seqlen * head_dim * 4;
             let [forward, backward] = peaks::<bf16>(threads, heads, seqlen, head_dim);
             assert!(forward <= threads * MIB, "bf16, {case}: {forward}");
             assert!(backward <= threads * 3 * MIB + sums, "bf16, {case}: {backward}");
         }
     }
-    // Keys that are split over threads: a partial output for each segment, of which there are at most 16 a tile.
+    // Keys that are split over threads: a partial output for each segment, at most 16 per tile.
     for seqlen in [8192, 65536] {
         let device = Device::cpu_with_threads(4).expect("threads");
         let (q, k) = ([1, 1, 40, 64], [1, 1, seqlen, 64]);

@@ -1,4 +1,4 @@
-//! Where the system grants no threads, a call is the work of the thread it comes from.
+//! Tests that a call runs on the calling thread if the system grants no threads.
 #![cfg(target_os = "linux")]
 
 mod common;
@@ -11,13 +11,13 @@ use common::noise;
 use flash_attention::half::bf16;
 use flash_attention::{Attention, Device, Tensor};
 
-/// Says to a process of this test which failure it is to meet.
+/// Name of the environment variable that chooses the failure in a process of this test.
 const FAILURE: &str = "NO_THREADS";
 
-/// User id of `nobody`, whom limits bind as they do not bind root.
+/// User id of `nobody`, for whom limits hold that do not hold for root.
 const NOBODY: u32 = 65534;
 
-/// Bits of out, of a problem with tasks for many threads.
+/// Returns the bits of out for a problem with tasks for many threads.
 fn out(device: &Device) -> Vec<u16> {
     let shape = [1, 4, 512, 64];
     let data: Vec<bf16> = noise(shape.iter().product(), 7)
@@ -40,16 +40,16 @@ fn checksum(bits: &[u16]) -> u64 {
         .fold(0, |sum: u64, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()))
 }
 
-/// Runs this test again in a process of its own, which computes while `failure` holds, and gives its checksum.
+/// Runs this test again in a process that computes under `failure`, and returns its checksum.
 fn checksum_under(failure: &str) -> u64 {
-    // A copy that everybody may run, wherever the build lies.
+    // A copy that every user may run, wherever the build is.
     let copy = std::env::temp_dir().join(format!("no-threads-{}-{failure}", std::process::id()));
     std::fs::copy(std::env::current_exe().expect("this test"), &copy).expect("a writable folder");
     std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).expect("the copy is ours");
     let mut command = Command::new("prlimit");
     if failure == "limit" {
         command.arg("--nproc=1");
-        // SAFETY: asks for a number.
+        // SAFETY: only returns a number.
         if unsafe { libc::geteuid() } == 0 {
             command.uid(NOBODY);
         }
@@ -82,7 +82,7 @@ fn a_call_without_threads() {
         let thread = std::thread::Builder::new().spawn(|| ());
         assert!(thread.is_err(), "the limit does not hold: nothing would be seen here");
     } else {
-        // Somebody else's attempt to start the global pool.
+        // Other code's attempt to start the global pool.
         let refuse = |_| Err(std::io::Error::other("no thread"));
         let built = rayon::ThreadPoolBuilder::new().spawn_handler(refuse).build_global();
         assert!(built.is_err());

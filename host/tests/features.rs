@@ -1,4 +1,4 @@
-//! A device that the build leaves out is an error that says so, and one that it has is there.
+//! Tests that a device left out of the build is an error that says so, and that an included one can be made.
 
 use flash_attention::Device;
 use flash_attention::error::{CudaUnavailable, Error};

@@ -1,4 +1,4 @@
-//! Spans of calls, as a subscriber sees them.
+//! Tests of the spans of calls, with a subscriber.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -9,7 +9,7 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-/// Name and fields of every span that was entered and left.
+/// Names and fields of all spans that were entered and left.
 #[derive(Clone, Default)]
 struct Spans(Arc<Mutex<Seen>>);
 

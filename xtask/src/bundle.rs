@@ -255,22 +255,22 @@ fn readme(folder: &Path, options: &Options) -> Outcome<String> {
         "# FlashAttention in Rust, for a machine with a GPU
 
 Needs Linux on x86-64 with an NVIDIA driver for CUDA 12.0 or newer and a GPU of compute capability 8.0 or newer; no Rust, no
-CUDA toolkit. `./run.sh` runs everything and writes `results/`; its first lines name the parts and what can be chosen.
+CUDA toolkit. `./run.sh` runs everything and writes `results/`; its first lines list the parts and options.
 
 - `kernels`: the driver compiles every kernel; none may spill
-- `micro`: the kernels in `data/tests/ptx`, one an instruction family, give the answers stored in them
-- `suite`: the suite on the GPU; modules about the emulator and about the text of kernels are left out
-- `speed`: the table of speed; beside PyTorch, and FlashAttention-3 if it is installed, where python3 has them
+- `micro`: the kernels in `data/tests/ptx`, at least one per instruction family, compute their stored results
+- `suite`: the test suite on the GPU, without modules about the emulator and the text of kernels
+- `speed`: the table of speed, with PyTorch and FlashAttention-3 if python3 has them
 
-What it was made from:
+Origin:
 
 - commit: {}
 - date: {}
 - compiler: {rustc}
 - profile: {}
 
-What its programs need: glibc {}.{} or newer, and {}.
-On an older system they say `GLIBC_{}.{} not found`: then build there, with `cargo xtask gpu-bundle`.
+The programs need glibc {}.{} or newer, and {}.
+On an older system they print `GLIBC_{}.{} not found`; build the bundle there, with `cargo xtask gpu-bundle`.
 ",
         commit.unwrap_or_else(|| "not a checkout".into()),
         said(Command::new("date").args(["--utc", "+%F"])).unwrap_or_default(),

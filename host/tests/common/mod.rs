@@ -92,8 +92,8 @@ pub fn check<T: Element>(device: &Device, attention: Attention, q_shape: [usize;
     assert!(error <= bound, "{case}: lse is off by {error:e}, allowed {bound:e}");
 }
 
-/// Runs a backward problem on a device, into gradients that were not numbers before, and holds it to twice the error of
-/// standard attention's gradients in the same dtype.
+/// Runs a backward problem on a device, into gradients that were not numbers before, and holds it to twice the error
+/// of standard attention's gradients in the same dtype.
 pub fn check_backward<T: Element>(device: &Device, attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
     let size = |shape: [usize; 4]| shape.iter().product::<usize>();
     let draw = |len, seed, scale: f64| {

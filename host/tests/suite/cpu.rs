@@ -5,8 +5,8 @@ use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Tensor};
 use half::{bf16, f16};
 
-/// Runs a problem with every instruction set of this CPU and holds it to twice the error of standard attention in the same
-/// dtype.
+/// Runs a problem with every instruction set of this CPU and holds it to twice the error of standard attention in the
+/// same dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
     for device in instruction_sets() {
         crate::common::check::<T>(device, attention.clone(), q_shape, k_shape);

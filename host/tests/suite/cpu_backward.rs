@@ -1,5 +1,5 @@
-//! The CPU's backward pass against the f64 oracle and stored answers: tile edges, masks, shared heads, strides, threads,
-//! and what is not a number.
+//! Tests of the CPU's backward pass against the f64 oracle and stored answers: tile edges, masks, shared heads,
+//! strides, threads, and NaN and infinity.
 
 use crate::common::{gradients, instruction_sets, largest_error, noise};
 use flash_attention::reference::{self, Dims};
@@ -7,8 +7,8 @@ use flash_attention::{Attention, Device, Element, Gradients, Tensor};
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 
-/// Runs a problem with every instruction set of this CPU and holds it to twice the error of standard attention in the same
-/// dtype.
+/// Runs a problem with every instruction set of this CPU, and checks that the error is at most twice that of standard
+/// attention in this dtype.
 fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
     for device in instruction_sets() {
         crate::common::check_backward::<T>(device, attention.clone(), q_shape, k_shape);
@@ -53,7 +53,7 @@ fn gradients_of_shared_keys_are_summed_over_heads() {
 
 #[test]
 fn tasks_of_every_size() {
-    // Many heads make a task own a whole tile, few make it own a part.
+    // With many heads a task owns all keys of one, with few a part of them.
     for heads in [1, 5, 9, 20] {
         check::<f32>(Attention::new().causal(), [1, heads, 140, 8], [1, heads, 150, 8]);
     }
@@ -95,7 +95,7 @@ fn results_do_not_depend_on_threads() {
     }
 }
 
-/// In 16 bits dQ is added up in memory that the tasks of a head share, and the last gives back.
+/// Tests that in 16 bits, where the tasks of a head share the dQ accumulator, results are reproducible.
 #[test]
 fn tasks_that_take_turns_leave_no_trace() {
     let (q_shape, k_shape) = ([2, 1, 150, 32], [2, 1, 1700, 32]);
@@ -121,7 +121,7 @@ fn tasks_that_take_turns_leave_no_trace() {
 #[test]
 fn memory_of_another_layout_is_used_in_place() {
     let device = Device::cpu();
-    // Packed [batch, seqlen, 3, heads, head_dim], as a fused projection leaves it and takes its gradient.
+    // Packed [batch, seqlen, 3, heads, head_dim], the layout of a fused projection and of its gradient.
     let (batch, seqlen, heads, head_dim) = (2, 133, 3, 16);
     let shape = [batch, seqlen, 3, heads, head_dim];
     let draw = |len, seed| noise(len, seed).into_iter().map(|x| x as f32).collect::<Vec<f32>>();
@@ -141,7 +141,8 @@ fn memory_of_another_layout_is_used_in_place() {
     let dout = dout.and_then(|dout| dout.transpose(1, 2)).expect("small");
     let attention = Attention::new().causal();
     let output = attention.forward(&q, &k, &v).expect("valid");
-    // Each gradient in memory of the other order, with room between its rows, to be left alone.
+    // Each gradient is in [batch, seqlen, heads, head_dim] order, with gaps between its rows that must stay
+    // unchanged.
     let targets = [0, 1, 2].map(|_| Tensor::from_slice(&device, shape, &vec![f32::NAN; shape.iter().product()]));
     let targets = targets.map(|target| target.expect("small"));
     let [dq, dk, dv] = targets.each_ref().map(|target| parts(target)[1].clone());
@@ -183,7 +184,7 @@ fn queries_that_see_nothing_have_no_gradient() {
     for head in 0..2 {
         let unseeing = head * 150 * 16..(head * 150 + 130) * 16;
         assert!(before[0][unseeing.clone()].iter().all(|&x| x == 0.0));
-        q[unseeing.clone()].fill(f32::INFINITY); // whatever they are, they add nothing to dk and dv either
+        q[unseeing.clone()].fill(f32::INFINITY); // whatever these queries are, they must add nothing to dk and dv
         dout[unseeing].fill(f32::NAN);
     }
     let [dq, dk, dv] = run(&q, &dout);
@@ -195,7 +196,7 @@ fn queries_that_see_nothing_have_no_gradient() {
     }
 }
 
-/// Holds gradients of v = dout = 1 to be NaN exactly where f64's are.
+/// Checks that gradients for v = dout = 1 are NaN exactly where those in f64 are.
 fn check_not_finite<T: Element>(attention: Attention, q: &[T], k: &[T]) {
     let shapes @ [q_shape, k_shape] = [[1, 1, q.len() / 16, 16], [1, 1, k.len() / 16, 16]];
     let ones = |len| vec![T::from_f32(1.0); len];
@@ -234,7 +235,7 @@ fn scores_that_are_all_negative_infinity_make_gradients_nan() {
         one_query[3 * 16..4 * 16].fill(minus_infinity);
         for attention in [Attention::new(), Attention::new().causal()] {
             check_not_finite(attention.clone(), &[one; 20 * 16], &[minus_infinity; 70 * 16]);
-            // Causal, keys from 54 on are hidden from that query: their dv is a number.
+            // Under a causal mask, keys from 54 on are hidden from that query: their dv is a number.
             check_not_finite(attention, &one_query, &[one; 70 * 16]);
         }
     }
@@ -258,7 +259,7 @@ fn what_is_not_finite_goes_where_arithmetic_takes_it() {
     let shape = [1, 1, 150, 8];
     let base: Vec<f32> = noise(150 * 8, 11).into_iter().map(|x| x as f32).collect();
     let widen = |data: &[f32]| data.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
-    // An lse that is not a number is refused where debug assertions are on: only dout and v can be odd without one.
+    // Debug builds refuse an lse that holds NaN; only dout and v can hold one without it.
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for row in [0, 70, 149] {
             let mut odd = base.clone();
@@ -274,8 +275,8 @@ fn what_is_not_finite_goes_where_arithmetic_takes_it() {
                     let [q, k, v, dout] = inputs.map(|data| widen(data));
                     let want = reference::backward(&Dims::new(&attention, shape, shape), &q, &k, &v, &dout);
                     for (got, want) in got.iter().zip(&want) {
-                        // delta from the output and delta from P and dP can be an infinity and a NaN: whether a result is
-                        // a number is the same.
+                        // delta from the output and delta from P and dP can differ as infinity and NaN; only finite
+                        // results are compared by value.
                         let got: Vec<f32> = got.iter().map(|&x| if x.is_finite() { x } else { f32::NAN }).collect();
                         let want: Vec<f64> = want.iter().map(|&x| if x.is_finite() { x } else { f64::NAN }).collect();
                         let error = largest_error(&got, &want);
@@ -287,7 +288,7 @@ fn what_is_not_finite_goes_where_arithmetic_takes_it() {
     }
 }
 
-/// One gradient: ours, that of standard attention, and the f64 answer.
+/// A gradient: ours, that of standard attention, and that in f64.
 struct Gradient<T> {
     name: &'static str,
     got: Vec<T>,
@@ -295,7 +296,7 @@ struct Gradient<T> {
     want: Vec<f64>,
 }
 
-/// The gradients of a layer of MiniLM, in `T`.
+/// Computes the gradients of a layer of MiniLM in `T`.
 fn minilm<T: Element>(layer: usize) -> Vec<Gradient<T>> {
     let path = format!(
         "{}/../examples/data/minilm_layer{layer}.safetensors",

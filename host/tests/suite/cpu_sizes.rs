@@ -1,4 +1,4 @@
-//! f32 of every size on the CPU: however an instruction set multiplies them, errors are relative to what the numbers are.
+//! Tests of f32 numbers of all sizes on the CPU: with every instruction set the relative error is bounded.
 
 use crate::common::{gradients, instruction_sets, noise};
 use flash_attention::reference::{self, Dims};
@@ -7,7 +7,7 @@ use flash_attention::{Attention, Device, Tensor};
 const SHAPE: [usize; 4] = [1, 2, 100, 40];
 const HEAD_DIM: usize = SHAPE[3];
 
-/// Numbers around 1, each times what is said of its row and its column.
+/// Returns numbers around 1, each times a factor of its row and column.
 fn draw(seed: u64, factor: impl Fn(usize, usize) -> f32) -> Vec<f32> {
     let numbers = noise(SHAPE.iter().product(), seed).into_iter().enumerate();
     numbers
@@ -19,7 +19,7 @@ fn wide(data: &[f32]) -> Vec<f64> {
     data.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// Of each column, the largest error as a share of its largest number; the worst of them.
+/// Returns the largest error of a column relative to the column's largest number, for the worst column.
 fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     let of_column = |column: usize| {
         let places = || (column..want.len()).step_by(HEAD_DIM);

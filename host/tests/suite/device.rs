@@ -1,4 +1,4 @@
-//! Devices: their names, who is whose equal, and what a machine without one says.
+//! Tests of devices: their names, equality, and the errors of a machine without one.
 
 use flash_attention::device::DeviceKind;
 use flash_attention::error::CudaUnavailable;
@@ -85,7 +85,7 @@ fn a_gpu_is_there_or_the_error_says_what_is_missing() {
     }
 }
 
-/// Runs in a process of its own for each value of the variable, which other tests of this process must not see.
+/// Runs in a separate process for each value of the variable, which other tests of this process must not see.
 #[test]
 fn an_error_names_the_variable_that_chose_instructions() {
     const NAME: &str = "FLASH_ATTENTION_CPU";

@@ -1,4 +1,5 @@
-//! The compiled kernels on the emulator, all checks on: right, clean, and moving the bytes that plans predict.
+//! Tests of the compiled kernels on the emulator with all checks on: correct results, no findings, and the bytes that
+//! plans predict.
 
 use flash_attention::device::{DeviceKind, EmulatorOptions};
 use flash_attention::{Arch, Attention, Device, Element, Error, Tensor};
@@ -80,7 +81,7 @@ fn plans_predict_the_bytes_that_move() {
 fn foreign_memory_that_is_not_there_is_a_finding() {
     let device = emulator();
     let q = Tensor::<f32>::zeros(&device, [1, 1, 4, 8]).expect("small");
-    // SAFETY: memory of the emulator is bounds-checked: a wrong address is found, not followed.
+    // SAFETY: the emulator checks the bounds of its memory: a wrong address is reported, not accessed.
     let wrong =
         unsafe { Tensor::<f32>::from_raw_parts(&device, q.address() + 256, [1, 1, 4, 8], [32, 32, 8, 1], None) };
     let error = Attention::new()

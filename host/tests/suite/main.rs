@@ -1,4 +1,5 @@
-//! The library through its public door. One binary; what needs a process or a build of its own stands beside it.
+//! Tests of the library's public interface, in one binary. Tests that need a process or a build of their own are
+//! beside it.
 
 #[path = "../common/mod.rs"]
 mod common;

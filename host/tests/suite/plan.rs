@@ -1,4 +1,4 @@
-//! Plans: bytes and operations against counting one by one, and what reaches the kernel.
+//! Tests of plans: bytes and operations against direct counting, and the parameters of the kernel.
 
 use flash_attention::device::DeviceInfo;
 use flash_attention::plan::{Launch, Parameters, Results, TileMap};
@@ -13,7 +13,7 @@ fn problem(attention: Attention, dtype: Dtype, q: [usize; 4], k: [usize; 4]) -> 
     Problem::new(&attention, &info(q), &info(k), &info(k), None).expect("valid")
 }
 
-/// Bytes read, bytes written and operations, by walking every tile, key block and pair.
+/// Counts bytes read, bytes written and operations by iterating over every tile, key block and pair.
 fn count(problem: &Problem, block_m: usize, block_n: usize, statistics: usize) -> (u128, u128, u128) {
     let (seqlen_q, seqlen_k) = (problem.seqlen_q() as usize, problem.seqlen_k() as usize);
     let visible = |i: usize, j: usize| !problem.causal() || j + seqlen_q <= i + seqlen_k;
@@ -60,7 +60,8 @@ fn costs_are_what_counting_gives() {
     }
 }
 
-/// Bytes read and written by the CPU's backward pass, by walking every run of keys, tile of queries and pair.
+/// Counts bytes read and written by the CPU's backward pass by iterating over every run of keys, tile of queries and
+/// pair.
 fn count_backward(problem: &Problem, block_m: usize, block_n: usize) -> (u128, u128) {
     let (seqlen_q, seqlen_k) = (problem.seqlen_q() as usize, problem.seqlen_k() as usize);
     let visible = |i: usize, j: usize| !problem.causal() || j + seqlen_q <= i + seqlen_k;
@@ -140,7 +141,7 @@ fn the_grid_has_a_block_for_every_tile_of_every_head() {
     assert_eq!(params.query_tiles.get(), 200_u32.div_ceil(launch.entry.block_m));
 }
 
-/// The parameters of a forward launch, for results at these addresses.
+/// Returns the parameters of a forward launch, for results at these addresses.
 fn forward_params(launch: &Launch, out: u64, lse: u64) -> ForwardParams {
     let no_map = |map: &TileMap| Err(format!("a tensor map of {map:?}"));
     match launch.params(
@@ -178,7 +179,7 @@ fn scales_become_a_magnitude_and_a_sign() {
     for (scale, log2, sign) in [
         (1.0, std::f32::consts::LOG2_E, 1.0),
         (-2.0, 2.0 * std::f32::consts::LOG2_E, -1.0),
-        (0.0, std::f32::consts::LOG2_E, 0.0), // as of a magnitude of 1: every score is 0
+        (0.0, std::f32::consts::LOG2_E, 0.0), // as for magnitude 1: every score is 0
         (-0.0, std::f32::consts::LOG2_E, 0.0),
     ] {
         let attention = Attention::new().softmax_scale(scale);

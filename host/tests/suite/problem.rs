@@ -245,10 +245,14 @@ fn outputs_have_memory_of_their_own() {
 fn messages_name_argument_value_and_limit() {
     let wide = info(&[1, 2, 4, 264], 64);
     let message = problem(&wide, &wide).expect_err("too wide").to_string();
-    assert_eq!(message, "`q` has head_dim = 264, expected a multiple of 8 up to 256, and not 0");
+    assert_eq!(
+        message,
+        "`q` has head_dim = 264, expected a multiple of 8 up to 256, and not 0"
+    );
 }
 
-/// lse lies between the heads of out. Offsets of two dtypes are not compared, so the call is refused, but not as shared memory.
+/// lse lies between the heads of out. Offsets of two dtypes are not compared, so the call is refused, but not as
+/// shared memory.
 #[test]
 fn spans_that_could_not_be_proven_apart_are_refused_as_such() {
     let base = 1 << 14;

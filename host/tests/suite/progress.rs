@@ -1,4 +1,4 @@
-//! Reports of progress: what is told, when, and that telling changes nothing.
+//! Tests of progress reports: their values, their times, and that they do not change results.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -8,7 +8,7 @@ use half::bf16;
 
 use crate::common::noise;
 
-/// A problem with a gradient to start from.
+/// A problem with a gradient of its output.
 struct Inputs<T: Element> {
     q: Tensor<T>,
     k: Tensor<T>,
@@ -34,14 +34,15 @@ impl<T: Element> Inputs<T> {
     }
 }
 
-/// The elements of every result.
+/// Returns the elements of every result.
 fn elements<T: Element>(output: &Output<T>, gradients: &Gradients<T>) -> (Vec<f32>, [Vec<T>; 4]) {
     let tensors = [&output.out, &gradients.dq, &gradients.dk, &gradients.dv];
     let read = |tensor: &Tensor<T>| tensor.to_vec().expect("the device works");
     (output.lse.to_vec().expect("the device works"), tensors.map(read))
 }
 
-/// Runs both passes with and without reports. The reports grow and end at the total, once, and results are the same bits.
+/// Runs both passes with and without reports. The reports must grow and end at the total, once, and results must be
+/// the same bits.
 fn check<T: Element>(device: &Device, attention: Attention, q: [usize; 4], k: [usize; 4]) {
     let Inputs { q, k, v, dout } = Inputs::<T>::new(device, q, k);
     let output = attention.forward(&q, &k, &v).expect("valid");
@@ -103,7 +104,7 @@ fn every_path_of_the_cpu_reports_all_of_its_work() {
     for threads in [1, 2, 5] {
         let device = Device::cpu_with_threads(threads).expect("threads");
         for attention in [Attention::new(), Attention::new().causal()] {
-            // Tiles of a task, segments of a tile, few queries, queries that see nothing, heads that share keys.
+            // Tiles of a task, segments of a tile, few queries, queries that see no key, heads that share keys.
             for (q, k) in [
                 ([2, 6, 200, 40], [2, 2, 700, 40]),
                 ([1, 1, 100, 16], [1, 1, 5000, 16]),
@@ -131,7 +132,7 @@ fn a_long_call_reports_on_its_way() {
     let reports = Mutex::new(0);
     let reporting = Attention::new().on_progress(|_| *reports.lock().expect("no report panics") += 1);
     reporting.forward(&q, &k, &v).expect("valid");
-    // The first report is made as soon as anything is done, however short the call.
+    // The first report is made as soon as any unit is done, even in a short call.
     assert!(reports.into_inner().expect("no report panics") >= 2);
 }
 
@@ -146,7 +147,8 @@ fn a_refused_call_reports_nothing() {
     ));
 }
 
-/// The call does all of its work, then the panic arrives, and the device and the tensors serve as before.
+/// Tests a report that panics: the call does all of its work, then the panic continues, and device and tensors stay
+/// usable.
 #[test]
 fn a_report_that_panics_leaves_nothing_half_done() {
     for threads in [1, 3] {

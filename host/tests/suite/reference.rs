@@ -1,4 +1,4 @@
-//! The oracle against values worked out by hand, and the yardstick against the oracle.
+//! Tests of the oracle against values computed by hand, and of standard attention against the oracle.
 
 use flash_attention::Attention;
 use flash_attention::reference::{Dims, backward, forward, standard, standard_backward};
@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::common::{largest_error, noise};
 
-/// Dims of one head.
+/// Makes the Dims of one head.
 fn one_head(attention: Attention, seqlen_q: usize, seqlen_k: usize, head_dim: usize) -> Dims {
     Dims::new(&attention, [1, 1, seqlen_q, head_dim], [1, 1, seqlen_k, head_dim])
 }
@@ -69,7 +69,7 @@ fn standard_attention_rounds_as_its_dtype_does() {
     assert!((out[0] - 2.0).abs() < 1e-6 && (lse[0] - 3.0_f32.ln()).abs() < 1e-6);
 }
 
-/// q, k, v and dout of a problem.
+/// Returns q, k, v and dout of a problem.
 fn tensors(q: [usize; 4], k: [usize; 4]) -> [Vec<f64>; 4] {
     let size = |shape: [usize; 4]| shape.iter().product::<usize>();
     [
@@ -97,9 +97,9 @@ fn gradients_are_the_slopes_of_forward() {
     }
 }
 
-/// Central differences of dot(dout, out) in every element of q, k and v.
+/// Checks gradients against central differences of dot(dout, out) in every element of q, k and v.
 fn check_slopes(dims: &Dims, [q, k, v, dout]: [Vec<f64>; 4]) {
-    const STEP: f64 = 1e-5; // leaves an error of about STEP^2 and one of about 1e-15 / STEP
+    const STEP: f64 = 1e-5; // error: about STEP^2, and about 1e-15 / STEP
     let gradients = backward(dims, &q, &k, &v, &dout);
     let inputs = [q, k, v];
     for (which, gradient) in gradients.iter().enumerate() {
@@ -151,7 +151,7 @@ fn standard_gradients_are_off_by_their_dtype() {
             assert!(bounds.contains(&error), "{}: {error:e}", T::DTYPE.name());
         }
     }
-    // A few units of rounding of the largest gradient, which have 24, 11 and 8 bits.
+    // A few rounding errors of the largest gradient, for types of 24, 11 and 8 bits.
     check::<f32>(1e-9..1e-6);
     check::<f16>(1e-5..3e-3);
     check::<bf16>(1e-4..2e-2);

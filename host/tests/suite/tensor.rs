@@ -1,4 +1,4 @@
-//! Tensors: views, strides, foreign memory, and who counts the bytes.
+//! Tests of tensors: views, strides, foreign memory, and the count of bytes.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -143,7 +143,7 @@ fn zeros_are_zero_and_empty_tensors_are_empty() {
     assert!(content(&Tensor::<f32>::zeros(&device, [3, 0, 2]).expect("nothing")).is_empty());
 }
 
-/// Somebody else's buffer, which tells when it is dropped.
+/// A foreign buffer that records when it is dropped.
 struct Foreign(Vec<f32>, Arc<AtomicBool>);
 
 impl Drop for Foreign {
@@ -160,7 +160,7 @@ fn foreign_memory_lives_as_long_as_its_tensors() {
     let address = owner.0.as_ptr().expose_provenance() as u64;
     let owner: Arc<dyn Any + Send + Sync> = owner;
     let in_use = Device::cpu_with_threads(1).expect("a thread");
-    // SAFETY: the buffer holds 12 floats, is never written, and lives as long as its owner.
+    // SAFETY: the buffer holds 12 floats, is not written, and lives as long as its owner.
     let tensor =
         unsafe { Tensor::<f32>::from_raw_parts(&in_use, address, [3, 4], [4, 1], Some(owner)) }.expect("aligned");
     assert_eq!(in_use.memory().in_use, 0, "foreign memory is not ours to count");
@@ -173,7 +173,7 @@ fn foreign_memory_lives_as_long_as_its_tensors() {
     assert!(dropped.load(Ordering::SeqCst));
 
     for address in [0, 4097, 4098] {
-        // SAFETY: refused before anything is read.
+        // SAFETY: the call is refused before anything is read.
         let refused = unsafe { Tensor::<f32>::from_raw_parts(&device, address, [1], [1], None) };
         assert!(matches!(refused, Err(Error::Address { address: a, align: 4 }) if a == address));
     }

@@ -1,10 +1,10 @@
-//! A workspace that the caller brings: whatever it holds, gradients are those of a workspace of ours.
+//! Tests of a workspace of the caller: for any content, gradients equal those with a workspace of ours.
 
 use crate::common::noise;
 use flash_attention::half::f16;
 use flash_attention::{Arch, Attention, Device, Element, Gradients, Tensor};
 
-/// Backward twice in one dirty workspace, larger than needed, and once in one of ours: the same bits.
+/// Runs backward twice in one dirty workspace, larger than needed, and once in one of ours: the bits must be equal.
 fn check<T: Element>(device: &Device) {
     let draw = |shape: [usize; 4], seed| {
         let data: Vec<T> = noise(shape.iter().product(), seed)

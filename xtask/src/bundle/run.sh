@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs what this folder holds on a machine with an NVIDIA driver. It needs bash and coreutils; for speed beside other
-# libraries also Python 3 with PyTorch. README.md says more.
+# Runs the tests and measurements of this folder on a machine with an NVIDIA driver. It needs bash and coreutils, and Python 3
+# with PyTorch to compare speed with other libraries. README.md has the details.
 #
 #   ./run.sh                      everything: kernels, micro, suite, speed
 #   ./run.sh micro suite          some parts, in the order given
 #   OUT=DIR ./run.sh              results go to DIR instead of ./results
 #   FLASH_ATTENTION_DEVICES=cpu ./run.sh suite     another device than cuda
 #   SUITE_TESTS='forward minilm' ./run.sh suite    some of the suite's modules
-#   SUITE_FILTER=every_ ./run.sh suite             only tests whose names hold a text
+#   SUITE_FILTER=every_ ./run.sh suite             only tests whose names contain a text
 #   SPEED_ARGUMENTS='--passes fwd --head-dims 128' ./run.sh speed    a part of the table
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,14 +18,14 @@ cd "$here" || exit 2
 
 export FLASH_ATTENTION_DATA=$here/data
 export FLASH_ATTENTION_DEVICES=${FLASH_ATTENTION_DEVICES:-cuda}
-# The driver keeps what it compiles: one program's kernels are there for the next.
+# The driver caches compiled kernels: those of one program serve the next.
 export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/flash-attention-cuda-cache}
 export CUDA_CACHE_MAXSIZE=${CUDA_CACHE_MAXSIZE:-4294967296}
 
 failed=()
 say() { printf '%s\n' "$*"; }
 
-# Every kernel through the driver's compiler, on all cores.
+# Compiles every kernel with the driver, on all cores.
 part_kernels() {
     local parts i pids=() status=0
     parts=$(nproc)
@@ -39,14 +39,14 @@ part_kernels() {
     return $status
 }
 
-# Every micro-kernel against its stored answer.
+# Compares every micro-kernel with its stored results.
 part_micro() {
     timeout -k 5 "${MICRO_SECONDS:-240}" bin/gpu_kernels micro 2>&1 | tee "$out/micro.txt" | grep -v ': ok$'
     return "${PIPESTATUS[0]}"
 }
 
-# The suite, module by module; those about the emulator and about the text of the kernels are left out. One that fails or
-# hangs is run again test by test, each in a process of its own, because a kernel that fails takes its process with it.
+# Runs the suite, module by module, without those about the emulator and the text of the kernels. A module that fails or hangs
+# is run again test by test, each in its own process, because a failed kernel makes its process unusable.
 part_suite() {
     local start=$SECONDS limit=${SUITE_SECONDS:-240} status=0 all module modules code test tests line
     all=$(bin/suite --list ${SUITE_FILTER:+"$SUITE_FILTER"} | sed -n 's/: test$//p')
@@ -94,7 +94,7 @@ part_suite() {
     return $status
 }
 
-# The table of speed, beside other libraries where Python has them.
+# Measures the table of speed, with other libraries if Python has them.
 part_speed() {
     if command -v python3 >/dev/null; then
         # shellcheck disable=SC2086

@@ -66,7 +66,7 @@ impl PartialEq<Dtype> for DataType {
 }
 
 impl DataType {
-    /// The same type among those of attention, if it is one.
+    /// Returns this type as a dtype of attention, or `None` for an integer.
     pub(crate) const fn of_attention(self) -> Option<Dtype> {
         match self {
             Self::F32 => Some(Dtype::F32),

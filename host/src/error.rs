@@ -549,35 +549,35 @@ pub enum ProgramError {
         limit: usize,
     },
 
-    /// A tensor is no table that the feature takes: it has another number of axes, or a size of 0.
+    /// A tensor cannot be a table of the feature: it has a wrong number of axes, or a size of 0.
     TableShape {
-        /// The feature.
+        /// Name of the feature.
         argument: &'static str,
-        /// The tensor's shape.
+        /// Shape of the tensor.
         shape: Vec<usize>,
-        /// The shapes it takes.
+        /// Shapes that the feature takes.
         expected: &'static str,
     },
 
-    /// A table is read beyond its end, or may be: the index reaches from `low` to `high` over the pairs of the call.
+    /// A table is, or may be, read outside of its bounds: over the pairs of the call the index goes from `low` to `high`.
     Index {
-        /// The table.
+        /// Name of the table.
         table: &'static str,
-        /// The axis.
+        /// Axis of the index.
         axis: usize,
-        /// Its size.
+        /// Size of the axis.
         size: usize,
-        /// The smallest index.
+        /// Smallest index.
         low: i32,
-        /// The largest index.
+        /// Largest index.
         high: i32,
     },
 
-    /// There are more or fewer sinks than query heads.
+    /// The number of sinks is not the number of query heads.
     Sinks {
-        /// Their shape.
+        /// Shape of the sinks.
         shape: Vec<usize>,
-        /// Query heads.
+        /// Number of query heads.
         heads: usize,
     },
 

@@ -64,14 +64,15 @@ pub struct Gradients<T: Element> {
     pub dk: Tensor<T>,
     /// Gradient of v, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
     pub dv: Tensor<T>,
-    /// Gradient of [`Attention::bias`](crate::Attention::bias), f32 and of its shape, if
-    /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it; axes that repeat are summed.
+    /// Gradient of [`Attention::bias`](crate::Attention::bias), f32 with the shape of the bias, if
+    /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it. Broadcast axes are summed.
     pub bias: Option<Tensor<f32>>,
-    /// Gradient of [`Attention::sinks`](crate::Attention::sinks), `[heads_q]`, likewise.
+    /// Gradient of [`Attention::sinks`](crate::Attention::sinks), f32 `[heads_q]`, if table gradients were asked for.
     pub sinks: Option<Tensor<f32>>,
-    /// Gradient of [`Attention::alibi`](crate::Attention::alibi)'s slopes, of their shape, likewise.
+    /// Gradient of the slopes of [`Attention::alibi`](crate::Attention::alibi), f32 with the shape of the slopes, if table
+    /// gradients were asked for.
     pub alibi_slopes: Option<Tensor<f32>>,
-    /// For each table of floats its gradient.
+    /// Gradient of each table of floats.
     pub(crate) tables: Vec<(TableSource, Tensor<f32>)>,
 }
 
@@ -89,8 +90,8 @@ impl<T: Element> Gradients<T> {
         }
     }
 
-    /// Gradient of a table that the score program reads, f32 and of the table's shape, if
-    /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it. Tables of integers have none.
+    /// Returns the gradient of a table that the score program reads, f32 with the shape of the table, if
+    /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it. Tables of integers have no gradient.
     pub fn table<E: Scalar, const RANK: usize>(&self, table: &Table<E, RANK>) -> Option<&Tensor<f32>> {
         self.of_source(table.source())
     }
@@ -100,10 +101,10 @@ impl<T: Element> Gradients<T> {
         Some(gradient)
     }
 
-    /// Makes the gradients of a program's tables, zero. They are new memory each time, which no other argument can share.
+    /// Makes gradients of zeros for a program's tables. Each call allocates new memory, which no other argument can share.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], or what the device's driver says.
+    /// [`Error::OutOfMemory`], or an error of the device's driver.
     pub(crate) fn make_tables(&mut self, program: &Program) -> Result<TableGradients, Error> {
         let device = self.dq.device().clone();
         self.tables.clear();

@@ -313,12 +313,12 @@ impl<T: Scalar> Tensor<T> {
         &self.storage
     }
 
-    /// The memory, kept allocated by whoever holds this.
+    /// Returns the memory, which stays allocated as long as the returned value exists.
     pub(crate) fn owner(&self) -> Arc<Storage> {
         self.storage.clone()
     }
 
-    /// Memory that the caller knows to hold such a tensor.
+    /// Makes a tensor over memory that the caller guarantees to hold it.
     pub(crate) fn seen_through(info: TensorInfo, storage: Arc<Storage>) -> Self {
         Self {
             info,

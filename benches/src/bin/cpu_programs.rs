@@ -1,12 +1,12 @@
-//! What score programs cost on the CPU: each feature beside plain attention, per visible pair.
+//! Cost of score programs on the CPU: each feature compared with plain attention, per visible pair.
 //!
 //! ```sh
 //! cargo run --release -p benches --bin cpu_programs -- [--device cpu] [--rounds 7] [--only NAME]
 //! ```
 //!
-//! Plain attention and the features are measured in turn, round after round, so that what else the machine does falls
-//! on all; times are the best of all rounds. A cost of 1 means as much time for a visible pair as plain full
-//! attention takes.
+//! Plain attention and the features are measured in turn, round after round, so that other load on the machine affects
+//! all alike. Times are the best of all rounds. A cost of 1 means that a visible pair takes as long as in plain full
+//! attention.
 
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Tens
 
 type Failure = Box<dyn std::error::Error>;
 
-/// A feature, and how many (query, key) pairs of one head it shows.
+/// A feature, and the number of visible (query, key) pairs of one head.
 struct Feature {
     name: &'static str,
     attention: Attention,
@@ -53,7 +53,7 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// The features that are measured, full and causal attention first.
+/// Features to measure, starting with full and causal attention.
 fn features(_device: &Device, [_, _, seqlen, _]: [usize; 4]) -> Result<Vec<Feature>, Error> {
     let n = seqlen as u64;
     let new = Attention::new;

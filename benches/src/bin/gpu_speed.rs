@@ -34,10 +34,10 @@ const COPY_BYTES: usize = 4 << 30;
 /// The table of speed on a GPU, as lines of JSON
 #[derive(Parser)]
 struct Options {
-    /// Where to run: cuda, cuda:N; or cpu, emulator:sm_90a to test this program
+    /// Device: cuda, cuda:N; or cpu, emulator:sm_90a to test this program
     #[arg(long, default_value = "cuda")]
     device: Device,
-    /// What to time: fwd, bwd, bwd-det
+    /// Passes to time: fwd, bwd, bwd-det
     #[arg(long, value_delimiter = ',', default_value = "fwd,bwd,bwd-det")]
     passes: Vec<Pass>,
     /// f16, bf16

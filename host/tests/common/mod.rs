@@ -1,4 +1,4 @@
-//! What the tests of every device share.
+//! Shared parts of the tests of every device.
 #![allow(dead_code, reason = "a test binary uses a part of it")]
 
 use std::io::Write as _;
@@ -6,7 +6,7 @@ use std::io::Write as _;
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Gradients, Tensor};
 
-/// Numbers in -1 .. 1 that look random and are the same on every run.
+/// Returns pseudo-random numbers in -1 .. 1, the same on every run.
 pub fn noise(len: usize, seed: u64) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -18,7 +18,7 @@ pub fn noise(len: usize, seed: u64) -> Vec<f64> {
     (0..len).map(|_| next()).collect()
 }
 
-/// The CPU with each instruction set that this processor has, the best first. The others are named in the output.
+/// Returns a CPU device for each instruction set of this processor, the best first. Prints the names of the others.
 pub fn instruction_sets() -> &'static [Device] {
     static DEVICES: std::sync::OnceLock<Vec<Device>> = std::sync::OnceLock::new();
     DEVICES.get_or_init(|| {
@@ -31,7 +31,7 @@ pub fn instruction_sets() -> &'static [Device] {
         sets.filter_map(|set| match set.parse() {
             Ok(device) => Some(device),
             Err(error) => {
-                // Past the test harness, which keeps what passing tests print to itself.
+                // Written directly, since the test harness hides the output of passing tests.
                 let _ = writeln!(std::io::stderr(), "{set}: absent, {error}");
                 None
             }
@@ -43,7 +43,7 @@ pub fn instruction_sets() -> &'static [Device] {
 pub fn largest_error<T: Element>(got: &[T], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     got.iter().zip(want).fold(0.0, |worst: f64, (got, want)| {
-        // Equal infinities have no error; a NaN on one side only has an infinite one.
+        // Equal infinities have error 0; NaN on one side only has an infinite error.
         let (got, want) = (got.to_f64(), *want);
         let same = got == want || (got.is_nan() && want.is_nan());
         let error = if same { 0.0 } else { (got - want).abs() };
@@ -125,7 +125,7 @@ pub fn check_backward<T: Element>(device: &Device, attention: Attention, q_shape
     }
 }
 
-/// Forward and backward on a device: dq, dk and dv, into memory that was not a number before.
+/// Runs forward and backward on a device; returns dq, dk and dv, written to memory that held NaN before.
 pub fn gradients<T: Element>(
     device: &Device,
     attention: Attention,

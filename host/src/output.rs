@@ -96,6 +96,12 @@ impl<T: Element> Gradients<T> {
         self.of_source(table.source())
     }
 
+    /// The gradients of all float tables, in the order of [`Program::tables`](crate::program::Program::tables), that of the
+    /// sinks last.
+    pub fn tables(&self) -> impl Iterator<Item = &Tensor<f32>> {
+        self.tables.iter().map(|(_, gradient)| gradient)
+    }
+
     pub(crate) fn of_source(&self, source: &TableSource) -> Option<&Tensor<f32>> {
         let (_, gradient) = self.tables.iter().find(|(table, _)| table == source)?;
         Some(gradient)

@@ -109,7 +109,9 @@ impl Plan {
     /// As for [`new`](Self::new).
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
-        refuse_programs(forward, device)?;
+        if let DeviceInfo::Gpu { .. } = device {
+            refuse_programs(forward, device)?;
+        }
         let statistics = if problem.tensors().statistics.is_some() { 2 } else { 1 };
         let (tiles, launches, workspace_bytes) = match *device {
             DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),

@@ -30,6 +30,13 @@ pub(crate) struct Slot {
     pub(crate) index: u16,
 }
 
+impl Slot {
+    /// Tells if the value is one number for all pairs of a head.
+    pub(crate) fn is_of_head(&self) -> bool {
+        matches!(self.space, Space::Given | Space::Head)
+    }
+}
+
 /// An operation on registers. Of f32 where the name says nothing else; words are i32, bits are both or truths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
@@ -52,6 +59,8 @@ pub(crate) enum Operation {
     MultiplyAdd,
     /// `c - a * b`.
     SubtractProduct,
+    /// `a * b`, and 0 where a is 0.
+    Slope,
     Less,
     LessOrEqual,
     Equal,
@@ -166,9 +175,15 @@ impl Code {
         writer.write_all();
         let visible = writer.slot(mask);
         let hidden = writer.give(Given::Bits(f32::NEG_INFINITY.to_bits()));
+        let zero = writer.give(Given::Bits(0));
         let select = Line::new(Operation::Select, SCORE, &[visible, SCORE, hidden]);
         writer.code.of_pairs.lines.push(select);
-        writer.finish(vec![visible])
+        writer.finish(vec![visible, zero])
+    }
+
+    /// After a mask's own lines: what it hides of a tile of anything becomes 0.
+    pub(crate) fn clear(&self) -> Line {
+        Line::new(Operation::Select, SCORE, &[self.roots[0], SCORE, self.roots[1]])
     }
 }
 
@@ -379,6 +394,11 @@ impl Line {
             operands: all,
             count: operands.len() as u8,
         }
+    }
+
+    /// A tile of gradients times a derivative; what is 0 stays 0, whatever the derivative is.
+    pub(crate) fn slope(derivative: Slot) -> Self {
+        Self::new(Operation::Slope, SCORE, &[SCORE, derivative])
     }
 
     fn reads(&self, slot: Slot) -> bool {

@@ -51,9 +51,15 @@ pub fn largest_error<T: Element>(got: &[T], want: &[f64]) -> f64 {
     })
 }
 
+/// The sizes and options of a problem, with what the tables of its program hold.
+pub fn dims(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Dims {
+    let program = attention.evaluator().expect("a valid program");
+    Dims::with_program(attention, q, k, program)
+}
+
 /// Runs a problem on a device and holds it to twice the error of standard attention in the same dtype.
 pub fn check<T: Element>(device: &Device, attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
-    let dims = Dims::new(&attention, q_shape, k_shape);
+    let dims = dims(&attention, q_shape, k_shape);
     let size = |shape: [usize; 4]| shape.iter().product::<usize>();
     let draw = |len, seed| {
         noise(len, seed)
@@ -109,7 +115,7 @@ pub fn check_backward<T: Element>(device: &Device, attention: Attention, q_shape
         draw(size(q_shape), 4, 1.0),
     ];
 
-    let dims = Dims::new(&attention, q_shape, k_shape);
+    let dims = dims(&attention, q_shape, k_shape);
     let widen = |data: &[T]| data.iter().map(|x| x.to_f64()).collect::<Vec<f64>>();
     let want = reference::backward(&dims, &widen(&q), &widen(&k), &widen(&v), &widen(&dout));
     let standard = reference::standard_backward(&dims, &q, &k, &v, &dout);

@@ -1,9 +1,10 @@
-//! Problems without a (query, key) pair, because one of the sequences, or the batch, is empty: results are zeros, and lse -inf.
+//! Problems without a (query, key) pair, because one of the sequences, or the batch, is empty: results are zeros, and lse -inf or that of a sink.
 
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::kernels::Kernels;
 use super::pointer_mut;
+use super::program::sink;
 use super::tensor::Head;
 use crate::problem::{BackwardTensors, Problem};
 
@@ -28,6 +29,13 @@ pub(super) unsafe fn forward(
         if let Some(address) = address {
             // SAFETY: each has an f32 a query, says the caller.
             unsafe { std::slice::from_raw_parts_mut(pointer_mut::<f32>(address), queries) }.fill(value);
+        }
+    }
+    if let Some(program) = problem.program() {
+        // SAFETY: as above.
+        let lse = unsafe { std::slice::from_raw_parts_mut(pointer_mut::<f32>(lse), queries) };
+        for (heads, of_head) in lse.chunks_mut(problem.seqlen_q() as usize).enumerate() {
+            of_head.fill(sink(program, heads % problem.heads_q()).unwrap_or(nothing));
         }
     }
     // SAFETY: passed on to the caller.

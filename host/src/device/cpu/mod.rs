@@ -282,7 +282,7 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
                 dk,
                 dv,
                 workspace: delta,
-                tables: _,
+                tables,
             } => {
                 let tensors = plan.backward_tensors().expect("results are of the plan's own pass");
                 let at = |tensor, address| StridedTensor { address, ..tensor };
@@ -293,7 +293,7 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
                     ..*tensors
                 };
                 if has_pairs {
-                    backward::backward(team, plan, &tensors, delta, reporter);
+                    backward::backward(team, plan, &tensors, delta, &tables, reporter);
                 } else {
                     empty::backward(team.kernels, problem, &tensors);
                 }

@@ -29,24 +29,40 @@ impl Scratch {
         // SAFETY: passed on to the caller; the keys are within their tensors.
         unsafe { self.load_keys(backward, batch, kv_head, first_key, keys) };
         let sums = shared.sums(backward, chunks);
+        if let Some(program) = &backward.program {
+            program.sums.begin(head, chunk);
+        }
         for in_group in 0..backward.group() {
             let query_head = kv_head * backward.group() + in_group;
             for tile in (0..backward.query_tiles()).rev() {
                 let first_row = tile * backward.tiles.block_m as usize;
                 let rows = (backward.tiles.block_m as usize).min(problem.seqlen_q() as usize - first_row);
-                let end = backward.seen_by(tile);
-                let sees_any = end > first_key;
-                if !sees_any && chunk > 0 {
-                    break; // earlier queries see no more
-                }
+                let turn = match &shared.walks {
+                    Some(walks) => walks[in_group].turn(tile, chunk),
+                    None => backward.turn(tile, chunk),
+                };
+                let Some(turn) = turn else {
+                    backward.reporter.add(1);
+                    continue;
+                };
                 // SAFETY: as above.
                 unsafe {
                     self.dq_lanes.as_mut_slice().fill(0.0);
-                    if sees_any {
+                    if turn.sees_any {
                         let tile = self.load_queries(backward, batch, query_head, first_row, rows);
                         // The processor has the instructions of its kernels.
                         backward.pairs.inspect(|pairs| (pairs.begin)());
-                        self.pass(backward, tile, first_key, keys);
+                        match &backward.program {
+                            None => self.pass(backward, tile, first_key, keys),
+                            Some(program) => {
+                                let ranges = [first_row..first_row + rows, first_key..first_key + keys];
+                                let ranges = ranges.map(|range| range.start as u32..range.end as u32);
+                                if let Some(machines) = &mut self.machines {
+                                    machines.set_tile(backward, program, (batch, query_head), ranges);
+                                }
+                                self.pass_scored(backward, program, tile, first_key, keys);
+                            }
+                        }
                         backward.pairs.inspect(|pairs| (pairs.end)());
                     }
                     let added = &shared.added[in_group * backward.query_tiles() + tile];
@@ -56,15 +72,18 @@ impl Scratch {
                         first_sum: in_group * problem.seqlen_q() as usize + first_row,
                         first_row,
                         count: rows,
-                        is_first: chunk == 0,
-                        is_last: end <= first_key + keys,
+                        is_first: turn.place == 0,
+                        is_last: turn.is_last,
                     };
-                    wait_for(added, chunk as u32);
+                    wait_for(added, turn.place);
                     self.add_dq(backward, &dq);
-                    added.store(chunk as u32 + 1, Ordering::Release);
+                    added.store(turn.place + 1, Ordering::Release);
                 }
                 backward.reporter.add(1);
             }
+        }
+        if let (Some(program), Some(machines)) = (&backward.program, &mut self.machines) {
+            program.sums.end(head, chunk, &mut machines.own_sums);
         }
         // SAFETY: as above, and no other task has these keys.
         unsafe { self.store_key_gradients(backward, batch, kv_head, first_key, keys) };
@@ -94,7 +113,10 @@ impl Scratch {
                 }
             }
             // SAFETY: passed on to the caller; the block is one of the keys, padded as they are.
-            unsafe { self.scores(backward, pairs, tile, (first, padded), masked) };
+            unsafe {
+                self.products(backward, pairs, tile, (first, padded));
+                self.gradients(backward, tile, padded, masked);
+            }
             let finite = |keys: &Lines| {
                 let block = &keys.as_slice()[first * head_dim..][..count * head_dim];
                 block.iter().fold(true, |all, x| all & x.is_finite())
@@ -113,19 +135,17 @@ impl Scratch {
         }
     }
 
-    /// P and dS of the queries and the block of keys that starts at `first`.
+    /// S and dP of the queries and the block of keys that starts at `first`.
     ///
     /// # Safety
     /// As for [`pass`](Self::pass); the keys are among those of the task.
-    unsafe fn scores(
+    pub(super) unsafe fn products(
         &mut self,
         backward: &Backward<'_>,
         pairs: Option<&Pairs>,
         tile: QueryTile,
         (first, keys): (usize, usize),
-        masked: bool,
     ) {
-        let stride = backward.tiles.block_m as usize;
         // SAFETY: passed on to the caller.
         unsafe {
             match pairs {
@@ -137,6 +157,17 @@ impl Scratch {
                     }
                 }
             }
+        }
+    }
+
+    /// S and dP of so many keys become P and dS.
+    ///
+    /// # Safety
+    /// As for [`pass`](Self::pass).
+    unsafe fn gradients(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: usize, masked: bool) {
+        let stride = backward.tiles.block_m as usize;
+        // SAFETY: passed on to the caller.
+        unsafe {
             (backward.kernels.backpropagate)(&Backpropagate {
                 keys,
                 lanes: tile.lanes,

@@ -7,6 +7,7 @@ use flash_attention_kernels::entries::Dtype;
 
 use super::Backward;
 use super::scratch::Scratch;
+use crate::device::cpu::program::{Cell, ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Head;
 
@@ -17,6 +18,61 @@ pub(super) struct SharedHead {
     /// dQ so far, where its own memory can not hold an f32: `queries x head_dim`. It is there while tasks need it. And how
     /// many have asked for it.
     sums: Mutex<(Option<Arc<Sums>>, usize)>,
+    /// What each of its query heads sees by the program, if there is one: tiles of queries by runs of keys.
+    pub(super) walks: Option<Vec<Turns>>,
+}
+
+/// Which runs of keys the tiles of queries of a head see.
+pub(super) struct Turns {
+    /// Of each tile, the runs in order.
+    seen: Vec<Vec<u32>>,
+}
+
+/// When a run of keys adds to a tile's dQ.
+#[derive(Clone, Copy)]
+pub(super) struct Turn {
+    /// How many runs add before.
+    pub(super) place: u32,
+    /// Whether none adds after it.
+    pub(super) is_last: bool,
+    /// Whether the tile sees any of its keys. If it sees none of any run, the first run writes zeros.
+    pub(super) sees_any: bool,
+}
+
+impl Turns {
+    fn new(backward: &Backward<'_>, program: &ScoreProgram, batch: usize, head: usize) -> Self {
+        let (seqlen_q, seqlen_k) = (backward.problem.seqlen_q(), backward.problem.seqlen_k());
+        let mut walk = Walk::default();
+        let sizes = [backward.tiles.block_m, backward.tiles.block_n];
+        walk.set(program, (batch, head), [0..seqlen_q, 0..seqlen_k], sizes);
+        let mut seen = vec![Vec::new(); backward.query_tiles()];
+        for (run, cells) in walk.within(0..u32::MAX) {
+            for (runs, cell) in seen.iter_mut().zip(cells) {
+                if *cell != Cell::Empty {
+                    runs.push(run);
+                }
+            }
+        }
+        Self { seen }
+    }
+
+    /// The turn of a run at a tile; `None` if it has none.
+    pub(super) fn turn(&self, tile: usize, run: usize) -> Option<Turn> {
+        let runs = &self.seen[tile];
+        if runs.is_empty() && run == 0 {
+            return Some(Turn {
+                place: 0,
+                is_last: true,
+                sees_any: false,
+            });
+        }
+        let place = runs.binary_search(&(run as u32)).ok()?;
+        Some(Turn {
+            place: place as u32,
+            is_last: place + 1 == runs.len(),
+            sees_any: true,
+        })
+    }
 }
 
 /// Memory that tasks write in turn.
@@ -31,9 +87,17 @@ unsafe impl Send for Sums {}
 unsafe impl Sync for Sums {}
 
 impl SharedHead {
-    pub(super) fn new(backward: &Backward<'_>) -> Self {
+    /// Of key head `head`, all batches counted.
+    pub(super) fn new(backward: &Backward<'_>, head: usize) -> Self {
         let tiles = backward.group() * backward.query_tiles();
+        let (batch, kv_head) = (head / backward.problem.heads_kv(), head % backward.problem.heads_kv());
+        let heads = kv_head * backward.group()..(kv_head + 1) * backward.group();
+        let walks = backward.program.as_ref().map(|program| {
+            let turns = |head| Turns::new(backward, &program.scores, batch, head);
+            heads.map(turns).collect()
+        });
         Self {
+            walks,
             added: (0..tiles).map(|_| AtomicU32::new(0)).collect(),
             sums: Mutex::new((None, 0)),
         }

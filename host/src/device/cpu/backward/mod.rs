@@ -19,17 +19,20 @@ mod chunk;
 mod delta;
 mod dq;
 mod pairs;
+mod program;
 mod scratch;
 mod single;
+mod tables;
 
 use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
 use super::pairs_of;
 use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
-use crate::plan::{Plan, Tiles};
+use crate::plan::{Plan, TableGradients, Tiles};
 use crate::problem::{BackwardTensors, Problem};
 use crate::progress::Reporter;
-use dq::SharedHead;
+use dq::{SharedHead, Turn};
+use program::BackwardProgram;
 use scratch::Scratch;
 
 /// Keys whose scores are made at a time: with those of a tile of queries, they stay in the L1 cache.
@@ -46,6 +49,8 @@ struct Backward<'a> {
     tensors: &'a BackwardTensors,
     tiles: Tiles,
     visibility: Visibility,
+    /// What happens to scores, if anything does. It knows the causal mask as well, and `visibility` none.
+    program: Option<BackwardProgram>,
     delta: u64,
     reporter: &'a Reporter<'a>,
 }
@@ -62,10 +67,13 @@ pub(super) unsafe fn backward(
     plan: &Plan,
     tensors: &BackwardTensors,
     delta: u64,
+    tables: &TableGradients,
     reporter: &Reporter<'_>,
 ) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
     let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
+    let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
+    let program = BackwardProgram::new(problem, plan.derivative().map(AsRef::as_ref), tables, chunks);
     let backward = Backward {
         kernels: team.kernels,
         pairs,
@@ -73,18 +81,31 @@ pub(super) unsafe fn backward(
         problem,
         tensors,
         tiles,
-        visibility: Visibility::new(problem, problem.causal()),
+        visibility: Visibility::new(problem, program.is_none() && problem.causal()),
+        program,
         delta,
         reporter,
     };
-    let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
     let heads = problem.batch() * problem.heads_kv();
     reporter.begin(|| (heads * backward.group() * backward.passes(chunks)) as u64);
     // SAFETY: passed on to the caller.
-    unsafe { backward.make_delta(team) };
-    let shared: Vec<SharedHead> = (0..heads).map(|_| SharedHead::new(&backward)).collect();
-    // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody.
-    let chunks_of_task = if heads >= 4 * team.threads { chunks } else { 1 };
+    unsafe {
+        backward.make_delta(team);
+        if let Some(program) = backward.program.as_ref().filter(|_| tables.sinks != 0) {
+            backward.sink_gradients(team, program, tables.sinks);
+        }
+    }
+    let shared: Vec<SharedHead> = (0..heads).map(|head| SharedHead::new(&backward, head)).collect();
+    // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody; but for sums over heads.
+    let takes_turns = backward
+        .program
+        .as_ref()
+        .is_some_and(|program| !program.sums.is_empty());
+    let chunks_of_task = if heads >= 4 * team.threads && !takes_turns {
+        chunks
+    } else {
+        1
+    };
     let tasks_of_head = chunks / chunks_of_task;
     let scratch = || Scratch::new(&backward);
     team.share(heads * tasks_of_head, scratch, |scratch, task| {
@@ -95,6 +116,9 @@ pub(super) unsafe fn backward(
             unsafe { scratch.chunk(&backward, &shared[head], head, chunk, chunks) };
         }
     });
+    if let Some(program) = &backward.program {
+        program.sums.finish();
+    }
 }
 
 impl Backward<'_> {
@@ -165,6 +189,17 @@ impl Backward<'_> {
             passes += tiles - unseeing;
         }
         passes
+    }
+
+    /// When a run of keys adds to the dQ of a tile of queries; `None` if never.
+    fn turn(&self, tile: usize, chunk: usize) -> Option<Turn> {
+        let first_key = chunk * self.tiles.block_n as usize;
+        let end = self.seen_by(tile);
+        (end > first_key || chunk == 0).then_some(Turn {
+            place: chunk as u32,
+            is_last: end <= first_key + self.tiles.block_n as usize,
+            sees_any: end > first_key,
+        })
     }
 
     /// Keys that the last query of a tile sees, from the first.

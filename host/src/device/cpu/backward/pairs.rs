@@ -111,11 +111,11 @@ fn of_heads(
         a: keys_or_values.as_ptr().cast::<u32>().wrapping_add(first * inner),
         a_stride: inner,
         a_part: sizes.keys,
-        b: lanes.as_ptr().cast(),
+        b: lanes.as_ptr().cast::<u32>().wrapping_add(tile.first_lane),
         b_stride: stride,
         b_part: sizes.q_lanes,
         parts: backward.parts,
-        c: product.as_mut_ptr(),
+        c: product.as_mut_ptr().wrapping_add(tile.first_lane),
         c_stride: stride,
         accumulate: false,
     }
@@ -258,7 +258,8 @@ impl Scratch {
         let rows = self.probabilities.as_mut_slice().chunks_mut(stride);
         let rows = rows.zip(words.scores.as_slice().chunks(stride)).zip(keys_fit);
         for ((scores, of_pairs), _) in rows.filter(|(_, key_fits)| **key_fits) {
-            for (lane, _) in queries_fit.iter().enumerate().filter(|(_, query_fits)| **query_fits) {
+            let lanes = (queries_fit.iter().enumerate()).skip(tile.first_lane).take(tile.lanes);
+            for (lane, _) in lanes.filter(|(_, query_fits)| **query_fits) {
                 scores[lane] = of_pairs[lane];
             }
         }
@@ -287,11 +288,11 @@ impl Scratch {
             a: words.keys_lanes.as_ptr().cast::<u32>().wrapping_add(first / 2),
             a_stride: keys_stride(backward),
             a_part: sizes.keys_lanes,
-            b: words.ds_lanes.as_ptr().cast(),
+            b: words.ds_lanes.as_ptr().cast::<u32>().wrapping_add(tile.first_lane),
             b_stride: stride,
             b_part: sizes.scores,
             parts: backward.parts,
-            c: self.dq_lanes.as_mut_ptr(),
+            c: self.dq_lanes.as_mut_ptr().wrapping_add(tile.first_lane),
             c_stride: stride,
             accumulate: true,
         };
@@ -299,10 +300,13 @@ impl Scratch {
             rows: keys,
             inner: tile.lanes / 2,
             columns: width,
-            a: weights.as_ptr().cast(),
+            a: weights.as_ptr().cast::<u32>().wrapping_add(tile.first_lane / 2),
             a_stride: stride / 2,
             a_part: sizes.scores,
-            b: queries.as_ptr().cast(),
+            b: {
+                let first = tile.first_lane / 2 * queries_stride(backward);
+                queries.as_ptr().cast::<u32>().wrapping_add(first)
+            },
             b_stride: queries_stride(backward),
             b_part: sizes.q,
             parts: backward.parts,
@@ -326,26 +330,30 @@ impl Scratch {
         let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
         let words = &mut self.words;
         let of_queries = Pairing {
-            from: self.probabilities.as_ptr(),
+            from: self.probabilities.as_ptr().wrapping_add(tile.first_lane),
             stride,
             rows: keys,
             columns: tile.lanes,
             apart: SIDE,
-            to: words.probabilities.as_mut_ptr().cast(),
+            to: words
+                .probabilities
+                .as_mut_ptr()
+                .cast::<u32>()
+                .wrapping_add(tile.first_lane / 2),
             to_stride: stride / 2,
             parts: backward.parts,
             part: Sizes::new(backward).scores,
         };
-        let from = self.ds.as_ptr();
+        let from = self.ds.as_ptr().wrapping_add(tile.first_lane);
         // SAFETY: passed on to the caller.
         unsafe {
             (kernels.pair_columns)(&of_queries);
-            let to = words.ds.as_mut_ptr().cast();
+            let to = words.ds.as_mut_ptr().cast::<u32>().add(tile.first_lane / 2);
             (kernels.pair_columns)(&Pairing { from, to, ..of_queries });
             (kernels.pair_rows)(&Pairing {
                 from,
                 apart: 1,
-                to: words.ds_lanes.as_mut_ptr().cast(),
+                to: words.ds_lanes.as_mut_ptr().cast::<u32>().add(tile.first_lane),
                 to_stride: stride,
                 ..of_queries
             });

@@ -1,6 +1,7 @@
 //! The tiles a thread works in, and how keys and queries come in and the gradients of keys go out.
 
 use super::pairs::Words;
+use super::program::Machines;
 use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::MAX_LANES;
 use crate::device::cpu::pointer_mut;
@@ -11,7 +12,8 @@ use crate::device::cpu::team::Lines;
 pub(super) struct QueryTile {
     pub(super) first_row: usize,
     pub(super) rows: usize,
-    /// Lanes in use: rows, padded.
+    /// Lanes in use: rows, padded; where a program hides the others, a part of them, in whole words of pairs.
+    pub(super) first_lane: usize,
     pub(super) lanes: usize,
     /// Whether q and dout are finite.
     pub(super) finite: bool,
@@ -53,6 +55,8 @@ pub(super) struct Scratch {
     pub(super) delta: Lines,
     /// How many keys of a block each query sees.
     pub(super) visible: Lines,
+    /// What the program runs in, if there is one.
+    pub(super) machines: Option<Machines>,
 }
 
 impl Scratch {
@@ -77,6 +81,7 @@ impl Scratch {
             inverse_sums: Lines::new(block_m),
             delta: Lines::new(block_m),
             visible: Lines::new(block_m),
+            machines: Machines::new(backward),
         }
     }
 
@@ -123,8 +128,16 @@ impl Scratch {
     ) -> QueryTile {
         let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
         let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
-        let sees_nothing = |row: &usize| backward.visibility.visible_end((first_row + row) as u32) == 0;
-        let unseeing = (0..rows).take_while(sees_nothing).count();
+        let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
+        // SAFETY: each of these has an entry for each query, and nobody writes them any more.
+        let of_rows = |address| unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(address).add(first), rows) };
+        let lse = of_rows(backward.tensors.lse);
+        let sees_nothing = |row: &usize| match (&backward.program, backward.tensors.statistics) {
+            (None, _) => backward.visibility.visible_end((first_row + row) as u32) == 0,
+            (Some(_), Some([_, row_sum])) => of_rows(row_sum)[*row] == 0.0,
+            (Some(_), None) => lse[*row] == f32::NEG_INFINITY,
+        };
+        let unseeing: Vec<usize> = (0..rows).filter(sees_nothing).collect();
         let sources = [backward.problem.q(), backward.tensors.dout];
         let tiles = [(&mut self.q, &mut self.q_lanes), (&mut self.dout, &mut self.dout_lanes)];
         for (source, (tile, lanes)) in sources.into_iter().zip(tiles) {
@@ -133,7 +146,9 @@ impl Scratch {
                 let source = backward.rows(source, batch, head);
                 source.load_tile(kernels, first_row, [rows, padded], tile.as_mut_slice(), width);
                 // What sees no key gives nothing, whatever it is.
-                tile.as_mut_slice()[..unseeing * width].fill(0.0);
+                for row in &unseeing {
+                    tile.as_mut_slice()[row * width..][..width].fill(0.0);
+                }
                 let (from, to) = (tile.as_ptr(), lanes.as_mut_ptr());
                 (kernels.transpose)(from, width, padded, to, block_m, backward.head_dim());
             }
@@ -143,9 +158,6 @@ impl Scratch {
         if self.words.queries_fit.contains(&true) {
             self.pair_queries(backward, padded);
         }
-        let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
-        // SAFETY: each of these has an entry for each query, and nobody writes them any more.
-        let of_rows = |address| unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(address).add(first), rows) };
         let origins = self.origins.as_mut_slice();
         match backward.tensors.statistics {
             Some([row_max, row_sum]) => {
@@ -155,11 +167,15 @@ impl Scratch {
                 inverses.zip(of_rows(row_sum)).for_each(|(to, sum)| *to = inverse(sum));
                 self.inverse_sums.as_mut_slice()[rows..padded].fill(0.0);
             }
-            None => origins[..rows].copy_from_slice(of_rows(backward.tensors.lse)),
+            None => origins[..rows].copy_from_slice(lse),
         }
         // Where a query sees no key, probabilities are to be 0. If it sees keys, an lse of -inf or a row_sum of 0 makes them NaN.
-        origins[..unseeing].fill(f32::INFINITY);
         self.delta.as_mut_slice()[..rows].copy_from_slice(of_rows(backward.delta));
+        for row in unseeing {
+            origins[row] = f32::INFINITY;
+            self.inverse_sums.as_mut_slice()[row] = 0.0;
+            self.delta.as_mut_slice()[row] = 0.0;
+        }
         // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
         origins[rows..padded].fill(f32::INFINITY);
         self.delta.as_mut_slice()[rows..padded].fill(0.0);
@@ -170,6 +186,7 @@ impl Scratch {
         QueryTile {
             first_row,
             rows,
+            first_lane: 0,
             lanes: padded,
             finite: rows_are_finite(&self.q) && rows_are_finite(&self.dout),
             fits,

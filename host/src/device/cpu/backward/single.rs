@@ -25,9 +25,9 @@ impl Scratch {
                     a: keys_or_values.as_ptr().add(first * head_dim),
                     a_stride: head_dim,
                     transposed: false,
-                    b: lanes.as_ptr(),
+                    b: lanes.as_ptr().add(tile.first_lane),
                     b_stride: stride,
-                    c: product.as_mut_ptr(),
+                    c: product.as_mut_ptr().add(tile.first_lane),
                     c_stride: stride,
                     accumulate: false,
                 });
@@ -51,9 +51,9 @@ impl Scratch {
                 a: self.keys.as_ptr().add(first * head_dim),
                 a_stride: head_dim,
                 transposed: true,
-                b: self.ds.as_ptr(),
+                b: self.ds.as_ptr().add(tile.first_lane),
                 b_stride: stride,
-                c: self.dq_lanes.as_mut_ptr(),
+                c: self.dq_lanes.as_mut_ptr().add(tile.first_lane),
                 c_stride: stride,
                 accumulate: true,
             });
@@ -67,12 +67,12 @@ impl Scratch {
             unsafe {
                 (kernels.product)(&Product {
                     rows: keys,
-                    inner: tile.rows,
+                    inner: tile.lanes.min(tile.rows - tile.first_lane),
                     columns: head_dim.next_multiple_of(kernels.lanes),
-                    a: weights.as_ptr(),
+                    a: weights.as_ptr().add(tile.first_lane),
                     a_stride: stride,
                     transposed: false,
-                    b: queries.as_ptr(),
+                    b: queries.as_ptr().add(tile.first_lane * width),
                     b_stride: width,
                     c: gradient.as_mut_ptr().add(first * width),
                     c_stride: width,
@@ -85,29 +85,35 @@ impl Scratch {
     /// The same where something is not finite and not every query sees every key: 0 times infinity is NaN, so what is not
     /// seen must not even be multiplied by 0.
     pub(super) fn accumulate_seen(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
+        for key in 0..keys {
+            for lane in 0..tile.rows {
+                if (key as f32) < self.visible.as_slice()[lane] {
+                    self.accumulate_pair(backward, lane, (first, key));
+                }
+            }
+        }
+    }
+
+    /// Adds what one query and one key of a block give.
+    pub(super) fn accumulate_pair(&mut self, backward: &Backward<'_>, lane: usize, (first, key): (usize, usize)) {
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
         let stride = backward.tiles.block_m as usize;
-        let (p, ds) = (self.probabilities.as_slice(), self.ds.as_slice());
+        let (p, ds) = (
+            self.probabilities.as_slice()[key * stride + lane],
+            self.ds.as_slice()[key * stride + lane],
+        );
         let (q, dout) = (self.q.as_slice(), self.dout.as_slice());
         let (dq, dk, dv) = (
             self.dq_lanes.as_mut_slice(),
             self.dk.as_mut_slice(),
             self.dv.as_mut_slice(),
         );
-        for key in 0..keys {
-            for lane in 0..tile.rows {
-                if key as f32 >= self.visible.as_slice()[lane] {
-                    continue;
-                }
-                let (p, ds) = (p[key * stride + lane], ds[key * stride + lane]);
-                for d in 0..head_dim {
-                    let (of_key, of_query) = ((first + key) * width + d, lane * width + d);
-                    let k = self.keys.as_slice()[(first + key) * head_dim + d];
-                    dq[d * stride + lane] = kernels.multiply_add(k, ds, dq[d * stride + lane]);
-                    dk[of_key] = kernels.multiply_add(ds, q[of_query], dk[of_key]);
-                    dv[of_key] = kernels.multiply_add(p, dout[of_query], dv[of_key]);
-                }
-            }
+        for d in 0..head_dim {
+            let (of_key, of_query) = ((first + key) * width + d, lane * width + d);
+            let k = self.keys.as_slice()[(first + key) * head_dim + d];
+            dq[d * stride + lane] = kernels.multiply_add(k, ds, dq[d * stride + lane]);
+            dk[of_key] = kernels.multiply_add(ds, q[of_query], dk[of_key]);
+            dv[of_key] = kernels.multiply_add(p, dout[of_query], dv[of_key]);
         }
     }
 }

@@ -7,12 +7,13 @@ use super::scratch::Scratch;
 use super::state::State;
 use super::tiled::Lanes;
 use super::{Forward, Tile};
-use crate::device::cpu::program::{Cell, Machine, ScoreProgram};
+use crate::device::cpu::program::{Cell, Dropped, Machine, ScoreProgram};
 
 /// What a thread runs a program in.
 pub(super) struct Machines {
     score: Option<Machine>,
     mask: Option<Machine>,
+    dropped: Option<Dropped>,
 }
 
 impl Machines {
@@ -26,6 +27,7 @@ impl Machines {
         Some(Self {
             score: machine(&program.score),
             mask: machine(&program.mask),
+            dropped: Dropped::new(program, forward.kernels, keys),
         })
     }
 
@@ -38,6 +40,9 @@ impl Machines {
                 machine.set_head(code, kernels, program, tile.batch, tile.head);
                 machine.set_queries(code, kernels, program, tile.first_row);
             }
+        }
+        if let Some(dropped) = &mut self.dropped {
+            dropped.set_head(tile.batch, tile.head);
         }
     }
 
@@ -59,7 +64,8 @@ impl Scratch {
         machines.set_tile(forward, program, tile);
         let queries = tile.first_row..tile.first_row + tile.rows as u32;
         let sizes = [forward.kernels.strip_lanes as u32, forward.tiles.block_n];
-        self.walk.set(program, (tile.batch, tile.head), queries, sizes);
+        let keys = 0..forward.problem.seqlen_k();
+        self.walk.set(program, (tile.batch, tile.head), [queries, keys], sizes);
     }
 
     /// Attention of the tile's queries to the keys of some tiles, as far as they see any.
@@ -120,6 +126,10 @@ impl Scratch {
                     self.scores_of(forward, lanes, &block);
                     self.score(forward, (program, machines), lanes, cells, [keys, block.count]);
                     self.exponentials_of(forward, lanes, &block, state);
+                    if let Some(dropped) = &mut machines.dropped {
+                        let first = [tile.first_row as usize + lanes.in_tile(), first_key as usize];
+                        self.drop_weights(forward, dropped, lanes, first, keys);
+                    }
                     self.add_values(forward, lanes, &block, state);
                     if !block.finite {
                         self.add_visible_values(forward, (program, machines), lanes, cells, keys, state);
@@ -162,6 +172,34 @@ impl Scratch {
             .skip(keys)
         {
             row[lanes.first..lanes.first + lanes.count].fill(f32::NEG_INFINITY);
+        }
+    }
+
+    /// Zeroes the exponentials that dropout drops, of lanes that start at a query and a key.
+    ///
+    /// # Safety
+    /// As for [`scores_of`](Self::scores_of).
+    unsafe fn drop_weights(
+        &mut self,
+        forward: &Forward<'_>,
+        dropped: &mut Dropped,
+        lanes: Lanes,
+        [query, key]: [usize; 2],
+        keys: usize,
+    ) {
+        let (kernels, stride) = (forward.kernels, forward.panels.lanes);
+        for strip in (0..lanes.count).step_by(kernels.strip_lanes) {
+            let first = lanes.first + strip;
+            let scores = (self.scores.as_mut_ptr().wrapping_add(first), stride);
+            // SAFETY: passed on to the caller; the strip is one of the panel's.
+            unsafe {
+                dropped.draw(kernels, [query + strip, key], keys);
+                dropped.apply(kernels, keys, scores, false);
+            }
+            for part in 0..forward.parts {
+                let words = &mut self.words.scores.as_mut_slice()[part * forward.scores_part() + first..];
+                dropped.apply_to_pairs(keys, words, stride);
+            }
         }
     }
 

@@ -5,8 +5,8 @@ use std::sync::OnceLock;
 use flash_attention_kernels::entries::Dtype;
 
 use super::{
-    Backpropagate, Kernels, Merge, One, Pairing, Product, Softmax, Strip, backward, convert, few, parts, product,
-    softmax, strip,
+    Backpropagate, Keep, Kernels, Merge, One, Pairing, Product, Softmax, Strip, backward, convert, dropout, few, parts,
+    product, softmax, strip,
 };
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 use crate::device::cpu::bf16;
@@ -156,6 +156,7 @@ macro_rules! instruction_set {
                 backpropagate,
                 strip_lanes: STRIP_LANES,
                 strip,
+                keep,
                 widen,
                 narrow,
                 transpose,
@@ -220,6 +221,11 @@ macro_rules! instruction_set {
             unsafe fn strip(s: &Strip<'_>) {
                 // SAFETY: as above.
                 unsafe { strip::run::<$vector, STRIP_LANES>(s) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn keep(k: &Keep) {
+                // SAFETY: as above.
+                unsafe { dropout::keep::<STRIP_LANES>(k) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn widen(dtype: Dtype, from: *const u8, count: usize, to: *mut f32) {

@@ -9,6 +9,7 @@
 
 mod backward;
 mod convert;
+mod dropout;
 mod few;
 mod isa;
 mod parts;
@@ -21,6 +22,7 @@ mod tests;
 use flash_attention_kernels::entries::Dtype;
 
 pub(super) use backward::Backpropagate;
+pub(super) use dropout::Keep;
 pub(super) use few::One;
 pub(super) use isa::Isa;
 pub(super) use parts::Pairing;
@@ -60,6 +62,8 @@ pub(super) struct Kernels {
     /// Queries of a strip; divides those of every panel.
     pub strip_lanes: usize,
     pub strip: unsafe fn(&Strip<'_>),
+    /// Draws for a strip.
+    pub keep: unsafe fn(&Keep),
     /// (dtype, elements, how many, widened).
     pub widen: unsafe fn(Dtype, *const u8, usize, *mut f32),
     /// (dtype, elements, how many, rounded).

@@ -101,6 +101,9 @@ pub(super) unsafe fn run<V: Words, const W: usize>(strip: &Strip<'_>) {
                 Operation::SubtractProduct => {
                     over_rows!(strip, line, |x, y, z| x.xor(V::splat(-0.0)).fma(y, z))
                 }
+                Operation::Slope => {
+                    over_rows!(strip, line, |x, y| x.equal(V::splat(0.0)).and_not(x.mul(y)))
+                }
                 Operation::Less => over_rows!(strip, line, |x, y| x.less(y)),
                 Operation::LessOrEqual => over_rows!(strip, line, |x, y| x.less_or_equal(y)),
                 Operation::Equal => over_rows!(strip, line, |x, y| x.equal(y)),

@@ -26,31 +26,41 @@ pub(in crate::device::cpu) struct Walk {
     /// All tiles of keys, before those are left out that nobody sees.
     all: Vec<Cell>,
     strips: usize,
+    /// The first of all.
+    first: u32,
 }
 
 /// Elements of a table that are read to find their bounds: beyond, they may be anything.
 const MOST_READ: usize = 1 << 16;
 
 impl Walk {
-    /// Finds the tiles of keys that some of the queries see, for strips of queries and tiles of keys of these sizes.
+    /// Finds the tiles of some keys that some of the queries see, for strips of queries and tiles of keys of these sizes. The
+    /// first of the keys is the first of a tile.
     pub(in crate::device::cpu) fn set(
         &mut self,
         program: &ScoreProgram,
         of_head: (usize, usize),
-        queries: Range<u32>,
+        [queries, keys]: [Range<u32>; 2],
         sizes: [u32; 2],
     ) {
-        let blocks = program.seqlen_k.div_ceil(sizes[1]);
+        let blocks = keys.len().div_ceil(sizes[1] as usize) as u32;
+        self.first = keys.start / sizes[1];
         self.strips = queries.len().div_ceil(sizes[0] as usize);
         self.all.clear();
         self.all.resize(blocks as usize * self.strips, Cell::Empty);
         if let (None, Some(mask)) = (&self.mask, program.program.mask()) {
             self.mask = Some(Intervals::new(program.program.expression(), [mask]));
         }
-        self.split(program, of_head, &queries, sizes, [0..self.strips as u32, 0..blocks]);
+        self.split(
+            program,
+            of_head,
+            [&queries, &keys],
+            sizes,
+            [0..self.strips as u32, 0..blocks],
+        );
         self.blocks.clear();
         self.cells.clear();
-        for (block, cells) in (0..).zip(self.all.chunks(self.strips)) {
+        for (block, cells) in (self.first..).zip(self.all.chunks(self.strips)) {
             if cells.iter().any(|cell| *cell != Cell::Empty) {
                 self.blocks.push(block);
                 self.cells.extend_from_slice(cells);
@@ -63,14 +73,14 @@ impl Walk {
         &mut self,
         program: &ScoreProgram,
         of_head: (usize, usize),
-        queries: &Range<u32>,
+        [queries, keys]: [&Range<u32>; 2],
         sizes: [u32; 2],
         [strips, blocks]: [Range<u32>; 2],
     ) {
         let rows = queries.start + strips.start * sizes[0]..(queries.start + strips.end * sizes[0]).min(queries.end);
-        let keys = blocks.start * sizes[1]..(blocks.end * sizes[1]).min(program.seqlen_k);
+        let columns = keys.start + blocks.start * sizes[1]..(keys.start + blocks.end * sizes[1]).min(keys.end);
         let cell = match &mut self.mask {
-            Some(mask) => program.cell(mask, of_head, rows, keys),
+            Some(mask) => program.cell(mask, of_head, rows, columns),
             None => Cell::Full,
         };
         let halves = |range: &Range<u32>| {
@@ -87,11 +97,11 @@ impl Walk {
         {
             halves(&strips)
                 .into_iter()
-                .for_each(|strips| self.split(program, of_head, queries, sizes, [strips, blocks.clone()]));
+                .for_each(|strips| self.split(program, of_head, [queries, keys], sizes, [strips, blocks.clone()]));
         } else {
             halves(&blocks)
                 .into_iter()
-                .for_each(|blocks| self.split(program, of_head, queries, sizes, [strips.clone(), blocks]));
+                .for_each(|blocks| self.split(program, of_head, [queries, keys], sizes, [strips.clone(), blocks]));
         }
     }
 

@@ -4,14 +4,17 @@
 //! [`ScoreProgram`] is made once a call, a [`Machine`] once for each thread and [`Code`].
 
 mod cells;
+mod dropped;
 
 pub(super) use cells::{Cell, Walk};
+pub(super) use dropped::Dropped;
 
-use super::kernels::{Kernels, Registers, Strip, Table};
+pub(super) use super::kernels::Table;
+use super::kernels::{Kernels, Registers, Strip};
 use super::pointer_mut;
 use super::team::Lines;
 use crate::problem::Problem;
-use crate::program::strip::{Code, Given, Line, Space};
+use crate::program::strip::{Code, Given, Line, Slot, Space};
 use crate::program::{Coordinate, Program};
 
 /// A program made ready for a problem.
@@ -21,7 +24,7 @@ pub(super) struct ScoreProgram {
     pub(super) score: Option<Code>,
     /// Hidden scores become minus infinity; `None` where none is hidden.
     pub(super) mask: Option<Code>,
-    tables: Vec<Table>,
+    pub(super) tables: Vec<Table>,
     /// What turns products into scores.
     scale: f32,
     heads_of_kv: usize,
@@ -69,10 +72,7 @@ impl ScoreProgram {
 
     /// The logit of a query head that has no value.
     pub(super) fn sink(&self, head: usize) -> Option<f32> {
-        let sinks = self.program.sinks()?;
-        let first: *const f32 = pointer_mut(sinks.address);
-        // SAFETY: there is one for each query head, in memory of the CPU that the program keeps.
-        Some(unsafe { *first.add(head * sinks.strides[0]) })
+        sink(&self.program, head)
     }
 
     /// What weights that are not dropped are multiplied by.
@@ -113,6 +113,14 @@ impl ScoreProgram {
             },
         }
     }
+}
+
+/// The logit of a query head that has no value.
+pub(super) fn sink(program: &Program, head: usize) -> Option<f32> {
+    let sinks = program.sinks()?;
+    let first: *const f32 = pointer_mut(sinks.address);
+    // SAFETY: there is one for each query head, in memory of the CPU that the program keeps.
+    Some(unsafe { *first.add(head * sinks.strides[0]) })
 }
 
 // SAFETY: tables are memory that nobody writes during a call.
@@ -205,14 +213,7 @@ impl Machine {
         (scores, stride): (*mut f32, usize),
     ) {
         debug_assert!(keys <= self.keys && first.is_multiple_of(self.width) && first < self.queries);
-        let mut spaces = self.spaces();
-        spaces[Space::Query as usize].first = self.query.as_mut_ptr().wrapping_add(first);
-        spaces[Space::Query as usize].row = 0;
-        spaces[Space::Key as usize] = Registers {
-            first: self.key_rows.as_mut_ptr(),
-            register: self.keys * self.width,
-            row: self.width,
-        };
+        let mut spaces = self.spaces_of_strip(first);
         spaces[Space::Score as usize] = Registers {
             first: scores,
             register: 0,
@@ -238,6 +239,28 @@ impl Machine {
         // SAFETY: passed on to the caller.
         unsafe { self.run(&code.of_pairs.lines, (kernels, program), first, keys, strip) };
         scores.iter().map(|&score| score == 0.0).collect()
+    }
+
+    /// Where a register of the strip that starts at lane `first` is: its first row, and the elements from one row to the next.
+    pub(super) fn register(&mut self, slot: Slot, first: usize) -> (*const f32, usize) {
+        let space = self.spaces_of_strip(first)[slot.space as usize];
+        (
+            space.first.wrapping_add(usize::from(slot.index) * space.register),
+            space.row,
+        )
+    }
+
+    /// The spaces as lines of pairs see them, for the strip that starts at lane `first`.
+    fn spaces_of_strip(&mut self, first: usize) -> [Registers; 6] {
+        let mut spaces = self.spaces();
+        spaces[Space::Query as usize].first = self.query.as_mut_ptr().wrapping_add(first);
+        spaces[Space::Query as usize].row = 0;
+        spaces[Space::Key as usize] = Registers {
+            first: self.key_rows.as_mut_ptr(),
+            register: self.keys * self.width,
+            row: self.width,
+        };
+        spaces
     }
 
     /// The spaces as stages before that of pairs see them.

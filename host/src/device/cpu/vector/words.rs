@@ -234,7 +234,11 @@ pub(in crate::device::cpu) unsafe trait Words: Vector {
             for coefficient in &TANH_DENOMINATOR[1..] {
                 denominator = denominator.fma(square, Self::splat(*coefficient));
             }
-            numerator.mul(x).divide(denominator)
+            let quotient = numerator.mul(x).divide(denominator);
+            let sign = Self::splat(-0.0);
+            let one = Self::splat(1.0).or(sign.and(self));
+            sign.and_not(self)
+                .select_greater(Self::splat(TANH_IS_ONE), one, quotient)
         }
     }
 }
@@ -278,8 +282,11 @@ const TANH_NUMERATOR: [f32; 7] = [
 ];
 const TANH_DENOMINATOR: [f32; 4] = [2.448_661e-4, 2.422_276_3e-2, 4.635_583_8e-1, 1.0];
 
-/// The quotient of polynomials is 1 here, and past 1 beyond.
+/// The quotient of polynomials is nearly 1 here, and past 1 beyond.
 const TANH_LIMIT: f32 = 7.905_311;
+
+/// Beyond, 1 is the nearest f32.
+const TANH_IS_ONE: f32 = 9.02;
 
 /// All ones as f32, or 0.
 #[inline(always)]

@@ -1,0 +1,343 @@
+//! The path of a block of keys where a program has its say: scores become y, weights are hidden and dropped, and gradients of
+//! y become those of scores.
+
+use super::scratch::{QueryTile, Scratch};
+use super::tables::{OwnSums, Read, TableSums};
+use super::{BLOCK, Backward};
+use crate::device::cpu::kernels::{Backpropagate, Kernels, SIDE};
+use crate::device::cpu::program::{Cell, Dropped, Machine, ScoreProgram, Walk};
+use crate::device::cpu::team::Lines;
+use crate::plan::TableGradients;
+use crate::problem::Problem;
+use crate::program::Derivative;
+use crate::program::strip::{Code, Line};
+
+/// A program and its derivative, made ready for a problem.
+pub(super) struct BackwardProgram {
+    pub(super) scores: ScoreProgram,
+    /// y in place of scores, and its derivative; `None` where y is the score.
+    code: Option<Code>,
+    /// Gradients of y become those of scores, if those are not the same.
+    slope: Option<Line>,
+    /// Gradients of tables, and who reads them.
+    pub(super) sums: TableSums,
+    reads: Vec<Read>,
+}
+
+/// What a thread runs a program in.
+pub(super) struct Machines {
+    score: Option<Machine>,
+    mask: Option<Machine>,
+    dropped: Option<Dropped>,
+    pub(super) walk: Walk,
+    pub(super) own_sums: OwnSums,
+}
+
+impl BackwardProgram {
+    /// The program of a problem, if it has one.
+    /// Gradients of tables are zero, or have no address.
+    pub(super) fn new(
+        problem: &Problem,
+        derivative: Option<&Derivative>,
+        gradients: &TableGradients,
+        runs: usize,
+    ) -> Option<Self> {
+        let scores = ScoreProgram::new(problem, problem.softmax_scale())?;
+        let derivative = derivative.expect("a program that is run backward has one");
+        let expression = derivative.expression();
+        let sums = TableSums::new(derivative, &scores.tables, gradients, runs);
+        let mut roots = vec![scores.program.score(), derivative.score()];
+        if !sums.is_empty() {
+            for load in derivative.loads() {
+                roots.push(load.derivative);
+                roots.extend(expression.node(load.load).operands());
+            }
+        }
+        let code = (!scores.program.keeps_score()).then(|| Code::new(expression, &roots, true));
+        let slope = code.as_ref().filter(|_| !derivative.is_one());
+        Some(Self {
+            slope: slope.map(|code| Line::slope(code.roots[1])),
+            reads: code
+                .as_ref()
+                .map_or(Vec::new(), |code| sums.reads(derivative, &code.roots[2..])),
+            sums,
+            code,
+            scores,
+        })
+    }
+
+    /// Queries that are shown or hidden together: whole strips, and whole words of pairs.
+    pub(super) fn group(kernels: &Kernels) -> usize {
+        kernels
+            .strip_lanes
+            .next_multiple_of(if kernels.strip_lanes.is_multiple_of(SIDE) {
+                2 * SIDE
+            } else {
+                kernels.strip_lanes
+            })
+    }
+
+    /// The scale of y, or of scores that the program leaves as they are: of e and of 2.
+    fn scales(&self, problem: &Problem) -> [f32; 2] {
+        match self.code {
+            Some(_) => [1.0, std::f32::consts::LOG2_E],
+            None => [problem.softmax_scale(), problem.scale().log2],
+        }
+    }
+}
+
+impl Machines {
+    pub(super) fn new(backward: &Backward<'_>) -> Option<Self> {
+        let program = backward.program.as_ref()?;
+        let queries = backward.tiles.block_m as usize;
+        let machine = |code: &Option<Code>| {
+            let code = code.as_ref()?;
+            Some(Machine::new(code, backward.kernels, queries, BLOCK))
+        };
+        Some(Self {
+            score: machine(&program.code),
+            mask: machine(&program.scores.mask),
+            dropped: Dropped::new(&program.scores, backward.kernels, BLOCK),
+            walk: Walk::default(),
+            own_sums: program.sums.own_sums(),
+        })
+    }
+
+    /// Turns to a tile of queries and a run of keys.
+    pub(super) fn set_tile(
+        &mut self,
+        backward: &Backward<'_>,
+        program: &BackwardProgram,
+        (batch, head): (usize, usize),
+        [queries, keys]: [std::ops::Range<u32>; 2],
+    ) {
+        let (kernels, scores) = (backward.kernels, &program.scores);
+        for (machine, code) in [(&mut self.score, &program.code), (&mut self.mask, &scores.mask)] {
+            if let (Some(machine), Some(code)) = (machine, code) {
+                machine.set_head(code, kernels, scores, batch, head);
+                machine.set_queries(code, kernels, scores, queries.start);
+            }
+        }
+        if let Some(dropped) = &mut self.dropped {
+            dropped.set_head(batch, head);
+        }
+        let sizes = [BackwardProgram::group(kernels) as u32, BLOCK as u32];
+        self.walk.set(scores, (batch, head), [queries, keys], sizes);
+    }
+}
+
+impl Scratch {
+    /// A tile of queries passes the keys that it sees: adds to all gradients.
+    ///
+    /// # Safety
+    /// As for [`pass`](Self::pass); the machines are set to the tile.
+    pub(super) unsafe fn pass_scored(
+        &mut self,
+        backward: &Backward<'_>,
+        program: &BackwardProgram,
+        tile: QueryTile,
+        first_key: usize,
+        keys: usize,
+    ) {
+        let group = BackwardProgram::group(backward.kernels);
+        let mut machines = self.machines.take().expect("where there is a program");
+        let walk = std::mem::take(&mut machines.walk);
+        for (n, cells) in walk.within(0..u32::MAX) {
+            let first = n as usize * BLOCK - first_key;
+            let count = BLOCK.min(keys - first);
+            let shown = |cell: &Cell| *cell != Cell::Empty;
+            let begin = cells.iter().position(shown).unwrap_or(0);
+            let end = cells.iter().rposition(shown).map_or(0, |last| last + 1);
+            let first_lane = begin * group;
+            let tile = QueryTile {
+                first_lane,
+                lanes: (end * group).min(tile.lanes) - first_lane,
+                ..tile
+            };
+            let masked = cells[begin..end].iter().any(|cell| *cell != Cell::Full);
+            let first_of_head = (first_key + first) as u32;
+            for (machine, code) in [
+                (&mut machines.score, &program.code),
+                (&mut machines.mask, &program.scores.mask),
+            ] {
+                if let (Some(machine), Some(code)) = (machine, code) {
+                    machine.set_keys(code, backward.kernels, &program.scores, first_of_head);
+                }
+            }
+            // SAFETY: passed on to the caller; the block is one of the keys, padded as they are.
+            unsafe {
+                let machines = (program, &mut machines);
+                self.pass_block(backward, machines, tile, [first_key, first, count], masked);
+            }
+        }
+        machines.walk = walk;
+        self.machines = Some(machines);
+    }
+
+    /// Some lanes of a tile of queries pass a block of keys.
+    ///
+    /// # Safety
+    /// As for [`pass_scored`](Self::pass_scored).
+    unsafe fn pass_block(
+        &mut self,
+        backward: &Backward<'_>,
+        (program, machines): (&BackwardProgram, &mut Machines),
+        tile: QueryTile,
+        [first_key, first, count]: [usize; 3],
+        masked: bool,
+    ) {
+        let head_dim = backward.head_dim();
+        let pairs = backward.pairs.filter(|_| self.keys_fit && tile.fits);
+        let padded = count.next_multiple_of(backward.padding());
+        // SAFETY: passed on to the caller.
+        unsafe {
+            self.products(backward, pairs, tile, (first, padded));
+            let width = backward.kernels.strip_lanes;
+            for lane in (tile.first_lane..tile.first_lane + tile.lanes).step_by(width) {
+                self.score_strip(
+                    backward,
+                    (program, machines),
+                    (tile, lane),
+                    [first_key + first, count],
+                    masked,
+                );
+            }
+        }
+        self.clear_padding(backward, tile, count..padded);
+        let finite = |keys: &Lines| {
+            let block = &keys.as_slice()[first * head_dim..][..count * head_dim];
+            block.iter().fold(true, |all, x| all & x.is_finite())
+        };
+        if !masked || tile.finite && finite(&self.keys) && finite(&self.values) {
+            // SAFETY: as above.
+            unsafe {
+                match pairs {
+                    Some(pairs) => self.accumulate_pairs(backward, pairs, tile, first, padded),
+                    None => self.accumulate(backward, tile, first, padded),
+                }
+            }
+        } else {
+            // SAFETY: as above.
+            unsafe { self.accumulate_visible(backward, (program, machines), tile, [first, count]) };
+        }
+    }
+
+    /// S and dP of a strip become P, as it weighs values, and dS.
+    ///
+    /// # Safety
+    /// As for [`pass_scored`](Self::pass_scored).
+    unsafe fn score_strip(
+        &mut self,
+        backward: &Backward<'_>,
+        (program, machines): (&BackwardProgram, &mut Machines),
+        (tile, lane): (QueryTile, usize),
+        [first_key, keys]: [usize; 2],
+        masked: bool,
+    ) {
+        let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
+        let by = (kernels, &program.scores);
+        let scores = (self.probabilities.as_mut_ptr().wrapping_add(lane), stride);
+        let ds = (self.ds.as_mut_ptr().wrapping_add(lane), stride);
+        let [scale, scale_log2] = program.scales(backward.problem);
+        let mut mask = machines
+            .mask
+            .as_mut()
+            .zip(program.scores.mask.as_ref())
+            .filter(|_| masked);
+        // SAFETY: passed on to the caller; the strip is one of the tile's.
+        unsafe {
+            if let (Some(machine), Some(code)) = (&mut machines.score, &program.code) {
+                machine.run(&code.of_pairs.lines, by, lane, keys, scores);
+            }
+            if let Some((machine, code)) = &mut mask {
+                machine.run(&code.of_pairs.lines, by, lane, keys, scores);
+            }
+            if let Some(dropped) = &mut machines.dropped {
+                dropped.draw(kernels, [tile.first_row + lane, first_key], keys);
+                dropped.apply(kernels, keys, ds, true);
+            }
+            (kernels.backpropagate)(&Backpropagate {
+                keys,
+                lanes: kernels.strip_lanes,
+                scores: scores.0,
+                dp: ds.0,
+                stride,
+                visible: std::ptr::null(),
+                scale,
+                scale_log2,
+                origin: self.origins.as_ptr().wrapping_add(lane),
+                inverse_sum: match backward.tensors.statistics {
+                    Some(_) => self.inverse_sums.as_ptr().wrapping_add(lane),
+                    None => std::ptr::null(),
+                },
+                delta: self.delta.as_ptr().wrapping_add(lane),
+            });
+            if let Some(dropped) = &mut machines.dropped {
+                dropped.apply(kernels, keys, scores, true);
+            }
+            if let Some((machine, code)) = &mut mask {
+                let clear = [code.clear()];
+                machine.run(&clear, by, lane, keys, scores);
+                machine.run(&clear, by, lane, keys, ds);
+            }
+            if let Some(machine) = &mut machines.score {
+                let lanes = kernels.strip_lanes.min(tile.rows.saturating_sub(lane));
+                for read in &program.reads {
+                    let (own, sizes) = (&mut machines.own_sums, [keys, lanes]);
+                    program
+                        .sums
+                        .add(read, own, machine, lane, sizes, (ds.0.cast_const(), stride));
+                }
+            }
+            if let (Some(machine), Some(slope)) = (&mut machines.score, &program.slope) {
+                machine.run(std::slice::from_ref(slope), by, lane, keys, ds);
+            }
+        }
+    }
+
+    /// Zeroes P and dS of keys and queries that are not there.
+    fn clear_padding(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: std::ops::Range<usize>) {
+        let stride = backward.tiles.block_m as usize;
+        let lanes = tile.first_lane..tile.first_lane + tile.lanes;
+        for scores in [&mut self.probabilities, &mut self.ds] {
+            let rows = scores.as_mut_slice().chunks_mut(stride).take(keys.end).enumerate();
+            for (key, row) in rows {
+                let absent = if key < keys.start {
+                    lanes.start.max(tile.rows)
+                } else {
+                    lanes.start
+                };
+                if absent < lanes.end {
+                    row[absent..lanes.end].fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// Adds what a block of keys gives where something is not finite and may be hidden, pair by pair: 0 times infinity is
+    /// NaN, so what is hidden must not even be multiplied by 0.
+    ///
+    /// # Safety
+    /// As for [`pass_scored`](Self::pass_scored).
+    unsafe fn accumulate_visible(
+        &mut self,
+        backward: &Backward<'_>,
+        (program, machines): (&BackwardProgram, &mut Machines),
+        tile: QueryTile,
+        [first, keys]: [usize; 2],
+    ) {
+        let width = backward.kernels.strip_lanes;
+        for strip in (tile.first_lane..tile.first_lane + tile.lanes).step_by(width) {
+            let mut visible = vec![true; keys * width];
+            if let (Some(machine), Some(code)) = (&mut machines.mask, &program.scores.mask) {
+                // SAFETY: passed on to the caller.
+                visible = unsafe { machine.visible(code, (backward.kernels, &program.scores), strip, keys) };
+            }
+            let end = (strip + width).min(tile.rows);
+            let pairs = (0..keys).flat_map(|key| (strip..end).map(move |lane| (key, lane)));
+            for (key, lane) in pairs.filter(|(key, lane)| visible[key * width + lane - strip]) {
+                self.accumulate_pair(backward, lane, (first, key));
+            }
+        }
+    }
+}

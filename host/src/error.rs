@@ -573,6 +573,18 @@ pub enum ProgramError {
         high: i32,
     },
 
+    /// Lists of visible tiles reach past what there is.
+    BlockList {
+        /// `offsets` or `columns`.
+        list: &'static str,
+        /// The row of tiles.
+        row: usize,
+        /// The value that it has there.
+        value: usize,
+        /// The largest allowed.
+        limit: usize,
+    },
+
     /// The number of sinks is not the number of query heads.
     Sinks {
         /// Shape of the sinks.
@@ -616,6 +628,15 @@ impl fmt::Display for ProgramError {
             } => write!(
                 f,
                 "`{table}` has {size} entries on axis {axis}, the index reaches {low} ..= {high}"
+            ),
+            Self::BlockList {
+                list,
+                row,
+                value,
+                limit,
+            } => write!(
+                f,
+                "`{list}` has {value} for row {row}, expected rising numbers up to {limit}"
             ),
             Self::Sinks { shape, heads } => write!(
                 f,

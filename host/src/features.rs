@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::device::Device;
 use crate::element::{DataType, Element, Scalar};
 use crate::error::{Error, ProgramError};
 use crate::options::Attention;
-use crate::program::{Evaluator, Fragment, HostTable, Index, Score, Table, TableSource};
+use crate::problem::Problem;
+use crate::program::{
+    BlockMask, Coverage, Evaluator, Fragment, HostTable, Index, Program, Score, Sizes, Table, TableSource,
+};
 use crate::tensor::{Storage, Tensor};
 
 impl<T: Scalar, const RANK: usize> Table<T, RANK> {
@@ -96,6 +100,73 @@ impl Attention {
             }),
         };
         self.with(|parts| parts.masks.push(fragment))
+    }
+
+    /// Hides the pairs of tiles that a [`BlockMask`] leaves empty: block-sparse attention, as in FlashAttention (Dao et al., 2022).
+    /// The tiles become a table on `device`, which q is on.
+    ///
+    /// # Errors
+    /// The errors of [`Tensor::from_slice`].
+    pub fn block_mask(self, blocks: &BlockMask, device: &Device) -> Result<Self, Error> {
+        let ([batch, heads], [rows, columns]) = (blocks.batch_and_heads(), blocks.counts());
+        let visible: Vec<i32> = blocks
+            .tiles()
+            .iter()
+            .map(|&tile| i32::from(tile != Coverage::Empty))
+            .collect();
+        let table = source(
+            "block_mask",
+            &Tensor::from_slice(device, [batch, heads, rows, columns], &visible)?,
+        );
+        let size = |positions: usize| i32::try_from(positions).unwrap_or(i32::MAX);
+        let [block_m, block_n] = blocks.block().map(size);
+        let fragment = Fragment::mask(|at| {
+            let batch = if batch == 1 { at.first() } else { at.batch };
+            let head = if heads == 1 { at.first() } else { at.head };
+            Index::load(&table, &[batch, head, at.query / block_m, at.key / block_n], false).differs_from(0)
+        });
+        Ok(self.with(|parts| parts.masks.push(fragment)))
+    }
+
+    /// Which tiles of 64 queries and 64 keys the mask leaves empty, cuts, or fills, causal masks included.
+    ///
+    /// ```
+    /// # use flash_attention::{Attention, Device, Tensor};
+    /// let q = Tensor::from_slice(&Device::cpu(), [1, 1, 512, 8], &[0.5_f32; 512 * 8])?;
+    /// let blocks = Attention::new().window(64, 0).blocks(&q, &q)?;
+    /// println!("{blocks}"); // a picture
+    /// assert!(blocks.density() < 0.25);
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The errors of [`Problem::new`] for q and k, and those of reading tables.
+    pub fn blocks<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>) -> Result<BlockMask, Error> {
+        self.blocks_of(q, k, [64, 64])
+    }
+
+    /// [`blocks`](Self::blocks) in tiles of other sizes, queries and keys.
+    ///
+    /// # Errors
+    /// As for [`blocks`](Self::blocks), and [`Error::Program`] if a size is 0.
+    pub fn blocks_of<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, block: [usize; 2]) -> Result<BlockMask, Error> {
+        let problem = Problem::new(self, q.info(), k.info(), k.info(), None)?;
+        let evaluator = self.evaluator()?;
+        let (mut program, tables) = match &evaluator {
+            Some(evaluator) => (evaluator.program().clone(), evaluator.tables()),
+            None => (Program::identity(), &[][..]),
+        };
+        if self.is_causal() {
+            program = program.with_causal_mask();
+        }
+        let sizes = Sizes {
+            batch: problem.batch(),
+            heads_q: problem.heads_q(),
+            heads_kv: problem.heads_kv(),
+            seqlen_q: problem.seqlen_q() as usize,
+            seqlen_k: problem.seqlen_k() as usize,
+        };
+        BlockMask::of(&program, tables, sizes, block)
     }
 
     /// The program with what its tables hold, copied to the host, for the [oracle](crate::reference); `None` without a

@@ -93,7 +93,7 @@ impl<T: Element> Gradients<T> {
     /// Returns the gradient of a table that the score program reads, f32 with the shape of the table, if
     /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it. Tables of integers have no gradient.
     pub fn table<E: Scalar, const RANK: usize>(&self, table: &Table<E, RANK>) -> Option<&Tensor<f32>> {
-        self.of_source(table.source())
+        self.gradient_of(table.source())
     }
 
     /// The gradients of all float tables, in the order of [`Program::tables`](crate::program::Program::tables), that of the
@@ -102,7 +102,8 @@ impl<T: Element> Gradients<T> {
         self.tables.iter().map(|(_, gradient)| gradient)
     }
 
-    pub(crate) fn of_source(&self, source: &TableSource) -> Option<&Tensor<f32>> {
+    /// Gradient of a table as a program names it: [`table`](Self::table) for code that has no [`Table`].
+    pub fn gradient_of(&self, source: &TableSource) -> Option<&Tensor<f32>> {
         let (_, gradient) = self.tables.iter().find(|(table, _)| table == source)?;
         Some(gradient)
     }
@@ -129,9 +130,9 @@ impl<T: Element> Gradients<T> {
         if let Some(sinks) = program.sinks() {
             addresses.sinks = zeros(sinks)?;
         }
-        let at = |place: Option<usize>| self.of_source(&program.tables()[place?]).cloned();
+        let at = |place: Option<usize>| self.gradient_of(&program.tables()[place?]).cloned();
         let (bias, alibi_slopes) = (at(program.bias()), at(program.alibi_slopes()));
-        self.sinks = program.sinks().and_then(|sinks| self.of_source(sinks)).cloned();
+        self.sinks = program.sinks().and_then(|sinks| self.gradient_of(sinks)).cloned();
         (self.bias, self.alibi_slopes) = (bias, alibi_slopes);
         Ok(addresses)
     }

@@ -197,7 +197,8 @@ impl Case {
 
     /// Returns the sizes and options for the reference.
     pub fn dims(&self) -> Dims {
-        Dims::new(&self.attention, self.q, self.kv)
+        let program = self.attention.evaluator().expect("a program that the device took");
+        Dims::with_program(&self.attention, self.q, self.kv, program)
     }
 }
 

@@ -18,6 +18,7 @@ mod gradients;
 pub mod house;
 mod layout;
 pub mod micro;
+pub mod programs;
 pub mod refusals;
 
 pub use case::{Case, Inputs, Outcome};

@@ -8,6 +8,7 @@
 //! A program knows no device and no kernel: the CPU evaluates its [`Expression`] over strips of scores, for a GPU it is
 //! printed as PTX, and the oracle evaluates it by scalars in f64.
 
+mod blocks;
 mod closure;
 mod compose;
 mod derive;
@@ -19,6 +20,7 @@ pub(crate) mod named;
 pub(crate) mod strip;
 mod table;
 
+pub use blocks::{BlockMask, Coverage, Sizes};
 pub use closure::{At, Index, Operand, Readable, Score, Truth};
 pub(crate) use compose::{Fragment, Parts};
 pub use compose::{MAX_CONSTANTS, MAX_NODES, MAX_TABLES};
@@ -63,6 +65,22 @@ pub enum Constant {
 }
 
 impl Program {
+    /// The program that leaves scores as they are and shows every pair.
+    pub(crate) fn identity() -> Self {
+        let mut expression = Expression::default();
+        Self {
+            score: expression.add(Node::Score),
+            expression,
+            mask: None,
+            constants: Vec::new(),
+            tables: Vec::new(),
+            bias: None,
+            alibi_slopes: None,
+            sinks: None,
+            dropout: None,
+        }
+    }
+
     /// The operations of score and mask, in one graph.
     pub fn expression(&self) -> &Expression {
         &self.expression

@@ -13,6 +13,7 @@ mod emulator;
 mod plan;
 mod problem;
 mod program;
+mod program_blocks;
 mod program_tables;
 mod progress;
 mod reference;

@@ -19,3 +19,4 @@ mod numbers;
 mod plan;
 mod properties;
 mod ptx_contract;
+mod random_programs;

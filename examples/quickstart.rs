@@ -15,7 +15,7 @@ use flash_attention::half::{bf16, f16};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Plan, Progress, Tensor};
 use flash_attention_examples::command_line::{first_paragraph, refuse};
-use flash_attention_examples::{Accuracy, AttentionFile, Failure, Stored, write_output};
+use flash_attention_examples::{Accuracy, AttentionFile, Failure, Features, Stored, Written, write_output};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Runs attention, and with --backward its gradients, over q, k and v of a file. Compares with the answers stored in
@@ -32,13 +32,15 @@ struct Options {
     /// Element type to compute with
     #[arg(long, value_enum, default_value_t = ElementType::F32)]
     dtype: ElementType,
-    /// Let each query see only the keys up to its own position
+    #[command(flatten)]
+    features: Features,
+    /// Print a picture of the mask
     #[arg(long)]
-    causal: bool,
+    show_mask: bool,
     /// Compute the gradients of q, k and v too; the file must have dout, the gradient of out
     #[arg(long)]
     backward: bool,
-    /// Write out and lse to this file, and dq, dk and dv if there are any
+    /// Write out and lse to this file, all gradients if there are any, and dropout's mask `keep` if there is one
     #[arg(long, value_name = "FILE.safetensors")]
     output: Option<PathBuf>,
 }
@@ -85,12 +87,16 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
         file.v.upload::<T>(&device)?,
     ];
     let dout = dout.map(|dout| dout.upload::<T>(&device)).transpose()?;
-    let attention = attention(options, &file);
+    let attention = options.features.add_to(scaled(&file), &file, &device)?;
     let plan = attention.plan(&q, &k, &v)?;
 
     let mut print = std::io::stdout().lock();
     writeln!(print, "input     {}", path.display())?;
     writeln!(print, "device    {device} ({})", device.name())?;
+    if options.show_mask {
+        let tile = [q.shape()[2], k.shape()[2]].map(picture_tile);
+        writeln!(print, "mask      {}", attention.blocks_of(&q, &k, tile)?)?;
+    }
     let output = measured(&device, &plan, &mut print, |bar| {
         let attention = attention.clone().on_progress(|progress| bar.show(progress));
         attention.forward(&q, &k, &v)
@@ -106,12 +112,18 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
         None => None,
     };
     if let Some(path) = &options.output {
-        write_output(path, &output, gradients.as_ref(), plan.problem().softmax_scale())?;
+        let written = Written {
+            output: &output,
+            gradients: gradients.as_ref(),
+            keep: options.features.keep(&file),
+            softmax_scale: plan.problem().softmax_scale(),
+        };
+        write_output(path, &written)?;
         writeln!(print, "written   {}", path.display())?;
     }
 
     let shape = |tensor: &Tensor<T>| <[usize; 4]>::try_from(tensor.shape()).expect("the forward pass took it");
-    let dims = Dims::new(&attention, shape(&q), shape(&k));
+    let dims = Dims::with_program(&attention, shape(&q), shape(&k), attention.evaluator()?);
     let out_passes = compare(options, &file, &dims, &output, &mut print)?;
     let gradients_pass = match &gradients {
         Some(gradients) => compare_gradients(options, &file, &dims, gradients, &mut print)?,
@@ -153,12 +165,17 @@ fn measured<R>(
     Ok(result)
 }
 
-fn attention(options: &Options, file: &AttentionFile) -> Attention {
-    let attention = match file.softmax_scale {
+/// Returns full attention with the scale of a file.
+fn scaled(file: &AttentionFile) -> Attention {
+    match file.softmax_scale {
         Some(scale) => Attention::new().softmax_scale(scale),
         None => Attention::new(),
-    };
-    if options.causal { attention.causal() } else { attention }
+    }
+}
+
+/// Tiles of pictures have so many queries and keys, that a short sequence has some tiles and a long one not too many.
+fn picture_tile(seqlen: usize) -> usize {
+    seqlen.div_ceil(64).next_power_of_two()
 }
 
 /// Checks that a file can be written, and leaves it unchanged.
@@ -177,7 +194,7 @@ fn compare<T: Element>(
     output: &Output<T>,
     print: &mut impl Write,
 ) -> Result<bool, Failure> {
-    let (Some(right_out), Some(right_lse), false) = (&file.out, &file.lse, options.causal) else {
+    let (Some(right_out), Some(right_lse), false) = (&file.out, &file.lse, !options.features.is_empty()) else {
         return not_compared(options, "answer", "out and lse", print);
     };
     let inputs = [&file.q, &file.k, &file.v];
@@ -200,7 +217,9 @@ fn compare_gradients<T: Element>(
     gradients: &Gradients<T>,
     print: &mut impl Write,
 ) -> Result<bool, Failure> {
-    let ([Some(dq), Some(dk), Some(dv)], Some(dout), false) = (&file.gradients, &file.dout, options.causal) else {
+    let ([Some(dq), Some(dk), Some(dv)], Some(dout), false) =
+        (&file.gradients, &file.dout, !options.features.is_empty())
+    else {
         return not_compared(options, "gradients", "dq, dk and dv", print);
     };
     let inputs = [&file.q, &file.k, &file.v, dout];
@@ -220,7 +239,7 @@ fn compare_gradients<T: Element>(
 
 /// Prints why there is nothing to compare with, which is no failure.
 fn not_compared(options: &Options, what: &str, missing: &str, print: &mut impl Write) -> Result<bool, Failure> {
-    let reason = if options.causal {
+    let reason = if !options.features.is_empty() {
         "the stored one is for full attention".to_owned()
     } else {
         format!("the file stores no {missing}")

@@ -1,12 +1,12 @@
 //! Attention inputs and outputs as safetensors files.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Device, Dtype, Element, Gradients, Output, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::Failure;
 
@@ -29,6 +29,10 @@ pub struct AttentionFile {
     pub gradients: [Option<Stored>; 3],
     /// `softmax_scale` of the file's metadata.
     pub softmax_scale: Option<f32>,
+    /// The whole file, for the tensors that options name.
+    bytes: Vec<u8>,
+    /// Path of the file, for messages.
+    path: PathBuf,
 }
 
 /// A tensor of a file. Files hold f16, bf16 or f32, each of which is exact in f32.
@@ -79,9 +83,60 @@ impl AttentionFile {
                 .map(|text| text.parse())
                 .transpose()
                 .map_err(|_| failed(format!("softmax_scale is {scale:?}, expected a number")))?,
+            path: path.to_owned(),
+            bytes: Vec::new(),
         };
+        let file = Self { bytes, ..file };
         file.check_answer().map_err(failed)?;
         Ok(file)
+    }
+
+    /// Returns a tensor of floats that an option takes.
+    ///
+    /// # Errors
+    /// A sentence if the file has no such tensor, or one of another type.
+    pub fn floats(&self, name: &str, option: &str) -> Result<Stored, Failure> {
+        self.tensor(name, option, |view| Stored::read(name, view))
+    }
+
+    /// Returns shape and elements of a tensor of i32 that an option takes.
+    ///
+    /// # Errors
+    /// A sentence if the file has no such tensor, or one of another type.
+    pub fn integers(&self, name: &str, option: &str) -> Result<(Vec<usize>, Vec<i32>), Failure> {
+        self.tensor(name, option, |view| match view.dtype() {
+            safetensors::Dtype::I32 => {
+                let of = |chunk: &[u8]| i32::read_from_bytes(chunk).expect("a chunk is an element");
+                Ok((view.shape().to_vec(), view.data().chunks_exact(4).map(of).collect()))
+            }
+            other => Err(format!("`{name}` has dtype {other:?}, expected I32")),
+        })
+    }
+
+    /// Returns shape and elements of a tensor of u8 that an option takes: 1 is true, 0 false.
+    ///
+    /// # Errors
+    /// A sentence if the file has no such tensor, or one of another type.
+    pub fn flags(&self, name: &str, option: &str) -> Result<(Vec<usize>, Vec<bool>), Failure> {
+        self.tensor(name, option, |view| match view.dtype() {
+            safetensors::Dtype::U8 | safetensors::Dtype::BOOL => {
+                Ok((view.shape().to_vec(), view.data().iter().map(|&x| x != 0).collect()))
+            }
+            other => Err(format!("`{name}` has dtype {other:?}, expected U8")),
+        })
+    }
+
+    fn tensor<R>(
+        &self,
+        name: &str,
+        option: &str,
+        read: impl FnOnce(&TensorView<'_>) -> Result<R, String>,
+    ) -> Result<R, Failure> {
+        let failed = |what: String| Failure(format!("{}: {what}", self.path.display()));
+        let tensors = SafeTensors::deserialize(&self.bytes).map_err(|error| failed(error.to_string()))?;
+        let view = tensors.tensor(name);
+        let view = view.map_err(|_| failed(format!("no tensor `{name}`, which {option} needs")))?;
+        read(&view).map_err(failed)
     }
 
     /// Checks that the answer and the inputs of backward have the shapes that attention over these inputs gives.
@@ -149,16 +204,31 @@ impl Stored {
     }
 }
 
-/// Writes out and lse, the softmax scale, and dq, dk and dv if there are gradients.
+/// What a file of results holds.
+#[derive(Debug)]
+pub struct Written<'a, T: Element> {
+    /// Results of forward.
+    pub output: &'a Output<T>,
+    /// Results of backward, those of bias, sinks and slopes included.
+    pub gradients: Option<&'a Gradients<T>>,
+    /// Shape and elements of dropout's keep mask.
+    pub keep: Option<([usize; 4], Vec<u8>)>,
+    /// The scale of scores.
+    pub softmax_scale: f32,
+}
+
+/// Writes out and lse, the softmax scale, dq, dk, dv, `dbias`, `dsinks` and `dalibi_slopes` if there are such gradients, and
+/// `keep` if there is dropout.
 ///
 /// # Errors
 /// A sentence if the device fails or the file cannot be written.
-pub fn write_output<T: Element>(
-    path: &Path,
-    output: &Output<T>,
-    gradients: Option<&Gradients<T>>,
-    softmax_scale: f32,
-) -> Result<(), Failure> {
+pub fn write_output<T: Element>(path: &Path, written: &Written<'_, T>) -> Result<(), Failure> {
+    let Written {
+        output,
+        gradients,
+        keep,
+        softmax_scale,
+    } = written;
     let failed = |what: String| Failure(format!("{}: {what}", path.display()));
     let mut rows = vec![("out", &output.out)];
     rows.extend(gradients.map_or(Vec::new(), |g| vec![("dq", &g.dq), ("dk", &g.dk), ("dv", &g.dv)]));
@@ -169,6 +239,19 @@ pub fn write_output<T: Element>(
         output.lse.shape(),
         lse.as_bytes().to_vec(),
     )];
+    let of_tables = gradients.iter().flat_map(|gradients| {
+        let of = [&gradients.bias, &gradients.sinks, &gradients.alibi_slopes];
+        ["dbias", "dsinks", "dalibi_slopes"].into_iter().zip(of)
+    });
+    for (name, gradient) in of_tables {
+        if let Some(gradient) = gradient {
+            let bytes = gradient.to_vec()?.as_bytes().to_vec();
+            contents.push((name, safetensors::Dtype::F32, gradient.shape(), bytes));
+        }
+    }
+    if let Some((shape, mask)) = keep {
+        contents.push(("keep", safetensors::Dtype::U8, shape, mask.clone()));
+    }
     let dtype = match T::DTYPE {
         Dtype::F32 => safetensors::Dtype::F32,
         Dtype::F16 => safetensors::Dtype::F16,

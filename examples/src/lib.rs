@@ -3,12 +3,14 @@
 
 mod accuracy;
 pub mod command_line;
+mod features;
 mod file;
 pub mod traffic;
 pub mod train;
 
 pub use accuracy::Accuracy;
-pub use file::{AttentionFile, Stored, write_output};
+pub use features::Features;
+pub use file::{AttentionFile, Stored, Written, write_output};
 
 /// The reason why an example stopped: one sentence.
 #[derive(Debug)]

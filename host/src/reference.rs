@@ -276,6 +276,31 @@ pub fn backward_with_tables(
     dout: &[f64],
     of_tables: bool,
 ) -> AllGradients<f64> {
+    gradients(dims, [q, k, v], None, dout, of_tables)
+}
+
+/// [`backward_with_tables`] from an output that was rounded: delta is the sum of `dout * out` over it, as everyone has it who
+/// keeps no weights. What a backward pass is given, and so may be judged by.
+///
+/// # Panics
+/// If a slice is shorter than its shape, or the program has no derivative.
+pub fn backward_from(
+    dims: &Dims,
+    [q, k, v]: [&[f64]; 3],
+    out: &[f64],
+    dout: &[f64],
+    of_tables: bool,
+) -> AllGradients<f64> {
+    gradients(dims, [q, k, v], Some(out), dout, of_tables)
+}
+
+fn gradients(
+    dims: &Dims,
+    [q, k, v]: [&[f64]; 3],
+    out: Option<&[f64]>,
+    dout: &[f64],
+    of_tables: bool,
+) -> AllGradients<f64> {
     let (scale, head_dim) = (f64::from(dims.softmax_scale), dims.head_dim);
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|tensor| vec![0.0; tensor.len()]);
@@ -287,7 +312,10 @@ pub fn backward_with_tables(
         let Softmax { probabilities: p, lse } = Softmax::new(&taken, query.sink, dims.program.is_some());
         let of_pairs = query.values.iter().zip(&query.kept);
         let dp: Vec<f64> = of_pairs.map(|(value, kept)| kept * dot(dout, value)).collect();
-        let delta = dot(&p, &dp); // which is dot(dout, out)
+        let delta = match out {
+            Some(out) => dot(dout, &out[query.row * head_dim..][..head_dim]),
+            None => dot(&p, &dp),
+        };
         if let Some(sink) = query.sink {
             dsinks[query.heads % dims.heads_q] -= (sink - lse).exp() * delta;
         }

@@ -1,5 +1,6 @@
 //! Tests that run the example programs as a user does.
 
 mod quickstart;
+mod quickstart_features;
 mod traffic;
 mod train;

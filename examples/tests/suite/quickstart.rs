@@ -8,7 +8,7 @@ use flash_attention_examples::AttentionFile;
 use safetensors::{Dtype, tensor::TensorView};
 
 /// Runs the built example, which lies beside the folder of this test program.
-fn quickstart(arguments: &[&str]) -> Output {
+pub fn quickstart(arguments: &[&str]) -> Output {
     quickstart_with(&[], arguments)
 }
 
@@ -29,13 +29,13 @@ fn quickstart_with(environment: &[(&str, &str)], arguments: &[&str]) -> Output {
     })
 }
 
-fn printed(output: &Output) -> String {
+pub fn printed(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Runs with arguments that must be refused: status 2, nothing on standard output, and one sentence, which is
 /// returned.
-fn refused(arguments: &[&str]) -> String {
+pub fn refused(arguments: &[&str]) -> String {
     let output = quickstart(arguments);
     let sentence = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {sentence}");
@@ -45,14 +45,14 @@ fn refused(arguments: &[&str]) -> String {
 }
 
 /// A file of this test, removed when the value is dropped.
-struct Scratch(PathBuf);
+pub struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         Self(std::env::temp_dir().join(format!("flash-attention-{}-{name}", std::process::id())))
     }
 
-    fn with(name: &str, tensors: &[(&str, Dtype, &[usize])]) -> Self {
+    pub fn with(name: &str, tensors: &[(&str, Dtype, &[usize])]) -> Self {
         let scratch = Self::new(name);
         let zeros = vec![0_u8; 1 << 16];
         let views = tensors.iter().map(|&(name, dtype, shape)| {
@@ -65,7 +65,7 @@ impl Scratch {
         scratch
     }
 
-    fn path(&self) -> &str {
+    pub fn path(&self) -> &str {
         self.0.to_str().expect("a path of letters")
     }
 }

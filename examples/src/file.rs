@@ -204,7 +204,7 @@ impl Stored {
     }
 }
 
-/// What a file of results holds.
+/// Content of a file of results.
 #[derive(Debug)]
 pub struct Written<'a, T: Element> {
     /// Results of forward.

@@ -128,7 +128,7 @@ impl Attention {
         Ok(self.with(|parts| parts.masks.push(fragment)))
     }
 
-    /// Which tiles of 64 queries and 64 keys the mask leaves empty, cuts, or fills, causal masks included.
+    /// Finds the tiles of 64 queries and 64 keys that the mask leaves empty, cuts, or fills, causal masks included.
     ///
     /// ```
     /// # use flash_attention::{Attention, Device, Tensor};
@@ -148,7 +148,7 @@ impl Attention {
     /// [`blocks`](Self::blocks) in tiles of other sizes, queries and keys.
     ///
     /// # Errors
-    /// As for [`blocks`](Self::blocks), and [`Error::Program`] if a size is 0.
+    /// The errors of [`blocks`](Self::blocks), and [`Error::Program`] if a size is 0.
     pub fn blocks_of<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, block: [usize; 2]) -> Result<BlockMask, Error> {
         let problem = Problem::new(self, q.info(), k.info(), k.info(), None)?;
         let evaluator = self.evaluator()?;

@@ -20,8 +20,8 @@ pub struct Attention {
     deterministic: bool,
     arch: Option<Arch>,
     table_gradients: bool,
-    parts: Parts,
-    /// What the parts make, or why they make none.
+    parts: Arc<Parts>,
+    /// Program that the parts make, or the reason why they make none.
     program: Result<Option<Arc<Program>>, ProgramError>,
 }
 
@@ -33,7 +33,7 @@ impl Default for Attention {
             deterministic: false,
             arch: None,
             table_gradients: false,
-            parts: Parts::default(),
+            parts: Arc::default(),
             program: Ok(None),
         }
     }
@@ -124,7 +124,7 @@ impl Attention {
 
     /// Drops weights: each is 0 with probability p, else divided by 1 - p, after normalisation. `p` is at least 0 and below 1.
     ///
-    /// Which are dropped is a pure function of the seed, batch, head, query and key, the same on every device:
+    /// The choice of dropped weights is a pure function of the seed, batch, head, query and key, the same on every device:
     /// [`program::dropout`](crate::program::dropout) has it. Backward takes the same attention. A training step wants another
     /// seed each time, which is a parameter.
     #[must_use]
@@ -150,14 +150,14 @@ impl Attention {
         self.table_gradients
     }
 
-    /// The same attention with other features.
+    /// Changes features of this attention.
     pub(crate) fn with(mut self, change: impl FnOnce(&mut Parts)) -> Self {
-        change(&mut self.parts);
+        change(Arc::make_mut(&mut self.parts));
         self.program = self.parts.compose();
         self
     }
 
-    /// What the features of scores and masks make together; `None` without any.
+    /// Program that the features of scores and masks make together; `None` without any.
     ///
     /// # Errors
     /// [`ProgramError`] says what is wrong with one of them.

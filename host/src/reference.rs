@@ -31,7 +31,7 @@ pub struct Dims {
     pub causal: bool,
     /// What scores are multiplied by before the softmax.
     pub softmax_scale: f32,
-    /// What happens to scores then, and what hides pairs beside the causal mask.
+    /// Score program: changes scores after that, and hides pairs beside the causal mask.
     pub program: Option<Evaluator>,
 }
 
@@ -113,7 +113,7 @@ impl Dims {
         (self.program.as_ref()).is_some_and(|program| program.program().sinks().is_some())
     }
 
-    /// What a pair's weight is multiplied by after normalisation: 1 without dropout, else 0 or `1 / (1 - p)`.
+    /// Factor of a pair's weight after normalisation: 1 without dropout, else 0 or `1 / (1 - p)`.
     fn kept(&self, pair: &Pair) -> f64 {
         let dropout = self.program.as_ref().and_then(|program| program.program().dropout());
         dropout.map_or(1.0, |dropout| {
@@ -125,7 +125,7 @@ impl Dims {
         })
     }
 
-    /// What the softmax takes of a scaled score; each number on the way passes through `round`.
+    /// Computes the score that the softmax takes from a scaled one; each intermediate number passes through `round`.
     fn score(&self, pair: &Pair, score: f64, round: impl Fn(f64) -> f64) -> f64 {
         match &self.program {
             Some(program) => program.score(pair, score, round),
@@ -136,9 +136,9 @@ impl Dims {
 
 /// One query and what it sees.
 struct Query<'a, T> {
-    /// Its row in q, out and their gradients, all heads counted.
+    /// Row in q, out and their gradients, all heads counted.
     row: usize,
-    /// Its head, all batches counted.
+    /// Head, all batches counted.
     heads: usize,
     /// The row of its head's first key in k, v and their gradients, all heads counted.
     first_key: usize,
@@ -147,7 +147,7 @@ struct Query<'a, T> {
     q: &'a [T],
     /// The pairs that it is in, with the keys and values of each.
     pairs: Vec<Pair>,
-    /// What dropout multiplies the weight of each pair by.
+    /// Factor of the weight of each pair under dropout.
     kept: Vec<f64>,
     keys: Vec<&'a [T]>,
     values: Vec<&'a [T]>,
@@ -468,7 +468,7 @@ struct Probabilities {
     scaled: Vec<f32>,
     /// One probability a pair.
     weights: Vec<f32>,
-    /// What dropout leaves of them.
+    /// Probabilities after dropout.
     kept: Vec<f32>,
     /// The probability of the sink.
     of_sink: f32,

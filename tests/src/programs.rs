@@ -376,7 +376,7 @@ pub fn trees() -> impl Strategy<Value = Trees> {
         .prop_map(|(scores, masks)| Trees { scores, masks })
 }
 
-/// Which passes a device runs of an attention: those that it does not refuse as unsupported.
+/// Passes that a device runs of an attention, those that it does not refuse as unsupported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Supported {
     /// The forward pass.

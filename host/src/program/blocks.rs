@@ -1,4 +1,4 @@
-//! [`BlockMask`]: which tiles of (query, key) pairs a mask leaves empty, cuts, or fills.
+//! [`BlockMask`]: the tiles of (query, key) pairs that a mask leaves empty, cuts, or fills.
 //!
 //! Found from a program by intervals, which is exact for causal masks, windows, prefixes and their combinations, and never
 //! wrong: a tile that is in doubt is partial. Or given from outside, as the block-sparse attention of the first
@@ -14,7 +14,7 @@ use crate::error::{Error, ProgramError};
 /// Most tiles along an axis of a picture.
 const PICTURE: usize = 64;
 
-/// What a mask leaves of a tile.
+/// Visible share of a tile under a mask: none, some or all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Coverage {
     /// No pair is visible: the tile is skipped.

@@ -33,7 +33,7 @@ pub struct Index<'g>(Traced<'g>);
 #[derive(Clone, Copy)]
 pub struct Truth<'g>(Traced<'g>);
 
-/// Where the pair lies that a closure is asked about. Positions count from the first query and key of their own sequence.
+/// Coordinates of the pair that a closure is asked about. Positions count from the first query and key of their own sequence.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct At<'g> {
@@ -125,14 +125,14 @@ impl<'g> Traced<'g> {
 }
 
 impl Fragment {
-    /// What a closure makes of a score.
+    /// Traces a closure that changes a score.
     pub(crate) fn score(f: impl for<'g> FnOnce(Score<'g>, At<'g>) -> Score<'g>) -> Self {
         let graph = RefCell::default();
         let root = f(Score(Traced::new(&graph, Node::Score)), at(&graph)).0.node;
         graph.into_inner().finish(root)
     }
 
-    /// Which pairs a closure lets see.
+    /// Traces a closure that says if a pair is visible.
     pub(crate) fn mask(f: impl for<'g> FnOnce(At<'g>) -> Truth<'g>) -> Self {
         let graph = RefCell::default();
         let root = f(at(&graph)).0.node;
@@ -155,7 +155,7 @@ fn at(graph: &RefCell<Fragment>) -> At<'_> {
 
 /// Elements of tables, and what they are read as: f32, f16 and bf16 as [`Score`]s, i32 and u32 as [`Index`]es.
 pub trait Readable: Scalar {
-    /// What an element is read as.
+    /// Type of the value that an element is read as.
     type Value<'g>;
 
     #[doc(hidden)]
@@ -169,7 +169,7 @@ mod sealed {
     pub trait Traceable<'g>: Copy {
         /// The value's type.
         type Value: Wrapped<'g>;
-        /// Its node.
+        /// Node of the value.
         fn trace(self, graph: &'g RefCell<Fragment>) -> Traced<'g>;
     }
 
@@ -182,7 +182,7 @@ mod sealed {
 
 use sealed::{Traceable, Wrapped};
 
-/// What stands for a value of a graph: [`Score`], [`Index`] or [`Truth`] itself, or a number (f32 for a score, i32 for an
+/// Operand that stands for a value of a graph: [`Score`], [`Index`] or [`Truth`] itself, or a number (f32 for a score, i32 for an
 /// index), which becomes a parameter.
 pub trait Operand<'g>: Traceable<'g> {}
 
@@ -455,7 +455,7 @@ macro_rules! ordered {
 ordered! { Score Index }
 
 impl<'g> Score<'g> {
-    /// What a table holds; the indices are as many as its axes.
+    /// Reads an element of a table, with one index per axis.
     pub(crate) fn load(source: &TableSource, indices: &[Index<'g>], clamped: bool) -> Self {
         Self(Traced::load(source, indices, clamped))
     }
@@ -467,12 +467,12 @@ impl<'g> Score<'g> {
 }
 
 impl<'g> Index<'g> {
-    /// What a table holds; the indices are as many as its axes.
+    /// Reads an element of a table, with one index per axis.
     pub(crate) fn load(source: &TableSource, indices: &[Index<'g>], clamped: bool) -> Self {
         Self(Traced::load(source, indices, clamped))
     }
 
-    /// The same number as a score, rounded to the nearest f32 beyond 24 bits.
+    /// Number as a score, rounded to the nearest f32 beyond 24 bits.
     pub fn to_score(self) -> Score<'g> {
         Score(self.0.unary(Unary::ToScore))
     }

@@ -1,4 +1,4 @@
-//! Dropout of weights: which are dropped, by a generator that is a pure function of where a pair lies.
+//! Dropout of weights. The random numbers are a pure function of the seed and of the place of a pair.
 //!
 //! Philox-4x32 with 7 rounds (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011) turns a counter of four
 //! words and a key of two into four random words. The counter is (query group, key group, head, batch), the key is the seed.
@@ -12,7 +12,7 @@ pub const ROUNDS: usize = 7;
 /// Factors of the generator, of its words 0 and 2.
 pub const FACTORS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];
 
-/// What the words of the key grow by from round to round.
+/// Increments of the two words of the key from round to round.
 pub const WEYL: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
 
 /// Dropout of weights: each is 0 with a probability p, else divided by 1 - p, after normalisation.
@@ -30,7 +30,7 @@ impl Dropout {
         (f64::from(self.probability) * 4_294_967_296.0).round() as u32 // saturates
     }
 
-    /// What kept weights are multiplied by, `1 / (1 - p)`.
+    /// Factor of kept weights, `1 / (1 - p)`.
     pub fn factor(&self) -> f32 {
         (1.0 / (1.0 - f64::from(self.probability))) as f32
     }
@@ -63,7 +63,7 @@ pub const fn group(position: u32) -> u32 {
     position / 16 * 8 + position % 8
 }
 
-/// Which of the four words of its group decides of a pair.
+/// Index of the random word of its group that decides about a pair.
 pub const fn word(query: u32, key: u32) -> usize {
     (query / 8 % 2 * 2 + key / 8 % 2) as usize
 }

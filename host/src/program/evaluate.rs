@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::expression::{Binary, Comparison, Coordinate, Expression, Indices, Node, NodeId, Unary};
 use super::{Constant, Program};
 
-/// Where a pair lies, by the coordinates that programs have.
+/// Place of a pair, in the coordinates that programs have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are the coordinates of `At`")]
 pub struct Pair {
@@ -45,20 +45,20 @@ pub struct Evaluator {
 /// A table's content.
 #[derive(Clone, Debug)]
 pub struct HostTable {
-    /// Its size along each axis.
+    /// Size along each axis.
     pub shape: Vec<usize>,
-    /// Its elements, the last axis fastest. Integers are exact.
+    /// Elements in row-major order. Integers are exact.
     pub values: Vec<f64>,
 }
 
 /// The value of a node.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value {
-    /// Of a score.
+    /// Value of a score.
     Score(f64),
-    /// Of an index.
+    /// Value of an index.
     Index(i32),
-    /// Of a truth.
+    /// Value of a truth.
     Truth(bool),
 }
 
@@ -125,7 +125,7 @@ impl Evaluator {
         self.sinks.as_ref().map(|sinks| sinks[head])
     }
 
-    /// What the tables hold.
+    /// Contents of the tables.
     pub fn tables(&self) -> &[HostTable] {
         &self.tables
     }
@@ -136,7 +136,7 @@ impl Evaluator {
         self.run(self.program.expression(), &self.needed[1], pair, 0.0, |x| x)[mask.index()].truth()
     }
 
-    /// What the program makes of a visible pair's score; each number on the way passes through `round`.
+    /// Computes the program's score of a visible pair; each intermediate number passes through `round`.
     pub fn score(&self, pair: &Pair, score: f64, round: impl Fn(f64) -> f64) -> f64 {
         let values = self.run(self.program.expression(), &self.needed[0], pair, score, round);
         values[self.program.score().index()].score()

@@ -35,7 +35,7 @@ impl NodeId {
     }
 }
 
-/// Where a (query, key) pair lies. Positions count from the first query and key of their own sequence.
+/// Coordinate of a (query, key) pair. Positions count from the first query and key of their own sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Coordinate {
     /// The sequence in its batch.
@@ -66,7 +66,7 @@ impl Coordinate {
         Self::SeqlenK,
     ];
 
-    /// What it changes with.
+    /// Returns the set of coordinates that it depends on.
     fn dependence(self) -> Dependence {
         match self {
             Self::Batch | Self::SeqlenQ | Self::SeqlenK => Dependence::BATCH,
@@ -246,7 +246,7 @@ impl Node {
         }
     }
 
-    /// The same operation on other operands.
+    /// Returns this operation on other operands.
     pub(super) fn map(self, mut f: impl FnMut(NodeId) -> NodeId) -> Self {
         match self {
             Self::Score
@@ -272,7 +272,7 @@ impl Node {
     }
 }
 
-/// What a value changes with: a set, printed as its letters.
+/// Set of the coordinates that a value depends on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Dependence(u8);
 
@@ -314,7 +314,7 @@ pub const fn read_as(element: DataType) -> Type {
     if element.is_float() { Type::Score } else { Type::Index }
 }
 
-/// What the operations know of a table. Its address, sizes and strides are the program's.
+/// Type of a table in operations. Its address, sizes and strides belong to the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TableType {
     /// Element type.
@@ -324,7 +324,7 @@ pub struct TableType {
 }
 
 /// Operations in an order in which each comes after its operands, each once.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Expression {
     nodes: Vec<Node>,
     types: Vec<Type>,
@@ -359,7 +359,7 @@ impl Expression {
         self.types[id.index()]
     }
 
-    /// What a node's value changes with.
+    /// Returns the coordinates that a node's value depends on.
     pub fn dependence(&self, id: NodeId) -> Dependence {
         self.dependences[id.index()]
     }
@@ -436,6 +436,13 @@ impl PartialEq for Expression {
 }
 
 impl Eq for Expression {}
+
+/// The operations in order.
+impl std::fmt::Debug for Expression {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.nodes).finish()
+    }
+}
 
 impl Hash for Expression {
     fn hash<H: Hasher>(&self, state: &mut H) {

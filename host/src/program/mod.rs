@@ -58,9 +58,9 @@ pub struct Program {
 /// The value of a parameter: a number that may change from call to call without new code.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Constant {
-    /// Of a parameter that is a score.
+    /// Value of a parameter that is a score.
     Score(f32),
-    /// Of a parameter that is an index.
+    /// Value of a parameter that is an index.
     Index(i32),
 }
 
@@ -185,7 +185,7 @@ impl Program {
         Ok(())
     }
 
-    /// The same program with a causal mask in its mask: a query sees key j only if
+    /// Adds a causal mask to the program's mask: a query sees key j only if
     /// `j <= query + seqlen_k - seqlen_q`. For devices that have one kind of mask.
     #[must_use]
     pub fn with_causal_mask(&self) -> Self {
@@ -211,7 +211,7 @@ impl Program {
 }
 
 impl Constant {
-    /// Its 32 bits.
+    /// Returns the 32 bits of the value.
     pub fn to_bits(self) -> u32 {
         match self {
             Self::Score(value) => value.to_bits(),

@@ -25,8 +25,8 @@ use crate::layout::{DeviceId, TensorInfo};
 /// # Ok::<(), flash_attention::Error>(())
 /// ```
 ///
-/// That each index stays within the table is proven for the sizes of each call, from the ranges of coordinates; where it
-/// cannot be, as for indices that come of another table, `at_clamped` takes the nearest element instead.
+/// Each index is proven to lie within the table for the sizes of each call, from the ranges of coordinates. Where it cannot be
+/// proven, as for indices that come from another table, `at_clamped` takes the nearest element instead.
 pub struct Table<T: Scalar, const RANK: usize> {
     source: TableSource,
     element: PhantomData<T>,
@@ -35,19 +35,19 @@ pub struct Table<T: Scalar, const RANK: usize> {
 /// The memory of a table, kept alive by its owner.
 #[derive(Clone)]
 pub struct TableSource {
-    /// Its name in messages.
+    /// Name in messages.
     pub name: &'static str,
     /// The device it is on.
     pub device: DeviceId,
     /// Element type.
     pub element: DataType,
-    /// Its size along each axis, none of them 0.
+    /// Size along each axis, none of them 0.
     pub shape: Vec<usize>,
     /// Elements from one index to the next, for each axis; 0 repeats one entry.
     pub strides: Vec<usize>,
     /// Device address of its first element; a pointer on the CPU.
     pub address: u64,
-    /// Who keeps the memory allocated.
+    /// Owner of the memory, which stays allocated until it is dropped.
     pub owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -65,13 +65,13 @@ impl TableSource {
         }
     }
 
-    /// Its layout.
+    /// Layout of the table.
     pub(crate) fn info(&self) -> TensorInfo {
         TensorInfo::new(&self.device, self.element, &self.shape, &self.strides, self.address)
             .expect("the layout of a tensor that is there")
     }
 
-    /// What operations know of it.
+    /// Type of the table in operations.
     pub(super) fn table_type(&self) -> TableType {
         TableType {
             element: self.element,

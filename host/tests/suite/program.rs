@@ -28,7 +28,7 @@ fn pairs() -> impl Iterator<Item = Pair> {
     })
 }
 
-/// What a program of one closure makes of a score.
+/// Evaluates a program of one closure.
 fn score(f: impl for<'g> FnOnce(Score<'g>, At<'g>) -> Score<'g>) -> impl Fn(&Pair, f64) -> f64 {
     let evaluator = evaluator(&Attention::new().score(f));
     move |pair, s| evaluator.score(pair, s, |x| x)

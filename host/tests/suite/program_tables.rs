@@ -40,7 +40,7 @@ fn evaluator(attention: &Attention) -> Evaluator {
     attention.evaluator().expect("a valid program").expect("a program")
 }
 
-/// Where in a table of this shape an index lies.
+/// Returns the offset of an index in a table of this shape.
 fn at(shape: &[usize], index: &[i32]) -> usize {
     let inside = |size: usize, i: i32| if size == 1 { 0 } else { i as usize };
     shape

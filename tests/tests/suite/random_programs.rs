@@ -8,7 +8,7 @@ use flash_attention_tests::programs::{FEATURES, Supported, Trees, check_program,
 use flash_attention_tests::{Case, devices, drawn, for_dtype};
 use proptest::prelude::*;
 
-/// What devices refused, to be told at the end: nothing is left out silently.
+/// Counts of what each device refused, printed at the end: nothing is left out silently.
 #[derive(Default)]
 struct Refused(BTreeMap<String, [usize; 3]>);
 

@@ -1,23 +1,24 @@
-//! What crosses the bus: the structs a kernel takes by value.
+//! Kernel parameters: the structs that a kernel takes by value.
 //!
-//! Both sides compile this file, so a field can not mean one thing to the host and another to the kernel. Every
-//! struct is `repr(C)`, holds only 4- and 8-byte scalars, and has no padding: its bytes are the parameter buffer.
+//! Host and kernels both compile this file, so a field cannot mean one thing to the host and another to the kernel.
+//! Every struct is `repr(C)`, holds only 4- and 8-byte scalars, and has no padding: its bytes are the parameter
+//! buffer.
 
 use core::num::NonZeroU32;
 
 /// A `[batch, heads, seqlen, head_dim]` tensor in device memory, its last axis contiguous.
 ///
-/// Strides count elements and are 64-bit: a tensor may pass 2^31 elements.
+/// Strides count elements and have 64 bits: a tensor may have more than 2^31 elements.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StridedTensor {
     /// Device address of element `[0, 0, 0, 0]`.
     pub address: u64,
-    /// Elements from one batch entry to the next.
+    /// Stride of the batch axis, in elements.
     pub batch_stride: u64,
-    /// Elements from one head to the next.
+    /// Stride of the heads axis, in elements.
     pub head_stride: u64,
-    /// Elements from one position of the sequence to the next.
+    /// Stride of the seqlen axis, in elements.
     pub row_stride: u64,
 }
 
@@ -35,27 +36,29 @@ pub struct ForwardParams {
     pub out: StridedTensor,
     /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
     pub lse: u64,
-    /// Device address of each query's largest q.k, as lse, or 0 if it is not wanted.
+    /// Device address of each query's largest q.k, with the layout of lse; 0 if it is not wanted.
     pub row_max: u64,
-    /// Device address of each query's sum of weights relative to that key's, as lse; used if `row_max` is.
+    /// Device address of each query's sum of weights relative to that of the largest q.k, with the layout of lse.
+    /// Used only if `row_max` is.
     pub row_sum: u64,
-    /// Query heads.
+    /// Number of query heads.
     pub heads_q: NonZeroU32,
-    /// Query heads that share one key/value head.
+    /// Number of query heads that share one key/value head.
     pub heads_q_per_kv: NonZeroU32,
     /// Length of the query sequence.
     pub seqlen_q: u32,
     /// Length of the key sequence.
     pub seqlen_k: u32,
-    /// Query tiles a head has, `ceil(seqlen_q / block_m)`.
+    /// Number of query tiles of a head, `ceil(seqlen_q / block_m)`.
     pub query_tiles: NonZeroU32,
     /// `|softmax_scale| * log2(e)`, or 1 where the scale is 0.
     pub scale_log2: f32,
-    /// Sign of `softmax_scale`: -1, 0 or 1. The kernel multiplies Q by it, so that the running maximum stays a maximum.
+    /// Sign of `softmax_scale`: -1, 0 or 1. The kernel multiplies Q by it, so that the running maximum stays a
+    /// maximum.
     pub scale_sign: f32,
-    /// What the tensors have in common.
+    /// head_dim and alignment of all tensors.
     pub layout: Layout,
-    /// `|softmax_scale|`, or 1 where the scale is 0: for standard attention, which scales before the softmax.
+    /// `|softmax_scale|`, or 1 where the scale is 0. For standard attention, which scales before the softmax.
     pub scale: f32,
 }
 
@@ -69,76 +72,77 @@ pub struct BackwardParams {
     pub k: StridedTensor,
     /// Values, `[batch, heads_kv, seqlen_k, head_dim]`.
     pub v: StridedTensor,
-    /// Forward's output, as q.
+    /// Forward output, with the shape of q.
     pub out: StridedTensor,
-    /// Gradient of the output, as q.
+    /// Gradient of the output, with the shape of q.
     pub dout: StridedTensor,
-    /// Gradient of q, as q.
+    /// Gradient of q, with the shape of q.
     pub dq: StridedTensor,
-    /// Gradient of k, as k.
+    /// Gradient of k, with the shape of k.
     pub dk: StridedTensor,
-    /// Gradient of v, as v.
+    /// Gradient of v, with the shape of v.
     pub dv: StridedTensor,
-    /// What forward left of each query.
+    /// Statistics of each query, from forward.
     pub rows: ForwardRows,
-    /// What the first kernel makes of it.
+    /// Workspace that the delta kernel fills from them.
     pub exponents: Exponents,
-    /// Query heads.
+    /// Number of query heads.
     pub heads_q: NonZeroU32,
-    /// Key/value heads.
+    /// Number of key/value heads.
     pub heads_kv: NonZeroU32,
-    /// Query heads that share one key/value head.
+    /// Number of query heads that share one key/value head.
     pub heads_q_per_kv: NonZeroU32,
     /// Length of the query sequence.
     pub seqlen_q: u32,
     /// Length of the key sequence.
     pub seqlen_k: u32,
-    /// Tiles that the sequence which a block of the kernel owns has: queries, or keys in `backward_keys`.
+    /// Number of tiles of a head in the sequence that a block owns: keys in `backward_keys`, else queries.
     pub tiles: NonZeroU32,
-    /// `softmax_scale`, of either sign: no maximum is taken here.
+    /// `softmax_scale`, of either sign: backward takes no maximum.
     pub softmax_scale: f32,
     /// `softmax_scale * log2(e)`.
     pub scale_log2: f32,
-    /// What the tensors have in common.
+    /// head_dim and alignment of all tensors.
     pub layout: Layout,
 }
 
-/// What forward leaves of each query: device addresses of f32, contiguous `[batch, heads_q, seqlen_q]`.
+/// Statistics of each query, from forward: device addresses of f32, contiguous `[batch, heads_q, seqlen_q]`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ForwardRows {
     /// Log-sum-exp, natural logarithm.
     pub lse: u64,
-    /// Largest q.k, or 0 if lse is all there is.
+    /// Largest q.k, or 0 if only lse is given.
     pub row_max: u64,
-    /// Sum of weights relative to that key's; used if `row_max` is.
+    /// Sum of weights relative to that of the largest q.k; used only if `row_max` is.
     pub row_sum: u64,
 }
 
-/// How backward recomputes weights: P = exp2((s - shift) * scale_log2 - lse_log2), with delta = rowsum(dO * O) beside it. Device
-/// addresses of f32, one a query.
+/// Statistics from which backward recomputes weights, as device addresses of one f32 per query: P = exp2((s - shift)
+/// * scale_log2 - lse_log2), and delta = rowsum(dO * O).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exponents {
-    /// Logarithm to base 2 of the sum of weights relative to `shift`.
+    /// Base-2 logarithm of the sum of weights relative to `shift`.
     pub lse_log2: u64,
     /// rowsum(dO * O).
     pub delta: u64,
-    /// Score that is subtracted before others are scaled; 0 where that changes nothing in 16 bits.
+    /// Score that is subtracted from others before they are scaled; 0 in 16 bits where that changes nothing.
     pub shift: u64,
-    /// A u32 for each `DELTA_ROWS` queries of a head: 1 if any of them has a shift, or an exponent so large that a weight may
-    /// come out above 1.
+    /// One u32 for each `DELTA_ROWS` queries of a head: 1 if any of them has a shift, or an exponent so large that a
+    /// recomputed weight might exceed 1.
     pub far: u64,
 }
 
-/// A tensor as the tensor memory accelerator knows it: 128 opaque bytes that the driver makes (`cuTensorMapEncodeTiled`).
+/// A tensor map for the tensor memory accelerator: 128 opaque bytes made by the driver (`cuTensorMapEncodeTiled`).
 ///
-/// Dimensions are head_dim, packed heads, seqlen, heads, batch, innermost first. The box is 64 columns of as many rows as
-/// the kernel copies at once, swizzled in rows of 128 bytes; what lies outside the tensor reads as zeros. Heads are packed
-/// where several of them follow each other in a tile, position by position; else there is one.
+/// Dimensions are head_dim, packed heads, seqlen, heads, batch, innermost first. The box has 64 columns and as many
+/// rows as the kernel copies at once, swizzled in rows of 128 bytes; elements outside of the tensor read as zeros. If
+/// query heads are packed (PackGQA), the rows of a tile are position 0 of all these heads, then position 1, and so
+/// on; otherwise there is one packed head.
 ///
-/// The hardware wants it at a multiple of 64 bytes, which is where the compiled kernels' parameters start (rustc takes no
-/// more than 16 from a struct, so `cargo xtask ptx` says it).
+/// The hardware requires an alignment of 64 bytes, and the parameters of the compiled kernels have it: `cargo xtask
+/// ptx` writes the alignment, since rustc passes on at most 16 from a struct.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMap(pub [u64; 16]);
@@ -151,52 +155,53 @@ pub struct HopperForwardParams {
     pub q: TensorMap,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`, in boxes of `block_n` rows.
     pub k: TensorMap,
-    /// Values, as k.
+    /// Values, with the shape and boxes of k.
     pub v: TensorMap,
-    /// Output, as q.
+    /// Output, with the shape and boxes of q.
     pub out: TensorMap,
     /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
     pub lse: u64,
-    /// Device address of each query's largest q.k, as lse, or 0 if it is not wanted.
+    /// Device address of each query's largest q.k, with the layout of lse; 0 if it is not wanted.
     pub row_max: u64,
-    /// Device address of each query's sum of weights relative to that key's, as lse; used if `row_max` is.
+    /// Device address of each query's sum of weights relative to that of the largest q.k, with the layout of lse.
+    /// Used only if `row_max` is.
     pub row_sum: u64,
-    /// Values once more, for the few that are read one by one.
+    /// Values as a strided tensor, for the few elements that are read one by one.
     pub values: StridedTensor,
-    /// What the tensors have in common.
+    /// head_dim and alignment of all tensors.
     pub layout: Layout,
-    /// Heads of a batch entry: query heads, or what they are packed into.
+    /// Number of heads of a batch entry, counting packed heads as one.
     pub heads: NonZeroU32,
-    /// Such heads that share one key/value head.
+    /// Number of these heads that share one key/value head.
     pub heads_per_kv: NonZeroU32,
     /// Length of the query sequence.
     pub seqlen_q: u32,
     /// Length of the key sequence.
     pub seqlen_k: u32,
-    /// The query tiles of all heads.
+    /// Query tiles of all heads.
     pub work: WorkList,
     /// `softmax_scale * log2(e)`; the scale is positive.
     pub scale_log2: f32,
-    /// `1 << packed_log2` query heads are packed: row `r` of a head is query `r >> packed_log2`.
+    /// Base-2 logarithm of the number of packed query heads: row `r` of a head is query `r >> packed_log2`.
     pub packed_log2: u32,
-    /// Fills the struct up to a multiple of 64 bytes.
+    /// Pads the struct to a multiple of 64 bytes.
     pub reserved: [u32; 7],
 }
 
-/// Tiles of work that blocks which stay for the whole launch share out between them, as [`deal`](crate::deal) says.
+/// Tiles of work that persistent blocks share, as [`deal`](crate::deal) describes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct WorkList {
-    /// Tiles a head has.
+    /// Number of tiles of a head.
     pub tiles_per_head: NonZeroU32,
-    /// Heads of all batch entries.
+    /// Number of heads of all batch entries.
     pub heads: u32,
-    /// Blocks of the launch.
+    /// Number of blocks of the launch.
     pub blocks: u32,
 }
 
-/// Parameters of the backward kernels for Hopper. The tensors that a block owns are in boxes of 64 rows, those that it
-/// streams in boxes of `block_n` or `block_m`.
+/// Parameters of the backward kernels for Hopper. Tensors that a block owns have boxes of 64 rows, tensors that it
+/// streams have boxes of `block_n` or `block_m` rows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperBackwardParams {
@@ -204,23 +209,23 @@ pub struct HopperBackwardParams {
     pub q: TensorMap,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
     pub k: TensorMap,
-    /// Values, as k.
+    /// Values, with the shape of k.
     pub v: TensorMap,
-    /// Gradient of the output, as q.
+    /// Gradient of the output, with the shape of q.
     pub dout: TensorMap,
-    /// Gradient of q, as q.
+    /// Gradient of q, with the shape of q.
     pub dq: TensorMap,
-    /// Gradient of k, as k.
+    /// Gradient of k, with the shape of k.
     pub dk: TensorMap,
-    /// Gradient of v, as k.
+    /// Gradient of v, with the shape of k.
     pub dv: TensorMap,
-    /// What the first kernel left.
+    /// Workspace filled by the preprocess kernel.
     pub sums: QuerySums,
-    /// Query heads.
+    /// Number of query heads.
     pub heads_q: NonZeroU32,
-    /// Key/value heads.
+    /// Number of key/value heads.
     pub heads_kv: NonZeroU32,
-    /// Query heads that share one key/value head.
+    /// Number of query heads that share one key/value head.
     pub heads_q_per_kv: NonZeroU32,
     /// Length of the query sequence.
     pub seqlen_q: u32,
@@ -230,83 +235,82 @@ pub struct HopperBackwardParams {
     pub softmax_scale: f32,
     /// `softmax_scale * log2(e)`.
     pub scale_log2: f32,
-    /// The tiles of all heads: of queries, or of keys where a block owns keys.
+    /// Tiles of all heads: of keys where a block owns keys, else of queries.
     pub work: WorkList,
-    /// Gradient of the output once more, for the few elements that are read one by one.
+    /// Gradient of the output as a strided tensor, for the few elements that are read one by one.
     pub dout_rows: StridedTensor,
-    /// What the tensors have in common.
+    /// head_dim and alignment of all tensors.
     pub layout: Layout,
-    /// Fills the struct up to a multiple of 64 bytes.
+    /// Pads the struct to a multiple of 64 bytes.
     pub reserved: [u32; 14],
 }
 
-/// What the backward kernels for Hopper keep of each query beside the tensors: workspace, `[batch, heads_q, padded_q]` with
-/// a line of each sum a query, 16-byte aligned.
+/// Workspace of the backward kernels for Hopper: per-query arrays of `[batch, heads_q, padded_q]`, 16-byte aligned.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct QuerySums {
-    /// How weights are recomputed; all 0 from `seqlen_q` on.
+    /// Statistics for recomputing weights; all are 0 from query `seqlen_q` on.
     pub exponents: Exponents,
-    /// Device address of dQ before it is scaled, f32, `dq_columns` a query: by squares of 64 queries and 64 columns, in those
-    /// in the order of a warpgroup's registers.
+    /// Device address of the dQ accumulator before scaling, f32, `dq_columns` per query. It consists of squares of 64
+    /// queries and 64 columns, each in the order of a warpgroup's registers.
     pub dq: u64,
-    /// Device address of a u32 for each of those squares: how many tiles of keys have been added to it. 0 if they are added in
-    /// any order.
+    /// Device address of the dQ semaphores, or 0 to accumulate in any order: one u32 for each square, the number of
+    /// key tiles added to it so far.
     pub turns: u64,
-    /// Queries of a head, padded to whole tiles of the kernel that streams them.
+    /// Number of queries of a head, padded to whole tiles of the kernel that streams them.
     pub padded_q: NonZeroU32,
-    /// 64 or 128, or 0 if dQ is not added up.
+    /// Columns of the dQ accumulator: 64 or 128, or 0 if there is none.
     pub dq_columns: u32,
 }
 
-/// Parameters of the kernels for Hopper that come before and after the others of a backward pass: of the first, which makes
-/// `sums`, and of the last, which makes dQ of them.
+/// Parameters of the preprocess and postprocess kernels for Hopper: the first fills `sums`, the last converts the
+/// accumulator to dQ.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct QuerySumsParams {
-    /// Forward's output, `[batch, heads_q, seqlen_q, head_dim]`.
+    /// Forward output, `[batch, heads_q, seqlen_q, head_dim]`.
     pub out: StridedTensor,
-    /// Gradient of the output, as out.
+    /// Gradient of the output, with the shape of out.
     pub dout: StridedTensor,
-    /// Gradient of q, as out.
+    /// Gradient of q, with the shape of out.
     pub dq: StridedTensor,
-    /// What forward left of each query.
+    /// Statistics of each query, from forward.
     pub rows: ForwardRows,
-    /// Where the sums are.
+    /// Workspace.
     pub sums: QuerySums,
-    /// Query heads.
+    /// Number of query heads.
     pub heads_q: NonZeroU32,
     /// Length of the query sequence.
     pub seqlen_q: u32,
-    /// Tiles of a head.
+    /// Number of tiles of a head.
     pub tiles: NonZeroU32,
     /// `softmax_scale`, of either sign.
     pub softmax_scale: f32,
     /// `softmax_scale * log2(e)`.
     pub scale_log2: f32,
-    /// What the tensors have in common.
+    /// head_dim and alignment of all tensors.
     pub layout: Layout,
-    /// Keeps the struct free of padding.
+    /// Pads the struct to a multiple of 8 bytes.
     pub reserved: u32,
 }
 
-/// What the tensors of a call have in common.
+/// Properties that all tensors of a call share.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
-    /// Elements of a head that exist; the compiled tile may be wider.
+    /// Elements of a head; the compiled tile may be wider.
     pub head_dim: u32,
     /// 1 if every address and every stride of every `StridedTensor` of the call is a multiple of 16 bytes, so that
-    /// 16-byte accesses are legal.
+    /// 16-byte accesses are allowed; else 0.
     pub aligned: u32,
 }
 
-/// The bytes of a parameter struct, as a launch takes them.
+/// A parameter struct, as bytes for a launch.
 ///
 /// # Safety of implementors
-/// `repr(C)`, no padding, no pointers that the host must keep alive: upheld by `const` assertions below.
+/// `repr(C)`, no padding, no pointers that the host must keep alive; `const` assertions below check the first two.
 pub trait Params: Copy {
-    /// The struct as bytes.
+    /// Returns the struct as bytes.
     fn as_bytes(&self) -> &[u8];
 }
 
@@ -314,7 +318,8 @@ macro_rules! params {
     ($type:ident) => {
         impl Params for $type {
             fn as_bytes(&self) -> &[u8] {
-                // SAFETY: repr(C) without padding (asserted below), so every byte is initialised; the slice borrows self.
+                // SAFETY: repr(C) without padding (asserted below), so every byte is initialised; the slice borrows
+                // self.
                 unsafe { core::slice::from_raw_parts((&raw const *self).cast(), size_of::<Self>()) }
             }
         }

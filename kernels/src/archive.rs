@@ -11,40 +11,41 @@
 //! entry: forward_bf16_d64 142570 1542 forward_f16_d64
 //! ```
 //!
-//! An entry's line holds its name, the bytes of its text, the bytes of its stream, and its base if it has one. An empty line
-//! ends the manifest; the streams follow in the same order, side by side.
+//! The line of an entry holds its name, the bytes of its text, the bytes of its stream, and the name of its base if
+//! it has one. An empty line ends the manifest. The streams follow in the same order, without gaps.
 //!
-//! A stream is raw LZMA. Kernels resemble each other more than they repeat themselves: f16 and bf16 differ in a type's
-//! name, a causal kernel adds a few lines to the full one. So a stream's dictionary starts with the text of its base, which is
-//! inflated first. Three texts at most are inflated for one entry.
+//! A stream is raw LZMA. Kernels resemble each other more than they repeat themselves: f16 and bf16 differ in the
+//! name of a type, and a causal kernel adds a few lines to the full one. So the dictionary of a stream starts with
+//! the text of its base, which is inflated first. At most three texts are inflated for one entry.
 
 use std::format;
 use std::io::Read;
 use std::string::String;
 use std::vec::Vec;
 
-/// First line of an archive: what it is, and the version of its format.
+/// First line of an archive: a magic word and the version of the format.
 pub const FIRST_LINE: &str = "flash-attention-kernels 1";
 
-/// Bits of the previous byte that predict a literal; LZMA's lc. Positions predict nothing in text: lp and pb are 0.
+/// Bits of the previous byte that predict a literal (LZMA's lc). Positions predict nothing in text, so lp and pb are
+/// 0.
 pub const LITERAL_CONTEXT_BITS: u32 = 3;
 
-/// Bytes of the window through which a text of `bytes` after a base of `base_bytes` is seen whole.
+/// Returns the size of a window that holds a text of `bytes` after a base of `base_bytes`.
 pub const fn window(bytes: usize, base_bytes: usize) -> u32 {
     (bytes + base_bytes).next_multiple_of(4096) as u32
 }
 
-/// An archive whose manifest has been read.
+/// An archive with a parsed manifest.
 #[derive(Clone, Debug)]
 pub struct Archive<'a> {
     /// Compiler that made the kernels, as `rustc --version` prints it.
     pub rustc: &'a str,
-    /// SHA-256 of the sources they were made from, in hex.
+    /// SHA-256 of the kernels' sources, in hex.
     pub source: &'a str,
     members: Vec<Member<'a>>,
 }
 
-/// One compressed kernel.
+/// A compressed kernel.
 #[derive(Clone, Copy, Debug)]
 struct Member<'a> {
     name: &'a str,
@@ -53,7 +54,7 @@ struct Member<'a> {
     stream: &'a [u8],
 }
 
-/// Why an archive cannot be read.
+/// The reason why an archive cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damaged(String);
 
@@ -66,10 +67,10 @@ impl core::fmt::Display for Damaged {
 impl core::error::Error for Damaged {}
 
 impl<'a> Archive<'a> {
-    /// Reads the manifest of an archive and inflates nothing.
+    /// Parses the manifest of an archive, without inflating any kernel.
     ///
     /// # Errors
-    /// [`Damaged`] if the manifest is not as the module says, or its streams do not fill the rest of `bytes`.
+    /// [`Damaged`] if the manifest is malformed, or its streams do not fill the rest of `bytes`.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Damaged> {
         let end = bytes.windows(2).position(|pair| pair == b"\n\n");
         let end = end.ok_or_else(|| Damaged("no empty line ends the manifest".into()))?;
@@ -95,7 +96,7 @@ impl<'a> Archive<'a> {
         }
     }
 
-    /// Names of the kernels, in the order of the archive.
+    /// Iterates over the names of the kernels, in the order of the archive.
     pub fn names(&self) -> impl Iterator<Item = &'a str> {
         self.members.iter().map(|member| member.name)
     }
@@ -103,13 +104,13 @@ impl<'a> Archive<'a> {
     /// Inflates the text of one kernel, and of the kernels that its stream refers to.
     ///
     /// # Errors
-    /// [`Damaged`] if the archive does not hold `name` or its base before it, or a stream does not inflate to the text that
-    /// was packed.
+    /// [`Damaged`] if the archive has no kernel `name`, or not its base before it, or if a stream does not inflate to
+    /// the packed text.
     pub fn text(&self, name: &str) -> Result<String, Damaged> {
         self.text_before(self.members.len(), name)
     }
 
-    /// Inflates a kernel that is one of the first `end`; its base comes before it, so that no chain of bases is a circle.
+    /// Inflates a kernel among the first `end`. Its base must come before it, so a chain of bases cannot be a circle.
     fn text_before(&self, end: usize, name: &str) -> Result<String, Damaged> {
         let at = self.members[..end].iter().position(|member| member.name == name);
         let at = at.ok_or_else(|| Damaged(format!("no kernel {name} where it is looked for")))?;
@@ -149,9 +150,9 @@ fn inflate(stream: &[u8], bytes: usize, base: &str) -> std::io::Result<String> {
 
 #[cfg(feature = "embedded")]
 impl crate::entries::Entry {
-    /// Inflates the PTX of this kernel: a module that holds it alone.
+    /// Inflates the PTX of this kernel: a module that contains it alone.
     ///
-    /// It takes about a millisecond. A device keeps what it makes of the text, so it asks once.
+    /// This takes about a millisecond. A device keeps the loaded kernel, so it calls this once.
     pub fn ptx(&self) -> String {
         use crate::entries::Arch;
         let archive: &[u8] = match self.arch {
@@ -164,13 +165,13 @@ impl crate::entries::Entry {
 
 #[cfg(all(feature = "embedded", feature = "study"))]
 impl crate::entries::Entry<crate::study::Step> {
-    /// Inflates the PTX of this kernel: a module that holds it alone.
+    /// Inflates the PTX of this kernel: a module that contains it alone.
     pub fn ptx(&self) -> String {
         embedded(include_bytes!("../ptx/study.lzma"), self.name)
     }
 }
 
-/// A kernel of an archive in this crate.
+/// Inflates a kernel of an archive in this crate.
 #[cfg(feature = "embedded")]
 fn embedded(archive: &[u8], name: &str) -> String {
     let text = Archive::parse(archive).and_then(|archive| archive.text(name));

@@ -6,11 +6,11 @@
 //! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
 //! ```
 //!
-//! Two kernels share one body. [`queries`] owns queries and streams keys past them: dQ. [`keys`] owns keys, streams queries
-//! and works on the transposed tiles throughout, so that P^T and dS^T are left operands in the registers they were computed
-//! in: dK and dV, summed over the query heads that share them. Scores are computed twice (seven products instead of five),
-//! and in return every gradient is written once, by its owner, in a fixed order: no atomics, no f32 copy of dQ, the same
-//! bits each time at every head_dim.
+//! Two kernels share one body. [`queries`] owns queries and streams keys: it computes dQ. [`keys`] owns keys, streams
+//! queries and works on the transposed tiles, so that P^T and dS^T are left operands in the registers where they were
+//! computed: it computes dK and dV, summed over the query heads that share the keys. Scores are computed twice (seven
+//! products instead of five). In return every gradient is written once, by its owner, in a fixed order: no atomics,
+//! no f32 copy of dQ, and bitwise reproducible results at every head_dim.
 
 use crate::abi::{BackwardParams, Exponents};
 use crate::block::{RowBlock, owned_tile, split};
@@ -27,10 +27,11 @@ use crate::tile::{
     shared::SharedTile,
 };
 
-/// dQ of `ROWS` queries of one head.
+/// Computes dQ of `ROWS` queries of one head.
 ///
 /// # Safety
-/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`delta`](crate::delta::delta).
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after
+/// [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
@@ -40,8 +41,8 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let keys = p.seqlen_k.min(blocks.end * S::COLUMNS);
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
 
-    // SAFETY (whole body): owned tiles and stages are disjoint parts of this block's dynamic shared memory, every thread
-    // takes every step that holds a barrier, and windows clip what does not exist.
+    // SAFETY (whole body): owned tiles and stages are disjoint parts of this block's dynamic shared memory, every
+    // thread takes every step that holds a barrier, and windows clip what does not exist.
     unsafe {
         let q = block
             .window(&p.q, block.head, p.seqlen_q, &p.layout)
@@ -82,10 +83,11 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     }
 }
 
-/// dK and dV of `ROWS` keys of one key/value head.
+/// Computes dK and dV of `ROWS` keys of one key/value head.
 ///
 /// # Safety
-/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`delta`](crate::delta::delta).
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after
+/// [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
@@ -98,7 +100,7 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
             .window(&p.v, block.head, p.seqlen_k, &p.layout)
             .rows_from(block.first_row);
         let owned = load_owned::<S>(k, v);
-        // Worked out again: kept, its addresses would hold registers all through the walk.
+        // Recomputed here: kept, its addresses would occupy registers during the whole loop.
         let target = |tensor| {
             let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
             let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
@@ -154,7 +156,7 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
                 .window(tensor, head, p.seqlen_q, &p.layout)
                 .rows_from(blocks.begin * S::COLUMNS)
         };
-        // SAFETY (whole body): as in `queries`.
+        // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
             let mut ring = PairRing::<S>::start(
                 ring_base::<S>(),
@@ -204,7 +206,7 @@ unsafe fn restore_values<S: TileShape, const CAUSAL: bool>(p: &BackwardParams, d
     }
 }
 
-/// Whether any query of a head that `blocks` walks is far. The block asks together.
+/// Returns true if any query of `blocks` in this head is far. All threads of the block call this together.
 #[inline(always)]
 unsafe fn any_far<S: TileShape>(p: &BackwardParams, head: u32, blocks: Blocks) -> bool {
     let first = head as u64 * p.seqlen_q.div_ceil(DELTA_ROWS) as u64;
@@ -215,16 +217,16 @@ unsafe fn any_far<S: TileShape>(p: &BackwardParams, head: u32, blocks: Blocks) -
     sync::sync_threads_or(any)
 }
 
-/// How a streamed tile is to be taken.
+/// Treatment of a streamed tile.
 #[derive(Clone, Copy)]
 struct Tile<F> {
     /// Position of column 0.
     first_column: u32,
-    /// What a row sees of the columns' sequence.
+    /// Positions of the columns' sequence that a row sees.
     span: F,
-    /// Whether a query may be far.
+    /// True if a query may be far.
     is_far: bool,
-    /// Whether keys are streamed, to be [cleaned](nonfinite) here: only after their scores, which may be minus infinity.
+    /// True if keys are streamed. They are [cleaned](nonfinite) only after their scores, which may be minus infinity.
     is_of_keys: bool,
 }
 
@@ -239,7 +241,8 @@ unsafe fn add<S: TileShape, const MASKED: bool, const HIDES: bool, const DS: boo
     ds_first: &mut S::Output,
     p_second: &mut S::Output,
 ) {
-    // SAFETY (whole body): the caller acquired the stage; keys are cleaned after the products that need them as they are.
+    // SAFETY (whole body): the caller acquired the stage; keys are cleaned after the products that need them
+    // unchanged.
     unsafe {
         let mut probabilities = S::Scores::zero();
         probabilities.add_abt(owned.first, stage.first);
@@ -267,14 +270,14 @@ unsafe fn add<S: TileShape, const MASKED: bool, const HIDES: bool, const DS: boo
     }
 }
 
-/// This warp's rows of the two tiles a block owns: Q and dO, or K and V.
+/// Rows of this warp in the two tiles that a block owns: Q and dO, or K and V.
 #[derive(Clone, Copy)]
 struct Owned {
     first: SharedTile,
     second: SharedTile,
 }
 
-/// Starts to load the owned tiles; the first `acquire` awaits them too.
+/// Starts to load the owned tiles; the first `acquire` also waits for them.
 #[inline(always)]
 unsafe fn load_owned<S: TileShape>(first: GlobalTile, second: GlobalTile) -> Owned {
     let warp_row = sreg::warp_id() * S::WARP_ROWS;
@@ -289,24 +292,24 @@ unsafe fn load_owned<S: TileShape>(first: GlobalTile, second: GlobalTile) -> Own
     }
 }
 
-/// Shared address of the stages.
+/// Returns the shared address of the stages.
 #[inline(always)]
 fn ring_base<S: TileShape>() -> u32 {
     sreg::dynamic_shared_mem() + 2 * S::OWNED_BYTES
 }
 
-/// Address of a word that says whether dO was [cleaned](nonfinite) in a block of keys, in the room of a block of queries for its
-/// shifts. Kept in a register, it would cost one all through the walk.
+/// Returns the address of a flag in shared memory: dO was [cleaned](nonfinite) in a block of keys. It takes the place
+/// of the shifts in a block of queries. As a register the flag would occupy one during the whole loop.
 #[inline(always)]
 fn cleaned<S: TileShape>() -> u32 {
     sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS
 }
 
-/// Writes `factor * gradient` to `target`, by way of the warp's rows of a tile that nobody needs any more.
+/// Writes `factor * gradient` to `target`, through the warp's rows of a tile that is not needed any more.
 #[inline(always)]
 unsafe fn store_gradient<S: TileShape>(mut gradient: S::Output, factor: f32, staging: SharedTile, target: GlobalTile) {
     let factor = <S::Output as Accumulator>::Rows::splat(factor);
     gradient.map_rows(factor, |factor, x| x * factor);
-    // SAFETY: the caller's target, and a tile whose readers were this warp alone.
+    // SAFETY: the target is the caller's, and only this warp reads these rows of the tile.
     unsafe { gradient.store(staging, &target) }
 }

@@ -1,4 +1,4 @@
-//! Which part of the problem a block of threads owns, and how its threads share the loading.
+//! Part of the problem that a block of threads owns, and the division of its loads among threads.
 
 use crate::abi::{Layout, StridedTensor};
 use crate::ptx::{optimizer, sreg};
@@ -22,14 +22,15 @@ pub struct RowBlock<S> {
 }
 
 impl<S: TileShape> RowBlock<S> {
-    /// Block x is tile, head, batch, fastest first: neighbours read the same streamed tiles, from L2. `last_first` turns the
-    /// tiles around: where later tiles have more work, starting them first keeps the last wave short.
+    /// Returns the rows of this thread block. Block x is tile, head, batch, fastest first: neighbours read the same
+    /// streamed tiles from L2. `last_first` reverses the tiles: where later tiles have more work, starting them first
+    /// keeps the last wave short.
     #[inline(always)]
     pub fn of_this_thread_block(tiles: NonZeroU32, heads: NonZeroU32, last_first: bool) -> Self {
         Self::of_block(optimizer::renew(sreg::block_idx_x()), tiles, heads, last_first)
     }
 
-    /// The same for a block of any number.
+    /// Returns the rows of block number `block`.
     #[inline(always)]
     pub fn of_block(block: u32, tiles: NonZeroU32, heads: NonZeroU32, last_first: bool) -> Self {
         let (rest, tile) = (block / tiles, block % tiles);
@@ -43,32 +44,32 @@ impl<S: TileShape> RowBlock<S> {
         }
     }
 
-    /// Rows of the block that exist in a sequence of `seqlen`.
+    /// Returns the number of rows of the block that exist in a sequence of `seqlen`.
     #[inline(always)]
     pub fn rows(&self, seqlen: u32) -> u32 {
         (seqlen - self.first_row).min(S::ROWS)
     }
 
-    /// The first `rows` rows of head `head` of this block's batch entry.
+    /// Returns the first `rows` rows of head `head` of this block's batch entry.
     #[inline(always)]
     pub fn window(&self, tensor: &StridedTensor, head: u32, rows: u32, layout: &Layout) -> GlobalTile {
         GlobalTile::new(tensor, self.batch, head, rows, layout, S::ELEMENT_BYTES)
     }
 
-    /// Index of this head's first row in a contiguous `[batch, heads, seqlen]` tensor.
+    /// Returns the index of this head's first row in a contiguous `[batch, heads, seqlen]` tensor.
     #[inline(always)]
     pub fn row_of_head(&self, heads: NonZeroU32, seqlen: u32) -> u64 {
         (self.batch as u64 * heads.get() as u64 + self.head as u64) * seqlen as u64
     }
 }
 
-/// The `index`-th owned tile, from the bottom of shared memory up; the streamed tiles lie above them.
+/// Returns owned tile `index`. Owned tiles start at the bottom of shared memory; the streamed tiles follow.
 #[inline(always)]
 pub fn owned_tile<S: TileShape>(index: u32) -> SharedTile {
     SharedTile::new(sreg::dynamic_shared_mem() + index * S::OWNED_BYTES, S::ROW_BYTES)
 }
 
-/// How this block's threads share the chunks of a tile.
+/// Returns the division of a tile's chunks among this block's threads.
 #[inline(always)]
 pub fn split<S: TileShape>() -> Split {
     Split::new(S::ROW_BYTES, sreg::thread_idx_x(), S::THREADS)

@@ -1,40 +1,43 @@
-//! How the tiles of all heads fall to blocks that stay for the whole launch, and in what order the tiles of a head come.
+//! Persistent tile scheduler: the distribution of all heads' tiles over blocks that stay for the whole launch, and
+//! the order of a head's tiles.
 //!
-//! Full attention deals tile by tile, head by head, so that blocks which work side by side stream the same rows through the L2
-//! cache. Under a causal mask a head's last tile and its first are one share of work, then the last but one and the second, so
-//! that all shares are equal. Shares that are left over for the last round are halved if every half finds a block.
+//! Full attention distributes single tiles, head by head, so that blocks that run at the same time stream the same
+//! rows through L2. Under a causal mask one share of work is the last tile of a head and its first, the next share
+//! the last but one and the second, and so on, so that all shares are equal. If every half of the shares left for the
+//! last round finds a block, these shares are split in half.
 //!
-//! Blocks that add to the same sums can do so in a fixed order, [`Deal::place`], without ever waiting for work that has
-//! not begun: a head's tiles come in the order of rounds, in a round the first tiles of shares before the second ones. Each
-//! block follows the one before it by a step or so. So that it need not fall further back with every head, the order
-//! in a round begins at a block whose number is a multiple of a head's shares, wherever the head begins.
+//! Blocks that add to the same dQ can do so in a fixed order, [`Deal::place`], without ever waiting for work that has
+//! not started: a head's tiles come in the order of rounds, and in a round the first tiles of shares come before the
+//! second ones. Each block follows the one before it by about a step. To keep that lag from growing with every head,
+//! the order in a round starts at a block whose number is a multiple of a head's shares, wherever the head starts.
 
 use crate::abi::WorkList;
 #[cfg(target_arch = "nvptx64")]
 use crate::ptx::optimizer::renew;
 use core::num::NonZeroU32;
 
-/// On a GPU, where registers are few, a number that is not to be kept but worked out anew.
+/// Returns `value`. On a GPU, where registers are few, the compiler recomputes what depends on it instead of keeping
+/// it.
 #[cfg(not(target_arch = "nvptx64"))]
 fn renew(value: u32) -> u32 {
     value
 }
 
-/// One tile, as it falls to a block.
+/// A tile of work, with its place in the order of its head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deal {
-    /// Head, all batch entries counted.
+    /// Index of the head, counted over all batch entries.
     pub head: u32,
-    /// Tile of the head.
+    /// Index of the tile in its head.
     pub tile: u32,
-    /// Tiles of the head from 0 up that come before this one: `0 .. low`.
+    /// Tiles `0 .. low` of the head come before this one in the order of additions to dQ.
     low: u32,
-    /// Tiles of the head from the last one down that come before this one: those above `high`.
+    /// Tiles above `high` of the head come before this one in that order.
     high: u32,
 }
 
 impl WorkList {
-    /// What falls to block number `block`, in its order.
+    /// Iterates over the tiles of block number `block`, in order.
     #[inline(always)]
     pub fn deal<const CAUSAL: bool>(&self, block: u32) -> impl Iterator<Item = Deal> {
         let mut turn = 0;
@@ -47,7 +50,7 @@ impl WorkList {
                     (turn, false)
                 };
                 turn += 1;
-                // Shares that were dealt in earlier rounds, and those that are left.
+                // Shares of earlier rounds, and shares that are left.
                 let before = round * blocks;
                 let left = (self.heads * self.shares_per_head::<CAUSAL>().get()).saturating_sub(before);
                 let halved = CAUSAL && 2 * left <= blocks;
@@ -65,7 +68,7 @@ impl WorkList {
         })
     }
 
-    /// Shares of a head: pairs of tiles, a middle one counted as a pair, or tiles.
+    /// Returns the number of shares of a head: pairs of tiles (a middle one counts as a pair), or tiles.
     #[inline(always)]
     fn shares_per_head<const CAUSAL: bool>(&self) -> NonZeroU32 {
         let tiles = NonZeroU32::MIN.saturating_add(renew(self.tiles_per_head.get()) - 1);
@@ -76,14 +79,15 @@ impl WorkList {
         }
     }
 
-    /// The first or the second tile of share `index` of a round of `blocks`, which `before` shares came before.
+    /// Returns the first or the second tile of share `index` of a round of `blocks` shares, after `before` earlier
+    /// shares.
     #[inline(always)]
     fn tile_of_share<const CAUSAL: bool>(&self, before: u32, index: u32, blocks: u32, second: bool) -> Deal {
         let shares = self.shares_per_head::<CAUSAL>();
         let head = (before + index) / shares;
         let first = head * shares.get();
         let (begin, end) = (before.saturating_sub(first), shares.get().min(before + blocks - first));
-        // Where in the round the head begins, and how far from there the order does.
+        // Index of the head's first share in this round, and the share at which the rotated order starts.
         let start = first + begin - before;
         let ahead = start.next_multiple_of(shares.get()) - start;
         let (index, count) = (index - start, end - begin);
@@ -99,10 +103,10 @@ impl WorkList {
         let (tile, low, high) = if !CAUSAL {
             (share, share, tiles)
         } else if second {
-            // After all seconds before it, and all firsts so far.
+            // After all second tiles before it, and all first tiles so far.
             (share, share, (tiles - 1).saturating_sub(end))
         } else {
-            // After the seconds of earlier rounds, and the firsts nearer to the last.
+            // After the second tiles of earlier rounds, and the first tiles nearer to the last.
             let tile = tiles - 1 - share;
             (tile, begin, tile)
         };
@@ -111,8 +115,8 @@ impl WorkList {
 }
 
 impl Deal {
-    /// Number of tiles of the head's keys that add to the dQ of a query before this one does, if `first` and `last` are the
-    /// first and the last that the query sees: of the tiles below `low` and above `high`, those from `first` to `last`.
+    /// Returns the number of key tiles of the head that add to the dQ of a query before this one, if the query sees
+    /// the key tiles `first ..= last`: of these, the tiles below `low` and above `high`.
     #[inline(always)]
     pub fn place(&self, first: u32, last: u32) -> u32 {
         self.low.max(first) - first + last.max(self.high) - self.high
@@ -138,7 +142,7 @@ mod tests {
         (0..blocks).map(|block| list.deal::<CAUSAL>(block).collect()).collect()
     }
 
-    /// Runs `check` over lists of every kind.
+    /// Runs `check` for lists of every kind.
     fn for_lists(check: impl Fn(u32, u32, u32)) {
         for tiles in TILES {
             for heads in [1, 2, 3, 5, 40] {
@@ -164,9 +168,9 @@ mod tests {
         for_lists(check::<true>);
     }
 
-    /// Keys stand against as many tiles of queries: tile `q` sees tiles of keys up to `q`, or all, or of those the ones at most
-    /// `window` away. A block goes through a tile's queries from the first that sees it, adding where it has its turn; whoever
-    /// can go on does.
+    /// Tests that no block waits for ever. There are as many tiles of keys as of queries. Tile `q` of queries sees
+    /// the tiles of keys up to `q`, or all, or those at most `window` away. A block handles the queries of a tile in
+    /// order and adds to each in its turn. In each step any block that can continue does.
     #[test]
     fn blocks_that_take_their_places_never_wait_for_ever() {
         fn check<const CAUSAL: bool>(tiles: u32, heads: u32, blocks: u32, window: u32) {

@@ -1,4 +1,5 @@
-//! Statistics of each query that backward needs before its products: delta = rowsum(dO * O), and how weights are recomputed.
+//! Statistics of each query that backward needs before its products: delta = rowsum(dO * O), and how weights are
+//! recomputed.
 
 use core::f32::consts::LOG2_E;
 
@@ -8,7 +9,7 @@ use crate::shape::DELTA_ROWS;
 use crate::softmax::FAR;
 use crate::tile::{element::Element, global::GlobalTile};
 
-/// Exponents and delta of [`DELTA_ROWS`] queries a block. 8 lanes share a row.
+/// Computes exponents and delta of [`DELTA_ROWS`] queries per block. 8 lanes share a row.
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
@@ -28,7 +29,8 @@ pub unsafe fn delta<E: Element>(p: &BackwardParams) {
         )
     };
     let index = head as u64 * p.seqlen_q as u64 + row as u64;
-    // SAFETY (whole body): windows clip what does not exist; there are exponents for each query, and a flag for each block.
+    // SAFETY (whole body): windows clip what does not exist; there are exponents for each query, and a flag for each
+    // block.
     unsafe {
         let delta = dot_of_row::<E>(window(&p.out), window(&p.dout), row);
         let exists = row < p.seqlen_q;
@@ -109,11 +111,11 @@ unsafe fn exponent<E: Element>(rows: &ForwardRows, index: u64, scale_log2: f32) 
     }
 }
 
-/// Tells if a flag in this thread's share of `flags`, each of [`DELTA_ROWS`] queries, says that one of them is far: thread
-/// `thread` of `threads` reads every `threads`-th.
+/// Returns true if a flag in this thread's share of `flags` is set: one of its [`DELTA_ROWS`] queries is far. Thread
+/// `thread` of `threads` reads every `threads`-th flag.
 ///
 /// # Safety
-/// The flags are there.
+/// The flags exist.
 #[inline(always)]
 pub unsafe fn any_far_of_share(exponents: &Exponents, flags: core::ops::Range<u64>, thread: u32, threads: u32) -> bool {
     let mut any = 0;
@@ -126,10 +128,10 @@ pub unsafe fn any_far_of_share(exponents: &Exponents, flags: core::ops::Range<u6
     any != 0
 }
 
-/// The sum of the products of row `row` of two windows; [`LANES`] lanes share the row, and all receive the sum.
+/// Returns the dot product of row `row` of two windows. [`LANES`] lanes share the row, and all of them get the sum.
 ///
 /// # Safety
-/// The windows are readable, and as wide as each other. The whole warp calls this together.
+/// The windows are readable and have the same width. All lanes of the warp call this together.
 #[inline(always)]
 pub unsafe fn dot_of_row<E: Element>(a: GlobalTile, b: GlobalTile, row: u32) -> f32 {
     let mut sum = 0.0;
@@ -148,5 +150,5 @@ pub unsafe fn dot_of_row<E: Element>(a: GlobalTile, b: GlobalTile, row: u32) -> 
     sum
 }
 
-/// Lanes that share a row in [`dot_of_row`].
+/// Number of lanes that share a row in [`dot_of_row`].
 pub const LANES: u32 = 8;

@@ -1,4 +1,4 @@
-//! Element types of q, k, v and out, as types; what is known of each without an instruction.
+//! Element types of q, k, v and out as Rust types, without any instructions.
 
 /// IEEE binary32.
 #[derive(Clone, Copy)]

@@ -1,23 +1,23 @@
-//! THE table of compiled kernels. The kernels are emitted from it, the host chooses from it, the tests sweep it, and
-//! `cargo xtask ptx` takes the launch bounds from it. A shape that is not here can not be planned.
+//! The table of compiled kernels. Kernels are emitted from it, the host chooses from it, tests iterate over it, and
+//! `cargo xtask ptx` reads the launch bounds from it. A shape that is not in it cannot be planned.
 
 use crate::element::{Bf16, F16};
 use crate::shape::*;
 
-/// The least capable card a kernel runs on, and the target it is compiled for.
+/// Target that a kernel is compiled for, and the least GPU that runs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Arch {
-    /// sm_80: A100 and every later card.
+    /// sm_80: A100 and every later GPU.
     Sm80,
     /// sm_90a: Hopper (H100, H200) and no other.
     Sm90a,
 }
 
 impl Arch {
-    /// Every target kernels are compiled for.
+    /// All targets that kernels are compiled for.
     pub const ALL: &[Self] = &[Self::Sm80, Self::Sm90a];
 
-    /// The target's name as PTX and ptxas spell it.
+    /// Returns the target's name as PTX and ptxas spell it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sm80 => "sm_80",
@@ -29,7 +29,7 @@ impl Arch {
 /// Element type of q, k, v and out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Dtype {
-    /// IEEE binary32, computed in true f32 arithmetic.
+    /// IEEE binary32, computed in f32 arithmetic (no TF32).
     F32,
     /// IEEE binary16, accumulated in f32.
     F16,
@@ -38,7 +38,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Bytes of one element.
+    /// Returns the bytes of one element.
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -46,7 +46,7 @@ impl Dtype {
         }
     }
 
-    /// The name users type and kernels carry.
+    /// Returns the name in kernel names and on command lines.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -56,51 +56,51 @@ impl Dtype {
     }
 }
 
-/// What a kernel computes.
+/// Result that a kernel computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Pass {
     /// out and lse from q, k, v.
     Forward,
-    /// delta = rowsum(dO * O), which the other backward kernels need; for Hopper also lse in base 2, padded, and cleared sums
-    /// of dQ.
+    /// Preprocess: delta = rowsum(dO * O), which the other backward kernels need. For Hopper also lse in base 2,
+    /// padded, and a cleared dQ accumulator.
     BackwardDelta,
     /// dQ.
     BackwardQueries,
     /// dK and dV.
     BackwardKeys,
-    /// dK and dV, and dQ as sums in f32, which blocks add up in device memory.
+    /// dK and dV, and dQ in an f32 accumulator in device memory, to which blocks add.
     BackwardAll,
-    /// dQ from those sums.
+    /// Postprocess: dQ from that accumulator.
     BackwardFinish,
 }
 
-/// One compiled kernel. `P` says what it computes: a [`Pass`], unless the kernel is of the study.
+/// A compiled kernel. `P` is the type of its result: a [`Pass`], except for kernels of the traffic study.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry<P = Pass> {
     /// Name of the `.entry`, and of the kernel in its archive.
     pub name: &'static str,
-    /// What it computes.
+    /// Result that it computes.
     pub pass: P,
-    /// What it runs on.
+    /// Target that it is compiled for.
     pub arch: Arch,
-    /// Element type.
+    /// Element type of its tensors.
     pub dtype: Dtype,
     /// Whether it masks causally.
     pub causal: bool,
     /// Widest head it serves.
     pub head_dim: u32,
-    /// Queries in a tile. A block owns one such tile, or in `BackwardKeys` streams them.
+    /// Number of queries of a tile. A block owns one such tile, or in `BackwardKeys` streams them.
     pub block_m: u32,
-    /// Keys in a tile. A block streams them, or in `BackwardKeys` owns one.
+    /// Number of keys of a tile. A block streams them, or in `BackwardKeys` owns one.
     pub block_n: u32,
-    /// Threads in a block.
+    /// Threads per block.
     pub threads: u32,
-    /// Blocks that are to fit a multiprocessor at once; bounds the registers ptxas may use. 0 leaves that to ptxas, which
-    /// then spills less than told 1 or 2 where all 255 registers are taken.
+    /// Least number of blocks that must fit on a multiprocessor, which bounds the registers that ptxas may use. 0
+    /// leaves this to ptxas, which then spills less than with 1 or 2 where all 255 registers are used.
     pub min_blocks: u32,
-    /// Dynamic shared memory of a block, in bytes.
+    /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: u32,
-    /// Whether the kernel streams the queries twice, once for dK and once for dV.
+    /// True if the kernel streams the queries twice, once for dK and once for dV.
     pub two_walks: bool,
 }
 
@@ -195,21 +195,21 @@ macro_rules! hopper_kernel {
             #[unsafe(export_name = $name)]
             unsafe extern "ptx-kernel" fn kernel(params: crate::abi::$params) {
                 let maps = crate::ptx::tma::parameter_address!($name);
-                // SAFETY: the host launches a row of the table as the row says.
+                // SAFETY: the host launches a row of the table as the row describes.
                 unsafe { crate::$module::$kind::$function::<$($argument)*>(&params, maps) }
             }
         };
     };
 }
 
-/// Compiles one kernel of the table.
+/// Compiles a kernel of the table.
 #[cfg(target_arch = "nvptx64")]
 macro_rules! kernel {
     ($name:expr, $($module:ident)::+, $params:ty, $($argument:tt)*) => {
         const _: () = {
             #[unsafe(export_name = $name)]
             unsafe extern "ptx-kernel" fn kernel(params: $params) {
-                // SAFETY: the host launches a row of the table as the row says.
+                // SAFETY: the host launches a row of the table as the row describes.
                 unsafe { crate::$($module)::+::<$($argument)*>(&params) }
             }
         };
@@ -227,7 +227,8 @@ macro_rules! entries {
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
         sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
     ) => {
-        /// Every compiled kernel: each row of tiles below, full and causal, and the row sums of backward.
+        /// All compiled kernels: each row of tiles below, full and causal, and the preprocess and postprocess kernels
+        /// of backward.
         pub const ENTRIES: &[Entry] = &[
             $(
                 entry!($name, $arch $pass $dtype, $shape, $shared, $min, false),

@@ -1,7 +1,7 @@
 //! The forward pass: one fused kernel, `out` and `lse` from q, k, v. FlashAttention-2, Algorithm 1.
 //!
-//! The same lines compile for the tensor cores (f16 and bf16, `mma.sync`) and for plain FMA (f32): a shape's tile types
-//! say which.
+//! The same code compiles for the tensor cores (f16 and bf16, `mma.sync`) and for plain FMA (f32); the tile types of
+//! a shape determine which.
 
 use crate::abi::ForwardParams;
 use crate::block::{RowBlock, owned_tile, split};
@@ -14,7 +14,7 @@ use crate::softmax::{Finished, OnlineSoftmax};
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
 use crate::tile::{element::Element, global::Walk, shared::SharedTile};
 
-/// One block: `ROWS` queries of one head against all the keys they see.
+/// Computes `ROWS` queries of one head against all keys that they see, in one block.
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
@@ -78,14 +78,14 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
         let rows = p.seqlen_q.saturating_sub(first_row);
         S::Scores::store_rows(lse, p.lse + first, rows);
         if p.row_max != 0 {
-            // Of q.k as the caller knows it, before its sign was changed.
+            // The caller's q.k, before its sign was changed.
             S::Scores::store_rows(row_max.map(|max| unsigned(max, p.scale_sign)), p.row_max + first, rows);
             S::Scores::store_rows(row_sum, p.row_sum + first, rows);
         }
     }
 }
 
-/// The q.k that a score was before Q was multiplied by `sign`; nothing seen stays minus infinity.
+/// Returns the q.k of a score before Q was multiplied by `sign`; minus infinity (no key seen) is kept.
 #[inline(always)]
 fn unsigned(score: f32, sign: f32) -> f32 {
     if score == f32::NEG_INFINITY {
@@ -107,7 +107,8 @@ unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool>(
     softmax: &mut OnlineSoftmax<S::Scores>,
     output: &mut S::Output,
 ) -> bool {
-    // SAFETY (whole body): `forward`'s; acquired tiles are initialised and visible until the next acquire.
+    // SAFETY (whole body): the reasons given in `forward`; acquired tiles are initialised and visible until the next
+    // acquire.
     unsafe {
         let mut scores = S::Scores::zero();
         let key = ring.acquire_key(n);

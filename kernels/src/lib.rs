@@ -34,7 +34,7 @@
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
-// Compiled once for each architecture, with the kernels of that one alone.
+// Compiled once for each architecture, with the kernels of that architecture only.
 #![cfg_attr(target_arch = "nvptx64", allow(dead_code, unused_imports, unused_macros))]
 
 #[cfg(feature = "archive")]
@@ -73,7 +73,7 @@ mod scores;
 #[cfg(target_arch = "nvptx64")]
 mod softmax;
 
-/// Never reached: a test proves that no kernel's PTX calls or traps.
+/// Never reached: a test proves that no kernel's PTX calls a function or traps.
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

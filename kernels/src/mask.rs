@@ -1,17 +1,19 @@
-//! Which (query, key) pairs are visible. The one place that compares sequence lengths.
+//! The mask: visible pairs of queries and keys. Only this module compares sequence lengths.
 //!
-//! Full attention sees every pair. Causal attention is aligned bottom-right, so the last query sees the last key and query
-//! `i` sees the keys `j <= i + seqlen_k - seqlen_q`. Where `seqlen_q > seqlen_k` the first queries see nothing at all.
+//! In full attention all pairs are visible. A causal mask is aligned bottom-right, so the last query sees the last
+//! key, and query `i` sees the keys `j <= i + seqlen_k - seqlen_q`. If `seqlen_q > seqlen_k`, the first queries see
+//! no key.
 //!
-//! Two questions, each asked from both sides. Of a row: [`Mask::keys_of`] a query, [`Mask::queries_of`] a key, a [`Span`]. Of a
-//! tile: [`Mask::key_blocks`] that a block of queries walks, [`Mask::query_blocks`] that a block of keys walks, [`Blocks`]. Every
-//! loader, loop, store and cost asks these, and takes neither the first key as seen nor one end of a walk as free of the mask:
-//! another mask (a window, a list of blocks) is another way to make the same values.
+//! There are two questions, each for queries and for keys. For a row: [`Mask::keys_of`] a query, [`Mask::queries_of`]
+//! a key, as a [`Span`]. For a tile: [`Mask::key_blocks`] that a block of queries processes, [`Mask::query_blocks`]
+//! that a block of keys processes, as [`Blocks`]. All loaders, loops, stores and costs use these. None assumes that
+//! the first key is visible, or that one end of a loop needs no mask, so another mask (a window, a list of blocks)
+//! only has to make these values differently.
 
-/// The largest sequence length a kernel takes: positions and their block-rounded ends fit an `i32`.
+/// Largest sequence length of a kernel: positions and their block-rounded ends fit in an `i32`.
 pub const MAX_SEQLEN: u32 = i32::MAX as u32 - 1024;
 
-/// Positions of one sequence that a position of the other is paired with: `begin .. end`.
+/// Visible positions of one sequence for a position of the other: `begin .. end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     /// First position.
@@ -21,51 +23,52 @@ pub struct Span {
 }
 
 impl Span {
-    /// The end of a span that only the end of its sequence bounds, where positions past that end are zeros and weigh nothing.
+    /// End of a span without an end of its own: it ends with its sequence, and positions past that are zeros without
+    /// weight.
     pub const OPEN: u32 = u32::MAX;
 
-    /// Tells if `position` lies in the span.
+    /// Returns true if `position` lies in the span.
     #[inline(always)]
     pub const fn contains(self, position: u32) -> bool {
         position >= self.begin && (self.end == Self::OPEN || position < self.end)
     }
 
-    /// Tells if no position lies in the span.
+    /// Returns true if the span is empty.
     #[inline(always)]
     pub const fn is_empty(self) -> bool {
         self.begin >= self.end
     }
 }
 
-/// A walk over blocks of one sequence: those that hold a visible pair, split where all their pairs are visible.
+/// Blocks of one sequence with at least one visible pair, in three ranges.
 ///
-/// `begin .. whole_begin` and `whole_end .. end` need the mask, `whole_begin .. whole_end` need none.
+/// `begin .. whole_begin` and `whole_end .. end` need the mask; in `whole_begin .. whole_end` all pairs are visible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocks {
-    /// First block that holds a visible pair.
+    /// First block with a visible pair.
     pub begin: u32,
-    /// First block of those whose pairs are all visible.
+    /// First block whose pairs are all visible.
     pub whole_begin: u32,
-    /// One past the last of those.
+    /// End of the blocks whose pairs are all visible.
     pub whole_end: u32,
-    /// One past the last block that holds a visible pair; `begin == end` if there is none.
+    /// End of the blocks with a visible pair; `begin == end` if there is none.
     pub end: u32,
 }
 
 impl Blocks {
-    /// Tells if no block holds a visible pair.
+    /// Returns true if no block has a visible pair.
     #[inline(always)]
     pub const fn is_empty(self) -> bool {
         self.begin >= self.end
     }
 
-    /// Tells if block `n` of the walk needs the mask.
+    /// Returns true if block `n` needs the mask.
     #[inline(always)]
     pub const fn is_masked(self, n: u32) -> bool {
         n < self.whole_begin || n >= self.whole_end
     }
 
-    /// This walk with the mask in every block.
+    /// Returns these blocks with the mask needed in all of them.
     #[inline(always)]
     pub const fn all_masked(self) -> Self {
         Self {
@@ -76,9 +79,9 @@ impl Blocks {
     }
 }
 
-/// Runs `$body` for each block of `$blocks` in order, with `$masked` a constant: one body, compiled once for the blocks that
-/// need the mask and once for those that need none. A walk that has no masked blocks at an end, as is known when it is
-/// compiled, costs no copy of the body there.
+/// Runs `$body` for each block of `$blocks` in order, with `$masked` a constant. The body is compiled once for blocks
+/// that need the mask and once for the others. An end without masked blocks costs no copy of the body if that is
+/// known at compile time.
 #[cfg(any(test, target_arch = "nvptx64"))]
 macro_rules! for_blocks {
     ($blocks:expr, |$n:ident, $masked:ident| $body:expr) => {{
@@ -98,7 +101,7 @@ macro_rules! for_blocks {
     }};
 }
 
-/// Like `for_blocks`, from the last block to the first.
+/// Runs `$body` like `for_blocks`, from the last block to the first.
 #[cfg(any(test, target_arch = "nvptx64"))]
 macro_rules! for_blocks_backwards {
     ($blocks:expr, |$n:ident, $masked:ident| $body:expr) => {{
@@ -121,7 +124,7 @@ macro_rules! for_blocks_backwards {
 #[cfg(target_arch = "nvptx64")]
 pub(crate) use {for_blocks, for_blocks_backwards};
 
-/// The visible pairs of one attention problem.
+/// Visible pairs of an attention problem.
 #[derive(Clone, Copy, Debug)]
 pub struct Mask<const CAUSAL: bool> {
     seqlen_q: u32,
@@ -129,16 +132,16 @@ pub struct Mask<const CAUSAL: bool> {
 }
 
 impl<const CAUSAL: bool> Mask<CAUSAL> {
-    /// Tells if pairs are hidden that both exist; else the ends of the sequences are all there is to mind.
+    /// True if the mask hides pairs that exist. If false, only the ends of the sequences matter.
     pub const HIDES_PAIRS: bool = CAUSAL;
 
-    /// The mask of a problem with these sequence lengths, each at most [`MAX_SEQLEN`].
+    /// Makes the mask of a problem with these sequence lengths, each at most [`MAX_SEQLEN`].
     #[inline(always)]
     pub const fn new(seqlen_q: u32, seqlen_k: u32) -> Self {
         Self { seqlen_q, seqlen_k }
     }
 
-    /// Keys that query `row` sees.
+    /// Returns the keys that query `row` sees.
     #[inline(always)]
     pub const fn keys_of(&self, row: u32) -> Span {
         let end = if CAUSAL {
@@ -149,7 +152,7 @@ impl<const CAUSAL: bool> Mask<CAUSAL> {
         Span { begin: 0, end }
     }
 
-    /// Queries that see key `column`.
+    /// Returns the queries that see key `column`.
     #[inline(always)]
     pub const fn queries_of(&self, column: u32) -> Span {
         let begin = if CAUSAL {
@@ -160,13 +163,13 @@ impl<const CAUSAL: bool> Mask<CAUSAL> {
         Span { begin, end: Span::OPEN }
     }
 
-    /// How many keys query 0 sees besides key 0: negative where it sees none.
+    /// Returns the number of keys that query 0 sees besides key 0; negative if it sees none.
     #[inline(always)]
     const fn diagonal(&self) -> i32 {
         self.seqlen_k as i32 - self.seqlen_q as i32
     }
 
-    /// The key blocks of `block_n` that queries `first_row .. first_row + rows` see, walked left to right.
+    /// Returns the key blocks of `block_n` that queries `first_row .. first_row + rows` see, left to right.
     #[inline(always)]
     pub const fn key_blocks(&self, first_row: u32, rows: u32, block_n: u32) -> Blocks {
         Blocks {
@@ -177,7 +180,7 @@ impl<const CAUSAL: bool> Mask<CAUSAL> {
         }
     }
 
-    /// The last block of a walk over keys, and the walk before it. Full attention then has no other that needs the mask.
+    /// Splits off the last key block. In full attention no other block needs the mask.
     #[inline(always)]
     pub const fn split_last(&self, blocks: Blocks) -> (u32, Blocks) {
         let last = blocks.end - 1;
@@ -191,11 +194,10 @@ impl<const CAUSAL: bool> Mask<CAUSAL> {
         (last, before)
     }
 
-    /// The query blocks of `block_m` that see keys `first_column .. first_column + columns`, walked top to bottom.
+    /// Returns the query blocks of `block_m` that see keys `first_column .. first_column + columns`, top to bottom.
     ///
-    /// A block is free of the mask once its first query sees every key of the run. The last blocks may reach past
-    /// `seqlen_q`, and their tiles past the run; what is missing there is the loader's concern and the store's, not the
-    /// mask's.
+    /// A block needs no mask if its first query sees every key of the range. The last blocks may reach past
+    /// `seqlen_q`, and their tiles past the range. Loads and stores handle elements that do not exist, not the mask.
     #[inline(always)]
     pub const fn query_blocks(&self, first_column: u32, columns: u32, block_m: u32) -> Blocks {
         let end = self.seqlen_q.div_ceil(block_m);
@@ -208,19 +210,20 @@ impl<const CAUSAL: bool> Mask<CAUSAL> {
         }
     }
 
-    /// Visible pairs, counted.
+    /// Returns the number of visible pairs.
     pub const fn pairs(&self) -> u128 {
         let (seqlen_q, seqlen_k) = (self.seqlen_q as u128, self.seqlen_k as u128);
         if !CAUSAL {
             return seqlen_q * seqlen_k;
         }
-        // The last min(seqlen_q, seqlen_k) queries see up to seqlen_k keys, each one more than the query before it.
+        // The last min(seqlen_q, seqlen_k) queries see up to seqlen_k keys, each one key more than the query before
+        // it.
         let rows = if seqlen_q < seqlen_k { seqlen_q } else { seqlen_k };
         rows * (seqlen_k - rows) + rows * (rows + 1) / 2
     }
 }
 
-/// `position`, moved into `0 ..= limit`.
+/// Clamps `position` to `0 ..= limit`.
 #[inline(always)]
 const fn clamp(position: i32, limit: u32) -> u32 {
     if position < 0 {
@@ -242,7 +245,7 @@ mod tests {
     extern crate std;
     use super::*;
 
-    /// Every pair, block by block, against the definition of causal attention.
+    /// Tests every pair, block by block, against the definition of causal attention.
     fn check<const CAUSAL: bool>(seqlen_q: u32, seqlen_k: u32, block_m: u32, block_n: u32) {
         let mask = Mask::<CAUSAL>::new(seqlen_q, seqlen_k);
         let visible = |i: u32, j: u32| {

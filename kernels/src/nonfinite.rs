@@ -29,7 +29,7 @@ pub unsafe fn restore<E: Element, A: Accumulator>(
     let (whole_begin, whole_end) = (blocks.whole_begin * block, blocks.whole_end * block);
     for position in blocks.begin * block..(blocks.end * block).min(source.rows()) {
         if position < whole_begin || position >= whole_end {
-            // Worked out again for each position: kept, columns would hold registers all through the loop.
+            // Recomputed for each position: kept, columns would occupy registers during the whole loop.
             let none = optimizer::renew(0);
             sum.map_coordinates(|row, column, x| {
                 let column = column + none;

@@ -1,7 +1,7 @@
-//! Streamed tiles in flight.
+//! Pipelines of streamed tiles.
 //!
-//! While tiles are multiplied, the next ones are on their way by `cp.async`; a slot is refilled once every warp is done
-//! with what it held. Forward needs one tile at a time and has a ring of single tiles; backward needs two together.
+//! While tiles are multiplied, `cp.async` loads the next ones. A slot is refilled once every warp has finished with
+//! its content. Forward needs one tile at a time and has a pipeline of single tiles; backward needs two together.
 
 pub mod bulk;
 
@@ -15,7 +15,7 @@ use crate::tile::{
 };
 use core::marker::PhantomData;
 
-/// The tiles K0 V0 K1 V1 … in a ring of `STAGES` slots.
+/// Pipeline of the tiles K0 V0 K1 V1 … with `STAGES` slots.
 pub struct KeyValueRing<S> {
     base: u32,
     k: Walk,
@@ -24,11 +24,12 @@ pub struct KeyValueRing<S> {
 }
 
 impl<S: TileShape> KeyValueRing<S> {
-    /// Starts to load the first tiles of `k` and `v` into the slots at shared address `base`. Copies that the caller started
-    /// before (the query tile) are awaited together with the first key tile.
+    /// Starts to load the first tiles of `k` and `v` into the slots at shared address `base`. The wait for the first
+    /// key tile also covers copies that the caller started before (the query tile).
     ///
     /// # Safety
-    /// The slots are this ring's alone; `k` and `v` are readable. Every thread of the block calls this, and each `acquire`.
+    /// Only this pipeline uses the slots; `k` and `v` are readable. Every thread of the block calls this, and each
+    /// `acquire`.
     #[inline(always)]
     pub unsafe fn start(base: u32, k: GlobalTile, v: GlobalTile) -> Self {
         let walk = |window| Walk::new(window, split::<S>());
@@ -58,43 +59,43 @@ impl<S: TileShape> KeyValueRing<S> {
     /// Waits for value tile `n`. It is valid until the next `acquire`.
     ///
     /// # Safety
-    /// As [`KeyValueRing::acquire_key`].
+    /// The contract of [`KeyValueRing::acquire_key`].
     #[inline(always)]
     pub unsafe fn acquire_value(&mut self, n: u32) -> SharedTile {
         // SAFETY: the caller's contract.
         unsafe { self.acquire(n * 2 + 1, true) }
     }
 
-    /// Waits until nothing is in flight and every warp is done: shared memory is free for other uses.
+    /// Waits until no copy is in flight and every warp has finished: shared memory is then free for other uses.
     #[inline(always)]
     pub fn drain(&self) {
         drain();
     }
 
-    /// STAGES is even, so a key tile makes room for a value tile, and a value tile for a key tile.
+    /// Acquires a tile. STAGES is even, so a key tile is replaced by a value tile, and a value tile by a key tile.
     #[inline(always)]
     unsafe fn acquire(&mut self, tile: u32, fetch_key: bool) -> SharedTile {
-        // This thread's part of `tile` has landed once at most STAGES - 2 younger groups are in flight.
+        // This thread's part of `tile` has landed once at most STAGES - 2 newer groups are in flight.
         if S::STAGES == 4 {
             copy::cp_async_wait::<2>();
         } else {
             copy::cp_async_wait::<0>();
         }
-        // Closes two hazards: the others' parts of `tile` have landed, and they no longer read `tile - 1`, whose slot is
-        // the one that `tile + STAGES - 1` goes to.
+        // This barrier closes two hazards: the other threads' parts of `tile` have landed, and they no longer read
+        // `tile - 1`, whose slot `tile + STAGES - 1` will fill.
         sync::sync_threads();
         // SAFETY: the barrier above.
         unsafe { self.fetch(tile + S::STAGES - 1, fetch_key) }
         self.slot(tile)
     }
 
-    /// Starts to load `tile` and closes its group. Past the end of the windows nothing is read, and the slot becomes zeros
-    /// that nobody asks for.
+    /// Starts to load `tile` and commits its group. Past the end of the windows nothing is read, and the slot is
+    /// filled with zeros that are never used.
     #[inline(always)]
     unsafe fn fetch(&mut self, tile: u32, key: bool) {
         let slot = self.slot(tile);
         let source = if key { &mut self.k } else { &mut self.v };
-        // SAFETY: `start`'s and `acquire`'s contracts.
+        // SAFETY: the contracts of `start` and `acquire`.
         unsafe { slot.load_async(source, S::COLUMNS) }
         copy::cp_async_commit();
     }
@@ -105,27 +106,27 @@ impl<S: TileShape> KeyValueRing<S> {
     }
 }
 
-/// Two tiles of the same rows, and three f32 a row: what backward streams past the rows it owns.
+/// Two tiles of the same rows, and three f32 per row, which backward streams.
 #[derive(Clone, Copy)]
 pub struct Stage {
     /// K or Q.
     pub first: SharedTile,
     /// V or dO.
     pub second: SharedTile,
-    /// Where the values of the rows are, if queries are streamed.
+    /// Statistics of the rows, if queries are streamed.
     pub queries: OfColumns,
 }
 
-/// The per-row statistics that go with streamed queries.
+/// Statistics of streamed queries.
 #[derive(Clone, Copy)]
 pub struct StreamedRows {
     /// Device addresses of lse_log2, delta and shift of row 0.
     pub lines: [u64; 3],
-    /// Rows that exist.
+    /// Number of rows that exist.
     pub rows: u32,
 }
 
-/// Pairs of tiles in two alternating stages.
+/// Pipeline of pairs of tiles with two alternating stages.
 pub struct PairRing<S> {
     base: u32,
     first: Walk,
@@ -135,14 +136,15 @@ pub struct PairRing<S> {
 }
 
 impl<S: TileShape> PairRing<S> {
-    /// Bytes of one stage: two tiles and three f32 a row.
+    /// Bytes of one stage: two tiles and three f32 per row.
     const STAGE_BYTES: u32 = 2 * S::STREAMED_BYTES + 3 * 4 * S::COLUMNS;
 
-    /// Starts to load pair `n` into the stages at shared address `base`; `first` and `second` begin at that pair's rows.
-    /// Copies that the caller started before (the owned tiles) are awaited together with it.
+    /// Starts to load pair `n` into the stages at shared address `base`; `first` and `second` start at the rows of
+    /// that pair. The wait for it also covers copies that the caller started before (the owned tiles).
     ///
     /// # Safety
-    /// The stages are this ring's alone; the windows are readable. Every thread of the block calls this, and each `acquire`.
+    /// Only this pipeline uses the stages; the windows are readable. Every thread of the block calls this, and each
+    /// `acquire`.
     #[inline(always)]
     pub unsafe fn start(
         base: u32,
@@ -171,25 +173,26 @@ impl<S: TileShape> PairRing<S> {
     #[inline(always)]
     pub unsafe fn acquire(&mut self, n: u32) -> Stage {
         copy::cp_async_wait::<0>();
-        // Closes two hazards: the others' parts of pair `n` have landed, and they no longer read pair `n - 1`, whose stage
-        // is the one that pair `n + 1` goes to.
+        // This barrier closes two hazards: the other threads' parts of pair `n` have landed, and they no longer read
+        // pair `n - 1`, whose stage pair `n + 1` will fill.
         sync::sync_threads();
         // SAFETY: the barrier above.
         unsafe { self.fetch(n + 1) }
         self.stage(n)
     }
 
-    /// Waits until nothing is in flight and every warp is done: shared memory is free for other uses.
+    /// Waits until no copy is in flight and every warp has finished: shared memory is then free for other uses.
     #[inline(always)]
     pub fn drain(&self) {
         drain();
     }
 
-    /// Starts to load pair `n` and closes its group. Past the end nothing is read, and the stage becomes zeros.
+    /// Starts to load pair `n` and commits its group. Past the end nothing is read, and the stage is filled with
+    /// zeros.
     #[inline(always)]
     unsafe fn fetch(&mut self, n: u32) {
         let stage = self.stage(n);
-        // SAFETY: `start`'s and `acquire`'s contracts; statistics are read where their row exists.
+        // SAFETY: the contracts of `start` and `acquire`; statistics are read only of rows that exist.
         unsafe {
             stage.first.load_async(&mut self.first, S::COLUMNS);
             stage.second.load_async(&mut self.second, S::COLUMNS);

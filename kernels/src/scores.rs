@@ -1,6 +1,6 @@
-//! Elementwise steps between the products of backward: weights from scores, gradients of scores from gradients of weights. Both
-//! kernel families call these, so that hidden pairs and large numbers are minded in one place. The steps of forward are in
-//! [`softmax`](crate::softmax), which hides with [`Accumulator::hide`] too.
+//! Elementwise steps between the products of backward: weights from scores, and gradients of scores from gradients of
+//! weights. Both kernel families call these, so hidden pairs and large numbers are handled in one place. The steps of
+//! forward are in [`softmax`](crate::softmax), which also hides with [`Accumulator::hide`].
 
 use crate::abi::Exponents;
 use crate::ptx::math::{ex2, fma, min_nan};
@@ -10,26 +10,26 @@ use crate::tile::register::{Accumulator, RowValues};
 
 /// Statistics of the queries of a tile that backward reads, whether queries are its rows or its columns.
 pub trait QueryValues<A: Accumulator>: Copy {
-    /// `x -= shift`: what is subtracted from scores before they are scaled.
+    /// Subtracts the shift of each query: `x -= shift`, before scores are scaled.
     ///
     /// # Safety
-    /// The values are initialised and readable.
+    /// The statistics are initialised and readable.
     unsafe fn subtract_shift(self, scores: &mut A);
 
-    /// `x = f(lse_log2, x)`.
+    /// Combines each score with its query's lse: `x = f(lse_log2, x)`.
     ///
     /// # Safety
     /// The contract of [`subtract_shift`](Self::subtract_shift).
     unsafe fn with_lse(self, scores: &mut A, f: impl Fn(f32, f32) -> f32);
 
-    /// `x -= delta`.
+    /// Subtracts the delta of each query: `x -= delta`.
     ///
     /// # Safety
     /// The contract of [`subtract_shift`](Self::subtract_shift).
     unsafe fn subtract_delta(self, dp: &mut A);
 }
 
-/// The queries are rows: their values stay in registers, but for shifts, which wait in shared memory.
+/// Statistics of queries that are rows: they stay in registers, except for the shifts, which are in shared memory.
 #[derive(Clone, Copy)]
 pub struct OfRows<R> {
     lse_log2: R,
@@ -38,11 +38,12 @@ pub struct OfRows<R> {
 }
 
 impl<R: RowValues> OfRows<R> {
-    /// Loads the values of `rows` queries from index `first` on, those past them are 0; and whether any of the queries is far. Shifts
-    /// go to the shared address `shift`.
+    /// Loads the statistics of `rows` queries from index `first` on; those past the end are 0. Returns true with them
+    /// if any of the queries is far. Shifts are written to the shared address `shift`.
     ///
     /// # Safety
-    /// The queries have exponents, and the warp has room for a word each. The whole warp calls this together.
+    /// The queries have statistics, and each row of the warp has a word of shared memory. The whole warp calls this
+    /// together.
     #[inline(always)]
     pub unsafe fn load<A: Accumulator<Rows = R>>(
         exponents: &Exponents,
@@ -82,7 +83,7 @@ impl<A: Accumulator> QueryValues<A> for OfRows<A::Rows> {
     }
 }
 
-/// The queries are columns: their values come with their tiles.
+/// Statistics of queries that are columns: they lie in shared memory, beside their tiles.
 #[derive(Clone, Copy)]
 pub struct OfColumns {
     /// Shared address of each column's lse_log2.
@@ -113,11 +114,11 @@ impl<A: Accumulator> QueryValues<A> for OfColumns {
     }
 }
 
-/// Scores to weights, `exp2((s - shift) * scale_log2 - lse_log2)`. Where no query is far, `shift` is 0; where one is, no weight comes
-/// out above 1.
+/// Turns scores into weights, `exp2((s - shift) * scale_log2 - lse_log2)`. If no query is far, `shift` is 0. If one
+/// is, no weight exceeds 1.
 ///
 /// # Safety
-/// `queries` are readable.
+/// The statistics of `queries` are readable.
 #[inline(always)]
 pub unsafe fn weights<A: Accumulator>(scores: &mut A, queries: impl QueryValues<A>, scale_log2: f32, is_far: bool) {
     // SAFETY (whole body): the caller's contract.
@@ -131,11 +132,11 @@ pub unsafe fn weights<A: Accumulator>(scores: &mut A, queries: impl QueryValues<
     }
 }
 
-/// Gradients of weights to gradients of scores: `dS = P * (dP - delta)`. With `hides`, dS is 0 where P is 0: dP and delta of a
-/// hidden pair may be NaN or infinite.
+/// Turns gradients of weights into gradients of scores: `dS = P * (dP - delta)`. With `hides`, dS is 0 where P is 0:
+/// dP and delta of a hidden pair may be NaN or infinite.
 ///
 /// # Safety
-/// `queries` are readable.
+/// The statistics of `queries` are readable.
 #[inline(always)]
 pub unsafe fn score_gradients<A: Accumulator>(dp: &mut A, weights: &A, queries: impl QueryValues<A>, hides: bool) {
     // SAFETY: the caller's contract.

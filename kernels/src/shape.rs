@@ -1,13 +1,13 @@
-//! The compiled tile shapes: what a block of threads holds, and in whose registers it lies.
+//! Compiled tile shapes: the tiles of a block of threads, and the registers that hold them.
 //!
-//! One type a shape, so that a kernel's body names no numbers. The numbers are for the host too, which plans with
-//! them; the tile types exist only where a kernel is compiled.
+//! Each shape is a type, so the body of a kernel has no numbers. The host plans with the numbers; the tile types
+//! exist only where a kernel is compiled.
 //!
 //! A block owns `ROWS` rows of its result and streams the other sequence past them in tiles of `COLUMNS`. Forward and
 //! dQ own queries and stream keys; dK and dV own keys and stream queries.
 //!
-//! Shared memory stays within 99 KiB a block, the least that any card from sm_80 on grants (sm_86, sm_89 and sm_120;
-//! A100 has 163 KiB, H100 227 KiB), so the portable kernels are portable.
+//! Shared memory per block stays within 99 KiB, the least of all GPUs from sm_80 on (sm_86, sm_89 and sm_120; A100
+//! has 163 KiB, H100 227 KiB), so that the portable kernels run on all of them.
 
 use crate::element::F16;
 use crate::tile::swizzle;
@@ -15,70 +15,72 @@ use crate::tile::swizzle;
 use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
 
-/// Shared memory that every card from sm_80 on grants a block.
+/// Largest shared memory of a block on every GPU from sm_80 on, in bytes.
 pub const PORTABLE_SHARED_BYTES: u32 = 99 * 1024;
 
-/// Shared memory that Hopper grants a block.
+/// Largest shared memory of a block on Hopper, in bytes.
 pub const HOPPER_SHARED_BYTES: u32 = 227 * 1024;
 
-/// Registers of a multiprocessor.
+/// Number of registers of a multiprocessor.
 const REGISTERS: u32 = 65536;
 
-/// Queries in a block of the delta kernel, 8 threads each.
+/// Number of queries of a block of the delta kernel, with 8 threads each.
 pub const DELTA_ROWS: u32 = 16;
 
 /// A compiled tile shape.
 pub trait TileShape {
-    /// Widest head the tile holds; a narrower head is masked by the loader.
+    /// Largest head_dim of the tile; the loader masks a narrower head.
     const HEAD_DIM: u32;
-    /// Rows of the result that a block owns.
+    /// Number of rows of the result that a block owns.
     const ROWS: u32;
-    /// Rows of the other sequence in a streamed tile.
+    /// Number of rows of the other sequence in a streamed tile.
     const COLUMNS: u32;
-    /// Warps in a block; each owns `ROWS / WARPS` rows from load to store.
+    /// Number of warps of a block; each owns `ROWS / WARPS` rows from load to store.
     const WARPS: u32;
-    /// Streamed tiles in flight or in use, together: 2 or 4.
+    /// Number of streamed tiles in flight or in use, together: 2 or 4.
     const STAGES: u32;
-    /// Bytes of one element.
+    /// Size of one element, in bytes.
     const ELEMENT_BYTES: u32;
-    /// Whether dK and dV are two walks over the queries, because their accumulators do not fit the registers together.
+    /// True if dK and dV are computed in two loops over the queries, because their accumulators do not fit in the
+    /// registers together.
     const TWO_WALKS: bool;
 
-    /// Threads in a block.
+    /// Threads per block.
     const THREADS: u32 = Self::WARPS * 32;
-    /// Rows that one warp owns.
+    /// Number of rows that one warp owns.
     const WARP_ROWS: u32 = Self::ROWS / Self::WARPS;
-    /// Bytes of a row in shared memory.
+    /// Size of a row in shared memory, in bytes.
     const ROW_BYTES: u32 = Self::HEAD_DIM * Self::ELEMENT_BYTES;
-    /// Bytes of an owned tile in shared memory.
+    /// Size of an owned tile in shared memory, in bytes.
     const OWNED_BYTES: u32 = Self::ROWS * Self::ROW_BYTES;
-    /// Bytes of a streamed tile in shared memory.
+    /// Size of a streamed tile in shared memory, in bytes.
     const STREAMED_BYTES: u32 = Self::COLUMNS * Self::ROW_BYTES;
-    /// Dynamic shared memory of a forward block: the query tile and the ring.
+    /// Dynamic shared memory of a forward block, in bytes: the query tile and the pipeline.
     const FORWARD_BYTES: u32 = Self::OWNED_BYTES + Self::STAGES * Self::STREAMED_BYTES;
-    /// Dynamic shared memory of a backward block: two owned tiles, and two stages of two streamed tiles with three f32 a row,
-    /// and one for each owned row.
+    /// Dynamic shared memory of a backward block, in bytes: two owned tiles, two stages of two streamed tiles with
+    /// three f32 per row, and one f32 for each owned row.
     const BACKWARD_BYTES: u32 =
         2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + 3 * 4 * Self::COLUMNS) + 4 * Self::ROWS;
 
     /// Element type of q, k, v and out.
     #[cfg(target_arch = "nvptx64")]
     type Element: Element;
-    /// The scores of one warp: `WARP_ROWS` x `COLUMNS`, f32.
+    /// Scores of one warp: `WARP_ROWS` x `COLUMNS`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Scores: ScoreTile;
-    /// The result of one warp: `WARP_ROWS` x `HEAD_DIM`, f32.
+    /// Result of one warp: `WARP_ROWS` x `HEAD_DIM`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Output: OutputTile<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
 }
 
-/// Whether the threads of a block, side by side along the rows, cover a tile in whole steps.
+/// Returns true if the threads of a block, side by side along the rows, cover a tile in whole steps.
 pub(crate) const fn loads_evenly<S: TileShape>() -> bool {
     let rows = S::THREADS / swizzle::neighbours(S::ROW_BYTES);
     S::ROWS.is_multiple_of(rows) && S::COLUMNS.is_multiple_of(rows)
 }
 
-/// A shape for the tensor cores: accumulators of m16n8 fragments, 16 rows each, `WARP_ROWS / 16` of them high.
+/// Makes a shape for the tensor cores: the accumulators are m16n8 fragments of 16 rows, `WARP_ROWS / 16` of them
+/// high.
 macro_rules! ampere_shape {
     ($name:ident, $bytes:ident: $rows:literal x $columns:literal, head_dim $d:literal, warps $warps:literal, stages $stages:literal
      $(, $two_walks:ident)?) => {
@@ -100,7 +102,7 @@ macro_rules! ampere_shape {
 
         const _: () = {
             assert!($rows % ($warps * 16) == 0 && $columns % 16 == 0 && $d % 16 == 0);
-            // Rows that the swizzle and the loader take: whole runs of four chunks.
+            // The swizzle and the loader need rows of whole runs of four chunks.
             assert!(<$name<F16> as TileShape>::ROW_BYTES % 64 == 0);
             assert!(matches!($stages, 2 | 4));
             assert!(loads_evenly::<$name<F16>>() && <$name<F16> as TileShape>::$bytes <= PORTABLE_SHARED_BYTES);
@@ -117,7 +119,7 @@ macro_rules! ampere_shape {
     };
 }
 
-/// A shape for plain FMA: a warp owns 8 rows, a lane 4 of them by every 16th column.
+/// Makes a shape for plain FMA: a warp owns 8 rows, and a lane holds every 16th column of 4 of them.
 macro_rules! simt_shape {
     ($name:ident, $bytes:ident: $rows:literal x $columns:literal, head_dim $d:literal, warps $warps:literal, stages $stages:literal
      $(, $two_walks:ident)?) => {
@@ -151,11 +153,11 @@ macro_rules! simt_shape {
 #[cfg(feature = "study")]
 pub(crate) use simt_shape;
 
-// Forward. 32 rows a warp up to head_dim 128: each key fragment read from shared memory then feeds two mma's, and shared
-// memory reads (128 bytes a clock) fall to half of what the tensor cores need. Past 128 the output alone would take 192
-// registers a lane, so a warp owns 16 rows and the block gets 8 warps. 32 keys a tile at 96 and 128, since the scores of
-// 64 spill there with ptxas 13.5. Four stages where tiles are so small that the arithmetic on one does not cover the
-// latency of a load.
+// Forward. 32 rows a warp up to head_dim 128: each key fragment read from shared memory then feeds two mma's, and
+// shared memory reads (128 bytes a clock) fall to half of what the tensor cores need. Past 128 the output alone would
+// take 192 registers a lane, so a warp owns 16 rows and the block gets 8 warps. 32 keys a tile at 96 and 128, since
+// the scores of 64 spill there with ptxas 13.5. Four stages where tiles are so small that the arithmetic on one does
+// not cover the latency of a load.
 ampere_shape!(ForwardD32, FORWARD_BYTES: 128 x 64, head_dim 32, warps 4, stages 4);
 ampere_shape!(ForwardD64, FORWARD_BYTES: 128 x 64, head_dim 64, warps 4, stages 4);
 ampere_shape!(ForwardD96, FORWARD_BYTES: 128 x 32, head_dim 96, warps 4, stages 4);
@@ -170,11 +172,11 @@ simt_shape!(ForwardF32D128, FORWARD_BYTES: 64 x 64, head_dim 128, warps 8, stage
 simt_shape!(ForwardF32D192, FORWARD_BYTES: 64 x 32, head_dim 192, warps 8, stages 2);
 simt_shape!(ForwardF32D256, FORWARD_BYTES: 32 x 32, head_dim 256, warps 4, stages 2);
 
-// Backward. A block holds two owned tiles and two stages of two streamed ones, so 99 KiB bind sooner; a lane holds two
-// score tiles beside the gradients, so a warp owns 16 rows (32 spill with ptxas 13.5). One shape serves dQ and, with two
-// accumulators, dK and dV; where those two take more than 128 registers a lane, dK and dV are two walks: five products
-// instead of four, no spill. Smaller blocks at 96: 64 queries a tile spill there on sm_90, and 8 warps load a tile of rows
-// of 192 bytes in no less than 64.
+// Backward. A block holds two owned tiles and two stages of two streamed ones, so 99 KiB bind sooner; a lane holds
+// two score tiles beside the gradients, so a warp owns 16 rows (32 spill with ptxas 13.5). One shape serves dQ and,
+// with two accumulators, dK and dV; where those two take more than 128 registers a lane, dK and dV are two walks:
+// five products instead of four, no spill. Smaller blocks at 96: 64 queries a tile spill there on sm_90, and 8 warps
+// load a tile of rows of 192 bytes in no less than 64.
 ampere_shape!(BackwardD32, BACKWARD_BYTES: 128 x 64, head_dim 32, warps 8, stages 2);
 ampere_shape!(BackwardD64, BACKWARD_BYTES: 128 x 64, head_dim 64, warps 8, stages 2);
 ampere_shape!(BackwardD96, BACKWARD_BYTES: 64 x 32, head_dim 96, warps 4, stages 2);
@@ -189,49 +191,49 @@ simt_shape!(BackwardF32D128, BACKWARD_BYTES: 32 x 32, head_dim 128, warps 4, sta
 simt_shape!(BackwardF32D192, BACKWARD_BYTES: 32 x 16, head_dim 192, warps 4, stages 2);
 simt_shape!(BackwardF32D256, BACKWARD_BYTES: 16 x 16, head_dim 256, warps 2, stages 2, two_walks);
 
-/// A compiled tile shape of the forward kernel for Hopper: one warpgroup that loads, and some that compute, each the owner
-/// of 64 queries.
+/// A compiled tile shape of the forward kernel for Hopper: one producer warpgroup, and consumer warpgroups that each
+/// own 64 queries.
 pub trait HopperShape {
-    /// Widest head the tile holds; a narrower head is masked by the loader.
+    /// Largest head_dim of the tile; the loader masks a narrower head.
     const HEAD_DIM: u32;
-    /// Keys in a tile.
+    /// Number of keys of a tile.
     const BLOCK_N: u32;
-    /// Warpgroups that compute.
+    /// Number of consumer warpgroups.
     const CONSUMERS: u32;
-    /// Registers of a thread that loads.
+    /// Registers of a producer thread.
     const PRODUCER_REGISTERS: u32;
-    /// Registers of a thread that computes.
+    /// Registers of a consumer thread.
     const CONSUMER_REGISTERS: u32;
 
     /// Queries that a block owns.
     const BLOCK_M: u32 = Self::CONSUMERS * HOPPER_ROWS;
-    /// Threads in a block.
+    /// Threads per block.
     const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
-    /// Bytes of the queries of one warpgroup.
+    /// Size of the queries of one warpgroup, in bytes.
     const QUERY_BYTES: u32 = HOPPER_ROWS * panel_columns(Self::HEAD_DIM) * 2;
-    /// Bytes of a tile of keys or values.
+    /// Size of a tile of keys or values, in bytes.
     const TILE_BYTES: u32 = Self::BLOCK_N * panel_columns(Self::HEAD_DIM) * 2;
-    /// Bytes of all tiles: the queries, and the slots of keys and of values.
+    /// Size of all tiles, in bytes: the queries, and the slots of keys and of values.
     const TILES_BYTES: u32 = Self::CONSUMERS * Self::QUERY_BYTES + 2 * HOPPER_SLOTS * Self::TILE_BYTES;
-    /// Dynamic shared memory of a block: the tiles, a pair of barriers for the queries and for each slot, and a word for each
-    /// consumer.
+    /// Dynamic shared memory of a block, in bytes: the tiles, two barriers for the queries and for each slot, and one
+    /// word for each consumer.
     const SHARED_BYTES: u32 = Self::TILES_BYTES + (2 + 2 * HOPPER_SLOTS) * 16;
 
     /// Element type of q, k, v and out.
     #[cfg(target_arch = "nvptx64")]
     type Element: Element;
-    /// The scores of one warpgroup, 64 x `BLOCK_N`, f32.
+    /// Scores of one warpgroup, 64 x `BLOCK_N`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Scores: WarpgroupScores;
-    /// The output of one warpgroup, 64 x `HEAD_DIM`, f32.
+    /// Output of one warpgroup, 64 x `HEAD_DIM`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Output: WarpgroupOutput<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
 }
 
-/// The most warpgroups of a block that compute.
+/// Largest number of consumer warpgroups of a block.
 pub const MAX_CONSUMERS: u32 = 3;
 
-/// Queries of one warpgroup.
+/// Number of queries of one warpgroup.
 pub const HOPPER_ROWS: u32 = 64;
 
 /// Columns of a head's row in shared memory: whole panels of 64, as the tensor memory accelerator swizzles them.
@@ -239,7 +241,7 @@ pub const fn panel_columns(head_dim: u32) -> u32 {
     head_dim.next_multiple_of(64)
 }
 
-/// Slots for tiles of keys, and as many for values: one is multiplied while the next arrives.
+/// Number of slots for tiles of keys, and also for tiles of values: one is multiplied while the next arrives.
 pub const HOPPER_SLOTS: u32 = 2;
 
 macro_rules! hopper_shape {
@@ -266,10 +268,11 @@ macro_rules! hopper_shape {
 
         const _: () = {
             assert!($columns % 16 == 0 && $d % 16 == 0);
-            // Every panel starts where the swizzle does.
+            // Every panel must start at the start of a swizzle pattern.
             assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
             assert!($consumers <= MAX_CONSUMERS);
-            // What the loading threads give back of a launch's equal shares is all that the others can take.
+            // setmaxnreg cannot exceed the pool: the registers of producers and consumers together are at most those
+            // of the launch.
             assert!($few + $consumers * $many <= ($consumers + 1) * (REGISTERS / 128 / ($consumers + 1) / 8 * 8));
             assert!($few % 8 == 0 && $many % 8 == 0);
         };
@@ -292,58 +295,57 @@ hopper_shape!(HopperD128: 128 keys, head_dim 128, consumers 2, registers 40 and 
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
 
-/// A compiled tile shape of a backward kernel for Hopper: two warpgroups that compute, each the owner of 64 rows.
+/// A compiled tile shape of a backward kernel for Hopper: two consumer warpgroups that each own 64 rows.
 pub trait HopperBackwardShape {
-    /// Widest head the tile holds; a narrower head is masked by the loader.
+    /// Largest head_dim of the tile; the loader masks a narrower head.
     const HEAD_DIM: u32;
-    /// Rows of a streamed tile: keys where the block owns queries, queries where it owns keys.
+    /// Number of rows of a streamed tile: keys where the block owns queries, queries where it owns keys.
     const COLUMNS: u32;
-    /// What the kernel computes.
+    /// Tensors that the kernel owns, streams and writes.
     const WALK: HopperWalk;
 
-    /// Warpgroups that compute.
+    /// Number of consumer warpgroups.
     const CONSUMERS: u32 = 2;
-    /// Rows that a block owns.
+    /// Number of rows that a block owns.
     const ROWS: u32 = Self::CONSUMERS * HOPPER_ROWS;
-    /// Registers of a thread that loads and of one that computes.
+    /// Registers of a producer thread and of a consumer thread.
     const REGISTERS: (u32, u32) = if Self::WALK.adds_queries() {
         (24, 240)
     } else {
         (40, 232)
     };
-    /// Whether dK of a streamed tile is still being summed when the next one begins. If not, the registers of its operand are free by
-    /// then, for scores that are twice as wide.
+    /// True if the products for dK of a streamed tile continue into the next tile. If false, the registers of their
+    /// operand are free by then, for scores that are twice as wide.
     const SUMS_RUN_ON: bool = Self::COLUMNS < 128;
-    /// Threads in a block.
+    /// Threads per block.
     const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
-    /// Bytes of one owned tensor's rows of one warpgroup.
+    /// Size of the rows of one warpgroup in one owned tensor, in bytes.
     const OWNED_BYTES: u32 = HOPPER_ROWS * panel_columns(Self::HEAD_DIM) * 2;
-    /// Bytes of one streamed tile.
+    /// Size of one streamed tile, in bytes.
     const STREAMED_BYTES: u32 = Self::COLUMNS * panel_columns(Self::HEAD_DIM) * 2;
-    /// Bytes of one warpgroup's dS^T, if it shows it to the other.
+    /// Size of one warpgroup's dS^T in bytes, if it publishes it to the other warpgroup.
     const DS_BYTES: u32 = if Self::WALK.adds_queries() {
         HOPPER_ROWS * Self::COLUMNS * 2
     } else {
         0
     };
-    /// Bytes of one warpgroup's share of dQ, on its way to device memory: 64 x 64, f32.
+    /// Size of one warpgroup's square of dQ on its way to device memory, in bytes: 64 x 64, f32.
     const DQ_BYTES: u32 = if Self::WALK.adds_queries() {
         HOPPER_ROWS * 64 * 4
     } else {
         0
     };
-    /// Bytes of all tiles: two owned, and slots of two streamed ones and of dS^T, and dQ.
+    /// Size of all tiles, in bytes: two owned, slots of two streamed ones and of dS^T, and dQ.
     const TILES_BYTES: u32 = Self::CONSUMERS * (2 * Self::OWNED_BYTES + HOPPER_SLOTS * Self::DS_BYTES + Self::DQ_BYTES)
         + 2 * HOPPER_SLOTS * Self::STREAMED_BYTES;
-    /// Dynamic shared memory of a block: the tiles, three f32 for each streamed row, and a pair of barriers for the owned
-    /// tiles, for each slot and for each warpgroup's dQ, two words, and one for each
-    /// owned row.
+    /// Dynamic shared memory of a block, in bytes: the tiles; three f32 for each streamed row; two barriers for the
+    /// owned tiles, for each slot and for each warpgroup's dQ; two words; and one word for each owned row.
     const SHARED_BYTES: u32 = Self::TILES_BYTES
         + HOPPER_SLOTS * 3 * Self::COLUMNS * 4
         + (2 + HOPPER_SLOTS + Self::CONSUMERS) * 16
         + Self::ROWS * 4;
 
-    /// Which 64 queries of a streamed tile and which 64 columns of their dQ fall to warpgroup `group`.
+    /// Returns the 64 queries of a streamed tile, and the 64 columns of their dQ, that warpgroup `group` computes.
     #[inline(always)]
     fn square(group: u32) -> (u32, u32) {
         if Self::HEAD_DIM <= 64 { (group, 0) } else { (0, group) }
@@ -352,35 +354,36 @@ pub trait HopperBackwardShape {
     /// Element type of q, k, v and out.
     #[cfg(target_arch = "nvptx64")]
     type Element: Element;
-    /// Two-operand products of one warpgroup, 64 x `COLUMNS`, f32.
+    /// Product of two tiles of one warpgroup, 64 x `COLUMNS`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Scores: WarpgroupScores;
-    /// A gradient of one warpgroup, 64 x `HEAD_DIM`, f32.
+    /// Gradient of one warpgroup, 64 x `HEAD_DIM`, f32.
     #[cfg(target_arch = "nvptx64")]
     type Output: WarpgroupOutput<<Self::Scores as ScoreTile>::Operand, Rows = <Self::Scores as Accumulator>::Rows>;
-    /// A share of dQ of one warpgroup.
+    /// Square of dQ of one warpgroup.
     #[cfg(target_arch = "nvptx64")]
     type Square: WarpgroupSquare;
 }
 
-/// How a backward kernel for Hopper goes about it.
+/// Tensors that a backward kernel for Hopper owns, streams and writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HopperWalk {
-    /// Owns queries, streams keys: dQ.
+    /// Owns queries, streams keys, writes dQ.
     Queries,
-    /// Owns keys, streams queries: dK and dV, in two walks, because their accumulators do not fit the registers together.
+    /// Owns keys, streams queries, writes dK and dV in two loops, because their accumulators do not fit in the
+    /// registers together.
     KeysTwice,
-    /// Owns keys, streams queries: dK and dV, and dQ, which blocks add up in device memory.
+    /// Owns keys, streams queries, writes dK and dV, and adds to the dQ accumulator in device memory.
     All,
 }
 
 impl HopperWalk {
-    /// Whether dK and dV are two walks over the queries.
+    /// Returns true if dK and dV are computed in two loops over the queries.
     pub const fn is_twice(self) -> bool {
         matches!(self, Self::KeysTwice)
     }
 
-    /// Whether blocks add dQ up.
+    /// Returns true if blocks add to a dQ accumulator.
     pub const fn adds_queries(self) -> bool {
         matches!(self, Self::All)
     }
@@ -412,9 +415,9 @@ macro_rules! hopper_backward_shape {
 
         const _: () = {
             assert!($columns % 16 == 0 && $d % 16 == 0);
-            // Every panel starts where the swizzle does.
+            // Every panel must start at the start of a swizzle pattern.
             assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperBackwardShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
-            // dQ of a streamed tile is a square for each warpgroup, one under the other or side by side.
+            // dQ of a streamed tile is one square for each warpgroup, one below the other or side by side.
             assert!(!HopperWalk::$walk.adds_queries() || $columns * panel_columns($d) == 2 * 64 * 64);
         };
     };
@@ -425,9 +428,10 @@ macro_rules! hopper_backward_shape {
     };
 }
 
-// Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter each), and
-// head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it streams less. At 64
-// it streams 128 queries, so that the waits of a step come half as often: 64 + 64 + 32 + 64 registers and what addresses take.
+// Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter
+// each), and head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it
+// streams less. At 64 it streams 128 queries, so that the waits of a step come half as often: 64 + 64 + 32 + 64
+// registers and what addresses take.
 hopper_backward_shape!(HopperQueriesD192: Queries, 64 streamed, head_dim 192);
 hopper_backward_shape!(HopperQueriesD256: Queries, 48 streamed, head_dim 256);
 hopper_backward_shape!(HopperKeysD192: KeysTwice, 64 streamed, head_dim 192);

@@ -22,7 +22,7 @@ pub const FAR: f32 = 1024.0;
 
 /// Running statistics of the rows that a lane holds part of.
 pub struct OnlineSoftmax<A: Accumulator> {
-    /// Largest score so far; the lanes of a row agree on it.
+    /// Largest score so far; all lanes of a row hold the same value.
     row_max: A::Rows,
     /// Sum of exponentials relative to it, over this lane's columns only.
     row_sum: A::Rows,
@@ -108,7 +108,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         (subtracted, rescale)
     }
 
-    /// The rows' results. `sees_keys(row)` is whether a row may see any key.
+    /// Returns the results of the rows. `sees_keys(row)` is true if a row may see a key.
     #[inline(always)]
     pub fn finish(self, sees_keys: impl Fn(u32) -> bool) -> Finished<A::Rows> {
         let scale = self.scale_log2;

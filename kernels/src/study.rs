@@ -1,5 +1,6 @@
-//! Kernels that measure FlashAttention's claim about memory traffic, and that no user needs: the fused kernel with ever more
-//! SRAM, and standard attention. They have a table and an archive of their own, behind the feature `study`.
+//! Kernels of the study of memory traffic, which measures FlashAttention's claim: the fused kernel with several
+//! amounts of SRAM, and standard attention. They are not needed to run attention. They have their own table and
+//! archive, behind the feature `study`.
 
 #[cfg(target_arch = "nvptx64")]
 mod standard;
@@ -11,10 +12,10 @@ use crate::shape::{ForwardF32D64, PORTABLE_SHARED_BYTES, TileShape, loads_evenly
 use crate::tile::lanes::LaneRows;
 use core::num::NonZeroU32;
 
-/// What a kernel of the study computes.
+/// Result that a kernel of the study computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Step {
-    /// The whole of attention: forward with another amount of SRAM than the product's kernel takes.
+    /// Attention: forward with another amount of SRAM than the regular kernel.
     Flash,
     /// Standard attention, first kernel: S = scale * Q K^T.
     StandardScores,
@@ -28,13 +29,13 @@ pub enum Step {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct StandardParams {
-    /// What is computed.
+    /// Parameters of attention.
     pub forward: ForwardParams,
     /// Device address of the scores, then probabilities: f32, contiguous `[batch, heads_q, seqlen_q, seqlen_k]`.
     pub scores: u64,
-    /// Key tiles of a head, `ceil(seqlen_k / block_n)`.
+    /// Number of key tiles of a head, `ceil(seqlen_k / block_n)`.
     pub key_tiles: NonZeroU32,
-    /// Keeps the struct free of padding.
+    /// Pads the struct to a multiple of 8 bytes.
     pub reserved: u32,
 }
 
@@ -42,18 +43,18 @@ params!(StandardParams);
 
 const _: () = assert!(size_of::<StandardParams>() == size_of::<ForwardParams>() + 8 + 2 * 4);
 
-// One head_dim, ever more queries a block, so ever more SRAM and ever less traffic.
+// One head_dim, with more and more queries per block, so more SRAM and less traffic.
 simt_shape!(StudyM16, FORWARD_BYTES: 16 x 64, head_dim 64, warps 2, stages 2);
 simt_shape!(StudyM32, FORWARD_BYTES: 32 x 64, head_dim 64, warps 4, stages 2);
 simt_shape!(StudyM64, FORWARD_BYTES: 64 x 64, head_dim 64, warps 8, stages 2);
 simt_shape!(StudyM128, FORWARD_BYTES: 128 x 64, head_dim 64, warps 16, stages 2);
 
-/// Dynamic shared memory of a block of the fused kernel.
+/// Dynamic shared memory of a block of the fused kernel, in bytes.
 const fn flash_bytes<S: TileShape>() -> u32 {
     S::FORWARD_BYTES
 }
 
-/// Dynamic shared memory of a block of standard attention: one tile of each side.
+/// Dynamic shared memory of a block of standard attention, in bytes: one tile of each side.
 const fn standard_bytes<S: TileShape>() -> u32 {
     S::OWNED_BYTES + S::STREAMED_BYTES
 }
@@ -77,7 +78,7 @@ const fn entry<S: TileShape>(name: &'static str, step: Step, shared_bytes: u32, 
 
 macro_rules! kernels {
     ($($name:literal: $step:ident, $shape:ty, $bytes:ident, $($function:ident)::+($params:ident);)*) => {
-        /// Every kernel of the study, full and causal.
+        /// All kernels of the study, full and causal.
         pub const KERNELS: &[Entry<Step>] = &[$(
             entry::<$shape>($name, Step::$step, $bytes::<$shape>(), false),
             entry::<$shape>(concat!($name, "_causal"), Step::$step, $bytes::<$shape>(), true),

@@ -1,15 +1,16 @@
 //! The forward pass on Hopper: Algorithm 1 on the schedule of FlashAttention-3.
 //!
-//! One thread of the first warpgroup loads: the queries of each tile of work, and keys and values through rings of slots.
-//! The other warpgroups each own 64 queries. While the tensor cores multiply one tile of values, a warpgroup turns the
-//! scores of the next tile of keys into probabilities; and warpgroups take turns at issuing products, so that one's
-//! exponentials fall into another's products. Probabilities never leave the registers.
+//! One thread of the first warpgroup, the producer, loads the queries of each tile of work, and keys and values
+//! through pipelines. The other warpgroups, the consumers, each own 64 queries. While the tensor cores multiply one
+//! tile of values, a consumer turns the scores of the next tile of keys into probabilities. Consumers take turns at
+//! issuing products, so that the exponentials of one overlap with the products of another. Probabilities never leave
+//! the registers.
 //!
-//! Where a head has few queries, the query heads that share keys are packed: a tile holds the same query of all of them, then
-//! the next.
+//! If a head has few queries, the query heads that share keys are packed (PackGQA): a tile holds the first query of
+//! all of them, then the second, and so on.
 //!
-//! Blocks stay for the whole launch and take one tile of work after the other. Keys are walked from the last to the first:
-//! those that need a mask come first, where they are few, and the loop over the others has none.
+//! Blocks are persistent: each takes several tiles of work. Keys are processed from the last to the first. The few
+//! that need a mask come first, and the loop over the others has no mask.
 
 use super::{Barrier, Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperForwardParams;
@@ -24,7 +25,7 @@ use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
 use crate::tile::{element::Element, global::GlobalTile, panels::Panels};
 use core::mem::offset_of;
 
-/// A block's share of the launch. `maps` is the generic address of `p`, a kernel parameter.
+/// Computes a block's share of the launch. `maps` is the generic address of `p`, a kernel parameter.
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
@@ -55,14 +56,15 @@ pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParam
     }
 }
 
-/// Loads every tile that the block's consumers will ask for, in the order in which they will. One thread.
+/// Loads every tile that the block's consumers use, in their order. One thread calls it.
 #[inline(always)]
 unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, maps: u64, shared: Shared<S>) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut queries, mut tiles) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
     let map = |offset: usize| maps + offset as u64;
     for work in Work::of_this_block::<CAUSAL>(&p.work, S::BLOCK_M) {
-        // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
+        // SAFETY (whole body): a slot is refilled once it is empty; its barrier counts the bytes of the boxes that
+        // follow.
         unsafe {
             let full = shared.query_slots().refill(queries, S::CONSUMERS * S::QUERY_BYTES);
             for group in 0..S::CONSUMERS {
@@ -71,7 +73,7 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
                     .load(map(offset_of!(HopperForwardParams, q)), corner(p, &work, group), full);
             }
             queries.advance();
-            // The same for every tile if nothing is masked; but registers are few here.
+            // Without a mask it is the same for every tile, but registers are few here.
             let blocks = key_blocks::<S, CAUSAL>(p, &mask, &work);
             for n in (blocks.begin..optimizer::renew(blocks.end)).rev() {
                 let corner = Corner {
@@ -94,7 +96,7 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
     }
 }
 
-/// The keys that a tile's queries see.
+/// Returns the blocks of keys that a tile's queries see.
 #[inline(always)]
 fn key_blocks<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, mask: &Mask<CAUSAL>, work: &Work) -> Blocks {
     let first = work.first_row >> p.packed_log2;
@@ -102,7 +104,7 @@ fn key_blocks<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, mask:
     mask.key_blocks(first, last - first + 1, S::BLOCK_N)
 }
 
-/// Where the queries of warpgroup `group` start, and their output.
+/// Returns the corner of the queries of warpgroup `group`, and of their output.
 #[inline(always)]
 fn corner(p: &HopperForwardParams, work: &Work, group: u32) -> Corner {
     let corner = work.corner(p.heads, group);
@@ -117,7 +119,7 @@ struct Consumer<'a, S: HopperShape, const CAUSAL: bool> {
     p: &'a HopperForwardParams,
     mask: Mask<CAUSAL>,
     shared: Shared<S>,
-    /// Which of the consumers it is.
+    /// Index of this consumer.
     group: u32,
     queries: Cursor<1>,
     keys: Cursor<HOPPER_SLOTS>,
@@ -138,7 +140,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Its 64 queries of every tile of work that falls to the block.
+    /// Computes this warpgroup's 64 queries, for every tile of work of the block.
     #[inline(always)]
     unsafe fn consume(&mut self, maps: u64) {
         // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's queries and output are its own.
@@ -160,7 +162,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Online softmax over all keys that the tile's queries see.
+    /// Runs the online softmax over all keys that the tile's queries see.
     #[inline(always)]
     unsafe fn attend(&mut self, work: &Work, softmax: &mut OnlineSoftmax<S::Scores>, output: &mut S::Output) {
         let blocks = key_blocks::<S, CAUSAL>(self.p, &self.mask, work);
@@ -193,7 +195,8 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Scores of key block `n`, and meanwhile the product of the previous block's probabilities with its values.
+    /// Computes the scores of key block `n`, overlapped with the product of the previous block's probabilities and
+    /// values.
     #[inline(always)]
     unsafe fn step<const MASKED: bool>(
         &mut self,
@@ -233,14 +236,14 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Zeroes NaN and infinity in a slot of values that none of the consumers has multiplied yet. A word in shared memory says that
-    /// there were any, until the tile of work is finished.
+    /// Zeroes NaN and infinity in a slot of values that no consumer has multiplied yet. A flag in shared memory
+    /// records that there were any, until the tile of work is finished.
     #[inline(always)]
     unsafe fn clean(&self, slot: u32) {
         let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
         let values = self.shared.value(slot);
-        // SAFETY (whole body): each chunk is one thread's; the first barrier comes when all have the tile, the second before
-        // any multiplies it.
+        // SAFETY (whole body): each chunk belongs to one thread; the first barrier comes once all consumers have the
+        // tile, the second before any multiplies it.
         unsafe {
             let any = Barrier::Consumers.sync_or(threads, values.has_nonfinite::<S::Element>(thread, threads));
             if any {
@@ -266,10 +269,10 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Issues `output += P V` with the tile of values that was acquired.
+    /// Issues `output += P V` with the acquired tile of values.
     #[inline(always)]
     unsafe fn add_values(&mut self, probabilities: &<S::Scores as ScoreTile>::Operand, output: &mut S::Output) {
-        // SAFETY: as in `consume`.
+        // SAFETY: the reasons given in `consume`.
         unsafe {
             output.add_product(probabilities, self.shared.value(self.values.slot));
             wgmma::commit();
@@ -284,7 +287,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         scores.hide(first_key, span, f32::NEG_INFINITY);
     }
 
-    /// Normalises and stores the output, by way of the shared memory that held the queries, and lse.
+    /// Normalises and stores the output, through the shared memory that held the queries, and stores lse.
     #[inline(always)]
     unsafe fn finish(&mut self, work: &Work, softmax: OnlineSoftmax<S::Scores>, mut output: S::Output, maps: u64) {
         let first_row = self.first_row(work);
@@ -314,8 +317,8 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             unsafe { nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::BLOCK_N, span) }
         }
         let staging = self.shared.query(self.group);
-        // SAFETY (whole body): the warpgroup's products with these queries were awaited, by each of its warps before it
-        // arrives at the first barrier; lse holds an f32 for each query.
+        // SAFETY (whole body): each warp awaited the warpgroup's products with these queries before it arrives at the
+        // first barrier; lse holds an f32 for each query.
         unsafe {
             self.sync_group();
             output.write(staging, warp_of_group() * 16, sreg::lane_id());
@@ -340,10 +343,10 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Stores an f32 for each of the warp's queries to the line at `address`.
+    /// Stores an f32 for each of the warp's queries to the array at `address`.
     ///
     /// # Safety
-    /// The line holds one for each query.
+    /// The array has an f32 for each query.
     #[inline(always)]
     unsafe fn store_rows(&self, work: &Work, values: <S::Scores as Accumulator>::Rows, address: u64) {
         let first_row = self.first_row(work);
@@ -358,39 +361,39 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         });
     }
 
-    /// The query that row `row` of a head is.
+    /// Returns the query of row `row` of a head.
     #[inline(always)]
     fn query(&self, row: u32) -> u32 {
         row >> self.p.packed_log2
     }
 
-    /// First row of this warp.
+    /// Returns the first row of this warp.
     #[inline(always)]
     fn first_row(&self, work: &Work) -> u32 {
         work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
     }
 
-    /// Done with the tile of keys, and on to the next.
+    /// Releases the tile of keys and advances to the next.
     #[inline(always)]
     unsafe fn release_key(&mut self) {
-        // SAFETY: as in `consume`.
+        // SAFETY: the reasons given in `consume`.
         unsafe { self.release(self.shared.key_slots(), self.keys.slot) };
         self.keys.advance();
     }
 
-    /// Done with the tile of values, and on to the next.
+    /// Releases the tile of values and advances to the next.
     #[inline(always)]
     unsafe fn release_value(&mut self) {
-        // SAFETY: as in `consume`.
+        // SAFETY: the reasons given in `consume`.
         unsafe { self.release(self.shared.value_slots(), self.values.slot) };
         self.values.advance();
     }
 
-    /// Each warp says so for itself: a wait covers its own part of a product only.
+    /// Releases a slot, with one arrival per warp: a wait covers only a warp's own part of a product.
     #[inline(always)]
     unsafe fn release(&self, slots: Slots, slot: u32) {
         if sreg::lane_id() == 0 {
-            // SAFETY: as in `consume`.
+            // SAFETY: the reasons given in `consume`.
             unsafe { slots.release(slot) }
         }
     }
@@ -415,29 +418,29 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         unsafe { Barrier::Turn(next).arrive(2 * WARPGROUP) }
     }
 
-    /// Waits for the whole of this warpgroup.
+    /// Waits for all warps of this warpgroup.
     #[inline(always)]
     fn sync_group(&self) {
-        // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
+        // SAFETY: the barrier is used for nothing else, and control is uniform over the warpgroup.
         unsafe { Barrier::Group(self.group).sync(WARPGROUP) }
     }
 }
 
-/// Where everything lies: queries by warpgroup, slots of keys, slots of values, barriers.
+/// Order in memory: queries by warpgroup, slots of keys, slots of values, barriers.
 impl<S: HopperShape> Shared<S> {
-    /// The queries of warpgroup `group`, later its output.
+    /// Returns the queries of warpgroup `group`, which its output replaces later.
     #[inline(always)]
     fn query(self, group: u32) -> Panels {
         Panels::new(self.base + group * S::QUERY_BYTES, HOPPER_ROWS, S::HEAD_DIM)
     }
 
-    /// A slot of keys.
+    /// Returns a slot of keys.
     #[inline(always)]
     fn key(self, slot: u32) -> Panels {
         self.tile(slot)
     }
 
-    /// A slot of values.
+    /// Returns a slot of values.
     #[inline(always)]
     fn value(self, slot: u32) -> Panels {
         self.tile(HOPPER_SLOTS + slot)
@@ -449,25 +452,25 @@ impl<S: HopperShape> Shared<S> {
         Panels::new(base, S::BLOCK_N, S::HEAD_DIM)
     }
 
-    /// Whether the queries are there, and whether their room is free again.
+    /// Returns the pipeline of the queries.
     #[inline(always)]
     fn query_slots(self) -> Slots {
         Slots::new(self.base + S::TILES_BYTES)
     }
 
-    /// The same for each slot of keys.
+    /// Returns the pipeline of the keys.
     #[inline(always)]
     fn key_slots(self) -> Slots {
         Slots::new(self.base + S::TILES_BYTES + Slots::BYTES)
     }
 
-    /// Address of a word that says whether values were cleaned of which consumer `group` works on.
+    /// Returns the address of a flag: values that consumer `group` uses were cleaned.
     #[inline(always)]
     fn cleaned(self, group: u32) -> u32 {
         self.base + S::TILES_BYTES + (1 + 2 * HOPPER_SLOTS) * Slots::BYTES + group * 4
     }
 
-    /// The same for each slot of values.
+    /// Returns the pipeline of the values.
     #[inline(always)]
     fn value_slots(self) -> Slots {
         Slots::new(self.base + S::TILES_BYTES + (1 + HOPPER_SLOTS) * Slots::BYTES)

@@ -1,8 +1,10 @@
-//! Attention by Hopper's own instructions: tiles copied by the tensor memory accelerator, products of warpgroups.
+//! Attention with Hopper's own instructions: tiles copied by the tensor memory accelerator (TMA), products of
+//! warpgroups (wgmma).
 //!
-//! Every kernel here that multiplies has the same cast. The first warpgroup loads, through rings of slots guarded by barriers; it keeps few
-//! registers. The others each own 64 rows of the result and compute. Blocks stay for the whole launch and take one tile of
-//! work after the other, so that the loads of the next overlap the end of the last.
+//! All kernels here that multiply have the same structure. The first warpgroup is the producer: it loads tiles
+//! through pipelines guarded by mbarriers, and keeps few registers. The others are consumers: each owns 64 rows of
+//! the result and computes. Blocks are persistent, so the loads of the next tile of work overlap with the end of the
+//! last one.
 
 pub mod backward;
 pub mod forward;
@@ -12,22 +14,22 @@ use crate::ptx::{sreg, sync};
 use crate::shape::MAX_CONSUMERS;
 use core::marker::PhantomData;
 
-/// Threads of a warpgroup.
+/// Threads per warpgroup.
 const WARPGROUP: u32 = 128;
 
-/// Named barriers of a block. Barrier 0 is that of all threads, and the hardware has 16.
+/// Named barriers of a block. Barrier 0 is that of all threads; the hardware has 16.
 #[derive(Clone, Copy)]
 enum Barrier {
-    /// The whole of consumer `group`.
+    /// All warps of consumer `group`.
     Group(u32),
-    /// Consumer `group`, whose turn it is, and the one before it, which says so.
+    /// Consumer `group`, which waits for its turn, and the one before it, which passes the turn.
     Turn(u32),
     /// All consumers.
     Consumers,
 }
 
 impl Barrier {
-    /// The number that the hardware knows it by.
+    /// Returns the barrier's number in hardware.
     const fn id(self) -> u32 {
         match self {
             Self::Consumers => 1,
@@ -36,7 +38,7 @@ impl Barrier {
         }
     }
 
-    /// Waits for `threads` threads, this one among them.
+    /// Waits for `threads` threads, including this one.
     ///
     /// # Safety
     /// The contract of [`sync::named_barrier_sync`].
@@ -46,7 +48,7 @@ impl Barrier {
         unsafe { sync::named_barrier_sync(self.id(), threads) }
     }
 
-    /// Like [`sync`](Self::sync), and tells if `predicate` holds for any of them.
+    /// Waits like [`sync`](Self::sync), and returns true if `predicate` holds for any of the threads.
     ///
     /// # Safety
     /// The contract of [`sync::named_barrier_sync`].
@@ -56,7 +58,7 @@ impl Barrier {
         unsafe { sync::named_barrier_or(self.id(), threads, predicate) }
     }
 
-    /// Arrives as one of `threads` threads, and does not wait.
+    /// Arrives as one of `threads` threads, without waiting.
     ///
     /// # Safety
     /// The contract of [`sync::named_barrier_sync`].
@@ -89,13 +91,13 @@ const _: () = {
     }
 };
 
-/// Index of the warp in its warpgroup.
+/// Returns the index of the warp in its warpgroup.
 #[inline(always)]
 fn warp_of_group() -> u32 {
     sreg::warp_id() % 4
 }
 
-/// This block's dynamic shared memory; each pass says what lies where in it, for the shape `S`.
+/// Dynamic shared memory of this block. Each pass defines its layout for the shape `S`.
 struct Shared<S> {
     base: u32,
     shape: PhantomData<S>,

@@ -1,4 +1,4 @@
-//! The tile that a block works on.
+//! Tile of work of a persistent block.
 
 use crate::abi::WorkList;
 use crate::deal::Deal;
@@ -7,19 +7,19 @@ use crate::ptx::{sreg, tma::Corner};
 use crate::shape::HOPPER_ROWS;
 use core::num::NonZeroU32;
 
-/// The rows of one head that a block owns at a time.
+/// Rows of one head that a block owns at a time.
 pub struct Work {
-    /// Head, all batch entries counted.
+    /// Index of the head, counted over all batch entries.
     pub head: u32,
-    /// First row of the sequence.
+    /// First row of the tile in its sequence.
     pub first_row: u32,
-    /// Rows of a tile, whether they exist or not.
+    /// Rows per tile, including those that do not exist.
     block: u32,
     deal: Deal,
 }
 
 impl Work {
-    /// What falls to this block of the tiles of `block` rows.
+    /// Iterates over this block's tiles of `block` rows.
     #[inline(always)]
     pub fn of_this_block<const CAUSAL: bool>(list: &WorkList, block: u32) -> impl Iterator<Item = Self> {
         let deals = list.deal::<CAUSAL>(sreg::block_idx_x());
@@ -31,13 +31,13 @@ impl Work {
         })
     }
 
-    /// Rows of the tile that exist in a sequence of `seqlen`.
+    /// Returns the number of rows of the tile that exist in a sequence of `seqlen`.
     #[inline(always)]
     pub fn rows(&self, seqlen: u32) -> u32 {
         (seqlen - self.first_row).min(self.block)
     }
 
-    /// Where the rows of warpgroup `group` start in a tensor of `heads` heads.
+    /// Returns the corner of the rows of warpgroup `group` in a tensor of `heads` heads.
     #[inline(always)]
     pub fn corner(&self, heads: NonZeroU32, group: u32) -> Corner {
         Corner {
@@ -48,7 +48,8 @@ impl Work {
         }
     }
 
-    /// How many tiles of the head's keys add to dQ of some queries before this one, if the queries see the tiles `keys`.
+    /// Returns the number of key tiles of the head that add to dQ of some queries before this one, if the queries see
+    /// the tiles `keys`.
     #[inline(always)]
     pub fn place(&self, keys: Blocks) -> u32 {
         self.deal.place(keys.begin, keys.end - 1)

@@ -1,20 +1,21 @@
-//! A ring of tiles that one thread fills by asynchronous copies and several warpgroups empty.
+//! Pipeline of tiles that one thread fills by asynchronous copies and several warpgroups empty.
 //!
-//! Each slot has two barriers: `full` ends a phase when the tile's bytes have arrived, `empty` when every consumer is done
-//! with them. Producer and consumers walk the slots in the same order, each with a [`Cursor`] of its own.
+//! Each slot has two mbarriers: `full` ends a phase when the bytes of the tile have arrived, `empty` when every
+//! consumer has finished with them. Producer and consumers go through the slots in the same order, each with its own
+//! [`Cursor`], the pipeline state.
 
 use crate::ptx::mbarrier;
 
-/// `full` and `empty` of each of some slots, in shared memory.
+/// The barriers `full` and `empty` of each slot, in shared memory.
 #[derive(Clone, Copy)]
 pub struct Slots {
     barriers: u32,
 }
 
-/// Which slot comes next, and the parity of its phase.
+/// Pipeline state: the next slot, and the parity of its phase.
 #[derive(Clone, Copy)]
 pub struct Cursor<const SLOTS: u32> {
-    /// The slot.
+    /// Index of the slot.
     pub slot: u32,
     parity: u32,
 }
@@ -23,16 +24,17 @@ impl Slots {
     /// Bytes of the barriers of one slot.
     pub const BYTES: u32 = 2 * mbarrier::BYTES;
 
-    /// The slots whose barriers start at shared-window address `barriers`.
+    /// Returns the slots whose barriers start at shared-window address `barriers`.
     #[inline(always)]
     pub fn new(barriers: u32) -> Self {
         Self { barriers }
     }
 
-    /// Initialises the barriers of `slots` slots, each filled by `producers` arrivals and emptied by `consumers`.
+    /// Initialises the barriers of `slots` slots. A slot is filled by `producers` arrivals and emptied by `consumers`
+    /// arrivals.
     ///
     /// # Safety
-    /// One thread calls it, once, before anybody uses them.
+    /// One thread calls it, once, before any thread uses the slots.
     #[inline(always)]
     pub unsafe fn init(self, slots: u32, producers: u32, consumers: u32) {
         for slot in 0..slots {
@@ -57,7 +59,7 @@ impl Slots {
     /// Producer: waits until the slot is empty and announces `bytes`; returns the barrier that counts them.
     ///
     /// # Safety
-    /// The slots are initialised, and copies of that many bytes follow.
+    /// The slots are initialised, and copies of exactly `bytes` bytes follow.
     #[inline(always)]
     pub unsafe fn refill<const SLOTS: u32>(self, cursor: Cursor<SLOTS>, bytes: u32) -> u32 {
         let full = self.full(cursor.slot);
@@ -79,10 +81,10 @@ impl Slots {
         unsafe { mbarrier::wait(self.empty(cursor.slot), cursor.parity ^ 1) }
     }
 
-    /// Producer: one of the arrivals that fill the slot, of what was written without a copy.
+    /// Producer: one of the arrivals that fill the slot, for data that was written without a copy.
     ///
     /// # Safety
-    /// The slot was empty, and those for whom this thread arrives have written what they had to.
+    /// The slot was empty, and the threads for which this one arrives have written their data.
     #[inline(always)]
     pub unsafe fn fill<const SLOTS: u32>(self, cursor: Cursor<SLOTS>) {
         // SAFETY: the caller's contract.
@@ -102,7 +104,7 @@ impl Slots {
     /// Consumer: one of the arrivals that empty slot `slot`.
     ///
     /// # Safety
-    /// The slot was acquired, and those for whom this thread arrives are done with it.
+    /// The slot was acquired, and the threads for which this one arrives have finished with it.
     #[inline(always)]
     pub unsafe fn release(self, slot: u32) {
         // SAFETY: the caller's contract.
@@ -111,13 +113,13 @@ impl Slots {
 }
 
 impl<const SLOTS: u32> Cursor<SLOTS> {
-    /// The first slot, never used.
+    /// Returns the state at the first use of the first slot.
     #[inline(always)]
     pub fn start() -> Self {
         Self { slot: 0, parity: 0 }
     }
 
-    /// To the next slot.
+    /// Advances to the next slot.
     #[inline(always)]
     pub fn advance(&mut self) {
         self.slot += 1;
@@ -127,7 +129,8 @@ impl<const SLOTS: u32> Cursor<SLOTS> {
         }
     }
 
-    /// The slot before, to release it. Not a position: past the ring's end the parity is another.
+    /// Returns the previous slot, for its release. It is not a whole state: past the end of the slots the parity
+    /// differs.
     #[inline(always)]
     pub fn previous_slot(self) -> u32 {
         if self.slot == 0 { SLOTS - 1 } else { self.slot - 1 }
@@ -135,7 +138,7 @@ impl<const SLOTS: u32> Cursor<SLOTS> {
 }
 
 impl Cursor<2> {
-    /// In a ring of one slot that goes on at the same steps.
+    /// Returns the state of a one-slot pipeline that advances in step with this one.
     #[inline(always)]
     pub fn of_single(self) -> Cursor<1> {
         Cursor {

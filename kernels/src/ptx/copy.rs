@@ -2,12 +2,12 @@
 
 use core::arch::asm;
 
-/// `cp.async.cg.shared.global [dst], [src], 16, bytes;` — starts to copy `bytes` (0 to 16) and fills the rest with zeros.
-/// PTX 7.0, sm_80.
+/// `cp.async.cg.shared.global [dst], [src], 16, bytes;` — starts to copy `bytes` (0 to 16) bytes and fills the rest
+/// of 16 with zeros. PTX 7.0, sm_80.
 ///
 /// # Safety
-/// - `dst` is a 16-byte aligned shared-window address of this block that nothing reads or writes until the copy's group
-///   was awaited and a barrier passed.
+/// - `dst` is a 16-byte aligned shared-window address of this block. No thread reads or writes it until the copy's
+///   group was awaited and a barrier passed.
 /// - `src .. src + bytes` is readable global memory; `src` is 16-byte aligned.
 #[inline(always)]
 pub unsafe fn cp_async_16(dst: u32, src: u64, bytes: u32) {
@@ -18,10 +18,11 @@ pub unsafe fn cp_async_16(dst: u32, src: u64, bytes: u32) {
     }
 }
 
-/// `cp.async.ca.shared.global [dst], [src], 4, bytes;` — the same for 4 bytes (or 0), 4-byte aligned. PTX 7.0, sm_80.
+/// `cp.async.ca.shared.global [dst], [src], 4, bytes;` — starts to copy 4 (or 0) bytes and fills the rest of 4 with
+/// zeros. PTX 7.0, sm_80.
 ///
 /// # Safety
-/// As [`cp_async_16`], with 4-byte alignment.
+/// The contract of [`cp_async_16`], with 4-byte alignment.
 #[inline(always)]
 pub unsafe fn cp_async_4(dst: u32, src: u64, bytes: u32) {
     // SAFETY: the caller's contract.
@@ -31,10 +32,10 @@ pub unsafe fn cp_async_4(dst: u32, src: u64, bytes: u32) {
     }
 }
 
-/// `cp.async.commit_group;` — closes this thread's current group of copies. PTX 7.0, sm_80.
+/// `cp.async.commit_group;` — commits this thread's copies so far to a group. PTX 7.0, sm_80.
 #[inline(always)]
 pub fn cp_async_commit() {
-    // SAFETY: orders this thread's copies, touches nothing.
+    // SAFETY: orders this thread's copies and accesses no memory.
     unsafe { asm!("cp.async.commit_group;", options(nostack)) }
 }
 
@@ -42,6 +43,6 @@ pub fn cp_async_commit() {
 /// PTX 7.0, sm_80. Makes the copies visible to this thread only: others need a barrier too.
 #[inline(always)]
 pub fn cp_async_wait<const PENDING: u32>() {
-    // SAFETY: waits; the default clobber keeps reads of the copied bytes behind it.
+    // SAFETY: waits; the default clobber keeps reads of the copied bytes after it.
     unsafe { asm!("cp.async.wait_group {n};", n = const PENDING, options(nostack)) }
 }

@@ -1,4 +1,4 @@
-//! Arithmetic that `core` does not offer. PTX ISA, "Floating Point Instructions".
+//! Arithmetic that `core` does not have. PTX ISA, "Floating Point Instructions".
 
 use core::arch::asm;
 

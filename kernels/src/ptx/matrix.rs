@@ -5,18 +5,19 @@ use core::arch::asm;
 
 /// A 16-bit element type of the tensor cores.
 pub trait Half: Copy {
-    /// The exponent, all ones.
+    /// Exponent field with all bits set.
     const EXPONENT: u16;
-    /// The largest finite number.
+    /// Largest finite number.
     const MAX: f32;
 
-    /// `mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32` — d += a b. PTX 7.0, sm_80. The whole warp executes it.
+    /// `mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32` — computes d += a b. PTX 7.0, sm_80. The whole warp executes
+    /// it.
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]);
-    /// Two f32 to one word, each rounded to nearest even; `low` in the low half.
+    /// Packs two f32 in one word, each rounded to nearest even; `low` in the low half.
     fn pack(low: f32, high: f32) -> u32;
-    /// One word to two f32, exactly.
+    /// Unpacks one word to two f32, exactly.
     fn unpack(pair: u32) -> [f32; 2];
-    /// `pair * factor`, elementwise, rounded to nearest even.
+    /// Multiplies `pair * factor` elementwise, rounded to nearest even.
     fn scale(pair: u32, factor: u32) -> u32;
 }
 
@@ -57,7 +58,8 @@ macro_rules! half {
             #[inline(always)]
             fn scale(pair: u32, factor: u32) -> u32 {
                 let product;
-                // SAFETY: arithmetic on one lane's registers. Adding -0 changes no product; bf16x2 has no mul before sm_90.
+                // SAFETY: arithmetic on one lane's registers. Adding -0 changes no product; bf16x2 has no mul before
+                // sm_90.
                 unsafe {
                     asm!(concat!("fma.rn.", $name, "x2 {r}, {x}, {y}, {z};"), r = out(reg32) product, x = in(reg32) pair,
                         y = in(reg32) factor, z = in(reg32) 0x8000_8000_u32, options(pure, nomem, nostack));
@@ -119,11 +121,11 @@ ldmatrix!(
     "The same, each matrix transposed: lane l receives elements (l % 4 * 2 ..+ 2, l / 4) of each."
 );
 
-/// `stmatrix` — four 8x8 matrices of 16-bit elements; lane l holds elements (l / 4, l % 4 * 2 ..+ 2) of each, and lanes
-/// `8i .. 8i + 8` name the rows of matrix `i`. PTX 7.8, sm_90. The whole warp executes it.
+/// `stmatrix` — stores four 8x8 matrices of 16-bit elements. Lane l holds elements (l / 4, l % 4 * 2 ..+ 2) of each,
+/// and lanes `8i .. 8i + 8` supply the row addresses of matrix `i`. PTX 7.8, sm_90. The whole warp executes it.
 ///
 /// # Safety
-/// Every lane's `address` is a 16-byte aligned shared-window address of 16 bytes that nobody else touches.
+/// Every lane's `address` is a 16-byte aligned shared-window address of 16 bytes that no other thread accesses.
 #[inline(always)]
 pub unsafe fn stmatrix_x4(address: u32, words: [u32; 4]) {
     // SAFETY: the caller's contract.

@@ -1,17 +1,17 @@
-//! Barriers that count arrivals and bytes. PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier".
-//! PTX 8.0, sm_90.
+//! mbarriers, which count arrivals and bytes. PTX ISA, "Parallel Synchronization and Communication Instructions:
+//! mbarrier". PTX 8.0, sm_90.
 //!
-//! A barrier goes from phase to phase; a waiter names the parity of the phase whose end it waits for.
+//! A barrier goes through phases. A waiter gives the parity of the phase whose end it waits for.
 
 use core::arch::asm;
 
-/// Bytes of a barrier.
+/// Bytes of an mbarrier.
 pub const BYTES: u32 = 8;
 
-/// `mbarrier.init` — each phase ends with `arrivals` arrivals and the bytes that were announced.
+/// `mbarrier.init` — each phase ends after `arrivals` arrivals and the announced bytes.
 ///
 /// # Safety
-/// `barrier` is an 8-byte aligned shared-window address that nobody uses yet.
+/// `barrier` is an 8-byte aligned shared-window address that no thread uses yet.
 #[inline(always)]
 pub unsafe fn init(barrier: u32, arrivals: u32) {
     // SAFETY: the caller's contract.
@@ -20,14 +20,15 @@ pub unsafe fn init(barrier: u32, arrivals: u32) {
     }
 }
 
-/// `fence.mbarrier_init` — barriers that this thread initialised are so for asynchronous copies as well.
+/// `fence.mbarrier_init` — makes the barriers that this thread initialised visible to asynchronous copies.
 #[inline(always)]
 pub fn fence_init() {
     // SAFETY: orders this thread's writes.
     unsafe { asm!("fence.mbarrier_init.release.cluster;", options(nostack)) }
 }
 
-/// `mbarrier.arrive` — one arrival; what this thread did before is visible to who sees the phase end.
+/// `mbarrier.arrive` — one arrival; this thread's earlier writes are visible to every thread that waits for the
+/// phase.
 ///
 /// # Safety
 /// `barrier` is initialised, and its phase expects this arrival.
@@ -37,10 +38,10 @@ pub unsafe fn arrive(barrier: u32) {
     unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{b}];", b = in(reg32) barrier, options(nostack)) }
 }
 
-/// `mbarrier.arrive.expect_tx` — one arrival, and `bytes` that copies will bring before the phase ends.
+/// `mbarrier.arrive.expect_tx` — one arrival, and announces `bytes` that copies bring before the phase ends.
 ///
 /// # Safety
-/// As [`arrive`]; the copies are issued.
+/// The contract of [`arrive`]; the copies are issued.
 #[inline(always)]
 pub unsafe fn arrive_expecting(barrier: u32, bytes: u32) {
     // SAFETY: the caller's contract.
@@ -50,7 +51,8 @@ pub unsafe fn arrive_expecting(barrier: u32, bytes: u32) {
     }
 }
 
-/// `mbarrier.try_wait.parity`, until the phase of parity `parity` has ended. Of a fresh barrier, the phase of parity 1 has.
+/// `mbarrier.try_wait.parity` — repeats until the phase of parity `parity` has ended. In a new barrier the phase of
+/// parity 1 counts as ended.
 ///
 /// # Safety
 /// `barrier` is initialised.

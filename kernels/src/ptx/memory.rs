@@ -1,6 +1,7 @@
-//! Loads and stores whose state space is said, not guessed. PTX ISA, "ld", "st".
+//! Loads and stores with an explicit state space. PTX ISA, "ld", "st".
 //!
-//! A pointer that comes out of a parameter struct is generic to LLVM; naming the space saves the lookup.
+//! To LLVM a pointer from a parameter struct is generic; an explicit space avoids the lookup of the space at run
+//! time.
 
 use core::arch::asm;
 
@@ -48,20 +49,20 @@ pub unsafe fn ld_shared(address: u32) -> f32 {
     value
 }
 
-/// `ld.shared.b32` — one word.
+/// `ld.shared.b32` — one word from shared memory.
 ///
 /// # Safety
-/// As [`ld_shared`].
+/// The contract of [`ld_shared`].
 #[inline(always)]
 pub unsafe fn ld_shared_u32(address: u32) -> u32 {
     // SAFETY: the caller's contract.
     unsafe { ld_shared(address) }.to_bits()
 }
 
-/// `ld.shared.v4.b32` — 16 bytes as four words.
+/// `ld.shared.v4.b32` — 16 bytes from shared memory as four words.
 ///
 /// # Safety
-/// As [`ld_shared_v4`].
+/// The contract of [`ld_shared_v4`].
 #[inline(always)]
 pub unsafe fn ld_shared_words(address: u32) -> [u32; 4] {
     // SAFETY: the caller's contract.
@@ -71,7 +72,7 @@ pub unsafe fn ld_shared_words(address: u32) -> [u32; 4] {
 /// `st.shared.v4.b32` — 16 bytes to 16-byte aligned shared memory.
 ///
 /// # Safety
-/// `address` is a 16-byte aligned shared-window address of this block that no other thread touches meanwhile.
+/// `address` is a 16-byte aligned shared-window address of this block that no other thread accesses meanwhile.
 #[inline(always)]
 pub unsafe fn st_shared_words(address: u32, words: [u32; 4]) {
     // SAFETY: the caller's contract.
@@ -84,7 +85,7 @@ pub unsafe fn st_shared_words(address: u32, words: [u32; 4]) {
 /// `st.shared.b32` — one word to 4-byte aligned shared memory.
 ///
 /// # Safety
-/// `address` is a 4-byte aligned shared-window address of this block that no other thread touches meanwhile.
+/// `address` is a 4-byte aligned shared-window address of this block that no other thread accesses meanwhile.
 #[inline(always)]
 pub unsafe fn st_shared_word(address: u32, word: u32) {
     // SAFETY: the caller's contract.
@@ -138,7 +139,7 @@ pub unsafe fn ld_global_words(address: u64) -> [u32; 4] {
 /// `st.global.v2.f32` — two f32 to 8-byte aligned global memory.
 ///
 /// # Safety
-/// `address` is writable, 8-byte aligned, and no other thread touches it.
+/// `address` is writable, 8-byte aligned, and no other thread accesses it.
 #[inline(always)]
 pub unsafe fn st_global_v2(address: u64, values: [f32; 2]) {
     // SAFETY: the caller's contract.
@@ -151,7 +152,7 @@ pub unsafe fn st_global_v2(address: u64, values: [f32; 2]) {
 /// `st.global.v4.b32` — 16 bytes to 16-byte aligned global memory.
 ///
 /// # Safety
-/// `address` is writable, 16-byte aligned, and no other thread touches it.
+/// `address` is writable, 16-byte aligned, and no other thread accesses it.
 #[inline(always)]
 pub unsafe fn st_global_words(address: u64, words: [u32; 4]) {
     // SAFETY: the caller's contract.

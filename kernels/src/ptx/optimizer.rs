@@ -1,8 +1,8 @@
-//! Moves that mean nothing to the machine and something to the optimiser. PTX ISA, "mov".
+//! Moves that only affect the optimiser. PTX ISA, "mov".
 
 use core::arch::asm;
 
-/// `value`, which the optimiser cannot know: keeps a loop with this trip count rolled.
+/// Returns `value`, unknown to the optimiser: keeps a loop with this trip count from being unrolled.
 #[inline(always)]
 pub fn opaque(value: u32) -> u32 {
     let result;
@@ -11,11 +11,11 @@ pub fn opaque(value: u32) -> u32 {
     result
 }
 
-/// `value`, from which everything is computed anew: nothing is kept in registers since the last time.
+/// Returns `value`; everything that depends on it is recomputed instead of being kept in registers.
 #[inline(always)]
 pub fn renew(value: u32) -> u32 {
     let result;
-    // SAFETY: a register move; not `pure`, so that two of them stay two.
+    // SAFETY: a register move; not `pure`, so that two of them are not merged.
     unsafe { asm!("mov.u32 {r}, {v};", r = out(reg32) result, v = in(reg32) value, options(nomem, nostack)) }
     result
 }

@@ -2,7 +2,7 @@
 
 use core::arch::{asm, global_asm};
 
-// One dynamic array serves every kernel; 1024 bytes is the strictest alignment a swizzle asks for.
+// All kernels use one dynamic array; 1024 bytes is the largest alignment that a swizzle needs.
 global_asm!(".extern .shared .align 1024 .b8 smem[];");
 
 macro_rules! special_register {
@@ -25,7 +25,7 @@ special_register!(
     /// Index of the block in its grid.
     block_idx_x, "%ctaid.x");
 special_register!(
-    /// Blocks of the grid.
+    /// Number of blocks of the grid.
     grid_dim_x, "%nctaid.x");
 special_register!(
     /// Index of the lane in its warp.

@@ -2,26 +2,27 @@
 
 use core::arch::asm;
 
-/// `bar.sync 0;` — every thread of the block arrives, and sees what the others wrote before.
+/// `bar.sync 0;` — every thread of the block arrives, and sees the earlier writes of the others.
 #[inline(always)]
 pub fn sync_threads() {
     // SAFETY: the kernels call it where control is uniform over the block.
     unsafe { asm!("bar.sync 0;", options(nostack)) }
 }
 
-/// `bar.sync barrier, threads;` — `threads` threads arrive at named barrier `barrier` (1 to 15), this one among them, and see
-/// what the others wrote before.
+/// `bar.sync barrier, threads;` — `threads` threads, including this one, arrive at named barrier `barrier` (1 to 15)
+/// and see the earlier writes of the others.
 ///
 /// # Safety
-/// Whole warps call it, and all threads that use the barrier mean the same by it. Barrier 0 is [`sync_threads`]'s.
+/// Whole warps call it, and all threads that use the barrier give the same count. Barrier 0 belongs to
+/// [`sync_threads`].
 #[inline(always)]
 pub unsafe fn named_barrier_sync(barrier: u32, threads: u32) {
     // SAFETY: the caller's contract.
     unsafe { asm!("bar.sync {b}, {n};", b = in(reg32) barrier, n = in(reg32) threads, options(nostack)) }
 }
 
-/// `bar.red.or.pred` on barrier 0 — every thread of the block arrives, sees what the others wrote before, and learns whether
-/// `predicate` holds for any.
+/// `bar.red.or.pred` on barrier 0 — every thread of the block arrives, sees the earlier writes of the others, and
+/// gets true if `predicate` holds for any.
 #[inline(always)]
 pub fn sync_threads_or(predicate: bool) -> bool {
     let result: u32;
@@ -33,7 +34,8 @@ pub fn sync_threads_or(predicate: bool) -> bool {
     result != 0
 }
 
-/// `bar.red.or.pred` on named barrier `barrier` — as [`named_barrier_sync`], and whether `predicate` holds for any.
+/// `bar.red.or.pred` on named barrier `barrier` — waits like [`named_barrier_sync`]; true if `predicate` holds for
+/// any thread.
 ///
 /// # Safety
 /// The contract of [`named_barrier_sync`].
@@ -49,7 +51,7 @@ pub unsafe fn named_barrier_or(barrier: u32, threads: u32, predicate: bool) -> b
     result != 0
 }
 
-/// `bar.arrive barrier, threads;` — the same without waiting.
+/// `bar.arrive barrier, threads;` — arrives like [`named_barrier_sync`], without waiting.
 ///
 /// # Safety
 /// The contract of [`named_barrier_sync`].
@@ -59,17 +61,18 @@ pub unsafe fn named_barrier_arrive(barrier: u32, threads: u32) {
     unsafe { asm!("bar.arrive {b}, {n};", b = in(reg32) barrier, n = in(reg32) threads, options(nostack)) }
 }
 
-/// `bar.warp.sync -1;` — every lane of the warp arrives, and sees what the others wrote before.
+/// `bar.warp.sync -1;` — every lane of the warp arrives, and sees the earlier writes of the others.
 #[inline(always)]
 pub fn sync_warp() {
     // SAFETY: the kernels call it where control is uniform over the warp.
     unsafe { asm!("bar.warp.sync -1;", options(nostack)) }
 }
 
-/// `ld.acquire.gpu` — waits until the word at `address` is `value`; what those did before who made it so is visible then.
+/// `ld.acquire.gpu` — waits until the word at `address` is `value`; earlier writes of the threads that
+/// [signalled](signal) are then visible.
 ///
 /// # Safety
-/// `address` is a readable, 4-byte aligned word of device memory that is only written by [`signal`] meanwhile.
+/// `address` is a readable, 4-byte aligned word of device memory that only [`signal`] writes meanwhile.
 #[inline(always)]
 pub unsafe fn wait_for(address: u64, value: u32) {
     loop {
@@ -84,7 +87,8 @@ pub unsafe fn wait_for(address: u64, value: u32) {
     }
 }
 
-/// `red.release.gpu.add` — adds 1 to a word; what this thread did before is visible to who [waits](wait_for) for that.
+/// `red.release.gpu.add` — adds 1 to a word; this thread's earlier writes are visible to threads that
+/// [wait](wait_for) for it.
 ///
 /// # Safety
 /// `address` is a writable, 4-byte aligned word of device memory.
@@ -94,7 +98,7 @@ pub unsafe fn signal(address: u64) {
     unsafe { asm!("red.release.gpu.global.add.u32 [{p}], 1;", p = in(reg64) address, options(nostack)) }
 }
 
-/// `vote.sync.any.pred` — whether `predicate` holds in any lane of the warp, which executes it together.
+/// `vote.sync.any.pred` — true if `predicate` holds in any lane of the warp, which executes it together.
 #[inline(always)]
 pub fn any(predicate: bool) -> bool {
     let result: u32;
@@ -106,7 +110,7 @@ pub fn any(predicate: bool) -> bool {
     result != 0
 }
 
-/// `shfl.sync.bfly.b32` — the value of lane `lane_id ^ mask`.
+/// `shfl.sync.bfly.b32` — returns the value of lane `lane_id ^ mask`.
 #[inline(always)]
 pub fn shuffle_xor(value: f32, mask: u32) -> f32 {
     let result;
@@ -118,7 +122,7 @@ pub fn shuffle_xor(value: f32, mask: u32) -> f32 {
     result
 }
 
-/// `shfl.sync.idx.b32` — the value of lane `lane`.
+/// `shfl.sync.idx.b32` — returns the value of lane `lane`.
 #[inline(always)]
 pub fn shuffle(value: f32, lane: u32) -> f32 {
     let result;
@@ -130,7 +134,7 @@ pub fn shuffle(value: f32, lane: u32) -> f32 {
     result
 }
 
-/// `shfl.sync.idx.b32` — the value of lane 0, which ptxas then knows to be the same for the whole warp.
+/// `shfl.sync.idx.b32` — returns the value of lane 0, which ptxas then knows to be uniform in the warp.
 #[inline(always)]
 pub fn uniform(value: u32) -> u32 {
     let result;

@@ -1,13 +1,13 @@
-//! Copies of tiles by the tensor memory accelerator. PTX ISA, "Tensor copy: cp.async.bulk.tensor". PTX 8.0, sm_90.
+//! Tile copies by the tensor memory accelerator. PTX ISA, "Tensor copy: cp.async.bulk.tensor". PTX 8.0, sm_90.
 
 use core::arch::asm;
 
-/// `cvta.param` — the generic address of the only parameter of the kernel `$kernel`: tensor maps are used where the launch
-/// put them, without a copy.
+/// `cvta.param` — returns the generic address of the only parameter of the kernel `$kernel`. Tensor maps are used in
+/// place, where the launch put them.
 macro_rules! parameter_address {
     ($kernel:expr) => {{
         let address: u64;
-        // SAFETY: the address of a parameter, which is there as long as the kernel runs.
+        // SAFETY: takes the address of a parameter, which exists as long as the kernel runs.
         unsafe {
             core::arch::asm!(concat!("mov.b64 {a}, ", $kernel, "_param_0; cvta.param.u64 {a}, {a};"),
                 a = out(reg64) address, options(pure, nomem, nostack));
@@ -17,25 +17,25 @@ macro_rules! parameter_address {
 }
 pub(crate) use parameter_address;
 
-/// Where a tile starts in a `[batch, heads, seqlen, packed heads, head_dim]` tensor; of packed heads it takes all.
+/// Start of a tile in a `[batch, heads, seqlen, packed heads, head_dim]` tensor; the tile includes all packed heads.
 #[derive(Clone, Copy)]
 pub struct Corner {
-    /// Batch entry.
+    /// Index of the batch entry.
     pub batch: u32,
-    /// Head.
+    /// Index of the head.
     pub head: u32,
     /// Position in the sequence.
     pub row: u32,
-    /// Element of the head.
+    /// First element of the head.
     pub column: u32,
 }
 
-/// `cp.async.bulk.tensor.5d.shared::cluster.global` — starts to copy the box of `map` at `corner`; its bytes are counted
-/// by `barrier`, those of elements that do not exist too, which become zeros.
+/// `cp.async.bulk.tensor.5d.shared::cluster.global` — starts to copy the box of `map` at `corner`. `barrier` counts
+/// its bytes, including those of elements outside of the tensor, which are filled with zeros.
 ///
 /// # Safety
-/// `map` is the generic address of a tensor map over readable memory. `dst` is an aligned shared-window address of room
-/// for the box, which nobody touches until the barrier's phase has ended.
+/// `map` is the generic address of a tensor map over readable memory. `dst` is an aligned shared-window address with
+/// room for the box, which no thread accesses until the barrier's phase has ended.
 #[inline(always)]
 pub unsafe fn load(dst: u32, map: u64, corner: Corner, barrier: u32) {
     // SAFETY: the caller's contract.
@@ -46,11 +46,12 @@ pub unsafe fn load(dst: u32, map: u64, corner: Corner, barrier: u32) {
     }
 }
 
-/// `cp.async.bulk.tensor.5d.global.shared::cta` — starts to copy the box at `corner` back; elements that do not exist are
-/// dropped.
+/// `cp.async.bulk.tensor.5d.global.shared::cta` — starts to copy the box at `corner` back; elements outside of the
+/// tensor are dropped.
 ///
 /// # Safety
-/// As [`load`], over writable memory. What `src` holds was made visible by [`fence_async`], and stays until [`wait_read`].
+/// The contract of [`load`], over writable memory. [`fence_async`] made the content of `src` visible, and it stays
+/// unchanged until [`wait_read`].
 #[inline(always)]
 pub unsafe fn store(map: u64, corner: Corner, src: u32) {
     // SAFETY: the caller's contract.
@@ -61,11 +62,11 @@ pub unsafe fn store(map: u64, corner: Corner, src: u32) {
     }
 }
 
-/// `cp.async.bulk.shared::cluster.global` — starts to copy `bytes` bytes, a multiple of 16, that `barrier` counts.
+/// `cp.async.bulk.shared::cluster.global` — starts to copy `bytes` bytes, a multiple of 16, which `barrier` counts.
 ///
 /// # Safety
-/// `source` is readable, `dst` a shared-window address of room that nobody touches until the barrier's phase has ended;
-/// both are 16-byte aligned.
+/// `source` is readable. `dst` is a shared-window address with room that no thread accesses until the barrier's phase
+/// has ended. Both are 16-byte aligned.
 #[inline(always)]
 pub unsafe fn load_run(dst: u32, source: u64, bytes: u32, barrier: u32) {
     // SAFETY: the caller's contract.
@@ -75,10 +76,12 @@ pub unsafe fn load_run(dst: u32, source: u64, bytes: u32, barrier: u32) {
     }
 }
 
-/// `cp.reduce.async.bulk.global.shared::cta…add.f32` — starts to add `bytes` bytes of f32, a multiple of 16, to `target`.
+/// `cp.reduce.async.bulk.global.shared::cta…add.f32` — starts to add `bytes` bytes of f32, a multiple of 16, to
+/// `target`.
 ///
 /// # Safety
-/// As [`store`], with `target` writable; both addresses are 16-byte aligned. Others touch `target` only in this way.
+/// The contract of [`store`], with `target` writable; both addresses are 16-byte aligned. Other threads access
+/// `target` only by this function.
 #[inline(always)]
 pub unsafe fn add_run(target: u64, src: u32, bytes: u32) {
     // SAFETY: the caller's contract.
@@ -88,36 +91,36 @@ pub unsafe fn add_run(target: u64, src: u32, bytes: u32) {
     }
 }
 
-/// `cp.async.bulk.commit_group` — closes the current group of this thread's stores.
+/// `cp.async.bulk.commit_group` — commits this thread's stores so far to a group.
 #[inline(always)]
 fn commit() {
-    // SAFETY: concerns this thread's own copies.
+    // SAFETY: affects only this thread's copies.
     unsafe { asm!("cp.async.bulk.commit_group;", options(nostack)) }
 }
 
-/// `cp.async.bulk.wait_group 0` — waits until what this thread stored and committed is in memory, for it to see.
+/// `cp.async.bulk.wait_group 0` — waits until this thread's committed stores are written and visible to it.
 #[inline(always)]
 pub fn wait_written() {
-    // SAFETY: as for `commit`.
+    // SAFETY: affects only this thread's copies.
     unsafe { asm!("cp.async.bulk.wait_group 0;", options(nostack)) }
 }
 
-/// `cp.async.bulk.commit_group` and `wait_group.read 0` — waits until this thread's stores have read what they store.
+/// `cp.async.bulk.commit_group` and `wait_group.read 0` — waits until this thread's stores have read their sources.
 #[inline(always)]
 pub fn wait_read() {
     commit();
-    // SAFETY: as for `commit`.
+    // SAFETY: affects only this thread's copies.
     unsafe { asm!("cp.async.bulk.wait_group.read 0;", options(nostack)) }
 }
 
-/// `fence.proxy.async.global` — copies that this thread starts from here on come after what it has seen of device memory.
+/// `fence.proxy.async.global` — orders this thread's later copies after its earlier accesses to device memory.
 #[inline(always)]
 pub fn fence_async_global() {
     // SAFETY: orders this thread's accesses.
     unsafe { asm!("fence.proxy.async.global;", options(nostack)) }
 }
 
-/// `fence.proxy.async` — what this thread wrote to shared memory is visible to copies and products that follow.
+/// `fence.proxy.async` — makes this thread's writes to shared memory visible to later copies and products.
 #[inline(always)]
 pub fn fence_async() {
     // SAFETY: orders this thread's writes.

@@ -1,46 +1,48 @@
 //! Tensor cores of a warpgroup: four warps multiply together, while they do other work. PTX ISA, "Asynchronous
 //! Warpgroup Level Matrix Multiply-Accumulate Instructions". PTX 8.0, sm_90a.
 //!
-//! A product is issued, committed to a group and awaited. Until then its accumulators belong to the tensor cores: the
-//! compiler knows nothing of that, so what reads them is kept behind the wait by [`WarpgroupMma::pin`].
+//! A product is issued, committed to a group and awaited. Until then its accumulators belong to the tensor cores. The
+//! compiler does not know that, so [`WarpgroupMma::pin`] keeps reads of them after the wait.
 
 use crate::element::{Bf16, F16};
 use core::arch::asm;
 
-/// Accumulators of m64nNk16 as a lane holds them: four of each 8 columns, as in m16n8.
+/// Accumulators of m64nNk16 as a lane holds them: four for each 8 columns, as in m16n8.
 pub trait WarpgroupMma<T>: Sized {
-    /// `wgmma.mma_async …, [a], [b]`: a new sum, A B^T of two tiles whose rows run along k.
+    /// `wgmma.mma_async …, [a], [b]`: starts a new sum, A B^T of two tiles whose rows run along k.
     ///
     /// # Safety
-    /// `a` and `b` describe initialised shared memory that was made visible to the async proxy and stays as it is until
-    /// the group was awaited. The whole warpgroup executes it, after [`fence`].
+    /// `a` and `b` describe initialised shared memory, visible to the async proxy and unchanged until the group was
+    /// awaited. The whole warpgroup executes it, after [`fence`].
     unsafe fn product(a: u64, b: u64) -> Self;
 
-    /// The same, added to `self`.
+    /// `wgmma.mma_async …, [a], [b]`: adds A B^T of two tiles whose rows run along k.
     ///
     /// # Safety
-    /// As [`product`](Self::product).
+    /// The contract of [`product`](Self::product).
     unsafe fn add_product(&mut self, a: u64, b: u64);
 
-    /// `wgmma.mma_async …, {a…}, [b]`: adds A B, with A in registers (as of m16n8k16) and B a tile whose rows run along n.
+    /// `wgmma.mma_async …, {a…}, [b]`: adds A B, with A in registers (laid out as in m16n8k16) and B a tile whose
+    /// rows run along n.
     ///
     /// # Safety
-    /// As [`product`](Self::product).
+    /// The contract of [`product`](Self::product).
     unsafe fn add_registers(&mut self, a: [u32; 4], b: u64);
 
-    /// `wgmma.mma_async …, [a], [b]`, both transposed: a new sum, A^T B of two tiles whose rows run along m and n.
+    /// `wgmma.mma_async …, [a], [b]`, both transposed: starts a new sum, A^T B of two tiles whose rows run along m
+    /// and n.
     ///
     /// # Safety
-    /// As [`product`](Self::product).
+    /// The contract of [`product`](Self::product).
     unsafe fn product_down(a: u64, b: u64) -> Self;
 
-    /// The same, added to `self`.
+    /// `wgmma.mma_async …, [a], [b]`, both transposed: adds A^T B of two tiles whose rows run along m and n.
     ///
     /// # Safety
-    /// As [`product`](Self::product).
+    /// The contract of [`product`](Self::product).
     unsafe fn add_product_down(&mut self, a: u64, b: u64);
 
-    /// Emits nothing; what comes after uses the values as they are here, so after a [`wait`], their final ones.
+    /// Emits no instruction. Later code uses the values as they are here: after a [`wait`], their final values.
     fn pin(&mut self);
 }
 
@@ -56,12 +58,12 @@ macro_rules! wgmma {
         wgmma!(F16 "f16" $columns: $($j)*);
         wgmma!(Bf16 "bf16" $columns: $($j)*);
     };
-    // Both operands in shared memory; `$transposed` says of each whether its rows run along m or n instead of k.
+    // Both operands in shared memory. `$transposed` tells for each if its rows run along m or n instead of k.
     (shared $new:ident, $add:ident: $name:literal $columns:literal $transposed:literal; $($j:literal)*) => {
         #[inline(always)]
         unsafe fn $new(a: u64, b: u64) -> Self {
             let mut d = [[0.0; 4]; $columns / 8];
-            // SAFETY: the caller's contract. The sum is not read, for the predicate is false.
+            // SAFETY: the caller's contract. The old sum is not read, because the predicate is false.
             unsafe {
                 asm!(concat!("{{ .reg .pred add; setp.ne.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
                     "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, ", $transposed, "; }}"),
@@ -109,7 +111,7 @@ macro_rules! wgmma {
             fn pin(&mut self) {
                 for j in 0..$columns / 8 {
                     let [a, b, c, d] = &mut self[j];
-                    // SAFETY: a comment.
+                    // SAFETY: the assembly is a comment.
                     unsafe {
                         asm!("// {} {} {} {}", inout(reg32) *a, inout(reg32) *b, inout(reg32) *c, inout(reg32) *d,
                             options(nomem, nostack));
@@ -130,35 +132,35 @@ wgmma!(160: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19);
 wgmma!(192: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
 wgmma!(256: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
 
-/// As [`WarpgroupMma::pin`], for two words of a left operand.
+/// Pins two words of a left operand, like [`WarpgroupMma::pin`].
 #[inline(always)]
 pub fn pin_words([a, b]: &mut [u32; 2]) {
-    // SAFETY: a comment.
+    // SAFETY: the assembly is a comment.
     unsafe { asm!("// {} {}", inout(reg32) * a, inout(reg32) * b, options(nomem, nostack)) }
 }
 
-/// `wgmma.fence` — what the warpgroup's registers hold is ready for the products that follow.
+/// `wgmma.fence` — makes the content of the warpgroup's registers available to later products.
 #[inline(always)]
 pub fn fence() {
     // SAFETY: orders registers; the kernels call it where control is uniform over the warpgroup.
     unsafe { asm!("wgmma.fence.sync.aligned;", options(nostack)) }
 }
 
-/// `wgmma.commit_group` — closes the current group of products.
+/// `wgmma.commit_group` — commits the products so far to a group.
 #[inline(always)]
 pub fn commit() {
-    // SAFETY: as for `fence`.
+    // SAFETY: orders registers; the kernels call it where control is uniform over the warpgroup.
     unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
 }
 
 /// `wgmma.wait_group PENDING` — waits until at most the newest `PENDING` groups are in flight.
 #[inline(always)]
 pub fn wait<const PENDING: u32>() {
-    // SAFETY: as for `fence`.
+    // SAFETY: orders registers; the kernels call it where control is uniform over the warpgroup.
     unsafe { asm!("wgmma.wait_group.sync.aligned {n};", n = const PENDING, options(nostack)) }
 }
 
-/// `setmaxnreg.dec` — gives registers back to the block: a thread that loads keeps few.
+/// `setmaxnreg.dec` — returns registers to the block's pool: a producer thread needs few.
 ///
 /// # Safety
 /// Called once, where control is uniform over the warpgroup.
@@ -169,10 +171,11 @@ macro_rules! shrink_registers {
 }
 pub(crate) use shrink_registers;
 
-/// `setmaxnreg.inc` — takes registers that others gave back, and waits for them: a thread that computes needs many.
+/// `setmaxnreg.inc` — takes registers from the block's pool and waits for them: a consumer thread needs many.
 ///
 /// # Safety
-/// As for `shrink_registers`; together they are no more than the launch got (asserted in `shape`).
+/// The contract of `shrink_registers`; all threads together have at most the registers of the launch (asserted in
+/// `shape`).
 macro_rules! grow_registers {
     ($registers:expr) => {
         core::arch::asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const $registers, options(nostack))

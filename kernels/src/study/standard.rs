@@ -1,8 +1,8 @@
-//! Standard attention as three plain kernels, f32: what FlashAttention is measured against.
+//! Standard attention as three plain f32 kernels, with which FlashAttention is compared.
 //!
-//! [`scores`] writes S = scale * Q K^T to device memory, [`softmax`] turns its rows into P in place, [`output`] reads P back
-//! for O = P V. The N x N matrix is written twice and read three times; nothing here is slow on purpose: products go
-//! through shared memory in the tiles that the fused kernel has, and the softmax finds maximum and sum in one pass.
+//! [`scores`] writes S = scale * Q K^T to device memory, [`softmax`] turns its rows into P in place, [`output`] reads
+//! P for O = P V. The N x N matrix is written twice and read three times. Nothing is slow on purpose: products use
+//! shared memory with the tiles of the fused kernel, and the softmax finds maximum and sum in one pass.
 
 use super::StandardParams;
 use crate::abi::ForwardParams;
@@ -14,17 +14,17 @@ use crate::tile::register::{Accumulator, OutputTile, ScoreTile};
 use crate::tile::{global::Walk, shared::SharedTile};
 use core::f32::consts::{LN_2, LOG2_E};
 
-/// Address of `S[row, 0]` of the head that `block` works on.
+/// Returns the address of `S[row, 0]` in the head of `block`.
 #[inline(always)]
 fn row_of_scores<S: TileShape>(p: &StandardParams, block: &RowBlock<S>, row: u32) -> u64 {
     let row = block.row_of_head(p.forward.heads_q, p.forward.seqlen_q) + row as u64;
     p.scores + row * p.forward.seqlen_k as u64 * 4
 }
 
-/// One tile of S: `ROWS` queries by `COLUMNS` keys. The mask is applied here, so that hidden pairs are -inf.
+/// Computes one tile of S: `ROWS` queries by `COLUMNS` keys. The mask is applied here, so hidden pairs are -inf.
 ///
 /// # Safety
-/// Launched as its row of `entries` says: `query_tiles * key_tiles` blocks a head, with valid parameters.
+/// Launched as its row of `entries` says: `query_tiles * key_tiles` blocks per head, with valid parameters.
 #[inline(always)]
 pub unsafe fn scores<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
     let ForwardParams {
@@ -39,8 +39,8 @@ pub unsafe fn scores<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
     let first_key = key_tile * S::COLUMNS;
     let warp_row = sreg::warp_id() * S::WARP_ROWS;
     let key = SharedTile::new(sreg::dynamic_shared_mem() + S::OWNED_BYTES, S::ROW_BYTES);
-    // SAFETY (whole body): the two tiles are disjoint parts of this block's shared memory, and windows clip what does not
-    // exist.
+    // SAFETY (whole body): the two tiles are disjoint parts of this block's shared memory, and windows clip what does
+    // not exist.
     unsafe {
         let q = block
             .window(&p.forward.q, block.head, seqlen_q, &layout)
@@ -72,10 +72,10 @@ pub unsafe fn scores<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
     }
 }
 
-/// `ROWS` rows of S to P, in place, a warp a row at a time; and their lse.
+/// Turns `ROWS` rows of S into P, in place, one row per warp at a time, and writes their lse.
 ///
 /// # Safety
-/// As [`scores`], with `query_tiles` blocks a head, after it.
+/// The contract of [`scores`], with `query_tiles` blocks per head, launched after it.
 #[inline(always)]
 pub unsafe fn softmax<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
     let ForwardParams { seqlen_q, seqlen_k, .. } = p.forward;
@@ -107,7 +107,7 @@ pub unsafe fn softmax<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
         let mut column = lane;
         while column < seqlen_k {
             let at = address + column as u64 * 4;
-            // SAFETY: as above; each element belongs to one lane.
+            // SAFETY: `scores` wrote every element of the row; each element belongs to one lane.
             unsafe {
                 let x = f32::from_bits(memory::ld_global_u32(at));
                 memory::st_global_u32(at, (math::ex2((x - finite(max)) * LOG2_E) * inverse).to_bits());
@@ -127,7 +127,7 @@ pub unsafe fn softmax<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
     }
 }
 
-/// Maximum and sum of exponentials of two sets, from those of each.
+/// Combines maximum and sum of exponentials of two sets.
 #[inline(always)]
 fn add(max: f32, sum: f32, other_max: f32, other_sum: f32) -> (f32, f32) {
     let new = finite(max.max(other_max));
@@ -135,16 +135,16 @@ fn add(max: f32, sum: f32, other_max: f32, other_sum: f32) -> (f32, f32) {
     (max.max(other_max), sum * rescale(max) + other_sum * rescale(other_max))
 }
 
-/// The maximum to subtract: 0 where nothing was seen, since `-inf - -inf` is not a number.
+/// Returns the maximum to subtract: 0 where no key was seen, since `-inf - -inf` is NaN.
 #[inline(always)]
 fn finite(max: f32) -> f32 {
     if max == f32::NEG_INFINITY { 0.0 } else { max }
 }
 
-/// `ROWS` rows of O = P V.
+/// Computes `ROWS` rows of O = P V.
 ///
 /// # Safety
-/// As [`scores`], with `query_tiles` blocks a head, after [`softmax`].
+/// The contract of [`scores`], with `query_tiles` blocks per head, launched after [`softmax`].
 #[inline(always)]
 pub unsafe fn output<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
     let ForwardParams {
@@ -156,7 +156,7 @@ pub unsafe fn output<S: TileShape, const CAUSAL: bool>(p: &StandardParams) {
     let block = RowBlock::<S>::of_block(sreg::block_idx_x(), p.forward.query_tiles, p.forward.heads_q, false);
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
     let value = SharedTile::new(sreg::dynamic_shared_mem() + S::OWNED_BYTES, S::ROW_BYTES);
-    // SAFETY (whole body): the tile is this block's shared memory, and windows clip what does not exist.
+    // SAFETY (whole body): the tile is this block's shared memory, and windows clip elements that do not exist.
     unsafe {
         let v = block.window(&p.forward.v, block.head / p.forward.heads_q_per_kv, seqlen_k, &layout);
         let mut walk = Walk::new(v, split::<S>());

@@ -1,35 +1,35 @@
-//! What kernels do with 16-byte chunks, four words, of elements of each type.
+//! Operations on 16-byte chunks (four words) of elements of each type.
 
 use crate::element::F32;
 use crate::ptx::{math::fma, matrix::Half, memory};
 
 /// An element type of q, k, v and out.
 pub trait Element: Copy {
-    /// Bytes of one element.
+    /// Size of one element, in bytes.
     const BYTES: u32;
-    /// Each element of a chunk times `factor`.
+    /// Multiplies each element of a chunk by `factor`.
     fn scale(words: [u32; 4], factor: f32) -> [u32; 4];
-    /// The sum of the products of two chunks' elements, in f32.
+    /// Returns the dot product of two chunks, in f32.
     fn dot(a: [u32; 4], b: [u32; 4]) -> f32;
-    /// The element at a device address.
+    /// Loads the element at a device address.
     ///
     /// # Safety
-    /// The address is readable, and aligned to an element.
+    /// The address is readable and aligned to an element.
     unsafe fn load(address: u64) -> f32;
-    /// The exponents of a word's elements, all ones: NaN and infinity have them.
+    /// Mask of the exponent fields of a word's elements, which are all ones in NaN and infinity.
     const EXPONENTS: u32;
-    /// Lowest bits of those exponents.
+    /// Lowest bits of those fields.
     const LOWEST: u32;
-    /// The largest finite number.
+    /// Largest finite number.
     const MAX: f32;
 
-    /// The highest bit of each element of a word that is NaN or infinite: there the exponent carries.
+    /// Returns the highest bit of each element that is NaN or infinite: there the addition to the exponent carries.
     #[inline(always)]
     fn nonfinite(word: u32) -> u32 {
         ((word & Self::EXPONENTS) + Self::LOWEST) & 0x8000_8000
     }
 
-    /// A word with zeros for NaN and infinity.
+    /// Returns the word with zeros in place of NaN and infinity.
     #[inline(always)]
     fn finite(word: u32) -> u32 {
         let nonfinite = Self::nonfinite(word);
@@ -42,7 +42,7 @@ pub trait Element: Copy {
         word & !(lowest * ones)
     }
 
-    /// A mean of elements as this type holds it: rounding alone can have brought it past the largest.
+    /// Clamps an average of elements to the type's range: rounding alone can have moved it past the largest.
     #[inline(always)]
     fn mean(x: f32) -> f32 {
         if Self::BYTES == 2 && x.abs() > Self::MAX && x.abs() < f32::INFINITY {

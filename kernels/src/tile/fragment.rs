@@ -1,32 +1,33 @@
-//! Which lane holds which element. PTX ISA, "Matrix Fragments for mma.m16n8k16", and our own map for plain FMA.
+//! Lane maps: the element that each lane holds. PTX ISA, "Matrix Fragments for mma.m16n8k16", and our own map for
+//! plain FMA.
 
-/// (row, column) in its 16x8 tile of element `element` (0 to 3) of an m16n8 accumulator held by `lane`.
+/// Returns the (row, column), in its 16x8 tile, of element `element` (0 to 3) of an m16n8 accumulator held by `lane`.
 #[inline(always)]
 pub const fn accumulator(lane: u32, element: u32) -> (u32, u32) {
     (lane / 4 + element / 2 * 8, lane % 4 * 2 + element % 2)
 }
 
-/// (row, chunk) that `lane` names for an `ldmatrix.x4` of a 16x16 tile stored row by row, so that the four registers
-/// are the A operand of m16n8k16: (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15). Transposed on load, the
-/// same four are the B operands of two m16n8k16 whose k runs down the rows (V in P V).
+/// Returns the (row, chunk) whose address `lane` supplies to an `ldmatrix.x4` of a 16x16 tile stored row by row. The
+/// four registers are then the A operand of m16n8k16: (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+/// Transposed on load, they are the B operands of two m16n8k16 whose k runs down the rows (V in P V).
 #[inline(always)]
 pub const fn operand_a(lane: u32) -> (u32, u32) {
     (lane % 16, lane / 16)
 }
 
-/// The same for two B operands whose k runs along the row (K in Q K^T): registers 0 and 1 serve columns 0 to 7 of the
-/// product, 2 and 3 columns 8 to 15.
+/// Returns the (row, chunk) for two B operands whose k runs along the row (K in Q K^T): registers 0 and 1 serve
+/// columns 0 to 7 of the product, 2 and 3 columns 8 to 15.
 #[inline(always)]
 pub const fn operand_b(lane: u32) -> (u32, u32) {
     (lane % 8 + lane / 16 * 8, lane / 8 % 2)
 }
 
-/// Rows that a warp of the plain FMA kernel owns, and how many of them one lane holds.
+/// Number of rows that a warp of the plain FMA kernel owns, and number of them in one lane.
 pub const SIMT_ROWS: (u32, u32) = (8, 4);
 
-/// (row, column) of element (`row`, `index`) held by `lane` where 16 lanes share four rows and take columns in turns of
-/// `run`: one by one for scores, so that the 16 keys read together lie in 16 different rows; two by two for the output,
-/// so that a lane reads 8 bytes of V at once.
+/// Returns the (row, column) of element (`row`, `index`) held by `lane`, where 16 lanes share four rows and take
+/// columns in turns of `run`. For scores `run` is 1, so that the 16 keys read together lie in 16 different rows. For
+/// the output it is 2, so that a lane reads 8 bytes of V at a time.
 #[inline(always)]
 pub const fn simt(lane: u32, row: u32, index: u32, run: u32) -> (u32, u32) {
     (
@@ -35,7 +36,8 @@ pub const fn simt(lane: u32, row: u32, index: u32, run: u32) -> (u32, u32) {
     )
 }
 
-/// Lane and index that hold `column` of a row group: the inverse of [`simt`] for the lanes of the first group.
+/// Returns the lane and index that hold `column` of a row group: the inverse of [`simt`] for the lanes of the first
+/// group.
 #[inline(always)]
 pub const fn simt_owner(column: u32, run: u32) -> (u32, u32) {
     (column / run % 16, column / (16 * run) * run + column % run)

@@ -9,12 +9,12 @@ use core::marker::PhantomData;
 #[derive(Clone, Copy)]
 pub struct Fragments<T, const M: usize, const N: usize>(pub(super) [[[f32; 4]; N]; M], pub(super) PhantomData<T>);
 
-/// `16 M` x `8 N` elements of 16 bits. The accumulators of two neighbouring m16n8 are laid out as one A operand is.
+/// `16 M` x `8 N` elements of 16 bits. The accumulators of two neighbouring m16n8 have the layout of one A operand.
 #[derive(Clone, Copy)]
 pub struct Packed<const M: usize, const N: usize>(pub(super) [[[u32; 2]; N]; M]);
 
 impl<const M: usize, const N: usize> Packed<M, N> {
-    /// The A operand of rows `16 m`, k block `k`.
+    /// Returns the A operand of rows `16 m`, k block `k`.
     #[inline(always)]
     pub(super) fn fragment(&self, m: usize, k: usize) -> [u32; 4] {
         let (left, right) = (self.0[m][k * 2], self.0[m][k * 2 + 1]);
@@ -69,7 +69,8 @@ impl<T: Half, const M: usize, const N: usize, const K: usize> OutputTile<Packed<
         }
     }
 
-    /// Through shared memory, so that global memory is written in whole 16-byte chunks and 64- or 128-byte rows of them.
+    /// Stores through shared memory, so that global memory is written in whole 16-byte chunks and rows of 64 or 128
+    /// bytes.
     #[inline(always)]
     unsafe fn store(&self, staging: SharedTile, target: &GlobalTile) {
         let packed = self.operand();
@@ -84,7 +85,7 @@ impl<T: Half, const M: usize, const N: usize, const K: usize> OutputTile<Packed<
             }
         }
         sync::sync_warp();
-        // SAFETY: the caller's contract; the warp wrote all of it.
+        // SAFETY: the caller's contract; the warp wrote the whole chunk.
         unsafe { staging.store(target, M as u32 * 16) }
     }
 }
@@ -113,7 +114,7 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
     unsafe fn map_columns(&mut self, columns: u32, f: impl Fn(f32, f32) -> f32) {
         let (_, first) = fragment::accumulator(sreg::lane_id(), 0);
         for n in 0..N {
-            // SAFETY: the caller's contract; columns come in pairs.
+            // SAFETY: the caller's contract; columns are in pairs.
             let values = unsafe { memory::ld_shared_v2(columns + (n as u32 * 8 + first) * 4) };
             for m in 0..M {
                 for e in 0..4 {

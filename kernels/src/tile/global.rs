@@ -1,4 +1,4 @@
-//! A window of a tensor in global memory: the rows of one head that a block reads or writes.
+//! A window of a tensor in global memory: rows of one head that a block reads or writes.
 
 use super::shared::{CHUNK, Split};
 use crate::abi::{Layout, StridedTensor};
@@ -12,12 +12,12 @@ pub struct GlobalTile {
     rows: u32,
     chunks: u32,
     element_bytes: u32,
-    /// Every chunk is 16-byte aligned.
+    /// True if every chunk is 16-byte aligned.
     pub aligned: bool,
 }
 
 impl GlobalTile {
-    /// The first `rows` rows of head (`batch`, `head`).
+    /// Returns the first `rows` rows of head (`batch`, `head`).
     #[inline(always)]
     pub fn new(t: &StridedTensor, batch: u32, head: u32, rows: u32, layout: &Layout, element_bytes: u32) -> Self {
         let offset = batch as u64 * t.batch_stride + head as u64 * t.head_stride;
@@ -31,7 +31,7 @@ impl GlobalTile {
         }
     }
 
-    /// The window that starts `row` rows further down, empty if there are fewer.
+    /// Returns the window that starts `row` rows further down; it is empty if there are fewer rows.
     #[inline(always)]
     pub fn rows_from(&self, row: u32) -> Self {
         Self {
@@ -41,7 +41,7 @@ impl GlobalTile {
         }
     }
 
-    /// The window that starts `chunk` chunks further right, empty if there are fewer.
+    /// Returns the window that starts `chunk` chunks further right; it is empty if there are fewer chunks.
     #[inline(always)]
     pub fn chunks_from(&self, chunk: u32) -> Self {
         Self {
@@ -51,37 +51,37 @@ impl GlobalTile {
         }
     }
 
-    /// Chunks of a row.
+    /// Returns the number of chunks of a row.
     #[inline(always)]
     pub fn chunks(&self) -> u32 {
         self.chunks
     }
 
-    /// Rows that exist.
+    /// Returns the number of rows that exist.
     #[inline(always)]
     pub fn rows(&self) -> u32 {
         self.rows
     }
 
-    /// Address of an element.
+    /// Returns the address of an element.
     #[inline(always)]
     pub fn element_address(&self, row: u32, column: u32) -> u64 {
         self.base + row as u64 * self.row_bytes + (column * self.element_bytes) as u64
     }
 
-    /// Whether chunk `chunk` of row `row` exists.
+    /// Returns true if chunk `chunk` of row `row` exists.
     #[inline(always)]
     pub fn contains(&self, row: u32, chunk: u32) -> bool {
         row < self.rows && chunk < self.chunks
     }
 
-    /// Address of chunk `chunk` of row `row`.
+    /// Returns the address of chunk `chunk` of row `row`.
     #[inline(always)]
     pub fn address(&self, row: u32, chunk: u32) -> u64 {
         self.base + row as u64 * self.row_bytes + (chunk * CHUNK) as u64
     }
 
-    /// Reads a chunk, element by element if it need not be aligned.
+    /// Reads a chunk, element by element if it may be unaligned.
     ///
     /// # Safety
     /// The chunk exists and is readable.
@@ -98,10 +98,10 @@ impl GlobalTile {
         }
     }
 
-    /// 16 bytes at `address`, element by element.
+    /// Reads 16 bytes at `address`, element by element.
     ///
     /// # Safety
-    /// They are readable.
+    /// The bytes are readable.
     #[inline(always)]
     unsafe fn gather(&self, address: u64) -> [u32; 4] {
         let mut words = [0; 4];
@@ -118,10 +118,10 @@ impl GlobalTile {
         words
     }
 
-    /// Writes a chunk, element by element if it need not be aligned.
+    /// Writes a chunk, element by element if it may be unaligned.
     ///
     /// # Safety
-    /// The chunk exists, is writable, and no other thread touches it.
+    /// The chunk exists, is writable, and no other thread accesses it.
     #[inline(always)]
     pub unsafe fn store(&self, row: u32, chunk: u32, words: [u32; 4]) {
         let address = self.address(row, chunk);
@@ -144,22 +144,22 @@ impl GlobalTile {
     }
 }
 
-/// One thread's way down a window: the chunks it copies, row by row and tile by tile.
+/// The chunks of a window that one thread copies, row by row and tile by tile.
 ///
-/// A pointer that walks takes two registers; a product for each of its rows, which is what recomputing addresses comes to
-/// once the compiler has hoisted what it can, takes two a row.
+/// An address that advances takes two registers. Recomputing addresses would take two registers per row, once the
+/// compiler has hoisted the products.
 #[derive(Clone, Copy)]
 pub struct Walk {
     address: u64,
     step_bytes: u64,
     row: u32,
     window: GlobalTile,
-    /// How the threads share the tile's chunks.
+    /// Division of the tile's chunks among threads.
     pub split: Split,
 }
 
 impl Walk {
-    /// From the top of `window`.
+    /// Starts at the top of `window`.
     #[inline(always)]
     pub fn new(window: GlobalTile, split: Split) -> Self {
         let address = window.address(split.row, split.chunk);
@@ -172,27 +172,27 @@ impl Walk {
         }
     }
 
-    /// Whether 16-byte accesses are legal.
+    /// Returns true if 16-byte accesses are allowed.
     #[inline(always)]
     pub fn aligned(&self) -> bool {
         self.window.aligned
     }
 
-    /// To this thread's next row.
+    /// Advances to this thread's next row.
     #[inline(always)]
     pub fn advance(&mut self) {
         self.address += self.step_bytes;
         self.row += self.split.rows;
     }
 
-    /// Address of the thread's chunk `j` in its current row, and whether it exists.
+    /// Returns the address of the thread's chunk `j` in its current row, and true if it exists.
     #[inline(always)]
     pub fn chunk(&self, j: u32) -> (u64, bool) {
         let exists = self.window.contains(self.row, self.split.chunk + j * self.split.chunks);
         (self.address + (j * self.split.chunks * CHUNK) as u64, exists)
     }
 
-    /// The same chunk, element by element, since it need not be aligned; zeros if it does not exist.
+    /// Reads this chunk element by element, since it may be unaligned; zeros if it does not exist.
     ///
     /// # Safety
     /// The window is readable.

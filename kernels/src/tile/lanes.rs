@@ -9,7 +9,7 @@ use super::{fragment, global::GlobalTile, shared::SharedTile};
 use crate::element::F32;
 use crate::ptx::{math::fma, memory, optimizer, sreg, sync};
 
-/// Four rows by `N` columns in each lane, 16 lanes to a row, taken in turns of `RUN` columns.
+/// Four rows by `N` columns in each lane; 16 lanes share a row and take turns of `RUN` columns.
 #[derive(Clone, Copy)]
 pub struct LaneRows<const N: usize, const RUN: usize>([[f32; N]; 4]);
 
@@ -71,7 +71,7 @@ impl<const N: usize, const K: usize> OutputTile<LaneRows<K, 1>> for LaneRows<N, 
         }
     }
 
-    /// Straight from the registers: 16 lanes write 128 contiguous bytes of a row.
+    /// Stores directly from the registers: 16 lanes write 128 contiguous bytes of a row.
     #[inline(always)]
     unsafe fn store(&self, _staging: SharedTile, target: &GlobalTile) {
         for r in 0..4 {

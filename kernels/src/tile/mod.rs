@@ -1,9 +1,9 @@
-//! Tiles: rectangles of a matrix, and where their elements live.
+//! Tiles: rectangles of a matrix in memory or registers.
 //!
-//! [`fragment`] knows which lane holds which element, [`swizzle`] where a 16-byte chunk lies in shared memory; both are
-//! arithmetic, compiled and tested on the host. `global` and `shared` are tiles in memory; `register` says what a tile in
-//! registers can do, `fragments` does it on the tensor cores, `lanes` by plain FMA. `panels` and `warpgroup` are both for
-//! Hopper, whose warpgroups multiply out of shared memory.
+//! [`fragment`] maps lanes to elements, and [`swizzle`] maps chunks to their place in shared memory; both are plain
+//! arithmetic, compiled and tested on the host. `global` and `shared` are tiles in memory. `register` defines the
+//! operations on a tile in registers, `fragments` implements them on the tensor cores, `lanes` by plain FMA. `panels`
+//! and `warpgroup` are for Hopper, whose warpgroups multiply from shared memory.
 
 pub mod fragment;
 pub mod swizzle;

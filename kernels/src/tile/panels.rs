@@ -1,23 +1,24 @@
-//! A tile in shared memory as the tensor memory accelerator writes it and a warpgroup's products read it: panels of 64
-//! columns of 16 bits, each a stack of rows of 128 bytes whose 16-byte chunks are swizzled.
+//! A tile in shared memory as the tensor memory accelerator writes it and a warpgroup's products read it. It consists
+//! of panels of 64 16-bit columns. Each panel is a stack of rows of 128 bytes whose 16-byte chunks are swizzled.
 //!
-//! PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout": with rows of 128 bytes the pattern repeats every 8
-//! rows, 1024 bytes, and that is the unit that descriptors count in.
+//! PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout": with rows of 128 bytes the pattern repeats
+//! every 8 rows (1024 bytes), which is the unit of descriptors.
 
 use super::{element::Element, swizzle::swizzle};
 use crate::ptx::tma::{self, Corner};
 use crate::ptx::{memory, optimizer};
 
-/// Columns of a panel.
+/// Number of columns of a panel.
 pub const PANEL_COLUMNS: u32 = 64;
-/// Bytes of a row of a panel.
+/// Size of a row of a panel, in bytes.
 const ROW_BYTES: u32 = 128;
-/// Bytes of 8 rows of a panel.
+/// Size of 8 rows of a panel, in bytes.
 const EIGHT_ROWS: u32 = 8 * ROW_BYTES;
-/// A step of 16 along k, in elements.
+/// Number of elements of a step along k.
 const K_STEP: u32 = 16;
 
-/// Panels of `rows` rows each; where `columns` is not a multiple of 64, the last is wider than what is multiplied.
+/// A tile of panels with `rows` rows each. If `columns` is not a multiple of 64, the last panel is wider than the
+/// product.
 #[derive(Clone, Copy)]
 pub struct Panels {
     base: u32,
@@ -26,19 +27,19 @@ pub struct Panels {
 }
 
 impl Panels {
-    /// The tile at shared-window address `base`, a multiple of 1024; `rows` is a multiple of 8.
+    /// Returns the tile at shared-window address `base`, a multiple of 1024; `rows` is a multiple of 8.
     #[inline(always)]
     pub fn new(base: u32, rows: u32, columns: u32) -> Self {
         Self { base, rows, columns }
     }
 
-    /// Panel `index` alone.
+    /// Returns panel `index` as a tile.
     #[inline(always)]
     pub fn panel(self, index: u32) -> Self {
         Self::new(self.base + index * self.panel_bytes(), self.rows, PANEL_COLUMNS)
     }
 
-    /// Panels side by side.
+    /// Returns the number of panels.
     #[inline(always)]
     fn panels(self) -> u32 {
         self.columns.div_ceil(PANEL_COLUMNS)
@@ -49,19 +50,19 @@ impl Panels {
         self.rows * ROW_BYTES
     }
 
-    /// Steps of 16 along a row.
+    /// Returns the number of steps of 16 along a row.
     #[inline(always)]
     pub fn k_steps(self) -> u32 {
         self.columns / K_STEP
     }
 
-    /// Steps of 16 down the rows.
+    /// Returns the number of steps of 16 down the rows.
     #[inline(always)]
     pub fn row_steps(self) -> u32 {
         self.rows / K_STEP
     }
 
-    /// Descriptor of k step `k` where k runs along the rows: Q and K in Q K^T.
+    /// Returns the descriptor of k step `k` where k runs along the rows: Q and K in Q K^T.
     #[inline(always)]
     pub fn along_rows(self, k: u32) -> u64 {
         let steps = PANEL_COLUMNS / K_STEP;
@@ -69,20 +70,21 @@ impl Panels {
         descriptor(self.base, offset, 0)
     }
 
-    /// Descriptor of k step `k` where k runs down the rows: V in P V. All panels side by side are the product's columns.
+    /// Returns the descriptor of k step `k` where k runs down the rows: V in P V. All panels side by side are the
+    /// product's columns.
     #[inline(always)]
     pub fn down_rows(self, k: u32) -> u64 {
         descriptor(self.base, k * K_STEP * ROW_BYTES, self.panel_bytes())
     }
 
-    /// Address of the eight columns from `column` on of row `row`; `column` is a multiple of 8.
+    /// Returns the address of eight columns of row `row`, from `column` on, a multiple of 8.
     #[inline(always)]
     pub fn chunk(self, row: u32, column: u32) -> u32 {
         let chunk = swizzle(row, column % PANEL_COLUMNS / 8, ROW_BYTES);
         self.base + column / PANEL_COLUMNS * self.panel_bytes() + row * ROW_BYTES + chunk * 16
     }
 
-    /// Tells if there is NaN or infinity in this thread's share of the tile, of `threads` threads.
+    /// Returns true if thread number `thread` of `threads` has NaN or infinity in its share of the tile.
     ///
     /// # Safety
     /// The tile is initialised and visible to this thread.
@@ -101,10 +103,10 @@ impl Panels {
         nonfinite != 0
     }
 
-    /// Zeroes NaN and infinity in a row; whether there were any.
+    /// Zeroes NaN and infinity in a row; returns true if there were any.
     ///
     /// # Safety
-    /// The tile is initialised and visible to this thread, and no other touches the row meanwhile.
+    /// The tile is initialised and visible to this thread, and no other thread accesses the row meanwhile.
     #[inline(always)]
     pub unsafe fn clean_row<E: Element>(self, row: u32) -> bool {
         let mut nonfinite = 0;
@@ -129,7 +131,7 @@ impl Panels {
     /// Zeroes NaN and infinity in this thread's share of the tile.
     ///
     /// # Safety
-    /// The contract of [`has_nonfinite`](Self::has_nonfinite), and no other thread touches the share meanwhile.
+    /// The contract of [`has_nonfinite`](Self::has_nonfinite), and no other thread accesses the share meanwhile.
     #[inline(always)]
     pub unsafe fn zero_nonfinite<E: Element>(self, thread: u32, threads: u32) {
         let mut at = thread * 16;
@@ -141,10 +143,10 @@ impl Panels {
         }
     }
 
-    /// Starts to fill the tile from `corner` on; `barrier` counts the bytes of all its panels.
+    /// Starts to fill the tile from `corner` on; `barrier` counts the bytes of all panels.
     ///
     /// # Safety
-    /// `map`'s box is `rows` x 64, and see [`tma::load`]. One thread calls it.
+    /// The box of `map` is `rows` x 64; the contract of [`tma::load`]. One thread calls it.
     #[inline(always)]
     pub unsafe fn load(self, map: u64, corner: Corner, barrier: u32) {
         for index in 0..self.panels() {
@@ -156,7 +158,7 @@ impl Panels {
     /// Starts to store the tile from `corner` on.
     ///
     /// # Safety
-    /// `map`'s box is `rows` x 64, and see [`tma::store`]. One thread calls it.
+    /// The box of `map` is `rows` x 64; the contract of [`tma::store`]. One thread calls it.
     #[inline(always)]
     pub unsafe fn store(self, map: u64, corner: Corner) {
         for index in 0..self.panels() {
@@ -166,7 +168,7 @@ impl Panels {
     }
 }
 
-/// Where panel `index` of a tile starts in the tensor.
+/// Returns the start of panel `index` of a tile in the tensor.
 #[inline(always)]
 fn corner_of(index: u32, tile: Corner) -> Corner {
     Corner {
@@ -175,16 +177,16 @@ fn corner_of(index: u32, tile: Corner) -> Corner {
     }
 }
 
-/// A matrix descriptor with the 128-byte swizzle: `start` is a shared-window address, `leading` the bytes from one panel to the
-/// next. Only the low word is computed, and there shared memory ends below 2^18, so that a start plus an offset does not
-/// spill into the next field.
+/// Makes a matrix descriptor with the 128-byte swizzle: `start` is a shared-window address, `leading` the bytes from
+/// one panel to the next. Only the low word is computed. Shared memory ends below 2^18, so a start plus an offset
+/// does not overflow into the next field.
 #[inline(always)]
 fn descriptor(start: u32, offset: u32, leading: u32) -> u64 {
     let low = field(start) + (field(offset) | field(leading) << 16);
     low as u64 | ((field(EIGHT_ROWS) | 1 << 30) as u64) << 32
 }
 
-/// A number of bytes as descriptors hold it.
+/// Returns a number of bytes as descriptors encode it.
 #[inline(always)]
 const fn field(bytes: u32) -> u32 {
     bytes >> 4

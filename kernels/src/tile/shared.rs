@@ -8,7 +8,7 @@ use super::{
 };
 use crate::ptx::{copy, matrix, memory, optimizer, sreg, sync};
 
-/// Bytes of the unit that is copied, swizzled and loaded.
+/// Size of a chunk in bytes, the unit that is copied, swizzled and loaded.
 pub const CHUNK: u32 = 16;
 
 /// A tile in shared memory.
@@ -19,13 +19,14 @@ pub struct SharedTile {
 }
 
 impl SharedTile {
-    /// The tile at shared-window address `base` whose rows are `row_bytes` long.
+    /// Returns the tile at shared-window address `base` with rows of `row_bytes` bytes.
     #[inline(always)]
     pub fn new(base: u32, row_bytes: u32) -> Self {
         Self { base, row_bytes }
     }
 
-    /// The tile that starts `row` rows further down; `row` is a multiple of 8, so that the swizzle stays in phase.
+    /// Returns the tile that starts `row` rows further down; `row` is a multiple of 8, so that the swizzle stays in
+    /// phase.
     #[inline(always)]
     pub fn rows_from(self, row: u32) -> Self {
         Self {
@@ -34,28 +35,29 @@ impl SharedTile {
         }
     }
 
-    /// Chunks of a row.
+    /// Returns the number of chunks of a row.
     #[inline(always)]
     pub fn chunks(self) -> u32 {
         self.row_bytes / CHUNK
     }
 
-    /// Blocks of 16 elements of 16 bits in a row: the k blocks of a product along it.
+    /// Returns the number of k blocks along a row: blocks of 16 elements of 16 bits.
     #[inline(always)]
     pub fn k_blocks(self) -> u32 {
         self.chunks() / 2
     }
 
-    /// Address of chunk `chunk` of row `row`.
+    /// Returns the address of chunk `chunk` of row `row`.
     #[inline(always)]
     pub fn address(self, row: u32, chunk: u32) -> u32 {
         self.base + row * self.row_bytes + swizzle(row, chunk, self.row_bytes) * CHUNK
     }
 
-    /// Starts to copy the next `rows` rows of `source`, which walks on. Rows and columns that do not exist become zeros.
+    /// Starts to copy the next `rows` rows of `source`, which advances. Rows and columns that do not exist become
+    /// zeros.
     ///
     /// # Safety
-    /// - Every thread of the block takes part, and nobody else reads or writes the tile until the copy was awaited
+    /// - Every thread of the block takes part, and no thread reads or writes the tile until the copy was awaited
     ///   (`cp_async_wait`) and a barrier passed.
     /// - `source` describes readable memory.
     #[inline(always)]
@@ -86,7 +88,7 @@ impl SharedTile {
     /// Copies the first `rows` rows to `target`, by one warp; rows and columns that do not exist are dropped.
     ///
     /// # Safety
-    /// This warp wrote the tile, passed a `sync_warp`, and nobody else touches it; `target` is writable.
+    /// This warp wrote the tile and passed a `sync_warp`, and no other warp accesses it; `target` is writable.
     #[inline(always)]
     pub unsafe fn store(self, target: &GlobalTile, rows: u32) {
         let split = Split::new(self.row_bytes, sreg::lane_id(), 32);
@@ -98,10 +100,11 @@ impl SharedTile {
         });
     }
 
-    /// Replaces every chunk of the first `rows` rows by its image under `f`, by one warp.
+    /// Replaces every chunk of the first `rows` rows by `f` applied to it, by one warp.
     ///
     /// # Safety
-    /// The tile is initialised and visible to this warp; nobody else touches these rows. Ends with a `sync_warp`.
+    /// The tile is initialised and visible to this warp, and no other warp accesses these rows. Ends with a
+    /// `sync_warp`.
     #[inline(always)]
     pub unsafe fn map(self, rows: u32, f: impl Fn([u32; 4]) -> [u32; 4]) {
         let split = Split::new(self.row_bytes, sreg::lane_id(), 32);
@@ -113,12 +116,12 @@ impl SharedTile {
         sync::sync_warp();
     }
 
-    /// Zeroes NaN and infinity in the first `rows` rows, by all threads of the block, which share the rows as `split` says; whether
-    /// there were any. They see all of it when this returns.
+    /// Zeroes NaN and infinity in the first `rows` rows, by all threads of the block, which divide the rows as in
+    /// `split`. Returns true if there were any. All threads see the result when this returns.
     ///
     /// # Safety
-    /// The tile is initialised and visible to the block, and after this call's first barrier nobody reads it. Every thread
-    /// of the block calls this together.
+    /// The tile is initialised and visible to the block, and no thread reads it after this call's first barrier.
+    /// Every thread of the block calls this together.
     #[inline(always)]
     pub unsafe fn clean<E: Element>(self, split: Split, rows: u32) -> bool {
         let mut nonfinite = 0;
@@ -141,7 +144,7 @@ impl SharedTile {
         any
     }
 
-    /// The A operand at rows `row ..+ 16`, k block `k` (16 elements).
+    /// Returns the A operand at rows `row ..+ 16`, k block `k` (16 elements).
     ///
     /// # Safety
     /// The tile is initialised and visible to the whole warp, which calls this together.
@@ -152,10 +155,10 @@ impl SharedTile {
         unsafe { matrix::ldmatrix_x4(self.address(row + r, k * 2 + c)) }
     }
 
-    /// Two B operands for the product with this tile's transpose: product columns `row ..+ 16`, k block `k`.
+    /// Returns two B operands for the product with this tile's transpose: product columns `row ..+ 16`, k block `k`.
     ///
     /// # Safety
-    /// As [`SharedTile::operand_a`].
+    /// The contract of [`SharedTile::operand_a`].
     #[inline(always)]
     pub unsafe fn operand_b_transposed(self, row: u32, k: u32) -> [[u32; 2]; 2] {
         let (r, c) = fragment::operand_b(sreg::lane_id());
@@ -164,10 +167,11 @@ impl SharedTile {
         [[a, b], [c, d]]
     }
 
-    /// Two B operands for the product with this tile: k block `k` runs down the rows, product columns `column * 16 ..+ 16`.
+    /// Returns two B operands for the product with this tile: k block `k` runs down the rows, product columns `column
+    /// * 16 ..+ 16`.
     ///
     /// # Safety
-    /// As [`SharedTile::operand_a`].
+    /// The contract of [`SharedTile::operand_a`].
     #[inline(always)]
     pub unsafe fn operand_b(self, k: u32, column: u32) -> [[u32; 2]; 2] {
         let (r, c) = fragment::operand_a(sreg::lane_id());
@@ -177,22 +181,22 @@ impl SharedTile {
     }
 }
 
-/// How threads share the chunks of a tile: 8 (or, where rows are no multiple of 128 bytes, 4) neighbours along a row, so that
-/// global memory is read in full 64- or 128-byte pieces, the next ones on the next row.
+/// Division of a tile's chunks among threads: 8 neighbours along a row (4 if rows are not a multiple of 128 bytes),
+/// so that global memory is read in full pieces of 128 or 64 bytes, and the next threads on the next row.
 #[derive(Clone, Copy)]
 pub struct Split {
     /// First row of this thread.
     pub row: u32,
     /// First chunk of this thread.
     pub chunk: u32,
-    /// Rows from one of its rows to the next.
+    /// Number of rows from one of this thread's rows to the next.
     pub rows: u32,
-    /// Chunks from one of its chunks to the next.
+    /// Number of chunks from one of this thread's chunks to the next.
     pub chunks: u32,
 }
 
 impl Split {
-    /// The share of thread `thread` of `threads`.
+    /// Returns the share of thread `thread` of `threads`.
     #[inline(always)]
     pub fn new(row_bytes: u32, thread: u32, threads: u32) -> Self {
         let chunks = neighbours(row_bytes);

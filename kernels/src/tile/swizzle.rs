@@ -1,11 +1,11 @@
-//! Where a 16-byte chunk of a row lies, so that no two lanes that read together meet in a bank.
+//! Swizzle of 16-byte chunks in a row, which avoids bank conflicts among lanes that read together.
 //!
-//! Shared memory has 32 banks of 4 bytes: 8 chunks of 16 bytes. `ldmatrix` reads the same chunk of 8 consecutive rows, and
-//! so do vector loads of a column. With rows a multiple of 128 bytes apart those 8 would be one bank group; XOR-ing the chunk with
-//! the row's low bits spreads them over all 8. Rows of an odd number of 64 bytes alternate between two halves already,
-//! and need the XOR within 4 chunks only.
+//! Shared memory has 32 banks of 4 bytes, or 8 chunks of 16 bytes. `ldmatrix` and vector loads of a column read one
+//! chunk of 8 consecutive rows. If rows are a multiple of 128 bytes apart, all 8 would lie in the same banks. XOR-ing
+//! the chunk with the row's low bits spreads them over all banks. Rows of an odd multiple of 64 bytes already
+//! alternate between two halves, and need the XOR only within 4 chunks.
 
-/// Chunk at which chunk `chunk` of row `row` is stored, in a tile whose rows are `row_bytes` (a multiple of 64) long.
+/// Returns the place of chunk `chunk` of row `row`, in a tile with rows of `row_bytes` bytes (a multiple of 64).
 #[inline(always)]
 pub const fn swizzle(row: u32, chunk: u32, row_bytes: u32) -> u32 {
     if row_bytes.is_multiple_of(128) {
@@ -15,7 +15,8 @@ pub const fn swizzle(row: u32, chunk: u32, row_bytes: u32) -> u32 {
     }
 }
 
-/// Threads that load neighbouring chunks of a row: 8, a full line of 128 bytes, where rows are whole lines.
+/// Returns the number of threads that load neighbouring chunks of a row: 8, a full line of 128 bytes, if rows are
+/// whole lines.
 pub const fn neighbours(row_bytes: u32) -> u32 {
     if row_bytes.is_multiple_of(128) { 8 } else { 4 }
 }

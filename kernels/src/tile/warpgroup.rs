@@ -1,4 +1,4 @@
-//! Register tiles of a warpgroup: each warp holds 16 of 64 rows, laid out as accumulators of `mma.sync` are.
+//! Register tiles of a warpgroup: each warp holds 16 of 64 rows, laid out like accumulators of `mma.sync`.
 
 use super::fragments::{Fragments, Packed};
 use super::panels::Panels;
@@ -8,40 +8,41 @@ use core::marker::PhantomData;
 
 /// Scores of 64 rows, from two tiles in shared memory.
 pub trait WarpgroupScores: ScoreTile {
-    /// Issues `a b^T`, over the whole of their rows.
+    /// Issues `a b^T`, over the whole length of their rows.
     ///
     /// # Safety
-    /// See [`WarpgroupMma::product`].
+    /// The contract of [`WarpgroupMma::product`].
     unsafe fn product(a: Panels, b: Panels) -> Self;
 
-    /// See [`WarpgroupMma::pin`].
+    /// Pins the accumulators; see [`WarpgroupMma::pin`].
     fn pin(&mut self);
 
-    /// The scores as the left operand of a product: rounded here, not after the fence that comes before the product.
+    /// Converts the scores to the left operand of a product. They are rounded here, not after the fence before the
+    /// product.
     fn pinned_operand(&self) -> Self::Operand;
 
-    /// Writes this lane's part of the operand to `target`; `first_row` is the warp's.
+    /// Writes this lane's part of the operand to `target`; `first_row` is that of the warp.
     ///
     /// # Safety
-    /// As [`WarpgroupOutput::write`].
+    /// The contract of [`WarpgroupOutput::write`].
     unsafe fn write(operand: &Self::Operand, target: Panels, first_row: u32, lane: u32);
 }
 
-/// Outputs of 64 rows: what products of probabilities with values are summed in.
+/// Outputs of 64 rows: accumulators of products of probabilities with values.
 pub trait WarpgroupOutput<Operand>: Accumulator {
     /// Issues `self += a b`.
     ///
     /// # Safety
-    /// See [`WarpgroupMma::product`].
+    /// The contract of [`WarpgroupMma::product`].
     unsafe fn add_product(&mut self, a: &Operand, b: Panels);
 
-    /// See [`WarpgroupMma::pin`].
+    /// Pins the accumulators; see [`WarpgroupMma::pin`].
     fn pin(&mut self);
 
-    /// Writes this lane's part, rounded to the element type, to `target`; `first_row` is the warp's.
+    /// Writes this lane's part, rounded to the element type, to `target`; `first_row` is that of the warp.
     ///
     /// # Safety
-    /// `target` is this warpgroup's alone.
+    /// Only this warpgroup accesses `target`.
     unsafe fn write(&self, target: Panels, first_row: u32, lane: u32);
 }
 
@@ -106,7 +107,8 @@ where
     }
 }
 
-/// Writes a warp's 16 rows of 16-bit elements, 16 columns at a time: lane `l` names row `l % 16` of one half of them.
+/// Writes a warp's 16 rows of 16-bit elements, 16 columns at a time: lane `l` supplies the address of row `l % 16` of
+/// one half.
 #[inline(always)]
 unsafe fn write_fragments<const N: usize>(packed: &Packed<1, N>, target: Panels, first_row: u32, lane: u32) {
     for k in 0..N / 2 {
@@ -116,31 +118,33 @@ unsafe fn write_fragments<const N: usize>(packed: &Packed<1, N>, target: Panels,
     }
 }
 
-/// A sum of 64 x 64 of a warpgroup, from tiles whose rows are summed over.
+/// A 64 x 64 sum of a warpgroup, of products of tiles along their rows.
 pub trait WarpgroupSquare: Sized {
-    /// Issues `a^T b`, summed over all pairs of tiles, a panel each.
+    /// Issues `a^T b`, summed over all pairs of tiles, one panel each.
     ///
     /// # Safety
-    /// See [`WarpgroupMma::product`].
+    /// The contract of [`WarpgroupMma::product`].
     unsafe fn product<const PAIRS: usize>(pairs: [(Panels, Panels); PAIRS]) -> Self;
 
-    /// See [`WarpgroupMma::pin`].
+    /// Pins the accumulators; see [`WarpgroupMma::pin`].
     fn pin(&mut self);
 
-    /// Writes this thread's part to `target`, in the order of registers, not of rows; `thread` is its index in the warpgroup.
+    /// Writes this thread's part to `target`, in the order of registers, not of rows; `thread` is its index in the
+    /// warpgroup.
     ///
     /// # Safety
-    /// `target` is a 16-byte aligned shared-window address of [`SQUARE_BYTES`] that are this warpgroup's alone.
+    /// `target` is a 16-byte aligned shared-window address of [`SQUARE_BYTES`] bytes that only this warpgroup
+    /// accesses.
     unsafe fn write(&self, target: u32, thread: u32);
 }
 
-/// Bytes of a square of f32.
+/// Size of an f32 square, in bytes.
 pub const SQUARE_BYTES: u32 = 64 * 64 * 4;
 
 /// The square, in f32.
 pub struct Square<T>([[f32; 4]; 8], PhantomData<T>);
 
-/// Where registers `quad` of a thread lie in a square.
+/// Returns the place of registers `quad` of a thread in a square.
 #[inline(always)]
 fn quad_offset(quad: usize, thread: u32) -> u32 {
     (quad as u32 * 128 + thread) * 16
@@ -181,7 +185,7 @@ where
 }
 
 impl<T> Square<T> {
-    /// This thread's part of a copy of what [`write`](WarpgroupSquare::write) wrote, in global memory.
+    /// Reads this thread's part of a square that [`write`](WarpgroupSquare::write) wrote, copied to global memory.
     ///
     /// # Safety
     /// `source` is 16-byte aligned and readable.

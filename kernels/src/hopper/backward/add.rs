@@ -1,4 +1,4 @@
-//! What adds dQ of the streamed tiles to the sums in device memory, while the warpgroups that made it go on.
+//! Adds dQ of the streamed tiles to the accumulator in device memory, while the consumers continue.
 
 use crate::abi::HopperBackwardParams;
 use crate::hopper::{Shared, work::Work};
@@ -7,10 +7,11 @@ use crate::pipeline::bulk::Cursor;
 use crate::ptx::{optimizer, sync, tma};
 use crate::shape::HopperBackwardShape;
 
-/// Adds what warpgroup `group` makes of dQ. One thread.
+/// Adds the dQ of warpgroup `group`. One thread calls it.
 ///
-/// In any order, or each square of queries in the order of its keys, [`Deal::place`](crate::deal::Deal::place), so that the sum
-/// is the same bits each time: then the squares' counters say whose turn it is.
+/// By default additions have any order. In deterministic mode each square of queries is added in the order of its
+/// keys, [`Deal::place`](crate::deal::Deal::place), so that the sum has the same bits in every run: the thread waits
+/// for its turn on the square's semaphore.
 #[inline(always)]
 pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     p: &HopperBackwardParams,
@@ -27,8 +28,8 @@ pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
             for m in (blocks.begin..).take_while(|&m| m < optimizer::renew(blocks.end)) {
                 let square = ((first + m) * S::CONSUMERS + group) as u64;
                 let (turn, is_ordered) = (p.sums.turns + square * 4, p.sums.turns != 0);
-                // SAFETY (whole body): the sums are padded to whole squares and have a counter each; the share of dQ is
-                // read between acquire and release.
+                // SAFETY (whole body): the accumulator is padded to whole squares, with a semaphore each; the
+                // consumer's dQ is read between acquire and release.
                 unsafe {
                     slots.acquire(shares);
                     if is_ordered {

@@ -1,4 +1,4 @@
-//! What the first warpgroup of a backward block loads, in the order in which the consumers take it.
+//! Loads of the producer, the first warpgroup of a backward block, in the order in which consumers use them.
 
 use crate::abi::HopperBackwardParams;
 use crate::hopper::{Shared, work::Work};
@@ -8,7 +8,7 @@ use crate::ptx::{optimizer, tma::Corner};
 use crate::shape::{HOPPER_SLOTS, HopperBackwardShape};
 use core::mem::offset_of;
 
-/// Loads Q and dO of each tile of work, and the keys and values that they see. One thread.
+/// Loads Q and dO of each tile of work, and the keys and values that they see. One thread calls it.
 #[inline(always)]
 pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
     p: &HopperBackwardParams,
@@ -18,7 +18,8 @@ pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut owned, mut streamed) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
     for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
-        // SAFETY (whole body): a slot is refilled when it is empty; its barrier counts the bytes of the boxes that follow.
+        // SAFETY (whole body): a slot is refilled once it is empty; its barrier counts the bytes of the boxes that
+        // follow.
         unsafe {
             shared.load_owned(&mut owned, [map!(maps, q), map!(maps, dout)], |group| {
                 work.corner(p.heads_q, group)
@@ -38,7 +39,8 @@ pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
     }
 }
 
-/// Loads K and V of each tile of work, and the queries that see them with their dO, lse and delta. One thread.
+/// Loads K and V of each tile of work, and the queries that see them with their dO, lse and delta. One thread calls
+/// it.
 #[inline(always)]
 pub unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     p: &HopperBackwardParams,
@@ -49,7 +51,7 @@ pub unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     let mut owned = Cursor::<1>::start();
     let mut streamed = Cursor::<HOPPER_SLOTS>::start();
     for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
-        // SAFETY (whole body): as in `load_keys`; the queries' sums are padded to whole tiles.
+        // SAFETY (whole body): the reasons given in `load_keys`; the per-query arrays are padded to whole tiles.
         unsafe {
             shared.load_owned(&mut owned, [map!(maps, k), map!(maps, v)], |group| {
                 work.corner(p.heads_kv, group)

@@ -1,26 +1,29 @@
-//! The backward pass on Hopper, in two forms. [`sums`] makes lse and delta of the queries first.
+//! The backward pass on Hopper, in two forms. The preprocess kernel in [`sums`] computes lse and delta of the queries
+//! first.
 //!
-//! Up to head_dim 128 it takes five products. [`keys`] owns keys, streams queries and works on the transposed tiles for dK and
-//! dV, so that P^T and dS^T are left operands in the registers they were computed in. dQ of each streamed tile follows from
-//! dS^T of all its keys, which the warpgroups show each other in shared memory; [`add`] adds it to an f32 sum in device memory,
-//! and [`sums`] rounds that last. Which block adds first is chance, and so are the last bits of dQ, unless each waits for its turn.
+//! Up to head_dim 128 it takes five products. [`keys`] owns keys, streams queries and works on the transposed tiles
+//! for dK and dV, so that P^T and dS^T are left operands in the registers where they were computed. dQ of each
+//! streamed tile needs dS^T of all its keys, which the warpgroups exchange in shared memory. [`add`] adds it to an
+//! f32 accumulator in device memory, and the postprocess kernel in [`sums`] rounds it at the end. Blocks add in any
+//! order, so the last bits of dQ vary, unless each block waits for its turn.
 //!
-//! Beyond, where the accumulators of dK and dV fill the registers, the form is that of [`backward`](crate::backward):
-//! [`queries`] owns queries and streams keys for dQ, and [`keys`] computes dK and dV in two walks. No gradient is touched by two
-//! blocks: the same bits each time, for eight products.
+//! Above head_dim 128 the accumulators of dK and dV fill the registers, and the form is that of
+//! [`backward`](crate::backward): [`queries`] owns queries and streams keys for dQ, and [`keys`] computes dK and dV
+//! in two loops over the queries. No two blocks write one gradient, so results are bitwise reproducible, for eight
+//! products.
 //!
-//! A consumer issues the two products that need no registers, turns the first into probabilities while the second is on its
-//! way, and leaves the sums of gradients to run into the next tile, where registers allow.
+//! A consumer issues the two products that need no registers and turns the first into probabilities while the second
+//! runs. Where registers allow, the products that accumulate gradients continue into the next tile.
 
-/// The generic address of one of the parameters' tensor maps.
+/// Returns the generic address of a tensor map in the parameters.
 macro_rules! map {
     ($maps:expr, $field:ident) => {
         $maps + offset_of!(HopperBackwardParams, $field) as u64
     };
 }
 
-/// Makes the block ready, then the first warpgroup serves, with few registers, and the others compute. Not a function: ptxas
-/// counts registers right only if each branch begins by asking for its own.
+/// Initialises the block; then the first warpgroup serves as producer, with few registers, and the others compute. It
+/// is not a function: ptxas counts registers correctly only if each branch starts by requesting its own.
 macro_rules! share_out {
     ($shape:ident, $shared:ident, $serve:block else $compute:block) => {
         $shared.init();
@@ -56,14 +59,14 @@ use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores, WarpgroupSquare};
 use crate::tile::{element::Element, global::GlobalTile};
 use core::mem::offset_of;
 
-/// dQ of the queries that fall to this block. `maps` is the generic address of `p`, a kernel parameter.
+/// Computes dQ of the queries of this block. `maps` is the generic address of `p`, a kernel parameter.
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`sums::prepare`].
 #[inline(always)]
 pub unsafe fn queries<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
     let shared = Shared::<S>::of_this_block();
-    // SAFETY: as in `keys`.
+    // SAFETY: the reasons given in `keys`.
     unsafe {
         share_out!(S, shared, {
             if sreg::thread_idx_x() == 0 {
@@ -75,17 +78,17 @@ pub unsafe fn queries<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBack
     }
 }
 
-/// dK and dV of the keys that fall to this block, and, if the shape says so, what they add to dQ.
+/// Computes dK and dV of the keys of this block and, if the shape says so, their part of dQ.
 ///
 /// # Safety
-/// As [`queries`].
+/// The contract of [`queries`].
 #[inline(always)]
 pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
     let shared = Shared::<S>::of_this_block();
-    // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
+    // SAFETY: the parts of shared memory are disjoint; barriers are initialised before any thread continues.
     unsafe {
         share_out!(S, shared, {
-            // A warp each, so that nobody waits for the others.
+            // One warp each, so that none waits for the others.
             let (warp, is_first) = (warp_of_group(), sreg::lane_id() == 0);
             if warp == 0 && is_first {
                 load_queries::<S, CAUSAL>(p, maps, shared);
@@ -98,25 +101,26 @@ pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwar
     }
 }
 
-/// How a streamed tile of queries is to be taken.
+/// Treatment of a streamed tile of queries.
 #[derive(Clone, Copy)]
 struct Tile {
     /// Query of column 0.
     first_column: u32,
-    /// Whether pairs are hidden.
+    /// True if pairs are hidden.
     is_masked: bool,
 }
 
-/// One warpgroup that computes.
+/// A warpgroup that computes.
 struct Consumer<'a, S: HopperBackwardShape, const CAUSAL: bool> {
     p: &'a HopperBackwardParams,
     maps: u64,
     mask: Mask<CAUSAL>,
     shared: Shared<S>,
-    /// Which of the consumers it is.
+    /// Index of this consumer.
     group: u32,
     owned: Cursor<1>,
-    /// The streamed tiles it takes next. Those before are given back later: sums of gradients still read them.
+    /// Next streamed tiles. Earlier ones are released later, since products that accumulate gradients still read
+    /// them.
     streamed: Cursor<HOPPER_SLOTS>,
 }
 
@@ -134,7 +138,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// dQ of its 64 queries of every tile of work.
+    /// Computes dQ of this warpgroup's 64 queries, for every tile of work.
     #[inline(always)]
     unsafe fn queries(&mut self) {
         let mask = self.mask;
@@ -163,7 +167,8 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// `dQ += dS K` with the next tile of keys and values. `follows` another of the same tile of work.
+    /// Adds `dS K` of the next tile of keys and values to dQ. `follows` is true if it is not the first of its tile of
+    /// work.
     #[inline(always)]
     unsafe fn add_to_queries<const MASKED: bool>(
         &mut self,
@@ -174,7 +179,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         span: impl Fn(u32) -> Span,
         dq: &mut S::Output,
     ) {
-        // SAFETY (whole body): as in `queries`.
+        // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
             let (mut p, mut ds) = self.issue_products::<true>(follows);
             wgmma::wait::<1>();
@@ -197,27 +202,27 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// dK and dV of its 64 keys of every tile of work.
+    /// Computes dK and dV of this warpgroup's 64 keys, for every tile of work.
     #[inline(always)]
     unsafe fn keys(&mut self) {
         for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS) {
             let corner = work.corner(self.p.heads_kv, self.group);
             let (dk_map, dv_map) = (map!(self.maps, dk), map!(self.maps, dv));
-            // SAFETY (whole body): as in `queries`.
+            // SAFETY (whole body): the reasons given in `queries`.
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
                 let is_tainted = S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && self.clean_keys();
                 let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
                 if S::WALK.is_twice() {
                     self.walk_queries::<true, false>(&work, is_tainted, &mut dk, &mut dv);
-                    // V is not needed any more: dV asks for Q, K and dO only.
+                    // V is not needed any more: dV needs only Q, K and dO.
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
                     self.walk_queries::<false, true>(&work, is_tainted, &mut dk, &mut dv);
                 } else {
                     self.walk_queries::<true, true>(&work, is_tainted, &mut dk, &mut dv);
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
                     if S::WALK.adds_queries() {
-                        // The other warpgroup's dQ needed this one's keys.
+                        // The dQ of the other warpgroup needed the keys of this one.
                         self.sync_consumers();
                     }
                 }
@@ -227,7 +232,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Every query that sees the tile's keys, head by head of those that share them.
+    /// Streams every query that sees the tile's keys, for each query head that shares them.
     #[inline(always)]
     unsafe fn walk_queries<const DK: bool, const DV: bool>(
         &mut self,
@@ -238,7 +243,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     ) {
         let (mask, first_row, seqlen_k) = (self.mask, self.first_row(work), self.p.seqlen_k);
         let mut blocks = mask.query_blocks(work.first_row, work.rows(seqlen_k), S::COLUMNS);
-        // Keys that do not exist must not weigh in dQ.
+        // Keys that do not exist must have no weight in dQ.
         if S::WALK.adds_queries() && work.first_row + S::ROWS > seqlen_k {
             blocks = blocks.all_masked();
         }
@@ -246,13 +251,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             let key = first_row + row;
             mask.queries_of(key).contains(query) && (!S::WALK.adds_queries() || key < seqlen_k)
         };
-        // SAFETY (whole body): as in `queries`.
+        // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
             let mut follows = false;
             for i in 0..self.p.heads_q_per_kv.get() {
                 let head = work.head * self.p.heads_q_per_kv.get() + i;
                 self.find_far(head, blocks, i == 0, is_tainted);
-                // One copy of the body, the largest there is, for both kinds of blocks.
+                // One copy of the body, which is the largest of all, for both kinds of blocks.
                 for m in blocks.begin..blocks.end {
                     let tile = Tile {
                         first_column: m * S::COLUMNS,
@@ -275,7 +280,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Adds to dV what was zeroed in tiles of dO.
+    /// Adds the elements that were zeroed in tiles of dO to dV.
     #[inline(always)]
     unsafe fn restore_values(&self, work: &Work, blocks: Blocks, dv: &mut S::Output) {
         let first_row = self.first_row(work);
@@ -290,7 +295,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// `dK += dS^T Q` and `dV += P^T dO`, or one of them, with the next tile of queries, and dQ of that.
+    /// Adds `dS^T Q` to dK and `P^T dO` to dV, or one of them, for the next tile of queries, and computes its dQ.
     #[inline(always)]
     unsafe fn add_to_keys<const DK: bool, const DV: bool>(
         &mut self,
@@ -302,7 +307,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     ) {
         let slot = self.streamed.slot;
         let visible = |row, column| visible(row, tile.first_column + column);
-        // SAFETY (whole body): as in `queries`; the slot's statistics came with its tiles.
+        // SAFETY (whole body): the reasons given in `queries`; the slot's statistics arrived with its tiles.
         unsafe {
             if Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked {
                 self.shared.streamed_slots().acquire(self.streamed);
@@ -367,8 +372,9 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Zeroes NaN and infinity in this warpgroup's keys, which others multiply by gradients of pairs that are hidden; whether there were
-    /// any. Whatever sees such a key is NaN, as is its query's sum of weights; what its score would have been is not asked.
+    /// Zeroes NaN and infinity in this warpgroup's keys, which other rows multiply by gradients of hidden pairs;
+    /// returns true if there were any. Every query that sees such a key gets NaN, as its sum of weights is NaN; the
+    /// actual score does not matter.
     #[inline(always)]
     unsafe fn clean_keys(&self) -> bool {
         let thread = sreg::thread_idx_x() % WARPGROUP;
@@ -386,14 +392,15 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         is_tainted
     }
 
-    /// Finds whether any query of a head that `blocks` walks is far; the `first` head's walk begins with no tile cleaned. Both warpgroups
-    /// look together.
+    /// Determines if any query of `blocks` in this head is far. The loop of the `first` head starts with no tile
+    /// cleaned. Both warpgroups call it together.
     #[inline(always)]
     unsafe fn find_far(&self, head: u32, blocks: Blocks, first: bool, is_tainted: bool) {
         let flags_per_tile = (S::COLUMNS / DELTA_ROWS) as u64;
         let start = head as u64 * (self.p.sums.padded_q.get() / DELTA_ROWS) as u64;
         let flags = start + blocks.begin as u64 * flags_per_tile..start + blocks.end as u64 * flags_per_tile;
-        // SAFETY (whole body): there is a flag for each `DELTA_ROWS` queries; a barrier of its own, and both walk the same tiles.
+        // SAFETY (whole body): there is a flag for each `DELTA_ROWS` queries; the barrier is used for nothing else,
+        // and both warpgroups have the same tiles.
         unsafe {
             let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
             let any = any_far_of_share(&self.p.sums.exponents, flags, thread, threads);
@@ -409,13 +416,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Zeroes NaN and infinity in streamed tiles, by both warpgroups. Products with the tiles as they are were
-    /// awaited, and those that follow take them as they are then. It is among the findings that there were any.
+    /// Zeroes NaN and infinity in streamed tiles, by both warpgroups, and records if there were any. Products with
+    /// the original tiles were awaited; later products use the cleaned ones.
     #[inline(always)]
     unsafe fn clean<const TILES: usize>(&self, tiles: [Panels; TILES]) {
         let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
-        // SAFETY (whole body): each chunk is one thread's; the first barrier comes after every read of the tile as it is, the
-        // second before those that follow.
+        // SAFETY (whole body): each chunk belongs to one thread; the first barrier comes after every read of the
+        // original tile, the second before the reads of the cleaned one.
         unsafe {
             let mut any = false;
             for tile in tiles {
@@ -435,12 +442,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Shows dS^T of the current tile to the other warpgroup, and waits for the other's.
+    /// Publishes dS^T of the current tile in shared memory. dQ needs the keys of both warpgroups, so it waits until
+    /// both have.
     #[inline(always)]
     unsafe fn show_ds(&self, ds: &<S::Scores as ScoreTile>::Operand) {
         let shared = self.shared.renewed();
-        // SAFETY (whole body): as in `queries`. Nobody reads what dS^T of the slot was before: its readers awaited their
-        // products before they arrived at the barrier of the tile in between.
+        // SAFETY (whole body): the reasons given in `queries`. No thread still reads the earlier dS^T of the slot:
+        // its readers awaited their products before they arrived at the barrier of the tile in between.
         unsafe {
             let target = shared.ds(self.streamed.slot, self.group);
             S::Scores::write(ds, target, warp_of_group() * 16, sreg::lane_id());
@@ -454,7 +462,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn issue_dq(&self) -> S::Square {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
         let (queries, columns) = S::square(self.group);
-        // SAFETY: as in `queries`; both warpgroups' parts of dS^T are there.
+        // SAFETY: the reasons given in `queries`; dS^T of both warpgroups is complete.
         unsafe {
             let dq = S::Square::product([0, 1].map(|group| {
                 (
@@ -467,11 +475,12 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Leaves this warpgroup's square of a tile's dQ for [`add`].
+    /// Stores this warpgroup's square of a tile's dQ in shared memory, for [`add`].
     #[inline(always)]
     unsafe fn give_dq(&self, dq: &S::Square) {
         let (slots, share) = (self.shared.dq_slots(self.group), self.streamed.of_single());
-        // SAFETY (whole body): the room is this warpgroup's between the two barriers; each warp arrives for all its lanes.
+        // SAFETY (whole body): this memory belongs to the warpgroup between the two barriers; each warp arrives for
+        // all its lanes.
         unsafe {
             slots.wait_empty(share);
             dq.write(self.shared.dq(self.group), sreg::thread_idx_x() % WARPGROUP);
@@ -483,11 +492,12 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Issues the scores of the next streamed tiles and, in a group of its own, if `DS`, dP; else zeros.
+    /// Issues the scores of the next streamed tiles and, if `DS`, dP in a group of its own; without `DS`, dP is
+    /// zeros.
     #[inline(always)]
     unsafe fn issue_products<const DS: bool>(&mut self, follows: bool) -> (S::Scores, S::Scores) {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
-        // SAFETY (whole body): as in `queries`.
+        // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
             shared.streamed_slots().acquire(self.streamed);
             wgmma::fence();
@@ -506,27 +516,27 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Waits for the sums that are still under way, if there are `some`, and gives their tiles back.
+    /// Waits for pending products that accumulate gradients, if there are `some`, and releases their tiles.
     #[inline(always)]
     unsafe fn await_sums(&mut self, some: bool) {
         wgmma::wait::<0>();
         if some {
-            // SAFETY: as in `queries`.
+            // SAFETY: the reasons given in `queries`.
             unsafe { self.release() }
         }
     }
 
-    /// Gives the streamed tiles back that came last before the current ones. Each warp does so for itself: a wait covers its own part of a product only.
+    /// Releases the previous slot of streamed tiles to the producer, with one arrival per warp: a wait covers only a
+    /// warp's own part of a product.
     #[inline(always)]
     unsafe fn release(&self) {
         if sreg::lane_id() == 0 {
-            // SAFETY: as in `queries`.
+            // SAFETY: the reasons given in `queries`.
             unsafe { self.shared.streamed_slots().release(self.streamed.previous_slot()) }
         }
     }
 
-    /// Writes `factor * gradient` to the box of `map` at `corner`, by way of one of the owned tiles, which nobody needs any
-    /// more.
+    /// Writes `factor * gradient` to the box of `map` at `corner`, through an owned tile that is not needed any more.
     #[inline(always)]
     unsafe fn store(&self, mut gradient: S::Output, factor: f32, owned: u32, map: u64, corner: Corner) {
         gradient.map_rows(<S::Output as Accumulator>::Rows::splat(factor), |factor, x| x * factor);
@@ -543,40 +553,40 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Gives the owned tiles back, once what was stored from them has been read.
+    /// Releases the owned tiles once the stores from them have read them.
     #[inline(always)]
     unsafe fn finish(&mut self) {
         if self.is_first_of_group() {
             tma::wait_read();
-            // SAFETY: as in `queries`; the rest of the warpgroup passed the barrier of the last store.
+            // SAFETY: the reasons given in `queries`; the rest of the warpgroup passed the barrier of the last store.
             unsafe { self.shared.owned_slots().release(self.owned.slot) }
         }
         self.owned.advance();
     }
 
-    /// First owned row of this warp.
+    /// Returns the first owned row of this warp.
     #[inline(always)]
     fn first_row(&self, work: &Work) -> u32 {
         work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
     }
 
-    /// Whether this is the thread that speaks to the tensor memory accelerator for its warpgroup.
+    /// Returns true in the thread that issues the warpgroup's copies to the tensor memory accelerator.
     #[inline(always)]
     fn is_first_of_group(&self) -> bool {
         sreg::thread_idx_x() % WARPGROUP == 0
     }
 
-    /// Waits for both warpgroups that compute.
+    /// Waits for both consumer warpgroups.
     #[inline(always)]
     fn sync_consumers(&self) {
-        // SAFETY: a barrier of its own, and both walk the same tiles.
+        // SAFETY: the barrier is used for nothing else, and both warpgroups have the same tiles.
         unsafe { Barrier::Consumers.sync(S::CONSUMERS * WARPGROUP) }
     }
 
-    /// Waits for the whole of this warpgroup.
+    /// Waits for all warps of this warpgroup.
     #[inline(always)]
     fn sync_group(&self) {
-        // SAFETY: a barrier of its own, and control is uniform over the warpgroup.
+        // SAFETY: the barrier is used for nothing else, and control is uniform over the warpgroup.
         unsafe { Barrier::Group(self.group).sync(WARPGROUP) }
     }
 }

@@ -1,4 +1,4 @@
-//! Where everything lies in a backward block's shared memory.
+//! Layout of a backward block's shared memory.
 
 use crate::abi::QuerySums;
 use crate::hopper::Shared;
@@ -8,11 +8,12 @@ use crate::scores::OfColumns;
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::panels::Panels;
 
-/// Owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, dS^T by slot and warpgroup, dQ by warpgroup, lse
-/// and delta by slot, barriers: of the owned tiles, by slot, by warpgroup.
+/// Order in memory: owned tiles by tensor and warpgroup, streamed tiles by tensor and slot, dS^T by slot and
+/// warpgroup, dQ by warpgroup, lse and delta by slot; then the barriers of the owned tiles, of the slots, and of the
+/// warpgroups.
 impl<S: HopperBackwardShape> Shared<S> {
-    /// The same, but addresses that follow from it are worked out anew: kept, the descriptors of owned tiles alone would take
-    /// up to 64 registers.
+    /// Returns this layout such that the compiler recomputes addresses that follow from it. Kept, the descriptors of
+    /// the owned tiles alone would occupy up to 64 registers.
     #[inline(always)]
     pub fn renewed(self) -> Self {
         Self {
@@ -21,11 +22,11 @@ impl<S: HopperBackwardShape> Shared<S> {
         }
     }
 
-    /// Initialises the barriers, by one thread, before the block goes on.
+    /// Initialises the barriers, by one thread, before the others continue.
     #[inline(always)]
     pub unsafe fn init(self) {
         if sreg::thread_idx_x() == 0 {
-            // SAFETY: one thread, and nobody else until the barrier.
+            // SAFETY: one thread runs this, and no other uses the barriers before the block's barrier.
             unsafe {
                 self.owned_slots().init(1, 1, S::CONSUMERS);
                 self.streamed_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
@@ -38,7 +39,7 @@ impl<S: HopperBackwardShape> Shared<S> {
         sync::sync_threads();
     }
 
-    /// Starts to fill the owned tiles, each warpgroup's from its own corner.
+    /// Starts to load the owned tiles, each warpgroup's from its own corner.
     #[inline(always)]
     pub unsafe fn load_owned(self, cursor: &mut Cursor<1>, maps: [u64; 2], corner: impl Fn(u32) -> Corner) {
         // SAFETY: the barrier counts the bytes of all boxes.
@@ -53,7 +54,7 @@ impl<S: HopperBackwardShape> Shared<S> {
         cursor.advance();
     }
 
-    /// Starts to fill the next streamed tiles of K and V.
+    /// Starts to load the next streamed tiles of K and V.
     #[inline(always)]
     pub unsafe fn load_keys(self, cursor: &mut Cursor<HOPPER_SLOTS>, maps: [u64; 2], corner: Corner) {
         // SAFETY: the barrier counts the bytes of both tiles.
@@ -65,7 +66,8 @@ impl<S: HopperBackwardShape> Shared<S> {
         cursor.advance();
     }
 
-    /// Starts to fill the next streamed tiles of Q and dO, with the queries' values, which begin at index `row` of the sums.
+    /// Starts to load the next streamed tiles of Q and dO, with the queries' statistics, which start at index `row`
+    /// of the workspace.
     #[inline(always)]
     pub unsafe fn load_queries(
         self,
@@ -89,14 +91,14 @@ impl<S: HopperBackwardShape> Shared<S> {
         cursor.advance();
     }
 
-    /// Owned tile `which` (Q, dO or K, V) of warpgroup `group`.
+    /// Returns owned tile `which` (Q, dO or K, V) of warpgroup `group`.
     #[inline(always)]
     pub fn owned(self, which: u32, group: u32) -> Panels {
         let base = self.base + (which * S::CONSUMERS + group) * S::OWNED_BYTES;
         Panels::new(base, HOPPER_ROWS, S::HEAD_DIM)
     }
 
-    /// Streamed tile `which` (K, V or Q, dO) of a slot.
+    /// Returns streamed tile `which` (K, V or Q, dO) of a slot.
     #[inline(always)]
     pub fn streamed(self, which: u32, slot: u32) -> Panels {
         let owned = 2 * S::CONSUMERS * S::OWNED_BYTES;
@@ -104,14 +106,14 @@ impl<S: HopperBackwardShape> Shared<S> {
         Panels::new(base, S::COLUMNS, S::HEAD_DIM)
     }
 
-    /// dS^T of warpgroup `group` with the queries of a slot.
+    /// Returns dS^T of warpgroup `group` with the queries of a slot.
     #[inline(always)]
     pub fn ds(self, slot: u32, group: u32) -> Panels {
         let base = self.streamed_end() + (slot * S::CONSUMERS + group) * S::DS_BYTES;
         Panels::new(base, HOPPER_ROWS, S::COLUMNS)
     }
 
-    /// The share of dQ that warpgroup `group` is about to add to device memory.
+    /// Returns the address of the dQ square of warpgroup `group`, on its way to device memory.
     #[inline(always)]
     pub fn dq(self, group: u32) -> u32 {
         self.streamed_end() + HOPPER_SLOTS * S::CONSUMERS * S::DS_BYTES + group * S::DQ_BYTES
@@ -122,7 +124,7 @@ impl<S: HopperBackwardShape> Shared<S> {
         self.base + 2 * (S::CONSUMERS * S::OWNED_BYTES + HOPPER_SLOTS * S::STREAMED_BYTES)
     }
 
-    /// Where the values of the queries of a slot are.
+    /// Returns the statistics of the queries of a slot.
     #[inline(always)]
     pub fn queries(self, slot: u32) -> OfColumns {
         let lse_log2 = self.base + S::TILES_BYTES + slot * 3 * S::COLUMNS * 4;
@@ -133,39 +135,40 @@ impl<S: HopperBackwardShape> Shared<S> {
         }
     }
 
-    /// What the consumers found of a walk over queries, in words of which all would keep a register: whether one is far, and
-    /// whether a tile was cleaned.
+    /// Returns the addresses of two flags of the consumers in a loop over queries: a query is far, and a tile was
+    /// cleaned. In registers, each thread would need one for them.
     #[inline(always)]
     pub fn findings(self) -> [u32; 2] {
         let base = self.barriers() + (1 + HOPPER_SLOTS + S::CONSUMERS) * Slots::BYTES;
         [base, base + 4]
     }
 
-    /// A word for each owned row: of a query its shift; of a key what its weights get added, 0, or NaN where the key was cleaned.
+    /// Returns the address of one word for each owned row: for a query its shift; for a key the addend of its
+    /// weights, 0, or NaN if the key was cleaned.
     #[inline(always)]
     pub fn row_words(self, group: u32) -> u32 {
         self.findings()[0] + 16 + group * HOPPER_ROWS * 4
     }
 
-    /// Address of the first barrier.
+    /// Returns the address of the first barrier.
     #[inline(always)]
     fn barriers(self) -> u32 {
         self.queries(HOPPER_SLOTS).lse_log2
     }
 
-    /// Whether the owned tiles are there, and whether their room is free again.
+    /// Returns the pipeline of the owned tiles.
     #[inline(always)]
     pub fn owned_slots(self) -> Slots {
         Slots::new(self.barriers())
     }
 
-    /// The same for each slot of streamed tiles.
+    /// Returns the pipeline of the streamed tiles.
     #[inline(always)]
     pub fn streamed_slots(self) -> Slots {
         Slots::new(self.barriers() + Slots::BYTES)
     }
 
-    /// Whether warpgroup `group`'s share of dQ is there, and whether it has been taken.
+    /// Returns the pipeline of warpgroup `group`'s dQ.
     #[inline(always)]
     pub fn dq_slots(self, group: u32) -> Slots {
         Slots::new(self.barriers() + (1 + HOPPER_SLOTS + group) * Slots::BYTES)

@@ -1,7 +1,7 @@
-//! What comes before and after the other backward kernels for Hopper, with the sums that are kept of each query.
+//! Preprocess and postprocess kernels of backward on Hopper, and their workspace for each query.
 //!
-//! [`prepare`] makes lse and delta in the form that a bulk copy takes, whole tiles of queries, and clears the sums of dQ;
-//! [`finish`] turns those into dQ.
+//! [`prepare`] writes lse and delta in whole tiles of queries, as a bulk copy reads them, and clears the dQ
+//! accumulator. [`finish`] converts the accumulator to dQ.
 
 use crate::abi::QuerySumsParams;
 use crate::delta::{LANES, dot_of_row, write_exponents};
@@ -17,7 +17,7 @@ use crate::tile::{
     shared::{CHUNK, SharedTile},
 };
 
-/// lse, delta and zeros for the sums of dQ and their turns, for [`DELTA_ROWS`] queries a block.
+/// Writes lse and delta, and clears the dQ accumulator and its semaphores, for [`DELTA_ROWS`] queries per block.
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
@@ -31,11 +31,11 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
         let (batch, head) = (head / p.heads_q, head % p.heads_q);
         GlobalTile::new(tensor, batch, head, p.seqlen_q, &p.layout, T::BYTES)
     };
-    // SAFETY (whole body): windows clip what does not exist; sums have room for whole blocks of queries, lse for those that
-    // exist.
+    // SAFETY (whole body): windows clip elements that do not exist; the workspace has room for whole blocks of
+    // queries, lse for those that exist.
     unsafe {
         let delta = dot_of_row::<T>(window(&p.out), window(&p.dout), query);
-        // Queries that do not exist weigh 1, and their dO is 0.
+        // Queries that do not exist get weight 1, and their dO is 0.
         let from = (query < p.seqlen_q).then_some(head as u64 * p.seqlen_q as u64 + query as u64);
         let (to, flag) = (Some(first + row as u64), sreg::block_idx_x());
         write_exponents::<T>(&p.rows, &p.sums.exponents, from, to, delta, p.scale_log2, flag);
@@ -54,10 +54,10 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
     }
 }
 
-/// dQ of one square of the sums a block, a warpgroup.
+/// Converts one square of the dQ accumulator per block to dQ, by one warpgroup.
 ///
 /// # Safety
-/// As [`prepare`], after the kernel that adds the sums up.
+/// The contract of [`prepare`], after the kernel that accumulates dQ.
 #[inline(always)]
 pub unsafe fn finish<T: Half>(p: &QuerySumsParams) {
     let square = sreg::block_idx_x();
@@ -80,7 +80,8 @@ pub unsafe fn finish<T: Half>(p: &QuerySumsParams) {
     )
     .rows_from(first_row)
     .chunks_from(columns * ROW_BYTES / CHUNK);
-    // SAFETY: the square is there; each warp has rows of its own, in shared memory and in dQ, which clips what does not exist.
+    // SAFETY: the square exists; each warp has rows of its own, in shared memory and in dQ, which clips elements that
+    // do not exist.
     unsafe {
         let source = p.sums.dq + square as u64 * SQUARE_BYTES as u64;
         let mut dq = Square::<T>::read(source, sreg::thread_idx_x() % WARPGROUP);

@@ -1,4 +1,4 @@
-//! The calls: plans are made and run here, for an [`Attention`] and for one that reports.
+//! Calls of [`Attention`] and of [`Reporting`]: they make plans and run them.
 
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
@@ -14,19 +14,19 @@ use crate::progress::{Progress, Reporter};
 use crate::tensor::{Storage, Tensor};
 use crate::trace;
 
-/// Addresses of workspaces are multiples of this many bytes, as those of all memory that a device allocates.
+/// Alignment of a workspace's address in bytes, which is that of all memory that a device allocates.
 const WORKSPACE_ALIGN: usize = 64;
 
-/// An [`Attention`] whose calls report how far they are: what [`Attention::on_progress`] gives.
+/// An [`Attention`] whose calls report progress, made by [`Attention::on_progress`].
 #[derive(Clone, Debug)]
 pub struct Reporting<F> {
     attention: Attention,
-    /// Who is told, if anybody.
+    /// Callback for progress; `None` discards reports.
     report: Option<F>,
 }
 
 impl Attention {
-    /// The same attention, whose calls tell `report` how far they are.
+    /// Returns this attention with calls that report progress to `report`.
     ///
     /// ```
     /// # use flash_attention::{Attention, Device, Tensor};
@@ -39,15 +39,15 @@ impl Attention {
     /// # Ok::<(), flash_attention::Error>(())
     /// ```
     ///
-    /// The CPU and the emulator report; a GPU, where a call returns as soon as its work is launched, does not. A call that
-    /// succeeds reports at least once. `done` grows from one report to the next, a hundred times a second at most, and is
-    /// `total` in the last one and in no other, which comes when the results are there. A call that fails may report, but
-    /// never that it has ended.
+    /// The CPU and the emulator report. A GPU, where a call returns once its work is launched, does not. A call that
+    /// succeeds reports at least once. `done` grows from one report to the next, which come at most a hundred times a
+    /// second. It equals `total` only in the last report, which comes when the results are complete. A call that
+    /// fails may report, but never its end.
     ///
-    /// `report` runs on whichever thread has finished something, never on two at a time for one call; the other threads do
-    /// not wait for it. Until the last report it must not read or write the results, which are locked. Where it
-    /// panics, the call first does all of its work without further reports; then the panic goes on from the thread that called.
-    /// Results are the same bits with and without reports.
+    /// `report` runs on the thread that has just finished a unit of work, never on two threads at a time for one
+    /// call, and the other threads do not wait for it. Until the last report it must not read or write the results,
+    /// which are locked. If it panics, the call does the rest of its work without reports, and then the panic
+    /// continues on the calling thread. Results are the same bits with and without reports.
     pub fn on_progress<F: Fn(Progress) + Sync>(self, report: F) -> Reporting<F> {
         Reporting {
             attention: self,
@@ -55,7 +55,7 @@ impl Attention {
         }
     }
 
-    /// The forward pass, its results in new contiguous tensors on the inputs' device.
+    /// Runs the forward pass. The results are new contiguous tensors on the inputs' device.
     ///
     /// q is `[batch, heads_q, seqlen_q, head_dim]`; k and v are `[batch, heads_kv, seqlen_k, head_dim]`, and each of
     /// their heads serves `heads_q / heads_kv` query heads. All strides but the last are free. On a GPU the call
@@ -71,17 +71,17 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// The errors of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and what
-    /// the device says of the launch.
+    /// The errors of [`Problem::new`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`]
+    /// and the errors of the launch.
     pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
         self.silent().forward(q, k, v)
     }
 
-    /// The forward pass, its results written to the caller's tensors: `out` with any strides that do not overlap and a
-    /// contiguous last axis, `lse` contiguous. Neither may share memory with an input.
+    /// Runs the forward pass and writes the results to the caller's tensors: `out` with a contiguous last axis and
+    /// any other strides that do not overlap, `lse` contiguous. Neither may share memory with an input.
     ///
     /// # Errors
-    /// The errors of [`forward`](Self::forward); nothing has been written then, unless the device failed.
+    /// The errors of [`forward`](Self::forward). Nothing has been written then, unless the device failed.
     pub fn forward_into<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -93,9 +93,9 @@ impl Attention {
         self.silent().forward_into(q, k, v, out, lse)
     }
 
-    /// The forward pass, its results written to an output of the caller's tensors: `out` and `lse` as
-    /// [`forward_into`](Self::forward_into) takes them and, if the output has statistics, `row_max` and `row_sum` laid out as
-    /// lse may be.
+    /// Runs the forward pass and writes the results to an output of the caller's tensors: `out` and `lse` with the
+    /// layouts of [`forward_into`](Self::forward_into) and, if the output has statistics, `row_max` and `row_sum`
+    /// with the layout of lse.
     ///
     /// # Errors
     /// The errors of [`forward_into`](Self::forward_into).
@@ -109,7 +109,7 @@ impl Attention {
         self.silent().forward_into_output(q, k, v, output)
     }
 
-    /// How [`forward`](Self::forward) would compute this: kernel, tiles, grid, and what it costs. Allocates nothing.
+    /// Returns the plan of [`forward`](Self::forward): kernel, tiles, grid and cost. Allocates nothing.
     ///
     /// # Errors
     /// The errors of [`Problem::new`] and [`Plan::new`].
@@ -120,16 +120,16 @@ impl Attention {
         )
     }
 
-    /// The backward pass: gradients of q, k and v, in new contiguous tensors, from what [`forward`](Self::forward) gave
-    /// and the gradient of its output. Scores are computed again from q, k and lse; beside the results it takes
-    /// [`Plan::workspace_bytes`].
+    /// Runs the backward pass: computes the gradients of q, k and v, in new contiguous tensors, from the output of
+    /// [`forward`](Self::forward) and its gradient. Scores are recomputed from q, k and lse. Besides the results it
+    /// allocates [`Plan::workspace_bytes`].
     ///
-    /// In debug builds an lse that holds a NaN is refused, which on a GPU waits for it; in release builds it makes NaN of
-    /// the gradients that it touches.
+    /// Debug builds refuse an lse that holds NaN, and on a GPU wait for the lse to check it. In release builds the
+    /// gradients that depend on it become NaN.
     ///
     /// # Errors
     /// The errors of [`BackwardProblem::new`] and [`Plan::backward`], before anything is allocated; then
-    /// [`Error::OutOfMemory`] and what the device says of the launch.
+    /// [`Error::OutOfMemory`] and the errors of the launch.
     pub fn backward<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -141,11 +141,11 @@ impl Attention {
         self.silent().backward(q, k, v, output, dout)
     }
 
-    /// The backward pass, its results written to the caller's tensors: any strides that do not overlap, a contiguous last
-    /// axis, no memory shared with an input or with each other.
+    /// Runs the backward pass and writes the results to the caller's tensors, which have a contiguous last axis, any
+    /// other strides that do not overlap, and no memory shared with an input or with each other.
     ///
     /// # Errors
-    /// The errors of [`backward`](Self::backward); nothing has been written then, unless the device failed.
+    /// The errors of [`backward`](Self::backward). Nothing has been written then, unless the device failed.
     pub fn backward_into<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -158,12 +158,12 @@ impl Attention {
         self.silent().backward_into(q, k, v, output, dout, gradients)
     }
 
-    /// [`backward_into`](Self::backward_into) in a workspace that the caller brings: any contiguous f32 tensor of at least
-    /// [`Plan::workspace_bytes`], at an address that is a multiple of 64, which shares no memory with another argument. Its
-    /// content is undefined before and after.
+    /// Runs [`backward_into`](Self::backward_into) in a workspace of the caller: any contiguous f32 tensor of at
+    /// least [`Plan::workspace_bytes`], at an address that is a multiple of 64, which shares no memory with another
+    /// argument. Its content is undefined before and after.
     ///
-    /// The call allocates nothing, but for gradients of tables where they are asked for, and, on a GPU, waits for nothing, so that a stream it works on can be captured in a CUDA
-    /// graph. An lse that holds a NaN is not refused.
+    /// The call allocates nothing, but for gradients of tables where they are asked for, and, on a GPU, waits for
+    /// nothing, so that a stream it works on can be captured in a CUDA graph. An lse that holds a NaN is not refused.
     ///
     /// ```
     /// # use flash_attention::{Attention, Device, Tensor};
@@ -182,8 +182,9 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// The errors of [`backward_into`](Self::backward_into); [`Error::Workspace`] if the workspace is too small,
-    /// [`Error::NotContiguous`], [`Error::DeviceMismatch`], [`Error::Address`] or [`Error::Aliased`] if it is not as said.
+    /// The errors of [`backward_into`](Self::backward_into). [`Error::Workspace`] if the workspace is too small.
+    /// [`Error::NotContiguous`], [`Error::DeviceMismatch`], [`Error::Address`] or [`Error::Aliased`] if it breaks
+    /// another of these conditions.
     #[expect(clippy::too_many_arguments, reason = "five inputs, the results, and the workspace")]
     pub fn backward_into_with<T: Element>(
         &self,
@@ -199,7 +200,7 @@ impl Attention {
             .backward_into_with(q, k, v, output, dout, gradients, workspace)
     }
 
-    /// How [`backward`](Self::backward) would compute this. Allocates nothing.
+    /// Returns the plan of [`backward`](Self::backward). Allocates nothing.
     ///
     /// # Errors
     /// The errors of [`BackwardProblem::new`] and [`Plan::backward`].
@@ -226,10 +227,10 @@ impl Attention {
 }
 
 impl<F: Fn(Progress) + Sync> Reporting<F> {
-    /// [`Attention::forward`].
+    /// Runs [`Attention::forward`] and reports progress.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`Attention::forward`].
     pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
         let plan = self.attention.plan(q, k, v)?;
         let mut out = Tensor::empty(q.device(), q.shape())?;
@@ -247,10 +248,10 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         })
     }
 
-    /// [`Attention::forward_into`].
+    /// Runs [`Attention::forward_into`] and reports progress.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`Attention::forward_into`].
     pub fn forward_into<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -262,7 +263,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         self.forward_to([q, k, v], out, lse, None)
     }
 
-    /// [`Attention::forward_into_output`].
+    /// Runs [`Attention::forward_into_output`] and reports progress.
     ///
     /// # Errors
     /// The errors of [`Attention::forward_into_output`].
@@ -294,10 +295,10 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         forward(&plan, inputs, out, lse, statistics, self.reporter())
     }
 
-    /// [`Attention::backward`].
+    /// Runs [`Attention::backward`] and reports progress.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`Attention::backward`].
     pub fn backward<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -318,10 +319,10 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         Ok(gradients)
     }
 
-    /// [`Attention::backward_into`].
+    /// Runs [`Attention::backward_into`] and reports progress.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`Attention::backward_into`].
     pub fn backward_into<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -337,7 +338,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         backward(&plan, inputs, output, gradients, None, self.reporter())
     }
 
-    /// [`Attention::backward_into_with`].
+    /// Runs [`Attention::backward_into_with`] and reports progress.
     ///
     /// # Errors
     /// The errors of [`Attention::backward_into_with`].
@@ -391,7 +392,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
     }
 }
 
-/// What a backward pass takes beside q, k and v.
+/// Collects out, lse, statistics and dout for validation.
 fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> BackwardInputs<'a> {
     BackwardInputs {
         out: output.out.info(),
@@ -401,7 +402,7 @@ fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> Backward
     }
 }
 
-/// In debug builds, refuses an lse that no forward pass over finite numbers gives.
+/// In debug builds, refuses an lse that no forward pass over finite numbers writes.
 fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
     if cfg!(debug_assertions)
         && let Some(index) = lse.to_vec()?.iter().position(|x| x.is_nan())
@@ -411,7 +412,7 @@ fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses memory that cannot be a workspace of so many bytes beside the other arguments; the first of them is q.
+/// Refuses memory that cannot be a workspace of `needed` bytes beside the other arguments, the first of which is q.
 fn check_workspace(workspace: &TensorInfo, needed: u64, others: &[(&'static str, &TensorInfo)]) -> Result<(), Error> {
     let argument = "workspace";
     if workspace.device() != others[0].1.device() {
@@ -464,15 +465,15 @@ fn forward<T: Element>(
         lse: lse.address(),
         statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
     };
-    // SAFETY: the plan's problem was proven from the inputs' own descriptions, and from the outputs' or, where they are
-    // new, from the contiguous layout they were allocated with. All are borrowed for the call and on one device, the
-    // outputs overlap nothing, and the guards keep other threads out.
+    // SAFETY: the plan's problem was proven from the descriptions of the inputs, and of the outputs or, for new
+    // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
+    // device, the outputs overlap nothing, and the guards keep out other threads.
     let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
 }
 
-/// Runs a backward plan that was made for exactly these tensors, in a new workspace or in one that was checked.
+/// Runs a backward plan that was made for exactly these tensors, in a new workspace or in a checked one.
 fn backward<T: Element>(
     plan: &Plan,
     inputs: [&Tensor<T>; 5],
@@ -521,8 +522,8 @@ fn backward<T: Element>(
         workspace: workspace.address(),
         tables,
     };
-    // SAFETY: as in `forward`; the workspace is as large as the plan says. One of ours is freed when the call returns, and a
-    // device keeps what is freed until the work launched before has finished.
+    // SAFETY: the reasons given in `forward`; the workspace has the plan's size. A workspace of ours is freed when
+    // the call returns, and a device frees memory only after the work launched before has finished.
     let result = unsafe { device.backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
@@ -536,7 +537,7 @@ fn tables_of(plan: &Plan) -> impl Iterator<Item = &Storage> {
         .map(features::storage)
 }
 
-/// Reports the end of a call, whose tensors are locked no more.
+/// Reports the end of a call, after its tensors were unlocked.
 fn ended(result: Result<(), Error>, reporter: Reporter<'_>) -> Result<(), Error> {
     match result {
         Ok(()) => reporter.end(),
@@ -545,15 +546,15 @@ fn ended(result: Result<(), Error>, reporter: Reporter<'_>) -> Result<(), Error>
     result
 }
 
-/// Keeps storages from being written, or read while they are written, by another thread.
+/// Guards that keep other threads from writing storages, or from reading storages that are being written.
 struct Guards<'a> {
     _read: Vec<RwLockReadGuard<'a, ()>>,
     _write: Vec<RwLockWriteGuard<'a, ()>>,
 }
 
 impl<'a> Guards<'a> {
-    /// Locks each storage once, for writing if it is an output's; in order of their addresses, so that two calls can
-    /// not wait for each other.
+    /// Locks each storage once, for writing if it belongs to an output. It locks in the order of addresses, so that
+    /// two calls cannot wait for each other.
     fn lock(inputs: &[&'a Storage], outputs: &[&'a Storage]) -> Self {
         let mut storages: Vec<(&Storage, bool)> = outputs
             .iter()

@@ -559,7 +559,8 @@ pub enum ProgramError {
         expected: &'static str,
     },
 
-    /// A table is, or may be, read outside of its bounds: over the pairs of the call the index goes from `low` to `high`.
+    /// A table is, or may be, read outside of its bounds: over the pairs of the call the index goes from `low` to
+    /// `high`.
     Index {
         /// Name of the table.
         table: &'static str,

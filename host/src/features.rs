@@ -1,4 +1,4 @@
-//! The named features that read tensors, and tables made of tensors: score programs where there is memory.
+//! Named features that read tensors, and tables made of tensors.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -16,7 +16,8 @@ use crate::program::{
 use crate::tensor::{Storage, Tensor};
 
 impl<T: Scalar, const RANK: usize> Table<T, RANK> {
-    /// A table over a tensor's memory, any strides, which lives as long as the table or a program that reads it.
+    /// Makes a table over a tensor's memory, with any strides. The memory stays allocated as long as the table or a
+    /// program that reads it.
     ///
     /// # Errors
     /// [`Error::Program`] if the tensor has another number of axes, or no elements.
@@ -33,8 +34,8 @@ impl<T: Scalar, const RANK: usize> Table<T, RANK> {
 }
 
 impl Attention {
-    /// Scores become `score - slope[head] * abs(p - key)`: attention with linear biases, ALiBi (Press et al., 2021). Slopes are
-    /// `[heads]` or `[batch, heads]`.
+    /// ALiBi, attention with linear biases (Press et al., 2021): scores become `score - slope[head] * abs(p - key)`.
+    /// Slopes are `[heads]` or `[batch, heads]`.
     #[must_use]
     pub fn alibi(self, slopes: &Tensor<f32>) -> Self {
         let fragment = match named("alibi_slopes", slopes, &[1, 2], "[heads] or [batch, heads]") {
@@ -51,8 +52,8 @@ impl Attention {
         self.with(|parts| parts.alibi = Some(fragment))
     }
 
-    /// Scores become `score + bias[batch, head, query, key]`. Each axis of the bias has the size of the scores' or 1, which
-    /// repeats; its elements are floats of any width.
+    /// Bias: scores become `score + bias[batch, head, query, key]`. Each axis of the bias has the size of the scores'
+    /// axis, or size 1 and is broadcast. Elements are of any float type.
     #[must_use]
     pub fn bias<T: Element>(self, bias: &Tensor<T>) -> Self {
         let fragment = match named(
@@ -74,8 +75,9 @@ impl Attention {
         self.with(|parts| parts.bias = Some(fragment))
     }
 
-    /// A logit for each query head, f32 `[heads]`, that takes part in the softmax and has no value: weights of a row add up to less
-    /// than 1, and lse counts it. From gpt-oss (2025); a fixed 0 is the softmax-off-by-one of Miller (2023).
+    /// Sinks: one logit for each query head, f32 `[heads]`, that takes part in the softmax without a value. The
+    /// weights of a row then sum to less than 1, and lse includes the sink. From gpt-oss (2025); a fixed 0 is the
+    /// softmax-off-by-one of Miller (2023).
     #[must_use]
     pub fn sinks(self, sinks: &Tensor<f32>) -> Self {
         match named("sinks", sinks, &[1], "[heads]") {
@@ -84,8 +86,8 @@ impl Attention {
         }
     }
 
-    /// A query sees the keys whose document has its own number. Numbers are `[batch, seqlen_q]` and `[batch, seqlen_k]`, or
-    /// `[1, …]` for all sequences.
+    /// Document mask: a query sees the keys with its own document number. Numbers are `[batch, seqlen_q]` and
+    /// `[batch, seqlen_k]`, or `[1, …]` for all sequences.
     #[must_use]
     pub fn documents(self, q: &Tensor<i32>, k: &Tensor<i32>) -> Self {
         let table = |name, tensor, expected| Ok((named(name, tensor, &[2], expected)?, tensor.shape()[0] == 1));
@@ -188,13 +190,13 @@ impl Attention {
     }
 }
 
-/// A table over a tensor's memory.
+/// Describes a table over a tensor's memory.
 fn source<T: Scalar>(name: &'static str, tensor: &Tensor<T>) -> TableSource {
     let owner: Arc<dyn Any + Send + Sync> = tensor.owner();
     TableSource::new(name, tensor.info(), owner)
 }
 
-/// A table of a named feature, which takes tensors of some numbers of axes.
+/// Describes a table of a named feature, which allows certain numbers of axes.
 fn named<T: Scalar>(
     argument: &'static str,
     tensor: &Tensor<T>,
@@ -211,12 +213,12 @@ fn named<T: Scalar>(
     })
 }
 
-/// The memory that a table keeps alive.
+/// Returns the memory that a table keeps alive.
 pub(crate) fn storage(table: &TableSource) -> &Storage {
     table.owner.downcast_ref().expect("tables are made of tensors")
 }
 
-/// A table's elements, in order.
+/// Copies a table's elements, in order.
 fn contents(table: &TableSource) -> Result<HostTable, Error> {
     fn elements<T: Scalar>(table: &TableSource) -> Result<Vec<T>, Error> {
         let owner = table

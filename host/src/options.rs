@@ -1,4 +1,4 @@
-//! [`Attention`]: the options of a call. The calls themselves are in `call`.
+//! [`Attention`]: the options of a call. The calls are in `call`.
 
 use std::sync::Arc;
 
@@ -7,12 +7,13 @@ use flash_attention_kernels::entries::Arch;
 use crate::error::ProgramError;
 use crate::program::{At, Fragment, Parts, Program, Score, Truth, named};
 
-/// `softmax(softmax_scale * q k^T) v`, with its options. Cheap to make and to clone.
+/// Options of `softmax(softmax_scale * q k^T) v`. Cheap to make and to clone.
 ///
 /// Features of scores and masks combine freely. Whatever the order of the calls, a score passes by softmax_scale,
-/// [`softcap`](Self::softcap), [`bias`](Self::bias), [`alibi`](Self::alibi), then the closures of [`score`](Self::score) in the order given; a pair is visible if
-/// [`causal`](Self::causal) and every mask say so. Positions in formulas: `p = query + seqlen_k - seqlen_q`, the query's place
-/// among the keys if the last query stands at the last key.
+/// [`softcap`](Self::softcap), [`bias`](Self::bias), [`alibi`](Self::alibi), then the closures of
+/// [`score`](Self::score) in the order given; a pair is visible if [`causal`](Self::causal) and every mask say so.
+/// Positions in formulas: `p = query + seqlen_k - seqlen_q`, the query's place among the keys if the last query
+/// stands at the last key.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     causal: bool,
@@ -40,21 +41,21 @@ impl Default for Attention {
 }
 
 impl Attention {
-    /// Full attention, scaled by `1 / sqrt(head_dim)`.
+    /// Makes the options of full attention with softmax_scale `1 / sqrt(head_dim)`.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Query i sees key j only if `j <= i + seqlen_k - seqlen_q`: the last query sees every key.
+    /// Masks causally: query i sees key j only if `j <= i + seqlen_k - seqlen_q`, so the last query sees every key.
     #[must_use]
     pub fn causal(self) -> Self {
         Self { causal: true, ..self }
     }
 
-    /// Lets `f` change each score, from the score and where its pair lies; after what came before.
+    /// Changes each score by `f`, which gets the score after all earlier steps and the coordinates of its pair.
     ///
-    /// The closure runs once, here, and what it does is written down: as code of the CPU's and, printed as PTX, as part of
-    /// a GPU's kernel. Numbers in it are parameters. Its derivative is found where backward needs it.
+    /// The closure runs once, in this call, and its operations are recorded. They become code of the CPU device and,
+    /// printed as PTX, part of a GPU kernel. Numbers in it are parameters. Backward differentiates it automatically.
     ///
     /// ```
     /// use flash_attention::Attention;
@@ -67,7 +68,7 @@ impl Attention {
         self.with(|parts| parts.scores.push(Fragment::score(f)))
     }
 
-    /// Hides the pairs that `f` does not hold for.
+    /// Hides the pairs for which `f` is false.
     ///
     /// ```
     /// use flash_attention::Attention;
@@ -80,8 +81,7 @@ impl Attention {
         self.with(|parts| parts.masks.push(Fragment::mask(f)))
     }
 
-    /// `p - left <= key <= p + right`: a query sees so many keys to its left and right. `None` is no limit. Sliding
-    /// windows are from Longformer (2020) and Mistral (2023).
+    /// Sliding window: `p - left <= key <= p + right`. `None` is no limit. From Longformer (2020) and Mistral (2023).
     #[must_use]
     pub fn window(self, left: impl Into<Option<usize>>, right: impl Into<Option<usize>>) -> Self {
         match (left.into(), right.into()) {
@@ -90,33 +90,35 @@ impl Attention {
         }
     }
 
-    /// Scores become `cap * tanh(score / cap)`, which stays within `-cap ..= cap`; from Gemma 2 (2024). The last call counts.
+    /// Softcap: scores become `cap * tanh(score / cap)`, which stays within `-cap ..= cap`; from Gemma 2 (2024). The
+    /// last call counts.
     #[must_use]
     pub fn softcap(self, cap: f32) -> Self {
         self.with(|parts| parts.softcap = Some(named::softcap(cap)))
     }
 
-    /// `key < n or key <= p`: all queries see the first n keys, and of the others causally. The prefix language model
-    /// of T5 (2019).
+    /// Prefix mask: `key < n or key <= p`. All queries see the first n keys, and the others causally. The prefix
+    /// language model of T5 (2019).
     #[must_use]
     pub fn prefix(self, n: usize) -> Self {
         self.with(|parts| parts.masks.push(named::prefix(n)))
     }
 
-    /// `key <= p and key / n == p / n`: causal within chunks of n positions, from Llama 4 (2025).
+    /// Chunked mask: `key <= p and key / n == p / n`, causal within chunks of n positions; from Llama 4 (2025).
     #[must_use]
     pub fn chunked(self, n: usize) -> Self {
         self.with(|parts| parts.masks.push(named::chunked(n)))
     }
 
-    /// `(p - key) % step == 0`: every step-th key, counted from the query's own position; from the Sparse Transformer (2019).
+    /// Dilated mask: `(p - key) % step == 0`, every step-th key counted from the query's position; from the Sparse
+    /// Transformer (2019).
     #[must_use]
     pub fn dilated(self, step: usize) -> Self {
         self.with(|parts| parts.masks.push(named::dilated(step)))
     }
 
-    /// `key <= query`: causal with the first query at the first key, as PyTorch's `is_causal` aligns it. Where `seqlen_q`
-    /// and `seqlen_k` are equal it is [`causal`](Self::causal).
+    /// Top-left causal mask: `key <= query`, as PyTorch's `is_causal` aligns it. If `seqlen_q` and `seqlen_k` are
+    /// equal, it is [`causal`](Self::causal).
     #[must_use]
     pub fn top_left(self) -> Self {
         self.with(|parts| parts.masks.push(named::top_left()))
@@ -135,8 +137,8 @@ impl Attention {
         })
     }
 
-    /// Asks backward for the gradients of bias, ALiBi's slopes, sinks and every [`Table`](crate::program::Table) of floats,
-    /// which [`Gradients`](crate::Gradients) then has.
+    /// Asks backward for the gradients of bias, ALiBi's slopes, sinks and every [`Table`](crate::program::Table) of
+    /// floats, which [`Gradients`](crate::Gradients) then has.
     #[must_use]
     pub fn table_gradients(self) -> Self {
         Self {
@@ -160,7 +162,7 @@ impl Attention {
     /// Program that the features of scores and masks make together; `None` without any.
     ///
     /// # Errors
-    /// [`ProgramError`] says what is wrong with one of them.
+    /// [`ProgramError`] for an invalid feature.
     pub fn program(&self) -> Result<Option<&Arc<Program>>, ProgramError> {
         match &self.program {
             Ok(program) => Ok(program.as_ref()),
@@ -168,9 +170,9 @@ impl Attention {
         }
     }
 
-    /// Uses the kernels compiled for `arch` only, instead of the fastest that the device runs: `Arch::Sm80` means the
-    /// portable ones. Where a device runs none of them, a call fails with [`Error::NoKernel`](crate::Error::NoKernel); the CPU runs native code and
-    /// ignores it.
+    /// Uses only the kernels compiled for `arch`, instead of the fastest ones of the device: `Arch::Sm80` chooses the
+    /// portable ones. If the device can run none of them, a call fails with
+    /// [`Error::NoKernel`](crate::Error::NoKernel). The CPU runs native code and ignores this.
     #[must_use]
     pub fn arch(self, arch: Arch) -> Self {
         Self {
@@ -179,8 +181,8 @@ impl Attention {
         }
     }
 
-    /// Multiplies scores by `scale` before the softmax, instead of by `1 / sqrt(head_dim)`. Any finite number, negative
-    /// and zero included.
+    /// Multiplies scores by `scale` before the softmax, instead of by `1 / sqrt(head_dim)`. Any finite number is
+    /// allowed, negative numbers and 0 included.
     #[must_use]
     pub fn softmax_scale(self, scale: f32) -> Self {
         Self {
@@ -189,8 +191,8 @@ impl Attention {
         }
     }
 
-    /// Gradients that are the same bits each time, on the same device. [`Plan::backward`](crate::Plan::backward) says where the default is not, and
-    /// what this costs there; forward is always reproducible.
+    /// Makes gradients bitwise reproducible on a device. [`Plan::backward`](crate::Plan::backward) tells where they
+    /// are not by default, and what this costs there. Forward is always reproducible.
     #[must_use]
     pub fn deterministic(self) -> Self {
         Self {
@@ -199,22 +201,22 @@ impl Attention {
         }
     }
 
-    /// The architecture whose kernels are asked for, if one is.
+    /// Returns the architecture whose kernels are forced, or `None`.
     pub fn forced_arch(&self) -> Option<Arch> {
         self.arch
     }
 
-    /// True if the mask is causal.
+    /// Returns true if the mask is causal.
     pub fn is_causal(&self) -> bool {
         self.causal
     }
 
-    /// True if gradients must be the same bits each time.
+    /// Returns true if gradients must be bitwise reproducible.
     pub fn is_deterministic(&self) -> bool {
         self.deterministic
     }
 
-    /// Factor of the scores at this head_dim.
+    /// Returns the factor of the scores at this head_dim.
     pub fn scale_for(&self, head_dim: usize) -> f32 {
         self.softmax_scale
             .unwrap_or_else(|| (1.0 / (head_dim as f64).sqrt()) as f32)

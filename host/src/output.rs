@@ -69,8 +69,8 @@ pub struct Gradients<T: Element> {
     pub bias: Option<Tensor<f32>>,
     /// Gradient of [`Attention::sinks`](crate::Attention::sinks), f32 `[heads_q]`, if table gradients were asked for.
     pub sinks: Option<Tensor<f32>>,
-    /// Gradient of the slopes of [`Attention::alibi`](crate::Attention::alibi), f32 with the shape of the slopes, if table
-    /// gradients were asked for.
+    /// Gradient of the slopes of [`Attention::alibi`](crate::Attention::alibi), f32 with the shape of the slopes, if
+    /// table gradients were asked for.
     pub alibi_slopes: Option<Tensor<f32>>,
     /// Gradient of each table of floats.
     pub(crate) tables: Vec<(TableSource, Tensor<f32>)>,
@@ -96,8 +96,8 @@ impl<T: Element> Gradients<T> {
         self.gradient_of(table.source())
     }
 
-    /// The gradients of all float tables, in the order of [`Program::tables`](crate::program::Program::tables), that of the
-    /// sinks last.
+    /// The gradients of all float tables, in the order of [`Program::tables`](crate::program::Program::tables), that
+    /// of the sinks last.
     pub fn tables(&self) -> impl Iterator<Item = &Tensor<f32>> {
         self.tables.iter().map(|(_, gradient)| gradient)
     }
@@ -108,7 +108,8 @@ impl<T: Element> Gradients<T> {
         Some(gradient)
     }
 
-    /// Makes gradients of zeros for a program's tables. Each call allocates new memory, which no other argument can share.
+    /// Makes gradients of zeros for a program's tables. Each call allocates new memory, which no other argument can
+    /// share.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], or an error of the device's driver.

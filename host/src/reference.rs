@@ -1,7 +1,8 @@
-//! Attention as its definition says, to compare with: slow, readable, and holding all the scores of a query.
+//! Reference attention, computed by the definition: slow, readable, and with all scores of a query in memory.
 //!
-//! [`forward`] and [`backward`] are the oracle, in f64. [`standard`] and [`standard_backward`] are what a framework
-//! computes in the dtype of its tensors; how far it is from the oracle says how far any kernel of that dtype may be.
+//! [`forward`] and [`backward`] are the oracle, in f64. [`standard`] and [`standard_backward`] compute as a framework
+//! does in the dtype of its tensors. Their distance from the oracle bounds the error allowed for a kernel of that
+//! dtype.
 
 use flash_attention_kernels::mask::Mask;
 
@@ -9,25 +10,25 @@ use crate::element::Element;
 use crate::options::Attention;
 use crate::program::{Derivative, Evaluator, Pair, Value};
 
-/// The sizes and options of a problem whose tensors are contiguous slices.
+/// Sizes and options of a problem whose tensors are contiguous slices.
 ///
 /// q and out are `[batch, heads_q, seqlen_q, head_dim]`, k and v `[batch, heads_kv, seqlen_k, head_dim]`, lse is
 /// `[batch, heads_q, seqlen_q]`.
 #[derive(Clone, Debug)]
 pub struct Dims {
-    /// Independent sequences.
+    /// Number of independent sequences.
     pub batch: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads_q: usize,
-    /// Key and value heads; divides `heads_q`.
+    /// Number of key/value heads; divides `heads_q`.
     pub heads_kv: usize,
     /// Length of the query sequence.
     pub seqlen_q: usize,
     /// Length of the key sequence.
     pub seqlen_k: usize,
-    /// Elements of a head.
+    /// Elements of a head (head_dim).
     pub head_dim: usize,
-    /// Whether query i sees only the keys up to `i + seqlen_k - seqlen_q`.
+    /// True for a causal mask: query i sees only the keys up to `i + seqlen_k - seqlen_q`.
     pub causal: bool,
     /// What scores are multiplied by before the softmax.
     pub softmax_scale: f32,
@@ -36,17 +37,19 @@ pub struct Dims {
 }
 
 impl Dims {
-    /// The sizes of q and of k, as their shapes, and the options of a call.
+    /// Collects the sizes of q and k, given by their shapes, and the options of a call.
     ///
     /// # Panics
-    /// If the attention's score program is refused, or reads tables: [`with_program`](Self::with_program) takes their contents.
+    /// If the attention's score program is invalid or reads tables; use [`with_program`](Self::with_program) for
+    /// tables.
     pub fn new(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Self {
         let program = attention.program().expect("a program that is not refused");
         let evaluator = program.map(|program| Evaluator::new(program.clone(), Vec::new(), None));
         Self::with_program(attention, q, k, evaluator)
     }
 
-    /// The sizes of q and of k, as their shapes, and the options of a call, with what the tables of its program hold.
+    /// Collects the sizes of q and k, given by their shapes, and the options of a call, with the contents of its
+    /// program's tables.
     pub fn with_program(attention: &Attention, q: [usize; 4], k: [usize; 4], program: Option<Evaluator>) -> Self {
         let ([batch, heads_q, seqlen_q, head_dim], [_, heads_kv, seqlen_k, _]) = (q, k);
         let (causal, softmax_scale) = (attention.is_causal(), attention.scale_for(head_dim));
@@ -63,7 +66,7 @@ impl Dims {
         }
     }
 
-    /// Keys that a query sees without a program, from the first.
+    /// Returns the number of keys that a query sees without a program, from the first key.
     fn visible(&self, row: usize) -> usize {
         let (seqlen_q, seqlen_k, row) = (self.seqlen_q as u32, self.seqlen_k as u32, row as u32);
         let end = if self.causal {
@@ -74,7 +77,7 @@ impl Dims {
         end as usize
     }
 
-    /// For every query, in order: its row in q, the keys it sees and their values.
+    /// Iterates over the queries in order, each with its row in q, the keys it sees and their values.
     fn queries<'a, T>(&'a self, q: &'a [T], k: &'a [T], v: &'a [T]) -> impl Iterator<Item = Query<'a, T>> {
         let rows = self.batch * self.heads_q * self.seqlen_q;
         let row_of = |tensor: &'a [T], row: usize| &tensor[row * self.head_dim..][..self.head_dim];
@@ -142,7 +145,7 @@ struct Query<'a, T> {
     heads: usize,
     /// The row of its head's first key in k, v and their gradients, all heads counted.
     first_key: usize,
-    /// The logit of its head that has no value.
+    /// Logit of the head without a value.
     sink: Option<f64>,
     q: &'a [T],
     /// The pairs that it is in, with the keys and values of each.
@@ -153,16 +156,17 @@ struct Query<'a, T> {
     values: Vec<&'a [T]>,
 }
 
-/// The softmax of a query's scores.
+/// Softmax of a query's scores.
 struct Softmax {
-    /// One probability a pair. Beside a sink they do not add up to 1.
+    /// One probability per pair. With a sink they do not sum to 1.
     probabilities: Vec<f64>,
-    /// The logarithm of the sum of exponentials, the sink's included.
+    /// Logarithm of the sum of exponentials, including that of the sink.
     lse: f64,
 }
 
 impl Softmax {
-    /// `is_program` lets a row whose scores are all minus infinity see nothing, as if they were masked.
+    /// Computes the softmax. With `is_program`, a row whose scores are all minus infinity counts as masked and sees
+    /// no key.
     fn new(scores: &[f64], sink: Option<f64>, is_program: bool) -> Self {
         let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
         if scores.is_empty() || (is_program && max == f64::NEG_INFINITY && !scores.iter().any(|x| x.is_nan())) {
@@ -180,7 +184,7 @@ impl Softmax {
     }
 }
 
-/// Attention in f64: `(out, lse)`.
+/// Computes attention in f64: `(out, lse)`.
 ///
 /// # Panics
 /// If a slice is shorter than its shape.
@@ -202,7 +206,7 @@ pub fn forward(dims: &Dims, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f
     (out, lse)
 }
 
-/// The scores of a query in f64: scaled, and as the softmax takes them.
+/// Computes the scores of a query in f64: scaled, and as the softmax takes them.
 fn scores(dims: &Dims, query: &Query<'_, f64>) -> (Vec<f64>, Vec<f64>) {
     let scale = f64::from(dims.softmax_scale);
     let dot = |key: &&[f64]| query.q.iter().zip(*key).map(|(x, y)| x * y).sum::<f64>();
@@ -212,8 +216,8 @@ fn scores(dims: &Dims, query: &Query<'_, f64>) -> (Vec<f64>, Vec<f64>) {
     (scaled, taken)
 }
 
-/// Standard attention in the dtype `T`, `(out, lse)`, as PyTorch's math backend computes it: scores are rounded to `T`,
-/// the softmax is taken in f32 and rounded to `T`, products are summed in f32 and rounded to `T`.
+/// Computes standard attention in the dtype `T`, `(out, lse)`, like PyTorch's math backend: scores are rounded to
+/// `T`, the softmax is taken in f32 and rounded to `T`, products are summed in f32 and rounded to `T`.
 ///
 /// # Panics
 /// If a slice is shorter than its shape.
@@ -239,8 +243,8 @@ pub fn standard<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, 
     (out, lse)
 }
 
-/// Gradients of attention in f64, `[dq, dk, dv]`, for the gradient `dout` of its output. dk and dv are summed over the
-/// query heads that share a key head; a query that sees no key has and gives none.
+/// Computes the gradients of attention in f64, `[dq, dk, dv]`, for the gradient `dout` of its output. dk and dv are
+/// summed over the query heads that share a key head. A query that sees no key has zero gradient and adds none.
 ///
 /// # Panics
 /// If a slice is shorter than its shape, or the program has no derivative.
@@ -258,13 +262,13 @@ pub struct AllGradients<T> {
     pub dk: Vec<T>,
     /// Gradient of v.
     pub dv: Vec<T>,
-    /// Gradient of each table of the program, of the table's shape; zeros for tables of integers.
+    /// Gradient of each table of the program, with the shape of the table; zeros for tables of integers.
     pub tables: Vec<Vec<f64>>,
     /// Gradient of the sinks, `[heads_q]`, if there are any.
     pub sinks: Option<Vec<f64>>,
 }
 
-/// [`backward`], with the gradients of sinks and, if they are asked for, of the program's tables.
+/// Computes [`backward`], with the gradients of sinks and, if they are asked for, of the program's tables.
 ///
 /// # Panics
 /// If a slice is shorter than its shape, or the program has no derivative.
@@ -339,7 +343,7 @@ fn gradients(
     }
 }
 
-/// Takes gradients of the scores that the softmax takes back to those that come in, and to tables.
+/// Propagates gradients of the softmax's scores back to the incoming scores and to tables.
 struct Slopes<'a> {
     program: Option<(&'a Evaluator, Derivative)>,
     needed: Vec<bool>,
@@ -368,7 +372,7 @@ impl<'a> Slopes<'a> {
         }
     }
 
-    /// The gradient of a scaled score, from that of what the program made of it; tables gain theirs.
+    /// Returns the gradient of a scaled score from that of the program's result, and adds to the gradients of tables.
     fn pull_back(&mut self, pair: &Pair, score: f64, dy: f64) -> f64 {
         let Some((evaluator, derivative)) = &self.program else {
             return dy;
@@ -382,14 +386,16 @@ impl<'a> Slopes<'a> {
     }
 }
 
-/// A gradient times a derivative. Where the gradient is 0, as of a pair whose score is minus infinity, the product is.
+/// Multiplies a gradient by a derivative. The product is 0 if the gradient is 0, as for a pair with score minus
+/// infinity.
 fn times(dy: f64, slope: Value) -> f64 {
     if dy == 0.0 { 0.0 } else { dy * slope.score() }
 }
 
-/// Standard attention's gradients in the dtype `T`, `[dq, dk, dv]`, as PyTorch's math backend computes them: P, dP, dS
-/// and dS times the scale are each rounded to `T`, the softmax and its gradient are taken in f32, products are summed in
-/// f32 and rounded to `T`. Where query heads share a key head, each has its gradients rounded before they are added up.
+/// Computes the gradients of standard attention in the dtype `T`, `[dq, dk, dv]`, like PyTorch's math backend: P, dP,
+/// dS and dS times the scale are each rounded to `T`, the softmax and its gradient are computed in f32, products are
+/// summed in f32 and rounded to `T`. Query heads that share a key head have their gradients rounded before they are
+/// added.
 ///
 /// # Panics
 /// If a slice is shorter than its shape.
@@ -398,8 +404,8 @@ pub fn standard_backward<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T], dou
     [dq, dk, dv]
 }
 
-/// [`standard_backward`], with the gradients of sinks and, if they are asked for, of the program's tables: sums of dS as it
-/// was rounded to `T`.
+/// [`standard_backward`], with the gradients of sinks and, if they are asked for, of the program's tables: sums of dS
+/// as it was rounded to `T`.
 ///
 /// # Panics
 /// If a slice is shorter than its shape, or the program has no derivative.
@@ -462,7 +468,7 @@ pub fn standard_backward_with_tables<T: Element>(
     }
 }
 
-/// A query's softmax as a framework computes it.
+/// Softmax of a query, computed like a framework.
 struct Probabilities {
     /// Scaled scores.
     scaled: Vec<f32>,
@@ -475,7 +481,7 @@ struct Probabilities {
     lse: f32,
 }
 
-/// The probabilities of a query's keys as a framework computes them in `T`, and lse. What a program does is done in f32.
+/// Computes the probabilities of a query's keys like a framework in `T`, and lse. Programs are evaluated in f32.
 fn probabilities<T: Element>(dims: &Dims, query: &Query<'_, T>) -> Probabilities {
     let round = |x: f32| T::from_f32(x).to_f32();
     let scaled: Vec<f32> = query
@@ -515,13 +521,13 @@ fn probabilities<T: Element>(dims: &Dims, query: &Query<'_, T>) -> Probabilities
     }
 }
 
-/// A product summed in f32.
+/// Computes a dot product in f32.
 fn dot<T: Element>(x: &[T], y: &[T]) -> f32 {
     x.iter().zip(y).map(|(x, y)| x.to_f32() * y.to_f32()).sum()
 }
 
-/// The logarithm of the sum of exponentials, `sum` being taken relative to the largest score. Where every score is minus
-/// infinity that difference is NaN, but the sum is 0.
+/// Computes the logarithm of the sum of exponentials from `sum`, which is relative to the largest score. If every
+/// score is minus infinity, the difference to it is NaN, and the result comes from the sum 0.
 fn log_sum_exp(scores: impl IntoIterator<Item = f64>, max: f64, sum: f64) -> f64 {
     let nothing = scores.into_iter().all(|score| score == f64::NEG_INFINITY);
     if nothing { f64::NEG_INFINITY } else { max + sum.ln() }

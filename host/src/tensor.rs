@@ -16,8 +16,8 @@ use crate::layout::{TensorInfo, contiguous_strides};
 
 /// A tensor of `T` in a device's memory.
 ///
-/// Attention takes `[batch, heads, seqlen, head_dim]` with a contiguous last axis and any other strides; score programs read
-/// tables of any shape.
+/// Attention takes `[batch, heads, seqlen, head_dim]` with a contiguous last axis and any other strides; score
+/// programs read tables of any shape.
 pub struct Tensor<T: Scalar> {
     info: TensorInfo,
     storage: Arc<Storage>,
@@ -148,8 +148,8 @@ impl<T: Scalar> Tensor<T> {
     /// the memory any more: pass the handle of the buffer, and the buffer lives as long as it must.
     ///
     /// # Errors
-    /// [`Error::StridesRank`], [`Error::SizeOverflow`], or [`Error::Address`] if the address is null or not a multiple
-    /// of the element's size.
+    /// [`Error::StridesRank`], [`Error::SizeOverflow`], or [`Error::Address`] if the address is null or not a
+    /// multiple of the element's size.
     ///
     /// # Safety
     /// - All of the tensor's elements lie in initialised memory of `device`, which stays allocated until `owner` is
@@ -187,8 +187,8 @@ impl<T: Scalar> Tensor<T> {
     /// Copies all elements to the host, in row-major order. Waits for the work that produces them.
     ///
     /// # Errors
-    /// [`Error::Driver`] or [`Error::Launch`] if that work failed; [`Error::OutOfMemory`] if the host cannot reserve the
-    /// elements, as for a stride of 0 along a huge axis.
+    /// [`Error::Driver`] or [`Error::Launch`] if that work failed; [`Error::OutOfMemory`] if the host cannot reserve
+    /// the elements, as for a stride of 0 along a huge axis.
     pub fn to_vec(&self) -> Result<Vec<T>, Error> {
         let mut span = reserved(self.info.span())?;
         span.resize(self.info.span(), T::default());

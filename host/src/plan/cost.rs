@@ -1,4 +1,4 @@
-//! What a plan costs, counted from the tiles and the mask as the kernels walk them.
+//! Cost of a plan, counted from the tiles and the mask that the kernels use.
 
 use flash_attention_kernels::entries::{Arch, Pass};
 use flash_attention_kernels::mask::{Blocks, Mask};
@@ -7,31 +7,31 @@ use flash_attention_kernels::shape::DELTA_ROWS;
 use super::{Launch, Tiles};
 use crate::problem::Problem;
 
-/// What a plan costs, counted exactly, but for the counters by which blocks take turns at a sum: how often they are read is
-/// a matter of time.
+/// Cost of a plan. The counts are exact, except for reads of semaphores by blocks that wait for their turn, which
+/// depend on timing and are not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
-    /// Bytes that kernels load from device memory. Forward: Q once; K and V once for every query tile that sees them.
-    /// Backward: that twice over, from the queries' side and from the keys', or from the keys' alone. On the CPU backward
-    /// reads K and V once, Q, dO and their statistics once for every run of keys that sees them, and dQ so far, in f32, for
-    /// every such run but the first.
+    /// Bytes that kernels load from device memory. Forward reads Q once, and K and V once for every query tile that
+    /// sees them. Backward on a GPU does that twice, for tiles of queries and for tiles of keys, or for tiles of keys
+    /// alone. Backward on the CPU reads K and V once; Q, dO and their statistics once for every run of keys that sees
+    /// them; and the f32 dQ for every such run but the first.
     pub bytes_read: u128,
-    /// Bytes that kernels store to device memory: each result once, and the workspace in backward, with what blocks add to
-    /// sums of dQ. On the CPU also dQ so far, in f32, as often as it is read.
+    /// Bytes that kernels store to device memory: each result once, and in backward the workspace with the additions
+    /// to the dQ accumulator. On the CPU also the f32 dQ, as often as it is read.
     pub bytes_written: u128,
-    /// Multiplications and additions of the products, over visible pairs only: two products in forward, five in
-    /// backward, whatever is computed twice.
+    /// Multiplications and additions of the products over visible pairs: two products in forward, five in backward,
+    /// even where some are computed twice.
     pub flops: u128,
 }
 
-/// Bytes of lse, or of another number that is kept of a query.
+/// Bytes of lse, or of another f32 per query.
 const STATISTIC: u128 = size_of::<f32>() as u128;
 
-/// Bytes of what backward on a GPU keeps of one query: lse in base 2, delta and a shift.
+/// Bytes of the statistics per query of backward on a GPU: lse in base 2, delta and a shift.
 const EXPONENT: u128 = 3 * STATISTIC;
 
 impl Cost {
-    /// A forward pass that writes `statistics` f32 a query.
+    /// Counts a forward pass that writes `statistics` f32 per query.
     pub(super) fn forward(problem: &Problem, tiles: Tiles, statistics: u32) -> Self {
         if !problem.has_queries() {
             return Self::NOTHING;
@@ -64,7 +64,7 @@ impl Cost {
         }
     }
 
-    /// A backward pass on the CPU that reads `statistics` f32 a query of what forward left.
+    /// Counts a backward pass on the CPU that reads `statistics` f32 per query from forward.
     pub(super) fn cpu_backward(problem: &Problem, tiles: Tiles, statistics: u32) -> Self {
         if !problem.has_pairs() {
             return Self::cpu_backward_of_nothing(problem);
@@ -87,7 +87,7 @@ impl Cost {
         }
     }
 
-    /// A backward pass that reads `statistics` f32 a query of what forward left.
+    /// Counts a backward pass on a GPU that reads `statistics` f32 per query from forward.
     pub(super) fn backward(problem: &Problem, launches: &[Launch], statistics: u32) -> Self {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
@@ -108,7 +108,7 @@ impl Cost {
     }
 }
 
-/// (bytes read, bytes written) by one kernel of the backward pass.
+/// Returns (bytes read, bytes written) of one kernel of the backward pass.
 fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistics: u128) -> (u128, u128) {
     let entry = launch.entry;
     let batch = problem.batch() as u128;
@@ -116,7 +116,7 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistic
     let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
     let row = row_bytes(problem);
     let queries = || (walked.queries)(problem, entry.block_m, entry.block_n);
-    // Queries with their dO and exponents, which on Hopper come in whole tiles, and in 16 bits the flags of those.
+    // Queries with their dO and statistics, which on Hopper are read in whole tiles, and in 16 bits their flags.
     let flags = |rows: u128| {
         if problem.dtype().bytes() == 2 {
             rows / u128::from(DELTA_ROWS)
@@ -163,17 +163,17 @@ fn row_bytes(problem: &Problem) -> u128 {
     u128::from(problem.head_dim()) * problem.dtype().bytes() as u128
 }
 
-/// What the kernels walk under a mask.
+/// Counts of rows that the kernels load under a mask.
 struct Walked {
-    /// Pairs of a query and a key that it sees, in one head.
+    /// Visible pairs of a query and a key, in one head.
     visible_pairs: u128,
-    /// Rows of K that the query tiles of one head, or of heads that are packed, load, all together.
+    /// Rows of K that all query tiles of one head, or of packed heads, load.
     keys: fn(&Problem, Tiles) -> u128,
-    /// Rows of Q that the key tiles of one head load, all together.
+    /// Rows of Q that all key tiles of one head load.
     queries: fn(&Problem, u32, u32) -> u128,
-    /// The same in whole runs of [`DELTA_ROWS`].
+    /// These rows of Q in whole runs of [`DELTA_ROWS`].
     query_runs: fn(&Problem, u32, u32) -> u128,
-    /// The same, counting the rows past the end of the last tile as well.
+    /// These rows of Q, including the rows past the end of the last tile.
     whole_queries: fn(&Problem, u32, u32) -> u128,
     /// Rows of Q in the query tiles of one head that see any key.
     seeing_queries: fn(&Problem, u32) -> u128,
@@ -204,7 +204,7 @@ impl Walked {
     }
 }
 
-/// A query tile loads whole blocks of keys, as far as rows exist.
+/// Counts whole blocks of keys for each query tile, up to the end of the sequence.
 fn keys<const CAUSAL: bool>(problem: &Problem, of: Tiles) -> u128 {
     let packed = of.packed_heads;
     let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
@@ -215,7 +215,7 @@ fn keys<const CAUSAL: bool>(problem: &Problem, of: Tiles) -> u128 {
         .sum()
 }
 
-/// A key tile loads whole blocks of queries, as far as rows exist.
+/// Counts whole blocks of queries for each key tile, up to the end of the sequence.
 fn queries<const CAUSAL: bool>(problem: &Problem, block_m: u32, block_n: u32) -> u128 {
     let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
     tiles(problem.seqlen_k(), block_n)
@@ -248,12 +248,12 @@ fn seeing_queries<const CAUSAL: bool>(problem: &Problem, block_m: u32) -> u128 {
     )
 }
 
-/// (first row, rows) of each tile of a sequence.
+/// Iterates over (first row, rows) of each tile of a sequence.
 fn tiles(seqlen: u32, tile: u32) -> impl Iterator<Item = (u32, u32)> {
     (0..seqlen.div_ceil(tile)).map(move |index| (index * tile, tile.min(seqlen - index * tile)))
 }
 
-/// Rows of a run of blocks that exist.
+/// Returns the number of rows of a run of blocks that exist.
 fn rows_of(blocks: Blocks, block: u32, seqlen: u32) -> u128 {
     let row = |index: u32| (u128::from(index) * u128::from(block)).min(seqlen.into());
     row(blocks.end) - row(blocks.begin)

@@ -20,34 +20,34 @@ use crate::program::MAX_TABLES;
 pub struct Launch {
     /// The kernel.
     pub entry: &'static Entry,
-    /// Blocks along x, y and z. All of them lie along x, because y and z end at 65535.
+    /// Number of blocks along x, y and z. All are along x, because y and z are limited to 65535.
     pub grid: [u32; 3],
-    /// Threads of a block.
+    /// Threads per block.
     pub threads: u32,
-    /// Dynamic shared memory of a block, in bytes.
+    /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: u32,
     /// The parameters, but for the addresses of the results, which are unknown until they are allocated.
     params: Parameters,
 }
 
-/// The parameters of a kernel, by the kind it takes.
+/// Parameters of a kernel, by the struct that it takes.
 #[derive(Clone, Copy, Debug)]
 #[expect(clippy::large_enum_variant, reason = "a launch holds one, and copies it once")]
 pub enum Parameters {
-    /// Of a forward kernel.
+    /// Parameters of the portable forward kernel.
     Forward(ForwardParams),
-    /// Of a backward kernel.
+    /// Parameters of a portable backward kernel.
     Backward(BackwardParams),
-    /// Of a forward kernel for Hopper, with what its tensor maps are made from, in their order.
+    /// Parameters of Hopper's forward kernel, with the descriptions of its tensor maps in their order.
     HopperForward(HopperForwardParams, [TileMap; 4]),
-    /// Of a backward kernel for Hopper, the same.
+    /// Parameters of Hopper's backward kernels, with the descriptions of their tensor maps in their order.
     HopperBackward(HopperBackwardParams, [TileMap; 7]),
-    /// Of the kernels for Hopper that come before and after those.
+    /// Parameters of Hopper's preprocess and postprocess kernels.
     QuerySums(QuerySumsParams),
 }
 
 impl Parameters {
-    /// The parameter buffer.
+    /// Returns the parameter buffer.
     pub fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Forward(params) => params.as_bytes(),
@@ -59,19 +59,19 @@ impl Parameters {
     }
 }
 
-/// Device addresses of a call's results, and of its workspace.
+/// Device addresses of a call's results and workspace.
 #[derive(Clone, Copy, Debug)]
 pub enum Results {
-    /// Of a forward pass.
+    /// Results of a forward pass.
     Forward {
-        /// The output.
+        /// Address of the output.
         out: u64,
-        /// The log-sum-exp.
+        /// Address of the log-sum-exp.
         lse: u64,
-        /// row_max and row_sum, if they are wanted.
+        /// Addresses of row_max and row_sum, if they are wanted.
         statistics: Option<[u64; 2]>,
     },
-    /// Of a backward pass.
+    /// Results of a backward pass.
     Backward {
         /// Gradient of q.
         dq: u64,
@@ -79,15 +79,15 @@ pub enum Results {
         dk: u64,
         /// Gradient of v.
         dv: u64,
-        /// The workspace, [`Plan::workspace_bytes`](super::Plan::workspace_bytes).
+        /// Address of the workspace, [`Plan::workspace_bytes`](super::Plan::workspace_bytes) large.
         workspace: u64,
         /// Gradients of the score program's tables.
         tables: TableGradients,
     },
 }
 
-/// Device addresses of the gradients of a score program's tables, each f32, contiguous, of its table's shape, and zero when
-/// the call begins. 0 for a table that has none: one of integers, or one that nobody asks for.
+/// Device addresses of the gradients of a score program's tables, each f32, contiguous, of its table's shape, and
+/// zero when the call begins. 0 for a table that has none: one of integers, or one that nobody asks for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TableGradients {
     /// In the order of [`Program::tables`](crate::program::Program::tables).
@@ -126,7 +126,8 @@ impl Launch {
         Ok(Self::new(entry, grid, Parameters::Forward(params)))
     }
 
-    /// A launch whose blocks stay, at most one a multiprocessor, and share the tiles of work out between them.
+    /// Makes the launch of Hopper's forward kernel. It is persistent: at most one block per multiprocessor, and the
+    /// blocks share the tiles of work.
     pub(super) fn hopper_forward(
         problem: &Problem,
         entry: &'static Entry,
@@ -169,7 +170,8 @@ impl Launch {
         Ok(Self::new(entry, grid, Parameters::HopperForward(params, maps)))
     }
 
-    /// As [`hopper_forward`](Self::hopper_forward), of a kernel between the first and the last of a backward pass.
+    /// Makes a persistent launch like [`hopper_forward`](Self::hopper_forward) for a backward kernel between
+    /// preprocess and postprocess.
     pub(super) fn hopper_backward(
         problem: &BackwardProblem,
         entry: &'static Entry,
@@ -227,7 +229,7 @@ impl Launch {
         Ok(Self::new(entry, grid, Parameters::HopperBackward(params, maps)))
     }
 
-    /// The first or the last kernel of a backward pass on Hopper.
+    /// Makes the launch of Hopper's preprocess or postprocess kernel.
     pub(super) fn query_sums(problem: &BackwardProblem, entry: &'static Entry, sums: QuerySums) -> Result<Self, Error> {
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let mut tiles = sums.padded_q.get() / entry.block_m;
@@ -252,7 +254,7 @@ impl Launch {
         Ok(Self::new(entry, grid, Parameters::QuerySums(params)))
     }
 
-    /// A portable kernel of a backward pass.
+    /// Makes the launch of a portable backward kernel.
     pub(super) fn backward(
         problem: &BackwardProblem,
         entry: &'static Entry,
@@ -304,7 +306,7 @@ impl Launch {
         }
     }
 
-    /// Query heads whose queries share a tile.
+    /// Returns the number of query heads that share a tile.
     pub(super) fn packed_heads(&self) -> u32 {
         match &self.params {
             Parameters::HopperForward(params, _) => 1 << params.packed_log2,
@@ -312,7 +314,7 @@ impl Launch {
         }
     }
 
-    /// What the backward kernels for Hopper keep of each query, as offsets.
+    /// Returns the workspace of the backward kernels for Hopper, as offsets.
     pub(super) fn kept_sums(&self) -> Option<&QuerySums> {
         match &self.params {
             Parameters::HopperBackward(params, _) => Some(&params.sums),
@@ -321,11 +323,11 @@ impl Launch {
         }
     }
 
-    /// The kernel's parameters, for results at these addresses; `None` if they are those of the other pass. `encode` makes
-    /// the device's tensor maps.
+    /// Returns the kernel's parameters for results at these addresses, or `None` if the results belong to the other
+    /// pass. `encode` makes the device's tensor maps.
     ///
     /// # Errors
-    /// Those of `encode`.
+    /// The errors of `encode`.
     pub fn params<E>(
         &self,
         results: Results,
@@ -377,7 +379,7 @@ impl Launch {
         Ok(Some(params))
     }
 
-    /// The error of a device that was given the results of the other pass.
+    /// Makes the error for results of the other pass.
     #[cfg(any(feature = "cuda", feature = "emulator"))]
     pub(crate) fn wrong_results(&self, device: String) -> Error {
         Error::Launch {
@@ -388,7 +390,8 @@ impl Launch {
     }
 }
 
-/// The grid of a kernel whose blocks each own `tile` of `seqlen` rows of one head, and how many tiles a head has.
+/// Returns the grid of a kernel whose blocks each own `tile` of `seqlen` rows of one head, and the number of tiles of
+/// a head.
 fn grid(batch: usize, heads: usize, seqlen: u32, tile: u32) -> Result<([u32; 3], NonZeroU32), Error> {
     let tiles = seqlen.div_ceil(tile);
     let blocks = u128::from(tiles) * heads as u128 * batch as u128;
@@ -399,8 +402,8 @@ fn grid(batch: usize, heads: usize, seqlen: u32, tile: u32) -> Result<([u32; 3],
     }
 }
 
-/// What the backward kernels for Hopper keep of each query, as offsets into a workspace, and its bytes. `streams` is the
-/// kernel that streams queries.
+/// Returns the workspace of the backward kernels for Hopper, as offsets, and its bytes. `streams` is the kernel that
+/// streams queries.
 pub(super) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySums, u64) {
     let forward = problem.forward();
     let seqlen_q = NonZeroU32::new(forward.seqlen_q().next_multiple_of(streams.block_m)).unwrap_or(NonZeroU32::MIN);
@@ -430,7 +433,7 @@ pub(super) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySu
     (sums, summed + turns)
 }
 
-/// Exponents that the portable backward kernels keep of each query, as offsets into a workspace, and its bytes.
+/// Returns the workspace of the portable backward kernels, as offsets, and its bytes.
 pub(super) fn portable_exponents(problem: &BackwardProblem) -> (Exponents, u64) {
     let forward = problem.forward();
     let heads = forward.batch() as u64 * forward.heads_q() as u64;
@@ -438,7 +441,8 @@ pub(super) fn portable_exponents(problem: &BackwardProblem) -> (Exponents, u64) 
     exponents(heads * u64::from(forward.seqlen_q()), heads * flags)
 }
 
-/// Exponents of `rows` queries with `flags` flags, as offsets, and their bytes in whole 16s.
+/// Returns the offsets of the statistics of `rows` queries with `flags` flags, and their bytes, rounded up to a
+/// multiple of 16.
 pub(super) fn exponents(rows: u64, flags: u64) -> (Exponents, u64) {
     let line = rows * size_of::<f32>() as u64;
     let exponents = Exponents {
@@ -453,7 +457,7 @@ pub(super) fn exponents(rows: u64, flags: u64) -> (Exponents, u64) {
     )
 }
 
-/// The exponents in the workspace at this address.
+/// Returns the statistics in the workspace at this address.
 fn exponents_at(offsets: Exponents, workspace: u64) -> Exponents {
     Exponents {
         lse_log2: workspace + offsets.lse_log2,
@@ -473,7 +477,7 @@ fn forward_rows(tensors: &BackwardTensors) -> ForwardRows {
     }
 }
 
-/// The sums in the workspace at this address.
+/// Returns the workspace at this address.
 fn placed(sums: QuerySums, workspace: u64) -> QuerySums {
     QuerySums {
         exponents: exponents_at(sums.exponents, workspace),
@@ -483,10 +487,10 @@ fn placed(sums: QuerySums, workspace: u64) -> QuerySums {
     }
 }
 
-/// A tensor map that a device makes when the call's results have addresses.
+/// Placeholder of a tensor map, which a device makes once the results have addresses.
 const UNKNOWN_MAP: TensorMap = TensorMap([0; 16]);
 
-/// Tensor maps of the tiles, in their order.
+/// Encodes the tensor maps in their order.
 fn encode_all<const N: usize, E>(
     tiles: &[TileMap; N],
     encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
@@ -498,8 +502,9 @@ fn encode_all<const N: usize, E>(
     Ok(maps)
 }
 
-/// Query heads that the forward kernel for Hopper packs into a tile: all that share keys, if a tile of one head would be less
-/// than nine tenths as full, and if they divide a warpgroup's rows. So few rows a head that their product fits.
+/// Returns the number of query heads that Hopper's forward kernel packs into a tile: all heads that share keys if a
+/// tile of one head would be filled less than nine tenths as much, and if their number divides a warpgroup's rows.
+/// Otherwise 1. Heads are packed only if they have so few rows that the product fits.
 fn packed_heads(problem: &Problem, entry: &Entry) -> u32 {
     let sharing = (problem.heads_q() / problem.heads_kv()) as u64;
     let (rows, tile) = (u64::from(problem.seqlen_q()), u64::from(entry.block_m));
@@ -514,7 +519,7 @@ fn packed_heads(problem: &Problem, entry: &Entry) -> u32 {
     }
 }
 
-/// What the blocks of a launch share out between them, instead of the grid of a block a tile.
+/// Returns the work that persistent blocks share, in place of a grid with one block per tile.
 fn work_list(([tiles, ..], tiles_per_head): ([u32; 3], NonZeroU32), multiprocessors: u32) -> WorkList {
     WorkList {
         tiles_per_head,
@@ -523,7 +528,7 @@ fn work_list(([tiles, ..], tiles_per_head): ([u32; 3], NonZeroU32), multiprocess
     }
 }
 
-/// A number of heads. No problem has none, and one with more than a launch has blocks was refused by its grid.
+/// Converts a number of heads. It is not 0, and a number beyond the launch limit was refused with the grid.
 fn count(n: usize) -> Result<NonZeroU32, Error> {
     u32::try_from(n)
         .ok()
@@ -534,7 +539,7 @@ fn count(n: usize) -> Result<NonZeroU32, Error> {
         })
 }
 
-/// The layout of a problem whose results have no address yet.
+/// Returns the layout of a problem whose results have no address yet.
 fn unknown_alignment(problem: &Problem) -> Layout {
     Layout {
         head_dim: problem.head_dim(),
@@ -542,7 +547,7 @@ fn unknown_alignment(problem: &Problem) -> Layout {
     }
 }
 
-/// Whether every row of a tensor starts at a multiple of 16 bytes.
+/// Returns true if every row of a tensor starts at a multiple of 16 bytes.
 fn is_aligned(tensor: &StridedTensor, element_bytes: u64) -> bool {
     let strides = [tensor.batch_stride, tensor.head_stride, tensor.row_stride];
     tensor.address.is_multiple_of(16) && strides.iter().all(|stride| (stride * element_bytes).is_multiple_of(16))

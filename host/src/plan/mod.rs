@@ -1,7 +1,7 @@
 //! How a problem is solved on a device: which kernel, what tiles, how many blocks, and what that costs.
 //!
-//! A plan is a pure function of a [`Problem`] and a [`DeviceInfo`]: it can be made, printed and tested where there is no
-//! such device. Nothing else chooses anything.
+//! A plan is a pure function of a [`Problem`] and a [`DeviceInfo`]: it can be made, printed and tested where there is
+//! no such device. Nothing else chooses anything.
 
 mod cost;
 mod launch;
@@ -22,10 +22,10 @@ use crate::problem::{BackwardProblem, BackwardTensors, Problem};
 use crate::program::Derivative;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
-/// Blocks that one launch can have along x.
+/// Largest number of blocks of one launch along x.
 pub const MAX_BLOCKS: u32 = i32::MAX as u32;
 
-/// How one problem is solved on one device.
+/// The plan of one problem on one device.
 #[derive(Clone, Debug)]
 pub struct Plan {
     problem: Problem,
@@ -39,14 +39,16 @@ pub struct Plan {
     cost: Cost,
 }
 
-/// What a block holds at a time: the unit in which memory is read and the mask is applied.
+/// Tile sizes of a block: the unit in which memory is read and the mask is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Queries that one block, or one task of the CPU, owns; in the CPU's backward pass, queries it takes in at a time.
+    /// Number of queries that a block of a GPU, or a task of the CPU, owns; in the CPU's backward pass, number of
+    /// queries that it streams at a time.
     pub block_m: u32,
-    /// Keys that it takes in at a time; in the CPU's backward pass, keys that one task owns.
+    /// Number of keys that it streams at a time; in the CPU's backward pass, number of keys that a task owns.
     pub block_n: u32,
-    /// Query heads whose queries a block owns together, a query of each, then the next; `block_m` counts all of them.
+    /// Number of query heads packed into a tile: the first query of each, then the second. `block_m` counts all of
+    /// them.
     pub packed_heads: u32,
 }
 
@@ -94,16 +96,18 @@ impl Plan {
         })
     }
 
-    /// Plans a backward pass for a device: first delta, then the gradients, in one of two ways.
+    /// Plans a backward pass for a device: first delta, then the gradients, in one of two forms.
     ///
-    /// The portable kernels, and the CPU, let each gradient be written once, by the block that owns it, in a fixed order.
-    /// On a GPU that takes seven products, because a kernel for dQ and another for dK and dV both compute scores.
+    /// In the first form, on the CPU and with the portable kernels, each gradient is written once, by the block that
+    /// owns it, in a fixed order. On a GPU this takes seven products, because a kernel for dQ and another for dK and
+    /// dV both compute scores.
     ///
-    /// On Hopper, up to head_dim 128, there is one kernel of five products. Blocks own keys and add up dQ in f32 in
-    /// the workspace, `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes a head, in an order that is not fixed: the last
-    /// bits of dQ differ from run to run. With `.deterministic()` each block waits for its turn, in the order in which the work
-    /// of a head was dealt. What the waiting costs is predicted in `benches/results/hopper_model.md`, and not measured yet.
-    /// Beyond head_dim 128 the accumulators of dK and dV fill the registers, and Hopper goes the first way too.
+    /// In the second form, on Hopper up to head_dim 128, there is one kernel of five products. Blocks own keys and
+    /// accumulate dQ in f32 in the workspace, `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes per head. The
+    /// order of additions is not fixed, so the last bits of dQ differ from run to run. With `.deterministic()` each
+    /// block waits for its turn, in the order of the tile scheduler. `benches/results/hopper_model.md` predicts the
+    /// cost of waiting, which is not measured yet. Above head_dim 128 the accumulators of dK and dV fill the
+    /// registers, and Hopper uses the first form too.
     ///
     /// # Errors
     /// As for [`new`](Self::new).
@@ -133,12 +137,12 @@ impl Plan {
         })
     }
 
-    /// What is solved.
+    /// Returns the problem that this plan was made for.
     pub fn problem(&self) -> &Problem {
         &self.problem
     }
 
-    /// Where the tensors of a backward pass lie; `None` if the plan is for a forward pass.
+    /// Returns the tensors of a backward pass, or `None` if the plan is for a forward pass.
     pub(crate) fn backward_tensors(&self) -> Option<&BackwardTensors> {
         self.backward.as_ref()
     }
@@ -148,35 +152,36 @@ impl Plan {
         self.table_gradients
     }
 
-    /// The derivatives of the score program, of a backward pass that has one. Those by tables are there if their gradients
-    /// are asked for.
+    /// The derivatives of the score program, of a backward pass that has one. Those by tables are there if their
+    /// gradients are asked for.
     pub fn derivative(&self) -> Option<&Arc<Derivative>> {
         self.derivative.as_ref()
     }
 
-    /// Device memory that is needed while the plan runs, beside inputs and results: in backward on the CPU an f32 a query, on
-    /// a GPU three and a u32 for 16 queries, and where dQ is added up an f32 for each of its elements, queries in whole tiles of 64 and head_dim in whole 64s,
-    /// with a u32 for each such square where they are added in a fixed order.
+    /// Returns the bytes of device memory needed while the plan runs, besides inputs and results. Backward on the CPU
+    /// needs one f32 per query. On a GPU it needs three f32 per query and one u32 per 16 queries. Where dQ is
+    /// accumulated it needs one f32 for each of its elements, with queries in whole tiles of 64 and head_dim in whole
+    /// 64s, and in deterministic mode one u32 for each 64 x 64 square.
     pub fn workspace_bytes(&self) -> u64 {
         self.workspace_bytes
     }
 
-    /// What it is solved on.
+    /// Returns the device that this plan was made for.
     pub fn device(&self) -> &DeviceInfo {
         &self.device
     }
 
-    /// What a block holds at a time.
+    /// Returns the tile sizes.
     pub fn tiles(&self) -> Tiles {
         self.tiles
     }
 
-    /// The kernels to launch, in order; none on the CPU.
+    /// Returns the kernels to launch, in order; none on the CPU.
     pub fn launches(&self) -> &[Launch] {
         &self.launches
     }
 
-    /// Bytes and operations, counted exactly.
+    /// Returns the bytes and operations.
     pub fn cost(&self) -> Cost {
         self.cost
     }
@@ -198,12 +203,12 @@ fn refuse_programs(problem: &Problem, device: &DeviceInfo) -> Result<(), Error> 
     })
 }
 
-/// The tiles of a forward pass on the CPU.
+/// Returns the tiles of a forward pass on the CPU.
 ///
-/// A panel of queries (48 on AVX-512, 16 on AVX2, 8 portable: `block_m` is a multiple of each) with its part of the output and
-/// of the scores, and a tile of 64 keys and values, live in the L1 and L2 cache of a core. Each tile of keys is widened, or
-/// comes into the cache, once for all the queries of a task: 384 where there are tasks enough to keep every thread busy to the
-/// end, fewer where not. Results do not depend on how many.
+/// A panel of queries (48 on AVX-512, 16 on AVX2, 8 in portable code; `block_m` is a multiple of each) with its part
+/// of the output and the scores, and a tile of 64 keys and values, stay in the L1 and L2 caches of a core. Each tile
+/// of keys is loaded and widened once for all queries of a task. A task has 384 queries if there are enough tasks to
+/// keep every thread busy to the end, fewer if not. Results do not depend on this number.
 fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
     let heads = problem.batch() * problem.heads_q();
     let enough = |block_m: &u32| heads * problem.seqlen_q().div_ceil(*block_m) as usize >= 16 * threads;
@@ -214,11 +219,11 @@ fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
     }
 }
 
-/// The tiles of a backward pass on the CPU, where a task owns keys and streams queries past them.
+/// Returns the tiles of a backward pass on the CPU, where a task owns keys and streams queries.
 ///
-/// The keys of a task and their gradients stay in the L2 cache, and each tile of queries is widened and transposed once
-/// for all of them: more where there are many, so that short sequences still make tasks for every thread. Gradients are
-/// sums of what tasks add, so this depends on sizes alone, never on threads.
+/// The keys of a task and their gradients stay in L2, and each tile of queries is widened and transposed once for all
+/// of them. A long sequence gets more keys per task, a short one fewer, so that it still has tasks for every thread.
+/// Gradients are sums of what tasks add, so this depends on sizes alone, never on threads.
 fn cpu_backward_tiles(problem: &Problem) -> Tiles {
     let long = problem.seqlen_k() >= 4096 && problem.head_dim() <= 128;
     Tiles {
@@ -228,7 +233,7 @@ fn cpu_backward_tiles(problem: &Problem) -> Tiles {
     }
 }
 
-/// The kernels of a backward pass on a GPU, in order, and the bytes of their workspace.
+/// Makes the launches of a backward pass on a GPU, in order, and the bytes of their workspace.
 fn backward_launches(
     problem: &BackwardProblem,
     device: &DeviceInfo,
@@ -250,7 +255,7 @@ fn backward_launches(
             .collect::<Result<Vec<_>, Error>>()?;
         return Ok((Tiles::of(launches[1].entry), launches, workspace_bytes));
     }
-    // None is compiled for the widest heads.
+    // The widest heads have no such kernel.
     let (dtype, causal) = (forward.dtype(), forward.causal());
     let has_all = entries::find(Pass::BackwardAll, Arch::Sm90a, dtype, causal, forward.head_dim()).is_some();
     let streams = choose(if has_all { Pass::BackwardAll } else { Pass::BackwardKeys })?;
@@ -293,8 +298,8 @@ impl Tiles {
     }
 }
 
-/// The compiled kernel of a pass for a problem on a GPU. `suits_hopper` is whether Hopper's own kernels take it; the portable
-/// ones take everything.
+/// Chooses the compiled kernel of a pass for a problem on a GPU. `suits_hopper` is true if Hopper's own kernels can
+/// run it; the portable ones run everything.
 fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool) -> Result<&'static Entry, Error> {
     let DeviceInfo::Gpu {
         compute_capability: (major, minor),
@@ -351,7 +356,7 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
     Ok(entry)
 }
 
-/// A table to read: what is solved, by which kernel in which tiles, and what it costs.
+/// Writes a table: the problem, kernels and tiles, and the cost.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let p = &self.problem;
@@ -404,7 +409,7 @@ impl fmt::Display for Plan {
     }
 }
 
-/// A number of bytes, exact and in the unit that suits it.
+/// A number of bytes, printed exactly and in a suitable unit.
 struct Bytes(u128);
 
 impl fmt::Display for Bytes {

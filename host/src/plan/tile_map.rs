@@ -1,38 +1,39 @@
-//! What the tensor memory accelerator is to know of a tensor.
+//! Descriptions of tensors for the tensor memory accelerator.
 
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
 use crate::problem::Problem;
 
-/// Strides that a tensor map takes, in bytes: a multiple of 16, and less than this.
+/// Limit of a tensor map's strides in bytes; they are also multiples of 16.
 const STRIDE_LIMIT: u64 = 1 << 40;
 
-/// A `[batch, heads, seqlen, head_dim]` tensor of 16-bit elements and the box in which a kernel copies it: the arguments of
-/// `cuTensorMapEncodeTiled`, from which a device makes a tensor map.
+/// A `[batch, heads, seqlen, head_dim]` tensor of 16-bit elements, and the box in which a kernel copies it: the
+/// arguments of `cuTensorMapEncodeTiled`, from which a device makes a tensor map.
 ///
-/// The box is swizzled in rows of 128 bytes; what lies outside the tensor reads as zeros.
+/// The box is swizzled in rows of 128 bytes; elements outside of the tensor read as zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TileMap {
-    /// Element type.
+    /// Element type of the tensor.
     pub dtype: Dtype,
     /// Device address of element `[0, 0, 0, 0]`.
     pub address: u64,
-    /// head_dim, packed heads, seqlen, heads, batch.
+    /// Sizes of head_dim, packed heads, seqlen, heads, batch.
     pub dims: [u64; 5],
-    /// Bytes from one entry of the dimensions after head_dim to the next.
+    /// Strides of the dimensions after head_dim, in bytes.
     pub strides: [u64; 4],
-    /// The box, in the order of `dims`.
+    /// Sizes of the box, in the order of `dims`.
     pub box_dims: [u32; 5],
 }
 
 impl TileMap {
-    /// The map of a tensor that [fits](fit), of these sizes, copied `rows` rows at a time.
+    /// Describes a tensor that [fits](fit), with these sizes, copied `rows` rows at a time.
     pub(super) fn new(tensor: &StridedTensor, dims: [u64; 4], dtype: Dtype, rows: u32) -> Self {
         Self::packed(tensor, dims, dtype, rows, 1)
     }
 
-    /// The same with `packed` neighbouring heads, a divisor of `rows`, in place of one: a row of each, then the next.
+    /// Describes a tensor with `packed` neighbouring heads, a divisor of `rows`, in each box: a row of each head,
+    /// then the next row.
     pub(super) fn packed(tensor: &StridedTensor, dims: [u64; 4], dtype: Dtype, rows: u32, packed: u32) -> Self {
         let [head_dim, seqlen, heads, batch] = dims;
         let dims = [head_dim, packed.into(), seqlen, heads / u64::from(packed), batch];
@@ -48,15 +49,15 @@ impl TileMap {
             dtype,
             address: tensor.address,
             dims,
-            // The stride of an axis of one entry is never used, but a driver may refuse 0.
+            // The stride of an axis of size 1 is never used, but a driver may refuse 0.
             strides: std::array::from_fn(|_| strides.next().unwrap_or(0).max(16)),
             box_dims: [64, packed, rows / packed, 1, 1],
         }
     }
 }
 
-/// Whether tensor maps can describe tensors of q's shape and of k's: 16-byte aligned rows, no broadcast axis, strides in
-/// range.
+/// Returns true if tensor maps can describe tensors of q's shape and of k's: 16-byte aligned rows, no broadcast axis,
+/// strides in range.
 pub(super) fn fit(problem: &Problem, like_q: &[StridedTensor], like_k: &[StridedTensor]) -> bool {
     let bytes = problem.dtype().bytes() as u64;
     let fits = |tensor: &StridedTensor, dims: [u64; 4]| {
@@ -70,7 +71,7 @@ pub(super) fn fit(problem: &Problem, like_q: &[StridedTensor], like_k: &[Strided
     like_q.iter().all(|tensor| fits(tensor, q)) && like_k.iter().all(|tensor| fits(tensor, k))
 }
 
-/// Sizes of q and out, and of k and v: head_dim, seqlen, heads, batch.
+/// Returns the sizes of q and out, and of k and v: head_dim, seqlen, heads, batch.
 pub(super) fn dims(problem: &Problem) -> ([u64; 4], [u64; 4]) {
     let dims = |seqlen: u32, heads: usize| {
         [

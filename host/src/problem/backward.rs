@@ -1,4 +1,4 @@
-//! A backward problem: a forward problem, what forward made of it, and the gradient that comes in.
+//! A backward problem: a forward problem with its results, and the gradient of the output.
 
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
@@ -16,12 +16,12 @@ pub struct BackwardProblem {
     derivative: Option<Arc<Derivative>>,
 }
 
-/// Where the tensors lie that only a backward pass has.
+/// Location of the tensors that only a backward pass has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct BackwardTensors {
     /// Gradient of the output.
     pub dout: StridedTensor,
-    /// Gradient of q; its address is 0 until it is allocated, and so are those of the other two.
+    /// Gradient of q. The addresses of dq, dk and dv are 0 until they are allocated.
     pub dq: StridedTensor,
     /// Gradient of k.
     pub dk: StridedTensor,
@@ -33,7 +33,7 @@ pub(crate) struct BackwardTensors {
     pub statistics: Option<[u64; 2]>,
 }
 
-/// What a backward pass takes from the forward pass and from the layers above.
+/// Inputs of a backward pass besides q, k and v: the results of forward, and the gradient of its output.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct BackwardInputs<'a> {
@@ -43,12 +43,12 @@ pub struct BackwardInputs<'a> {
     pub lse: &'a TensorInfo,
     /// Forward's row_max and row_sum, as lse, if they are there.
     pub statistics: Option<[&'a TensorInfo; 2]>,
-    /// Gradient of the output, as q.
+    /// Gradient of the output, with the shape of q.
     pub dout: &'a TensorInfo,
 }
 
-/// The caller's own memory for gradients, each shaped as what it is the gradient of, with any strides that do not
-/// overlap and a contiguous last axis.
+/// The caller's memory for gradients, each with the shape of its tensor, a contiguous last axis, and any other
+/// strides that do not overlap.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct GradientOutputs<'a> {
@@ -61,7 +61,7 @@ pub struct GradientOutputs<'a> {
 }
 
 impl<'a> BackwardInputs<'a> {
-    /// The results of the forward pass without its statistics, and the gradient of its output.
+    /// Collects the results of the forward pass, without statistics, and the gradient of its output.
     pub fn new(out: &'a TensorInfo, lse: &'a TensorInfo, dout: &'a TensorInfo) -> Self {
         Self {
             out,
@@ -73,7 +73,7 @@ impl<'a> BackwardInputs<'a> {
 }
 
 impl<'a> GradientOutputs<'a> {
-    /// Memory for the gradients of q, k and v.
+    /// Collects the memory for the gradients of q, k and v.
     pub fn new(dq: &'a TensorInfo, dk: &'a TensorInfo, dv: &'a TensorInfo) -> Self {
         Self { dq, dk, dv }
     }
@@ -82,13 +82,13 @@ impl<'a> GradientOutputs<'a> {
 impl BackwardProblem {
     /// Checks a backward problem; `gradients` are the caller's tensors, or `None` for new contiguous ones.
     ///
-    /// That out and lse came from a forward pass over these q, k and v with these options can not be seen from their
-    /// layouts: where they did not, the gradients are finite but meaningless, or not finite, and nothing worse.
+    /// Layouts cannot show that out and lse come from a forward pass over these q, k and v with these options. If
+    /// they do not, the gradients are meaningless or not finite, but nothing worse happens.
     ///
     /// # Errors
-    /// Those of [`Problem::new`] for q, k and v; then, in the same order, the same for out, lse and dout; then, for the
-    /// caller's gradients, also [`Error::OverlappingStrides`] and [`Error::Aliased`]; then [`Error::Program`] if the score
-    /// program has no derivative.
+    /// The errors of [`Problem::new`] for q, k and v; then these errors, in their order, for out, lse and dout; then
+    /// for the caller's gradients also [`Error::OverlappingStrides`] and [`Error::Aliased`]; then [`Error::Program`]
+    /// if the score program has no derivative.
     pub fn new(
         attention: &Attention,
         q: &TensorInfo,
@@ -162,7 +162,7 @@ impl BackwardProblem {
         })
     }
 
-    /// The forward problem; its `out` is forward's output.
+    /// Returns the forward problem, whose `out` is forward's output.
     pub fn forward(&self) -> &Problem {
         &self.forward
     }
@@ -172,7 +172,7 @@ impl BackwardProblem {
         self.table_gradients
     }
 
-    /// The derivatives of the score program, if there is one.
+    /// Returns the derivatives of the score program, if there is one.
     pub fn derivative(&self) -> Option<&Arc<Derivative>> {
         self.derivative.as_ref()
     }
@@ -181,12 +181,12 @@ impl BackwardProblem {
         &self.tensors
     }
 
-    /// Whether gradients are to be the same bits each time.
+    /// Returns true if gradients must be bitwise reproducible.
     pub fn deterministic(&self) -> bool {
         self.deterministic
     }
 
-    /// Bytes of delta, an f32 a query.
+    /// Returns the bytes of delta, one f32 per query.
     pub(crate) fn delta_bytes(&self) -> u64 {
         if !self.forward.has_pairs() {
             return 0;

@@ -1,6 +1,6 @@
-//! One attention problem, proven sane: the only validation there is.
+//! A validated attention problem; all validation happens here.
 //!
-//! Everything after [`Problem::new`] relies on it: plans compute without overflow, devices index without checks.
+//! Everything after [`Problem::new`] relies on it: plans compute without overflow, and devices index without checks.
 
 mod backward;
 mod scale;
@@ -22,16 +22,16 @@ use crate::options::Attention;
 use crate::program::interval::Ranges;
 use crate::program::{Coordinate, Program};
 
-/// The widest head that kernels are compiled for.
+/// Largest head_dim that kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
 
-/// What a head_dim must be a multiple of: 16 bytes of f16, one copy instruction.
+/// Number that head_dim must be a multiple of: 16 bytes of f16, one copy instruction.
 pub const HEAD_DIM_MULTIPLE: usize = 8;
 
 /// Names of the axes of q, k, v and out; lse has the first three.
 const AXES: [&str; 4] = ["batch", "heads", "seqlen", "head_dim"];
 
-/// A valid attention problem: sizes, options, and where its tensors lie.
+/// A valid attention problem: sizes, options, and the location of its tensors.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
     batch: usize,
@@ -52,7 +52,7 @@ pub struct Problem {
     program: Option<Arc<Program>>,
 }
 
-/// The caller's own memory for the results of a forward pass.
+/// The caller's memory for the results of a forward pass.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Outputs<'a> {
@@ -65,7 +65,7 @@ pub struct Outputs<'a> {
 }
 
 impl<'a> Outputs<'a> {
-    /// Memory for out and lse.
+    /// Collects memory for out and lse.
     pub fn new(out: &'a TensorInfo, lse: &'a TensorInfo) -> Self {
         Self {
             out,
@@ -78,7 +78,7 @@ impl<'a> Outputs<'a> {
 /// Names of the tensors of [`Statistics`](crate::Statistics) in error messages.
 const STATISTICS: [&str; 2] = ["row_max", "row_sum"];
 
-/// A tensor with the name it has in error messages.
+/// A tensor with its name in error messages.
 type Named<'a> = (&'static str, &'a TensorInfo);
 
 impl Problem {
@@ -103,7 +103,7 @@ impl Problem {
         let out = outputs.map(|outputs| ("out", outputs.out));
         let of_rows = outputs.map_or(Vec::new(), |outputs| of_rows(outputs.lse, outputs.statistics));
         let all: Vec<Named<'_>> = inputs.into_iter().chain(out).chain(of_rows.iter().copied()).collect();
-        let rows: Vec<Named<'_>> = inputs.into_iter().chain(out).collect(); // those with a head_dim
+        let rows: Vec<Named<'_>> = inputs.into_iter().chain(out).collect(); // tensors with a head_dim
 
         check_rank(&all)?;
         check_shapes_agree(&inputs, out, &of_rows)?;
@@ -147,72 +147,72 @@ impl Problem {
         })
     }
 
-    /// Independent sequences.
+    /// Returns the number of independent sequences.
     pub fn batch(&self) -> usize {
         self.batch
     }
 
-    /// Query heads.
+    /// Returns the number of query heads.
     pub fn heads_q(&self) -> usize {
         self.heads_q
     }
 
-    /// Key and value heads; each serves `heads_q / heads_kv` query heads.
+    /// Returns the number of key/value heads; each serves `heads_q / heads_kv` query heads.
     pub fn heads_kv(&self) -> usize {
         self.heads_kv
     }
 
-    /// Length of the query sequence.
+    /// Returns the length of the query sequence.
     pub fn seqlen_q(&self) -> u32 {
         self.seqlen_q
     }
 
-    /// Length of the key sequence.
+    /// Returns the length of the key sequence.
     pub fn seqlen_k(&self) -> u32 {
         self.seqlen_k
     }
 
-    /// Elements of a head.
+    /// Returns the elements of a head.
     pub fn head_dim(&self) -> u32 {
         self.head_dim
     }
 
-    /// Element type of q, k, v and out.
+    /// Returns the element type of q, k, v and out.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
-    /// Whether query i sees only the keys up to `i + seqlen_k - seqlen_q`.
+    /// Returns true for a causal mask: query i sees only the keys up to `i + seqlen_k - seqlen_q`.
     pub fn causal(&self) -> bool {
         self.causal
     }
 
-    /// What scores are multiplied by before the softmax.
+    /// Returns the factor of the scores before the softmax.
     pub fn softmax_scale(&self) -> f32 {
         self.scale.value
     }
 
-    /// The softmax scale in the forms that kernels take.
+    /// Returns the softmax scale in the forms that kernels take.
     pub fn scale(&self) -> Scale {
         self.scale
     }
 
-    /// The architecture whose kernels were asked for; `None` leaves it to the plan.
+    /// Returns the architecture whose kernels are forced; `None` leaves the choice to the plan.
     pub fn arch(&self) -> Option<Arch> {
         self.arch
     }
 
-    /// Queries.
+    /// Returns the layout of the queries.
     pub fn q(&self) -> StridedTensor {
         self.q
     }
 
-    /// Keys.
+    /// Returns the layout of the keys.
     pub fn k(&self) -> StridedTensor {
         self.k
     }
 
-    /// Values.
+    /// Returns the layout of the values.
     pub fn v(&self) -> StridedTensor {
         self.v
     }
@@ -237,12 +237,12 @@ impl Problem {
         self.keeps_statistics
     }
 
-    /// What happens to scores, and what hides pairs beside a causal mask; `None` if nothing does.
+    /// Returns the program that changes scores and hides pairs beside a causal mask, or `None`.
     pub fn program(&self) -> Option<&Arc<Program>> {
         self.program.as_ref()
     }
 
-    /// The output; its address is 0 until it is allocated.
+    /// Returns the layout of the output, whose address is 0 until it is allocated.
     pub fn out(&self) -> StridedTensor {
         self.out
     }
@@ -262,7 +262,7 @@ fn all_pairs(q: &TensorInfo, k: &TensorInfo) -> Ranges {
     })
 }
 
-/// The tensors that hold one f32 a query, with their names.
+/// Lists the tensors that hold one f32 per query, with their names.
 fn of_rows<'a>(lse: &'a TensorInfo, statistics: Option<[&'a TensorInfo; 2]>) -> Vec<Named<'a>> {
     let statistics = statistics
         .into_iter()
@@ -270,7 +270,7 @@ fn of_rows<'a>(lse: &'a TensorInfo, statistics: Option<[&'a TensorInfo; 2]>) -> 
     [("lse", lse)].into_iter().chain(statistics).collect()
 }
 
-/// Tells if a tensor of this name holds one f32 a query.
+/// Returns true if the tensor of this name holds one f32 per query.
 fn is_of_rows(argument: &str) -> bool {
     argument == "lse" || STATISTICS.contains(&argument)
 }
@@ -297,7 +297,7 @@ fn check_shapes_agree(&[q, k, v]: &[Named<'_>; 3], out: Option<Named<'_>>, of_ro
     of_rows.iter().try_for_each(|&tensor| agree(tensor, q, &[0, 1, 2]))
 }
 
-/// Whether `argument` has the size of `model` along these axes.
+/// Checks that `argument` has the size of `model` along these axes.
 fn agree((argument, tensor): Named<'_>, (other, model): Named<'_>, axes: &[usize]) -> Result<(), Error> {
     for &axis in axes {
         let (got, expected) = (tensor.shape()[axis], model.shape()[axis]);
@@ -404,7 +404,7 @@ fn check_tables_apart(program: &Program, outputs: &[Named<'_>]) -> Result<(), Er
     Ok(())
 }
 
-/// Every element that is written has memory of its own.
+/// Checks that every element that is written has memory of its own.
 fn check_written(inputs: &[Named<'_>], outputs: &[Named<'_>]) -> Result<(), Error> {
     for &(argument, output) in outputs {
         if output.overlaps_itself() {

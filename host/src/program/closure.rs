@@ -1,7 +1,7 @@
-//! Closures over [`Score`], [`Index`] and [`Truth`], run once and written down.
+//! Closures over [`Score`], [`Index`] and [`Truth`], which run once and are recorded.
 //!
-//! A value is a node of the graph that is being written. Its lifetime belongs to that graph alone, so a value that is kept
-//! for another closure, or mixed with another's, does not compile:
+//! A value is a node of the graph being recorded. Its lifetime belongs to that graph alone, so a value that is kept
+//! for another closure, or mixed with the values of another one, does not compile:
 //!
 //! ```compile_fail
 //! # use flash_attention::Attention;
@@ -9,7 +9,7 @@
 //! let attention = Attention::new().score(|s, _| { kept = Some(s); s }); // outlives its closure: does not compile
 //! ```
 //!
-//! Numbers beside values become parameters. Rust's `<` and `==` give a `bool`, so comparisons are methods.
+//! Numbers combined with values become parameters. Rust's `<` and `==` return a `bool`, so comparisons are methods.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -21,15 +21,15 @@ use super::table::TableSource;
 use super::{Constant, ProgramError};
 use crate::element::Scalar;
 
-/// A score while a closure is traced: f32 on devices.
+/// A score in a recorded closure; f32 on devices.
 #[derive(Clone, Copy)]
 pub struct Score<'g>(Traced<'g>);
 
-/// A coordinate, or what is computed of coordinates: i32, whose arithmetic wraps.
+/// A coordinate, or a number computed from coordinates: i32 with wrapping arithmetic.
 #[derive(Clone, Copy)]
 pub struct Index<'g>(Traced<'g>);
 
-/// A condition: true where a pair is visible, if a mask returns it.
+/// A condition. The result of a mask is true for visible pairs.
 #[derive(Clone, Copy)]
 pub struct Truth<'g>(Traced<'g>);
 
@@ -37,29 +37,31 @@ pub struct Truth<'g>(Traced<'g>);
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct At<'g> {
-    /// The sequence in its batch.
+    /// Index of the sequence in its batch.
     pub batch: Index<'g>,
-    /// The query head.
+    /// Index of the query head.
     pub head: Index<'g>,
-    /// The key and value head, `head / (heads_q / heads_kv)`.
+    /// Index of the key/value head, `head / (heads_q / heads_kv)`.
     pub kv_head: Index<'g>,
-    /// The query.
+    /// Index of the query.
     pub query: Index<'g>,
-    /// The key.
+    /// Index of the key.
     pub key: Index<'g>,
-    /// Queries of the sequence.
+    /// Number of queries of the sequence.
     pub seqlen_q: Index<'g>,
-    /// Keys of the sequence.
+    /// Number of keys of the sequence.
     pub seqlen_k: Index<'g>,
 }
 
 impl<'g> At<'g> {
-    /// The query's position among the keys if the last query stands at the last key: `query + seqlen_k - seqlen_q`.
+    /// Returns the query's position among the keys, where the last query is at the last key: `query + seqlen_k -
+    /// seqlen_q`.
     pub fn position(&self) -> Index<'g> {
         self.query + (self.seqlen_k - self.seqlen_q)
     }
 
-    /// Keys from this key to the query's [`position`](Self::position), negative for keys after it (bottom-right alignment).
+    /// Returns the number of keys from this key to the query's [`position`](Self::position); negative for keys after
+    /// it (bottom-right alignment).
     pub fn distance(&self) -> Index<'g> {
         self.position() - self.key
     }
@@ -74,13 +76,13 @@ impl<'g> At<'g> {
         Index(number.trace(self.batch.0.graph))
     }
 
-    /// `query - key`: the same distance if the first query stands at the first key (top-left alignment).
+    /// Returns `query - key`: the distance with the first query at the first key (top-left alignment).
     pub fn distance_top_left(&self) -> Index<'g> {
         self.query - self.key
     }
 }
 
-/// A node of a graph that is being written. The lifetime is invariant: two graphs' values are of two types.
+/// A node of a graph being recorded. The lifetime is invariant: values of two graphs have different types.
 #[derive(Clone, Copy)]
 pub struct Traced<'g> {
     graph: &'g RefCell<Fragment>,
@@ -165,7 +167,7 @@ pub trait Readable: Scalar {
 mod sealed {
     use super::*;
 
-    /// A value, or a number that becomes one in a graph.
+    /// A value, or a number that becomes a value of a graph.
     pub trait Traceable<'g>: Copy {
         /// The value's type.
         type Value: Wrapped<'g>;
@@ -173,9 +175,9 @@ mod sealed {
         fn trace(self, graph: &'g RefCell<Fragment>) -> Traced<'g>;
     }
 
-    /// A value.
+    /// Types of values.
     pub trait Wrapped<'g>: Sized {
-        /// The value of a node; an index becomes a score where one is wanted.
+        /// Makes the value of a node; an index is converted where a score is needed.
         fn wrap(traced: Traced<'g>) -> Self;
     }
 }
@@ -260,7 +262,7 @@ impl<'g> Traceable<'g> for bool {
     }
 }
 
-/// Operators of two values of one type, and of a value and what can stand for one.
+/// Implements operators of two values of one type, and of a value and a number.
 macro_rules! operators {
     ($($value:ident: $($trait:ident $method:ident $op:ident),*; also with $other:ty;)*) => {$($(
         impl<'g> $trait for $value<'g> {
@@ -298,7 +300,7 @@ operators! {
 }
 operators! { Score, Index<'g>: Add add Add, Sub sub Subtract, Mul mul Multiply, Div div Divide }
 
-/// An index beside an f32 is a score.
+/// Implements operators of an index and an f32, which give a score.
 macro_rules! mixed {
     ($($trait:ident $method:ident),*) => {$(
         impl<'g> $trait<f32> for Index<'g> {
@@ -321,7 +323,7 @@ macro_rules! mixed {
 
 mixed! { Add add, Sub sub, Mul mul, Div div }
 
-/// The quotient rounded down. The divisor must be positive, else the program is refused.
+/// Divides and rounds down. The divisor must be positive, otherwise the program is invalid.
 impl<'g> Div<i32> for Index<'g> {
     type Output = Self;
 
@@ -330,7 +332,8 @@ impl<'g> Div<i32> for Index<'g> {
     }
 }
 
-/// The remainder in `0 .. divisor`, also of a negative index. The divisor must be positive, else the program is refused.
+/// Returns the remainder in `0 .. divisor`, also for a negative index. The divisor must be positive, otherwise the
+/// program is invalid.
 impl<'g> Rem<i32> for Index<'g> {
     type Output = Self;
 
@@ -384,23 +387,23 @@ macro_rules! functions {
 
 functions! {
     Score {
-        /// The absolute value. Its derivative at 0 is 1.
+        /// Returns the absolute value. Its derivative at 0 is 1.
         abs Abs,
-        /// `e^x`.
+        /// Returns `e^x`.
         exp Exp,
-        /// The natural logarithm.
+        /// Returns the natural logarithm.
         log Log,
-        /// The hyperbolic tangent.
+        /// Returns the hyperbolic tangent.
         tanh Tanh,
-        /// The square root.
+        /// Returns the square root.
         sqrt Sqrt,
-        /// `1 / x`.
+        /// Returns `1 / x`.
         reciprocal Reciprocal,
-        /// The largest whole number up to x. It has no derivative: backward refuses it where x depends on the score.
+        /// Rounds down to a whole number. It has no derivative: backward refuses it where x depends on the score.
         floor Floor,
     }
     Index {
-        /// The absolute value.
+        /// Returns the absolute value.
         abs Abs,
     }
 }
@@ -409,12 +412,12 @@ functions! {
 macro_rules! ordered {
     ($($value:ident)*) => {$(
         impl<'g> $value<'g> {
-            /// The smaller of the two.
+            /// Returns the smaller value.
             pub fn min(self, other: impl Operand<'g, Value = Self>) -> Self {
                 Self(self.0.binary(Binary::Min, other.trace(self.0.graph)))
             }
 
-            /// The larger of the two.
+            /// Returns the larger value.
             pub fn max(self, other: impl Operand<'g, Value = Self>) -> Self {
                 Self(self.0.binary(Binary::Max, other.trace(self.0.graph)))
             }
@@ -460,7 +463,7 @@ impl<'g> Score<'g> {
         Self(Traced::load(source, indices, clamped))
     }
 
-    /// The largest whole number up to x as an index: the nearest i32 beyond its range, 0 of a NaN. It has no derivative.
+    /// Rounds down to an index: the nearest i32 if out of range, 0 for NaN. It has no derivative.
     pub fn to_index(self) -> Index<'g> {
         Index(self.0.unary(Unary::ToIndex))
     }
@@ -487,7 +490,8 @@ impl<'g> Index<'g> {
 }
 
 impl<'g> Truth<'g> {
-    /// `then` where this holds, else `otherwise`. The one not taken has no influence, not even as a NaN.
+    /// Returns `then` where this condition is true, else `otherwise`. The other value has no influence, not even as
+    /// NaN.
     pub fn select<T: Operand<'g>>(self, then: T, otherwise: impl Operand<'g, Value = T::Value>) -> T::Value {
         let graph = self.0.graph;
         let (then, otherwise) = (then.trace(graph).node, otherwise.trace(graph).node);

@@ -85,8 +85,8 @@ pub(crate) struct Parts {
 impl Parts {
     /// The program that the parts make; `None` of no parts.
     ///
-    /// The order is fixed: softcap, bias, ALiBi, then the closures of scores one after the other, each from what the one
-    /// before gave. A pair is visible if all masks say so.
+    /// The order is fixed: softcap, bias, ALiBi, then the closures of scores one after the other, each from what the
+    /// one before gave. A pair is visible if all masks say so.
     pub(crate) fn compose(&self) -> Result<Option<Arc<Program>>, ProgramError> {
         if *self == Self::default() {
             return Ok(None);

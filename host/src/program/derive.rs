@@ -1,13 +1,13 @@
-//! The derivative of a program's score: by the score that comes in, and by the elements of tables.
+//! The derivative of a program's score with respect to the incoming score and to the elements of tables.
 //!
-//! Derivatives go forward, from one input to the score that comes out, and share what they have in common, because equal
-//! operations are one node. Backward through a [`Node::Select`] would multiply what was not taken by 0, and 0 times
-//! infinity is NaN; forward, a value not taken has no influence.
+//! Derivatives are computed forward, from one input to the resulting score. They share common parts, because equal
+//! operations are one node. Backward through a [`Node::Select`] the value not taken would be multiplied by 0, and 0
+//! times infinity is NaN. Forward, a value not taken has no influence.
 
 use super::expression::{Binary, Comparison, Expression, Node, NodeId, Type, Unary};
 use super::{Program, ProgramError};
 
-/// The derivatives of a program.
+/// Derivatives of a program.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Derivative {
     expression: Expression,
@@ -20,27 +20,28 @@ pub struct Derivative {
 pub struct LoadDerivative {
     /// The node that reads.
     pub load: NodeId,
-    /// The derivative.
+    /// Node of the derivative.
     pub derivative: NodeId,
 }
 
 impl Derivative {
-    /// The program's operations under the names they have there, and those of the derivatives after them.
+    /// Returns the program's operations, under their names in the program, followed by those of the derivatives.
     pub fn expression(&self) -> &Expression {
         &self.expression
     }
 
-    /// `dy / ds`. The literal 1.0, [`Node::Real`], where the program adds to the score only.
+    /// Returns `dy / ds`. It is the literal 1.0, [`Node::Real`], if the program only adds to the score.
     pub fn score(&self) -> NodeId {
         self.score
     }
 
-    /// Tells if `dy / ds` is 1 everywhere.
+    /// Returns true if `dy / ds` is 1 everywhere.
     pub fn is_one(&self) -> bool {
         self.expression.node(self.score) == ONE
     }
 
-    /// For each read of a float table that the score depends on, in the program's order. Several may read one table.
+    /// Returns the derivative for each read of a float table that the score depends on, in the program's order.
+    /// Several may read one table.
     pub fn loads(&self) -> &[LoadDerivative] {
         &self.loads
     }
@@ -50,11 +51,11 @@ const ONE: Node = Node::Real(0x3f80_0000);
 const ZERO: Node = Node::Real(0);
 
 impl Program {
-    /// The derivatives of the score; those by tables only if they are asked for.
+    /// Computes the derivatives of the score; those with respect to tables only if asked for.
     ///
     /// # Errors
-    /// [`ProgramError::NotDifferentiable`] where a score, or a float table whose gradient is asked for, is made a whole
-    /// number on its way.
+    /// [`ProgramError::NotDifferentiable`] if a score, or a float table whose gradient is asked for, is rounded to a
+    /// whole number.
     pub fn derivative(&self, of_tables: bool) -> Result<Derivative, ProgramError> {
         let mut expression = self.expression().clone();
         let score_in = expression.add(Node::Score);
@@ -90,14 +91,14 @@ impl Program {
     }
 }
 
-/// Derivatives of nodes by one input.
+/// Derivatives of nodes with respect to one input.
 struct Tangents<'a> {
     expression: &'a mut Expression,
     input: NodeId,
 }
 
 impl Tangents<'_> {
-    /// The derivative of a node; `None` is 0.
+    /// Returns the derivative of a node; `None` is 0.
     fn of(&mut self, root: NodeId) -> Result<Option<NodeId>, ProgramError> {
         let needed = self.expression.needed([root]);
         let mut tangents = vec![None; root.index() + 1];
@@ -209,7 +210,7 @@ impl Tangents<'_> {
         self.expression.add(Node::Unary(Unary::Negate, x))
     }
 
-    /// A derivative times a value; nothing is multiplied by 1.
+    /// Multiplies a derivative by a value; a factor of 1 is left out.
     fn multiply(&mut self, derivative: NodeId, value: NodeId) -> NodeId {
         if self.expression.node(derivative) == ONE {
             return value;

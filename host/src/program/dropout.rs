@@ -6,26 +6,26 @@
 //! (q, k + 8), (q + 8, k), (q + 8, k + 8): the pairs that one lane of a tensor core holds. So every device, tile and layout
 //! draws the same bits, and backward draws them again instead of keeping them.
 
-/// Rounds of the generator: the fewest that pass every test of BigCrush.
+/// Number of rounds of the generator: the fewest that pass every test of BigCrush.
 pub const ROUNDS: usize = 7;
 
-/// Factors of the generator, of its words 0 and 2.
+/// Multipliers of the generator, for words 0 and 2.
 pub const FACTORS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];
 
 /// Increments of the two words of the key from round to round.
 pub const WEYL: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
 
-/// Dropout of weights: each is 0 with a probability p, else divided by 1 - p, after normalisation.
+/// Dropout of weights after normalisation: each weight becomes 0 with probability p, else is divided by 1 - p.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// p, in `0 .. 1`.
+    /// Probability p, in `0 .. 1`.
     pub probability: f32,
-    /// The key of the generator.
+    /// Key of the random generator.
     pub seed: u64,
 }
 
 impl Dropout {
-    /// A weight is kept if its random word is at least this: `p * 2^32`, rounded to the nearest.
+    /// Returns the least random word of a kept weight: `p * 2^32`, rounded to the nearest.
     pub fn threshold(&self) -> u32 {
         (f64::from(self.probability) * 4_294_967_296.0).round() as u32 // saturates
     }
@@ -35,18 +35,19 @@ impl Dropout {
         (1.0 / (1.0 - f64::from(self.probability))) as f32
     }
 
-    /// The key of the generator, the lower word of the seed first.
+    /// Returns the key of the generator, the lower word of the seed first.
     pub fn key(&self) -> [u32; 2] {
         [self.seed as u32, (self.seed >> 32) as u32]
     }
 
-    /// Tells if the weight of a pair is kept.
+    /// Returns true if the weight of a pair is kept.
     pub fn keeps(&self, batch: u32, head: u32, query: u32, key: u32) -> bool {
         let words = philox([group(query), group(key), head, batch], self.key());
         words[word(query, key)] >= self.threshold()
     }
 
-    /// For each weight of a small problem, `[batch, heads, seqlen_q, seqlen_k]`, 1 if it is kept and 0 if it is dropped.
+    /// Returns, for each weight of a small problem, `[batch, heads, seqlen_q, seqlen_k]`, 1 if it is kept and 0 if it
+    /// is dropped.
     pub fn keep_mask(&self, [batch, heads, seqlen_q, seqlen_k]: [usize; 4]) -> Vec<u8> {
         let mut mask = Vec::with_capacity(batch * heads * seqlen_q * seqlen_k);
         for row in 0..batch * heads * seqlen_q {
@@ -58,7 +59,7 @@ impl Dropout {
     }
 }
 
-/// The group that a position belongs to along its axis: `p` and `p + 8` of each 16 share one.
+/// Returns the group of a position along its axis: `p` and `p + 8` of each 16 share one.
 pub const fn group(position: u32) -> u32 {
     position / 16 * 8 + position % 8
 }
@@ -68,7 +69,7 @@ pub const fn word(query: u32, key: u32) -> usize {
     (query / 8 % 2 * 2 + key / 8 % 2) as usize
 }
 
-/// Four random words of a counter and a key.
+/// Returns the four random words of a counter and a key.
 pub const fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let ([mut a, mut b, mut c, mut d], [mut k, mut l]) = (counter, key);
     let mut round = 0;

@@ -1,4 +1,4 @@
-//! Programs evaluated by scalars in f64, for the oracle: slow, and as the definition says.
+//! Evaluation of programs on scalars in f64, for the oracle: slow, and by the definition.
 
 use std::sync::Arc;
 
@@ -32,17 +32,17 @@ impl Pair {
     }
 }
 
-/// A program with what its tables hold, in the host's memory.
+/// A program with the contents of its tables in host memory.
 #[derive(Clone, Debug)]
 pub struct Evaluator {
     program: Arc<Program>,
     tables: Vec<HostTable>,
     sinks: Option<Vec<f64>>,
-    /// The nodes that the score needs, and those that the mask needs.
+    /// Nodes that the score needs, and nodes that the mask needs.
     needed: [Vec<bool>; 2],
 }
 
-/// A table's content.
+/// Content of a table.
 #[derive(Clone, Debug)]
 pub struct HostTable {
     /// Size along each axis.
@@ -51,7 +51,7 @@ pub struct HostTable {
     pub values: Vec<f64>,
 }
 
-/// The value of a node.
+/// Value of a node.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value {
     /// Value of a score.
@@ -63,10 +63,10 @@ pub enum Value {
 }
 
 impl Value {
-    /// A score's number.
+    /// Returns the number of a score.
     ///
     /// # Panics
-    /// If it is no score.
+    /// If the value is not a score.
     pub fn score(self) -> f64 {
         match self {
             Self::Score(x) => x,
@@ -74,10 +74,10 @@ impl Value {
         }
     }
 
-    /// An index's number.
+    /// Returns the number of an index.
     ///
     /// # Panics
-    /// If it is no index.
+    /// If the value is not an index.
     pub fn index(self) -> i32 {
         match self {
             Self::Index(x) => x,
@@ -85,10 +85,10 @@ impl Value {
         }
     }
 
-    /// A truth.
+    /// Returns a truth.
     ///
     /// # Panics
-    /// If it is none.
+    /// If the value is not a truth.
     pub fn truth(self) -> bool {
         match self {
             Self::Truth(x) => x,
@@ -98,7 +98,7 @@ impl Value {
 }
 
 impl Evaluator {
-    /// A program and the contents of its tables, in the order of [`Program::tables`], and of its sinks.
+    /// Combines a program with the contents of its tables, in the order of [`Program::tables`], and of its sinks.
     ///
     /// # Panics
     /// If there are more or fewer tables than the program reads.
@@ -115,12 +115,12 @@ impl Evaluator {
         }
     }
 
-    /// The program.
+    /// Returns the program.
     pub fn program(&self) -> &Program {
         &self.program
     }
 
-    /// The learned logit of a query head, if there are any.
+    /// Returns the learned logit of a query head, if there is one.
     pub fn sink(&self, head: usize) -> Option<f64> {
         self.sinks.as_ref().map(|sinks| sinks[head])
     }
@@ -130,7 +130,7 @@ impl Evaluator {
         &self.tables
     }
 
-    /// Tells if a pair is visible by the program's mask.
+    /// Returns true if a pair is visible by the program's mask.
     pub fn sees(&self, pair: &Pair) -> bool {
         let Some(mask) = self.program.mask() else { return true };
         self.run(self.program.expression(), &self.needed[1], pair, 0.0, |x| x)[mask.index()].truth()
@@ -142,11 +142,11 @@ impl Evaluator {
         values[self.program.score().index()].score()
     }
 
-    /// The values of the nodes of an expression that are needed; each score is passed through `round`. The expression is
-    /// the program's or that of its derivative. The values of other nodes are without meaning.
+    /// Evaluates the needed nodes of an expression; every score passes through `round`. The expression is that of the
+    /// program or of its derivative. The values of other nodes have no meaning.
     ///
     /// # Panics
-    /// If an index leaves its table.
+    /// If an index is outside of its table.
     pub fn run(
         &self,
         expression: &Expression,
@@ -206,16 +206,17 @@ impl Evaluator {
         }
     }
 
-    /// The element of a table that a read of these indices takes.
+    /// Returns the element of a table that a read with these indices takes.
     ///
     /// # Panics
-    /// If an index leaves the table.
+    /// If an index is outside of the table.
     fn load(&self, table: usize, indices: Indices, clamped: bool, of: &impl Fn(NodeId) -> Value) -> f64 {
         let HostTable { shape, values } = &self.tables[table];
         values[offset(shape, indices, clamped, of)]
     }
 
-    /// The element, counted in order, that a read takes in a pair whose values were found by [`run`](Self::run).
+    /// Returns the table and the element, in row-major order, that a read takes for a pair whose values
+    /// [`run`](Self::run) computed.
     pub fn element(&self, node: Node, values: &[Value]) -> (usize, usize) {
         let Node::Load {
             table,

@@ -1,8 +1,8 @@
-//! [`Expression`]: a program's operations as a graph without cycles, each written once.
+//! [`Expression`]: a program's operations as an acyclic graph without duplicates.
 //!
-//! Nodes stand in an order in which each comes after its operands, so an evaluator is one loop over them. Two equal
-//! operations on equal operands are one node. The numbers that a user writes are parameters, not nodes' contents: two
-//! expressions that differ in such numbers only are equal, and so is the code that is made of them.
+//! Each node comes after its operands, so an evaluator is one loop over them. Two equal operations on equal operands
+//! are one node. Numbers of the user are parameters, not contents of nodes: two expressions that differ only in such
+//! numbers are equal, and so is the code made from them.
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -10,26 +10,26 @@ use std::ops::{BitOr, Deref};
 
 use crate::element::DataType;
 
-/// Most axes that a table has.
+/// Largest number of axes of a table.
 pub const MAX_RANK: usize = 4;
 
-/// The type of a node's value.
+/// Type of a node's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Type {
     /// A score: f32 on devices, f64 in the oracle.
     Score,
-    /// A coordinate or what is computed of them: i32, whose arithmetic wraps.
+    /// A coordinate or a number computed from coordinates: i32 with wrapping arithmetic.
     Index,
     /// True or false.
     Truth,
 }
 
-/// A node of an [`Expression`], by its place.
+/// Name of a node of an [`Expression`]: its place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(u32);
 
 impl NodeId {
-    /// The node's place: operands have smaller ones.
+    /// Returns the node's place; operands have smaller ones.
     pub fn index(self) -> usize {
         self.0 as usize
     }
@@ -38,24 +38,24 @@ impl NodeId {
 /// Coordinate of a (query, key) pair. Positions count from the first query and key of their own sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Coordinate {
-    /// The sequence in its batch.
+    /// Index of the sequence in its batch.
     Batch,
-    /// The query head.
+    /// Index of the query head.
     Head,
-    /// The key and value head, `head / (heads_q / heads_kv)`.
+    /// Index of the key/value head, `head / (heads_q / heads_kv)`.
     KvHead,
-    /// The query.
+    /// Index of the query.
     Query,
-    /// The key.
+    /// Index of the key.
     Key,
-    /// Queries of the sequence.
+    /// Number of queries of the sequence.
     SeqlenQ,
-    /// Keys of the sequence.
+    /// Number of keys of the sequence.
     SeqlenK,
 }
 
 impl Coordinate {
-    /// All of them.
+    /// All coordinates.
     pub const ALL: [Self; 7] = [
         Self::Batch,
         Self::Head,
@@ -82,7 +82,7 @@ impl Coordinate {
 pub enum Unary {
     /// `-x`, of a score or an index.
     Negate,
-    /// The absolute value of a score or an index. That of `i32::MIN` is itself.
+    /// The absolute value of a score or an index; that of `i32::MIN` is `i32::MIN`.
     Abs,
     /// `e^x` of a score.
     Exp,
@@ -94,17 +94,17 @@ pub enum Unary {
     Sqrt,
     /// `1 / x` of a score.
     Reciprocal,
-    /// The largest whole number up to a score, as a score. Its derivative is 0.
+    /// A score rounded down to a whole number, as a score. Its derivative is 0.
     Floor,
     /// An index as a score, rounded to the nearest.
     ToScore,
-    /// The largest whole number up to a score, as an index: the nearest i32 beyond its range, 0 of a NaN.
+    /// A score rounded down to a whole number, as an index: the nearest i32 if out of range, 0 for NaN.
     ToIndex,
-    /// Each bit of an index inverted, or a truth denied.
+    /// Each bit of an index inverted, or a truth negated.
     Not,
 }
 
-/// An operation on two values of one type, which is its own type too.
+/// An operation on two values of one type; the result has that type too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Binary {
     /// The sum of scores or indices.
@@ -127,13 +127,13 @@ pub enum Binary {
     Or,
     /// Bits of one index only, or one truth only.
     Xor,
-    /// An index moved to the left by another, taken modulo 32.
+    /// An index shifted to the left by another, modulo 32.
     ShiftLeft,
-    /// An index moved to the right by another, taken modulo 32; the sign fills.
+    /// An index shifted to the right by another, modulo 32, with sign extension.
     ShiftRight,
 }
 
-/// A question about two scores, or two indices. False where a score is NaN.
+/// A comparison of two scores, or two indices. False if a score is NaN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Comparison {
     /// `x < y`.
@@ -144,7 +144,7 @@ pub enum Comparison {
     Equal,
 }
 
-/// The indices of a read, one an axis of the table.
+/// Indices of a read, one for each axis of the table.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Indices {
     rank: u8,
@@ -152,10 +152,10 @@ pub struct Indices {
 }
 
 impl Indices {
-    /// Indices of a table of as many axes.
+    /// Collects the indices of a read, one for each axis.
     ///
     /// # Panics
-    /// Beyond [`MAX_RANK`].
+    /// For more than [`MAX_RANK`] indices.
     pub fn new(indices: &[NodeId]) -> Self {
         let mut nodes = [NodeId(0); MAX_RANK];
         nodes[..indices.len()].copy_from_slice(indices);
@@ -180,44 +180,43 @@ impl std::fmt::Debug for Indices {
     }
 }
 
-/// One operation.
+/// An operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Node {
-    /// The score that comes in: `softmax_scale * (q . k)`.
+    /// The incoming score: `softmax_scale * (q . k)`.
     Score,
-    /// A coordinate, an index.
+    /// A coordinate, which is an index.
     Coordinate(Coordinate),
-    /// A number that belongs to the operations, not to the user: the bits of an f32. A score.
+    /// A constant of the operations, not of the user, that is a score: the bits of an f32.
     Real(u32),
-    /// The same, an index.
+    /// A constant that is an index.
     Integer(i32),
-    /// The same, a truth.
+    /// A constant that is a truth.
     Truth(bool),
-    /// A number of the user's: the place of its value in [`Program::constants`](super::Program::constants), and its type,
-    /// a score or an index.
+    /// A number of the user: the place of its value in [`Program::constants`](super::Program::constants), and its
+    /// type, a score or an index.
     Parameter(u32, Type),
     /// An operation on one value.
     Unary(Unary, NodeId),
     /// An operation on two values.
     Binary(Binary, NodeId, NodeId),
-    /// A question about two values.
+    /// A comparison of two values.
     Compare(Comparison, NodeId, NodeId),
-    /// The second value where the first, a truth, holds, else the third. The value not taken has no influence.
+    /// The second value if the first, a truth, is true, else the third. The value not taken has no influence.
     Select(NodeId, NodeId, NodeId),
-    /// An element of a table: its place in [`Expression::tables`], and an index for each of its axes.
+    /// An element of a table, given by the table's place in [`Expression::tables`] and an index for each of its axes.
     Load {
-        /// The table.
+        /// Place of the table.
         table: u32,
-        /// One index an axis.
+        /// One index for each axis.
         indices: Indices,
-        /// Moves indices that lie outside to the nearest inside. Without it all are proven inside for every pair of the
-        /// problem.
+        /// True to clamp indices to the table. If false, all are proven to be inside for every pair of the problem.
         clamped: bool,
     },
 }
 
 impl Node {
-    /// The nodes that it takes its values from.
+    /// Returns the operands of the operation.
     pub fn operands(&self) -> impl Iterator<Item = NodeId> + use<> {
         let [a, b, c, d] = match *self {
             Self::Score
@@ -277,25 +276,25 @@ impl Node {
 pub struct Dependence(u8);
 
 impl Dependence {
-    /// Nothing: the same value for every pair of a call.
+    /// No dependence: one value for all pairs of a call.
     pub const NONE: Self = Self(0);
-    /// The sequence, its lengths included.
+    /// Depends on the sequence, including its lengths.
     pub const BATCH: Self = Self(1);
-    /// The head.
+    /// Depends on the head.
     pub const HEAD: Self = Self(2);
-    /// The query.
+    /// Depends on the query.
     pub const QUERY: Self = Self(4);
-    /// The key.
+    /// Depends on the key.
     pub const KEY: Self = Self(8);
-    /// The score that comes in.
+    /// Depends on the incoming score.
     pub const SCORE: Self = Self(16);
 
-    /// Tells if it has all of `other`.
+    /// Returns true if this set includes all of `other`.
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// Tells if it has nothing that `other` has not.
+    /// Returns true if `other` includes all of this set.
     pub const fn within(self, other: Self) -> bool {
         other.contains(self)
     }
@@ -309,7 +308,8 @@ impl BitOr for Dependence {
     }
 }
 
-/// The type of what is read of elements: floats are scores; an i32 is an index, and a u32 the index of the same bits.
+/// Returns the type of a table's elements in a program: floats are scores, i32 is an index, and u32 the index with
+/// these bits.
 pub const fn read_as(element: DataType) -> Type {
     if element.is_float() { Type::Score } else { Type::Index }
 }
@@ -319,7 +319,7 @@ pub const fn read_as(element: DataType) -> Type {
 pub struct TableType {
     /// Element type.
     pub element: DataType,
-    /// Axes, 1 to [`MAX_RANK`].
+    /// Number of axes, 1 to [`MAX_RANK`].
     pub rank: usize,
 }
 
@@ -334,27 +334,27 @@ pub struct Expression {
 }
 
 impl Expression {
-    /// The operations in order.
+    /// Returns the operations in order.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// The operations in order, with their names.
+    /// Iterates over the operations in order, with their names.
     pub fn iter(&self) -> impl Iterator<Item = (NodeId, Node)> + '_ {
         (0..).map(NodeId).zip(self.nodes.iter().copied())
     }
 
-    /// The nodes of now, in order.
+    /// Iterates over the names of the current nodes, in order.
     pub fn ids(&self) -> impl DoubleEndedIterator<Item = NodeId> + use<> {
         (0..self.nodes.len() as u32).map(NodeId)
     }
 
-    /// The operation of a node.
+    /// Returns the operation of a node.
     pub fn node(&self, id: NodeId) -> Node {
         self.nodes[id.index()]
     }
 
-    /// The type of a node's value.
+    /// Returns the type of a node's value.
     pub fn type_of(&self, id: NodeId) -> Type {
         self.types[id.index()]
     }
@@ -364,12 +364,12 @@ impl Expression {
         self.dependences[id.index()]
     }
 
-    /// The tables that are read.
+    /// Returns the tables that are read.
     pub fn tables(&self) -> &[TableType] {
         &self.tables
     }
 
-    /// For each node, if one of `roots` needs its value.
+    /// Returns for each node if one of `roots` needs its value.
     pub fn needed(&self, roots: impl IntoIterator<Item = NodeId>) -> Vec<bool> {
         let mut needed = vec![false; self.nodes.len()];
         for root in roots {
@@ -385,14 +385,14 @@ impl Expression {
         needed
     }
 
-    /// Adds a table; its place.
+    /// Adds a table and returns its place.
     pub(super) fn add_table(&mut self, table: TableType) -> u32 {
         self.tables.push(table);
         self.tables.len() as u32 - 1
     }
 
-    /// The node of an operation, which is added if it is not there. The operands are nodes of this expression, of the types
-    /// that the operation takes.
+    /// Returns the node of an operation, which is added if it does not exist. The operands are nodes of this
+    /// expression, with the types that the operation takes.
     pub(super) fn add(&mut self, node: Node) -> NodeId {
         if let Some(&id) = self.places.get(&node) {
             return id;
@@ -428,7 +428,7 @@ impl Expression {
     }
 }
 
-/// Equal operations in equal order on tables of equal types.
+/// Compares operations, their order and the types of tables.
 impl PartialEq for Expression {
     fn eq(&self, other: &Self) -> bool {
         self.nodes == other.nodes && self.tables == other.tables

@@ -1,7 +1,7 @@
-//! Bounds of values over ranges of coordinates: what shows that a tile of pairs is all visible, or all hidden, and that an
-//! index stays in its table.
+//! Bounds of values over ranges of coordinates. They prove that a tile of pairs is all visible or all hidden, and
+//! that an index stays in its table.
 //!
-//! Bounds hold for every device: of scores they are followed only through operations that round nothing.
+//! Bounds hold on every device: bounds of scores are tracked only through operations that do not round.
 
 #[cfg(doc)]
 use super::Coordinate;
@@ -10,29 +10,29 @@ use super::{Binary, Comparison, Constant, Expression, Node, NodeId, Type, Unary}
 /// Bounds of a value, both included.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Bounds {
-    /// Of a score that is a number.
+    /// Bounds of a score that is not NaN.
     Score(f32, f32),
-    /// Of a score that may be anything, not a number included.
+    /// A score without bounds, which may be NaN.
     AnyScore,
-    /// Of an index.
+    /// Bounds of an index.
     Index(i32, i32),
-    /// If a truth may be false, and if it may be true.
+    /// Possible values of a truth: may it be false, may it be true.
     Truth(bool, bool),
 }
 
-/// The first and last value of each coordinate, in the order of [`Coordinate::ALL`].
+/// First and last value of each coordinate, in the order of [`Coordinate::ALL`].
 pub type Ranges = [(i32, i32); 7];
 
-/// Some values of an expression, whose bounds are asked for again and again.
+/// Values of an expression whose bounds are computed repeatedly.
 #[derive(Clone, Debug)]
 pub struct Intervals {
-    /// The operations that are needed, with the places of their values.
+    /// Operations that are needed, with the places of their values.
     nodes: Vec<(NodeId, Node)>,
     bounds: Vec<Bounds>,
 }
 
 impl Intervals {
-    /// For the bounds of `roots`.
+    /// Prepares the computation of the bounds of `roots`.
     pub fn new(expression: &Expression, roots: impl IntoIterator<Item = NodeId>) -> Self {
         let needed = expression.needed(roots);
         Self {
@@ -41,7 +41,8 @@ impl Intervals {
         }
     }
 
-    /// Works out all bounds. `of_load` gives those of what a table holds, from its place and the bounds of each index.
+    /// Computes all bounds. `of_load` returns those of a table's content, from the table's place and the bounds of
+    /// each index.
     pub fn evaluate(
         &mut self,
         ranges: &Ranges,
@@ -87,14 +88,14 @@ impl Intervals {
         }
     }
 
-    /// The bounds of a root, or of what it is made of, as they were worked out last.
+    /// Returns the bounds of a root or of one of its operands, as computed last.
     pub fn of(&self, node: NodeId) -> Bounds {
         self.bounds[node.index()]
     }
 }
 
 impl Bounds {
-    /// Those of any value of a type.
+    /// Returns the bounds that hold for any value of a type.
     pub fn any(of: Type) -> Self {
         match of {
             Type::Score => Self::AnyScore,
@@ -112,7 +113,8 @@ fn of_number(value: f32) -> Bounds {
     }
 }
 
-/// Bounds of an index from exact ones; where those leave the range of i32, arithmetic has wrapped, and they are lost.
+/// Converts exact bounds to those of an index. If they leave the range of i32, arithmetic has wrapped, and there are
+/// no bounds.
 fn wrapped(low: i64, high: i64) -> Bounds {
     match (i32::try_from(low), i32::try_from(high)) {
         (Ok(low), Ok(high)) => Bounds::Index(low, high),
@@ -120,7 +122,7 @@ fn wrapped(low: i64, high: i64) -> Bounds {
     }
 }
 
-/// Bounds of what has one or the other.
+/// Returns bounds that include both arguments.
 fn either(x: Bounds, y: Bounds) -> Bounds {
     match (x, y) {
         (Bounds::Score(a, b), Bounds::Score(c, d)) => Bounds::Score(a.min(c), b.max(d)),
@@ -154,7 +156,7 @@ fn of_one(operation: Unary, x: Bounds) -> Bounds {
             Bounds::Score(least, low.abs().max(high.abs()))
         }
         (Unary::Floor, Bounds::Score(low, high)) => Bounds::Score(low.floor(), high.floor()),
-        // Rounding to the nearest keeps the order.
+        // Rounding to nearest preserves the order.
         (Unary::ToScore, Bounds::Index(low, high)) => Bounds::Score(low as f32, high as f32),
         (Unary::ToIndex, Bounds::Score(low, high)) => Bounds::Index(low.floor() as i32, high.floor() as i32),
         (Unary::ToIndex, _) => Bounds::any(Type::Index),
@@ -249,7 +251,7 @@ fn compare(comparison: Comparison, x: Bounds, y: Bounds) -> Bounds {
 mod tests {
     use super::*;
 
-    /// Every operation of two indices on every pair of small ranges, against all values in them.
+    /// Tests every operation of two indices on every pair of small ranges against all values in them.
     #[test]
     fn bounds_of_indices_hold_every_value() {
         use Binary::*;

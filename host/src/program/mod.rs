@@ -39,7 +39,7 @@ use crate::error::Error;
 pub use crate::error::ProgramError;
 use crate::layout::DeviceId;
 
-/// A finished program. Where it has neither score nor mask, sinks nor dropout, there is none.
+/// A finished program. It has at least one of score, mask, sinks and dropout.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Program {
     expression: Expression,
@@ -55,7 +55,7 @@ pub struct Program {
     dropout: Option<Dropout>,
 }
 
-/// The value of a parameter: a number that may change from call to call without new code.
+/// Value of a parameter: a number that may change from call to call without new code.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Constant {
     /// Value of a parameter that is a score.
@@ -86,27 +86,27 @@ impl Program {
         &self.expression
     }
 
-    /// The score that the softmax takes, y. [`Node::Score`] where the program leaves it as it comes.
+    /// Returns the node of the softmax's score y. It is [`Node::Score`] if the program does not change scores.
     pub fn score(&self) -> NodeId {
         self.score
     }
 
-    /// Tells if y is the score that comes in.
+    /// Returns true if y is the incoming score.
     pub fn keeps_score(&self) -> bool {
         self.expression.node(self.score) == Node::Score
     }
 
-    /// The truth that says if a pair is visible; `None` if all are. Causal masks are not in it.
+    /// Returns the node that tells if a pair is visible; `None` if all are. Causal masks are not part of it.
     pub fn mask(&self) -> Option<NodeId> {
         self.mask
     }
 
-    /// The values of the parameters, by the places that [`Node::Parameter`] holds.
+    /// Returns the values of the parameters, by the places in [`Node::Parameter`].
     pub fn constants(&self) -> &[Constant] {
         &self.constants
     }
 
-    /// The tables that are read, in the order of [`Expression::tables`].
+    /// Returns the tables that are read, in the order of [`Expression::tables`].
     pub fn tables(&self) -> &[TableSource] {
         &self.tables
     }
@@ -121,12 +121,13 @@ impl Program {
         self.alibi_slopes
     }
 
-    /// A logit for each query head, f32 `[heads_q]`, that takes part in the softmax and has no value.
+    /// Returns the sinks: one logit for each query head, f32 `[heads_q]`, that takes part in the softmax without a
+    /// value.
     pub fn sinks(&self) -> Option<&TableSource> {
         self.sinks.as_ref()
     }
 
-    /// Dropout of weights.
+    /// Returns the dropout of weights.
     pub fn dropout(&self) -> Option<Dropout> {
         self.dropout
     }

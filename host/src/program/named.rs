@@ -1,4 +1,4 @@
-//! Named features that read no table: closures like a user's own, each with its formula and where it comes from.
+//! Named features that read no table: closures like those of a user, each with its formula and origin.
 //!
 //! `p` is the query's position among the keys, `query + seqlen_k - seqlen_q`.
 

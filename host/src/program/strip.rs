@@ -1,23 +1,23 @@
-//! [`Code`]: an [`Expression`] as lines for a machine whose registers are strips of scores.
+//! [`Code`]: an [`Expression`] as instructions for a machine whose registers are strips of scores.
 //!
-//! A strip is a tile of scores, `keys x queries`, of a few queries. Each line is one operation on whole registers, so that
-//! what it takes to decide which operation that is, is spread over a thousand scores. What does not change with both query and
-//! key is worked out before: once a head, once for the queries of a tile, once for the keys of a tile.
+//! A strip is a part of a tile of scores, `keys x queries`, with a few queries. Each line is one operation on whole
+//! registers, so the cost of decoding it is spread over about a thousand scores. Values that do not depend on both
+//! query and key are computed before: once per head, once for the queries of a tile, once for the keys of a tile.
 
 use super::{Binary, Comparison, Coordinate, Dependence, Expression, Node, NodeId, Type, Unary};
 
-/// How often a value is worked out, and so where it lies.
+/// Frequency with which a value is computed, which determines where it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Space {
     /// Given from the start: one number.
     Given,
-    /// Once a head: one number.
+    /// Computed once per head: one number.
     Head,
-    /// Once for each query of a tile.
+    /// Computed once for each query of a tile.
     Query,
-    /// Once for each key of a tile.
+    /// Computed once for each key of a tile.
     Key,
-    /// For each pair.
+    /// Computed for each pair.
     Strip,
     /// The tile of products of query and key, which become scores.
     Score,
@@ -37,7 +37,7 @@ impl Slot {
     }
 }
 
-/// An operation on registers. Of f32 where the name says nothing else; words are i32, bits are both or truths.
+/// An operation on registers. It is on f32 unless its name says otherwise; words are i32, bits are both or truths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
     Copy,
@@ -84,15 +84,15 @@ pub(crate) enum Operation {
     And,
     Or,
     Xor,
-    /// The bits of the second where the first, a truth, holds, else of the third.
+    /// The bits of the second operand if the first, a truth, is true, else those of the third.
     Select,
-    /// An element of a table, by the index on each axis, moved to the nearest inside.
+    /// An element of a table, by the index on each axis, clamped to the table.
     Load {
         table: u32,
     },
 }
 
-/// One operation: where its result goes, and where the operands are that it has.
+/// An instruction: one operation with the registers of its result and operands.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Line {
     pub(crate) operation: Operation,
@@ -104,39 +104,39 @@ pub(crate) struct Line {
 /// A number that is given from the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Given {
-    /// Bits that the operations have.
+    /// A constant of the operations, as bits.
     Bits(u32),
     /// A parameter, by its place.
     Parameter(u32),
-    /// A coordinate that is neither query nor key.
+    /// A coordinate other than query and key.
     Coordinate(Coordinate),
-    /// What turns products of query and key into [`Node::Score`].
+    /// The factor that turns products of query and key into [`Node::Score`].
     Scale,
 }
 
-/// Lines for some values of an expression.
+/// Instructions for some values of an expression.
 #[derive(Clone, Debug)]
 pub(crate) struct Code {
-    /// The registers of [`Space::Given`].
+    /// Registers of [`Space::Given`].
     pub(crate) given: Vec<Given>,
-    /// Lines of which the results change with the head alone.
+    /// Instructions whose results depend on the head alone.
     pub(crate) of_head: Stage,
-    /// Those with the query. The first register is the query's position.
+    /// Instructions whose results depend on the query. The first register is the query's position.
     pub(crate) of_queries: Stage,
-    /// Those with the key. The first register is the key's position.
+    /// Instructions whose results depend on the key. The first register is the key's position.
     pub(crate) of_keys: Stage,
-    /// Those with both.
+    /// Instructions whose results depend on both.
     pub(crate) of_pairs: Stage,
-    /// Where the values are that were asked for.
+    /// Registers of the values that were asked for.
     pub(crate) roots: Vec<Slot>,
 }
 
-/// Lines that are run together.
+/// Instructions that are run together.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stage {
-    /// In the order to run.
+    /// Instructions in order.
     pub(crate) lines: Vec<Line>,
-    /// How many registers their space has.
+    /// Number of registers in their space.
     pub(crate) registers: usize,
 }
 
@@ -406,8 +406,8 @@ impl Line {
     }
 }
 
-/// Numbers the registers of strips anew: one is used again after it was read for the last time. The line that reads it last
-/// may write to it: lines go element by element.
+/// Numbers the registers of strips anew: one is used again after it was read for the last time. The line that reads
+/// it last may write to it: lines go element by element.
 fn reuse_registers(stage: Stage, roots: &mut [Slot]) -> Stage {
     let last_read = |slot: Slot| stage.lines.iter().rposition(|line| line.reads(slot));
     let (mut numbers, mut free, mut registers) = (vec![0; stage.registers], Vec::new(), 0);

@@ -32,7 +32,7 @@ pub struct Table<T: Scalar, const RANK: usize> {
     element: PhantomData<T>,
 }
 
-/// The memory of a table, kept alive by its owner.
+/// Memory of a table, kept alive by its owner.
 #[derive(Clone)]
 pub struct TableSource {
     /// Name in messages.
@@ -52,7 +52,7 @@ pub struct TableSource {
 }
 
 impl TableSource {
-    /// A table over a tensor's memory.
+    /// Describes a table over a tensor's memory.
     pub fn new(name: &'static str, info: &TensorInfo, owner: Arc<dyn Any + Send + Sync>) -> Self {
         Self {
             name,
@@ -81,7 +81,7 @@ impl TableSource {
 }
 
 impl<T: Scalar, const RANK: usize> Table<T, RANK> {
-    /// A table over memory that has as many axes and such elements.
+    /// Makes a table over memory with this number of axes and these elements.
     pub(crate) fn over(source: TableSource) -> Self {
         const { assert!(RANK > 0 && RANK <= MAX_RANK, "a table has 1 to 4 axes") };
         debug_assert!(source.shape.len() == RANK && source.element == T::DATA_TYPE);
@@ -91,22 +91,22 @@ impl<T: Scalar, const RANK: usize> Table<T, RANK> {
         }
     }
 
-    /// The memory.
+    /// Returns the memory of the table.
     pub fn source(&self) -> &TableSource {
         &self.source
     }
 }
 
-/// Reads with an index an axis.
+/// Implements reads with one index per axis.
 macro_rules! reads {
     ($($rank:literal: $($axis:ident)*;)*) => {$(
         impl<T: Readable> Table<T, $rank> {
-            /// The element at these indices, which must be proven to lie within the table.
+            /// Reads the element at these indices, which must be proven to be within the table.
             pub fn at<'g>(&self, $($axis: Index<'g>),*) -> T::Value<'g> {
                 T::read(&self.source, &[$($axis),*], false)
             }
 
-            /// The element at these indices, each moved to the nearest within the table.
+            /// Reads the element at these indices, each clamped to the table.
             pub fn at_clamped<'g>(&self, $($axis: Index<'g>),*) -> T::Value<'g> {
                 T::read(&self.source, &[$($axis),*], true)
             }
@@ -147,7 +147,7 @@ impl<T: Scalar, const RANK: usize> fmt::Debug for Table<T, RANK> {
     }
 }
 
-/// Equal where they lie at one place of one device and are read alike; names and owners are not compared.
+/// Compares place, device, type and layout; names and owners are not compared.
 impl PartialEq for TableSource {
     fn eq(&self, other: &Self) -> bool {
         self.device == other.device

@@ -1,4 +1,5 @@
-//! Instructions of aarch64 that stable Rust has no functions for yet: conversions of f16, products of bf16, prefetches.
+//! Instructions of aarch64 that stable Rust has no functions for yet: conversions of f16, products of bf16,
+//! prefetches.
 //!
 //! One function is one instruction.
 
@@ -45,7 +46,8 @@ pub(super) fn round_to_f16(wide: float32x4_t) -> uint16x4_t {
     halves
 }
 
-/// `BFMMLA`: adds to a matrix of 2 x 2 the product of two rows of four bf16 and, of the other operand, two columns of four.
+/// `BFMMLA`: adds to a matrix of 2 x 2 the product of two rows of four bf16 and, of the other operand, two columns of
+/// four.
 ///
 /// # Safety
 /// The processor has FEAT_BF16.

@@ -1,4 +1,5 @@
-//! Problems without a (query, key) pair, because one of the sequences, or the batch, is empty: results are zeros, and lse -inf or that of a sink.
+//! Problems without a (query, key) pair, because one of the sequences, or the batch, is empty: results are zeros, and
+//! lse -inf or that of a sink.
 
 use flash_attention_kernels::abi::StridedTensor;
 
@@ -11,7 +12,7 @@ use crate::problem::{BackwardTensors, Problem};
 /// Writes out, lse and, where their addresses are given, row_max and row_sum of queries that see no key.
 ///
 /// # Safety
-/// As for [`forward`](super::forward::forward).
+/// The contract of [`forward`](super::forward::forward).
 pub(super) unsafe fn forward(
     kernels: &Kernels,
     problem: &Problem,
@@ -45,7 +46,7 @@ pub(super) unsafe fn forward(
 /// Writes dq where there are queries, dk and dv where there are keys.
 ///
 /// # Safety
-/// As for [`backward`](super::backward::backward).
+/// The contract of [`backward`](super::backward::backward).
 pub(super) unsafe fn backward(kernels: &Kernels, problem: &Problem, tensors: &BackwardTensors) {
     // SAFETY: passed on to the caller.
     unsafe {
@@ -62,7 +63,7 @@ pub(super) unsafe fn backward(kernels: &Kernels, problem: &Problem, tensors: &Ba
 /// Writes zeros to every row of a tensor.
 ///
 /// # Safety
-/// The tensor has so many heads and rows, and nobody else touches it.
+/// The tensor has this many heads and rows, and no other thread accesses it.
 unsafe fn zero(kernels: &Kernels, problem: &Problem, tensor: StridedTensor, heads: usize, seqlen: u32) {
     let head_dim = problem.head_dim() as usize;
     let zeros = vec![0.0; head_dim];

@@ -1,7 +1,8 @@
-//! The CPU: the tiled algorithm in native code, rayon over tasks, vector instructions chosen when it runs.
+//! The CPU device: the tiled algorithm in native code, with rayon for tasks and vector instructions chosen at run
+//! time.
 //!
-//! A task owns the queries of one tile of one head, as a block of a GPU does, and walks the keys the same way. Extra
-//! memory is a few tiles per thread.
+//! A task owns the queries of one tile of one head, like a block of a GPU, and processes the keys in the same way.
+//! The extra memory is a few tiles per thread.
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
@@ -34,26 +35,28 @@ use crate::target::DeviceInfo;
 use kernels::{Isa, Kernels, Pairs};
 use team::Team;
 
-/// Addresses of tensors are multiples of a cache line.
+/// Alignment of tensors in bytes: a cache line.
 const ALIGN: usize = 64;
 
-/// An allocation this large is held against the machine's free memory first: the system may promise memory that it
-/// does not have, and end the process when it is used.
+/// Allocations of at least this many bytes are first compared with the machine's free memory: the system may grant
+/// memory that it does not have, and end the process when it is used.
 const CHECKED_ALLOCATION: usize = 1 << 30;
 
-/// The host's cores.
+/// The CPU device.
 pub(super) struct Cpu {
     threads: usize,
-    /// What it runs, or the name in `FLASH_ATTENTION_CPU` that the processor has nothing of: an error of every use.
+    /// Instruction set in use, or the name in `FLASH_ATTENTION_CPU` that the processor does not support, which is an
+    /// error of every use.
     isa: Result<Isa, String>,
-    /// Whether it was asked for by name.
+    /// True if the instruction set was asked for by name.
     named: bool,
-    /// Threads of its own; without them, helpers come from the caller's rayon pool, or else from the global one.
+    /// Threads of the device's own. Without them, helpers come from the caller's rayon pool, else from the global
+    /// one.
     pool: Option<ThreadPool>,
 }
 
 impl Cpu {
-    /// As many threads as rayon would start: `RAYON_NUM_THREADS`, or one a core.
+    /// Makes a device with as many threads as rayon would start: `RAYON_NUM_THREADS`, or one per core.
     pub(super) fn all_cores() -> Self {
         let asked = std::env::var("RAYON_NUM_THREADS")
             .ok()
@@ -96,7 +99,7 @@ impl Cpu {
         })
     }
 
-    /// All cores, running the instruction set of this name.
+    /// Makes a device with all cores and the instruction set of this name.
     pub(super) fn with_instructions(name: &str) -> Result<Self, Error> {
         let isa = isa_named(name).ok_or_else(|| no_instructions("device", name))?;
         Ok(Self {
@@ -113,7 +116,7 @@ impl Cpu {
             .map_err(|name| no_instructions(VARIABLE, name))
     }
 
-    /// The threads of one call.
+    /// Returns the threads of one call.
     fn team(&self) -> Result<Team<'_>, Error> {
         let threads = match (&self.pool, rayon_core::current_thread_index()) {
             (Some(_), _) => self.threads,
@@ -129,32 +132,32 @@ impl Cpu {
     }
 }
 
-/// Most threads that a CPU device can be asked for. More than a few a core only wait for each other, and a pool of thousands
-/// takes a minute to start: 37 s for 2000 on two cores.
+/// Returns the largest number of threads of a CPU device. More than a few threads per core only wait for each other,
+/// and a pool of thousands takes long to start: 37 s for 2000 threads on two cores.
 fn max_threads() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     (4 * cores).max(256)
 }
 
-/// Returns true if rayon's global pool runs, having started it if nobody has. Where the system grants no threads it does
-/// not, for the rest of the process, and a call is the work of the thread it comes from.
+/// Returns true if rayon's global pool runs; starts it if needed. If the system grants no threads, the pool is
+/// missing for the rest of the process, and a call runs on the calling thread alone.
 fn has_global_pool() -> bool {
     static STARTED: OnceLock<bool> = OnceLock::new();
     *STARTED.get_or_init(|| match ThreadPoolBuilder::new().build_global() {
         Ok(()) => true,
         Err(error) if error.source().is_some() => false,
-        // Somebody else was first. Where that attempt failed, the pool is missing, and to use it panics.
+        // Other code started it before. If that attempt failed, the pool is missing, and using it panics.
         Err(_) => catch_unwind(rayon_core::current_num_threads).is_ok(),
     })
 }
 
-/// The instruction set of this name, if the processor has it.
+/// Returns the instruction set of this name, if the processor supports it.
 fn isa_named(name: &str) -> Option<Isa> {
     Isa::available().iter().copied().find(|isa| isa.key() == name)
 }
 
-/// The best instruction set the processor has, or the one that `FLASH_ATTENTION_CPU` names; the name, if the processor has
-/// no such.
+/// Returns the best instruction set of the processor, or the one that `FLASH_ATTENTION_CPU` names. The error is a
+/// name that the processor does not support.
 fn default_isa() -> Result<Isa, String> {
     match std::env::var(VARIABLE) {
         Ok(name) if !name.is_empty() => isa_named(&name).ok_or(name),
@@ -162,7 +165,8 @@ fn default_isa() -> Result<Isa, String> {
     }
 }
 
-/// Names the instructions of every CPU device whose text names none; empty is as good as unset.
+/// Name of the environment variable with the instructions of every CPU device whose text names none. An empty value
+/// counts as unset.
 const VARIABLE: &str = "FLASH_ATTENTION_CPU";
 
 fn no_instructions(argument: &'static str, name: &str) -> Error {
@@ -207,7 +211,8 @@ impl Backend for Cpu {
                 return Err(out_of_memory(free));
             }
         }
-        // SAFETY: callers ask for more than 0 bytes. Zeroed, because Rust must be able to read what nobody wrote.
+        // SAFETY: callers ask for more than 0 bytes. The memory is zeroed, because Rust must be able to read bytes
+        // that were never written.
         let pointer = unsafe { std::alloc::alloc_zeroed(layout) };
         if pointer.is_null() {
             return Err(out_of_memory(available_memory()));
@@ -216,7 +221,7 @@ impl Backend for Cpu {
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
-        // SAFETY: `alloc` made the allocation with this very layout, says the caller.
+        // SAFETY: the caller promises that `alloc` made the allocation with this layout.
         unsafe {
             let layout = Layout::from_size_align_unchecked(bytes, ALIGN);
             std::alloc::dealloc(pointer_mut(address), layout);
@@ -224,19 +229,19 @@ impl Backend for Cpu {
     }
 
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
-        // SAFETY: the memory is as long as `data` and nobody else touches it, says the caller.
+        // SAFETY: the caller promises that the memory is as long as `data` and no other thread accesses it.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), pointer_mut(address), data.len()) };
         Ok(())
     }
 
     unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
-        // SAFETY: the memory is as long as `data` and nobody writes it, says the caller.
+        // SAFETY: the caller promises that the memory is as long as `data` and no other thread writes it.
         unsafe { std::ptr::copy_nonoverlapping(pointer_mut::<u8>(address), data.as_mut_ptr(), data.len()) };
         Ok(())
     }
 
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<(), Error> {
-        // SAFETY: as for `upload`.
+        // SAFETY: the caller promises that the memory has this length and no other thread accesses it.
         unsafe { pointer_mut::<u8>(address).write_bytes(0, bytes) };
         Ok(())
     }
@@ -256,7 +261,7 @@ impl Backend for Cpu {
 /// Carries out a plan.
 ///
 /// # Safety
-/// As for [`Backend::run`].
+/// The contract of [`Backend::run`].
 unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporter<'_>) {
     let problem = plan.problem();
     let has_pairs = problem.has_pairs();
@@ -302,29 +307,30 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
     }
 }
 
-/// So few queries are solved one by one in forward, lanes being elements of a head: as lanes they would leave most of a
-/// register idle.
+/// At most this many queries take the decode path in forward, where lanes are elements of a head: as lanes they would
+/// leave most of a register idle.
 const FEW: u32 = 4;
 
-/// Tells if a problem has few queries. With a program they are lanes all the same.
+/// Returns true if a problem takes the decode path. With a program it does not.
 fn is_few(problem: &Problem) -> bool {
     problem.seqlen_q() <= FEW && problem.program().is_none()
 }
 
-/// Pairs of bf16 that make the scores of a problem, and how many parts numbers have; `None` where products are of f32. Forward and
-/// backward agree, so that a score that backward computes again is the same number.
+/// Pairs of bf16 that make the scores of a problem, and how many parts numbers have; `None` where products are of
+/// f32. Forward and backward agree, so that a score that backward computes again is the same number.
 fn pairs_of(kernels: &Kernels, problem: &Problem) -> Option<(&'static Pairs, usize)> {
-    // Of one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see `backward/delta.rs`).
+    // Of one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see
+    // `backward/delta.rs`).
     let of_f32 = is_few(problem) || problem.seqlen_k() == 1;
     kernels.pairs_of(problem.dtype()).filter(|_| !of_f32)
 }
 
-/// The pointer that an address of this device is.
+/// Returns the pointer for an address of this device.
 fn pointer_mut<T>(address: u64) -> *mut T {
     std::ptr::with_exposed_provenance_mut(address as usize)
 }
 
-/// Bytes that can be had without swapping, where the system tells.
+/// Returns the bytes that can be allocated without swapping, if the system reports them.
 fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

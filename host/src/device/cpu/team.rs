@@ -1,4 +1,4 @@
-//! How tasks find threads, and the memory a thread works in.
+//! Distribution of tasks over threads, and the aligned memory of a thread.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -9,21 +9,21 @@ use rayon_core::ThreadPool;
 
 use super::kernels::Kernels;
 
-/// What solves a problem: threads, and the inner loops they run.
+/// Threads that solve a problem, and the inner loops they run.
 pub(super) struct Team<'a> {
     pub kernels: &'static Kernels,
-    /// Threads that may work at a time, the caller's included.
+    /// Largest number of threads that work at a time, including the caller's.
     pub threads: usize,
-    /// Where helpers come from; `None` is the rayon pool that the caller is in, else the global one.
+    /// Pool of the helpers; `None` for the rayon pool of the caller, else the global one.
     pub pool: Option<&'a ThreadPool>,
 }
 
 impl Team<'_> {
-    /// Runs the tasks `0 .. tasks`, each once. A thread makes its scratch once, and takes the next task in order when it
-    /// has finished one.
+    /// Runs the tasks `0 .. tasks`, each once. A thread makes its scratch once, and takes the next task in order when
+    /// it has finished one.
     ///
-    /// The caller takes tasks as well, and at the end waits only for those that helpers are in the middle of. It never
-    /// runs other jobs of its pool meanwhile: one of them could call us again, and wait for ever for a tensor that this
+    /// The caller takes tasks as well, and at the end waits only for tasks that helpers are running. Meanwhile it
+    /// never runs other jobs of its pool: one of them could call us again, and wait for ever for a tensor that this
     /// call holds locked.
     pub(super) fn share<S>(&self, tasks: usize, scratch: impl Fn() -> S + Sync, run: impl Fn(&mut S, usize) + Sync) {
         let next = AtomicUsize::new(0);
@@ -41,8 +41,8 @@ impl Team<'_> {
             return work();
         }
         let work: &(dyn Fn() + Sync) = &work;
-        // SAFETY: only the lifetime changes. Helpers call it between `enter` and `leave` alone, and before this function
-        // returns or unwinds, `Closing` lets no more of them enter and waits until all have left.
+        // SAFETY: only the lifetime changes. Helpers call it between `enter` and `leave` alone, and before this
+        // function returns or unwinds, `Closing` lets no more of them enter and waits until all have left.
         let work: &'static (dyn Fn() + Sync) = unsafe { std::mem::transmute(work) };
         let gate = Arc::new(Gate::default());
         for _ in 0..helpers {
@@ -63,7 +63,7 @@ impl Team<'_> {
     }
 }
 
-/// What helpers pass to get at the caller's work.
+/// Gate through which helpers enter the caller's work.
 #[derive(Default)]
 struct Gate {
     state: Mutex<Passage>,
@@ -82,7 +82,7 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works, if the caller still does.
+    /// Works on the tasks, if the caller has not finished.
     fn help(&self, work: &(dyn Fn() + Sync)) {
         let mut passage = self.lock();
         if passage.closed {
@@ -98,7 +98,7 @@ impl Gate {
     }
 }
 
-/// Closes the gate when dropped, and waits until nobody is inside.
+/// Closes the gate when dropped, and waits until no helper is inside.
 struct Closing<'a>(&'a Gate);
 
 impl Drop for Closing<'_> {
@@ -111,7 +111,8 @@ impl Drop for Closing<'_> {
     }
 }
 
-/// f32 that start at a cache line: no register is loaded from two lines, and no two threads write to one.
+/// f32 memory that starts at a cache line: no register is loaded from two lines, and no two threads write to one
+/// line.
 pub(super) struct Lines(Vec<Line>);
 
 #[derive(Clone, Copy)]
@@ -119,7 +120,7 @@ pub(super) struct Lines(Vec<Line>);
 struct Line([f32; 16]);
 
 impl Lines {
-    /// At least so many zeros.
+    /// Allocates at least `count` zeros.
     pub(super) fn new(count: usize) -> Self {
         Self(vec![Line([0.0; 16]); count.div_ceil(16)])
     }
@@ -138,7 +139,7 @@ impl Lines {
     }
 
     pub(super) fn as_mut_slice(&mut self) -> &mut [f32] {
-        // SAFETY: as for `as_slice`.
+        // SAFETY: a line is sixteen f32 and nothing else.
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr(), 16 * self.0.len()) }
     }
 }

@@ -20,8 +20,8 @@ pub(super) struct Head {
 
 impl Head {
     /// # Safety
-    /// `tensor` lies where it says, in memory of the CPU, with elements of `dtype`, and stays there while the head is in
-    /// use; nobody else writes what is read, or touches what is written, meanwhile.
+    /// `tensor` lies where it says, in memory of the CPU, with elements of `dtype`, and stays there while the head is
+    /// in use; nobody else writes what is read, or touches what is written, meanwhile.
     pub(super) unsafe fn new(tensor: StridedTensor, dtype: Dtype, batch: usize, head: usize, head_dim: usize) -> Self {
         let offset = batch * tensor.batch_stride as usize + head * tensor.head_stride as usize;
         Self {
@@ -61,8 +61,8 @@ impl Head {
         (unsafe { self.first.add(row * self.stride_bytes) }, self.stride_bytes)
     }
 
-    /// The rows from `first` on as they lie in memory, if they are f32 and one run of it. Of other strides a tile is better
-    /// copied: rows a power of two apart would share a few sets of the L1 cache.
+    /// The rows from `first` on as they lie in memory, if they are f32 and one run of it. Of other strides a tile is
+    /// better copied: rows a power of two apart would share a few sets of the L1 cache.
     pub(super) fn in_place(&self, first: usize) -> Option<*const f32> {
         let is_a_run = self.dtype == Dtype::F32 && self.stride_bytes == self.head_dim * self.dtype.bytes();
         is_a_run.then(|| self.row(first).0.cast())
@@ -78,8 +78,8 @@ impl Head {
         }
     }
 
-    /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows up
-    /// to `padded`.
+    /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows
+    /// up to `padded`.
     pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut Lines, stride: usize) {
         assert!(self.dtype.bytes() == 2 && self.head_dim <= 2 * stride && words.as_slice().len() >= padded * stride);
         for row in 0..count {
@@ -155,7 +155,8 @@ impl Head {
             }
             let place = shape.place(row);
             assert!(panels.as_slice().len() >= place + (head_dim - 1) * shape.lanes + kernels.lanes);
-            // SAFETY: the processor has the instructions; the tile's rows are whole registers, the panel has the lanes.
+            // SAFETY: the processor has the instructions; the tile's rows are whole registers, the panel has the
+            // lanes.
             unsafe {
                 let to = panels.as_mut_ptr().add(place);
                 (kernels.transpose)(tile.as_ptr(), width, rows, to, shape.lanes, head_dim);
@@ -233,7 +234,8 @@ impl Visibility {
         }
     }
 
-    /// (how many tiles of `block_n` keys any of the queries `first .. first + rows` sees, how many all of them see whole).
+    /// (how many tiles of `block_n` keys any of the queries `first .. first + rows` sees, how many all of them see
+    /// whole).
     pub(super) fn key_blocks(&self, first: u32, rows: u32, block_n: u32) -> (u32, u32) {
         let blocks = match self {
             Self::Full(mask) => mask.key_blocks(first, rows, block_n),

@@ -1,6 +1,8 @@
-//! The seam between the algorithm and the instruction sets: a vector of f32, and what products and softmaxes do with it.
+//! The seam between the algorithm and the instruction sets: a vector of f32, and what products and softmaxes do with
+//! it.
 //!
-//! Everything above this trait is written once. A new instruction set is one `impl`, and one line in `kernels/isa.rs`.
+//! Everything above this trait is written once. A new instruction set is one `impl`, and one line in
+//! `kernels/isa.rs`.
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
@@ -24,8 +26,8 @@ pub(super) use x86::{Avx2, Avx512};
 pub(super) unsafe trait Vector: Copy {
     /// f32 in a register.
     const LANES: usize;
-    /// Rows by registers of columns of a product that stay in registers for a whole sum: 4, 6 or 8 rows, up to 3 registers. They
-    /// leave registers for a row of `b` and an element of `a`.
+    /// Rows by registers of columns of a product that stay in registers for a whole sum: 4, 6 or 8 rows, up to 3
+    /// registers. They leave registers for a row of `b` and an element of `a`.
     const ROWS: usize;
     const COLUMNS: usize;
     /// Whether `fma` rounds once.
@@ -115,8 +117,8 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// Writes words whose lower halves are the upper halves of `self`, which are bf16 nearer to zero, and whose upper halves
-    /// are those of `high`. A NaN that arithmetic made stays one.
+    /// Writes words whose lower halves are the upper halves of `self`, which are bf16 nearer to zero, and whose upper
+    /// halves are those of `high`. A NaN that arithmetic made stays one.
     #[inline(always)]
     unsafe fn store_upper_halves(self, high: Self, to: *mut u32) {
         let (mut low_lanes, mut high_lanes) = ([0.0_f32; 16], [0.0_f32; 16]);
@@ -139,8 +141,8 @@ pub(super) unsafe trait Vector: Copy {
         lanes.iter().all(|x| *x == 0.0 || (least..limit).contains(&x.abs()))
     }
 
-    /// Writes the transpose of `rows` rows, `stride` apart, to the first `columns` of the rows of `to`, `to_stride` apart.
-    /// Neither is more than `LANES`; whole registers are read and written, whatever is past the end.
+    /// Writes the transpose of `rows` rows, `stride` apart, to the first `columns` of the rows of `to`, `to_stride`
+    /// apart. Neither is more than `LANES`; whole registers are read and written, whatever is past the end.
     #[inline(always)]
     unsafe fn transpose(from: *const f32, stride: usize, rows: usize, to: *mut f32, to_stride: usize, columns: usize) {
         for column in 0..columns {
@@ -151,8 +153,8 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// 2^x for x <= 0 or NaN, within one and a half units in the last place; 0 where that is less than 2^-126.5, and a little
-    /// above. A small positive x is as good.
+    /// 2^x for x <= 0 or NaN, within one and a half units in the last place; 0 where that is less than 2^-126.5, and
+    /// a little above. A small positive x is as good.
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
         // SAFETY: passed on to the caller.
@@ -161,8 +163,8 @@ pub(super) unsafe trait Vector: Copy {
 
     /// [`exp2`](Self::exp2) of several, so that each constant is read once for all of them.
     ///
-    /// x = n + f with n whole and |f| <= 1/2. 2^f is a polynomial; 2^n is made by writing n into the exponent, which of -127 is
-    /// that of 0.
+    /// x = n + f with n whole and |f| <= 1/2. 2^f is a polynomial; 2^n is made by writing n into the exponent, which
+    /// of -127 is that of 0.
     #[inline(always)]
     unsafe fn exp2_each<const N: usize>(x: [Self; N]) -> [Self; N] {
         // SAFETY: passed on to the caller.
@@ -206,11 +208,12 @@ fn each<V: Copy, const N: usize>(mut x: [V; N], f: impl Fn(V) -> V) -> [V; N] {
     x
 }
 
-/// Added to a float of less than 2^22, rounds it to a whole number n and leaves n + 127, the exponent of 2^n, in the low bits.
+/// Added to a float of less than 2^22, rounds it to a whole number n and leaves n + 127, the exponent of 2^n, in the
+/// low bits.
 const ROUND: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23
 
-/// The polynomial of degree 6 that is 1 at 0 and whose largest relative error against 2^f for |f| <= 1/2 is least: 2e-9,
-/// before its coefficients and its arithmetic are rounded.
+/// The polynomial of degree 6 that is 1 at 0 and whose largest relative error against 2^f for |f| <= 1/2 is least:
+/// 2e-9, before its coefficients and its arithmetic are rounded.
 const POWERS: [f32; 7] = [
     1.0,
     std::f32::consts::LN_2,

@@ -307,8 +307,8 @@ pub struct Geometry {
 ///
 /// # Safety
 /// The function is loaded into the current context and the stream is of that context. `arguments` are pointers to one
-/// value for each parameter of the function, of the parameter's type, and every address in these values is valid until
-/// the kernel has finished.
+/// value for each parameter of the function, of the parameter's type, and every address in these values is valid
+/// until the kernel has finished.
 pub unsafe fn launch(
     function: sys::CUfunction,
     geometry: Geometry,

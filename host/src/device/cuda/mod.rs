@@ -58,8 +58,8 @@ impl Device {
     /// number return the same device.
     ///
     /// # Errors
-    /// [`Error::CudaUnavailable`] if there is no driver, no GPU, or either is too old; [`Error::UnknownDevice`] if there
-    /// are fewer GPUs; [`Error::Driver`] if the GPU cannot be opened.
+    /// [`Error::CudaUnavailable`] if there is no driver, no GPU, or either is too old; [`Error::UnknownDevice`] if
+    /// there are fewer GPUs; [`Error::Driver`] if the GPU cannot be opened.
     pub fn cuda(ordinal: usize) -> Result<Self, Error> {
         static OPEN: Mutex<Vec<(usize, Device)>> = Mutex::new(Vec::new());
         let mut open = lock(&OPEN);
@@ -111,8 +111,8 @@ impl Device {
     /// The errors of [`cuda`](Self::cuda).
     ///
     /// # Safety
-    /// Context and stream exist until `owner` is dropped; without an owner, until the device, its clones and its tensors
-    /// are dropped. The stream is of this context.
+    /// Context and stream exist until `owner` is dropped; without an owner, until the device, its clones and its
+    /// tensors are dropped. The stream is of this context.
     pub unsafe fn cuda_from_raw(
         context: *mut c_void,
         stream: *mut c_void,

@@ -1,4 +1,4 @@
-//! delta, the sum of dO * O over each row, which comes before everything else.
+//! delta = rowsum(dO * O), which is computed before everything else.
 
 use super::Backward;
 use crate::device::cpu::kernels::MAX_LANES;
@@ -6,15 +6,15 @@ use crate::device::cpu::pointer_mut;
 use crate::device::cpu::team::{Lines, Team};
 use crate::device::cpu::tensor::Panels;
 
-/// Queries of a task that computes delta.
+/// Number of queries of a task that computes delta.
 const DELTA_ROWS: usize = 256;
 
 impl Backward<'_> {
-    /// delta = rowsum(dO * O). Where there is one key, O is V, and dP - delta is to be 0 and not what two roundings leave: it
-    /// is summed in the order of dP = dO V^T then.
+    /// Computes delta = rowsum(dO * O). With a single key, O is V, and dP - delta must be exactly 0. delta is then
+    /// summed in the order of dP = dO V^T, so that both have equal rounding errors.
     ///
     /// # Safety
-    /// As for [`backward`](super::backward).
+    /// The contract of [`backward`](super::backward).
     pub(super) unsafe fn make_delta(&self, team: &Team<'_>) {
         let (kernels, head_dim) = (self.kernels, self.head_dim());
         let (heads_q, seqlen_q) = (self.problem.heads_q(), self.problem.seqlen_q() as usize);
@@ -46,8 +46,8 @@ impl Backward<'_> {
                 let shape = Panels { lanes, depth };
                 out.load_panels(kernels, queries.clone(), 1.0, shape, x, rows);
                 dout.load_panels(kernels, queries.clone(), 1.0, shape, y, rows);
-                // SAFETY: both are panels of `head_dim` rows, and delta has an entry for each of the rows, which this task
-                // alone writes.
+                // SAFETY: both are panels of `head_dim` rows, and delta has an entry for each of the rows, which this
+                // task alone writes.
                 unsafe {
                     let one_key = self.problem.seqlen_k() == 1;
                     (kernels.dot)(x.as_ptr(), y.as_ptr(), head_dim, one_key, sums.as_mut_ptr());

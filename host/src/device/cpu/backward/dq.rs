@@ -1,4 +1,5 @@
-//! dQ, which several tasks add to: each element is one sum in the order of the keys, whoever is at work.
+//! dQ, to which several tasks add: each element is one sum in the order of the keys, for any assignment of tasks to
+//! threads.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,12 +12,12 @@ use crate::device::cpu::program::{Cell, ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Head;
 
-/// What the tasks of one head share.
+/// State that the tasks of one head share.
 pub(super) struct SharedHead {
-    /// For each tile of queries of each query head: how many tasks have added their part of dQ.
+    /// For each tile of queries of each query head, the number of tasks that have added their part of dQ.
     pub(super) added: Vec<AtomicU32>,
-    /// dQ so far, where its own memory can not hold an f32: `queries x head_dim`. It is there while tasks need it. And how
-    /// many have asked for it.
+    /// f32 dQ accumulator, `queries x head_dim`, if dq itself cannot hold f32; freed when the last task has taken it.
+    /// Beside it the number of tasks that have taken it.
     sums: Mutex<(Option<Arc<Sums>>, usize)>,
     /// What each of its query heads sees by the program, if there is one: tiles of queries by runs of keys.
     pub(super) walks: Option<Vec<Turns>>,
@@ -81,9 +82,9 @@ pub(super) struct Sums(
     #[allow(dead_code, reason = "what the pointer points to")] Lines,
 );
 
-// SAFETY: the tasks take turns: `SharedHead::added` says whose it is.
+// SAFETY: the tasks take turns, in the order of `SharedHead::added`.
 unsafe impl Send for Sums {}
-// SAFETY: as above.
+// SAFETY: the reason given for `Send`.
 unsafe impl Sync for Sums {}
 
 impl SharedHead {
@@ -103,8 +104,8 @@ impl SharedHead {
         }
     }
 
-    /// The sums, for one of so many runs of keys, each of which asks once; `None` where dq itself holds them, or nothing is
-    /// added up.
+    /// Returns the accumulator for one of `chunks` runs of keys, each of which takes it once. `None` if dq itself is
+    /// the accumulator, or nothing is accumulated.
     pub(super) fn sums(&self, backward: &Backward<'_>, chunks: usize) -> Option<Arc<Sums>> {
         if backward.problem.dtype() == Dtype::F32 || chunks == 1 {
             return None;
@@ -119,23 +120,23 @@ impl SharedHead {
         let of_task = memory.get_or_insert_with(new).clone();
         *asked += 1;
         if *asked == chunks {
-            *memory = None; // the last of them gives it back
+            *memory = None; // freed by the last of them
         }
         Some(of_task)
     }
 }
 
-/// Where the dQ of a tile of queries is added up.
+/// Accumulator rows of a tile of queries.
 pub(super) struct GradientRows {
     pub(super) rows: Head,
     pub(super) sums: Option<*mut f32>,
-    /// The tile's first row in the sums.
+    /// First row of the tile in the accumulator.
     pub(super) first_sum: usize,
     pub(super) first_row: usize,
     pub(super) count: usize,
-    /// Whether nothing has been added yet.
+    /// True if nothing has been added yet.
     pub(super) is_first: bool,
-    /// Whether nothing will be added any more.
+    /// True if nothing will be added afterwards.
     pub(super) is_last: bool,
 }
 
@@ -153,10 +154,10 @@ pub(super) fn wait_for(added: &AtomicU32, count: u32) {
 }
 
 impl Scratch {
-    /// Adds dQ of a tile to what tasks before this one have added.
+    /// Adds the dQ of a tile to what earlier tasks have added.
     ///
     /// # Safety
-    /// As for [`backward`](super::backward), and it is this task's turn.
+    /// The contract of [`backward`](super::backward), and it is this task's turn.
     pub(super) unsafe fn add_dq(&mut self, backward: &Backward<'_>, dq: &GradientRows) {
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
         let scale = backward.problem.softmax_scale();

@@ -1,19 +1,21 @@
 //! The backward pass on the CPU: gradients by recomputation, as the GPU kernels compute them, in five products.
 //!
-//! With P = exp(scale * (S - row_max)) / row_sum, or exp(scale * S - lse) where lse is all there is, and delta = rowsum(dO * O), which comes first,
+//! With P = exp(scale * (S - row_max)) / row_sum, or exp(scale * S - lse) where lse is all there is, and delta =
+//! rowsum(dO * O), which comes first,
 //!
 //! ```text
 //! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
 //! ```
 //!
-//! A task owns a run of keys of one head, with their dK and dV, and streams the queries of every head that shares them,
-//! tile by tile, the last first. Queries are lanes (see `kernels/`), so S, dP and dS are made once, and serve all five
-//! products as they lie. What a task has for dQ is added to memory after the task of the keys before it has added its own:
-//! each element of a gradient is one sum in one order, the same on any number of threads. Tasks are taken in that order,
-//! so the one that is waited for is always at work, and a few rows ahead.
+//! A task owns a run of keys of one head, with their dK and dV, and streams the queries of every head that shares
+//! them, tile by tile, the last first. Queries are lanes (see `kernels/`), so S, dP and dS are made once, and serve
+//! all five products as they lie. What a task has for dQ is added to memory after the task of the keys before it has
+//! added its own: each element of a gradient is one sum in one order, the same on any number of threads. Tasks are
+//! taken in that order, so the one that is waited for is always at work, and a few rows ahead.
 //!
-//! Here are the problem and its tasks. `delta.rs` comes first; then `chunk.rs` is the walk of a task, with `scratch.rs` what
-//! it works in, `single.rs` and `pairs.rs` its products in f32 and of pairs of bf16, and `dq.rs` the sums it shares.
+//! Here are the problem and its tasks. `delta.rs` comes first; then `chunk.rs` is the walk of a task, with
+//! `scratch.rs` what it works in, `single.rs` and `pairs.rs` its products in f32 and of pairs of bf16, and `dq.rs`
+//! the sums it shares.
 
 mod chunk;
 mod delta;
@@ -55,13 +57,13 @@ struct Backward<'a> {
     reporter: &'a Reporter<'a>,
 }
 
-/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. By the plan's tiles, a
-/// task owns `block_n` keys and streams `block_m` queries at a time past them, a multiple of [`MAX_LANES`].
+/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. By the plan's
+/// tiles, a task owns `block_n` keys and streams `block_m` queries at a time past them, a multiple of [`MAX_LANES`].
 ///
 /// # Safety
-/// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of the
-/// problem's type, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor anything
-/// else. Nobody writes the inputs or touches the outputs meanwhile.
+/// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of
+/// the problem's type, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor
+/// anything else. Nobody writes the inputs or touches the outputs meanwhile.
 pub(super) unsafe fn backward(
     team: &Team<'_>,
     plan: &Plan,
@@ -96,7 +98,8 @@ pub(super) unsafe fn backward(
         }
     }
     let shared: Vec<SharedHead> = (0..heads).map(|head| SharedHead::new(&backward, head)).collect();
-    // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody; but for sums over heads.
+    // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody; but for sums over
+    // heads.
     let takes_turns = backward
         .program
         .as_ref()

@@ -6,8 +6,8 @@ use crate::device::cpu::kernels::{PairProduct, Pairing, Pairs, SIDE};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Head;
 
-/// What products of pairs of bf16 read: words of two numbers along the inner axis, part after part. Queries of a word are
-/// [`SIDE`] apart.
+/// What products of pairs of bf16 read: words of two numbers along the inner axis, part after part. Queries of a word
+/// are [`SIDE`] apart.
 pub(super) struct Words {
     /// Of the keys that a task owns, pairs within a head: `block_n x words`.
     keys: Lines,
@@ -34,8 +34,8 @@ pub(super) struct Words {
     pub(super) queries_fit: Vec<bool>,
 }
 
-/// Words from one row to the next of keys transposed. A line more than there are, so that rows a power of two apart do not
-/// share a few sets of the L1 cache.
+/// Words from one row to the next of keys transposed. A line more than there are, so that rows a power of two apart
+/// do not share a few sets of the L1 cache.
 fn keys_stride(backward: &Backward<'_>) -> usize {
     backward.owned() / 2 + SIDE
 }
@@ -122,7 +122,8 @@ fn of_heads(
 }
 
 impl Scratch {
-    /// So many keys and values, which are loaded, as pairs of bf16: both within a head, and the keys transposed as well.
+    /// So many keys and values, which are loaded, as pairs of bf16: both within a head, and the keys transposed as
+    /// well.
     pub(super) fn pair_keys(&mut self, backward: &Backward<'_>, sources: [Head; 2], first: usize, count: [usize; 2]) {
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
         let (sizes, words) = (Sizes::new(backward), &mut self.words);
@@ -225,8 +226,8 @@ impl Scratch {
         }
     }
 
-    /// Scores of pairs in place of those of f32 where both the query and the key may be split: those that forward computed,
-    /// whatever else is in the tile.
+    /// Scores of pairs in place of those of f32 where both the query and the key may be split: those that forward
+    /// computed, whatever else is in the tile.
     ///
     /// # Safety
     /// As for [`score_pairs`](Self::score_pairs).

@@ -1,5 +1,5 @@
-//! The path of a block of keys where a program has its say: scores become y, weights are hidden and dropped, and gradients of
-//! y become those of scores.
+//! The path of a block of keys where a program has its say: scores become y, weights are hidden and dropped, and
+//! gradients of y become those of scores.
 
 use super::scratch::{QueryTile, Scratch};
 use super::tables::{OwnSums, Read, TableSums};
@@ -314,8 +314,8 @@ impl Scratch {
         }
     }
 
-    /// Adds what a block of keys gives where something is not finite and may be hidden, pair by pair: 0 times infinity is
-    /// NaN, so what is hidden must not even be multiplied by 0.
+    /// Adds what a block of keys gives where something is not finite and may be hidden, pair by pair: 0 times
+    /// infinity is NaN, so what is hidden must not even be multiplied by 0.
     ///
     /// # Safety
     /// As for [`pass_scored`](Self::pass_scored).

@@ -1,7 +1,7 @@
 //! Gradients of a program's tables and sinks.
 //!
-//! A task adds in the order of its keys and queries, and tasks take turns, so each element of a gradient is one sum in one
-//! order, whoever is at work. Tables that are small are summed in f64 by each task on its own, then in turn.
+//! A task adds in the order of its keys and queries, and tasks take turns, so each element of a gradient is one sum
+//! in one order, whoever is at work. Tables that are small are summed in f64 by each task on its own, then in turn.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -66,8 +66,8 @@ unsafe impl Sync for TableSums {}
 pub(super) type OwnSums = Vec<Vec<f64>>;
 
 impl TableSums {
-    /// For tables whose gradients lie at these addresses, with the reads of the derivative: the places of a table, and its
-    /// derivative and indices as roots of a code.
+    /// For tables whose gradients lie at these addresses, with the reads of the derivative: the places of a table,
+    /// and its derivative and indices as roots of a code.
     pub(super) fn new(derivative: &Derivative, tables: &[Table], gradients: &TableGradients, runs: usize) -> Self {
         let wanted = (0..tables.len()).filter(|&place| gradients.tables[place] != 0);
         let expression = derivative.expression();
@@ -107,8 +107,8 @@ impl TableSums {
         }
     }
 
-    /// The reads of tables whose gradients are wanted; roots of the code from `first` on are, for each, its derivative and its
-    /// indices.
+    /// The reads of tables whose gradients are wanted; roots of the code from `first` on are, for each, its
+    /// derivative and its indices.
     pub(super) fn reads(&self, derivative: &Derivative, roots: &[Slot]) -> Vec<Read> {
         let mut roots = roots.iter().copied();
         let reads = derivative.loads().iter().filter_map(|load| {

@@ -37,8 +37,8 @@ pub(in crate::device::cpu) fn has_avx512_bf16() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
 }
 
-/// Whether AVX512-BF16 is faster than widening to f32: it is on AMD's processors, where it does twice the work of an FMA in
-/// the same time. Measured on Sapphire Rapids, it takes nearly four times as long.
+/// Whether AVX512-BF16 is faster than widening to f32: it is on AMD's processors, where it does twice the work of an
+/// FMA in the same time. Measured on Sapphire Rapids, it takes nearly four times as long.
 pub(in crate::device::cpu) fn prefers_avx512_bf16() -> bool {
     let vendor = cpuid(0);
     has_avx512_bf16() && (vendor.ebx, vendor.edx, vendor.ecx) == (0x6874_7541, 0x6974_6e65, 0x444d_4163)
@@ -196,12 +196,12 @@ unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
     }
 }
 
-/// Two by two tiles of c: each tile of a and of b that is loaded serves two products, and more where the next of the terms has
-/// a part in common with this one.
+/// Two by two tiles of c: each tile of a and of b that is loaded serves two products, and more where the next of the
+/// terms has a part in common with this one.
 #[inline]
 unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
-    // SAFETY: tiles are configured as sixteen rows of 64 bytes, and the addresses are those of sixteen such rows within
-    // a, b and c, says the caller. Tile registers are used nowhere else.
+    // SAFETY: tiles are configured as sixteen rows of 64 bytes, and the addresses are those of sixteen such rows
+    // within a, b and c, says the caller. Tile registers are used nowhere else.
     unsafe {
         let (c, c_bytes) = (p.c.add(row * p.c_stride + column), 4 * p.c_stride);
         let c_below = c.add(SIDE * p.c_stride);

@@ -1,4 +1,4 @@
-//! The path of few queries: one after the other, lanes being elements of a head.
+//! The decode path for few queries: queries are computed one by one, and lanes are elements of a head.
 
 use super::scratch::Scratch;
 use super::state::State;
@@ -6,7 +6,7 @@ use super::{Forward, Tile};
 use crate::device::cpu::kernels::{MAX_LANES, One};
 
 impl State {
-    /// Takes in what another run of keys gave for one query: largest scores, sums and outputs.
+    /// Merges the result of another run of keys for one query: largest scores, sums and outputs.
     pub(super) fn merge_one(&mut self, forward: &Forward<'_>, row: usize, other: &Self) {
         let scale_log2 = forward.scale.log2;
         let exp2 = |x: f32| f64::from(x * scale_log2).exp2() as f32;
@@ -32,7 +32,7 @@ impl State {
 }
 
 impl Scratch {
-    /// Queries as rows of whole registers, times the sign of the scale.
+    /// Loads queries as rows of whole registers, times the sign of the scale.
     pub(super) fn load_few(&mut self, forward: &Forward<'_>, tile: &Tile) {
         let sign = forward.problem.scale().sign;
         let (queries, width) = (tile.rows / forward.together, forward.panels.depth);
@@ -50,7 +50,7 @@ impl Scratch {
         all.iter_mut().for_each(|x| *x *= sign);
     }
 
-    /// One query takes in `keys` keys and values.
+    /// Attends one query to `keys` keys and values.
     pub(super) fn attend_one(
         &mut self,
         forward: &Forward<'_>,
@@ -63,7 +63,8 @@ impl Scratch {
         let scale_log2 = forward.scale.log2;
         let depth = forward.panels.depth;
         let ((k, k_stride_bytes), (v, v_stride_bytes)) = (tile.k.row(first_key), tile.v.row(first_key));
-        // SAFETY: the processor has the instructions, the keys exist, and rows of q and the output are whole registers.
+        // SAFETY: the processor has the instructions, the keys exist, and rows of q and the output are whole
+        // registers.
         unsafe {
             (forward.kernels.one)(&One {
                 keys,
@@ -85,7 +86,8 @@ impl Scratch {
         }
     }
 
-    /// The largest score of a query, summed in the order of the products of the backward pass: lanes sum in another.
+    /// Returns the largest score of a query, summed in the order of the backward pass's products, which differs from
+    /// that of lanes.
     pub(super) fn best_score(&mut self, forward: &Forward<'_>, tile: &Tile, row: usize, key: u32) -> f32 {
         let (kernels, head_dim, sign) = (forward.kernels, forward.head_dim(), forward.problem.scale().sign);
         let queries = tile.rows / forward.together;
@@ -100,7 +102,7 @@ impl Scratch {
         pairs.fold(0.0, |sum, (k, q)| kernels.multiply_add(*k, sign * q, sum))
     }
 
-    /// Writes out, rows of the output times `inverses`.
+    /// Writes out: rows of the output times `inverses`.
     pub(super) fn store_few(
         &mut self,
         forward: &Forward<'_>,

@@ -1,11 +1,11 @@
 //! The forward pass on the CPU: the loop of the GPU kernels, one task for each tile of queries of each head.
 //!
-//! Scores are computed as K Q^T and the output as V^T P^T, so that queries are lanes (see `kernels/`). Keys are taken in
-//! segments, each summed from nothing and then merged by largest score, in order: whether one task takes all segments of
-//! a tile or each is a task of its own leaves no trace in the result.
+//! Scores are computed as K Q^T and the output as V^T P^T, so that queries are lanes (see `kernels/`). Keys are
+//! processed in segments (splits). Each is summed from nothing and then merged by largest score, in order. So the
+//! result is the same bits if one task computes all segments of a tile or each segment is a task of its own.
 //!
-//! Here are the problem and its tasks. `scratch.rs` takes one tile of queries from memory to memory, past tiles of keys as
-//! `tiled.rs` does it or, where queries are few, `few.rs`; `state.rs` is what is known between two tiles of keys.
+//! This file has the problem and its tasks. `scratch.rs` computes one tile of queries from memory to memory, with
+//! tiles of keys as in `tiled.rs` or, for few queries, `few.rs`. `state.rs` is the state between two tiles of keys.
 
 mod few;
 mod pairs;
@@ -30,7 +30,7 @@ use crate::progress::Reporter;
 use scratch::Scratch;
 use state::State;
 
-/// Keys of a segment at least.
+/// Least number of keys of a segment.
 const SEGMENT: u32 = 2048;
 
 /// Segments of a sequence at most.
@@ -39,18 +39,19 @@ const MAX_SEGMENTS: u32 = 16;
 /// Bytes of half of the L1 cache of the processors that have AMX.
 const HALF_L1: usize = 24 << 10;
 
-/// One forward problem on its way.
+/// A forward problem being computed.
 struct Forward<'a> {
     kernels: &'static Kernels,
     problem: &'a Problem,
-    /// How pairs of bf16 are multiplied, if that is how this problem is solved.
+    /// Products of bf16 pairs, if this problem uses them.
     pairs: Option<&'static Pairs>,
-    /// How many bf16 an element is split into for them; 0 if it is not.
+    /// Number of bf16 parts that an element is split into for them; 0 if it is not.
     parts: usize,
-    /// Whether queries are solved one by one. Tiles of q and the output then hold rows of `panels.depth`.
+    /// True for the decode path: queries are computed one by one. Tiles of q and the output then hold rows of
+    /// `panels.depth`.
     few: bool,
-    /// Query heads of a tile. More than one only where queries are few and heads share keys, which are then read from memory
-    /// once for all of them.
+    /// Number of query heads per tile. It is more than 1 only if queries are few and heads share keys, which are then
+    /// read from memory once for all of them.
     together: usize,
     panels: Panels,
     tiles: Tiles,
@@ -68,10 +69,10 @@ struct Forward<'a> {
 /// The units of scores, as the softmax takes them.
 #[derive(Clone, Copy)]
 struct Units {
-    /// Turns a score into an exponent of e; and of 2.
+    /// Factors that turn a score into an exponent of e, and of 2.
     natural: f32,
     log2: f32,
-    /// Turns a score into what backward computes again.
+    /// Factor that turns a score into the one that backward recomputes.
     sign: f32,
 }
 
@@ -84,16 +85,16 @@ struct Tile {
     k: Head,
     v: Head,
     out: Head,
-    /// Place of the first query in lse.
+    /// Index of the first query in lse.
     first: usize,
     first_row: u32,
-    /// Queries, head after head.
+    /// Number of queries, head after head.
     rows: usize,
-    /// Bytes from one head to the next of q and of out.
+    /// Bytes from one head to the next in q and in out.
     head_steps: [usize; 2],
-    /// Tiles of keys that any of the queries sees.
+    /// Number of key tiles that any of the queries sees.
     blocks: u32,
-    /// Those of them that every query sees all of.
+    /// Number of key tiles that all queries see whole.
     whole_blocks: u32,
 }
 
@@ -154,9 +155,9 @@ pub(super) unsafe fn forward(
     let query_tiles = problem.seqlen_q().div_ceil(tiles.block_m) as usize;
     let heads = problem.batch() * problem.heads_q() / forward.together;
     let tasks = heads * query_tiles;
-    // Heavy tiles first: under a causal mask the last see the most keys.
+    // Large tiles first: under a causal mask the last ones see the most keys.
     let tile = |task: usize| forward.tile(task / query_tiles, query_tiles - 1 - task % query_tiles);
-    // A unit of work is a tile of keys that passes a tile of queries; one more is for the tile itself.
+    // A unit of progress is a tile of keys for a tile of queries, and one more for the tile itself.
     let units = |task| u64::from(tile(task).blocks) + 1;
     reporter.begin(|| heads as u64 * (0..query_tiles).map(units).sum::<u64>());
     if tasks >= 2 * team.threads || segments == 1 {
@@ -179,7 +180,7 @@ fn block_n(tiles: Tiles, parts: usize, head_dim: u32) -> u32 {
 }
 
 impl Forward<'_> {
-    /// A task takes all segments of a tile, one after the other.
+    /// Runs one task for each tile, which computes all its segments in order.
     fn by_tiles(&self, team: &Team<'_>, tasks: usize, tile: impl Fn(usize) -> Tile + Sync) {
         let scratch = || (Scratch::new(self), State::new(self), State::new(self));
         team.share(tasks, scratch, |(scratch, state, partial), task| {
@@ -200,7 +201,8 @@ impl Forward<'_> {
         });
     }
 
-    /// Where tiles are too few for the threads: a task takes one segment of a tile, then they are merged.
+    /// Runs one task for each segment of a tile, if there are too few tiles for the threads, and merges the segments
+    /// afterwards.
     fn by_segments(&self, team: &Team<'_>, tasks: usize, segments: usize, tile: impl Fn(usize) -> Tile + Sync) {
         let partials: Vec<OnceLock<State>> = (0..tasks * segments).map(|_| OnceLock::new()).collect();
         team.share(
@@ -234,15 +236,15 @@ impl Forward<'_> {
         self.problem.head_dim() as usize
     }
 
-    /// The segments of the first `blocks` tiles of keys; at least one, if an empty one. Their length depends on
-    /// seqlen_k alone.
+    /// Returns the segments of the first `blocks` tiles of keys; at least one, which may be empty. Their length
+    /// depends only on seqlen_k.
     fn segments(&self, blocks: u32) -> impl Iterator<Item = Range<u32>> {
         let longest = self.problem.seqlen_k().div_ceil(MAX_SEGMENTS).max(SEGMENT);
         let length = longest.div_ceil(self.tiles.block_n);
         (0..blocks.div_ceil(length).max(1)).map(move |i| i * length..((i + 1) * length).min(blocks))
     }
 
-    /// How many heads a tile has: as many as fit, share keys, and leave tasks for every thread.
+    /// Returns the number of heads per tile: as many as fit, share keys, and leave tasks for every thread.
     fn heads_together(&self, threads: usize, segments: usize) -> usize {
         let (problem, queries) = (self.problem, self.problem.seqlen_q() as usize);
         let shared = problem.heads_q() / problem.heads_kv();
@@ -254,7 +256,7 @@ impl Forward<'_> {
         (1..=most).rev().find(suits).unwrap_or(1)
     }
 
-    /// The place of query `row` of a tile in its sequence.
+    /// Returns the position of query `row` of a tile in its sequence.
     fn position(&self, tile: &Tile, row: usize) -> u32 {
         tile.first_row
             + if self.few {
@@ -264,7 +266,7 @@ impl Forward<'_> {
             }
     }
 
-    /// Tile `tile` of the heads that come `heads`th, all batches counted.
+    /// Returns tile `tile` of head group `heads`, counted over all batch entries.
     fn tile(&self, heads: usize, tile: usize) -> Tile {
         let (problem, Tiles { block_m, block_n, .. }) = (self.problem, self.tiles);
         let heads = heads * self.together;
@@ -303,7 +305,7 @@ impl Forward<'_> {
         }
     }
 
-    /// Asks for a part of a tile of keys and values that comes next: that of panel `index` of so many.
+    /// Prefetches the part for panel `index` of `panels` of the next tile of keys and values.
     fn prefetch(&self, tile: &Tile, n: u32, index: usize, panels: usize) {
         let block_n = self.tiles.block_n as usize;
         let (first, end) = (n as usize * block_n, self.problem.seqlen_k() as usize);
@@ -312,17 +314,17 @@ impl Forward<'_> {
         tile.v.prefetch(rows);
     }
 
-    /// Words of a row of keys as pairs, in whole tiles.
+    /// Returns the words of a row of keys as pairs, in whole tiles.
     fn words(&self) -> usize {
         self.head_dim().next_multiple_of(2 * SIDE) / 2
     }
 
-    /// Queries of a tile, rounded up to whole panels.
+    /// Returns the number of queries of a tile, rounded up to whole panels.
     fn lanes(&self) -> usize {
         (self.tiles.block_m as usize).next_multiple_of(self.panels.lanes)
     }
 
-    /// (first lane, lanes in use) of the panels that hold `rows` queries.
+    /// Iterates over (first lane, lanes in use) of the panels that hold `rows` queries.
     fn panels(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (panel, lanes) = (self.panels.lanes, self.kernels.lanes);
         (0..rows)

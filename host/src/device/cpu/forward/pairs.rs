@@ -169,7 +169,8 @@ impl Scratch {
         }
     }
 
-    /// Pairs of the values that may be split, the others being 0 among them; loads those that may not, the others being 0.
+    /// Pairs of the values that may be split, the others being 0 among them; loads those that may not, the others
+    /// being 0.
     pub(super) fn pair_some_values(&mut self, forward: &Forward<'_>, tile: &Tile, first: usize, count: [usize; 2]) {
         let head_dim = forward.head_dim();
         let load = |scratch: &mut Self, fit: bool| {

@@ -1,5 +1,5 @@
-//! The path of tiles where a program has its say between scores and exponentials. Tiles of keys that no query sees are not
-//! loaded, and of the others only the strips of queries that see something are multiplied.
+//! The path of tiles where a program has its say between scores and exponentials. Tiles of keys that no query sees
+//! are not loaded, and of the others only the strips of queries that see something are multiplied.
 
 use std::ops::Range;
 
@@ -120,8 +120,8 @@ impl Scratch {
                 if cells[0] == Cell::Empty {
                     continue;
                 }
-                // SAFETY: the lanes are among the tile's, tiles are as large as the plan says, and keys and values are either
-                // rows in memory, all of which exist, or the tiles they were loaded to.
+                // SAFETY: the lanes are among the tile's, tiles are as large as the plan says, and keys and values
+                // are either rows in memory, all of which exist, or the tiles they were loaded to.
                 unsafe {
                     self.scores_of(forward, lanes, &block);
                     self.score(forward, (program, machines), lanes, cells, [keys, block.count]);
@@ -139,8 +139,8 @@ impl Scratch {
         }
     }
 
-    /// Products of some lanes become what the program makes of them; those it hides, and those of keys that are not there,
-    /// minus infinity.
+    /// Products of some lanes become what the program makes of them; those it hides, and those of keys that are not
+    /// there, minus infinity.
     ///
     /// # Safety
     /// As for [`scores_of`](Self::scores_of).
@@ -203,8 +203,8 @@ impl Scratch {
         }
     }
 
-    /// Adds exponentials times values where a value is not finite and may be hidden: 0 times infinity is NaN, so what is
-    /// hidden must not even be multiplied by 0.
+    /// Adds exponentials times values where a value is not finite and may be hidden: 0 times infinity is NaN, so what
+    /// is hidden must not even be multiplied by 0.
     ///
     /// # Safety
     /// As for [`scores_of`](Self::scores_of).

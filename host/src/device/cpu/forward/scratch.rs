@@ -1,4 +1,4 @@
-//! The tiles a thread works in, and one tile of queries from memory to memory: loaded, attended, stored.
+//! Tiles of a thread, and the computation of one tile of queries from memory to memory: load, attend, store.
 
 use std::ops::Range;
 
@@ -11,24 +11,24 @@ use crate::device::cpu::pointer_mut;
 use crate::device::cpu::program::{ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 
-/// The tiles that a thread works in: what is shared memory and registers on a GPU.
+/// Tiles of a thread, in the place of a GPU's shared memory and registers.
 pub(super) struct Scratch {
-    /// Q times the sign of the scale, panel by panel, `depth x lanes`.
+    /// Q times the sign of the scale, by panels, `depth x lanes`.
     pub(super) query: Lines,
-    /// What products of pairs read; empty if there are none.
+    /// Operands of bf16 pair products; empty without them.
     pub(super) words: Words,
-    /// `block_n x head_dim`.
+    /// Keys: `block_n x head_dim`.
     pub(super) keys: Lines,
     pub(super) values: Lines,
-    /// `block_n x lanes`: scores, then exponentials.
+    /// Scores, then exponentials: `block_n x lanes`.
     pub(super) scores: Lines,
-    /// How many keys of a tile each query sees.
+    /// Number of keys of a tile that each query sees.
     pub(super) visible: Lines,
     /// A few rows of q or out, `MAX_LANES x head_dim`.
     pub(super) rows: Lines,
-    /// What the program runs in, if there is one.
+    /// Machines of the score program, if there is one.
     pub(super) machines: Option<Machines>,
-    /// What the tile's queries see by it.
+    /// Visibility of keys by the program for the tile's queries.
     pub(super) walk: Walk,
 }
 
@@ -71,7 +71,7 @@ impl Scratch {
         }
     }
 
-    /// Attention of the tile's queries to the keys of some blocks.
+    /// Attends the tile's queries to the keys of some blocks.
     pub(super) fn attend(&mut self, forward: &Forward<'_>, tile: &Tile, blocks: Range<u32>, state: &mut State) {
         state.clear();
         // SAFETY: the processor has the instructions of its kernels.
@@ -84,7 +84,7 @@ impl Scratch {
         forward.pairs.inspect(|pairs| unsafe { (pairs.end)() });
     }
 
-    /// Divides by the sums, and writes out, lse and, where they are wanted, row_max and row_sum.
+    /// Divides by the sums, and writes out, lse and, if they are wanted, row_max and row_sum.
     pub(super) fn store(&mut self, forward: &Forward<'_>, tile: &Tile, state: &State) {
         let (max, sum) = (state.max.as_slice(), state.sum.as_slice());
         let sees_a_key: Vec<bool> = (0..tile.rows)
@@ -132,9 +132,9 @@ impl Scratch {
     }
 }
 
-/// What a query has at the end of its keys.
+/// Final values of a query.
 struct Finished {
-    /// What exponentials times values are multiplied by; 0 makes zeros, whatever they are.
+    /// Factor of the sum of exponentials times values; with 0 the output is 0 for any sum.
     inverse: f32,
     lse: f32,
     /// The largest score, and the sum of exponentials relative to it.
@@ -142,8 +142,8 @@ struct Finished {
 }
 
 impl Finished {
-    /// From the largest score and the sum of exponentials relative to it, in units of which one is `natural` of e; with a
-    /// logit that has no value, if there is one.
+    /// Computes the final values from the largest score and the sum of exponentials relative to it, in units of which
+    /// one is `natural` of e, and from the sink's logit if there is one.
     fn new(sees_a_key: bool, max: f32, sum: f32, natural: f32, sink: Option<f32>) -> Self {
         let max_of_e = f64::from(max) * f64::from(natural);
         let with_sink = |sink: f32| {
@@ -165,7 +165,7 @@ impl Finished {
             return Self::NOTHING;
         }
         if sum == 0.0 {
-            // Every score is minus infinity: 0 / 0.
+            // Every score is minus infinity: 0 / 0 is NaN.
             return Self {
                 inverse: f32::NAN,
                 statistics: [f32::NEG_INFINITY, f32::NAN],
@@ -179,7 +179,7 @@ impl Finished {
         }
     }
 
-    /// No key is seen.
+    /// Values of a query that sees no key.
     const NOTHING: Self = Self {
         inverse: 0.0,
         lse: f32::NEG_INFINITY,

@@ -1,14 +1,14 @@
-//! What a tile's queries know of the keys seen so far: the online softmax, and the output it belongs to.
+//! State of a tile's queries after the keys seen so far: the online softmax, and its output.
 
 use super::Forward;
 use crate::device::cpu::kernels::Merge;
 use crate::device::cpu::team::Lines;
 
-/// The softmax of a tile's queries, as far as their keys have been seen, and the output not yet divided by the sums.
+/// Softmax state of a tile's queries, and the output before division by the sums.
 pub(super) struct State {
     pub(super) max: Lines,
     pub(super) sum: Lines,
-    /// The key of the largest score, where queries are solved one by one.
+    /// Key with the largest score, on the decode path.
     pub(super) best: Vec<u32>,
     /// Panel by panel, `depth x lanes`.
     pub(super) output: Lines,
@@ -25,7 +25,7 @@ impl State {
         }
     }
 
-    /// Nothing seen yet.
+    /// Resets to the state before any key.
     pub(super) fn clear(&mut self) {
         self.max.as_mut_slice().fill(f32::NEG_INFINITY);
         self.sum.as_mut_slice().fill(0.0);
@@ -45,7 +45,7 @@ impl State {
             .for_each(|(to, from)| to.as_mut_slice().copy_from_slice(from.as_slice()));
     }
 
-    /// Takes in what another run of keys gave.
+    /// Merges the state of another run of keys.
     pub(super) fn merge(&mut self, forward: &Forward<'_>, rows: usize, other: &Self) {
         let scale_log2 = forward.scale.log2;
         let (head_dim, depth) = (forward.head_dim(), forward.panels.depth);

@@ -29,7 +29,8 @@ impl Lanes {
 
 /// A tile of keys and values, loaded.
 pub(super) struct Block {
-    /// Rows of f32; of the keys, only where they may be wanted, of the values, those that are not multiplied as pairs.
+    /// Rows of f32; of the keys, only where they may be wanted, of the values, those that are not multiplied as
+    /// pairs.
     pub(super) keys: *const f32,
     pub(super) values: *const f32,
     /// How many there are, padded.
@@ -70,8 +71,8 @@ impl Scratch {
             if n + 1 < tile.blocks {
                 forward.prefetch(tile, n + 1, index, panels);
             }
-            // SAFETY: the panel is one of the tile's, tiles are as large as the plan says, and keys and values are either
-            // rows in memory, all of which exist, or the tiles they were loaded to.
+            // SAFETY: the panel is one of the tile's, tiles are as large as the plan says, and keys and values are
+            // either rows in memory, all of which exist, or the tiles they were loaded to.
             unsafe {
                 self.scores_of(forward, lanes, &block);
                 self.exponentials_of(forward, lanes, &block, state);
@@ -249,7 +250,8 @@ impl Scratch {
         }
     }
 
-    /// Adds exponentials times values to some lanes of the output: of pairs, and those of f32 if all of them are finite.
+    /// Adds exponentials times values to some lanes of the output: of pairs, and those of f32 if all of them are
+    /// finite.
     ///
     /// # Safety
     /// As for [`scores_of`](Self::scores_of).
@@ -294,8 +296,8 @@ impl Scratch {
         }
     }
 
-    /// The same where a value that some query does not see is not finite: 0 times infinity is NaN, so it must not even
-    /// be multiplied by 0.
+    /// The same where a value that some query does not see is not finite: 0 times infinity is NaN, so it must not
+    /// even be multiplied by 0.
     fn add_seen_values(&self, forward: &Forward<'_>, first: usize, rows: usize, state: &mut State) {
         let (head_dim, Panels { lanes: stride, depth }) = (forward.head_dim(), forward.panels);
         let (scores, values) = (self.scores.as_slice(), self.values.as_slice());

@@ -1,28 +1,28 @@
-//! What only the backward pass has: scores and dP that become P and dS, and the sums that are delta.
+//! Inner loops of the backward pass: scores and dP become P and dS; and the sums of delta.
 
 use crate::device::cpu::vector::Vector;
 
-/// Scores of one panel become probabilities, and dP becomes dS: `p = exp(scale * (s - row_max)) / row_sum` or, where lse is
-/// all that is known, `p = exp(scale * s - lse)`; and `ds = p * (dp - delta)`.
+/// Turns the scores of one panel into probabilities, and dP into dS: `p = exp(scale * (s - row_max)) / row_sum` or,
+/// if only lse is known, `p = exp(scale * s - lse)`; and `ds = p * (dp - delta)`.
 pub(in crate::device::cpu) struct Backpropagate {
     pub keys: usize,
     pub lanes: usize,
     pub scores: *mut f32,
     pub dp: *mut f32,
     pub stride: usize,
-    /// How many keys of the tile each query sees; null if all.
+    /// Number of keys of the tile that each query sees; null if all.
     pub visible: *const f32,
     pub scale: f32,
     /// `scale * log2(e)`.
     pub scale_log2: f32,
-    /// Of each query row_max, or else lse; plus infinity makes every probability 0.
+    /// row_max of each query, or lse; plus infinity makes every probability 0.
     pub origin: *const f32,
-    /// Of each query `1 / row_sum`; null where the origin is lse.
+    /// `1 / row_sum` of each query; null if the origin is lse.
     pub inverse_sum: *const f32,
     pub delta: *const f32,
 }
 
-/// [`Backpropagate`].
+/// Runs [`Backpropagate`].
 #[inline(always)]
 pub(super) unsafe fn backpropagate<V: Vector>(b: &Backpropagate) {
     // SAFETY: passed on to the caller.
@@ -35,7 +35,7 @@ pub(super) unsafe fn backpropagate<V: Vector>(b: &Backpropagate) {
     }
 }
 
-/// [`backpropagate`] from row_max and row_sum, or else from lse.
+/// Runs [`backpropagate`] from row_max and row_sum, or from lse.
 #[inline(always)]
 unsafe fn gradients<V: Vector, const OF_MAX: bool>(b: &Backpropagate) {
     // SAFETY: passed on to the caller.
@@ -55,13 +55,14 @@ unsafe fn gradients<V: Vector, const OF_MAX: bool>(b: &Backpropagate) {
             for key in 0..b.keys {
                 let place = key * b.stride + lane;
                 let score = V::load(b.scores.add(place));
-                // The difference first, rounded once: near 0, where probabilities are large, it keeps all its bits.
+                // The difference is computed first, with one rounding: near 0, where probabilities are large, it
+                // keeps all its bits.
                 let exponent = if OF_MAX {
                     score.sub(origin).mul(scale_log2)
                 } else {
                     score.fma(scale, negative_lse)
                 };
-                // No probability is above 1, however far the rounding of a large lse is off. A NaN stays one.
+                // No probability exceeds 1, however large the rounding error of a large lse is. NaN stays NaN.
                 let exponent = exponent.select_greater(zero, zero, exponent);
                 let mut p = if OF_MAX {
                     exponent.exp2().mul(inverse_sum)
@@ -81,7 +82,7 @@ unsafe fn gradients<V: Vector, const OF_MAX: bool>(b: &Backpropagate) {
     }
 }
 
-/// Sums of products of columns.
+/// Sums products of columns.
 #[inline(always)]
 pub(super) unsafe fn dot<V: Vector>(x: *const f32, y: *const f32, count: usize, in_order: bool, to: *mut f32) {
     // SAFETY: passed on to the caller.

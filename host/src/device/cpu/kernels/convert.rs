@@ -1,4 +1,5 @@
-//! What changes how elements lie, and none of their sums: conversions between f32 and the 16-bit types, and transposes.
+//! Inner loops that change layout or type, without sums: conversions between f32 and the 16-bit types, and
+//! transposes.
 
 use flash_attention_kernels::entries::Dtype;
 
@@ -21,7 +22,7 @@ pub(super) unsafe fn widen<V: Vector>(dtype: Dtype, from: *const u8, count: usiz
 
 #[inline(always)]
 unsafe fn widen_halves<V: Vector, const BF16: bool>(from: *const u16, count: usize, to: *mut f32) {
-    // SAFETY: passed on to the caller; the rest passes through arrays that are long enough.
+    // SAFETY: passed on to the caller; the rest is copied through arrays that are long enough.
     unsafe {
         let whole = count / V::LANES * V::LANES;
         for i in (0..whole).step_by(V::LANES) {
@@ -36,7 +37,7 @@ unsafe fn widen_halves<V: Vector, const BF16: bool>(from: *const u16, count: usi
     }
 }
 
-// Not closures: those are not inlined for certain, and what is not inlined has no vectors.
+// These are no closures: closures may not be inlined, and code that is not inlined is not vectorised.
 #[inline(always)]
 unsafe fn load_half<V: Vector, const BF16: bool>(from: *const u16) -> V {
     // SAFETY: passed on to the caller.
@@ -80,7 +81,7 @@ unsafe fn narrow_to_halves<V: Vector, const BF16: bool>(from: *const f32, count:
     }
 }
 
-/// Block by block.
+/// Transposes block by block.
 #[inline(always)]
 pub(super) unsafe fn transpose<V: Vector>(
     from: *const f32,

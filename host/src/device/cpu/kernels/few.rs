@@ -1,5 +1,5 @@
-//! Attention of one query, where there are too few for lanes: lanes are elements of a head, and rows of K and V are read as
-//! they lie in memory.
+//! Attention of one query, if there are too few for lanes: lanes are elements of a head, and rows of K and V are read
+//! in the order of memory.
 
 use flash_attention_kernels::entries::Dtype;
 
@@ -8,27 +8,27 @@ use crate::device::cpu::vector::Vector;
 
 /// One tile of keys passing one query, where there are too few queries for lanes: here lanes are elements of a head.
 pub(in crate::device::cpu) struct One {
-    /// Keys of the tile that the query sees.
+    /// Number of keys of the tile that the query sees.
     pub keys: usize,
     pub dtype: Dtype,
-    /// The rows of K and V as they lie in memory.
+    /// Rows of K and V, in the order of memory.
     pub k: *const u8,
     pub k_stride_bytes: usize,
     pub v: *const u8,
     pub v_stride_bytes: usize,
     pub head_dim: usize,
-    /// In whole registers, zeros past head_dim.
+    /// Query in whole registers, with zeros past head_dim.
     pub query: *const f32,
-    /// Room for the keys in whole registers.
+    /// Room for the scores of the keys, in whole registers.
     pub scores: *mut f32,
     pub scale_log2: f32,
     pub max: *mut f32,
     pub sum: *mut f32,
-    /// The key of the largest score so far, counted from the first of the sequence.
+    /// Key with the largest score so far, counted from the start of the sequence.
     pub best: *mut u32,
-    /// Place of the tile's first key in the sequence.
+    /// Position of the tile's first key in the sequence.
     pub first_key: usize,
-    /// In whole registers.
+    /// Output in whole registers.
     pub output: *mut f32,
 }
 
@@ -144,7 +144,7 @@ unsafe fn last<V: Vector, const DTYPE: u8>(row: *const u8, first: usize, head_di
     }
 }
 
-/// A whole register of elements.
+/// Loads a whole register of elements.
 #[inline(always)]
 unsafe fn whole<V: Vector, const DTYPE: u8>(from: *const u8) -> V {
     // SAFETY: passed on to the caller.

@@ -5,7 +5,7 @@
 //! memory has it. Every element of a product is one sum in order of its inner index: results depend neither on how
 //! rows are grouped nor on which lane a query has.
 //!
-//! Here is the table of them; each family of loops has a file, and so have the instruction sets they are compiled for.
+//! This file has the table of loops. Each family of loops has a file, and so have the instruction sets.
 
 mod backward;
 mod convert;
@@ -32,34 +32,35 @@ pub(super) use product::{PairProduct, Pairs, Product, ROWS, SIDE};
 pub(super) use softmax::{Merge, Softmax};
 pub(super) use strip::{Registers, Strip, Table};
 
-/// Lanes of the widest register: rows of tiles that are read in whole registers are a multiple of this.
+/// Number of lanes of the widest register: tiles that are read in whole registers have rows of a multiple of this.
 pub(super) const MAX_LANES: usize = 16;
 
-/// The inner loops of one instruction set. Each is unsafe: the processor must have the instructions, and pointers must
+/// Inner loops of one instruction set. Each is unsafe: the processor must support the instructions, and pointers must
 /// point to as many elements as the sizes beside them say.
 #[derive(Clone, Copy)]
 pub(super) struct Kernels {
-    /// What people call the instruction set.
+    /// Name of the instruction set for people.
     pub name: &'static str,
-    /// f32 in a register.
+    /// Number of f32 in a register.
     pub lanes: usize,
-    /// Queries of a panel.
+    /// Number of queries of a panel.
     pub panel: usize,
-    /// Whether a product is rounded once, together with the sum it is added to.
+    /// True if a product is rounded once, together with the sum that it is added to.
     pub fused: bool,
     pub product: unsafe fn(&Product),
-    /// How pairs of bf16 are multiplied, where that is faster than widening to f32; see [`pairs_of`](Self::pairs_of).
+    /// Products of bf16 pairs, if they are faster than widening to f32; see [`pairs_of`](Self::pairs_of).
     pub pairs: Option<&'static Pairs>,
-    /// Words of two numbers: of two rows, whose columns are a multiple of `lanes`; of two columns.
+    /// Packs two rows, whose columns are a multiple of `lanes`, into bf16x2 words. `pair_columns` packs two columns
+    /// of a row.
     pub pair_rows: unsafe fn(&Pairing),
     pub pair_columns: unsafe fn(&Pairing),
-    /// Whether so many numbers may be split into parts.
+    /// Determines if all of these numbers may be split into parts.
     pub may_be_split: unsafe fn(*const f32, usize) -> bool,
     pub softmax: unsafe fn(&Softmax),
     pub one: unsafe fn(&One),
     pub merge: unsafe fn(&Merge),
     pub backpropagate: unsafe fn(&Backpropagate),
-    /// Queries of a strip; divides those of every panel.
+    /// Number of queries of a strip; it divides the panel.
     pub strip_lanes: usize,
     pub strip: unsafe fn(&Strip<'_>),
     /// Draws for a strip.
@@ -68,19 +69,21 @@ pub(super) struct Kernels {
     pub widen: unsafe fn(Dtype, *const u8, usize, *mut f32),
     /// (dtype, elements, how many, rounded).
     pub narrow: unsafe fn(Dtype, *const f32, usize, *mut u8),
-    /// (from, stride, rows, to, stride, columns): writes the transpose. Whole registers are read, and written: what is past
-    /// the columns of `from`, up to a multiple of [`MAX_LANES`], must exist; so must what is past the rows in `to`.
+    /// (from, stride, rows, to, stride, columns): writes the transpose. Whole registers are read, and written: what
+    /// is past the columns of `from`, up to a multiple of [`MAX_LANES`], must exist; so must what is past the rows in
+    /// `to`.
     pub transpose: unsafe fn(*const f32, usize, usize, *mut f32, usize, usize),
-    /// (x, y, count, in order, sums): of `lanes` columns of two tiles, `lanes` wide, the sums of products of so many rows, a
-    /// multiple of 8; either in the order of `product`, or as eight sums that are then added up, which is more exact.
+    /// (x, y, count, in order, sums): of `lanes` columns of two tiles, `lanes` wide, the sums of products of so many
+    /// rows, a multiple of 8; either in the order of `product`, or as eight sums that are then added up, which is
+    /// more exact.
     pub dot: unsafe fn(*const f32, *const f32, usize, bool, *mut f32),
     #[cfg(test)]
     exp2: unsafe fn(*mut f32, usize),
 }
 
 impl Kernels {
-    /// How pairs of bf16 are multiplied where elements are of this type, and how many parts they are split into; `None` where
-    /// products of f32 are faster.
+    /// How pairs of bf16 are multiplied where elements are of this type, and how many parts they are split into;
+    /// `None` where products of f32 are faster.
     pub(super) fn pairs_of(&self, dtype: Dtype) -> Option<(&'static Pairs, usize)> {
         let parts = match dtype {
             Dtype::Bf16 => 1,

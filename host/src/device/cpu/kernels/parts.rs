@@ -1,23 +1,25 @@
-//! Numbers as sums of bf16, which is what processors multiply in pairs.
+//! Numbers as sums of bf16 parts, which processors can multiply in pairs.
 //!
-//! A number of f16 has 11 significant bits and is the sum of two bf16 of 8 bits each, one of f32 has 24 and is the sum of
-//! three, exactly: every part but the last is the bf16 that is nearest to what is left, and what is then left is exact in f32,
-//! since its last bit is that of the number. A part that was rounded leaves at most 2^-8 of the largest power of two in the
-//! number, of either sign, so the products of parts that are left out (see `terms`) are at most 2^-16 of the product of
-//! two f16 and 2^-24 of that of two f32, about half of a unit in the last place, and do not add up in one direction.
+//! An f16 number has 11 significant bits and is the exact sum of two bf16 of 8 bits each. An f32 number has 24 bits
+//! and is the exact sum of three. Every part but the last is the bf16 nearest to the rest, and the new rest is exact
+//! in f32, since its last bit is that of the number. A rounded part leaves at most 2^-8 of the number's largest power
+//! of two, of either sign. So the products of parts that are left out (see `terms`) are at most 2^-16 of the product
+//! of two f16 numbers and 2^-24 of that of two f32 numbers, about half a unit in the last place, and do not add up in
+//! one direction.
 
 use crate::device::cpu::kernels::SIDE;
 use crate::device::cpu::vector::Vector;
 
-/// What is split must be 0, or this large in magnitude: then no part is below the smallest normal number of bf16, and no
-/// product of two first parts is below 2^-90, which leaves the 24 bits that follow it above what the processor takes for 0.
+/// Least magnitude of a number that is split, unless it is 0. No part is then below the smallest normal bf16, and no
+/// product of two first parts is below 2^-90, so the 24 bits after it are above what the processor flushes to 0.
 const LEAST: f32 = 1.0 / (1_u64 << 45) as f32;
 
-/// What is split must be less in magnitude: then no sum of products overflows, and none has an infinity to be multiplied by
-/// the 0 that is the second part of another number. All numbers of f16 lie between the two.
+/// Limit of the magnitude of a number that is split. No sum of products then overflows, and no infinity is multiplied
+/// by a zero second part of another number. All f16 numbers are within both limits.
 const LIMIT: f32 = (1_u64 << 50) as f32;
 
-/// Which parts are multiplied, by how many parts numbers have: (of a, of b), each with one in common with the one before it.
+/// Returns the pairs of parts to multiply, (of a, of b), for numbers of this many parts. Each pair has one part in
+/// common with the pair before it.
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(in crate::device::cpu) const fn terms(parts: usize) -> &'static [(usize, usize)] {
     match parts {
@@ -27,21 +29,21 @@ pub(in crate::device::cpu) const fn terms(parts: usize) -> &'static [(usize, usi
     }
 }
 
-/// Words of two numbers of a matrix as bf16, once for each part.
+/// Conversion of a matrix to words of two bf16, once for each part.
 pub(in crate::device::cpu) struct Pairing {
     pub from: *const f32,
     pub stride: usize,
-    /// Rows and columns of the matrix; of the axis along which numbers are paired, a multiple of 8.
+    /// Rows and columns of the matrix; the axis along which numbers are paired is a multiple of 8.
     pub rows: usize,
     pub columns: usize,
-    /// How far apart the two numbers of a word are: 1, or [`SIDE`], so that 32 neighbours make the words (0, 16), (1, 17), … Those
-    /// past the end of the axis are 0.
+    /// Distance of the two numbers of a word: 1, or [`SIDE`], so that 32 neighbours make the words (0, 16), (1, 17),
+    /// … Numbers past the end of the axis are 0.
     pub apart: usize,
     pub to: *mut u32,
     pub to_stride: usize,
-    /// How many parts numbers have; one is the number rounded.
+    /// Number of parts; with one part the number is rounded.
     pub parts: usize,
-    /// Words from one part to the next.
+    /// Number of words from one part to the next.
     pub part: usize,
 }
 
@@ -62,7 +64,7 @@ pub(super) unsafe fn store_parts<V: Vector, const PARTS: usize>(mut low: V, mut 
     }
 }
 
-/// [`Pairing`] of rows, whole registers of which are read and written.
+/// Packs pairs of rows: runs [`Pairing`] with whole registers.
 #[inline(always)]
 pub(super) unsafe fn pair_rows<V: Vector>(p: &Pairing) {
     // SAFETY: passed on to the caller.
@@ -100,7 +102,7 @@ unsafe fn rows_of<V: Vector, const PARTS: usize>(p: &Pairing) {
     }
 }
 
-/// [`Pairing`] of columns, [`SIDE`] apart.
+/// Packs pairs of columns, [`SIDE`] apart: runs [`Pairing`].
 #[inline(always)]
 pub(super) unsafe fn pair_columns<V: Vector>(p: &Pairing) {
     // SAFETY: passed on to the caller.
@@ -136,7 +138,7 @@ unsafe fn columns_of<V: Vector, const PARTS: usize>(p: &Pairing) {
     }
 }
 
-/// Whether `count` numbers may be split.
+/// Returns true if `count` numbers may be split.
 #[inline(always)]
 pub(super) unsafe fn may_be_split<V: Vector>(from: *const f32, count: usize) -> bool {
     let whole = count / V::LANES * V::LANES;

@@ -1,81 +1,81 @@
-//! Products of matrices: what describes them, and those of f32. Products of pairs of bf16 are in `bf16.rs`, written for
-//! the processors that have them.
+//! Products of matrices: what describes them, and those of f32. Products of pairs of bf16 are in `bf16.rs`, written
+//! for the processors that have them.
 
 use crate::device::cpu::vector::Vector;
 
-/// What the rows of a product, and so the keys of a tile and a head_dim, are a multiple of.
+/// Multiple of the rows of a product, and so of the keys of a tile and of head_dim.
 pub(in crate::device::cpu) const ROWS: usize = 8;
 
-/// `c (+)= a b`, for a matrix `a` whose elements are read one by one, and rows of whole registers `b` and `c`.
+/// Product `c = a b` or `c += a b`. Elements of `a` are read one by one, rows of `b` and `c` as whole registers.
 pub(in crate::device::cpu) struct Product {
-    /// Rows of a and c, a multiple of [`ROWS`].
+    /// Number of rows of a and c, a multiple of [`ROWS`].
     pub rows: usize,
-    /// Columns of a, rows of b.
+    /// Number of columns of a and rows of b.
     pub inner: usize,
     /// Columns of b and c, a multiple of the lanes of a register.
     pub columns: usize,
     pub a: *const f32,
-    /// Elements of a from one row to the next; or, where a is transposed, from one column to the next.
+    /// Elements of a from one row to the next; if a is transposed, from one column to the next.
     pub a_stride: usize,
-    /// Whether a is stored by columns.
+    /// True if a is stored by columns.
     pub transposed: bool,
     pub b: *const f32,
     pub b_stride: usize,
     pub c: *mut f32,
     pub c_stride: usize,
-    /// Whether c is added to.
+    /// True for `c += a b`, false for `c = a b`.
     pub accumulate: bool,
 }
 
-/// Products of pairs go by so many rows and columns: the lanes of a register, the rows of a tile.
+/// Block size of bf16 pair products: 16 lanes of a register, 16 rows of a tile.
 pub(in crate::device::cpu) const SIDE: usize = 16;
 
-/// `c (+)= a b` over pairs of bf16; or of sums of them, part by part (see `parts.rs`).
+/// Product `c = a b` or `c += a b` of bf16 pairs, or of numbers split into bf16 parts (see `parts.rs`).
 #[cfg_attr(
     not(any(target_arch = "aarch64", target_arch = "x86_64")),
     expect(dead_code, reason = "no other processor has products of pairs")
 )]
 pub(in crate::device::cpu) struct PairProduct {
-    /// Rows of a and c, a multiple of [`SIDE`].
+    /// Number of rows of a and c, a multiple of [`SIDE`].
     pub rows: usize,
-    /// Words of a row of a, rows of b; a multiple of [`SIDE`].
+    /// Number of words of a row of a, and of rows of b; a multiple of [`SIDE`].
     pub inner: usize,
     /// Columns of b and c, a multiple of the lanes of a register.
     pub columns: usize,
     pub a: *const u32,
     /// Words, or f32, from one row to the next.
     pub a_stride: usize,
-    /// Words from one part to the next.
+    /// Number of words from one part to the next.
     pub a_part: usize,
     pub b: *const u32,
     pub b_stride: usize,
     pub b_part: usize,
-    /// How many parts a and b have.
+    /// Number of parts of a and b.
     pub parts: usize,
     pub c: *mut f32,
     pub c_stride: usize,
-    /// Whether c is added to.
+    /// True for `c += a b`, false for `c = a b`.
     pub accumulate: bool,
 }
 
-/// How one kind of processor multiplies pairs of bf16, of which a word holds two neighbours along the inner axis.
+/// Products of bf16 pairs on one kind of processor. A word holds two neighbours along the inner axis.
 #[derive(Clone, Copy)]
 pub(in crate::device::cpu) struct Pairs {
-    /// To be called by a thread before its first product, and after its last.
+    /// Called by a thread before its first product, and after its last.
     pub begin: unsafe fn(),
     pub end: unsafe fn(),
-    /// Into how many parts at most numbers are split, because the products of those are faster than one of f32.
+    /// Largest number of parts for which these products are faster than one of f32.
     pub most_parts: usize,
-    /// Unsafe as the functions of `Kernels` are.
+    /// Product function; unsafe like the functions of `Kernels`.
     pub product: unsafe fn(&PairProduct),
 }
 
-/// [`Product`].
+/// Runs [`Product`].
 #[inline(always)]
 pub(super) unsafe fn product<V: Vector>(p: &Product) {
     let mut column = 0;
     while column < p.columns {
-        // Two and two, where one would be left over.
+        // Two and two, so that none is left over.
         let registers = match (p.columns - column) / V::LANES {
             4 => 2,
             left => left.min(V::COLUMNS),
@@ -93,17 +93,18 @@ pub(super) unsafe fn product<V: Vector>(p: &Product) {
     }
 }
 
-/// [`Product`], `N` registers of columns.
+/// Runs [`Product`] for `N` registers of columns.
 #[inline(always)]
 unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f32) {
     let mut row = 0;
     while row < p.rows {
         let rows = match p.rows - row {
-            // Four and four, where two would be left over.
+            // Four and four, so that no two are left over.
             8 if V::ROWS == 6 => 4,
             left => left.min(V::ROWS),
         };
-        // SAFETY: rows and inner are those of a, b and c, and rows are a multiple of 8: blocks have 4, 6 or `V::ROWS` of them.
+        // SAFETY: rows and inner are those of a, b and c, and rows are a multiple of 8: blocks have 4, 6 or `V::ROWS`
+        // of them.
         unsafe {
             let c = c.add(row * p.c_stride);
             let a = p.a.add(row * if p.transposed { 1 } else { p.a_stride });

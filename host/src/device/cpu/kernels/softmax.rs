@@ -1,39 +1,39 @@
-//! The online softmax of a panel of queries, and the merge of two.
+//! Online softmax of a panel of queries, and the merge of two partial softmaxes.
 
 use super::MAX_LANES;
 use super::parts::store_parts;
 use crate::device::cpu::vector::Vector;
 
-/// One tile of keys passing one panel of queries: scores become exponentials relative to the largest score so far.
+/// One tile of keys for one panel of queries: scores become exponentials relative to the largest score so far.
 pub(in crate::device::cpu) struct Softmax {
-    /// Keys of the tile.
+    /// Number of keys of the tile.
     pub keys: usize,
-    /// Queries, a multiple of the lanes of a register.
+    /// Number of queries, a multiple of the lanes of a register.
     pub lanes: usize,
-    /// `keys x stride`.
+    /// Scores, `keys x stride`.
     pub scores: *mut f32,
     pub stride: usize,
-    /// How many keys of the tile each query sees; null if all.
+    /// Number of keys of the tile that each query sees; null if all.
     pub visible: *const f32,
     pub scale_log2: f32,
-    /// The largest score of each query so far, and the sum of exponentials relative to it.
+    /// Largest score of each query so far, and the sum of exponentials relative to it.
     pub max: *mut f32,
     pub sum: *mut f32,
-    /// `head_dim x stride`: what was summed before, to be made relative to the new largest score.
+    /// Output, `head_dim x stride`: the earlier sums, which are rescaled to the new largest score.
     pub output: *mut f32,
     pub head_dim: usize,
-    /// `keys / 2 x stride` a part: the exponentials of two keys a word, as bf16, instead of the f32 that else take the place of
-    /// the scores.
+    /// Exponentials as bf16 pairs, two keys per word, `keys / 2 x stride` for each part. Without it they are f32 in
+    /// the place of the scores.
     pub pairs: *mut u32,
-    /// How many parts they are wanted in; 0 if they are wanted as f32.
+    /// Number of bf16 parts of the exponentials; 0 for f32.
     pub parts: usize,
-    /// Words from one part to the next.
+    /// Number of words from one part to the next.
     pub part: usize,
-    /// Whether they are wanted as f32 as well.
+    /// True if the exponentials are wanted as f32 as well.
     pub both: bool,
 }
 
-/// Adds a partial softmax to another, each relative to its own largest score: what two runs of keys make of a panel.
+/// Merges a partial softmax into another, each relative to its own largest score: two runs of keys for one panel.
 pub(in crate::device::cpu) struct Merge {
     pub lanes: usize,
     pub stride: usize,
@@ -47,10 +47,10 @@ pub(in crate::device::cpu) struct Merge {
     pub other_output: *const f32,
 }
 
-/// [`Softmax`].
+/// Runs [`Softmax`].
 ///
-/// While every score of a query is minus infinity, any finite number serves as the largest: exponentials are 0 relative to
-/// it, where relative to minus infinity they would be NaN.
+/// While every score of a query is minus infinity, any finite number serves as the largest: exponentials relative to
+/// it are 0, and relative to minus infinity they would be NaN.
 #[inline(always)]
 pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
     // SAFETY: passed on to the caller.
@@ -68,7 +68,7 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
                 }
             }
             let old = V::load(s.max.add(lane));
-            // Several at a time, since each waits for the one before it.
+            // Several accumulators, since each operation waits for the one before it.
             let mut largest = [old; 4];
             for key in (0..s.keys).step_by(4) {
                 for (i, largest) in largest.iter_mut().enumerate() {
@@ -97,10 +97,10 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
     }
 }
 
-/// Exponentials at a time; divides [`ROWS`](super::ROWS).
+/// Number of exponentials at a time; divides [`ROWS`](super::ROWS).
 const GROUP: usize = 2;
 
-/// Scores become exponentials; their sum.
+/// Turns scores into exponentials and returns their sum.
 #[inline(always)]
 unsafe fn exponentials<V: Vector>(s: &Softmax, lane: usize, origin: V) -> V {
     // SAFETY: passed on to the caller.
@@ -110,7 +110,7 @@ unsafe fn exponentials<V: Vector>(s: &Softmax, lane: usize, origin: V) -> V {
         for _ in (0..s.keys).step_by(GROUP) {
             let mut x = [origin; GROUP];
             for (i, x) in x.iter_mut().enumerate() {
-                // The difference first: it is exact near 0, where exponentials are large.
+                // The difference is computed first: it is exact near 0, where exponentials are large.
                 *x = V::load(score.add(i * s.stride)).sub(origin).mul(scale);
             }
             for (i, x) in V::exp2_each(x).into_iter().enumerate() {
@@ -123,7 +123,7 @@ unsafe fn exponentials<V: Vector>(s: &Softmax, lane: usize, origin: V) -> V {
     }
 }
 
-/// The same, written as pairs of bf16.
+/// Turns scores into exponentials, written as bf16 pairs, and returns their sum.
 #[inline(always)]
 unsafe fn exponentials_in_parts<V: Vector, const PARTS: usize>(s: &Softmax, lane: usize, origin: V) -> V {
     // SAFETY: passed on to the caller.
@@ -146,7 +146,7 @@ unsafe fn exponentials_in_parts<V: Vector, const PARTS: usize>(s: &Softmax, lane
     }
 }
 
-/// Whether every lane is 1.
+/// Returns true if every lane is 1.
 #[inline(always)]
 unsafe fn all_one<V: Vector>(x: V) -> bool {
     let mut lanes = [0.0_f32; MAX_LANES];
@@ -155,7 +155,7 @@ unsafe fn all_one<V: Vector>(x: V) -> bool {
     lanes[..V::LANES].iter().all(|&lane| lane == 1.0)
 }
 
-/// [`Merge`].
+/// Runs [`Merge`].
 #[inline(always)]
 pub(super) unsafe fn merge<V: Vector>(m: &Merge) {
     // SAFETY: passed on to the caller.

@@ -1,7 +1,8 @@
 //! Score programs: the lines of a [`Code`](crate::program::strip::Code), run over strips of a tile of scores.
 //!
-//! A strip is a few queries, [`Kernels::strip_lanes`](super::Kernels) of them, by the keys of a tile: a row of lanes for each
-//! key. A line goes over the whole strip before the next one starts. Registers are memory, which stays in the L1 cache.
+//! A strip is a few queries, [`Kernels::strip_lanes`](super::Kernels) of them, by the keys of a tile: a row of lanes
+//! for each key. A line goes over the whole strip before the next one starts. Registers are memory, which stays in
+//! the L1 cache.
 
 use super::MAX_LANES;
 use crate::device::cpu::vector::Words;
@@ -59,8 +60,8 @@ impl Strip<'_> {
     }
 }
 
-/// Runs a line over all rows: the operands are registers of that name. Not a function that takes a closure: those are not
-/// inlined for certain, and what is not inlined has no vectors.
+/// Runs a line over all rows: the operands are registers of that name. Not a function that takes a closure: those are
+/// not inlined for certain, and what is not inlined has no vectors.
 macro_rules! over_rows {
     ($strip:ident, $line:ident, |$($operand:ident),+| $value:expr) => {{
         let to = $strip.rows_of($line.to);

@@ -74,7 +74,8 @@ impl Dropped {
         }
     }
 
-    /// Zeroes weights that are dropped; the others are left as they are or, where they are to be final, take their factor.
+    /// Zeroes weights that are dropped; the others are left as they are or, where they are to be final, take their
+    /// factor.
     ///
     /// # Safety
     /// As for [`draw`](Self::draw), which was for this strip; the weights are of as many keys.

@@ -33,8 +33,8 @@ pub(super) struct ScoreProgram {
 }
 
 impl ScoreProgram {
-    /// The program of a problem, if it has one, for products of query and key that are scores once they are multiplied by
-    /// `scale`.
+    /// The program of a problem, if it has one, for products of query and key that are scores once they are
+    /// multiplied by `scale`.
     pub(super) fn new(problem: &Problem, scale: f32) -> Option<Self> {
         let program = problem.program()?;
         let program = if problem.causal() {
@@ -198,12 +198,12 @@ impl Machine {
         rows.zip(numbers).for_each(|(row, number)| row.fill(*number));
     }
 
-    /// Runs lines of pairs over a strip: the queries of the tile from lane `first` on by its first `keys` keys. The scores of
-    /// the strip are at `scores`, rows `stride` apart.
+    /// Runs lines of pairs over a strip: the queries of the tile from lane `first` on by its first `keys` keys. The
+    /// scores of the strip are at `scores`, rows `stride` apart.
     ///
     /// # Safety
-    /// The processor has the instructions. Head, queries and keys are set, the lane is the first of a strip, and the strip
-    /// lies in memory that this thread alone uses.
+    /// The processor has the instructions. Head, queries and keys are set, the lane is the first of a strip, and the
+    /// strip lies in memory that this thread alone uses.
     pub(super) unsafe fn run(
         &mut self,
         lines: &[Line],
@@ -241,7 +241,8 @@ impl Machine {
         scores.iter().map(|&score| score == 0.0).collect()
     }
 
-    /// Where a register of the strip that starts at lane `first` is: its first row, and the elements from one row to the next.
+    /// Where a register of the strip that starts at lane `first` is: its first row, and the elements from one row to
+    /// the next.
     pub(super) fn register(&mut self, slot: Slot, first: usize) -> (*const f32, usize) {
         let space = self.spaces_of_strip(first)[slot.space as usize];
         (

@@ -10,7 +10,8 @@ use crate::device::cpu::arm;
 pub(in crate::device::cpu) struct Neon(float32x4_t);
 
 impl Neon {
-    /// Bit patterns, half of a unit of bf16 away from zero: their upper halves are the nearest bf16, ties away from zero.
+    /// Bit patterns, half of a unit of bf16 away from zero: their upper halves are the nearest bf16, ties away from
+    /// zero.
     #[inline(always)]
     unsafe fn rounded_up(self) -> uint32x4_t {
         // SAFETY: every aarch64 processor has NEON.
@@ -44,7 +45,8 @@ unsafe impl Vector for Neon {
     }
     #[inline(always)]
     unsafe fn broadcast(row: *const f32, index: usize) -> Self {
-        // FMLA takes its factor from one lane. LD1R, which the compiler would take, fills all four, in the place of an FMLA.
+        // FMLA takes its factor from one lane. LD1R, which the compiler would take, fills all four, in the place of
+        // an FMLA.
         Self(unsafe { vdupq_laneq_f32::<0>(arm::load_f32(row, index)) })
     }
     #[inline(always)]

@@ -1,8 +1,8 @@
-//! What score programs need of a register beyond products and softmaxes: division, comparison, and integers in the place of
-//! f32.
+//! What score programs need of a register beyond products and softmaxes: division, comparison, and integers in the
+//! place of f32.
 //!
-//! A register holds words of 32 bits: f32, i32, or truths, which are all ones or all zeros. Every method has a form over
-//! arrays, so an instruction set need not have any of them.
+//! A register holds words of 32 bits: f32, i32, or truths, which are all ones or all zeros. Every method has a form
+//! over arrays, so an instruction set need not have any of them.
 
 use super::{Portable, Vector};
 
@@ -163,8 +163,8 @@ pub(in crate::device::cpu) unsafe trait Words: Vector {
     }
     /// e^x within 2 units in the last place.
     ///
-    /// x = n ln 2 + r with n whole and |r| <= ln 2 / 2. e^r is a polynomial; 2^n is multiplied in two steps, so that results
-    /// below the smallest normal number are right too.
+    /// x = n ln 2 + r with n whole and |r| <= ln 2 / 2. e^r is a polynomial; 2^n is multiplied in two steps, so that
+    /// results below the smallest normal number are right too.
     #[inline(always)]
     unsafe fn exp(self) -> Self {
         // SAFETY: as above.
@@ -270,7 +270,8 @@ const LOG: [f32; 9] = [
     3.333_333e-1,
 ];
 
-/// tanh(x) = x n(x^2) / d(x^2) as the Eigen library has it, divided by the lowest coefficient of d; highest power first.
+/// tanh(x) = x n(x^2) / d(x^2) as the Eigen library has it, divided by the lowest coefficient of d; highest power
+/// first.
 const TANH_NUMERATOR: [f32; 7] = [
     -5.641_676e-14,
     4.087_417_2e-11,

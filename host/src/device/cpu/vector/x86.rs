@@ -225,7 +225,8 @@ unsafe impl Vector for Avx512 {
             for (row, x) in x.iter_mut().enumerate().take(rows) {
                 *x = _mm512_loadu_ps(from.add(row * stride));
             }
-            // Pairs of rows, then fours: register 4 g + j then holds columns j, j + 4, j + 8, j + 12 of rows 4 g .. 4 g + 4.
+            // Pairs of rows, then fours: register 4 g + j then holds columns j, j + 4, j + 8, j + 12 of rows 4 g .. 4
+            // g + 4.
             let mut pairs = x;
             for i in (0..16).step_by(2) {
                 pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);

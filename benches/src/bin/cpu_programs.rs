@@ -1,16 +1,17 @@
 //! Cost of score programs on the CPU: each feature compared with plain attention, per visible pair.
 //!
 //! ```sh
-//! cargo run --release -p benches --bin cpu_programs -- [--device cpu] [--rounds 7] [--only NAME]
+//! cargo run --release -p benches --bin cpu_programs -- [--device cpu] [--rounds 7] [--only NAME] [--pass forward]
 //! ```
 //!
 //! Plain attention and the features are measured in turn, round after round, so that other load on the machine affects
 //! all alike. Times are the best of all rounds. A cost of 1 means that a visible pair takes as long as in plain full
-//! attention.
+//! attention. Ratios are of CPU time, the sum over all threads, which leaves out what other processes take.
 
 use std::time::Instant;
 
 use flash_attention::half::bf16;
+use flash_attention::program::Table;
 use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Tensor};
 
 type Failure = Box<dyn std::error::Error>;
@@ -24,22 +25,23 @@ struct Feature {
 
 fn main() -> Result<(), Failure> {
     let mut arguments = std::env::args().skip(1);
-    let (mut device, mut rounds, mut only) = ("cpu".to_owned(), 7, String::new());
+    let (mut device, mut rounds, mut only, mut both) = ("cpu".to_owned(), 7, String::new(), true);
     while let Some(argument) = arguments.next() {
         let value = arguments.next().ok_or(format!("{argument} needs a value"))?;
         match argument.as_str() {
             "--device" => device = value,
             "--rounds" => rounds = value.parse()?,
             "--only" => only = value,
+            "--pass" => both = value != "forward",
             _ => return Err(format!("{argument} is no option").into()),
         }
     }
     let device: Device = device.parse()?;
     println!("{}; best of {rounds} rounds\n", device.name());
     println!(
-        "| dtype | B, H, N, D | feature | pass | ms | cost of a visible pair | times faster than full | than causal |"
+        "| dtype | B, H, N, D | feature | pass | ms | CPU ms | cost of a visible pair | times faster than full | than causal |"
     );
-    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
     for shape in [[1, 12, 2048, 64], [1, 2, 16384, 64]] {
         let features: Vec<Feature> = features(&device, shape)?
             .into_iter()
@@ -47,41 +49,62 @@ fn main() -> Result<(), Failure> {
             .filter(|(place, feature)| *place < 2 || feature.name.contains(&only))
             .map(|(_, feature)| feature)
             .collect();
-        measure::<f32>(&device, shape, &features, rounds)?;
-        measure::<bf16>(&device, shape, &features, rounds)?;
+        measure::<f32>(&device, shape, &features, (rounds, both))?;
+        measure::<bf16>(&device, shape, &features, (rounds, both))?;
     }
     Ok(())
 }
 
 /// Features to measure, starting with full and causal attention.
-fn features(_device: &Device, [_, _, seqlen, _]: [usize; 4]) -> Result<Vec<Feature>, Error> {
+fn features(device: &Device, [_, heads, seqlen, _]: [usize; 4]) -> Result<Vec<Feature>, Error> {
     let n = seqlen as u64;
     let new = Attention::new;
     let feature = |name, attention, pairs| Feature { name, attention, pairs };
     let causal = n * (n + 1) / 2;
-    // Each query sees `left` keys before its own and its own, as far as there are any.
-    let window = |left: u64| (0..n).map(|query| query.min(left) + 1).sum();
+    // Each query sees its own key and 511 before it, as far as there are any.
+    let window = (0..n).map(|query| query.min(511) + 1).sum();
+    // One tile of 128 x 128 in eight, as many in each row.
+    let tiles = seqlen / 128;
+    let shown = |tile: usize| (tile % tiles + 5 * (tile / tiles)).is_multiple_of(8);
+    let mask: Vec<i32> = (0..tiles * tiles).map(|tile| i32::from(shown(tile))).collect();
+    let mask = Table::<i32, 2>::new(&Tensor::from_slice(device, [tiles, tiles], &mask)?)?;
     let mut all = vec![
         feature("full", new(), n * n),
         feature("causal", new().causal(), causal),
-        feature("window of 512", new().window(511, 0), window(511)),
+        feature("window of 512", new().window(511, 0), window),
+        feature(
+            "one tile in eight",
+            new().mask(|at| mask.at(at.query / 128, at.key / 128).equals(1)),
+            n * n / 8,
+        ),
     ];
     if seqlen <= 4096 {
+        let slopes: Vec<f32> = (0..heads)
+            .map(|head| 0.5_f32.powi(1 + (head * 8 / heads) as i32))
+            .collect();
+        let slopes = Tensor::from_slice(device, [heads], &slopes)?;
+        let documents: Vec<i32> = (0..seqlen).map(|token| (token / 512) as i32).collect();
+        let documents = Tensor::from_slice(device, [1, seqlen], &documents)?;
+        let bias: Vec<f32> = (0..seqlen * seqlen).map(|i| (i % 97) as f32 * 0.01).collect();
+        let bias = Tensor::from_slice(device, [1, 1, seqlen, seqlen], &bias)?;
         all.extend([
-            feature("identity", new().score(|s, _| s + 0.0), n * n),
-            feature(
-                "ALiBi",
-                new().score(|s, at| s - (at.head + 1).to_score() * 0.01 * at.distance().abs()),
-                n * n,
-            ),
-            feature("softcap", new().softcap(20.0), n * n),
+            feature("ALiBi", new().alibi(&slopes), n * n),
+            feature("softcap of 20", new().softcap(20.0), n * n),
+            feature("documents of 512", new().documents(&documents, &documents), n * 512),
             feature("causal by a program", new().prefix(0), causal),
+            feature("bias", new().bias(&bias), n * n),
+            feature("dropout", new().dropout(0.1, 1), n * n),
         ]);
     }
     Ok(all)
 }
 
-fn measure<T: Element>(device: &Device, shape: [usize; 4], features: &[Feature], rounds: usize) -> Result<(), Failure> {
+fn measure<T: Element>(
+    device: &Device,
+    shape: [usize; 4],
+    features: &[Feature],
+    (rounds, both): (usize, bool),
+) -> Result<(), Failure> {
     let mut state = 1_u64;
     let mut draw = || {
         let data: Vec<T> = (0..shape.iter().product())
@@ -98,38 +121,74 @@ fn measure<T: Element>(device: &Device, shape: [usize; 4], features: &[Feature],
     let mut output = Output::new(Tensor::zeros(device, shape)?, Tensor::zeros(device, &shape[..3])?);
     let zeros = || Tensor::zeros(device, shape);
     let mut gradients = Gradients::new(zeros()?, zeros()?, zeros()?);
-    let mut best = vec![[f64::INFINITY; 2]; features.len()];
+    // Seconds of each pass, as the clock on the wall has them and in all threads.
+    let mut best = vec![[[f64::INFINITY; 2]; 2]; features.len()];
     for round in 0..=rounds {
         for (feature, best) in features.iter().zip(&mut best) {
-            let start = Instant::now();
+            let start = Clocks::now();
             let Output { out, lse, .. } = &mut output;
             feature.attention.forward_into(&q, &k, &v, out, lse)?;
-            let forward = start.elapsed().as_secs_f64();
-            if std::env::var("FORWARD_ONLY").is_err() {
-                feature
-                    .attention
-                    .backward_into(&q, &k, &v, &output, &dout, &mut gradients)?;
+            let forward = start.elapsed();
+            if both {
+                let attention = &feature.attention;
+                attention.backward_into(&q, &k, &v, &output, &dout, &mut gradients)?;
             }
-            let both = start.elapsed().as_secs_f64();
+            let in_all = start.elapsed();
             if round > 0 {
-                *best = [best[0].min(forward), best[1].min(both)];
+                for (best, seconds) in best.iter_mut().zip([forward, in_all]) {
+                    *best = [best[0].min(seconds[0]), best[1].min(seconds[1])];
+                }
             }
         }
     }
-    let full = best[0].map(|seconds| seconds / features[0].pairs as f64);
-    for (index, pass) in ["forward", "forward and backward"].into_iter().enumerate() {
-        for (feature, best_of_feature) in features.iter().zip(&best) {
-            let seconds = best_of_feature[index];
+    let passes = ["forward", "forward and backward"]
+        .into_iter()
+        .take(if both { 2 } else { 1 });
+    for (index, pass) in passes.enumerate() {
+        let of = |feature: usize, clock: usize| best[feature][index][clock];
+        for (place, feature) in features.iter().enumerate() {
             println!(
-                "| {} | {shape:?} | {} | {pass} | {:.2} | {:.2} | {:.2} | {:.2} |",
+                "| {} | {shape:?} | {} | {pass} | {:.1} | {:.1} | {:.2} | {:.1} | {:.1} |",
                 T::DTYPE.name(),
                 feature.name,
-                1e3 * seconds,
-                seconds / feature.pairs as f64 / full[index],
-                best[0][index] / seconds,
-                best[1][index] / seconds,
+                1e3 * of(place, 0),
+                1e3 * of(place, 1),
+                of(place, 1) / of(0, 1) * (features[0].pairs as f64 / feature.pairs as f64),
+                of(0, 1) / of(place, 1),
+                of(1, 1) / of(place, 1),
             );
         }
     }
     Ok(())
+}
+
+/// The clock on the wall, and the time that all threads of the process have worked: the second leaves out what other
+/// processes take.
+struct Clocks {
+    wall: Instant,
+    process: f64,
+}
+
+impl Clocks {
+    fn now() -> Self {
+        Self {
+            wall: Instant::now(),
+            process: process_seconds(),
+        }
+    }
+
+    fn elapsed(&self) -> [f64; 2] {
+        [self.wall.elapsed().as_secs_f64(), process_seconds() - self.process]
+    }
+}
+
+/// Seconds that all threads of the process have worked.
+fn process_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one time.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) } != 0;
+    if failed {
+        return f64::NAN;
+    }
+    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
 }

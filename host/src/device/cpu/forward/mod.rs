@@ -20,7 +20,7 @@ use std::sync::OnceLock;
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::kernels::{Kernels, Pairs, SIDE};
-use super::program::ScoreProgram;
+use super::program::{ScoreProgram, Walk};
 use super::team::Team;
 use super::tensor::{Head, Panels, Visibility};
 use super::{is_few, pairs_of};
@@ -35,6 +35,9 @@ const SEGMENT: u32 = 2048;
 
 /// Segments of a sequence at most.
 const MAX_SEGMENTS: u32 = 16;
+
+/// Strips by tiles of keys of which is kept what they see: a megabyte, and 32768 x 32768 pairs.
+const KEPT_CELLS: usize = 1 << 20;
 
 /// Bytes of half of the L1 cache of the processors that have AMX.
 const HALF_L1: usize = 24 << 10;
@@ -58,6 +61,8 @@ struct Forward<'a> {
     visibility: Visibility,
     /// What happens to scores, if anything does. It knows the causal mask as well, and `visibility` none.
     program: Option<ScoreProgram>,
+    /// What each tile of queries sees by it, once it is known, where that is the same in all heads and fits [`KEPT_CELLS`].
+    walks: Vec<OnceLock<Walk>>,
     scale: Units,
     out: u64,
     lse: u64,
@@ -144,6 +149,7 @@ pub(super) unsafe fn forward(
                 sign: problem.scale().sign,
             },
         },
+        walks: walks(problem, program.as_ref(), tiles),
         program,
         out,
         lse,
@@ -165,6 +171,18 @@ pub(super) unsafe fn forward(
     } else {
         forward.by_segments(team, tasks, segments, tile);
     }
+}
+
+/// Room for what each tile of queries sees; none where heads differ, or strips and tiles of keys are too many to keep.
+fn walks(problem: &Problem, program: Option<&ScoreProgram>, tiles: Tiles) -> Vec<OnceLock<Walk>> {
+    let cells = problem.seqlen_q() as usize / 16 * (problem.seqlen_k() / tiles.block_n) as usize;
+    let kept = program.is_some_and(ScoreProgram::has_one_mask) && cells <= KEPT_CELLS;
+    let count = if kept {
+        problem.seqlen_q().div_ceil(tiles.block_m)
+    } else {
+        0
+    };
+    (0..count).map(|_| OnceLock::new()).collect()
 }
 
 /// Keys of a tile: those of the plan; half of them where they have parts of which, with those of the values, only then half of

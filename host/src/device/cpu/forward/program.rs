@@ -7,7 +7,7 @@ use super::scratch::Scratch;
 use super::state::State;
 use super::tiled::Lanes;
 use super::{Forward, Tile};
-use crate::device::cpu::program::{Cell, Dropped, Machine, ScoreProgram};
+use crate::device::cpu::program::{Cell, Dropped, Machine, ScoreProgram, Walk};
 
 /// What a thread runs a program in.
 pub(super) struct Machines {
@@ -62,10 +62,20 @@ impl Scratch {
     pub(super) fn begin_program(&mut self, forward: &Forward<'_>, program: &ScoreProgram, tile: &Tile) {
         let machines = self.machines.as_mut().expect("where there is a program");
         machines.set_tile(forward, program, tile);
-        let queries = tile.first_row..tile.first_row + tile.rows as u32;
-        let sizes = [forward.kernels.strip_lanes as u32, forward.tiles.block_n];
-        let keys = 0..forward.problem.seqlen_k();
-        self.walk.set(program, (tile.batch, tile.head), [queries, keys], sizes);
+        let set = |walk: &mut Walk| {
+            let queries = tile.first_row..tile.first_row + tile.rows as u32;
+            let sizes = [forward.kernels.strip_lanes as u32, forward.tiles.block_n];
+            let keys = 0..forward.problem.seqlen_k();
+            walk.set(program, (tile.batch, tile.head), [queries, keys], sizes);
+        };
+        match forward.walks.get((tile.first_row / forward.tiles.block_m) as usize) {
+            None => set(&mut self.walk),
+            Some(walk) => self.walk.copy(walk.get_or_init(|| {
+                let mut walk = Walk::default();
+                set(&mut walk);
+                walk
+            })),
+        }
     }
 
     /// Attention of the tile's queries to the keys of some tiles, as far as they see any.

@@ -1,5 +1,4 @@
-//! Which weights dropout keeps, drawn for strips: the generator of [`dropout`](crate::program::dropout), eight counters at a
-//! time.
+//! Which weights dropout keeps, drawn for strips: the generator of [`dropout`](crate::program::dropout), 64 counters at a time.
 
 use crate::program::dropout::{FACTORS, ROUNDS, WEYL, group, word};
 
@@ -18,44 +17,63 @@ pub(in crate::device::cpu) struct Keep {
     pub kept: *mut u32,
 }
 
-/// Counters that are turned into words together.
-const COUNTERS: usize = 8;
+/// Groups of 16 x 16 pairs, whose counters are turned into words together: 8 of queries for each of 8 of keys.
+const COUNTERS: usize = 64;
 
-/// [`Keep`], of `W` lanes. Queries whose group is the same draw the same words, so the groups of a run of 16 are 8 counters.
+/// [`Keep`], of `W` lanes, 16 x 16 pairs at a time.
 #[inline(always)]
 pub(super) unsafe fn keep<const W: usize>(k: &Keep) {
-    let first_block = k.first_query / 16;
-    let last_block = (k.first_query + W as u32 - 1) / 16;
-    let end = k.first_key + k.keys as u32;
-    for block in first_block..=last_block {
-        let groups: [u32; COUNTERS] = std::array::from_fn(|i| block * 8 + i as u32);
-        // Each group of keys is that of two of 16 neighbours.
-        for of_keys in group(k.first_key / 16 * 16)..(end.div_ceil(16)) * 8 {
-            let words = words(groups, [of_keys, k.head, k.batch], k.seed);
-            for half in 0..2 {
-                let key = of_keys / 8 * 16 + of_keys % 8 + 8 * half;
-                if key < k.first_key || key >= end {
+    let blocks = |first: u32, count: u32| first / 16..(first + count).div_ceil(16);
+    for of_queries in blocks(k.first_query, W as u32) {
+        for of_keys in blocks(k.first_key, k.keys as u32) {
+            let words = words([of_queries, of_keys], [k.head, k.batch], k.seed);
+            for key in 0..16 {
+                let row = (of_keys * 16 + key).wrapping_sub(k.first_key) as usize;
+                if row >= k.keys {
                     continue;
                 }
-                for lane in 0..16 {
-                    let query = block * 16 + lane;
-                    if query < k.first_query || query >= k.first_query + W as u32 {
-                        continue;
-                    }
-                    let drawn = words[word(query, key)][(lane % 8) as usize];
-                    let place = (key - k.first_key) as usize * W + (query - k.first_query) as usize;
-                    // SAFETY: there is a truth for each key and lane, says the caller.
-                    unsafe { *k.kept.add(place) = if drawn >= k.threshold { u32::MAX } else { 0 } };
+                // SAFETY: there is a truth for each key and lane, says the caller.
+                unsafe { keep_row::<W>(k, &words, of_queries * 16, key, k.kept.add(row * W)) };
+            }
+        }
+    }
+}
+
+/// Writes the truths of one key and the 16 queries from `first` on, as far as they are lanes.
+#[inline(always)]
+unsafe fn keep_row<const W: usize>(k: &Keep, words: &[[u32; COUNTERS]; 4], first: u32, key: u32, row: *mut u32) {
+    let kept = |drawn: u32| if drawn >= k.threshold { u32::MAX } else { 0 };
+    let of_key = (key % 8 * 8) as usize;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for half in 0..2 {
+            let words = &words[word(8 * half, key)][of_key..of_key + 8];
+            let lane = (first + 8 * half).wrapping_sub(k.first_query);
+            if lane as usize + 8 <= W {
+                for (i, drawn) in words.iter().enumerate() {
+                    *row.add(lane as usize + i) = kept(*drawn);
+                }
+                continue;
+            }
+            for (i, drawn) in words.iter().enumerate() {
+                let lane = lane.wrapping_add(i as u32) as usize;
+                if lane < W {
+                    *row.add(lane) = kept(*drawn);
                 }
             }
         }
     }
 }
 
-/// The four words of each counter.
+/// The four words of each counter of 16 x 16 pairs.
 #[inline(always)]
-fn words(groups: [u32; COUNTERS], rest: [u32; 3], seed: [u32; 2]) -> [[u32; COUNTERS]; 4] {
-    let [mut a, mut b, mut c, mut d] = [groups, [rest[0]; COUNTERS], [rest[1]; COUNTERS], [rest[2]; COUNTERS]];
+fn words([of_queries, of_keys]: [u32; 2], [head, batch]: [u32; 2], seed: [u32; 2]) -> [[u32; COUNTERS]; 4] {
+    let (mut a, mut b) = ([0; COUNTERS], [0; COUNTERS]);
+    let (mut c, mut d) = ([head; COUNTERS], [batch; COUNTERS]);
+    for i in 0..COUNTERS {
+        a[i] = group(of_queries * 16) + i as u32 % 8;
+        b[i] = group(of_keys * 16) + i as u32 / 8;
+    }
     let [mut k, mut l] = seed;
     for _ in 0..ROUNDS {
         for i in 0..COUNTERS {

@@ -149,62 +149,127 @@ pub(super) unsafe fn run<V: Words, const W: usize>(strip: &Strip<'_>) {
 /// Lanes of the widest strip.
 const MAX_WIDTH: usize = 16;
 
+/// Most rows of which offsets are kept.
+const MAX_ROWS: usize = 64;
+
 /// [`Operation::Load`], of words, of f16 or of bf16. What an index adds is worked out once for all rows, once a row or for each
 /// element, as the index changes.
 #[inline(always)]
 unsafe fn load<V: Words, const W: usize, const ELEMENT: u8>(strip: &Strip<'_>, line: &Line, table: &Table) {
     let offset = |axis: usize, index: i32| index.clamp(0, table.last[axis]) as usize * table.strides[axis];
     let to = strip.rows_of(line.to);
+    let is_fixed = |axis: &usize| strip.spaces[line.operands[*axis].space as usize].row == 0;
+    let of_key = |axis: &usize| line.to.space == Space::Strip && line.operands[*axis].space == Space::Key;
     // SAFETY: passed on to the caller; indices are within the table.
     unsafe {
-        let mut of_lanes = [0_usize; MAX_WIDTH];
         let index = |axis: usize, row: usize, lane: usize| {
             let rows = strip.rows_of(line.operands[axis]);
             *rows.first.add(row * rows.step + lane).cast::<i32>()
         };
-        let space = |axis: usize| strip.spaces[line.operands[axis].space as usize];
-        let is_key = |axis: usize| {
-            space(axis).row != 0 && line.to.space == Space::Strip && line.operands[axis].space == Space::Key
-        };
-        for axis in (0..table.rank).filter(|&axis| space(axis).row == 0) {
+        let mut of_lanes = [0_usize; MAX_WIDTH];
+        for axis in (0..table.rank).filter(is_fixed) {
             for (lane, of_lane) in of_lanes[..W].iter_mut().enumerate() {
                 *of_lane += offset(axis, index(axis, 0, lane));
             }
         }
+        if strip.rows <= MAX_ROWS && (0..table.rank).all(|axis| is_fixed(&axis) || of_key(&axis)) {
+            let mut of_rows = [0_usize; MAX_ROWS];
+            for axis in (0..table.rank).filter(|axis| !is_fixed(axis)) {
+                for (row, of_row) in of_rows[..strip.rows].iter_mut().enumerate() {
+                    *of_row += offset(axis, index(axis, row, 0));
+                }
+            }
+            return load_rows::<V, W, ELEMENT>(table, &of_lanes, &of_rows[..strip.rows], to);
+        }
         for row in 0..strip.rows {
-            let mut of_row = 0;
             let mut offsets = of_lanes;
-            for axis in (0..table.rank).filter(|&axis| space(axis).row != 0) {
-                if is_key(axis) {
-                    of_row += offset(axis, index(axis, row, 0));
-                } else {
-                    for (lane, of_lane) in offsets[..W].iter_mut().enumerate() {
-                        *of_lane += offset(axis, index(axis, row, lane));
-                    }
+            for axis in (0..table.rank).filter(|axis| !is_fixed(axis)) {
+                for (lane, of_lane) in offsets[..W].iter_mut().enumerate() {
+                    *of_lane += offset(axis, index(axis, row, lane));
                 }
             }
-            let to = to.first.add(row * to.step);
-            if ELEMENT == 0 {
-                let first = table.first.cast::<f32>().add(of_row);
-                for (lane, of_lane) in offsets[..W].iter().enumerate() {
-                    *to.add(lane) = *first.add(*of_lane);
+            load_row::<V, W, ELEMENT>(table, &offsets, 0, to.first.add(row * to.step));
+        }
+    }
+}
+
+/// Rows of a table's elements, each at the sum of an offset of its lane and one of its row. Where rows are neighbours in memory,
+/// whole registers of them are read and transposed.
+#[inline(always)]
+unsafe fn load_rows<V: Words, const W: usize, const ELEMENT: u8>(
+    table: &Table,
+    of_lanes: &[usize; MAX_WIDTH],
+    of_rows: &[usize],
+    to: Rows,
+) {
+    let are_neighbours = of_rows.windows(2).all(|pair| pair[1] == pair[0] + 1);
+    let whole = if are_neighbours {
+        of_rows.len() / V::LANES * V::LANES
+    } else {
+        0
+    };
+    // SAFETY: passed on to the caller; rows past the last of a register are not read.
+    unsafe {
+        let mut square = [0.0_f32; MAX_LANES * MAX_LANES];
+        for row in (0..whole).step_by(V::LANES) {
+            for first_lane in (0..W).step_by(V::LANES) {
+                for lane in 0..V::LANES {
+                    let place = of_lanes[first_lane + lane] + of_rows[row];
+                    elements::<V, ELEMENT>(table, place).store(square.as_mut_ptr().add(lane * V::LANES));
                 }
+                let to_first = to.first.add(row * to.step + first_lane);
+                V::transpose(square.as_ptr(), V::LANES, V::LANES, to_first, to.step, V::LANES);
+            }
+        }
+        for (row, of_row) in of_rows.iter().enumerate().skip(whole) {
+            load_row::<V, W, ELEMENT>(table, of_lanes, *of_row, to.first.add(row * to.step));
+        }
+    }
+}
+
+/// A register of neighbours in a table.
+#[inline(always)]
+unsafe fn elements<V: Words, const ELEMENT: u8>(table: &Table, place: usize) -> V {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match ELEMENT {
+            0 => V::load(table.first.cast::<f32>().add(place)),
+            1 => V::load_f16(table.first.cast::<u16>().add(place)),
+            _ => V::load_bf16(table.first.cast::<u16>().add(place)),
+        }
+    }
+}
+
+/// One row of elements.
+#[inline(always)]
+unsafe fn load_row<V: Words, const W: usize, const ELEMENT: u8>(
+    table: &Table,
+    of_lanes: &[usize; MAX_WIDTH],
+    of_row: usize,
+    to: *mut f32,
+) {
+    // SAFETY: passed on to the caller; elements of 16 bits pass through an array that is long enough.
+    unsafe {
+        if ELEMENT == 0 {
+            let first = table.first.cast::<f32>().add(of_row);
+            for (lane, of_lane) in of_lanes[..W].iter().enumerate() {
+                *to.add(lane) = *first.add(*of_lane);
+            }
+            return;
+        }
+        let first = table.first.cast::<u16>().add(of_row);
+        let mut elements = [0_u16; MAX_WIDTH + MAX_LANES];
+        for (element, of_lane) in elements[..W].iter_mut().zip(of_lanes) {
+            *element = *first.add(*of_lane);
+        }
+        for lane in (0..W).step_by(V::LANES) {
+            let elements = elements.as_ptr().add(lane);
+            let numbers = if ELEMENT == 1 {
+                V::load_f16(elements)
             } else {
-                let first = table.first.cast::<u16>().add(of_row);
-                let mut elements = [0_u16; MAX_WIDTH + MAX_LANES];
-                for (element, of_lane) in elements[..W].iter_mut().zip(offsets) {
-                    *element = *first.add(of_lane);
-                }
-                for lane in (0..W).step_by(V::LANES) {
-                    let elements = elements.as_ptr().add(lane);
-                    let numbers = if ELEMENT == 1 {
-                        V::load_f16(elements)
-                    } else {
-                        V::load_bf16(elements)
-                    };
-                    numbers.store(to.add(lane));
-                }
-            }
+                V::load_bf16(elements)
+            };
+            numbers.store(to.add(lane));
         }
     }
 }

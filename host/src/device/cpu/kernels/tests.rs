@@ -532,3 +532,35 @@ fn tables_of_every_type_are_read_by_their_strides() {
         }
     });
 }
+
+#[test]
+fn kept_weights_are_those_of_the_generator() {
+    let dropout = crate::program::Dropout {
+        probability: 0.4,
+        seed: 0x1234_5678_9abc_def0,
+    };
+    each(|kernels| {
+        for (first_query, first_key, keys) in [(0, 0, 64), (16, 64, 40), (60, 128, 64), (7, 3, 5), (100, 30, 33)] {
+            let width = kernels.strip_lanes;
+            let mut kept = vec![1; keys * width];
+            // SAFETY: the processor has the instructions, and there is a truth for each key and lane.
+            unsafe {
+                (kernels.keep)(&Keep {
+                    keys,
+                    first_query,
+                    first_key,
+                    batch: 3,
+                    head: 5,
+                    seed: dropout.key(),
+                    threshold: dropout.threshold(),
+                    kept: kept.as_mut_ptr(),
+                });
+            }
+            for (place, kept) in kept.into_iter().enumerate() {
+                let (key, query) = (first_key + (place / width) as u32, first_query + (place % width) as u32);
+                let want = if dropout.keeps(3, 5, query, key) { u32::MAX } else { 0 };
+                assert_eq!(kept, want, "({query}, {key})");
+            }
+        }
+    });
+}

@@ -34,6 +34,13 @@ pub(in crate::device::cpu) struct Walk {
 const MOST_READ: usize = 1 << 16;
 
 impl Walk {
+    /// Takes over the walk of the same queries in another head.
+    pub(in crate::device::cpu) fn copy(&mut self, other: &Self) {
+        self.blocks.clone_from(&other.blocks);
+        self.cells.clone_from(&other.cells);
+        self.strips = other.strips;
+    }
+
     /// Finds the tiles of some keys that some of the queries see, for strips of queries and tiles of keys of these sizes. The
     /// first of the keys is the first of a tile.
     pub(in crate::device::cpu) fn set(

@@ -15,7 +15,7 @@ use super::pointer_mut;
 use super::team::Lines;
 use crate::problem::Problem;
 use crate::program::strip::{Code, Given, Line, Slot, Space};
-use crate::program::{Coordinate, Program};
+use crate::program::{Coordinate, Node, Program};
 
 /// A program made ready for a problem.
 pub(super) struct ScoreProgram {
@@ -80,6 +80,19 @@ impl ScoreProgram {
         self.program
             .dropout()
             .map_or(1.0, |dropout| 1.0 / (1.0 - dropout.probability))
+    }
+
+    /// Tells if all heads and sequences see the same.
+    pub(super) fn has_one_mask(&self) -> bool {
+        let graph = self.program.expression();
+        let needed = graph.needed(self.program.mask());
+        let differs = |node| {
+            let of_heads = [Coordinate::Batch, Coordinate::Head, Coordinate::KvHead];
+            of_heads
+                .into_iter()
+                .any(|coordinate| node == Node::Coordinate(coordinate))
+        };
+        !graph.iter().any(|(id, node)| needed[id.index()] && differs(node))
     }
 
     /// Runs lines.

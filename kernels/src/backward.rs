@@ -18,7 +18,7 @@ use crate::delta::any_far_of_share;
 use crate::mask::{Blocks, Mask, Span, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::{PairRing, Stage, StreamedRows};
-use crate::ptx::{memory, sreg, sync};
+use crate::ptx::{memory, optimizer, sreg, sync};
 use crate::scores::{self, OfRows, QueryValues};
 use crate::shape::{DELTA_ROWS, TileShape};
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
@@ -77,7 +77,9 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
         });
         ring.drain();
 
+        // Worked out again: kept, its addresses would hold registers all through the loop.
         let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_q, CAUSAL);
+        let first_row = block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
         let target = block.window(&p.dq, block.head, p.seqlen_q, &p.layout);
         store_gradient::<S>(dq, p.softmax_scale, owned.first, target.rows_from(first_row));
     }
@@ -103,7 +105,7 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
         // Recomputed here: kept, its addresses would occupy registers during the whole loop.
         let target = |tensor| {
             let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
-            let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
+            let first_row = block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
             block
                 .window(tensor, block.head, p.seqlen_k, &p.layout)
                 .rows_from(first_row)
@@ -193,9 +195,9 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
 /// Adds to dV what was zeroed in tiles of dO.
 #[inline(always)]
 unsafe fn restore_values<S: TileShape, const CAUSAL: bool>(p: &BackwardParams, dv: &mut S::Output) {
-    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), optimizer::renew(p.seqlen_k));
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
-    let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
+    let first_row = block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
     let blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
     let span = |row| mask.queries_of(first_row + row);
     for shared in 0..p.heads_q_per_kv.get() {

@@ -159,6 +159,16 @@ macro_rules! entry {
     };
 }
 
+/// The shape under a causal mask of a row for Hopper, `full | causal` where they differ.
+macro_rules! causal_shape {
+    ($shape:ty) => {
+        $shape
+    };
+    ($shape:ty | $causal:ty) => {
+        $causal
+    };
+}
+
 /// A row of the table for Hopper.
 macro_rules! hopper_entry {
     ($name:expr, $pass:ident $dtype:ident, $shape:ty, $causal:literal) => {
@@ -223,7 +233,7 @@ macro_rules! entries {
         tiles { $($name:literal: $pass:ident $arch:ident $dtype:ident, $shape:ty, $shared:ident,
                   $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
         delta { $($delta:literal: $delta_arch:ident $delta_dtype:ident;)* }
-        hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty,
+        hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty $(| $causal_shape:ty)?,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
         sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
     ) => {
@@ -250,7 +260,7 @@ macro_rules! entries {
             },)*
             $(
                 hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
-                hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, $hopper_shape, true),
+                hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, causal_shape!($hopper_shape $(| $causal_shape)?), true),
             )*
             $(Entry {
                 name: $sums,
@@ -275,7 +285,7 @@ macro_rules! entries {
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
             hopper_kernel!($hopper, $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, false);
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            hopper_kernel!(concat!($hopper, "_causal"), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, true);
+            hopper_kernel!(concat!($hopper, "_causal"), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, causal_shape!($hopper_shape $(| $causal_shape)?), true);
         )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
@@ -301,13 +311,13 @@ entries! {
         "forward_f16_d32": Forward Sm80 F16, ForwardD32<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_f16_d64": Forward Sm80 F16, ForwardD64<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_f16_d96": Forward Sm80 F16, ForwardD96<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f16_d128": Forward Sm80 F16, ForwardD128<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 0;
+        "forward_f16_d128": Forward Sm80 F16, ForwardD128<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_f16_d192": Forward Sm80 F16, ForwardD192<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_f16_d256": Forward Sm80 F16, ForwardD256<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_bf16_d32": Forward Sm80 Bf16, ForwardD32<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_bf16_d64": Forward Sm80 Bf16, ForwardD64<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
         "forward_bf16_d96": Forward Sm80 Bf16, ForwardD96<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_bf16_d128": Forward Sm80 Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 0;
+        "forward_bf16_d128": Forward Sm80 Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_bf16_d192": Forward Sm80 Bf16, ForwardD192<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "forward_bf16_d256": Forward Sm80 Bf16, ForwardD256<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
         "backward_queries_f32_d32": BackwardQueries Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 2;
@@ -355,12 +365,12 @@ entries! {
     hopper {
         "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_f16_d96": Forward F16, HopperD96<F16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_f16_d128": Forward F16, HopperD128<F16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_f16_d128": Forward F16, HopperD128<F16> | HopperD128Causal<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_f16_d192": Forward F16, HopperD192<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_f16_d256": Forward F16, HopperD256<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d64": Forward Bf16, HopperD64<Bf16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d96": Forward Bf16, HopperD96<Bf16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_bf16_d128": Forward Bf16, HopperD128<Bf16>, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward_bf16_d128": Forward Bf16, HopperD128<Bf16> | HopperD128Causal<Bf16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d192": Forward Bf16, HopperD192<Bf16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_bf16_d256": Forward Bf16, HopperD256<Bf16>, hopper::forward::forward(HopperForwardParams);
         "hopper_backward_queries_f16_d192": BackwardQueries F16, HopperQueriesD192<F16>, hopper::backward::queries(HopperBackwardParams);

@@ -8,7 +8,7 @@ use crate::block::{RowBlock, owned_tile, split};
 use crate::mask::{Mask, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::KeyValueRing;
-use crate::ptx::sreg;
+use crate::ptx::{optimizer, sreg, sync};
 use crate::shape::TileShape;
 use crate::softmax::{Finished, OnlineSoftmax};
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
@@ -21,40 +21,25 @@ use crate::tile::{element::Element, global::Walk, shared::SharedTile};
 #[inline(always)]
 pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
-    let block = RowBlock::<S>::of_this_thread_block(p.query_tiles, p.heads_q, CAUSAL);
-    let kv_head = block.head / p.heads_q_per_kv;
-    let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
-    let keys = p.seqlen_k.min(blocks.end * S::COLUMNS);
-    let warp_row = sreg::warp_id() * S::WARP_ROWS;
+    // Worked out again after each walk: kept, addresses would hold registers all through the loop.
+    let block = || RowBlock::<S>::of_this_thread_block(p.query_tiles, p.heads_q, CAUSAL);
+    let first_row = |block: &RowBlock<S>| block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
 
     // SAFETY (whole body): the query tile and the ring are disjoint parts of this block's dynamic shared memory, every
     // thread takes every step that holds a barrier, and windows clip what does not exist.
     unsafe {
-        let q = block
-            .window(&p.q, block.head, p.seqlen_q, &p.layout)
-            .rows_from(block.first_row);
-        let k = block.window(&p.k, kv_head, keys, &p.layout);
-        let v = block.window(&p.v, kv_head, keys, &p.layout);
-        owned_tile::<S>(0).load_async(&mut Walk::new(q, split::<S>()), S::ROWS);
-        let mut ring = KeyValueRing::<S>::start(sreg::dynamic_shared_mem() + S::OWNED_BYTES, k, v);
-        let query = owned_tile::<S>(0).rows_from(warp_row);
-        if p.scale_sign != 1.0 {
-            // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
-            ring.drain();
-            query.map(S::WARP_ROWS, |words| S::Element::scale(words, p.scale_sign));
+        let (mut softmax, mut output) = (OnlineSoftmax::near(p.scale_log2), S::Output::zero());
+        let mut cleaned = walk::<S, CAUSAL, false>(p, block(), &mut softmax, &mut output);
+        let first = first_row(&block());
+        let span = |row| mask.keys_of(first + row);
+        if sync::sync_threads_or(softmax.left_bounds(|row| !span(row).is_empty())) {
+            core::hint::cold_path();
+            (softmax, output) = (OnlineSoftmax::exact(p.scale_log2), S::Output::zero());
+            cleaned = walk::<S, CAUSAL, true>(p, block(), &mut softmax, &mut output);
         }
 
-        let mut softmax = OnlineSoftmax::new(p.scale_log2);
-        let mut output = S::Output::zero();
-        let mut cleaned = false;
-        for_blocks!(blocks, |n, MASKED| {
-            cleaned |= attend::<S, CAUSAL, MASKED>(&block, mask, query, &mut ring, n, &mut softmax, &mut output)
-        });
-        ring.drain();
-
-        // Worked out again: kept, its addresses would hold registers all through the loop.
-        let block = RowBlock::<S>::of_this_thread_block(p.query_tiles, p.heads_q, CAUSAL);
-        let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
+        let block = block();
+        let first_row = first_row(&block);
         let span = |row| mask.keys_of(first_row + row);
         let Finished {
             inverse,
@@ -69,7 +54,7 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
             nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::COLUMNS, span);
         }
         output.store(
-            query,
+            owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS),
             &block
                 .window(&p.out, block.head, p.seqlen_q, &p.layout)
                 .rows_from(first_row),
@@ -95,10 +80,50 @@ fn unsigned(score: f32, sign: f32) -> f32 {
     }
 }
 
+/// Every key block that the queries see, first to last. An `EXACT` walk finds Q as the walk before left it. Returns whether
+/// values were [cleaned](nonfinite).
+#[inline(always)]
+unsafe fn walk<S: TileShape, const CAUSAL: bool, const EXACT: bool>(
+    p: &ForwardParams,
+    block: RowBlock<S>,
+    softmax: &mut OnlineSoftmax<S::Scores>,
+    output: &mut S::Output,
+) -> bool {
+    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let kv_head = block.head / p.heads_q_per_kv;
+    let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
+    // One body is enough for a walk that is rare.
+    let blocks = if EXACT { blocks.all_masked() } else { blocks };
+    let keys = p.seqlen_k.min(blocks.end * S::COLUMNS);
+    let mut cleaned = false;
+    // SAFETY (whole body): `forward`'s.
+    unsafe {
+        if !EXACT {
+            let q = block.window(&p.q, block.head, p.seqlen_q, &p.layout);
+            owned_tile::<S>(0).load_async(&mut Walk::new(q.rows_from(block.first_row), split::<S>()), S::ROWS);
+        }
+        let k = block.window(&p.k, kv_head, keys, &p.layout);
+        let v = block.window(&p.v, kv_head, keys, &p.layout);
+        let base = optimizer::renew(sreg::dynamic_shared_mem()) + S::OWNED_BYTES;
+        let mut ring = KeyValueRing::<S>::start(base, k, v);
+        let query = owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS);
+        if !EXACT && p.scale_sign != 1.0 {
+            // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
+            ring.drain();
+            query.map(S::WARP_ROWS, |words| S::Element::scale(words, p.scale_sign));
+        }
+        for_blocks!(blocks, |n, MASKED| {
+            cleaned |= attend::<S, CAUSAL, MASKED, EXACT>(&block, mask, query, &mut ring, n, softmax, output)
+        });
+        ring.drain();
+    }
+    cleaned
+}
+
 /// One key block: scores, online softmax, and their product with the values. Scores never leave the registers. Returns whether
 /// values were [cleaned](nonfinite).
 #[inline(always)]
-unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool>(
+unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool, const EXACT: bool>(
     block: &RowBlock<S>,
     mask: Mask<CAUSAL>,
     query: SharedTile,
@@ -117,7 +142,7 @@ unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool>(
             let (first_row, first_key) = (block.first_row + sreg::warp_id() * S::WARP_ROWS, n * S::COLUMNS);
             scores.hide(first_key, |row| mask.keys_of(first_row + row), f32::NEG_INFINITY);
         }
-        let rescale = softmax.update(&mut scores);
+        let rescale = softmax.update::<EXACT>(&mut scores);
         output.map_rows(rescale, |rescale, o| o * rescale);
         let probabilities = scores.operand();
         let value = ring.acquire_value(n);

@@ -205,6 +205,14 @@ pub trait HopperShape {
     /// Registers of a consumer thread.
     const CONSUMER_REGISTERS: u32;
 
+    /// Warpgroups take turns at issuing products. Wider heads keep the tensor cores busy in any order.
+    const TAKES_TURNS: bool = Self::HEAD_DIM <= 128;
+    /// Leaves the output as it is where no maximum of a warp's rows moved, for the price of a vote. Narrower heads rescale in the
+    /// shadow of exponentials.
+    const SKIPS_RESCALING: bool = Self::HEAD_DIM > 128;
+    /// Eighths of a step's exponentials that come before the wait for the output. The others share the time of sums, rescaling and
+    /// packing. Of wider heads the output takes longer, and is rarely rescaled.
+    const EIGHTHS_BEFORE: usize = if Self::HEAD_DIM <= 128 { 3 } else { 7 };
     /// Queries that a block owns.
     const BLOCK_M: u32 = Self::CONSUMERS * HOPPER_ROWS;
     /// Threads per block.
@@ -287,11 +295,13 @@ macro_rules! hopper_shape {
 }
 
 // Hopper, forward. A lane holds scores, their rounding to 16 bits and the output: (3/4 block_n + 1/2 head_dim) registers
-// and some 40 more. Two consumers of 240 registers hold 128 keys at head_dim 128; at 64, three of 160 do, and share each
-// tile of keys between more queries. At 96, 192 and 256 shared memory is full: 192, 216 and 224 KiB.
+// and some 40 more. Two consumers of 240 registers hold 176 keys at head_dim 128; under a causal mask, where a wide tile on the
+// diagonal is half in vain, 128. At 64, three of 160 hold 128, and share each tile of keys between more queries. At 96, 128 full,
+// 192 and 256 shared memory is full: 192, 208, 216 and 224 KiB.
 hopper_shape!(HopperD64: 128 keys, head_dim 64, consumers 3, registers 32 and 160);
 hopper_shape!(HopperD96: 160 keys, head_dim 96, consumers 2, registers 40 and 232);
-hopper_shape!(HopperD128: 128 keys, head_dim 128, consumers 2, registers 40 and 232);
+hopper_shape!(HopperD128: 176 keys, head_dim 128, consumers 2, registers 24 and 240);
+hopper_shape!(HopperD128Causal: 128 keys, head_dim 128, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
 

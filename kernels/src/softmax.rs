@@ -4,18 +4,23 @@
 //! `s * c` is exact and `m * c` is rounded, so that a row's weights all come out times `2^(m * c - round(m * c))`. That
 //! factor cancels in the output and in lse, as long as it is small: up to `|m * c| =` [`FAR`] it lies within `2^(2^-14)` of 1.
 //! A row beyond subtracts before it multiplies, `exp2((s - m) * c)`: exact where it matters, and never above 1, whatever the
-//! magnitude of scores and scale. A warp that has met such a row goes that way from then on.
+//! magnitude of scores and scale.
+//!
+//! Far rows are rare, and there are two ways to find them. A kernel that loads ahead of the arithmetic and cannot start again looks in
+//! every tile: [`OnlineSoftmax::new`] and [`raise`](OnlineSoftmax::raise). One that can looks at the end: maxima that start
+//! at `-FAR / c`, [`OnlineSoftmax::near`], keep weights from overflow meanwhile, and where a row has left these bounds, the
+//! block walks its keys again with [`OnlineSoftmax::exact`], which subtracts first in every row.
 //!
 //! The rule for minus infinity, written once: a row that has seen nothing has `row_max = -inf`, and `-inf - -inf` would be
-//! NaN where a zero is meant, so the maximum that is subtracted is 0 there. Masked scores are -inf and vanish against
-//! any maximum. A row that may see no key at all ends with out = 0 and lse = -inf; a row whose every visible score is -inf
-//! ends with out = NaN, as IEEE arithmetic has it.
+//! NaN where a zero is meant, so what is subtracted is a finite number there. Masked scores are -inf and vanish against any. A row
+//! that may see no key at all ends with out = 0 and lse = -inf; a row whose every visible score is -inf ends with out = NaN, as
+//! IEEE arithmetic has it.
 
 use core::f32::consts::LN_2;
 
 use crate::ptx::math::{ex2, fma, lg2, rcp};
 use crate::ptx::sync;
-use crate::tile::register::{Accumulator, RowValues};
+use crate::tile::register::{Accumulator, Part, RowValues};
 
 /// Exponent, to base 2, beyond which one rounding of it is too much: there it is off by `2^-14`.
 pub const FAR: f32 = 1024.0;
@@ -27,8 +32,17 @@ pub struct OnlineSoftmax<A: Accumulator> {
     /// Sum of exponentials relative to it, over this lane's columns only.
     row_sum: A::Rows,
     scale_log2: f32,
-    /// True once a row of this warp has been far.
-    is_far: bool,
+    /// Subtracts the maximum of every row before it multiplies.
+    is_exact: bool,
+}
+
+/// What the weights of a tile are relative to.
+#[derive(Clone, Copy)]
+pub struct Reference<R> {
+    /// Subtracted from the scaled scores.
+    subtracted: R,
+    /// Factor of everything that was summed before.
+    pub rescale: R,
 }
 
 /// Results of the softmax of a row.
@@ -44,68 +58,142 @@ pub struct Finished<R> {
 }
 
 impl<A: Accumulator> OnlineSoftmax<A> {
-    /// Nothing seen yet.
+    /// Nothing seen yet. Tiles are taken by [`raise`](Self::raise), [`weigh`](Self::weigh) and [`sum`](Self::sum).
     #[inline(always)]
     pub fn new(scale_log2: f32) -> Self {
+        Self::start(scale_log2, f32::NEG_INFINITY, false)
+    }
+
+    /// Nothing seen yet. Right if no row [left its bounds](Self::left_bounds) in the end; tiles are taken by
+    /// [`update::<false>`](Self::update).
+    #[inline(always)]
+    pub fn near(scale_log2: f32) -> Self {
+        Self::start(scale_log2, floor(scale_log2), false)
+    }
+
+    /// Nothing seen yet. Right for any row; tiles are taken by [`update::<true>`](Self::update).
+    #[inline(always)]
+    pub fn exact(scale_log2: f32) -> Self {
+        Self::start(scale_log2, -f32::MAX, true)
+    }
+
+    #[inline(always)]
+    fn start(scale_log2: f32, row_max: f32, is_exact: bool) -> Self {
         Self {
-            row_max: A::Rows::splat(f32::NEG_INFINITY),
+            row_max: A::Rows::splat(row_max),
             row_sum: A::Rows::splat(0.0),
             scale_log2,
-            is_far: false,
+            is_exact,
         }
     }
 
-    /// Turns scores into unnormalised probabilities, and returns what everything summed before must be multiplied by. The
-    /// whole warp calls it together.
+    /// Tells if a row's largest score is out of the bounds of [`near`](Self::near), or may be. `sees_keys(row)` is whether a row
+    /// may see any key.
     #[inline(always)]
-    pub fn update(&mut self, scores: &mut A) -> A::Rows {
+    pub fn left_bounds(&self, sees_keys: impl Fn(u32) -> bool) -> bool {
+        let (scale, floor) = (self.scale_log2, floor(self.scale_log2));
+        let sees_keys = A::rows_from(|row| if sees_keys(row) { 1.0 } else { 0.0 });
+        let left = self.row_max.zip(sees_keys, |max, sees_keys| {
+            if max * scale > FAR || max <= floor {
+                sees_keys
+            } else {
+                0.0
+            }
+        });
+        left.any(|left| left != 0.0)
+    }
+
+    /// Turns scores into unnormalised probabilities, and returns what everything summed before must be multiplied by. The whole warp
+    /// calls it together.
+    #[inline(always)]
+    pub fn update<const EXACT: bool>(&mut self, scores: &mut A) -> A::Rows {
         let scale = self.scale_log2;
         let old_max = self.row_max;
-        self.row_max = A::reduce_rows(scores.fold_rows(old_max, f32::max), f32::max);
-        let mut subtracted = self
-            .row_max
-            .map(|max| if max == f32::NEG_INFINITY { 0.0 } else { max * scale });
-        // Rounded as it was when it was subtracted: the products of rescalings then telescope exactly.
-        let mut rescale = old_max.zip(subtracted, |old, new| ex2(old * scale - new));
-        self.is_far = sync::any(self.is_far || subtracted.any(|x| x.abs() > FAR));
-        if self.is_far {
-            core::hint::cold_path();
-            (subtracted, rescale) = self.shift(old_max, scores);
-        }
-        scores.map_rows(subtracted, |max, score| ex2(fma(score, scale, -max)));
-        self.row_sum = scores.fold_rows(self.row_sum.zip(rescale, |sum, r| sum * r), |sum, p| sum + p);
-        rescale
+        self.row_max = A::reduce_rows(scores.max_rows(old_max), f32::max);
+        let reference = if EXACT {
+            scores.map_rows(self.row_max, |max, score| score - max);
+            Reference {
+                subtracted: A::Rows::splat(0.0),
+                rescale: old_max.zip(self.row_max, |old, new| ex2((old - new) * scale)),
+            }
+        } else {
+            self.reference(old_max, self.row_max.map(|max| max * scale))
+        };
+        self.weigh(scores, Part::WHOLE, reference);
+        self.sum(scores, reference);
+        reference.rescale
     }
 
-    /// Subtracts the maximum of each far row from its scores, and returns what is left to subtract from their exponents, and the
-    /// factor of everything before.
+    /// What near rows are relative to: rounded as it was when it was subtracted, the products of rescalings telescope exactly.
     #[inline(always)]
-    fn shift(&self, old_max: A::Rows, scores: &mut A) -> (A::Rows, A::Rows) {
+    fn reference(&self, old_max: A::Rows, subtracted: A::Rows) -> Reference<A::Rows> {
         let scale = self.scale_log2;
-        let new_max = self.row_max;
-        let shift = new_max.map(|max| if is_far(max, scale) { max } else { 0.0 });
-        scores.map_rows(shift, |shift, score| score - shift);
-        let subtracted = new_max.map(|max| {
-            if max == f32::NEG_INFINITY || is_far(max, scale) {
+        Reference {
+            subtracted,
+            rescale: old_max.zip(subtracted, |old, new| ex2(old * scale - new)),
+        }
+    }
+
+    /// Raises the maxima to those of a tile, whose scores are then ready for [`weigh`](Self::weigh). With `HIDES` some may be hidden:
+    /// rows that have seen nothing are no rarity then. The whole warp calls it together.
+    #[inline(always)]
+    pub fn raise<const HIDES: bool>(&mut self, scores: &mut A) -> Reference<A::Rows> {
+        let scale = self.scale_log2;
+        let old_max = self.row_max;
+        let lane_max = scores.max_rows(old_max);
+        // Each lane asks for its own columns, in the shadow of the shuffles: what is far for the row is so for a lane.
+        let of_lane = lane_max.map(|max| {
+            if HIDES && max == f32::NEG_INFINITY {
                 0.0
             } else {
                 max * scale
             }
         });
-        // Relative to what each was subtracted: the product, exact if far, else rounded.
-        let rescale = old_max.zip(new_max, |old, new| {
-            if old == f32::NEG_INFINITY {
-                0.0
-            } else {
+        let is_far = sync::any(of_lane.any(|x| x.abs() > FAR));
+        self.row_max = A::reduce_rows(lane_max, f32::max);
+        let mut reference = self.reference(old_max, self.row_max.map(|max| (max * scale).max(-f32::MAX)));
+        if is_far {
+            core::hint::cold_path();
+            reference = self.shift(old_max, scores);
+        }
+        reference
+    }
+
+    /// Turns a part of a tile's scores into unnormalised probabilities.
+    #[inline(always)]
+    pub fn weigh(&self, scores: &mut A, part: Part, reference: Reference<A::Rows>) {
+        let scale = self.scale_log2;
+        scores.map_rows_in(part, reference.subtracted, |max, score| ex2(fma(score, scale, -max)));
+    }
+
+    /// Adds a tile's probabilities to the rows' sums.
+    #[inline(always)]
+    pub fn sum(&mut self, probabilities: &A, reference: Reference<A::Rows>) {
+        let before = self.row_sum.zip(reference.rescale, |sum, r| sum * r);
+        self.row_sum = probabilities.fold_rows(before, |sum, p| sum + p);
+    }
+
+    /// Subtracts the maximum of each far row from its scores, and returns what is left to subtract from their exponents, and the
+    /// factor of everything before. A row that has seen nothing has summed nothing, and takes any finite factor.
+    #[inline(always)]
+    fn shift(&self, old_max: A::Rows, scores: &mut A) -> Reference<A::Rows> {
+        let scale = self.scale_log2;
+        let finite = |max: f32| max.max(-f32::MAX);
+        let (old_max, new_max) = (old_max.map(finite), self.row_max.map(finite));
+        let shift = new_max.map(|max| if is_far(max, scale) { max } else { 0.0 });
+        scores.map_rows(shift, |shift, score| score - shift);
+        Reference {
+            subtracted: new_max.map(|max| if is_far(max, scale) { 0.0 } else { max * scale }),
+            // Relative to what each was subtracted: the product, exact if far, else rounded.
+            rescale: old_max.zip(new_max, |old, new| {
                 ex2(match (is_far(old, scale), is_far(new, scale)) {
                     (true, true) => (old - new) * scale,
                     (true, false) => fma(old, scale, -(new * scale)),
                     (false, true) => fma(-new, scale, old * scale),
                     (false, false) => old * scale - new * scale,
                 })
-            }
-        });
-        (subtracted, rescale)
+            }),
+        }
     }
 
     /// Returns the results of the rows. `sees_keys(row)` is true if a row may see a key.
@@ -122,9 +210,12 @@ impl<A: Accumulator> OnlineSoftmax<A> {
                 (max * scale + lg2(sum)) * LN_2
             }
         });
+        let row_max = self
+            .row_max
+            .zip(row_sum, |max, sum| if sum == 0.0 { f32::NEG_INFINITY } else { max });
         // Of a near row, without the factor that the rounded product left in it.
         let exact_sum = self.row_max.zip(row_sum, |max, sum| {
-            if sum == 0.0 || is_far(max, scale) {
+            if sum == 0.0 || self.is_exact || is_far(max, scale) {
                 sum
             } else {
                 fma(-fma(max, scale, -(max * scale)) * LN_2, sum, sum)
@@ -133,14 +224,20 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         Finished {
             inverse,
             lse,
-            row_max: self.row_max,
+            row_max,
             row_sum: exact_sum.zip(of_nothing, |sum, nothing| if sum == 0.0 { nothing } else { sum }),
         }
     }
 }
 
-/// Tells if a row of this maximum subtracts it before it multiplies by the scale.
+/// The largest score, or less, of which no row's weights are too small, and no weight above 1 when it is subtracted.
+#[inline(always)]
+fn floor(scale: f32) -> f32 {
+    (-FAR / scale).max(-f32::MAX)
+}
+
+/// Tells if a row of this maximum, a finite number, subtracts it before it multiplies by the scale.
 #[inline(always)]
 fn is_far(max: f32, scale: f32) -> bool {
-    max != f32::NEG_INFINITY && (max * scale).abs() > FAR
+    (max * scale).abs() > FAR
 }

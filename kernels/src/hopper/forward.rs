@@ -20,7 +20,7 @@ use crate::pipeline::bulk::{Cursor, Slots};
 use crate::ptx::{mbarrier, memory, optimizer, sreg, sync, tma, tma::Corner, wgmma};
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperShape};
 use crate::softmax::{Finished, OnlineSoftmax};
-use crate::tile::register::{Accumulator, ScoreTile};
+use crate::tile::register::{Accumulator, Part, RowValues, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
 use crate::tile::{element::Element, global::GlobalTile, panels::Panels};
 use core::mem::offset_of;
@@ -133,7 +133,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             p,
             mask: Mask::new(p.seqlen_q, p.seqlen_k),
             shared,
-            group: sreg::thread_idx_x() / WARPGROUP - 1,
+            group: sync::uniform(sreg::thread_idx_x() / WARPGROUP) - 1,
             queries: Cursor::start(),
             keys: Cursor::start(),
             values: Cursor::start(),
@@ -145,7 +145,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn consume(&mut self, maps: u64) {
         // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's queries and output are its own.
         unsafe {
-            if self.group == S::CONSUMERS - 1 {
+            if S::TAKES_TURNS && self.group == S::CONSUMERS - 1 {
                 self.pass_turn();
             }
             for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::BLOCK_M) {
@@ -156,7 +156,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 self.finish(&work, softmax, output, maps);
                 self.queries.advance();
             }
-            if self.group == 0 {
+            if S::TAKES_TURNS && self.group == 0 {
                 self.take_turn();
             }
         }
@@ -172,13 +172,16 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         let (last, before) = self.mask.split_last(blocks);
         // SAFETY (whole body): as in `consume`.
         unsafe {
+            self.shared.key_slots().acquire(self.keys);
             wgmma::fence();
             let mut scores = self.score();
             wgmma::wait::<0>();
             scores.pin();
             self.release_key();
             self.hide(work, last, &mut scores);
-            softmax.update(&mut scores);
+            let reference = softmax.raise::<true>(&mut scores);
+            softmax.weigh(&mut scores, Part::WHOLE, reference);
+            softmax.sum(&scores, reference);
             let mut probabilities = scores.pinned_operand();
             self.shared.value_slots().acquire(self.values);
             if Mask::<CAUSAL>::HIDES_PAIRS && blocks.is_masked(last) {
@@ -208,6 +211,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     ) {
         // SAFETY (whole body): as in `consume`.
         unsafe {
+            self.shared.key_slots().acquire(self.keys);
             self.take_turn();
             wgmma::fence();
             let mut scores = self.score();
@@ -216,19 +220,28 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             wgmma::wait::<1>();
             scores.pin();
             self.release_key();
+            let mut values = self.values;
+            values.advance();
+            let is_full = self.shared.value_slots().is_full(values);
             if MASKED {
                 self.hide(work, n, &mut scores);
             }
-            let rescale = softmax.update(&mut scores);
+            let reference = softmax.raise::<MASKED>(&mut scores);
+            let [before, after] = Part::split(S::EIGHTHS_BEFORE);
+            softmax.weigh(&mut scores, before, reference);
             scores.pin();
-            // Awaited here, the next values keep ptxas from moving the wait for the output up, before the exponentials.
-            let mut values = self.values;
-            values.advance();
-            self.shared.value_slots().acquire(values);
+            // Awaited here, the next values keep ptxas from moving the wait for the output to another place.
+            if !is_full {
+                self.shared.value_slots().acquire(values);
+            }
             wgmma::wait::<0>();
             output.pin();
             self.release_value();
-            output.map_rows(rescale, |rescale, o| o * rescale);
+            softmax.weigh(&mut scores, after, reference);
+            softmax.sum(&scores, reference);
+            if !S::SKIPS_RESCALING || sync::any(reference.rescale.any(|rescale| rescale != 1.0)) {
+                output.map_rows(reference.rescale, |rescale, o| o * rescale);
+            }
             *probabilities = scores.pinned_operand();
             if MASKED && Mask::<CAUSAL>::HIDES_PAIRS {
                 self.clean(self.values.slot);
@@ -246,7 +259,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         // tile, the second before any multiplies it.
         unsafe {
             let any = Barrier::Consumers.sync_or(threads, values.has_nonfinite::<S::Element>(thread, threads));
-            if any {
+            if sync::any(any) {
                 values.zero_nonfinite::<S::Element>(thread, threads);
                 if thread % WARPGROUP == 0 {
                     memory::st_shared_word(self.shared.cleaned(self.group), 1);
@@ -257,12 +270,11 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Issues Q K^T with the next tile of keys.
+    /// Issues Q K^T with the tile of keys that was acquired.
     #[inline(always)]
     unsafe fn score(&mut self) -> S::Scores {
         // SAFETY: as in `consume`.
         unsafe {
-            self.shared.key_slots().acquire(self.keys);
             let scores = S::Scores::product(self.shared.query(self.group), self.shared.key(self.keys.slot));
             wgmma::commit();
             scores
@@ -401,9 +413,11 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// Waits until the warpgroup before this one has issued its products.
     #[inline(always)]
     fn take_turn(&self) {
-        // SAFETY: a whole warpgroup waits and a whole warpgroup arrives; the ring is started by `consume`, which also
-        // takes the last turn that was passed.
-        unsafe { Barrier::Turn(self.group).sync(2 * WARPGROUP) }
+        if S::TAKES_TURNS {
+            // SAFETY: a whole warpgroup waits and a whole warpgroup arrives; the ring is started by `consume`, which also
+            // takes the last turn that was passed.
+            unsafe { Barrier::Turn(self.group).sync(2 * WARPGROUP) }
+        }
     }
 
     /// Lets the next warpgroup issue its products.
@@ -414,8 +428,10 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         } else {
             self.group + 1
         };
-        // SAFETY: as for `take_turn`.
-        unsafe { Barrier::Turn(next).arrive(2 * WARPGROUP) }
+        if S::TAKES_TURNS {
+            // SAFETY: as for `take_turn`.
+            unsafe { Barrier::Turn(next).arrive(2 * WARPGROUP) }
+        }
     }
 
     /// Waits for all warps of this warpgroup.

@@ -101,6 +101,16 @@ impl Slots {
         unsafe { mbarrier::wait(self.full(cursor.slot), cursor.parity) }
     }
 
+    /// Consumer: whether the slot is full, which then is as good as [`acquire`](Self::acquire).
+    ///
+    /// # Safety
+    /// The slots are initialised.
+    #[inline(always)]
+    pub unsafe fn is_full<const SLOTS: u32>(self, cursor: Cursor<SLOTS>) -> bool {
+        // SAFETY: the caller's contract.
+        unsafe { mbarrier::has_ended(self.full(cursor.slot), cursor.parity) }
+    }
+
     /// Consumer: one of the arrivals that empty slot `slot`.
     ///
     /// # Safety

@@ -70,3 +70,18 @@ pub unsafe fn wait(barrier: u32, parity: u32) {
         }
     }
 }
+
+/// `mbarrier.test_wait.parity` — whether the phase of parity `parity` has ended; does not wait.
+///
+/// # Safety
+/// The contract of [`wait`].
+#[inline(always)]
+pub unsafe fn has_ended(barrier: u32, parity: u32) -> bool {
+    let ended: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("{{ .reg .pred ended; mbarrier.test_wait.parity.shared::cta.b64 ended, [{b}], {p}; selp.u32 {e}, 1, 0, ended; }}",
+            e = out(reg32) ended, b = in(reg32) barrier, p = in(reg32) parity, options(nostack));
+    }
+    ended != 0
+}

@@ -1,5 +1,6 @@
 //! Special registers: who am I. PTX ISA, "Special Registers".
 
+use super::optimizer;
 use core::arch::{asm, global_asm};
 
 // All kernels use one dynamic array; 1024 bytes is the largest alignment that a swizzle needs.
@@ -33,6 +34,12 @@ special_register!(
 special_register!(
     /// Shared-window address of the dynamic shared memory.
     dynamic_shared_mem, "smem");
+
+/// Index of the warp in its block, worked out anew: nothing is kept in registers since the last time.
+#[inline(always)]
+pub fn renewed_warp_id() -> u32 {
+    optimizer::renew(thread_idx_x()) / 32
+}
 
 /// Index of the warp in its block.
 #[inline(always)]

@@ -1,8 +1,9 @@
 //! Register tiles of the tensor cores: m16n8 accumulators of `mma.sync`.
 
-use super::register::{Accumulator, OutputTile, RowValues, Rows, ScoreTile};
+use super::register::{Accumulator, OutputTile, Part, RowValues, Rows, ScoreTile};
 use super::{fragment, global::GlobalTile, shared::SharedTile};
-use crate::ptx::{matrix::Half, memory, sreg, sync};
+use crate::mask::Span;
+use crate::ptx::{matrix::Half, memory, optimizer, sreg, sync};
 use core::marker::PhantomData;
 
 /// `M` x `N` accumulators of m16n8: `16 M` rows, `8 N` columns; operands are `T`.
@@ -47,10 +48,14 @@ impl<T: Half, const M: usize, const N: usize> ScoreTile for Fragments<T, M, N> {
 
     #[inline(always)]
     fn operand(&self) -> Packed<M, N> {
-        Packed(
-            self.0
-                .map(|rows| rows.map(|x| [T::pack(x[0], x[1]), T::pack(x[2], x[3])])),
-        )
+        let mut packed = [[[0; 2]; N]; M];
+        for m in 0..M {
+            for n in 0..N {
+                let x = self.0[m][n];
+                packed[m][n] = [T::pack(x[0], x[1]), T::pack(x[2], x[3])];
+            }
+        }
+        Packed(packed)
     }
 }
 
@@ -100,11 +105,13 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
     }
 
     #[inline(always)]
-    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
+    fn map_rows_in(&mut self, part: Part, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
         for m in 0..M {
             for n in 0..N {
-                for e in 0..4 {
-                    self.0[m][n][e] = f(rows.0[m][e / 2], self.0[m][n][e]);
+                if part.contains(n, N) {
+                    for e in 0..4 {
+                        self.0[m][n][e] = f(rows.0[m][e / 2], self.0[m][n][e]);
+                    }
                 }
             }
         }
@@ -158,6 +165,49 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
             }
         }
         rows
+    }
+
+    /// In two chains a row, of even and odd columns, where there are too few rows to fill the time that a comparison takes. Tiles of more
+    /// than 160 columns have no registers to spare.
+    #[inline(always)]
+    fn max_rows(&self, rows: Self::Rows) -> Self::Rows {
+        if M > 1 || N > 20 {
+            return self.fold_rows(rows, f32::max);
+        }
+        let (mut even, mut odd) = (rows, rows);
+        for m in 0..M {
+            for n in 0..N {
+                for half in 0..2 {
+                    let [x, y] = [0, 1].map(|e| self.0[m][n][half * 2 + e]);
+                    even.0[m][half] = even.0[m][half].max(x);
+                    odd.0[m][half] = if n == 0 { y } else { odd.0[m][half].max(y) };
+                }
+            }
+        }
+        even.zip(odd, f32::max)
+    }
+
+    /// One bound a row, less the lane's first column, and comparisons with constants: left to itself, the compiler tests each end of a
+    /// span in two parts.
+    #[inline(always)]
+    fn hide(&mut self, first: u32, span: impl Fn(u32) -> Span, hidden: f32) {
+        for m in 0..M {
+            for half in 0..2 {
+                let (row, lane_column) = fragment::accumulator(sreg::lane_id(), half as u32 * 2);
+                let Span { begin, end } = span(m as u32 * 16 + row);
+                let bound = |position: u32| optimizer::opaque(position.wrapping_sub(first + lane_column)) as i32;
+                let begin = if begin == 0 { i32::MIN } else { bound(begin) };
+                let end = if end == Span::OPEN { i32::MAX } else { bound(end) };
+                for n in 0..N {
+                    for e in 0..2 {
+                        let column = n as i32 * 8 + e as i32;
+                        if column < begin || column >= end {
+                            self.0[m][n][half * 2 + e] = hidden;
+                        }
+                    }
+                }
+            }
+        }
     }
 
     #[inline(always)]

@@ -62,6 +62,27 @@ impl<const A: usize, const B: usize> RowValues for Rows<A, B> {
     }
 }
 
+/// A run of a tile's columns, from one eighth of them to another.
+#[derive(Clone, Copy)]
+pub struct Part(usize, usize);
+
+impl Part {
+    /// All columns.
+    pub const WHOLE: Self = Self(0, 8);
+
+    /// The columns before an eighth, and those from it on.
+    #[inline(always)]
+    pub const fn split(eighth: usize) -> [Self; 2] {
+        [Self(0, eighth), Self(eighth, 8)]
+    }
+
+    /// Tells if item `index` of `count`, side by side along the columns, belongs to the part.
+    #[inline(always)]
+    pub const fn contains(self, index: usize, count: usize) -> bool {
+        index >= count * self.0 / 8 && index < count * self.1 / 8
+    }
+}
+
 /// A matrix of f32 spread over a warp, some columns of some rows in each lane.
 pub trait Accumulator: Copy {
     /// One value for each row that a lane holds part of.
@@ -73,7 +94,13 @@ pub trait Accumulator: Copy {
     fn zero() -> Self;
 
     /// Each element with its row's value: `x = f(row value, x)`.
-    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
+    #[inline(always)]
+    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
+        self.map_rows_in(Part::WHOLE, rows, f);
+    }
+
+    /// Each element of a part with its row's value: `x = f(row value, x)`.
+    fn map_rows_in(&mut self, part: Part, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
 
     /// Each element with its column's value, an f32 in shared memory: `x = f(column value, x)`.
     ///
@@ -102,6 +129,12 @@ pub trait Accumulator: Copy {
 
     /// Folds this lane's part of each row into `rows`.
     fn fold_rows(&self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
+
+    /// The largest of `rows` and this lane's part of each.
+    #[inline(always)]
+    fn max_rows(&self, rows: Self::Rows) -> Self::Rows {
+        self.fold_rows(rows, f32::max)
+    }
 
     /// A value for each row, from its index in the warp's tile.
     fn rows_from(f: impl Fn(u32) -> f32) -> Self::Rows;

@@ -182,17 +182,17 @@ fn full_tiles_waste_no_products() {
     if !devices().emulation() {
         return;
     }
-    for (arch, seqlen_q, head_dim) in [
-        (Arch::Sm80, 256, 32),
-        (Arch::Sm80, 256, 64),
-        (Arch::Sm80, 256, 128),
-        (Arch::Sm90a, 384, 64),
-        (Arch::Sm90a, 256, 128),
+    for (arch, seqlen_q, seqlen_k, head_dim) in [
+        (Arch::Sm80, 256, 128, 32),
+        (Arch::Sm80, 256, 128, 64),
+        (Arch::Sm80, 256, 128, 128),
+        (Arch::Sm90a, 384, 128, 64),
+        (Arch::Sm90a, 256, 352, 128),
     ] {
         let device = Device::emulator(arch);
-        let case = Case::one_head(Dtype::F16, seqlen_q, 128, head_dim);
+        let case = Case::one_head(Dtype::F16, seqlen_q, seqlen_k, head_dim);
         case.run(&device, &case.inputs::<f16>());
-        let flops = 4 * seqlen_q as u64 * 128 * head_dim as u64;
+        let flops = 4 * seqlen_q as u64 * seqlen_k as u64 * head_dim as u64;
         assert_eq!(device.counters().expect("the emulator counts").tensor_flops, flops);
     }
 }

@@ -321,7 +321,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             }
             p.pin();
             let queries = self.shared.queries(slot);
-            let is_far = memory::ld_shared_u32(self.shared.findings()[0]) != 0;
+            let is_far = sync::any(memory::ld_shared_u32(self.shared.findings()[0]) != 0);
             scores::weights(&mut p, queries, self.p.scale_log2, is_far);
             if S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && is_far {
                 let taints = self.shared.row_words(self.group) + warp_of_group() * 16 * 4;
@@ -429,7 +429,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 any |= tile.has_nonfinite::<S::Element>(thread, threads);
             }
             let any = Barrier::Consumers.sync_or(threads, any);
-            if any {
+            if sync::any(any) {
                 for tile in tiles {
                     tile.zero_nonfinite::<S::Element>(thread, threads);
                 }

@@ -199,15 +199,23 @@ impl TensorInfo {
         if self.is_contiguous() && other.is_contiguous() {
             return Sharing::Shared;
         }
-        let bytes = self.dtype.bytes() as i128;
+        let [of_self, of_other] = [self, other].map(|info| info.dtype.bytes() as i128);
         let offset = i128::from(other.address) - i128::from(self.address);
-        if self.dtype != other.dtype || offset % bytes != 0 {
-            return Sharing::Unproven;
-        }
+        // Strides count elements where those lie on one grid, else bytes: then each element is one more axis.
+        let one_grid = of_self == of_other && offset % of_self == 0;
+        let (offset, units, bytes) = if one_grid {
+            (offset / of_self, [1, 1], [1, 1])
+        } else {
+            (offset, [of_self, of_other], [of_self, of_other])
+        };
         let mut terms: Vec<Term> = Vec::new();
-        let most = |(size, stride): (usize, usize), sign: i128| (stride as i128, sign * (size as i128 - 1));
-        let ends = self.axes().map(|axis| most(axis, 1));
-        for (stride, end) in ends.chain(other.axes().map(|axis| most(axis, -1))) {
+        let ends = |info: &Self, of: usize, sign: i128| -> Vec<(i128, i128)> {
+            let axes = info
+                .axes()
+                .map(|(size, stride)| (units[of] * stride as i128, sign * (size as i128 - 1)));
+            axes.chain([(1, sign * (bytes[of] - 1))]).collect()
+        };
+        for (stride, end) in ends(self, 0, 1).into_iter().chain(ends(other, 1, -1)) {
             if stride == 0 || end == 0 {
                 continue;
             }
@@ -223,7 +231,7 @@ impl TensorInfo {
         }
         terms.sort_unstable_by_key(|term| std::cmp::Reverse(term.stride));
         let mut steps = 10_000;
-        match reaches(offset / bytes, &terms, &mut steps) {
+        match reaches(offset, &terms, &mut steps) {
             Some(true) => Sharing::Shared,
             Some(false) => Sharing::Apart,
             None => Sharing::Unproven,

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flash_attention_kernels::abi::TensorMap;
+use flash_attention_kernels::abi::{StridedTensor, TensorMap};
 use flash_attention_kernels::entries::{Arch, Dtype, Entry};
 use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{self, ElementType, Fill, Interleave, L2Promotion, TensorMapError, Tiled};
@@ -143,6 +143,88 @@ impl Emulated {
     }
 }
 
+/// A tensor that a call writes.
+struct Written {
+    name: &'static str,
+    tensor: StridedTensor,
+    heads: usize,
+    seqlen: u32,
+    /// Elements of a row.
+    row: usize,
+    dtype: Dtype,
+}
+
+/// The results of a plan at these addresses.
+fn results_of(plan: &Plan, results: Results) -> Vec<Written> {
+    let problem = plan.problem();
+    let (of_queries, of_keys) = (
+        (problem.heads_q(), problem.seqlen_q()),
+        (problem.heads_kv(), problem.seqlen_k()),
+    );
+    let new = |name, tensor, address, (heads, seqlen)| Written {
+        name,
+        tensor: StridedTensor { address, ..tensor },
+        heads,
+        seqlen,
+        row: problem.head_dim() as usize,
+        dtype: problem.dtype(),
+    };
+    match (results, plan.backward_tensors()) {
+        (Results::Forward { out, lse, statistics }, _) => {
+            let kept = problem.statistics().zip(statistics);
+            let kept = kept
+                .into_iter()
+                .flat_map(|(tensors, addresses)| tensors.into_iter().zip(addresses));
+            let rows = [(problem.lse(), lse)]
+                .into_iter()
+                .chain(kept)
+                .zip(["lse", "row_max", "row_sum"]);
+            let rows = rows.map(|((tensor, address), name)| Written {
+                row: 1,
+                dtype: Dtype::F32,
+                ..new(name, tensor, address, of_queries)
+            });
+            [new("out", problem.out(), out, of_queries)]
+                .into_iter()
+                .chain(rows)
+                .collect()
+        }
+        (Results::Backward { dq, dk, dv, .. }, Some(tensors)) => vec![
+            new("dq", tensors.dq, dq, of_queries),
+            new("dk", tensors.dk, dk, of_keys),
+            new("dv", tensors.dv, dv, of_keys),
+        ],
+        (Results::Backward { .. }, None) => Vec::new(),
+    }
+}
+
+impl Emulated {
+    /// Refuses a result of which the kernels left an element unwritten, where the memory was new.
+    fn check_written(&self, plan: &Plan, result: &Written) -> Result<(), Error> {
+        let Written {
+            tensor, heads, seqlen, ..
+        } = result;
+        for row in 0..plan.problem().batch() * heads * *seqlen as usize {
+            let (head, position) = (row / *seqlen as usize, row % *seqlen as usize);
+            let (batch, head) = (head / heads, head % heads);
+            let elements = batch as u64 * tensor.batch_stride
+                + head as u64 * tensor.head_stride
+                + position as u64 * tensor.row_stride;
+            let bytes = result.dtype.bytes();
+            let first = DevicePtr(tensor.address + elements * bytes as u64);
+            let written = self.memory.is_initialized(first, bytes * result.row);
+            if !written.map_err(self.failed("is_initialized"))? {
+                return Err(Error::Launch {
+                    device: self.spec(),
+                    kernel: plan.launches().last().map_or("", |launch| launch.entry.name),
+                    message: format!("`{}` was not written at [{batch}, {head}, {position}]", result.name),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Backend for Emulated {
     fn info(&self) -> DeviceInfo {
         match self.options.arch {
@@ -197,7 +279,10 @@ impl Backend for Emulated {
         reporter.begin(|| plan.launches().iter().map(blocks).sum());
         plan.launches()
             .iter()
-            .try_for_each(|launch| self.launch(launch, results, reporter))
+            .try_for_each(|launch| self.launch(launch, results, reporter))?;
+        results_of(plan, results)
+            .iter()
+            .try_for_each(|result| self.check_written(plan, result))
     }
 
     fn synchronize(&self) -> Result<(), Error> {
@@ -237,4 +322,53 @@ fn encode(tile: &TileMap) -> Result<TensorMap, TensorMapError> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Attention;
+    use crate::problem::{Outputs, Problem};
+    use crate::tensor::Tensor;
+
+    #[test]
+    fn a_result_that_no_kernel_wrote_is_an_error() {
+        let emulated = Emulated {
+            memory: DeviceMemory::with_capacity(1 << 30),
+            modules: Mutex::new(HashMap::new()),
+            counters: Mutex::new(Counters::default()),
+            options: EmulatorOptions::new(Arch::Sm80),
+        };
+        let device = Device::cpu();
+        let q = Tensor::<f32>::zeros(&device, [1, 2, 3, 8]).expect("small");
+        let lse = Tensor::<f32>::zeros(&device, [1, 2, 3]).expect("small");
+        let outputs = Outputs::new(q.info(), lse.info());
+        let apart = Tensor::<f32>::zeros(&device, [1, 2, 3, 8]).expect("small");
+        let info = apart.info();
+        let problem = Problem::new(&Attention::new(), info, info, info, Some(outputs)).expect("valid");
+        let plan = Plan::new(&problem, &emulated.info()).expect("a kernel");
+        let out = emulated.alloc(2 * 3 * 8 * 4).expect("small");
+        let lse = emulated.alloc(2 * 3 * 4).expect("small");
+        let results = Results::Forward {
+            out,
+            lse,
+            statistics: None,
+        };
+        let [of_out, of_lse] = &results_of(&plan, results)[..] else {
+            panic!("out and lse")
+        };
+        // SAFETY: the allocations are as long.
+        unsafe {
+            emulated.zero(out, 2 * 3 * 8 * 4).expect("small");
+            emulated.zero(lse, 5 * 4).expect("small");
+        }
+        assert!(emulated.check_written(&plan, of_out).is_ok());
+        let error = emulated
+            .check_written(&plan, of_lse)
+            .expect_err("the last was not written");
+        assert!(
+            error.to_string().contains("`lse` was not written at [0, 1, 2]"),
+            "{error}"
+        );
+    }
 }

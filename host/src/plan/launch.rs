@@ -469,9 +469,11 @@ fn exponents_at(offsets: Exponents, workspace: u64) -> Exponents {
 
 /// Where forward left what it knows of each query.
 fn forward_rows(tensors: &BackwardTensors) -> ForwardRows {
-    let [row_max, row_sum] = tensors.statistics.unwrap_or_default();
+    let [row_max, row_sum] = tensors
+        .statistics
+        .map_or([0; 2], |tensors| tensors.map(|tensor| tensor.address));
     ForwardRows {
-        lse: tensors.lse,
+        lse: tensors.lse.address,
         row_max,
         row_sum,
     }

@@ -57,6 +57,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`],
+    /// [`Error::NotContiguous`] if lse, row_max or row_sum has gaps or another order, which only the CPU takes,
     /// [`Error::Unsupported`] if the device does not run score programs.
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
         if let DeviceInfo::Gpu { .. } = device {
@@ -65,6 +66,7 @@ impl Plan {
         let (tiles, launches) = match *device {
             DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
+                problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
                 // Only of a positive scale the largest product is the largest score.
                 let hopper = problem.has_pairs()
                     && problem.softmax_scale() > 0.0
@@ -119,7 +121,11 @@ impl Plan {
         let statistics = if problem.tensors().statistics.is_some() { 2 } else { 1 };
         let (tiles, launches, workspace_bytes) = match *device {
             DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),
-            DeviceInfo::Gpu { multiprocessors, .. } => backward_launches(problem, device, multiprocessors)?,
+            DeviceInfo::Gpu { multiprocessors, .. } => {
+                let tensors = problem.tensors();
+                forward.check_contiguous_rows(tensors.lse, tensors.statistics)?;
+                backward_launches(problem, device, multiprocessors)?
+            }
         };
         Ok(Self {
             problem: forward.clone(),

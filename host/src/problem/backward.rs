@@ -28,9 +28,9 @@ pub(crate) struct BackwardTensors {
     /// Gradient of v.
     pub dv: StridedTensor,
     /// Address of forward's lse.
-    pub lse: u64,
+    pub lse: StridedTensor,
     /// Addresses of forward's row_max and row_sum, if they are there.
-    pub statistics: Option<[u64; 2]>,
+    pub statistics: Option<[StridedTensor; 2]>,
 }
 
 /// Inputs of a backward pass besides q, k and v: the results of forward, and the gradient of its output.
@@ -39,7 +39,7 @@ pub(crate) struct BackwardTensors {
 pub struct BackwardInputs<'a> {
     /// Forward's output, as q.
     pub out: &'a TensorInfo,
-    /// Forward's log-sum-exp, f32 `[batch, heads_q, seqlen_q]`, contiguous.
+    /// Forward's log-sum-exp, f32 `[batch, heads_q, seqlen_q]`, any strides; on a GPU contiguous.
     pub lse: &'a TensorInfo,
     /// Forward's row_max and row_sum, as lse, if they are there.
     pub statistics: Option<[&'a TensorInfo; 2]>,
@@ -126,7 +126,6 @@ impl BackwardProblem {
             .try_for_each(|&tensor| agree(tensor, q_named, &[0, 1, 2]))?;
         check_dtypes_and_devices(&all)?;
         named.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
-        of_rows.iter().try_for_each(|&tensor| check_contiguous(tensor))?;
         let written: Vec<Named<'_>> = results.iter().map(|&(name, tensor, _)| (name, tensor)).collect();
         let read = [q_named, ("k", k), ("v", v), ("out", out), ("dout", dout)];
         let read: Vec<Named<'_>> = read.into_iter().chain(of_rows.iter().copied()).collect();
@@ -147,8 +146,8 @@ impl BackwardProblem {
             dq: strided(dq),
             dk: strided(dk),
             dv: strided(dv),
-            lse: lse.address(),
-            statistics: statistics.map(|tensors| tensors.map(TensorInfo::address)),
+            lse: strided(lse),
+            statistics: statistics.map(|tensors| tensors.map(strided)),
         };
         Ok(Self {
             forward: Problem {

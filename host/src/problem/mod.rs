@@ -48,7 +48,8 @@ pub struct Problem {
     k: StridedTensor,
     v: StridedTensor,
     out: StridedTensor,
-    keeps_statistics: bool,
+    lse: StridedTensor,
+    statistics: Option<[StridedTensor; 2]>,
     program: Option<Arc<Program>>,
 }
 
@@ -58,7 +59,7 @@ pub struct Problem {
 pub struct Outputs<'a> {
     /// `[batch, heads_q, seqlen_q, head_dim]`, any strides that do not overlap, contiguous last axis.
     pub out: &'a TensorInfo,
-    /// f32 `[batch, heads_q, seqlen_q]`, contiguous.
+    /// f32 `[batch, heads_q, seqlen_q]`, any strides that do not overlap; on a GPU contiguous.
     pub lse: &'a TensorInfo,
     /// row_max and row_sum, as lse; `None` if they are not wanted.
     pub statistics: Option<[&'a TensorInfo; 2]>,
@@ -89,7 +90,7 @@ impl Problem {
     /// # Errors
     /// In this order: [`Error::Rank`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
     /// [`Error::DeviceMismatch`]; [`Error::HeadsNotDivisible`]; [`Error::HeadDim`]; [`Error::LastAxisStride`];
-    /// [`Error::SequenceTooLong`]; [`Error::NotContiguous`] for lse; [`Error::OverlappingStrides`] and
+    /// [`Error::SequenceTooLong`]; [`Error::OverlappingStrides`] and
     /// [`Error::Aliased`] or [`Error::Interleaved`] for outputs; [`Error::SoftmaxScale`]; [`Error::Program`]. Sizes that overflow are refused earlier, where a
     /// [`TensorInfo`] or a tensor is made.
     pub fn new(
@@ -113,7 +114,7 @@ impl Problem {
         rows.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
         inputs.iter().try_for_each(|&tensor| check_seqlen(tensor))?;
         let new_out = TensorInfo::contiguous(q.device(), q.dtype(), q.shape(), 0)?;
-        of_rows.iter().try_for_each(|&tensor| check_contiguous(tensor))?;
+        let new_rows = TensorInfo::contiguous(q.device(), Dtype::F32, &q.shape()[..3], 0)?;
         let written: Vec<Named<'_>> = out.into_iter().chain(of_rows).collect();
         check_written(&inputs, &written)?;
         let dtype = (q.dtype().of_attention()).expect("checked beside shapes and devices");
@@ -142,7 +143,10 @@ impl Problem {
             k: strided(k),
             v: strided(v),
             out: strided(out.map_or(&new_out, |(_, out)| out)),
-            keeps_statistics: outputs.is_none_or(|outputs| outputs.statistics.is_some()),
+            lse: strided(outputs.map_or(&new_rows, |outputs| outputs.lse)),
+            statistics: outputs
+                .map_or(Some([&new_rows; 2]), |outputs| outputs.statistics)
+                .map(|tensors| tensors.map(strided)),
             program,
         })
     }
@@ -234,7 +238,40 @@ impl Problem {
 
     /// Tells if forward writes row_max and row_sum beside lse.
     pub fn keeps_statistics(&self) -> bool {
-        self.keeps_statistics
+        self.statistics.is_some()
+    }
+
+    /// The log-sum-exp, whose last axis is the sequence; its address is 0 until it is allocated.
+    pub(crate) fn lse(&self) -> StridedTensor {
+        self.lse
+    }
+
+    /// row_max and row_sum, as lse, if they are wanted.
+    pub(crate) fn statistics(&self) -> Option<[StridedTensor; 2]> {
+        self.statistics
+    }
+
+    /// Refuses f32 of queries with gaps or in another order, for kernels that take an address alone.
+    pub(crate) fn check_contiguous_rows(
+        &self,
+        lse: StridedTensor,
+        statistics: Option<[StridedTensor; 2]>,
+    ) -> Result<(), Error> {
+        let sizes = [self.batch, self.heads_q, self.seqlen_q as usize];
+        let expected = contiguous_strides(&sizes);
+        let names = ["lse"].into_iter().chain(STATISTICS);
+        for (argument, tensor) in names.zip([lse].into_iter().chain(statistics.into_iter().flatten())) {
+            let strides = [tensor.batch_stride, tensor.head_stride, tensor.row_stride].map(|stride| stride as usize);
+            let differs = |((size, stride), expected): ((&usize, &usize), &usize)| *size > 1 && stride != expected;
+            if self.has_queries() && sizes.iter().zip(&strides).zip(&expected).any(differs) {
+                return Err(Error::NotContiguous {
+                    argument,
+                    strides: strides.to_vec(),
+                    expected,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Returns the program that changes scores and hides pairs beside a causal mask, or `None`.
@@ -385,17 +422,6 @@ fn check_seqlen((argument, tensor): Named<'_>) -> Result<(), Error> {
     }
 }
 
-fn check_contiguous((argument, tensor): Named<'_>) -> Result<(), Error> {
-    if tensor.is_contiguous() {
-        return Ok(());
-    }
-    Err(Error::NotContiguous {
-        argument,
-        strides: tensor.strides().to_vec(),
-        expected: contiguous_strides(tensor.shape()),
-    })
-}
-
 /// Nothing that is written is memory of a table.
 fn check_tables_apart(program: &Program, outputs: &[Named<'_>]) -> Result<(), Error> {
     for table in program.tables().iter().chain(program.sinks()) {
@@ -428,7 +454,7 @@ fn check_written(inputs: &[Named<'_>], outputs: &[Named<'_>]) -> Result<(), Erro
     Ok(())
 }
 
-/// A `[batch, heads, seqlen, head_dim]` tensor as kernels take it. Strides of an axis of one entry, or of a tensor of none, are
+/// A `[batch, heads, seqlen, head_dim]` or `[batch, heads, seqlen]` tensor as kernels take it. Strides of an axis of one entry, or of a tensor of none, are
 /// never used, and are set to 0 so that they cannot spoil the alignment.
 fn strided(tensor: &TensorInfo) -> StridedTensor {
     let stride = |axis: usize| {

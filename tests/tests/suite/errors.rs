@@ -308,16 +308,10 @@ fn outputs_whose_elements_share_memory() {
 }
 
 #[test]
-fn an_lse_with_gaps() {
-    let prepare = |device: &Device| {
-        let wide = zeros::<f32>(device, &[2, 4, 12]);
-        (
-            call(device).0,
-            zeros(device, SHAPE),
-            wide.narrow(2, 0, 6).expect("half of it"),
-        )
-    };
-    refused(prepare, forward_into, |device, error| {
+fn an_lse_with_gaps_on_a_gpu() {
+    for device in devices().all().filter(|device| device.kind() != DeviceKind::Cpu) {
+        let lse = zeros::<f32>(device, &[2, 4, 12]).narrow(2, 0, 6).expect("half of it");
+        let error = forward_into(&(call(device).0, zeros(device, SHAPE), lse)).expect_err("gaps");
         assert_error!(
             device,
             error,
@@ -326,7 +320,7 @@ fn an_lse_with_gaps() {
             "[48, 12, 1]",
             "[24, 6, 1]"
         );
-    });
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Tests of forward attention on every device against the f64 oracle: tile edges, every compiled kernel, every memory
 //! layout.
 
-use flash_attention::{Attention, Dtype};
+use flash_attention::device::DeviceKind;
+use flash_attention::{Attention, Dtype, Output, Statistics, Tensor};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
 use flash_attention_tests::{Case, Layout, Order, devices};
 
@@ -186,5 +187,53 @@ fn inputs_that_repeat_in_memory() {
         Case::new(dtype, [2, 4, 12, 16], [2, 2, 30, 16])
             .laid_out([repeat, repeat, repeat, Layout::default()])
             .check();
+    }
+}
+
+/// The CPU writes and reads lse, row_max and row_sum of any strides.
+#[test]
+fn statistics_of_any_strides_on_the_cpu() {
+    let shape = [2, 4, 9, 16];
+    for device in devices().all().filter(|device| device.kind() == DeviceKind::Cpu) {
+        let data: Vec<f32> = (0..2 * 4 * 9 * 16).map(|i| (i as f32 * 0.7).sin()).collect();
+        let x = Tensor::from_slice(device, shape, &data).expect("small");
+        let attention = Attention::new().causal();
+        for queries in [9, 3] {
+            let q = x.narrow(2, 0, queries).expect("in range");
+            let together = attention.forward(&q, &x, &x).expect("valid");
+            // [batch, seqlen, heads] memory, and a part of longer rows.
+            let transposed = || Tensor::<f32>::zeros(device, [2, queries, 4]).and_then(|memory| memory.transpose(1, 2));
+            let narrowed = || {
+                Tensor::<f32>::zeros(device, [2, 5, 20])
+                    .and_then(|memory| memory.narrow(1, 1, 4)?.narrow(2, 7, queries))
+            };
+            let mut output = Output::new(
+                Tensor::zeros(device, q.shape()).expect("small"),
+                transposed().expect("small"),
+            );
+            output.statistics = Some(Statistics {
+                row_max: narrowed().expect("small"),
+                row_sum: transposed().expect("small"),
+            });
+            attention.forward_into_output(&q, &x, &x, &mut output).expect("valid");
+            let bits = |output: &Output<f32>| {
+                let Statistics { row_max, row_sum } = output.statistics.as_ref().expect("there");
+                [&output.lse, row_max, row_sum, &output.out].map(|x| x.to_vec().expect("read"))
+            };
+            assert_eq!(bits(&output), bits(&together), "{device}");
+            for without in [false, true] {
+                let (mut output, mut together) = (output.clone(), together.clone());
+                if without {
+                    (output.statistics, together.statistics) = (None, None);
+                }
+                let [got, want] =
+                    [&output, &together].map(|output| attention.backward(&q, &x, &x, output, &q).expect("valid"));
+                assert_eq!(
+                    got.dk.to_vec().expect("read"),
+                    want.dk.to_vec().expect("read"),
+                    "{device}"
+                );
+            }
+        }
     }
 }

@@ -4,9 +4,8 @@
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::kernels::Kernels;
-use super::pointer_mut;
 use super::program::sink;
-use super::tensor::Head;
+use super::tensor::{Head, QueryRows};
 use crate::problem::{BackwardTensors, Problem};
 
 /// Writes out, lse and, where their addresses are given, row_max and row_sum of queries that see no key.
@@ -17,26 +16,28 @@ pub(super) unsafe fn forward(
     kernels: &Kernels,
     problem: &Problem,
     out: StridedTensor,
-    lse: u64,
-    statistics: Option<[u64; 2]>,
+    lse: StridedTensor,
+    statistics: Option<[StridedTensor; 2]>,
 ) {
     if !problem.has_queries() {
         return;
     }
     let queries = problem.batch() * problem.heads_q() * problem.seqlen_q() as usize;
-    let [row_max, row_sum] = statistics.map_or([None; 2], |addresses| addresses.map(Some));
     let nothing = f32::NEG_INFINITY;
-    for (address, value) in [(Some(lse), nothing), (row_max, nothing), (row_sum, 0.0)] {
-        if let Some(address) = address {
-            // SAFETY: each has an f32 a query, says the caller.
-            unsafe { std::slice::from_raw_parts_mut(pointer_mut::<f32>(address), queries) }.fill(value);
-        }
+    let statistics = statistics
+        .into_iter()
+        .flat_map(|tensors| tensors.into_iter().zip([nothing, 0.0]));
+    for (tensor, value) in [(lse, nothing)].into_iter().chain(statistics) {
+        let rows = QueryRows::new(tensor, problem);
+        // SAFETY: each has an f32 a query, says the caller.
+        (0..queries).for_each(|query| unsafe { rows.at(query).write(value) });
     }
     if let Some(program) = problem.program() {
-        // SAFETY: as above.
-        let lse = unsafe { std::slice::from_raw_parts_mut(pointer_mut::<f32>(lse), queries) };
-        for (heads, of_head) in lse.chunks_mut(problem.seqlen_q() as usize).enumerate() {
-            of_head.fill(sink(program, heads % problem.heads_q()).unwrap_or(nothing));
+        let (rows, seqlen) = (QueryRows::new(lse, problem), problem.seqlen_q() as usize);
+        for query in 0..queries {
+            let sink = sink(program, query / seqlen % problem.heads_q()).unwrap_or(nothing);
+            // SAFETY: as above.
+            unsafe { rows.at(query).write(sink) };
         }
     }
     // SAFETY: passed on to the caller.

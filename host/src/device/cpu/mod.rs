@@ -269,18 +269,19 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
         reporter.begin(|| 1);
         reporter.add(1);
     }
+    let at = |tensor, address| StridedTensor { address, ..tensor };
     // SAFETY: passed on to the caller.
     unsafe {
         match results {
-            Results::Forward { out, lse, statistics } if !has_pairs => {
-                let out = StridedTensor {
-                    address: out,
-                    ..problem.out()
-                };
-                empty::forward(team.kernels, problem, out, lse, statistics);
-            }
             Results::Forward { out, lse, statistics } => {
-                forward::forward(team, plan, out, lse, statistics, reporter);
+                let (out, lse) = (at(problem.out(), out), at(problem.lse(), lse));
+                let statistics = (problem.statistics().zip(statistics))
+                    .map(|([max, sum], [row_max, row_sum])| [at(max, row_max), at(sum, row_sum)]);
+                if has_pairs {
+                    forward::forward(team, plan, out, lse, statistics, reporter);
+                } else {
+                    empty::forward(team.kernels, problem, out, lse, statistics);
+                }
             }
             Results::Backward {
                 dq,
@@ -290,7 +291,6 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
                 tables,
             } => {
                 let tensors = plan.backward_tensors().expect("results are of the plan's own pass");
-                let at = |tensor, address| StridedTensor { address, ..tensor };
                 let tensors = BackwardTensors {
                     dq: at(tensors.dq, dq),
                     dk: at(tensors.dk, dk),

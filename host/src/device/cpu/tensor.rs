@@ -200,6 +200,38 @@ impl Head {
     }
 }
 
+/// An f32 of each query, `[batch, heads, seqlen]` with any strides.
+#[derive(Clone, Copy)]
+pub(super) struct QueryRows {
+    tensor: StridedTensor,
+    heads: usize,
+    seqlen: usize,
+}
+
+impl QueryRows {
+    pub(super) fn new(tensor: StridedTensor, problem: &crate::problem::Problem) -> Self {
+        Self {
+            tensor,
+            heads: problem.heads_q(),
+            seqlen: problem.seqlen_q() as usize,
+        }
+    }
+
+    /// The number of query `index`, all heads of all batch entries counted in order.
+    pub(super) fn at(&self, index: usize) -> *mut f32 {
+        let (heads, row) = (index / self.seqlen, index % self.seqlen);
+        let (batch, head) = (heads / self.heads, heads % self.heads);
+        let StridedTensor {
+            batch_stride,
+            head_stride,
+            row_stride,
+            ..
+        } = self.tensor;
+        let offset = batch * batch_stride as usize + head * head_stride as usize + row * row_stride as usize;
+        pointer_mut::<f32>(self.tensor.address).wrapping_add(offset)
+    }
+}
+
 /// How the queries of a tile lie in panels: side by side in each, one panel after the other.
 #[derive(Clone, Copy)]
 pub(super) struct Panels {

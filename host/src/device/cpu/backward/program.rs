@@ -334,10 +334,8 @@ impl Scratch {
                 visible = unsafe { machine.visible(code, (backward.kernels, &program.scores), strip, keys) };
             }
             let end = (strip + width).min(tile.rows);
-            let pairs = (0..keys).flat_map(|key| (strip..end).map(move |lane| (key, lane)));
-            for (key, lane) in pairs.filter(|(key, lane)| visible[key * width + lane - strip]) {
-                self.accumulate_pair(backward, lane, (first, key));
-            }
+            let sees = |lane: usize, key: usize| visible[key * width + lane - strip];
+            self.accumulate_where(backward, strip..end.max(strip), (first, keys), sees);
         }
     }
 }

@@ -6,6 +6,7 @@ use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::MAX_LANES;
 use crate::device::cpu::pointer_mut;
 use crate::device::cpu::team::Lines;
+use crate::device::cpu::tensor::QueryRows;
 
 /// A tile of queries of one head, as it passes a run of keys.
 #[derive(Clone, Copy)]
@@ -129,13 +130,16 @@ impl Scratch {
         let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
         let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
         let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
-        // SAFETY: each of these has an entry for each query, and nobody writes them any more.
-        let of_rows = |address| unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(address).add(first), rows) };
-        let lse = of_rows(backward.tensors.lse);
+        // SAFETY: each of these has a number for each query, and nobody writes them meanwhile.
+        let number = |tensor, row| unsafe { QueryRows::new(tensor, backward.problem).at(first + row).read() };
+        let load = |to: &mut [f32], tensor| {
+            let rows = to.iter_mut().take(rows).enumerate();
+            rows.for_each(|(row, to)| *to = number(tensor, row));
+        };
         let sees_nothing = |row: &usize| match (&backward.program, backward.tensors.statistics) {
             (None, _) => backward.visibility.visible_end((first_row + row) as u32) == 0,
-            (Some(_), Some([_, row_sum])) => of_rows(row_sum)[*row] == 0.0,
-            (Some(_), None) => lse[*row] == f32::NEG_INFINITY,
+            (Some(_), Some([_, row_sum])) => number(row_sum, *row) == 0.0,
+            (Some(_), None) => number(backward.tensors.lse, *row) == f32::NEG_INFINITY,
         };
         let unseeing: Vec<usize> = (0..rows).filter(sees_nothing).collect();
         let sources = [backward.problem.q(), backward.tensors.dout];
@@ -161,16 +165,19 @@ impl Scratch {
         let origins = self.origins.as_mut_slice();
         match backward.tensors.statistics {
             Some([row_max, row_sum]) => {
-                origins[..rows].copy_from_slice(of_rows(row_max));
-                let inverse = |&sum: &f32| if sum == 0.0 { f32::NAN } else { 1.0 / sum };
-                let inverses = self.inverse_sums.as_mut_slice().iter_mut();
-                inverses.zip(of_rows(row_sum)).for_each(|(to, sum)| *to = inverse(sum));
-                self.inverse_sums.as_mut_slice()[rows..padded].fill(0.0);
+                load(origins, row_max);
+                let sums = self.inverse_sums.as_mut_slice();
+                load(sums, row_sum);
+                let inverse = |sum: f32| if sum == 0.0 { f32::NAN } else { 1.0 / sum };
+                sums[..rows].iter_mut().for_each(|sum| *sum = inverse(*sum));
+                sums[rows..padded].fill(0.0);
             }
-            None => origins[..rows].copy_from_slice(lse),
+            None => load(origins, backward.tensors.lse),
         }
         // Where a query sees no key, probabilities are to be 0. If it sees keys, an lse of -inf or a row_sum of 0 makes them NaN.
-        self.delta.as_mut_slice()[..rows].copy_from_slice(of_rows(backward.delta));
+        // SAFETY: delta has a number for each query, and nobody writes it any more.
+        let delta = unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(backward.delta).add(first), rows) };
+        self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
         for row in unseeing {
             origins[row] = f32::INFINITY;
             self.inverse_sums.as_mut_slice()[row] = 0.0;

@@ -1,5 +1,7 @@
 //! The five products in f32; and what is done in their place where some element is not finite.
 
+use std::ops::Range;
+
 use super::Backward;
 use super::scratch::{QueryTile, Scratch};
 use crate::device::cpu::kernels::Product;
@@ -85,35 +87,42 @@ impl Scratch {
     /// The same where something is not finite and not every query sees every key: 0 times infinity is NaN, so what is not
     /// seen must not even be multiplied by 0.
     pub(super) fn accumulate_seen(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
-        for key in 0..keys {
-            for lane in 0..tile.rows {
-                if (key as f32) < self.visible.as_slice()[lane] {
-                    self.accumulate_pair(backward, lane, (first, key));
-                }
-            }
-        }
+        let visible = self.visible.as_slice()[..tile.rows].to_vec();
+        let sees = |lane: usize, key: usize| (key as f32) < visible[lane];
+        self.accumulate_where(backward, 0..tile.rows, (first, keys), sees);
     }
 
-    /// Adds what one query and one key of a block give.
-    pub(super) fn accumulate_pair(&mut self, backward: &Backward<'_>, lane: usize, (first, key): (usize, usize)) {
+    /// Adds what a block of keys gives with the queries of some lanes, where `sees(lane, key)`: each sum as
+    /// [`accumulate`](Self::accumulate) has it.
+    pub(super) fn accumulate_where(
+        &mut self,
+        backward: &Backward<'_>,
+        lanes: Range<usize>,
+        (first, keys): (usize, usize),
+        sees: impl Fn(usize, usize) -> bool,
+    ) {
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
         let stride = backward.tiles.block_m as usize;
-        let (p, ds) = (
-            self.probabilities.as_slice()[key * stride + lane],
-            self.ds.as_slice()[key * stride + lane],
-        );
-        let (q, dout) = (self.q.as_slice(), self.dout.as_slice());
-        let (dq, dk, dv) = (
-            self.dq_lanes.as_mut_slice(),
-            self.dk.as_mut_slice(),
-            self.dv.as_mut_slice(),
-        );
+        let (p, ds) = (self.probabilities.as_slice(), self.ds.as_slice());
+        let (k, q, dout) = (self.keys.as_slice(), self.q.as_slice(), self.dout.as_slice());
         for d in 0..head_dim {
-            let (of_key, of_query) = ((first + key) * width + d, lane * width + d);
-            let k = self.keys.as_slice()[(first + key) * head_dim + d];
-            dq[d * stride + lane] = kernels.multiply_add(k, ds, dq[d * stride + lane]);
-            dk[of_key] = kernels.multiply_add(ds, q[of_query], dk[of_key]);
-            dv[of_key] = kernels.multiply_add(p, dout[of_query], dv[of_key]);
+            for lane in lanes.clone() {
+                let mut sum = 0.0;
+                for key in (0..keys).filter(|&key| sees(lane, key)) {
+                    sum = kernels.multiply_add(k[(first + key) * head_dim + d], ds[key * stride + lane], sum);
+                }
+                self.dq_lanes.as_mut_slice()[d * stride + lane] += sum;
+            }
+            for key in 0..keys {
+                let (mut of_key, mut of_value) = (0.0, 0.0);
+                for lane in lanes.clone().filter(|&lane| sees(lane, key)) {
+                    let (pair, of_query) = (key * stride + lane, lane * width + d);
+                    of_key = kernels.multiply_add(ds[pair], q[of_query], of_key);
+                    of_value = kernels.multiply_add(p[pair], dout[of_query], of_value);
+                }
+                self.dk.as_mut_slice()[(first + key) * width + d] += of_key;
+                self.dv.as_mut_slice()[(first + key) * width + d] += of_value;
+            }
         }
     }
 }

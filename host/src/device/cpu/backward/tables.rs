@@ -6,12 +6,13 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::Backward;
 use super::dq::wait_for;
 use super::program::BackwardProgram;
-use super::{Backward, BackwardTensors};
 use crate::device::cpu::pointer_mut;
 use crate::device::cpu::program::{Machine, Table};
 use crate::device::cpu::team::Team;
+use crate::device::cpu::tensor::QueryRows;
 use crate::plan::TableGradients;
 use crate::program::strip::Slot;
 use crate::program::{Coordinate, Derivative, Node};
@@ -242,7 +243,7 @@ impl Backward<'_> {
     /// # Safety
     /// As for [`backward`](super::backward); delta is there.
     pub(super) unsafe fn sink_gradients(&self, team: &Team<'_>, program: &BackwardProgram, gradient: u64) {
-        let BackwardTensors { lse, .. } = *self.tensors;
+        let lse = QueryRows::new(self.tensors.lse, self.problem);
         let (heads, seqlen_q) = (self.problem.heads_q(), self.problem.seqlen_q() as usize);
         team.share(
             heads,
@@ -252,12 +253,10 @@ impl Backward<'_> {
                 let mut sum = 0.0_f64;
                 for batch in 0..self.problem.batch() {
                     let first = (batch * heads + head) * seqlen_q;
-                    // SAFETY: lse and delta have an entry for each query, and nobody writes them any more.
-                    let [lse, delta] = [lse, self.delta].map(|address| unsafe {
-                        std::slice::from_raw_parts(pointer_mut::<f32>(address).add(first), seqlen_q)
-                    });
-                    for (lse, delta) in lse.iter().zip(delta) {
-                        sum -= (f64::from(sink) - f64::from(*lse)).exp() * f64::from(*delta);
+                    for query in first..first + seqlen_q {
+                        // SAFETY: lse and delta have a number for each query, and nobody writes them any more.
+                        let (lse, delta) = unsafe { (*lse.at(query), *pointer_mut::<f32>(self.delta).add(query)) };
+                        sum -= (f64::from(sink) - f64::from(lse)).exp() * f64::from(delta);
                     }
                 }
                 // SAFETY: the gradient has an element for each head, and this task alone writes it.

@@ -22,7 +22,7 @@ use flash_attention_kernels::abi::StridedTensor;
 use super::kernels::{Kernels, Pairs, SIDE};
 use super::program::{ScoreProgram, Walk};
 use super::team::Team;
-use super::tensor::{Head, Panels, Visibility};
+use super::tensor::{Head, Panels, QueryRows, Visibility};
 use super::{is_few, pairs_of};
 use crate::plan::{Plan, Tiles};
 use crate::problem::Problem;
@@ -64,10 +64,10 @@ struct Forward<'a> {
     /// What each tile of queries sees by it, once it is known, where that is the same in all heads and fits [`KEPT_CELLS`].
     walks: Vec<OnceLock<Walk>>,
     scale: Units,
-    out: u64,
-    lse: u64,
+    out: StridedTensor,
+    lse: QueryRows,
     /// row_max and row_sum, if they are wanted.
-    statistics: Option<[u64; 2]>,
+    statistics: Option<[QueryRows; 2]>,
     reporter: &'a Reporter<'a>,
 }
 
@@ -110,9 +110,9 @@ struct Tile {
 pub(super) unsafe fn forward(
     team: &Team<'_>,
     plan: &Plan,
-    out: u64,
-    lse: u64,
-    statistics: Option<[u64; 2]>,
+    out: StridedTensor,
+    lse: StridedTensor,
+    statistics: Option<[StridedTensor; 2]>,
     reporter: &Reporter<'_>,
 ) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
@@ -152,8 +152,8 @@ pub(super) unsafe fn forward(
         walks: walks(problem, program.as_ref(), tiles),
         program,
         out,
-        lse,
-        statistics,
+        lse: QueryRows::new(lse, problem),
+        statistics: statistics.map(|tensors| tensors.map(|tensor| QueryRows::new(tensor, problem))),
         reporter,
     };
     let segments = forward.segments(problem.seqlen_k().div_ceil(tiles.block_n)).count();
@@ -293,7 +293,6 @@ impl Forward<'_> {
         let first_row = tile as u32 * block_m;
         let rows = block_m.min(problem.seqlen_q() - first_row);
         let first = heads * problem.seqlen_q() as usize + first_row as usize;
-        let address = self.out;
         let (blocks, whole_blocks) = self.visibility.key_blocks(first_row, rows, block_n);
         // SAFETY: the caller of `forward` vouches for the four tensors and lse; batch, head and kv_head are within them.
         // Rows of out do not overlap and no two tasks have one in common, so each is written by one thread only.
@@ -305,13 +304,7 @@ impl Forward<'_> {
                 q: rows_of(problem.q(), head),
                 k: rows_of(problem.k(), kv_head),
                 v: rows_of(problem.v(), kv_head),
-                out: rows_of(
-                    StridedTensor {
-                        address,
-                        ..problem.out()
-                    },
-                    head,
-                ),
+                out: rows_of(self.out, head),
                 first,
                 first_row,
                 rows: self.together * rows as usize,

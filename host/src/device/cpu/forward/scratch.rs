@@ -7,7 +7,6 @@ use super::program::Machines;
 use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::MAX_LANES;
-use crate::device::cpu::pointer_mut;
 use crate::device::cpu::program::{ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 
@@ -110,22 +109,20 @@ impl Scratch {
         }
         for (row, finished) in finished.iter().enumerate() {
             // SAFETY: lse has an entry for each of the tile's queries, and this task alone writes it.
-            unsafe {
-                pointer_mut::<f32>(forward.lse)
-                    .add(tile.first + row)
-                    .write(finished.lse)
-            };
+            unsafe { forward.lse.at(tile.first + row).write(finished.lse) };
             if let Some([row_max, row_sum]) = forward.statistics {
                 let [mut max, sum] = finished.statistics;
                 if forward.few && sum > 0.0 {
                     max = self.best_score(forward, tile, row, state.best[row]);
                 }
+                // Of q.k as the caller knows it; nothing seen stays minus infinity.
+                if max != f32::NEG_INFINITY {
+                    max *= forward.scale.sign;
+                }
                 // SAFETY: the same holds of these.
                 unsafe {
-                    pointer_mut::<f32>(row_max)
-                        .add(tile.first + row)
-                        .write(max * forward.scale.sign);
-                    pointer_mut::<f32>(row_sum).add(tile.first + row).write(sum);
+                    row_max.at(tile.first + row).write(max);
+                    row_sum.at(tile.first + row).write(sum);
                 }
             }
         }

@@ -305,12 +305,12 @@ impl Scratch {
         for lane in 0..rows {
             let seen = self.visible.as_slice()[first + lane] as usize;
             for d in 0..head_dim {
-                let sum = &mut output[d * stride + lane];
+                let mut sum = 0.0;
                 for key in 0..seen {
-                    *sum = forward
-                        .kernels
-                        .multiply_add(scores[key * stride + lane], values[key * head_dim + d], *sum);
+                    let (score, value) = (scores[key * stride + lane], values[key * head_dim + d]);
+                    sum = forward.kernels.multiply_add(score, value, sum);
                 }
+                output[d * stride + lane] += sum;
             }
         }
     }

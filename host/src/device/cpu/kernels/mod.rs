@@ -2,7 +2,7 @@
 //!
 //! Queries are lanes: a panel holds one quantity for `Kernels::panel` queries side by side, so that a softmax is
 //! arithmetic between whole registers and a row of keys or values enters a product as scalars, in the order in which
-//! memory has it. Every element of a product is one sum in order of its inner index: results depend neither on how
+//! memory has it. Every element of a product is one sum in order of its inner index, added to what was there: results depend neither on how
 //! rows are grouped nor on which lane a query has.
 //!
 //! This file has the table of loops. Each family of loops has a file, and so have the instruction sets.

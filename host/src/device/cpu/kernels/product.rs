@@ -134,13 +134,6 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
     // SAFETY: passed on to the caller.
     unsafe {
         let mut sums = [[V::splat(0.0); N]; M];
-        if p.accumulate {
-            for (m, sums) in sums.iter_mut().enumerate() {
-                for (n, sum) in sums.iter_mut().enumerate() {
-                    *sum = V::load(c.add(m * p.c_stride + n * V::LANES));
-                }
-            }
-        }
         for i in 0..p.inner {
             let mut b_row = [V::splat(0.0); N];
             for (n, b_row) in b_row.iter_mut().enumerate() {
@@ -160,7 +153,10 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
         }
         for (m, sums) in sums.iter().enumerate() {
             for (n, sum) in sums.iter().enumerate() {
-                sum.store(c.add(m * p.c_stride + n * V::LANES));
+                let to = c.add(m * p.c_stride + n * V::LANES);
+                // A sum of sums: its rounding grows with the number of blocks, not of elements.
+                let sum = if p.accumulate { V::load(to).add(*sum) } else { *sum };
+                sum.store(to);
             }
         }
     }

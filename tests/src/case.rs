@@ -135,10 +135,17 @@ impl Case {
     }
 
     fn check_as<'a, T: Element>(&self, devices: impl Iterator<Item = &'a Device>) {
-        let inputs = self.inputs::<T>();
+        self.check_of(&self.inputs::<T>(), devices);
+    }
+
+    /// Solves the case from these inputs, and checks each result with the rule.
+    ///
+    /// # Panics
+    /// If a device fails, or a result differs by more than the rule allows.
+    pub fn check_of<'a, T: Element>(&self, inputs: &Inputs<T>, devices: impl IntoIterator<Item = &'a Device>) {
         let mut expected = None;
         for device in devices {
-            let (placed, outcome) = self.run(device, &inputs);
+            let (placed, outcome) = self.run(device, inputs);
             // Broadcasting repeats some of the drawn elements; it does so equally on all devices.
             let expected = expected.get_or_insert_with(|| Expected::of(self, &placed));
             expected.check(&format!("{self:?} on {device}"), self, &outcome);
@@ -209,14 +216,42 @@ impl<T: Element> Inputs<T> {
         reference::forward(dims, &widen(&self.q), &widen(&self.k), &widen(&self.v))
     }
 
-    /// Returns the largest errors allowed for out and lse: twice that of standard attention in this dtype, plus 1e-5.
+    /// Returns the largest errors allowed for out and lse: twice those of standard attention in the same dtype, or of rounding
+    /// the exact result to it if that is more, plus 1e-5, and four roundings to f32 for lse.
+    ///
+    /// Where numbers of the dtype do not hold standard attention's scores, it is standard attention in f32.
     pub fn bounds(&self, dims: &Dims, out: &[f64], lse: &[f64]) -> [f64; 2] {
+        let largest_lse = lse
+            .iter()
+            .filter(|x| x.is_finite())
+            .fold(0.0, |largest, x| x.abs().max(largest));
+        let rest = 1e-5 + 2.0 * f64::from(f32::EPSILON) * largest_lse;
         let (standard_out, standard_lse) = reference::standard(dims, &self.q, &self.k, &self.v);
+        let bounds = [
+            2.0 * largest_error(&standard_out, out).max(rounding::<T>(out)) + 1e-5,
+            2.0 * largest_error(&standard_lse, lse) + rest,
+        ];
+        if bounds.iter().all(|bound| bound.is_finite()) {
+            return bounds;
+        }
+        let [q, k, v] = self.in_f32();
+        let (standard_out, standard_lse) = reference::standard(dims, &q, &k, &v);
         [
-            2.0 * largest_error(&standard_out, out) + 1e-5,
-            2.0 * largest_error(&standard_lse, lse) + 1e-5,
+            2.0 * largest_error(&standard_out, out).max(rounding::<T>(out)) + 1e-5,
+            2.0 * largest_error(&standard_lse, lse) + rest,
         ]
     }
+
+    /// Returns q, k and v in f32.
+    pub(crate) fn in_f32(&self) -> [Vec<f32>; 3] {
+        [&self.q, &self.k, &self.v].map(|elements| elements.iter().map(|x| x.to_f32()).collect())
+    }
+}
+
+/// Returns the largest error of these numbers' rounding to `T`.
+pub(crate) fn rounding<T: Element>(numbers: &[f64]) -> f64 {
+    let rounded: Vec<T> = numbers.iter().map(|&x| T::from_f32(x as f32)).collect();
+    largest_error(&rounded, numbers)
 }
 
 impl Expected {

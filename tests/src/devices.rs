@@ -111,6 +111,17 @@ impl Devices {
         self.devices.iter()
     }
 
+    /// Iterates over all devices, and over a CPU device for each instruction set of this machine where the CPU is among them.
+    pub fn of_every_instruction_set(&self) -> impl Iterator<Item = &Device> {
+        static OTHERS: OnceLock<Vec<Device>> = OnceLock::new();
+        let others = OTHERS.get_or_init(|| {
+            let texts = ["cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2", "cpu:portable"];
+            texts.into_iter().filter_map(|text| text.parse().ok()).collect()
+        });
+        let has_cpu = self.all().any(|device| device.kind() == DeviceKind::Cpu);
+        self.all().chain(others.iter().filter(move |_| has_cpu))
+    }
+
     /// Iterates over the devices with hardware speed, for shapes too large to emulate.
     pub fn native(&self) -> impl Iterator<Item = &Device> {
         self.all().filter(|device| device.kind() != DeviceKind::Emulator)

@@ -178,13 +178,18 @@ impl Scratch {
         // SAFETY: delta has a number for each query, and nobody writes it any more.
         let delta = unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(backward.delta).add(first), rows) };
         self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
+        // An infinite row_max would be NaN times a scale of 0; there the inverse sum of 0 makes the weights 0.
+        let nothing = match backward.tensors.statistics {
+            Some(_) => 0.0,
+            None => f32::INFINITY,
+        };
         for row in unseeing {
-            origins[row] = f32::INFINITY;
+            origins[row] = nothing;
             self.inverse_sums.as_mut_slice()[row] = 0.0;
             self.delta.as_mut_slice()[row] = 0.0;
         }
         // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
-        origins[rows..padded].fill(f32::INFINITY);
+        origins[rows..padded].fill(nothing);
         self.delta.as_mut_slice()[rows..padded].fill(0.0);
         self.visible.as_mut_slice()[rows..padded].fill(0.0);
         let head_dim = backward.head_dim();

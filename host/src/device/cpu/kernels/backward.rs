@@ -15,9 +15,9 @@ pub(in crate::device::cpu) struct Backpropagate {
     pub scale: f32,
     /// `scale * log2(e)`.
     pub scale_log2: f32,
-    /// row_max of each query, or lse; plus infinity makes every probability 0.
+    /// row_max of each query, or lse, where plus infinity makes every probability 0.
     pub origin: *const f32,
-    /// `1 / row_sum` of each query; null if the origin is lse.
+    /// `1 / row_sum` of each query, where 0 makes every probability 0; null if the origin is lse.
     pub inverse_sum: *const f32,
     pub delta: *const f32,
 }

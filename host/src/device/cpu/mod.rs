@@ -139,8 +139,8 @@ fn max_threads() -> usize {
     (4 * cores).max(256)
 }
 
-/// Returns true if rayon's global pool runs; starts it if needed. If the system grants no threads, the pool is
-/// missing for the rest of the process, and a call runs on the calling thread alone.
+/// Returns true if rayon's global pool runs, having started it if nobody has. Where the system grants no threads it does
+/// not, for the rest of the process, and a call is the work of the thread it comes from.
 fn has_global_pool() -> bool {
     static STARTED: OnceLock<bool> = OnceLock::new();
     *STARTED.get_or_init(|| match ThreadPoolBuilder::new().build_global() {

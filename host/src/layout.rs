@@ -296,7 +296,7 @@ pub(crate) enum Sharing {
     Apart,
     /// They have an element in common.
     Shared,
-    /// Their spans interleave, and their elements could not be proven apart.
+    /// The spans interleave, and the elements could not be proven apart.
     Unproven,
 }
 

@@ -1,4 +1,4 @@
-//! Products of bf16 that processors have instructions for: AVX512-BF16 and the tiles of AMX, BFMMLA on aarch64.
+//! Products of bf16 by processor instructions: AVX512-BF16 and the tiles of AMX on x86-64, BFMMLA on aarch64.
 //!
 //! All multiply pairs: a word holds two neighbours along the inner axis. Sums are f32.
 
@@ -17,7 +17,7 @@ mod tests {
     use super::*;
     use crate::device::cpu::kernels::{PairProduct, Pairs, terms};
 
-    /// How this processor multiplies pairs.
+    /// Lists the ways in which this processor multiplies pairs.
     fn kinds() -> Vec<(&'static str, &'static Pairs)> {
         let mut kinds: Vec<(&'static str, &'static Pairs)> = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -93,7 +93,7 @@ mod tests {
         }
     }
 
-    /// Of the parts that a number has, those of every product down to what is asked for, and each once.
+    /// Tests that the terms are all products of parts down to the required size, each once.
     #[test]
     fn terms_are_the_products_that_matter() {
         for parts in 1..=3 {

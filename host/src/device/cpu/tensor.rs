@@ -1,4 +1,4 @@
-//! The rows of one head of a tensor, where they lie, of any dtype.
+//! Rows of one head of a tensor in memory, of any dtype.
 
 use std::ops::Range;
 
@@ -20,8 +20,8 @@ pub(super) struct Head {
 
 impl Head {
     /// # Safety
-    /// `tensor` lies where it says, in memory of the CPU, with elements of `dtype`, and stays there while the head is
-    /// in use; nobody else writes what is read, or touches what is written, meanwhile.
+    /// `tensor` describes memory of the CPU with elements of `dtype`, which stays allocated while the head is in use.
+    /// No other thread writes what is read, or accesses what is written, meanwhile.
     pub(super) unsafe fn new(tensor: StridedTensor, dtype: Dtype, batch: usize, head: usize, head_dim: usize) -> Self {
         let offset = batch * tensor.batch_stride as usize + head * tensor.head_stride as usize;
         Self {
@@ -33,7 +33,7 @@ impl Head {
         }
     }
 
-    /// The rows of a head of the same tensor that lies so many bytes later, and exists.
+    /// Returns the rows of another head of this tensor, which exists and lies `bytes` bytes later.
     pub(super) fn later(&self, bytes: usize) -> Self {
         Self {
             first: self.first.wrapping_add(bytes),
@@ -41,10 +41,10 @@ impl Head {
         }
     }
 
-    /// Widens row `row`, which exists, to `to`, of head_dim elements.
+    /// Widens row `row`, which exists, to the head_dim elements of `to`.
     pub(super) fn load(&self, kernels: &Kernels, row: usize, to: &mut [f32]) {
         assert!(to.len() >= self.head_dim);
-        // SAFETY: by the contract of `new`; the last axis is contiguous, which the problem proved.
+        // SAFETY: the contract of `new`; the problem proved that the last axis is contiguous.
         unsafe {
             (kernels.widen)(
                 self.dtype,
@@ -55,20 +55,21 @@ impl Head {
         }
     }
 
-    /// Where row `row` lies, which exists or is one past the last, and the bytes from one row to the next.
+    /// Returns the address of row `row`, which exists or is one past the last, and the bytes from one row to the
+    /// next.
     pub(super) fn row(&self, row: usize) -> (*const u8, usize) {
-        // SAFETY: by the contract of `new`.
+        // SAFETY: the contract of `new`.
         (unsafe { self.first.add(row * self.stride_bytes) }, self.stride_bytes)
     }
 
-    /// The rows from `first` on as they lie in memory, if they are f32 and one run of it. Of other strides a tile is
-    /// better copied: rows a power of two apart would share a few sets of the L1 cache.
+    /// Returns the rows from `first` on in place, if they are f32 and contiguous. With other strides a tile is better
+    /// copied: rows a power of two apart would share a few sets of L1.
     pub(super) fn in_place(&self, first: usize) -> Option<*const f32> {
         let is_a_run = self.dtype == Dtype::F32 && self.stride_bytes == self.head_dim * self.dtype.bytes();
         is_a_run.then(|| self.row(first).0.cast())
     }
 
-    /// Asks for rows that will be read soon, as far as the L2 cache.
+    /// Prefetches rows to L2 that will be read soon.
     pub(super) fn prefetch(&self, rows: Range<usize>) {
         for row in rows {
             let (row, _) = self.row(row);
@@ -83,7 +84,7 @@ impl Head {
     pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut Lines, stride: usize) {
         assert!(self.dtype.bytes() == 2 && self.head_dim <= 2 * stride && words.as_slice().len() >= padded * stride);
         for row in 0..count {
-            // SAFETY: as for `load`; a row fits in `stride` words, and there are `padded` such rows.
+            // SAFETY: the reasons given in `load`; a row fits in `stride` words, and there are `padded` such rows.
             unsafe {
                 let (from, to) = (
                     self.first.add((first + row) * self.stride_bytes),
@@ -95,10 +96,10 @@ impl Head {
         words.as_mut_slice()[count * stride..padded * stride].fill(0.0);
     }
 
-    /// Rounds head_dim elements of `from` to row `row`, which exists and is this task's.
+    /// Rounds the head_dim elements of `from` to row `row`, which exists and belongs to this task.
     pub(super) fn store(&self, kernels: &Kernels, row: usize, from: &[f32]) {
         assert!(from.len() >= self.head_dim);
-        // SAFETY: as for `load`.
+        // SAFETY: the reasons given in `load`.
         unsafe {
             (kernels.narrow)(
                 self.dtype,
@@ -120,7 +121,7 @@ impl Head {
     ) {
         if width == self.head_dim && self.stride_bytes == width * self.dtype.bytes() {
             assert!(tile.len() >= count * width);
-            // SAFETY: as for `load`; the rows are one run of memory.
+            // SAFETY: the reasons given in `load`; the rows are contiguous.
             unsafe {
                 let from = self.first.add(first * self.stride_bytes);
                 (kernels.widen)(self.dtype, from, count * width, tile.as_mut_ptr());
@@ -164,8 +165,8 @@ impl Head {
         }
     }
 
-    /// Rounds `count` rows of panels, each times its factor, to rows that exist and are this task's. A factor of zero
-    /// makes a row of zeros, whatever was there.
+    /// Rounds `count` rows of panels, each times its factor, to rows that exist and belong to this task. A factor of
+    /// 0 makes a row of zeros from any content.
     pub(super) fn store_panels(
         &self,
         kernels: &Kernels,
@@ -182,7 +183,7 @@ impl Head {
             if in_tile == 0 {
                 let place = shape.place(row);
                 assert!(panels.as_slice().len() >= place + (head_dim - 1) * shape.lanes + kernels.lanes);
-                // SAFETY: as for `load_panels`, the other way round.
+                // SAFETY: the reasons given in `load_panels`, in the other direction.
                 unsafe {
                     let rows = kernels.lanes.min(count - row);
                     let from = panels.as_ptr().add(place);
@@ -235,20 +236,20 @@ impl QueryRows {
 /// How the queries of a tile lie in panels: side by side in each, one panel after the other.
 #[derive(Clone, Copy)]
 pub(super) struct Panels {
-    /// Queries of a panel.
+    /// Number of queries of a panel.
     pub lanes: usize,
-    /// Rows of a panel: head_dim, or more.
+    /// Number of rows of a panel: head_dim, or more.
     pub depth: usize,
 }
 
 impl Panels {
-    /// Where the first element of a query is.
+    /// Returns the index of a query's first element.
     pub(super) fn place(&self, query: usize) -> usize {
         query / self.lanes * self.lanes * self.depth + query % self.lanes
     }
 }
 
-/// A mask that is chosen when the program runs.
+/// A mask that is chosen at run time.
 #[derive(Clone, Copy)]
 pub(super) enum Visibility {
     Full(flash_attention_kernels::mask::Mask<false>),
@@ -266,8 +267,8 @@ impl Visibility {
         }
     }
 
-    /// (how many tiles of `block_n` keys any of the queries `first .. first + rows` sees, how many all of them see
-    /// whole).
+    /// Returns the number of tiles of `block_n` keys that any of the queries `first .. first + rows` sees, and the
+    /// number that all of them see whole.
     pub(super) fn key_blocks(&self, first: u32, rows: u32, block_n: u32) -> (u32, u32) {
         let blocks = match self {
             Self::Full(mask) => mask.key_blocks(first, rows, block_n),
@@ -276,7 +277,7 @@ impl Visibility {
         (blocks.end, blocks.whole_end)
     }
 
-    /// Keys that query `row` sees, from the first.
+    /// Returns the number of keys that query `row` sees, from the first key.
     pub(super) fn visible_end(&self, row: u32) -> u32 {
         match self {
             Self::Full(mask) => mask.keys_of(row).end,

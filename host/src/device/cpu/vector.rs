@@ -1,5 +1,5 @@
-//! The seam between the algorithm and the instruction sets: a vector of f32, and what products and softmaxes do with
-//! it.
+//! Interface between the algorithm and the instruction sets: a vector of f32, with the operations of products and
+//! softmaxes.
 //!
 //! Everything above this trait is written once. A new instruction set is one `impl`, and one line in
 //! `kernels/isa.rs`.
@@ -21,10 +21,10 @@ pub(super) use x86::{Avx2, Avx512};
 /// A register of f32.
 ///
 /// # Safety
-/// `LANES` is how many f32 `load` reads and `store` writes. Methods are called only where the processor has the
-/// instructions, and inlined into a function that is compiled for them.
+/// `LANES` is the number of f32 that `load` reads and `store` writes. Methods are called only if the processor has
+/// the instructions, and are inlined into a function that is compiled for them.
 pub(super) unsafe trait Vector: Copy {
-    /// f32 in a register.
+    /// Number of f32 in a register.
     const LANES: usize;
     /// Rows by registers of columns of a product that stay in registers for a whole sum: 4, 6 or 8 rows, up to 3
     /// registers. They leave registers for a row of `b` and an element of `a`.
@@ -36,7 +36,7 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
-    /// Element `index` of a row in every lane.
+    /// Loads element `index` of a row to every lane.
     #[inline(always)]
     unsafe fn broadcast(row: *const f32, index: usize) -> Self {
         // SAFETY: passed on to the caller.
@@ -45,15 +45,15 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
-    /// `self * factor + addend`.
+    /// Computes `self * factor + addend`.
     unsafe fn fma(self, factor: Self, addend: Self) -> Self;
-    /// The larger of the two, `other` where one is not a number.
+    /// Returns the larger value, or `other` if one is NaN.
     unsafe fn max(self, other: Self) -> Self;
-    /// `x` where `self > other`, else `y`.
+    /// Returns `x` where `self > other`, else `y`.
     unsafe fn select_greater(self, other: Self, x: Self, y: Self) -> Self;
-    /// 2^n, where the low bits hold n + 127, from 1 to 254; 0 where they hold 0.
+    /// Returns 2^n, where the low bits hold n + 127, from 1 to 254; 0 where they hold 0.
     unsafe fn power_of_two(self) -> Self;
-    /// `LANES` elements of f16, widened.
+    /// Loads and widens `LANES` elements of f16.
     unsafe fn load_f16(from: *const u16) -> Self;
     /// `LANES` elements of bf16, widened.
     unsafe fn load_bf16(from: *const u16) -> Self;
@@ -105,7 +105,7 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// The number of bf16 that is nearest. Ties go away from zero; what is not finite may become anything.
+    /// Rounds to the nearest bf16. Ties go away from zero; the result for NaN and infinity is unspecified.
     #[inline(always)]
     unsafe fn nearest_bf16(self) -> Self {
         let mut lanes = [0.0_f32; 16];
@@ -117,8 +117,8 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// Writes words whose lower halves are the upper halves of `self`, which are bf16 nearer to zero, and whose upper
-    /// halves are those of `high`. A NaN that arithmetic made stays one.
+    /// Writes words whose lower halves are the upper halves of `self` (bf16 rounded toward zero), and whose upper
+    /// halves are those of `high`. A NaN that arithmetic made stays NaN.
     #[inline(always)]
     unsafe fn store_upper_halves(self, high: Self, to: *mut u32) {
         let (mut low_lanes, mut high_lanes) = ([0.0_f32; 16], [0.0_f32; 16]);
@@ -132,7 +132,7 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// Whether every lane is 0 or of a magnitude in `least .. limit`, two positive numbers.
+    /// Returns true if every lane is 0 or has a magnitude in `least .. limit`, two positive numbers.
     #[inline(always)]
     unsafe fn is_within(self, least: f32, limit: f32) -> bool {
         let mut lanes = [0.0_f32; 16];
@@ -142,7 +142,7 @@ pub(super) unsafe trait Vector: Copy {
     }
 
     /// Writes the transpose of `rows` rows, `stride` apart, to the first `columns` of the rows of `to`, `to_stride`
-    /// apart. Neither is more than `LANES`; whole registers are read and written, whatever is past the end.
+    /// apart. Neither is more than `LANES`. Whole registers are read and written, also past the end.
     #[inline(always)]
     unsafe fn transpose(from: *const f32, stride: usize, rows: usize, to: *mut f32, to_stride: usize, columns: usize) {
         for column in 0..columns {
@@ -153,23 +153,23 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// 2^x for x <= 0 or NaN, within one and a half units in the last place; 0 where that is less than 2^-126.5, and
-    /// a little above. A small positive x is as good.
+    /// Computes 2^x for x <= 0 or NaN, within one and a half units in the last place. The result is 0 if it is less
+    /// than 2^-126.5, or a little more. A small positive x is allowed too.
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
         // SAFETY: passed on to the caller.
         unsafe { Self::exp2_each([self])[0] }
     }
 
-    /// [`exp2`](Self::exp2) of several, so that each constant is read once for all of them.
+    /// Computes [`exp2`](Self::exp2) of several registers, so that each constant is read once for all of them.
     ///
-    /// x = n + f with n whole and |f| <= 1/2. 2^f is a polynomial; 2^n is made by writing n into the exponent, which
-    /// of -127 is that of 0.
+    /// x = n + f with n whole and |f| <= 1/2. 2^f is a polynomial. 2^n is made by writing n to the exponent; for n =
+    /// -127 this gives 0.
     #[inline(always)]
     unsafe fn exp2_each<const N: usize>(x: [Self; N]) -> [Self; N] {
         // SAFETY: passed on to the caller.
         unsafe {
-            // A NaN is not less than -127, and max keeps its second operand if that is one.
+            // A NaN is not less than -127, and max returns its second operand if that is NaN.
             let x = each(x, |x| Self::splat(-127.0).max(x));
             let rounded = each(x, |x| x.add(Self::splat(ROUND)));
             let mut fraction = x;
@@ -184,7 +184,7 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// 2^f for |f| <= 1/2.
+    /// Computes 2^f for |f| <= 1/2.
     #[inline(always)]
     unsafe fn polynomial<const N: usize>(fraction: [Self; N]) -> [Self; N] {
         // SAFETY: passed on to the caller.
@@ -208,12 +208,12 @@ fn each<V: Copy, const N: usize>(mut x: [V; N], f: impl Fn(V) -> V) -> [V; N] {
     x
 }
 
-/// Added to a float of less than 2^22, rounds it to a whole number n and leaves n + 127, the exponent of 2^n, in the
-/// low bits.
+/// Added to a float of less than 2^22, it rounds the float to a whole number n and leaves n + 127, the exponent of
+/// 2^n, in the low bits.
 const ROUND: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23
 
-/// The polynomial of degree 6 that is 1 at 0 and whose largest relative error against 2^f for |f| <= 1/2 is least:
-/// 2e-9, before its coefficients and its arithmetic are rounded.
+/// Polynomial of degree 6 that is 1 at 0 and has the least maximal relative error against 2^f for |f| <= 1/2: 2e-9,
+/// before its coefficients and its arithmetic are rounded.
 const POWERS: [f32; 7] = [
     1.0,
     std::f32::consts::LN_2,
@@ -224,7 +224,7 @@ const POWERS: [f32; 7] = [
     0.000_153_533_62,
 ];
 
-/// Arrays, for the compiler to make vectors of: SSE2 on x86-64, what there is elsewhere.
+/// Arrays, which the compiler vectorises: with SSE2 on x86-64, elsewhere with what the target has.
 #[derive(Clone, Copy)]
 pub(super) struct Portable([f32; 4]);
 
@@ -250,12 +250,12 @@ unsafe impl Vector for Portable {
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: four f32 are there, says the caller.
+        // SAFETY: the caller promises that four f32 exist.
         Self(unsafe { from.cast::<[f32; 4]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: there is room for four f32, says the caller.
+        // SAFETY: the caller promises that there is room for four f32.
         unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
     }
     #[inline(always)]

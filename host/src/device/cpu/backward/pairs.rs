@@ -1,4 +1,4 @@
-//! The five products of pairs of bf16: the words they read, and how they are made.
+//! The five products of bf16 pairs: the words they read, and how they are packed.
 
 use super::scratch::{QueryTile, Scratch};
 use super::{BLOCK, Backward};
@@ -6,46 +6,46 @@ use crate::device::cpu::kernels::{PairProduct, Pairing, Pairs, SIDE};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Head;
 
-/// What products of pairs of bf16 read: words of two numbers along the inner axis, part after part. Queries of a word
-/// are [`SIDE`] apart.
+/// Operands of bf16 pair products: words of two numbers along the inner axis, part after part. Queries of a word are
+/// [`SIDE`] apart.
 pub(super) struct Words {
-    /// Of the keys that a task owns, pairs within a head: `block_n x words`.
+    /// Keys that a task owns, as pairs within a head: `block_n x words`.
     keys: Lines,
     values: Lines,
-    /// K transposed, pairs of keys: `width x block_n / 2`.
+    /// K transposed, as pairs of keys: `width x block_n / 2`.
     keys_lanes: Lines,
-    /// Of a tile of queries, pairs within a head: `words x block_m`.
+    /// Queries of a tile, as pairs within a head: `words x block_m`.
     q_lanes: Lines,
     dout_lanes: Lines,
-    /// The same, pairs of queries: `block_m / 2 x width`.
+    /// Queries of a tile, as pairs of queries: `block_m / 2 x width`.
     q: Lines,
     dout: Lines,
-    /// P and dS, pairs of queries: `BLOCK x block_m / 2`.
+    /// P and dS, as pairs of queries: `BLOCK x block_m / 2`.
     probabilities: Lines,
     ds: Lines,
-    /// dS, pairs of keys: `BLOCK / 2 x block_m`.
+    /// dS, as pairs of keys: `BLOCK / 2 x block_m`.
     ds_lanes: Lines,
     /// Pairs of keys, before they are transposed: `block_n / 2 x width`.
     rows: Lines,
-    /// `BLOCK x block_m`: scores of pairs, where only some may be split.
+    /// Scores by pair products, if only some numbers may be split: `BLOCK x block_m`.
     scores: Lines,
-    /// Which of the task's keys, and of the tile's queries, may be split.
+    /// Keys of the task, and queries of the tile, that may be split.
     pub(super) keys_fit: Vec<bool>,
     pub(super) queries_fit: Vec<bool>,
 }
 
-/// Words from one row to the next of keys transposed. A line more than there are, so that rows a power of two apart
-/// do not share a few sets of the L1 cache.
+/// Returns the words from one row of transposed keys to the next. It is a cache line more than needed, so that rows a
+/// power of two apart do not share a few sets of L1.
 fn keys_stride(backward: &Backward<'_>) -> usize {
     backward.owned() / 2 + SIDE
 }
 
-/// The same of pairs of queries.
+/// Returns the words from one row of pairs of queries to the next.
 fn queries_stride(backward: &Backward<'_>) -> usize {
     backward.width() + SIDE
 }
 
-/// Words of one part of each.
+/// Number of words of one part of each operand.
 struct Sizes {
     keys: usize,
     keys_lanes: usize,
@@ -94,7 +94,7 @@ impl Words {
     }
 }
 
-/// A product of pairs within a head, of keys or values with queries or their gradients.
+/// Makes a pair product within a head, of keys or values with queries or their gradients.
 fn of_heads(
     backward: &Backward<'_>,
     tile: QueryTile,
@@ -122,8 +122,7 @@ fn of_heads(
 }
 
 impl Scratch {
-    /// So many keys and values, which are loaded, as pairs of bf16: both within a head, and the keys transposed as
-    /// well.
+    /// Packs loaded keys and values as bf16 pairs: both within a head, and the keys also transposed.
     pub(super) fn pair_keys(&mut self, backward: &Backward<'_>, sources: [Head; 2], first: usize, count: [usize; 2]) {
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
         let (sizes, words) = (Sizes::new(backward), &mut self.words);
@@ -165,7 +164,7 @@ impl Scratch {
         }
     }
 
-    /// A tile of queries as pairs of bf16, within a head and of queries.
+    /// Packs a tile of queries as bf16 pairs, within a head and of queries.
     pub(super) fn pair_queries(&mut self, backward: &Backward<'_>, padded: usize) {
         let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
         let (sizes, words) = (Sizes::new(backward), &mut self.words);
@@ -192,7 +191,7 @@ impl Scratch {
                     stride: block_m,
                     rows: backward.head_dim(),
                     columns: padded,
-                    // As the keys are: neighbours, where words are copied from memory.
+                    // Like the keys: neighbours, if words are copied from memory.
                     apart: if backward.parts == 1 { 1 } else { SIDE },
                     to: pairs_lanes.as_mut_ptr().cast(),
                     to_stride: block_m,
@@ -203,10 +202,10 @@ impl Scratch {
         }
     }
 
-    /// S and dP of the queries and the block of keys that starts at `first`.
+    /// Computes S and dP of the queries and the block of keys that starts at `first`.
     ///
     /// # Safety
-    /// As for [`pass`](Self::pass); the keys are among those of the task.
+    /// The contract of [`pass`](Self::pass); the keys are among those of the task.
     pub(super) unsafe fn score_pairs(
         &mut self,
         backward: &Backward<'_>,
@@ -226,11 +225,11 @@ impl Scratch {
         }
     }
 
-    /// Scores of pairs in place of those of f32 where both the query and the key may be split: those that forward
-    /// computed, whatever else is in the tile.
+    /// Replaces f32 scores by scores of pair products where both the query and the key may be split. These are the
+    /// scores that forward computed, whatever else is in the tile.
     ///
     /// # Safety
-    /// As for [`score_pairs`](Self::score_pairs).
+    /// The contract of [`score_pairs`](Self::score_pairs).
     pub(super) unsafe fn choose_scores(
         &mut self,
         backward: &Backward<'_>,
@@ -266,10 +265,10 @@ impl Scratch {
         }
     }
 
-    /// Adds what a block of keys gives: dQ in lanes, dK and dV in rows.
+    /// Adds the contribution of a block of keys: dQ in lanes, dK and dV in rows.
     ///
     /// # Safety
-    /// As for [`score_pairs`](Self::score_pairs).
+    /// The contract of [`score_pairs`](Self::score_pairs).
     pub(super) unsafe fn accumulate_pairs(
         &mut self,
         backward: &Backward<'_>,
@@ -323,10 +322,10 @@ impl Scratch {
         }
     }
 
-    /// P and dS as pairs of bf16: both of queries, and dS of keys as well.
+    /// Packs P and dS as bf16 pairs: both as pairs of queries, and dS also as pairs of keys.
     ///
     /// # Safety
-    /// As for [`score_pairs`](Self::score_pairs).
+    /// The contract of [`score_pairs`](Self::score_pairs).
     unsafe fn pair_scores(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: usize) {
         let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
         let words = &mut self.words;

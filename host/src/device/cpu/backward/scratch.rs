@@ -1,4 +1,4 @@
-//! The tiles a thread works in, and how keys and queries come in and the gradients of keys go out.
+//! Tiles of a thread: they load keys and queries, and store the gradients of keys.
 
 use super::pairs::Words;
 use super::program::Machines;
@@ -16,9 +16,9 @@ pub(super) struct QueryTile {
     /// Lanes in use: rows, padded; where a program hides the others, a part of them, in whole words of pairs.
     pub(super) first_lane: usize,
     pub(super) lanes: usize,
-    /// Whether q and dout are finite.
+    /// True if q and dout are finite.
     pub(super) finite: bool,
-    /// Whether they are multiplied as pairs of bf16, if keys and values are.
+    /// True if they are multiplied as bf16 pairs, if keys and values are.
     pub(super) fits: bool,
 }
 
@@ -26,37 +26,37 @@ fn all(fit: &[bool]) -> bool {
     !fit.contains(&false)
 }
 
-/// The tiles that a thread works in. "width" is head_dim in whole registers.
+/// Tiles that a thread works in. "width" is head_dim in whole registers.
 pub(super) struct Scratch {
-    /// Empty where products are of f32.
+    /// Operands of bf16 pair products; empty without them.
     pub(super) words: Words,
-    /// Of the keys that a task owns: `block_n x head_dim`.
+    /// Keys that a task owns: `block_n x head_dim`.
     pub(super) keys: Lines,
     pub(super) values: Lines,
-    /// Whether they are multiplied as pairs of bf16.
+    /// True if the keys are multiplied as bf16 pairs.
     pub(super) keys_fit: bool,
-    /// Their gradients: `block_n x width`.
+    /// Gradients of the keys: `block_n x width`.
     pub(super) dk: Lines,
     pub(super) dv: Lines,
-    /// Of a tile of queries, `block_m x width`.
+    /// Queries of a tile: `block_m x width`.
     pub(super) q: Lines,
     pub(super) dout: Lines,
-    /// The same transposed: `head_dim x block_m`; and the gradient of q, `width x block_m`.
+    /// Queries of a tile transposed, `head_dim x block_m`; and the gradient of q, `width x block_m`.
     pub(super) q_lanes: Lines,
     pub(super) dout_lanes: Lines,
     pub(super) dq_lanes: Lines,
-    /// `BLOCK x block_m`: S, then P.
+    /// S, then P: `BLOCK x block_m`.
     pub(super) probabilities: Lines,
-    /// `BLOCK x block_m`: dP, then dS.
+    /// dP, then dS: `BLOCK x block_m`.
     pub(super) ds: Lines,
-    /// Of each query row_max or, where it is not known, lse.
+    /// row_max of each query, or lse if row_max is not known.
     pub(super) origins: Lines,
-    /// Of each query `1 / row_sum`.
+    /// `1 / row_sum` of each query.
     pub(super) inverse_sums: Lines,
     pub(super) delta: Lines,
-    /// How many keys of a block each query sees.
+    /// Number of keys of a block that each query sees.
     pub(super) visible: Lines,
-    /// What the program runs in, if there is one.
+    /// Machines of the score program, if there is one.
     pub(super) machines: Option<Machines>,
 }
 
@@ -86,10 +86,10 @@ impl Scratch {
         }
     }
 
-    /// Loads so many keys and values of a head, from `first_key` on, and clears their gradients.
+    /// Loads keys and values of a head, from `first_key` on, and clears their gradients.
     ///
     /// # Safety
-    /// As for [`backward`](super::backward); the keys exist.
+    /// The contract of [`backward`](super::backward); the keys exist.
     pub(super) unsafe fn load_keys(
         &mut self,
         backward: &Backward<'_>,
@@ -115,10 +115,10 @@ impl Scratch {
         self.dv.as_mut_slice()[..padded * width].fill(0.0);
     }
 
-    /// Loads a tile of queries, as it is and transposed, with what belongs to each query.
+    /// Loads a tile of queries, also transposed, and the statistics of each query.
     ///
     /// # Safety
-    /// As for [`backward`](super::backward); the queries exist.
+    /// The contract of [`backward`](super::backward); the queries exist.
     pub(super) unsafe fn load_queries(
         &mut self,
         backward: &Backward<'_>,
@@ -149,7 +149,7 @@ impl Scratch {
             unsafe {
                 let source = backward.rows(source, batch, head);
                 source.load_tile(kernels, first_row, [rows, padded], tile.as_mut_slice(), width);
-                // What sees no key gives nothing, whatever it is.
+                // Queries that see no key have no effect, whatever they hold.
                 for row in &unseeing {
                     tile.as_mut_slice()[row * width..][..width].fill(0.0);
                 }
@@ -205,10 +205,10 @@ impl Scratch {
         }
     }
 
-    /// Writes dK and dV of the keys that were loaded.
+    /// Writes dK and dV of the loaded keys.
     ///
     /// # Safety
-    /// As for [`backward`](super::backward); no other task has these keys.
+    /// The contract of [`backward`](super::backward); no other task has these keys.
     pub(super) unsafe fn store_key_gradients(
         &mut self,
         backward: &Backward<'_>,

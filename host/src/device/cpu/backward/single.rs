@@ -7,10 +7,10 @@ use super::scratch::{QueryTile, Scratch};
 use crate::device::cpu::kernels::Product;
 
 impl Scratch {
-    /// S and dP of the queries and the block of keys that starts at `first`.
+    /// Computes S and dP of the queries and the block of keys that starts at `first`.
     ///
     /// # Safety
-    /// As for [`pass`](Self::pass); the keys are among those of the task.
+    /// The contract of [`pass`](Self::pass); the keys are among those of the task.
     pub(super) unsafe fn score(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
         let (kernels, head_dim, stride) = (backward.kernels, backward.head_dim(), backward.tiles.block_m as usize);
         let products = [
@@ -37,10 +37,10 @@ impl Scratch {
         }
     }
 
-    /// Adds what a block of keys gives: dQ in lanes, dK and dV in rows.
+    /// Adds the contribution of a block of keys: dQ in lanes, dK and dV in rows.
     ///
     /// # Safety
-    /// As for [`score`](Self::score).
+    /// The contract of [`score`](Self::score).
     pub(super) unsafe fn accumulate(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
         let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
         let stride = backward.tiles.block_m as usize;

@@ -9,28 +9,28 @@ use crate::device::cpu::kernels::{PairProduct, Pairs, terms};
 pub(in crate::device::cpu) static NEON_BF16: Pairs = Pairs {
     begin: nothing,
     end: nothing,
-    // Three products of parts of f16 take as long as one of f32: most of it is bringing operands into place.
+    // Three products of f16 parts take as long as one of f32, mostly for arranging the operands.
     most_parts: 1,
     product,
 };
 
 unsafe fn nothing() {}
 
-/// Whether the processor has BFMMLA.
+/// Returns true if the processor has BFMMLA.
 pub(in crate::device::cpu) fn has_neon_bf16() -> bool {
     is_aarch64_feature_detected!("bf16")
 }
 
-/// Rows and columns of a block, whose sums take sixteen of 32 registers.
+/// Number of rows and columns of a block, whose sums take sixteen of 32 registers.
 const BLOCK: usize = 8;
 
-/// Columns of a register.
+/// Number of columns of a register.
 const LANES: usize = 4;
 
-/// Words that one step of the inner loop takes of a row: two products.
+/// Number of words of a row that one step of the inner loop takes: two products.
 const STEP: usize = 4;
 
-/// [`PairProduct`].
+/// Runs [`PairProduct`] with BFMMLA.
 #[target_feature(enable = "neon,bf16")]
 unsafe fn product(p: &PairProduct) {
     for column in (0..p.columns).step_by(BLOCK) {
@@ -47,7 +47,7 @@ unsafe fn product(p: &PairProduct) {
     }
 }
 
-/// Eight rows by `N` registers of columns: a sum is a matrix of two rows by two columns.
+/// Computes eight rows by `N` registers of columns. A sum is a matrix of two rows by two columns.
 #[inline]
 #[target_feature(enable = "neon,bf16")]
 unsafe fn block<const N: usize>(p: &PairProduct, row: usize, column: usize) {
@@ -103,7 +103,8 @@ unsafe fn block<const N: usize>(p: &PairProduct, row: usize, column: usize) {
     }
 }
 
-/// The first halves of two registers, and their second halves: of two rows, two matrices of 2 x 2, and back.
+/// Interleaves the first halves and the second halves of two registers: turns two rows into two 2 x 2 matrices, and
+/// back.
 #[inline(always)]
 #[allow(
     unused_unsafe,

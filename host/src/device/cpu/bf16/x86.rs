@@ -22,7 +22,7 @@ pub(in crate::device::cpu) static AMX: Pairs = Pairs {
 
 unsafe fn nothing() {}
 
-/// A leaf of what the processor says of itself.
+/// Reads a leaf of `cpuid`.
 #[allow(
     unused_unsafe,
     reason = "the function is unsafe to the oldest compilers that build this crate"
@@ -32,19 +32,19 @@ fn cpuid(leaf: u32) -> CpuidResult {
     unsafe { __cpuid_count(leaf, 0) }
 }
 
-/// Whether the processor has AVX512-BF16.
+/// Returns true if the processor has AVX512-BF16.
 pub(in crate::device::cpu) fn has_avx512_bf16() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
 }
 
-/// Whether AVX512-BF16 is faster than widening to f32: it is on AMD's processors, where it does twice the work of an
-/// FMA in the same time. Measured on Sapphire Rapids, it takes nearly four times as long.
+/// Returns true if AVX512-BF16 is faster than widening to f32. It is on AMD's processors, where it does twice the
+/// work of an FMA in the same time. Measured on Sapphire Rapids it takes nearly four times as long.
 pub(in crate::device::cpu) fn prefers_avx512_bf16() -> bool {
     let vendor = cpuid(0);
     has_avx512_bf16() && (vendor.ebx, vendor.edx, vendor.ecx) == (0x6874_7541, 0x6974_6e65, 0x444d_4163)
 }
 
-/// Whether the processor has AMX for bf16, and the system lets this process use it.
+/// Returns true if the processor has AMX for bf16, and the system lets this process use it.
 pub(in crate::device::cpu) fn has_amx() -> bool {
     static GRANTED: OnceLock<bool> = OnceLock::new();
     *GRANTED.get_or_init(|| {
@@ -56,7 +56,7 @@ pub(in crate::device::cpu) fn has_amx() -> bool {
     })
 }
 
-/// Linux keeps the state of tiles only for processes that have asked for it.
+/// Asks Linux for the state of AMX tiles, which it keeps only for processes that have asked for it.
 #[cfg(target_os = "linux")]
 fn ask_for_tiles() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
@@ -71,7 +71,7 @@ fn ask_for_tiles() -> bool {
     false
 }
 
-/// [`PairProduct`] with AVX512-BF16.
+/// Runs [`PairProduct`] with AVX512-BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn registers(p: &PairProduct) {
     for column in (0..p.columns).step_by(2 * SIDE) {
@@ -88,7 +88,7 @@ unsafe fn registers(p: &PairProduct) {
     }
 }
 
-/// Eight rows by `N` registers.
+/// Computes eight rows by `N` registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize, column: usize) {
@@ -152,16 +152,16 @@ unsafe fn configure() {
         row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
         rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
     };
-    // SAFETY: reads 64 bytes; the processor has tiles, says the caller.
+    // SAFETY: reads 64 bytes; the caller promises that the processor has tiles.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly)) };
 }
 
 unsafe fn release() {
-    // SAFETY: the processor has tiles, says the caller.
+    // SAFETY: the caller promises that the processor has tiles.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// [`PairProduct`] with AMX.
+/// Runs [`PairProduct`] with AMX.
 unsafe fn tiles(p: &PairProduct) {
     // SAFETY: passed on to the caller.
     unsafe {
@@ -173,7 +173,7 @@ unsafe fn tiles(p: &PairProduct) {
     }
 }
 
-/// The same, of numbers of so many parts.
+/// Runs [`PairProduct`] with AMX for numbers of `PARTS` parts.
 unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
     for column in (0..p.columns).step_by(2 * SIDE) {
         let mut row = 0;
@@ -196,12 +196,12 @@ unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
     }
 }
 
-/// Two by two tiles of c: each tile of a and of b that is loaded serves two products, and more where the next of the
-/// terms has a part in common with this one.
+/// Computes two by two tiles of c. Each loaded tile of a and b serves two products, and more if the next term has a
+/// part in common with this one.
 #[inline]
 unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
-    // SAFETY: tiles are configured as sixteen rows of 64 bytes, and the addresses are those of sixteen such rows
-    // within a, b and c, says the caller. Tile registers are used nowhere else.
+    // SAFETY: tiles are configured as sixteen rows of 64 bytes, and the caller promises that the addresses are such
+    // rows within a, b and c. Tile registers are used nowhere else.
     unsafe {
         let (c, c_bytes) = (p.c.add(row * p.c_stride + column), 4 * p.c_stride);
         let c_below = c.add(SIDE * p.c_stride);
@@ -256,10 +256,10 @@ unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: us
     }
 }
 
-/// One tile of c, whose sums are in the same order.
+/// Computes one tile of c, with sums in the same order as `four_tiles`.
 #[inline]
 unsafe fn one_tile<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
-    // SAFETY: as for `four_tiles`.
+    // SAFETY: the reasons given in `four_tiles`.
     unsafe {
         let (c, c_bytes) = (p.c.add(row * p.c_stride + column), 4 * p.c_stride);
         if p.accumulate {

@@ -1,4 +1,4 @@
-//! What products of pairs of bf16 read: the words, how they are made, and for which queries.
+//! Operands of bf16 pair products: their words, how they are packed, and the queries that use them.
 
 use super::scratch::Scratch;
 use super::tiled::Lanes;
@@ -7,29 +7,29 @@ use crate::device::cpu::kernels::{MAX_LANES, Pairing, SIDE};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Panels;
 
-/// What products of pairs of bf16 read: words of two numbers along the inner axis, part after part.
+/// Operands of bf16 pair products: words of two numbers along the inner axis, part after part.
 pub(super) struct Words {
-    /// Panel by panel, `words x lanes`.
+    /// Queries by panels, `words x lanes`.
     pub(super) query: Lines,
-    /// `block_n x words`.
+    /// Keys: `block_n x words`.
     pub(super) keys: Lines,
-    /// `depth x block_n / 2`, and the transpose.
+    /// Values: `depth x block_n / 2`, and the transpose.
     pub(super) values: Lines,
     rows: Lines,
-    /// `block_n / 2 x lanes`: exponentials.
+    /// Exponentials: `block_n / 2 x lanes`.
     pub(super) scores: Lines,
-    /// Where only some are multiplied as pairs: all scores by products of f32, `block_n x lanes`.
+    /// f32 scores, `block_n x lanes`, if only some rows are multiplied as pairs.
     pub(super) f32_scores: Lines,
-    /// Which of the tile's queries, keys and values may be split.
+    /// Queries, keys and values of the tile that may be split.
     pub(super) queries_fit: Vec<bool>,
     pub(super) keys_fit: Vec<bool>,
     pub(super) values_fit: Vec<bool>,
 }
 
-/// How many of some rows may be split.
+/// Number of rows, of some, that may be split.
 ///
-/// A product of a row that may and one that may not is of f32, wherever the two are: a score is one sum in one order,
-/// whatever is in the same tile, be it a key that its query does not see.
+/// If one of two rows may not be split, their product is computed in f32. This depends on these two rows alone: a
+/// score is one sum in one order, whatever else is in the tile, even a key that its query does not see.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fit {
     None,
@@ -46,7 +46,7 @@ impl Fit {
         }
     }
 
-    /// Of so many rows of heads, which exist, and writes down which.
+    /// Determines which of `count` rows of heads, which exist, may be split, and writes it to `fit`.
     ///
     /// # Safety
     /// The processor has the instructions.
@@ -66,7 +66,7 @@ impl Fit {
         }
     }
 
-    /// Of the products of each of some with each of others.
+    /// Combines two sets of rows: the fit of all products of a row of one with a row of the other.
     pub(super) fn and(self, other: Self) -> Self {
         match (self, other) {
             (Self::None, _) | (_, Self::None) => Self::None,
@@ -112,14 +112,15 @@ impl Forward<'_> {
         self.tiles.block_n as usize / 2 * self.panels.lanes
     }
 
-    /// How far apart the two elements of a head are that make a word: neighbours, where words are copied from memory.
+    /// Returns the distance of the two elements of a head that make a word: 1, neighbours, if words are copied from
+    /// memory.
     fn apart(&self) -> usize {
         if self.parts == 1 { 1 } else { SIDE }
     }
 }
 
 impl Scratch {
-    /// The queries as pairs of bf16 within a head.
+    /// Packs the queries as bf16 pairs within a head.
     pub(super) fn pair_queries(&mut self, forward: &Forward<'_>, tile: &Tile) {
         let (kernels, Panels { lanes, depth }) = (forward.kernels, forward.panels);
         for (first, used) in forward.panels(tile.rows) {
@@ -140,7 +141,7 @@ impl Scratch {
         }
         if forward.parts > 1 {
             self.words.queries_fit.fill(true);
-            // What sees no key gives nothing, whatever it is. Programs hide pairs one by one.
+            // Queries that see no key have no effect, whatever they hold. Programs hide pairs one by one.
             let sees_a_key = |query: &usize| forward.visibility.visible_end(forward.position(tile, *query)) > 0;
             let row = &mut self.rows.as_mut_slice()[..forward.head_dim()];
             for query in (0..tile.rows).filter(sees_a_key) {
@@ -151,7 +152,7 @@ impl Scratch {
         }
     }
 
-    /// So many keys at `from` as pairs of bf16 within a head, in parts.
+    /// Packs `keys` keys at `from` as bf16 pairs within a head, in parts.
     pub(super) fn split_keys(&mut self, forward: &Forward<'_>, keys: usize, from: *const f32) {
         // SAFETY: the processor has the instructions, and tiles have room for all their keys.
         unsafe {
@@ -169,8 +170,8 @@ impl Scratch {
         }
     }
 
-    /// Pairs of the values that may be split, the others being 0 among them; loads those that may not, the others
-    /// being 0.
+    /// Packs pairs of the values that may be split, with 0 in place of the others, and loads the others, with 0 in
+    /// place of these.
     pub(super) fn pair_some_values(&mut self, forward: &Forward<'_>, tile: &Tile, first: usize, count: [usize; 2]) {
         let head_dim = forward.head_dim();
         let load = |scratch: &mut Self, fit: bool| {
@@ -187,7 +188,7 @@ impl Scratch {
         load(self, false);
     }
 
-    /// Scores of some lanes: of f32 where the query or the key may not be split.
+    /// Chooses the scores of some lanes: those of f32 where the query or the key may not be split.
     pub(super) fn choose_scores(&mut self, forward: &Forward<'_>, lanes: Lanes, keys: usize) {
         let (stride, words) = (forward.panels.lanes, &self.words);
         let rows = self.scores.as_mut_slice().chunks_mut(stride);
@@ -204,7 +205,7 @@ impl Scratch {
         }
     }
 
-    /// The values at `from` as pairs of bf16, neighbours along the keys, a row for each element of a head.
+    /// Packs the values at `from` as bf16 pairs, neighbours along the keys, one row for each element of a head.
     pub(super) fn pair_values(&mut self, forward: &Forward<'_>, keys: usize, from: *const f32) {
         let (kernels, head_dim) = (forward.kernels, forward.head_dim());
         let width = head_dim.next_multiple_of(MAX_LANES);

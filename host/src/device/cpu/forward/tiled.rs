@@ -1,5 +1,5 @@
-//! The path of tiles: a tile of keys passes panels of queries, which are lanes. Products are of f32 or of pairs of
-//! bf16, and of both where only some numbers may be split into those (see `kernels/parts.rs`).
+//! The path of tiles: each tile of keys is multiplied with panels of queries, which are lanes. Products are in f32 or
+//! of bf16 pairs, or of both if only some numbers may be split into bf16 (see `kernels/parts.rs`).
 
 use super::pairs::Fit;
 use super::scratch::Scratch;
@@ -9,43 +9,42 @@ use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, ROWS, SIDE, S
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::{Head, Panels};
 
-/// Queries that pass a tile of keys together: lanes of one panel.
+/// Queries that are processed together with a tile of keys: lanes of one panel.
 #[derive(Clone, Copy)]
 pub(super) struct Lanes {
-    /// The panel's first lane in the tile.
+    /// First lane of the panel in the tile.
     pub(super) panel: usize,
-    /// The first lane in the panel.
+    /// First lane in the panel.
     pub(super) first: usize,
-    /// A multiple of the lanes of a register, and of [`SIDE`] where pairs are multiplied.
+    /// Number of lanes: a multiple of the lanes of a register, and of [`SIDE`] for pair products.
     pub(super) count: usize,
 }
 
 impl Lanes {
-    /// The first lane in the tile.
+    /// Returns the first lane in the tile.
     pub(super) fn in_tile(self) -> usize {
         self.panel + self.first
     }
 }
 
-/// A tile of keys and values, loaded.
+/// A loaded tile of keys and values.
 pub(super) struct Block {
-    /// Rows of f32; of the keys, only where they may be wanted, of the values, those that are not multiplied as
-    /// pairs.
+    /// Rows of f32: keys only if they may be needed, values only if they are not multiplied as pairs.
     pub(super) keys: *const f32,
     pub(super) values: *const f32,
-    /// How many there are, padded.
+    /// Number of keys, padded.
     pub(super) count: usize,
-    /// Whether some query does not see all of them.
+    /// True if some query does not see all of them.
     pub(super) masked: bool,
-    /// Whether no value is infinite or NaN, as far as that matters.
+    /// True if all values that matter are finite.
     pub(super) finite: bool,
-    /// Which keys, and which values, are multiplied as pairs of bf16.
+    /// Keys, and values, that are multiplied as bf16 pairs.
     pub(super) pairs_of_keys: Fit,
     pub(super) pairs_of_values: Fit,
 }
 
 impl Scratch {
-    /// Takes in the keys and values of tile `n`.
+    /// Attends the queries to the keys and values of tile `n`.
     pub(super) fn attend_block(&mut self, forward: &Forward<'_>, tile: &Tile, n: u32, state: &mut State) {
         let block_n = forward.tiles.block_n;
         let first_key = n * block_n;
@@ -149,10 +148,10 @@ impl Scratch {
         block
     }
 
-    /// Scores of some lanes.
+    /// Computes the scores of some lanes.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions, the lanes are among the tile's, and the keys are there.
+    /// The processor has the kernels' instructions, the lanes are among the tile's, and the keys are loaded.
     pub(super) unsafe fn scores_of(&mut self, forward: &Forward<'_>, lanes: Lanes, block: &Block) {
         let Panels { lanes: stride, depth } = forward.panels;
         let queries = if forward.parts > 1 {
@@ -209,10 +208,10 @@ impl Scratch {
         }
     }
 
-    /// Exponentials of the scores of some lanes.
+    /// Computes the exponentials of the scores of some lanes.
     ///
     /// # Safety
-    /// As for [`scores_of`](Self::scores_of).
+    /// The contract of [`scores_of`](Self::scores_of).
     pub(super) unsafe fn exponentials_of(
         &mut self,
         forward: &Forward<'_>,
@@ -250,11 +249,11 @@ impl Scratch {
         }
     }
 
-    /// Adds exponentials times values to some lanes of the output: of pairs, and those of f32 if all of them are
-    /// finite.
+    /// Adds exponentials times values to some lanes of the output: the pair products, and the f32 products if all
+    /// their values are finite.
     ///
     /// # Safety
-    /// As for [`scores_of`](Self::scores_of).
+    /// The contract of [`scores_of`](Self::scores_of).
     pub(super) unsafe fn add_values(&mut self, forward: &Forward<'_>, lanes: Lanes, block: &Block, state: &mut State) {
         let head_dim = forward.head_dim();
         let Panels { lanes: stride, depth } = forward.panels;
@@ -296,8 +295,8 @@ impl Scratch {
         }
     }
 
-    /// The same where a value that some query does not see is not finite: 0 times infinity is NaN, so it must not
-    /// even be multiplied by 0.
+    /// Adds exponentials times values if a value that some query does not see is not finite: 0 times infinity is NaN,
+    /// so it must not even be multiplied by 0.
     fn add_seen_values(&self, forward: &Forward<'_>, first: usize, rows: usize, state: &mut State) {
         let (head_dim, Panels { lanes: stride, depth }) = (forward.head_dim(), forward.panels);
         let (scores, values) = (self.scores.as_slice(), self.values.as_slice());

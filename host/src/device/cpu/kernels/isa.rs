@@ -1,4 +1,4 @@
-//! The instruction sets: which there are, which of them the processor has, and the inner loops compiled for each.
+//! Instruction sets: those known, those of the processor, and the inner loops compiled for each.
 
 use std::sync::OnceLock;
 
@@ -35,7 +35,7 @@ pub(in crate::device::cpu) enum Isa {
 }
 
 impl Isa {
-    /// Those this processor has, the best first.
+    /// Returns the instruction sets of this processor, the best first.
     pub(in crate::device::cpu) fn available() -> &'static [Self] {
         static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
         AVAILABLE.get_or_init(|| {
@@ -47,7 +47,7 @@ impl Isa {
                     && is_x86_feature_detected!("f16c");
                 if avx2 && is_x86_feature_detected!("avx512f") {
                     available.push(Self::Avx512);
-                    // What is faster goes first: tiles where there are any.
+                    // Faster ones first: tiles, if there are any.
                     if bf16::has_avx512_bf16() {
                         available.insert(usize::from(!bf16::prefers_avx512_bf16()), Self::Avx512Bf16);
                     }
@@ -71,7 +71,7 @@ impl Isa {
         })
     }
 
-    /// Its name in `FLASH_ATTENTION_CPU`.
+    /// Returns its name in `FLASH_ATTENTION_CPU`.
     pub(in crate::device::cpu) fn key(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -90,7 +90,7 @@ impl Isa {
         }
     }
 
-    /// Its inner loops.
+    /// Returns its inner loops.
     pub(in crate::device::cpu) fn kernels(self) -> &'static Kernels {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -134,7 +134,7 @@ impl Isa {
     }
 }
 
-/// The inner loops for one instruction set: each of the functions below, compiled with its features.
+/// Compiles the inner loops for one instruction set: each of the functions below, with its features.
 macro_rules! instruction_set {
     ($module:ident, $vector:ty, $name:literal $(, $features:literal)?) => {
         mod $module {
@@ -165,7 +165,7 @@ macro_rules! instruction_set {
                 exp2,
             };
 
-            /// 16, or a panel where that is none of its divisors.
+            /// 16, or the size of a panel if 16 does not divide it.
             const STRIP_LANES: usize = {
                 let panel = <$vector>::COLUMNS * <$vector>::LANES;
                 if panel.is_multiple_of(16) { 16 } else { panel }

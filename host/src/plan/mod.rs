@@ -330,7 +330,7 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
             "kernels need compute capability {major}.{minor} or newer"
         )));
     }
-    // Sums of rows know no mask.
+    // Preprocess and postprocess kernels have no causal variant.
     let causal = problem.causal() && !matches!(pass, Pass::BackwardDelta | Pass::BackwardFinish);
     let compiled = |arch| entries::find(pass, arch, problem.dtype(), causal, problem.head_dim());
     // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too, and takes what has no pairs.

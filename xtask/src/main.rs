@@ -1,8 +1,9 @@
 //! Build tasks: `cargo xtask ptx [--check | --show NAME]`, `cargo xtask sass [PART]`, `cargo xtask results`, `cargo
-//! xtask gpu-bundle`.
+//! xtask gpu-bundle`, `cargo xtask fetch NAME`.
 
 mod bundle;
 mod compiler;
+mod fetch;
 mod limits;
 mod machine_code;
 mod module;
@@ -31,7 +32,8 @@ Usage: cargo xtask <TASK>
   gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
                         put all that a machine with a GPU and no Rust needs into DIR (target/gpu-bundle): the suite, the
                         micro-kernels, the table of speed, their data, run.sh; --archive also packs it into DIR.tar.xz
-  gpu-bundle --check DIR  move a bundle elsewhere, hide the repository, and run it on the CPU";
+  gpu-bundle --check DIR  move a bundle elsewhere, hide the repository, and run it on the CPU
+  fetch NAME            fetch what an example reads into target/fetched: minilm, shakespeare";
 
 /// Result of a task; the error is the sentence to print.
 type Outcome<T = ()> = Result<T, String>;
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
             Some(options) => bundle::make(&options),
             None => Err(USAGE.to_owned()),
         },
+        ["fetch", name] => fetch::fetch(name),
         ["help" | "--help" | "-h"] => {
             println!("{USAGE}");
             Ok(())

@@ -1,23 +1,30 @@
-//! The op that candle's graph holds: forward fills lse, backward reads it.
+//! The op that candle's graph holds: forward fills lse and its statistics, backward reads them.
 
 use std::sync::OnceLock;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor as CandleTensor, WithDType};
-use flash_attention::{Attention, Device, Element, Gradients, Output, Tensor};
+use flash_attention::{Attention, Device, Element, Gradients, Output, Statistics, Tensor};
 use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 
 use crate::views::{Batch, Call, Memory, wrap};
 
 /// Attention of one op of a graph.
 ///
-/// candle's ops have one result, and the backward pass needs a second one, lse. So each op is applied once and keeps it: an f32 a
-/// query and head, in the memory of the device, for as long as the graph has the op.
+/// candle's ops have one result, and the backward pass needs lse and its statistics too. So each op is applied once and keeps them:
+/// three f32 a query and head, in the memory of the device, for as long as the graph has the op.
 pub(crate) struct FlashOp {
     attention: Attention,
     batch: Batch,
-    /// lse of each call, `[batch, heads, seqlen_q]`.
-    lse: OnceLock<Vec<Tensor<f32>>>,
+    /// What each call's forward pass left for its backward pass.
+    kept: OnceLock<Vec<Kept>>,
+}
+
+/// Results of a forward pass beside out.
+#[derive(Clone)]
+struct Kept {
+    lse: Tensor<f32>,
+    statistics: Statistics,
 }
 
 /// An element type that both libraries have.
@@ -55,7 +62,7 @@ impl FlashOp {
         Self {
             attention,
             batch,
-            lse: OnceLock::new(),
+            kept: OnceLock::new(),
         }
     }
 
@@ -73,7 +80,7 @@ impl FlashOp {
         !matches!(self.batch, Batch::Ragged { .. })
     }
 
-    /// Launches the forward pass of all calls and keeps their lse.
+    /// Launches the forward pass of all calls and keeps their lse and statistics.
     ///
     /// # Safety
     /// The memories are those of storages with these layouts, `out` with a contiguous one of q's shape, and the contract of
@@ -87,9 +94,9 @@ impl FlashOp {
         let [(q, q_layout), (k, k_layout), (v, v_layout)] = inputs;
         let out_layout = Layout::contiguous(q_layout.shape());
         let calls = self.batch.calls([q_layout, &out_layout], [k_layout, v_layout])?;
-        let lse = on_each(device, &calls, |_, call| {
+        let kept = on_each(device, &calls, |_, call| {
             // SAFETY: passed on to the caller; the calls write disjoint parts of out.
-            let (q, k, v, mut out) = unsafe {
+            let (q, k, v, out) = unsafe {
                 (
                     q.tensor::<T>(device, &call.q[0])?,
                     k.tensor::<T>(device, &call.k[0])?,
@@ -97,13 +104,15 @@ impl FlashOp {
                     out.tensor::<T>(device, &call.q[1])?,
                 )
             };
-            let mut lse = Tensor::empty(device, &q.shape()[..3]).map_err(wrap)?;
-            self.attention
-                .forward_into(&q, &k, &v, &mut out, &mut lse)
-                .map_err(wrap)?;
-            Ok(lse)
+            let new = || Tensor::empty(device, &q.shape()[..3]).map_err(wrap);
+            let mut output = Output::new(out, new()?);
+            let (row_max, row_sum) = (new()?, new()?);
+            output.statistics = Some(Statistics { row_max, row_sum });
+            (self.attention.forward_into_output(&q, &k, &v, &mut output)).map_err(wrap)?;
+            let Output { lse, statistics, .. } = output;
+            Ok(statistics.map(|statistics| Kept { lse, statistics }))
         })?;
-        if self.lse.set(lse).is_err() {
+        if self.kept.set(kept.into_iter().flatten().collect()).is_err() {
             candle_core::bail!("a flash-attention op is applied once")
         }
         Ok(())
@@ -127,18 +136,20 @@ impl FlashOp {
             [q_layout, out_layout, dout_layout, &like_q],
             [k_layout, v_layout, &like_k],
         )?;
-        let lse = self.lse.get().map_or(&[][..], |lse| lse);
-        if lse.len() != calls.len() {
+        let kept = self.kept.get().map_or(&[][..], |kept| kept);
+        if kept.len() != calls.len() {
             candle_core::bail!("the backward pass of a flash-attention op follows its forward pass")
         }
-        let Some(device) = lse.first().map(Tensor::device) else {
+        let Some(device) = kept.first().map(|kept| kept.lse.device()) else {
             return Ok(());
         };
         on_each(device, &calls, |index, call| {
             // SAFETY: passed on to the caller; the calls write disjoint parts of the gradients.
             unsafe {
                 let tensor = |memory: Memory, view| memory.tensor::<T>(device, view);
-                let output = Output::new(tensor(out, &call.q[1])?, lse[index].clone());
+                let Kept { lse, statistics } = kept[index].clone();
+                let mut output = Output::new(tensor(out, &call.q[1])?, lse);
+                output.statistics = Some(statistics);
                 let dout = tensor(dout, &call.q[2])?;
                 let mut gradients = Gradients::new(
                     tensor(dq, &call.q[3])?,

@@ -48,22 +48,24 @@ impl<'a> Options<'a> {
     /// These options over at most so many keys, where a window as wide is none.
     ///
     /// # Errors
-    /// [`Error::NeedsProgram`] for a window that is neither full nor causal, for ALiBi, and for a cap.
+    /// [`Error::NeedsProgram`] for ALiBi.
     pub(crate) fn attention(&self, max_seqlen_k: usize) -> Result<Attention> {
-        let needs = |argument, value| Err(Error::NeedsProgram { argument, value }.into());
         if let Some(slopes) = self.alibi_slopes {
-            return needs("alibi_slopes", format!("a tensor {:?}", slopes.shape()));
-        }
-        if let Some(softcap) = self.softcap.filter(|&softcap| softcap != 0.0) {
-            return needs("softcap", softcap.to_string());
+            return Err(Error::NeedsProgram {
+                argument: "alibi_slopes",
+                value: format!("a tensor {:?}", slopes.shape()),
+            }
+            .into());
         }
         let narrow = |window: Option<usize>| window.filter(|&window| window < max_seqlen_k);
         let attention = Attention::new().softmax_scale(self.softmax_scale);
-        match (narrow(self.window_size_left), narrow(self.window_size_right)) {
-            (None, None) => Ok(attention),
-            (None, Some(0)) => Ok(attention.causal()),
-            (None, Some(right)) => needs("window_size_right", right.to_string()),
-            (Some(left), _) => needs("window_size_left", left.to_string()),
-        }
+        let attention = match (narrow(self.window_size_left), narrow(self.window_size_right)) {
+            (None, Some(0)) => attention.causal(),
+            (left, right) => attention.window(left, right),
+        };
+        Ok(match self.softcap.filter(|&softcap| softcap != 0.0) {
+            Some(softcap) => attention.softcap(softcap),
+            None => attention,
+        })
     }
 }

@@ -86,6 +86,6 @@ impl FlashAttention {
     }
 
     fn over(&self, batch: Batch, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        FlashOp::new(self.attention, batch).apply(q, k, v)
+        FlashOp::new(self.attention.clone(), batch).apply(q, k, v)
     }
 }

@@ -7,8 +7,7 @@ use crate::options::Options;
 use crate::views::Batch;
 
 fn attend(q: &Tensor, k: &Tensor, v: &Tensor, options: Options<'_>) -> Result<Tensor> {
-    let attention = options.attention(k.dim(1)?)?;
-    FlashOp::new(attention, Batch::SeqlenHeads).apply(q, k, v)
+    FlashOp::new(options.recipe(k.dim(1)?), Batch::SeqlenHeads).apply(q, k, v)
 }
 
 /// `softmax(softmax_scale * q k^T) v`, with gradients.
@@ -43,8 +42,7 @@ pub fn flash_attn(q: &Tensor, k: &Tensor, v: &Tensor, softmax_scale: f32, causal
 /// `i + seqlen_k - seqlen_q + window_size_right` only; `None` sees all of that side.
 ///
 /// # Errors
-/// The errors of [`flash_attn`]; [`Error::NeedsProgram`](crate::Error::NeedsProgram) for a window that is neither full nor
-/// `(None, Some(0))`, which is causal.
+/// The errors of [`flash_attn`].
 pub fn flash_attn_windowed(
     q: &Tensor,
     k: &Tensor,
@@ -62,7 +60,7 @@ pub fn flash_attn_windowed(
 /// * alibi_slopes: f32 `[heads_q]`.
 ///
 /// # Errors
-/// The errors of [`flash_attn`]; [`Error::NeedsProgram`](crate::Error::NeedsProgram).
+/// The errors of [`flash_attn`], and slopes of another dtype or shape.
 pub fn flash_attn_alibi(
     q: &Tensor,
     k: &Tensor,
@@ -96,7 +94,7 @@ pub fn flash_attn_alibi_windowed(
 /// scaled score, before ALiBi is added. 0 is no cap.
 ///
 /// # Errors
-/// The errors of [`flash_attn_alibi_windowed`]; [`Error::NeedsProgram`](crate::Error::NeedsProgram) for a cap that is not 0.
+/// The errors of [`flash_attn_alibi_windowed`], and a cap that is negative or not finite.
 #[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
 pub fn flash_attn_alibi_windowed_softcap(
     q: &Tensor,
@@ -138,7 +136,7 @@ impl FlashAttn {
             .alibi(self.alibi_slopes.as_ref())
             .softcap(self.softcap);
         let (_, seqlen_k, _, _) = k.shape().dims4()?;
-        Ok(FlashOp::new(options.attention(seqlen_k)?, Batch::SeqlenHeads))
+        Ok(FlashOp::new(options.recipe(seqlen_k), Batch::SeqlenHeads))
     }
 }
 

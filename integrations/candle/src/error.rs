@@ -6,8 +6,8 @@ use std::fmt;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
-    /// An option needs a score program, which the library does not run yet.
-    NeedsProgram {
+    /// An option is not carried out.
+    Unsupported {
         /// The option.
         argument: &'static str,
         /// Its value.
@@ -65,9 +65,7 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NeedsProgram { argument, value } => {
-                write!(f, "{argument} is {value}, which needs a score program; none is run yet")
-            }
+            Self::Unsupported { argument, value } => write!(f, "{argument} is {value}; only None is supported"),
             Self::CumulativeLengths {
                 argument,
                 index,

@@ -3,10 +3,11 @@
 use std::sync::OnceLock;
 
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor as CandleTensor, WithDType};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor as CandleTensor, WithDType};
 use flash_attention::{Attention, Device, Element, Gradients, Output, Statistics, Tensor};
 use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 
+use crate::options::Recipe;
 use crate::views::{Batch, Call, Memory, wrap};
 
 /// Attention of one op of a graph.
@@ -14,15 +15,21 @@ use crate::views::{Batch, Call, Memory, wrap};
 /// candle's ops have one result, and the backward pass needs lse and its statistics too. So each op is applied once and keeps them:
 /// three f32 a query and head, in the memory of the device, for as long as the graph has the op.
 pub(crate) struct FlashOp {
-    attention: Attention,
+    recipe: Recipe,
     batch: Batch,
-    /// What each call's forward pass left for its backward pass.
-    kept: OnceLock<Vec<Kept>>,
+    /// What the forward pass left for the backward pass.
+    kept: OnceLock<Kept>,
 }
 
-/// Results of a forward pass beside out.
-#[derive(Clone)]
+/// The attention of a forward pass, on its device, and the results of each call beside out.
 struct Kept {
+    attention: Attention,
+    rows: Vec<Rows>,
+}
+
+/// Results of a call for each query and head.
+#[derive(Clone)]
+struct Rows {
     lse: Tensor<f32>,
     statistics: Statistics,
 }
@@ -40,15 +47,15 @@ impl Scalar for half::bf16 {}
 macro_rules! with_scalar {
     ($dtype:expr, $T:ident => $body:expr) => {
         match $dtype {
-            DType::F32 => {
+            candle_core::DType::F32 => {
                 type $T = f32;
                 $body
             }
-            DType::F16 => {
+            candle_core::DType::F16 => {
                 type $T = half::f16;
                 $body
             }
-            DType::BF16 => {
+            candle_core::DType::BF16 => {
                 type $T = half::bf16;
                 $body
             }
@@ -56,11 +63,12 @@ macro_rules! with_scalar {
         }
     };
 }
+pub(crate) use with_scalar;
 
 impl FlashOp {
-    pub(crate) fn new(attention: Attention, batch: Batch) -> Self {
+    pub(crate) fn new(recipe: impl Into<Recipe>, batch: Batch) -> Self {
         Self {
-            attention,
+            recipe: recipe.into(),
             batch,
             kept: OnceLock::new(),
         }
@@ -94,7 +102,8 @@ impl FlashOp {
         let [(q, q_layout), (k, k_layout), (v, v_layout)] = inputs;
         let out_layout = Layout::contiguous(q_layout.shape());
         let calls = self.batch.calls([q_layout, &out_layout], [k_layout, v_layout])?;
-        let kept = on_each(device, &calls, |_, call| {
+        let attention = self.recipe.on(device)?;
+        let rows = on_each(device, &calls, |_, call| {
             // SAFETY: passed on to the caller; the calls write disjoint parts of out.
             let (q, k, v, out) = unsafe {
                 (
@@ -108,11 +117,12 @@ impl FlashOp {
             let mut output = Output::new(out, new()?);
             let (row_max, row_sum) = (new()?, new()?);
             output.statistics = Some(Statistics { row_max, row_sum });
-            (self.attention.forward_into_output(&q, &k, &v, &mut output)).map_err(wrap)?;
+            (attention.forward_into_output(&q, &k, &v, &mut output)).map_err(wrap)?;
             let Output { lse, statistics, .. } = output;
-            Ok(statistics.map(|statistics| Kept { lse, statistics }))
+            Ok(statistics.map(|statistics| Rows { lse, statistics }))
         })?;
-        if self.kept.set(kept.into_iter().flatten().collect()).is_err() {
+        let rows = rows.into_iter().flatten().collect();
+        if self.kept.set(Kept { attention, rows }).is_err() {
             candle_core::bail!("a flash-attention op is applied once")
         }
         Ok(())
@@ -136,18 +146,17 @@ impl FlashOp {
             [q_layout, out_layout, dout_layout, &like_q],
             [k_layout, v_layout, &like_k],
         )?;
-        let kept = self.kept.get().map_or(&[][..], |kept| kept);
-        if kept.len() != calls.len() {
+        let Some(Kept { attention, rows }) = self.kept.get() else {
             candle_core::bail!("the backward pass of a flash-attention op follows its forward pass")
-        }
-        let Some(device) = kept.first().map(|kept| kept.lse.device()) else {
+        };
+        let Some(device) = rows.first().map(|rows| rows.lse.device()) else {
             return Ok(());
         };
         on_each(device, &calls, |index, call| {
             // SAFETY: passed on to the caller; the calls write disjoint parts of the gradients.
             unsafe {
                 let tensor = |memory: Memory, view| memory.tensor::<T>(device, view);
-                let Kept { lse, statistics } = kept[index].clone();
+                let Rows { lse, statistics } = rows[index].clone();
                 let mut output = Output::new(tensor(out, &call.q[1])?, lse);
                 output.statistics = Some(statistics);
                 let dout = tensor(dout, &call.q[2])?;
@@ -157,7 +166,7 @@ impl FlashOp {
                     tensor(dv, &call.k[2])?,
                 );
                 let (q, k, v) = (tensor(q, &call.q[0])?, tensor(k, &call.k[0])?, tensor(v, &call.k[1])?);
-                self.attention
+                attention
                     .backward_into(&q, &k, &v, &output, &dout, &mut gradients)
                     .map_err(wrap)
             }

@@ -3,7 +3,6 @@
 use candle_core::{Result, Tensor};
 use flash_attention::Attention;
 
-use crate::error::Error;
 use crate::op::FlashOp;
 use crate::options::Options;
 use crate::views::Batch;
@@ -11,15 +10,15 @@ use crate::views::Batch;
 /// candle_nn's `ops::sdpa`, which runs on Metal alone, on the CPU and on CUDA, and with gradients.
 ///
 /// * q: `[batch, heads_q, seqlen_q, head_dim]`; k, v: `[batch, heads_kv, seqlen_k, head_dim]`, heads_kv a divisor of heads_q.
-/// * mask: is added to the scaled scores. Only `None` is carried out yet.
+/// * mask: is added to the scaled scores, `[batch, heads_q, seqlen_q, seqlen_k]`, where an axis of 1 repeats and leading axes may be
+///   left out. It has no gradient, as in candle_nn.
 /// * do_causal: query i sees key j only if `j <= i + seqlen_k - seqlen_q`.
 /// * softcapping: `softcapping * tanh(score / softcapping)` takes the place of each scaled score. 1 is no cap, as in candle_nn.
 ///
 /// The result is contiguous, of q's shape.
 ///
 /// # Errors
-/// The errors of [`flash_attn`](crate::flash_attn); [`Error::NeedsProgram`](crate::Error::NeedsProgram) for a mask and for a
-/// cap.
+/// The errors of [`flash_attn`](crate::flash_attn), and a mask of another shape.
 pub fn sdpa(
     q: &Tensor,
     k: &Tensor,
@@ -29,15 +28,13 @@ pub fn sdpa(
     scale: f32,
     softcapping: f32,
 ) -> Result<Tensor> {
-    if let Some(mask) = mask {
-        return Err(Error::NeedsProgram {
-            argument: "mask",
-            value: format!("a tensor {:?}", mask.shape()),
-        }
-        .into());
-    }
     let options = Options::new(scale, do_causal).softcap(Some(softcapping).filter(|&cap| cap != 1.0));
-    FlashOp::new(options.attention(k.dim(2)?)?, Batch::HeadsSeqlen).apply(q, k, v)
+    let recipe = options.recipe(k.dim(2)?);
+    let recipe = match mask {
+        Some(mask) => recipe.bias(mask)?,
+        None => recipe,
+    };
+    FlashOp::new(recipe, Batch::HeadsSeqlen).apply(q, k, v)
 }
 
 /// Attention as a layer: an [`Attention`] with all of the host's options, for candle's tensors.

@@ -80,7 +80,7 @@ fn attend([q, k, v]: [&Tensor; 3], of_q: Lengths<'_>, of_k: Lengths<'_>, options
         q: ranges_q,
         k: ranges_k,
     };
-    FlashOp::new(options.attention(of_k.max_seqlen)?, batch).apply(q, k, v)
+    FlashOp::new(options.recipe(of_k.max_seqlen), batch).apply(q, k, v)
 }
 
 fn same_count(argument: &'static str, got: usize, expected: usize) -> Result<()> {
@@ -177,8 +177,7 @@ pub fn flash_attn_varlen_windowed(
 ///
 /// # Errors
 /// The errors of [`flash_attn_varlen_windowed`]; [`Error::PageSize`](crate::Error::PageSize),
-/// [`Error::BlockTable`](crate::Error::BlockTable); [`Error::NeedsProgram`](crate::Error::NeedsProgram) for mm_prefix_ranges and for
-/// a cap.
+/// [`Error::BlockTable`](crate::Error::BlockTable); [`Error::Unsupported`](crate::Error::Unsupported) for mm_prefix_ranges.
 #[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
 pub fn flash_attn_varlen_paged_windowed(
     q: &Tensor,
@@ -197,7 +196,7 @@ pub fn flash_attn_varlen_paged_windowed(
     softcap: Option<f32>,
 ) -> Result<Tensor> {
     if let Some(ranges) = mm_prefix_ranges {
-        return Err(Error::NeedsProgram {
+        return Err(Error::Unsupported {
             argument: "mm_prefix_ranges",
             value: format!("a tensor {:?}", ranges.shape()),
         }
@@ -240,7 +239,7 @@ pub fn flash_attn_varlen_paged_windowed(
         q: ranges_q,
         k: ranges_k,
     };
-    FlashOp::new(options.attention(max_seqlen_k)?, batch).apply(q, &gathered(k)?, &gathered(v)?)
+    FlashOp::new(options.recipe(max_seqlen_k), batch).apply(q, &gathered(k)?, &gathered(v)?)
 }
 
 /// [`flash_attn_varlen`] with the bias of [`flash_attn_alibi`](crate::flash_attn_alibi) in each sequence.

@@ -2,11 +2,11 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use flash_attention_candle::{
-    Attention, FlashAttention, FlashAttn, flash_attn, flash_attn_alibi, flash_attn_alibi_windowed_softcap,
-    flash_attn_windowed, sdpa,
+    Attention, FlashAttention, FlashAttn, flash_attn, flash_attn_alibi, flash_attn_alibi_windowed,
+    flash_attn_alibi_windowed_softcap, flash_attn_windowed, sdpa,
 };
 
-use crate::plain::{Case, assert_near, distance};
+use crate::plain::{Case, Scores, assert_near, assert_out_near, distance};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -53,7 +53,7 @@ fn results_and_gradients_are_those_of_plain_attention() -> Result<()> {
     for case in CASES {
         for dtype in DTYPES {
             let drawn = case.draw(dtype)?;
-            assert_near(&case, dtype, drawn.each_ref(), |q, k, v| {
+            assert_near(&case, &case.scores(), dtype, drawn.each_ref(), |q, k, v| {
                 flash_attn(q, k, v, case.scale(), case.causal)
             })?;
         }
@@ -69,7 +69,7 @@ fn heads_first(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor, Te
 fn candle_nn_order_gives_the_same() -> Result<()> {
     for case in CASES {
         let drawn = case.draw(DType::F32)?;
-        assert_near(&case, DType::F32, drawn.each_ref(), |q, k, v| {
+        assert_near(&case, &case.scores(), DType::F32, drawn.each_ref(), |q, k, v| {
             let (q, k, v) = heads_first(q, k, v)?;
             sdpa(&q, &k, &v, None, case.causal, case.scale(), 1.0)?.transpose(1, 2)
         })?;
@@ -78,11 +78,11 @@ fn candle_nn_order_gives_the_same() -> Result<()> {
             attention = attention.causal();
         }
         let layer = FlashAttention::new(attention);
-        assert_near(&case, DType::F32, drawn.each_ref(), |q, k, v| {
+        assert_near(&case, &case.scores(), DType::F32, drawn.each_ref(), |q, k, v| {
             let (q, k, v) = heads_first(q, k, v)?;
             layer.forward(&q, &k, &v)?.transpose(1, 2)
         })?;
-        assert_near(&case, DType::F32, drawn.each_ref(), |q, k, v| {
+        assert_near(&case, &case.scores(), DType::F32, drawn.each_ref(), |q, k, v| {
             layer.forward_seqlen_heads(q, k, v)
         })?;
     }
@@ -93,7 +93,7 @@ fn candle_nn_order_gives_the_same() -> Result<()> {
 fn the_op_without_memory_has_the_same_gradients() -> Result<()> {
     let case = CASES[1];
     let drawn = case.draw(DType::F32)?;
-    assert_near(&case, DType::F32, drawn.each_ref(), |q, k, v| {
+    assert_near(&case, &case.scores(), DType::F32, drawn.each_ref(), |q, k, v| {
         let op = FlashAttn {
             softmax_scale: case.scale(),
             alibi_slopes: None,
@@ -123,7 +123,7 @@ fn views_of_one_packed_tensor_are_read_in_place_and_have_one_gradient() -> Resul
         Ok(out.sum_all()?.backward()?.get(&packed).expect("a gradient").clone())
     };
     let ours = gradient(flash_attn(&q, &k, &v, case.scale(), true)?)?;
-    let plain = gradient(crate::plain::attention(&q, &k, &v, case.scale(), true, DType::F32)?)?;
+    let plain = gradient(crate::plain::attention(&q, &k, &v, &case.scores(), DType::F32)?)?;
     assert!(distance(&ours, &plain)? < 2e-5);
     Ok(())
 }
@@ -148,42 +148,6 @@ fn windows_that_hide_nothing_need_no_program() -> Result<()> {
     assert!(distance(&full, &causal)? > 0.1);
     assert_eq!(distance(&windowed(Some(131), Some(500))?, &full)?, 0.0);
     assert_eq!(distance(&windowed(Some(200), Some(0))?, &causal)?, 0.0);
-    Ok(())
-}
-
-#[test]
-fn options_that_need_a_program_are_refused_by_name() -> Result<()> {
-    let [q, k, v, _] = CASES[0].draw(DType::F32)?;
-    let slopes = Tensor::ones(3, DType::F32, &Device::Cpu)?;
-    let mask = Tensor::zeros((2, 3, 65, 65), DType::F32, &Device::Cpu)?;
-    let refused = |result: Result<Tensor>, option: &str| {
-        let text = result.expect_err("this is refused").to_string();
-        assert!(
-            text.starts_with(option) && text.contains("needs a score program"),
-            "{text}"
-        );
-    };
-    refused(
-        flash_attn_windowed(&q, &k, &v, 1.0, Some(8), Some(0)),
-        "window_size_left is 8",
-    );
-    refused(
-        flash_attn_windowed(&q, &k, &v, 1.0, None, Some(3)),
-        "window_size_right is 3",
-    );
-    refused(
-        flash_attn_alibi(&q, &k, &v, &slopes, 1.0, true),
-        "alibi_slopes is a tensor [3]",
-    );
-    refused(
-        flash_attn_alibi_windowed_softcap(&q, &k, &v, None, 1.0, None, None, 30.0),
-        "softcap is 30",
-    );
-    refused(
-        sdpa(&q, &k, &v, Some(&mask), false, 1.0, 1.0),
-        "mask is a tensor [2, 3, 65, 65]",
-    );
-    refused(sdpa(&q, &k, &v, None, false, 1.0, 50.0), "softcap is 50");
     Ok(())
 }
 
@@ -230,5 +194,61 @@ fn refusals_name_argument_value_and_limit() -> Result<()> {
     refused(flash_attn(&q, &half, &half, 1.0, true));
     let flat = Tensor::zeros((5, 4, 64), DType::F32, &Device::Cpu)?;
     refused(flash_attn(&flat, &flat, &flat, 1.0, true));
+    Ok(())
+}
+
+#[test]
+fn windows_alibi_softcap_and_masks_are_those_of_plain_attention() -> Result<()> {
+    for (at, case) in CASES.iter().enumerate() {
+        let [heads, _] = case.heads;
+        let [seqlen_q, seqlen_k] = case.seqlens;
+        let slopes: Vec<f32> = (0..heads).map(|head| 0.5_f32.powi(head as i32 + 1)).collect();
+        let slopes_tensor = Tensor::new(slopes.as_slice(), &Device::Cpu)?;
+        let mask = Tensor::randn(0f32, 1.0, (heads, seqlen_q, seqlen_k), &Device::Cpu)?;
+        let window = [Some(9 + at), if case.causal { Some(0) } else { Some(40) }];
+        let [left, right] = window;
+        for dtype in DTYPES {
+            let drawn = case.draw(dtype)?;
+            let assert = |how: Scores, ours: &dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>| {
+                assert_out_near(case, &how, dtype, drawn.each_ref(), ours)
+            };
+            let scale = case.scale();
+            let how = Scores {
+                window,
+                ..case.scores()
+            };
+            assert(how.clone(), &|q, k, v| flash_attn_windowed(q, k, v, scale, left, right))?;
+            let how = Scores {
+                slopes: Some(slopes.clone()),
+                ..how
+            };
+            assert(how.clone(), &|q, k, v| {
+                flash_attn_alibi_windowed(q, k, v, &slopes_tensor, scale, left, right)
+            })?;
+            let how = Scores {
+                softcap: Some(1.5),
+                ..how
+            };
+            assert(how, &|q, k, v| {
+                flash_attn_alibi_windowed_softcap(q, k, v, Some(&slopes_tensor), scale, left, right, 1.5)
+            })?;
+            let how = Scores {
+                slopes: Some(slopes.clone()),
+                ..case.scores()
+            };
+            assert(how, &|q, k, v| {
+                flash_attn_alibi(q, k, v, &slopes_tensor, scale, case.causal)
+            })?;
+            let how = Scores {
+                mask: Some(mask.clone()),
+                softcap: Some(2.0),
+                ..case.scores()
+            };
+            assert(how, &|q, k, v| {
+                let (q, k, v) = heads_first(q, k, v)?;
+                sdpa(&q, &k, &v, Some(&mask), case.causal, scale, 2.0)?.transpose(1, 2)
+            })?;
+        }
+    }
     Ok(())
 }

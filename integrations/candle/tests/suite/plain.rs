@@ -18,6 +18,14 @@ impl Case {
         1.3 / (self.head_dim as f32).sqrt()
     }
 
+    pub fn scores(&self) -> Scores {
+        Scores {
+            scale: self.scale(),
+            window: [None, self.causal.then_some(0)],
+            ..Scores::default()
+        }
+    }
+
     /// q, k, v and a weight for each element of out, `[batch, seqlen, heads, head_dim]` of this dtype.
     pub fn draw(&self, dtype: DType) -> Result<[Tensor; 4]> {
         let [seqlen_q, seqlen_k] = self.seqlens;
@@ -34,9 +42,22 @@ impl Case {
     }
 }
 
+/// What becomes of a product of a query and a key.
+#[derive(Clone, Debug, Default)]
+pub struct Scores {
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    /// Is added, `[batch, heads, seqlen_q, seqlen_k]` or a shape that repeats to it.
+    pub mask: Option<Tensor>,
+    /// ALiBi's slope of each head.
+    pub slopes: Option<Vec<f32>>,
+    /// Keys seen before and after a query's own.
+    pub window: [Option<usize>; 2],
+}
+
 /// Attention over `[batch, seqlen, heads, head_dim]`, scores and probabilities in memory: computed in `arithmetic`, each step's
 /// result and each gradient rounded to the tensors' own type.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool, arithmetic: DType) -> Result<Tensor> {
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, how: &Scores, arithmetic: DType) -> Result<Tensor> {
     let rounded = q.dtype();
     let round = |tensor: Tensor| tensor.to_dtype(rounded)?.to_dtype(arithmetic);
     let (q, k, v) = (
@@ -54,19 +75,34 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool, a
             .reshape((batch, heads * groups, seqlen, head_dim))
     };
     let (q, k, v) = (heads_first(&q, 1)?, heads_first(&k, groups)?, heads_first(&v, groups)?);
-    let scores = round((q.matmul(&k.t()?.contiguous()?)? * f64::from(scale))?)?;
-    let scores = match causal {
-        false => scores,
-        true => {
-            let (seqlen_q, seqlen_k) = (q.dim(2)?, k.dim(2)?);
-            let hidden = (0..seqlen_q * seqlen_k)
-                .map(|at| u8::from(at % seqlen_k + seqlen_q > at / seqlen_k + seqlen_k))
-                .collect();
-            let hidden = Tensor::from_vec(hidden, (seqlen_q, seqlen_k), q.device())?.broadcast_as(scores.shape())?;
-            let never = Tensor::full(f32::NEG_INFINITY, scores.shape(), q.device())?.to_dtype(scores.dtype())?;
-            hidden.where_cond(&never, &scores)?
-        }
+    let mut scores = round((q.matmul(&k.t()?.contiguous()?)? * f64::from(how.scale))?)?;
+    if let Some(cap) = how.softcap.map(f64::from) {
+        scores = round(((scores / cap)?.tanh()? * cap)?)?;
+    }
+    if let Some(mask) = &how.mask {
+        scores = round(scores.broadcast_add(&mask.to_dtype(arithmetic)?)?)?;
+    }
+    let (seqlen_q, seqlen_k) = (q.dim(2)? as i64, k.dim(2)? as i64);
+    // How far each key lies after its query's own place, for each pair of a head.
+    let pairs = (0..seqlen_q).flat_map(|i| (0..seqlen_k).map(move |j| j - (i + seqlen_k - seqlen_q)));
+    let of_pairs = |values: Vec<f32>, heads| {
+        Tensor::from_vec(values, (heads, seqlen_q as usize, seqlen_k as usize), &Device::Cpu)?.to_dtype(arithmetic)
     };
+    if let Some(slopes) = &how.slopes {
+        let bias = slopes
+            .iter()
+            .flat_map(|slope| pairs.clone().map(move |far| -slope * far.abs() as f32));
+        scores = round(scores.broadcast_add(&of_pairs(bias.collect(), slopes.len())?)?)?;
+    }
+    let [left, right] = how.window.map(|window| window.map_or(i64::MAX, |window| window as i64));
+    let hidden = pairs.map(|far| {
+        if far < -left || far > right {
+            f32::NEG_INFINITY
+        } else {
+            0.0
+        }
+    });
+    let scores = scores.broadcast_add(&of_pairs(hidden.collect(), 1)?)?;
     let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     let weights = round(weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?)?;
     weights.matmul(&v)?.to_dtype(rounded)?.transpose(1, 2)
@@ -97,15 +133,14 @@ pub fn distance(a: &Tensor, b: &Tensor) -> Result<f64> {
 /// Asserts that out and gradients are as near to those of plain attention in f64 as twice those of plain attention in `dtype`.
 pub fn assert_near(
     case: &Case,
+    how: &Scores,
     dtype: DType,
     drawn: [&Tensor; 4],
     ours: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
 ) -> Result<()> {
     let plain = |dtype: DType, arithmetic: DType| {
         let [q, k, v, weight] = drawn.map(|tensor| tensor.to_dtype(dtype));
-        results([&q?, &k?, &v?, &weight?], |q, k, v| {
-            attention(q, k, v, case.scale(), case.causal, arithmetic)
-        })
+        results([&q?, &k?, &v?, &weight?], |q, k, v| attention(q, k, v, how, arithmetic))
     };
     let exact = plain(DType::F64, DType::F64)?;
     let rounded = plain(dtype, DType::F32)?;
@@ -118,8 +153,31 @@ pub fn assert_near(
         let (error, limit) = (distance(got, exact)?, 2.0 * distance(rounded, exact)? + 1e-5);
         assert!(
             error <= limit,
-            "{case:?} {dtype:?}: {name} is off by {error:e}, limit {limit:e}"
+            "{case:?} {how:?} {dtype:?}: {name} is off by {error:e}, limit {limit:e}"
         );
     }
+    Ok(())
+}
+
+/// [`assert_near`] of out alone, for what has no backward pass yet.
+pub fn assert_out_near(
+    case: &Case,
+    how: &Scores,
+    dtype: DType,
+    drawn: [&Tensor; 4],
+    ours: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<()> {
+    let plain = |dtype: DType, arithmetic: DType| {
+        let [q, k, v, _] = drawn.map(|tensor| tensor.to_dtype(dtype));
+        attention(&q?, &k?, &v?, how, arithmetic)
+    };
+    let exact = plain(DType::F64, DType::F64)?;
+    let rounded = plain(dtype, DType::F32)?;
+    let got = ours(drawn[0], drawn[1], drawn[2])?;
+    let (error, limit) = (distance(&got, &exact)?, 2.0 * distance(&rounded, &exact)? + 1e-5);
+    assert!(
+        error <= limit,
+        "{case:?} {how:?} {dtype:?}: out is off by {error:e}, limit {limit:e}"
+    );
     Ok(())
 }

@@ -1,7 +1,10 @@
 //! Functions over ragged batches, against one call a sequence.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use flash_attention_candle::{flash_attn, flash_attn_varlen, flash_attn_varlen_paged_windowed};
+use flash_attention_candle::{
+    flash_attn, flash_attn_alibi_windowed_softcap, flash_attn_varlen, flash_attn_varlen_alibi_windowed_softcap,
+    flash_attn_varlen_paged_windowed,
+};
 
 use crate::plain::distance;
 
@@ -126,5 +129,40 @@ fn lengths_that_cannot_be_are_refused() -> Result<()> {
         refused(&[0, 4, 10], 5)?,
         "max_seqlen_k is 5, but sequence 1 has 6 tokens"
     );
+    Ok(())
+}
+
+#[test]
+fn windows_alibi_and_softcap_are_aligned_at_each_sequences_end() -> Result<()> {
+    let lengths: [&[usize]; 2] = [&[5, 33, 1, 70], &[9, 33, 12, 90]];
+    let (seqlens_q, seqlens_k) = (cumulative(lengths[0])?, cumulative(lengths[1])?);
+    let tensor = |total: usize| Tensor::randn(0f32, 1.0, (total, 2, 32), &Device::Cpu);
+    let (q, k) = (tensor(109)?, tensor(144)?);
+    let slopes = Tensor::new(&[0.25f32, 0.0625], &Device::Cpu)?;
+    let ragged = flash_attn_varlen_alibi_windowed_softcap(
+        &q,
+        &k,
+        &k,
+        Some(&slopes),
+        &seqlens_q,
+        &seqlens_k,
+        70,
+        90,
+        SCALE,
+        Some(20),
+        Some(3),
+        4.0,
+    )?;
+    let (mut start_q, mut start_k) = (0, 0);
+    for (&of_q, &of_k) in lengths[0].iter().zip(lengths[1]) {
+        let (q, k) = (
+            q.narrow(0, start_q, of_q)?.unsqueeze(0)?,
+            k.narrow(0, start_k, of_k)?.unsqueeze(0)?,
+        );
+        let apart = flash_attn_alibi_windowed_softcap(&q, &k, &k, Some(&slopes), SCALE, Some(20), Some(3), 4.0)?;
+        assert_eq!(distance(&ragged.narrow(0, start_q, of_q)?, &apart.squeeze(0)?)?, 0.0);
+        start_q += of_q;
+        start_k += of_k;
+    }
     Ok(())
 }

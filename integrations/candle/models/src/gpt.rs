@@ -2,7 +2,7 @@
 //! logits.
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
-use candle_nn::{Embedding, LayerNorm, Linear, Module, VarBuilder, VarMap, embedding, layer_norm, linear};
+use candle_nn::{Embedding, Init, Linear, Module, VarBuilder, VarMap, embedding, linear};
 use flash_attention_candle::flash_attn;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -40,17 +40,37 @@ pub struct Gpt {
     tokens: Embedding,
     positions: Tensor,
     blocks: Vec<Block>,
-    norm: LayerNorm,
+    norm: Norm,
 }
 
 #[derive(Debug)]
 struct Block {
-    norm: LayerNorm,
+    norm: Norm,
     qkv: Linear,
     mixed: Linear,
-    wide_norm: LayerNorm,
+    wide_norm: Norm,
     wide: Linear,
     narrow: Linear,
+}
+
+/// A layer norm with a backward pass; that of candle_nn's own stops gradients.
+#[derive(Debug)]
+struct Norm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Norm {
+    fn new(width: usize, weights: &VarBuilder<'_>) -> Result<Self> {
+        Ok(Self {
+            weight: weights.get_with_hints(width, "weight", Init::Const(1.0))?,
+            bias: weights.get_with_hints(width, "bias", Init::Const(0.0))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        candle_nn::ops::layer_norm_slow(x, &self.weight, &self.bias, 1e-5)
+    }
 }
 
 impl Gpt {
@@ -65,10 +85,10 @@ impl Gpt {
         let block = |index| {
             let weights = weights.pp("block").pp(index);
             Ok(Block {
-                norm: layer_norm(width, 1e-5, weights.pp("norm"))?,
+                norm: Norm::new(width, &weights.pp("norm"))?,
                 qkv: linear(width, 3 * width, weights.pp("qkv"))?,
                 mixed: linear(width, width, weights.pp("mixed"))?,
-                wide_norm: layer_norm(width, 1e-5, weights.pp("wide_norm"))?,
+                wide_norm: Norm::new(width, &weights.pp("wide_norm"))?,
                 wide: linear(width, 4 * width, weights.pp("wide"))?,
                 narrow: linear(4 * width, width, weights.pp("narrow"))?,
             })
@@ -79,7 +99,7 @@ impl Gpt {
             tokens: embedding(VOCABULARY, width, weights.pp("tokens"))?,
             positions: weights.get((config.context, width), "positions")?,
             blocks: (0..config.layers).map(block).collect::<Result<_>>()?,
-            norm: layer_norm(width, 1e-5, weights.pp("norm"))?,
+            norm: Norm::new(width, &weights.pp("norm"))?,
         };
         let mut variables: Vec<(String, Var)> = {
             let named = variables

@@ -15,7 +15,7 @@ use flash_attention::half::{bf16, f16};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Plan, Progress, Tensor};
 use flash_attention_examples::command_line::{first_paragraph, refuse};
-use flash_attention_examples::{Accuracy, AttentionFile, Failure, Features, Stored, Written, write_output};
+use flash_attention_examples::{Accuracy, AttentionFile, Failure, Features, Stored, Written, ragged, write_output};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Runs attention, and with --backward its gradients, over q, k and v of a file. Compares with the answers stored in
@@ -34,8 +34,12 @@ struct Options {
     dtype: ElementType,
     #[command(flatten)]
     features: Features,
-    /// Print a picture of the mask
+    /// Take q, k and v as sequences packed end to end, [total, heads, head_dim]; the file has `cu_seqlens_q` and `cu_seqlens_k`,
+    /// i32 [batch + 1], and perhaps `seqused_k`, i32 [batch]
     #[arg(long)]
+    ragged: bool,
+    /// Print a picture of the mask
+    #[arg(long, conflicts_with = "ragged")]
     show_mask: bool,
     /// Compute the gradients of q, k and v too; the file must have dout, the gradient of out
     #[arg(long)]
@@ -88,11 +92,13 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
     ];
     let dout = dout.map(|dout| dout.upload::<T>(&device)).transpose()?;
     let attention = options.features.add_to(scaled(&file), &file, &device)?;
+    if options.ragged {
+        return run_ragged(options, path, &file, &attention, [&q, &k, &v], dout.as_ref());
+    }
     let plan = attention.plan(&q, &k, &v)?;
 
     let mut print = std::io::stdout().lock();
-    writeln!(print, "input     {}", path.display())?;
-    writeln!(print, "device    {device} ({})", device.name())?;
+    print_input(path, &device, &mut print)?;
     if options.show_mask {
         let tile = [q.shape()[2], k.shape()[2]].map(picture_tile);
         writeln!(print, "mask      {}", attention.blocks_of(&q, &k, tile)?)?;
@@ -130,6 +136,81 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
         None => true,
     };
     Ok(out_passes && gradients_pass)
+}
+
+/// Prints what is read and where it is solved.
+fn print_input(path: &Path, device: &Device, print: &mut impl Write) -> Result<(), Failure> {
+    writeln!(print, "input     {}", path.display())?;
+    writeln!(print, "device    {device} ({})", device.name())?;
+    Ok(())
+}
+
+/// Runs attention over packed sequences; returns true if all errors are within their bounds.
+fn run_ragged<T: Element>(
+    options: &Options,
+    path: &Path,
+    file: &AttentionFile,
+    attention: &Attention,
+    [q, k, v]: [&Tensor<T>; 3],
+    dout: Option<&Tensor<T>>,
+) -> Result<bool, Failure> {
+    let sequences = ragged::sequences(file)?;
+    let plans = attention.plan_ragged(q, k, v, &sequences)?;
+    let bytes: u128 = plans
+        .iter()
+        .map(|plan| plan.cost().bytes_read + plan.cost().bytes_written)
+        .sum();
+
+    let print = &mut std::io::stdout().lock();
+    print_input(path, q.device(), print)?;
+    writeln!(print, "ragged    {sequences}")?;
+    writeln!(print, "HBM       {bytes} bytes read and written by forward")?;
+    let (output, times) = timed(q.device(), |_| attention.forward_ragged(q, k, v, &sequences))?;
+    writeln!(print, "forward   {times}")?;
+    let mut gradients = None;
+    if let Some(dout) = dout {
+        let backward = |_: &Bar| attention.backward_ragged(q, k, v, &output, dout, &sequences);
+        let (result, times) = timed(q.device(), backward)?;
+        writeln!(print, "backward  {times}")?;
+        gradients = Some(result);
+    }
+    if let Some(path) = &options.output {
+        let written = Written {
+            output: &output,
+            gradients: gradients.as_ref(),
+            keep: None,
+            softmax_scale: attention.scale_for(q.shape()[2]),
+        };
+        write_output(path, &written)?;
+        writeln!(print, "written   {}", path.display())?;
+    }
+    let (Some(out), Some(lse), true) = (&file.out, &file.lse, options.features.is_empty()) else {
+        return not_compared(options, "answer", "out and lse", print);
+    };
+    let answers = ragged::answers::<T>(attention, file, &sequences);
+    let accuracy = |index: usize, got: &Tensor<T>, stored: &Stored| {
+        let (standard, exact) = (&answers.standard[index], &answers.exact[index]);
+        Ok::<_, Failure>(Accuracy::of(&got.to_vec()?, &stored.elements, standard, exact))
+    };
+    let mut results = vec![("out", accuracy(0, &output.out, out)?)];
+    let lse = Accuracy::of(
+        &output.lse.to_vec()?,
+        &lse.elements,
+        &answers.standard_lse,
+        &answers.exact_lse,
+    );
+    results.push(("lse", lse));
+    if let Some(Gradients { dq, dk, dv, .. }) = &gradients {
+        for (index, (name, got)) in [("dq", dq), ("dk", dk), ("dv", dv)].into_iter().enumerate() {
+            if let Some(stored) = &file.gradients[index] {
+                results.push((name, accuracy(index + 1, got, stored)?));
+            }
+        }
+    }
+    for (name, accuracy) in &results {
+        writeln!(print, "{name:<9} {accuracy}")?;
+    }
+    Ok(results.iter().all(|(_, accuracy)| accuracy.passes()))
 }
 
 /// Returns the gradient of out that backward starts from, if backward is asked for.

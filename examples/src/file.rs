@@ -13,15 +13,15 @@ use crate::Failure;
 /// Content of a file: the tensors q, k and v, and optionally the stored answer.
 #[derive(Clone, Debug)]
 pub struct AttentionFile {
-    /// Queries, `[batch, heads_q, seqlen_q, head_dim]`.
+    /// Queries, `[batch, heads_q, seqlen_q, head_dim]`; of packed sequences `[total_q, heads_q, head_dim]`.
     pub q: Stored,
-    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
+    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]` or `[total_k, heads_kv, head_dim]`.
     pub k: Stored,
     /// Values, with the shape of the keys.
     pub v: Stored,
     /// Correct output of full attention, with the shape of the queries.
     pub out: Option<Stored>,
-    /// Correct log-sum-exp of full attention, `[batch, heads_q, seqlen_q]`.
+    /// Correct log-sum-exp of full attention, `[batch, heads_q, seqlen_q]` or `[heads_q, total_q]`.
     pub lse: Option<Stored>,
     /// Gradient of the output, with the shape of the queries.
     pub dout: Option<Stored>,
@@ -91,6 +91,11 @@ impl AttentionFile {
         Ok(file)
     }
 
+    /// Returns true if the file has a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        SafeTensors::deserialize(&self.bytes).is_ok_and(|tensors| tensors.tensor(name).is_ok())
+    }
+
     /// Returns a tensor of floats that an option takes.
     ///
     /// # Errors
@@ -143,9 +148,13 @@ impl AttentionFile {
     fn check_answer(&self) -> Result<(), String> {
         let (q, k, v) = (&self.q.shape[..], &self.k.shape[..], &self.v.shape[..]);
         let [dq, dk, dv] = &self.gradients;
+        let lse = match q {
+            &[total_q, heads, _] => vec![heads, total_q], // packed sequences
+            _ => q[..q.len().min(3)].to_vec(),
+        };
         for (name, answer, expected, model) in [
             ("out", &self.out, q, "q"),
-            ("lse", &self.lse, &q[..q.len().min(3)], "q"),
+            ("lse", &self.lse, &lse[..], "q"),
             ("dout", &self.dout, q, "q"),
             ("dq", dq, q, "q"),
             ("dk", dk, k, "k"),

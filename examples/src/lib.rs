@@ -5,6 +5,7 @@ mod accuracy;
 pub mod command_line;
 mod features;
 mod file;
+pub mod ragged;
 pub mod traffic;
 pub mod train;
 

@@ -217,6 +217,23 @@ impl Attention {
         Plan::backward(&problem, &q.device().info())
     }
 
+    /// The forward pass into all the results of `output`.
+    pub(crate) fn forward_to<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &mut Output<T>,
+    ) -> Result<(), Error> {
+        let Output { out, lse, statistics } = output;
+        let mut outputs = Outputs::new(out.info(), lse.info());
+        outputs.statistics =
+            (statistics.as_ref()).map(|Statistics { row_max, row_sum }| [row_max.info(), row_sum.info()]);
+        let problem = Problem::new(self, q.info(), k.info(), v.info(), Some(outputs))?;
+        let plan = Plan::new(&problem, &q.device().info())?;
+        forward(&plan, [q, k, v], out, lse, statistics.as_mut(), Reporter::silent())
+    }
+
     /// The same attention, which tells nobody.
     fn silent(&self) -> Reporting<fn(Progress)> {
         Reporting {

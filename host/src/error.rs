@@ -66,6 +66,28 @@ pub enum Error {
         heads_kv: usize,
     },
 
+    /// A list that describes the sequences of a ragged batch has the wrong length.
+    SequenceCount {
+        /// The list.
+        argument: &'static str,
+        /// Its length.
+        len: usize,
+        /// The length it must have.
+        expected: usize,
+    },
+
+    /// A number that describes a sequence of a ragged batch is out of range.
+    Sequence {
+        /// The list.
+        argument: &'static str,
+        /// The sequence.
+        sequence: usize,
+        /// The number.
+        value: i64,
+        /// The numbers that are allowed.
+        expected: String,
+    },
+
     /// No kernel serves this head_dim.
     HeadDim {
         /// Name of the tensor.
@@ -379,6 +401,20 @@ impl fmt::Display for Error {
             Self::HeadsNotDivisible { heads_q, heads_kv } => write!(
                 f,
                 "`q` has {heads_q} heads, expected a multiple of the {heads_kv} heads of `k` and `v`"
+            ),
+            Self::SequenceCount {
+                argument,
+                len,
+                expected,
+            } => write!(f, "`{argument}` has {len} entries, expected {expected}"),
+            Self::Sequence {
+                argument,
+                sequence,
+                value,
+                expected,
+            } => write!(
+                f,
+                "`{argument}` is {value} for sequence {sequence}, expected {expected}"
             ),
             Self::HeadDim {
                 argument,

@@ -76,7 +76,9 @@ pub mod plan;
 pub mod problem;
 pub mod program;
 mod progress;
+mod ragged;
 pub mod reference;
+mod sequences;
 mod target;
 mod tensor;
 mod trace;
@@ -95,6 +97,7 @@ pub use plan::Plan;
 pub use progress::Progress;
 #[cfg(feature = "emulator")]
 pub use ptx_emulator;
+pub use sequences::Sequences;
 pub use tensor::Tensor;
 
 /// Compiles and runs the example of the package's README.

@@ -159,6 +159,15 @@ impl Attention {
         self
     }
 
+    /// The options of a call with one sequence of a ragged batch.
+    pub(crate) fn of_sequence(&self, sequence: usize) -> Self {
+        let mut attention = self.clone();
+        if let Ok(Some(program)) = &self.program {
+            attention.program = Ok(Some(Arc::new(program.of_sequence(sequence))));
+        }
+        attention
+    }
+
     /// Program that the features of scores and masks make together; `None` without any.
     ///
     /// # Errors

@@ -131,10 +131,15 @@ impl<T: Element> Gradients<T> {
         if let Some(sinks) = program.sinks() {
             addresses.sinks = zeros(sinks)?;
         }
+        self.name_tables(program);
+        Ok(addresses)
+    }
+
+    /// Sets the fields of the named features to their gradients.
+    pub(crate) fn name_tables(&mut self, program: &Program) {
         let at = |place: Option<usize>| self.gradient_of(&program.tables()[place?]).cloned();
         let (bias, alibi_slopes) = (at(program.bias()), at(program.alibi_slopes()));
         self.sinks = program.sinks().and_then(|sinks| self.gradient_of(sinks)).cloned();
         (self.bias, self.alibi_slopes) = (bias, alibi_slopes);
-        Ok(addresses)
     }
 }

@@ -279,6 +279,24 @@ impl<T: Scalar> Tensor<T> {
         Ok(one.view(shape, strides, 0))
     }
 
+    /// The same elements with an axis of one entry before axis `axis`: `unsqueeze(0)` makes a batch of one.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if `axis` is larger than the number of axes.
+    pub fn unsqueeze(&self, axis: usize) -> Result<Self, Error> {
+        let (mut shape, mut strides) = (self.shape().to_vec(), self.strides().to_vec());
+        if axis > shape.len() {
+            return Err(Error::Axis {
+                axis,
+                rank: shape.len(),
+            });
+        }
+        let stride = shape[axis..].first().map_or(1, |size| size * strides[axis]);
+        shape.insert(axis, 1);
+        strides.insert(axis, stride);
+        Ok(self.view(shape, strides, 0))
+    }
+
     /// Returns the device of the tensor.
     pub fn device(&self) -> &Device {
         &self.storage.device

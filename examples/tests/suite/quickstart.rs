@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use flash_attention::Device;
-use flash_attention_examples::AttentionFile;
+use flash_attention::{Attention, Device, Sequences};
+use flash_attention_examples::{AttentionFile, ragged};
 use safetensors::{Dtype, tensor::TensorView};
 
 /// Runs the built example, which lies beside the folder of this test program.
@@ -329,4 +329,75 @@ fn help_is_no_error() {
     for option in ["--device", "--dtype", "--causal", "--backward", "--output"] {
         assert!(printed(&output).contains(option));
     }
+}
+
+/// The tokens of the bundled file as three packed sequences, one of them empty, of whose keys the last do not count.
+fn packed_file() -> Scratch {
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/minilm_layer5.safetensors");
+    let mut file = AttentionFile::read(&bundled).expect("the bundled file");
+    for stored in [&mut file.q, &mut file.k, &mut file.v] {
+        let [_, heads, seqlen, head_dim] = <[usize; 4]>::try_from(&stored.shape[..]).expect("four axes");
+        let row = |index: usize| ((index % heads) * seqlen + index / heads) * head_dim;
+        stored.elements = (0..seqlen * heads)
+            .flat_map(|index| stored.elements[row(index)..][..head_dim].to_vec())
+            .collect();
+        stored.shape = vec![seqlen, heads, head_dim];
+    }
+    file.dout = Some(file.v.clone());
+    let total = file.q.shape[0] as i32;
+    let (offsets, used) = ([0, 100, 100, total], [100, 0, total - 103]);
+    let sequences = Sequences::new(&offsets, &offsets).expect("offsets grow");
+    let sequences = sequences.seqused_k(&used).expect("fewer keys");
+    let answers = ragged::answers::<f32>(&Attention::new(), &file, &sequences);
+    let bytes_of = |numbers: &[f64]| -> Vec<u8> { numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect() };
+    let integers = |numbers: &[i32]| -> Vec<u8> { numbers.iter().flat_map(|x| x.to_le_bytes()).collect() };
+    let (shape, lse_shape) = (file.q.shape.clone(), vec![file.q.shape[1], file.q.shape[0]]);
+    let mut tensors = vec![
+        ("cu_seqlens_q", Dtype::I32, vec![4], integers(&offsets)),
+        ("cu_seqlens_k", Dtype::I32, vec![4], integers(&offsets)),
+        ("seqused_k", Dtype::I32, vec![3], integers(&used)),
+        ("lse", Dtype::F32, lse_shape, bytes_of(&answers.exact_lse)),
+    ];
+    for (name, stored) in [("q", &file.q), ("k", &file.k), ("v", &file.v), ("dout", &file.v)] {
+        tensors.push((name, Dtype::F32, shape.clone(), bytes_of(&stored.widen())));
+    }
+    for (name, exact) in ["out", "dq", "dk", "dv"].into_iter().zip(&answers.exact) {
+        tensors.push((name, Dtype::F32, shape.clone(), bytes_of(exact)));
+    }
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        let view = TensorView::new(*dtype, shape.clone(), bytes);
+        (*name, view.expect("as many bytes as the shape has"))
+    });
+    let scratch = Scratch::new("packed");
+    let bytes = safetensors::serialize(views, None).expect("a few tensors");
+    std::fs::write(scratch.path(), bytes).expect("a writable temporary folder");
+    scratch
+}
+
+#[test]
+fn packed_sequences_are_solved_one_by_one() {
+    let packed = packed_file();
+    let output = quickstart(&[packed.path(), "--device", "cpu", "--ragged", "--backward"]);
+    let text = printed(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(
+        text.contains("ragged    3 sequences of 0 to 231 queries (331 in all)"),
+        "{text}"
+    );
+    for name in ["out", "lse", "dq", "dk", "dv"] {
+        assert!(error_of(name, &text) < 1e-4, "{text}");
+    }
+}
+
+#[test]
+fn ragged_files_without_sequences_are_refused() {
+    let tensors = ["q", "k", "v"].map(|name| (name, Dtype::F32, &[1, 1, 8][..]));
+    let file = Scratch::with("ragged-missing", &tensors);
+    let sentence = refused(&[file.path(), "--device", "cpu", "--ragged"]);
+    assert!(
+        sentence.contains("no tensor `cu_seqlens_q`, which --ragged needs"),
+        "{sentence}"
+    );
+    let sentence = refused(&[file.path(), "--device", "cpu"]);
+    assert!(sentence.contains("rank 3"), "{sentence}");
 }

@@ -186,6 +186,34 @@ impl Program {
         Ok(())
     }
 
+    /// The program of one sequence of a ragged batch, which is a problem of its own: the batch coordinate becomes a parameter
+    /// that holds the sequence's number, so that the code is the same for all sequences. Dropout draws with a seed that is
+    /// larger by this number.
+    #[must_use]
+    pub fn of_sequence(&self, sequence: usize) -> Self {
+        let mut program = self.clone();
+        program.constants.push(Constant::Index(sequence as i32));
+        let number = Node::Parameter(self.constants.len() as u32, Type::Index);
+        program.expression = Expression::default();
+        for &table in self.expression.tables() {
+            program.expression.add_table(table);
+        }
+        let mut places: Vec<NodeId> = Vec::new();
+        for (_, node) in self.expression.iter() {
+            let node = match node.map(|operand| places[operand.index()]) {
+                Node::Coordinate(Coordinate::Batch) => number,
+                node => node,
+            };
+            places.push(program.expression.add(node));
+        }
+        program.score = places[self.score.index()];
+        program.mask = self.mask.map(|mask| places[mask.index()]);
+        if let Some(dropout) = &mut program.dropout {
+            dropout.seed = dropout.seed.wrapping_add(sequence as u64);
+        }
+        program
+    }
+
     /// Adds a causal mask to the program's mask: a query sees key j only if
     /// `j <= query + seqlen_k - seqlen_q`. For devices that have one kind of mask.
     #[must_use]

@@ -22,7 +22,7 @@ const EMULATOR: &[&[&str]] = &[
 const HOST: &[&[&str]] = &[
     &["element", "progress"],
     &["error"],
-    &["layout", "target"],
+    &["layout", "target", "sequences"],
     &["program"],
     &["options"],
     &["reference", "problem"],
@@ -31,6 +31,7 @@ const HOST: &[&[&str]] = &[
     &["tensor"],
     &["output", "trace", "features"],
     &["call"],
+    &["ragged"],
 ];
 
 /// Rooms of the kernels, lowest floor first.

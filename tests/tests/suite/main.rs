@@ -19,4 +19,5 @@ mod numbers;
 mod plan;
 mod properties;
 mod ptx_contract;
+mod ragged;
 mod random_programs;

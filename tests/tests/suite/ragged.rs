@@ -1,0 +1,292 @@
+//! Ragged batches: each sequence of a packed batch has the results of a call with that sequence alone, to the bit.
+
+use flash_attention::error::Error;
+use flash_attention::reference::{self, Dims};
+use flash_attention::{Attention, Device, Dtype, Element, Gradients, Output, Sequences, Tensor};
+use flash_attention_tests::{devices, drawn, files, for_dtype};
+use proptest::prelude::*;
+
+/// A packed batch: lengths of queries, keys and keys that count, a sequence each, with rows that belong to none behind them.
+#[derive(Clone, Debug)]
+struct Ragged {
+    lens: Vec<(usize, usize, usize)>,
+    rest: (usize, usize),
+    heads: (usize, usize),
+    head_dim: usize,
+    dtype: Dtype,
+    causal: bool,
+    seed: u64,
+}
+
+impl Ragged {
+    fn attention(&self) -> Attention {
+        let attention = Attention::new().deterministic();
+        if self.causal { attention.causal() } else { attention }
+    }
+
+    /// Where sequences begin in q and in k, and where the last one ends.
+    fn offsets(&self) -> (Vec<usize>, Vec<usize>) {
+        let (mut q, mut k) = (vec![0], vec![0]);
+        for &(seqlen_q, seqlen_k, _) in &self.lens {
+            q.push(q[q.len() - 1] + seqlen_q);
+            k.push(k[k.len() - 1] + seqlen_k);
+        }
+        (q, k)
+    }
+
+    fn sequences(&self) -> Sequences {
+        let as_i32 = |offsets: &[usize]| -> Vec<i32> { offsets.iter().map(|&x| x as i32).collect() };
+        let (q, k) = self.offsets();
+        let used: Vec<usize> = self.lens.iter().map(|&(.., used)| used).collect();
+        let sequences = Sequences::new(&as_i32(&q), &as_i32(&k)).expect("offsets grow");
+        sequences.seqused_k(&as_i32(&used)).expect("no more than there are")
+    }
+
+    fn check<T: Element>(&self, device: &Device) {
+        let (offsets_q, offsets_k) = self.offsets();
+        let (total_q, total_k) = (
+            offsets_q[self.lens.len()] + self.rest.0,
+            offsets_k[self.lens.len()] + self.rest.1,
+        );
+        let row_q = self.heads.0 * self.head_dim;
+        let row_k = self.heads.1 * self.head_dim;
+        let data = |len, seed| -> Vec<T> {
+            let numbers = files::normal(len, 1.0, self.seed * 5 + seed);
+            numbers.into_iter().map(T::from_f32).collect()
+        };
+        let (q, dout) = (data(total_q * row_q, 0), data(total_q * row_q, 3));
+        let (mut k, mut v) = (data(total_k * row_k, 1), data(total_k * row_k, 2));
+        // Keys that do not count are never read.
+        for (i, &(_, seqlen_k, used)) in self.lens.iter().enumerate() {
+            for row in offsets_k[i] + used..offsets_k[i] + seqlen_k {
+                k[row * row_k..][..row_k].fill(T::from_f32(f32::NAN));
+                v[row * row_k..][..row_k].fill(T::from_f32(f32::INFINITY));
+            }
+        }
+        let packed = |rows: usize, heads: usize, data: &[T]| {
+            Tensor::from_slice(device, [rows, heads, self.head_dim], data).expect("it fits")
+        };
+        let (tq, tdout) = (packed(total_q, self.heads.0, &q), packed(total_q, self.heads.0, &dout));
+        let (tk, tv) = (packed(total_k, self.heads.1, &k), packed(total_k, self.heads.1, &v));
+        let (attention, sequences) = (self.attention(), self.sequences());
+        let output = attention
+            .forward_ragged(&tq, &tk, &tv, &sequences)
+            .unwrap_or_else(|error| panic!("{device}: {error}\n{self:?}"));
+        let gradients = attention
+            .backward_ragged(&tq, &tk, &tv, &output, &tdout, &sequences)
+            .unwrap_or_else(|error| panic!("{device}: {error}\n{self:?}"));
+
+        let mut expected = Expected::new(self, total_q, total_k);
+        for (i, &(seqlen_q, _, used)) in self.lens.iter().enumerate() {
+            let of_heads = |data: &[T], first: usize, len: usize, heads: usize| -> Vec<T> {
+                let row = heads * self.head_dim;
+                let at = move |head, position| (first + position) * row + head * self.head_dim;
+                (0..heads)
+                    .flat_map(|head| {
+                        (0..len).flat_map(move |position| at(head, position)..at(head, position) + self.head_dim)
+                    })
+                    .map(|index| data[index])
+                    .collect()
+            };
+            let alone = |data: &[T], first, len, heads| {
+                let shape = [1, heads, len, self.head_dim];
+                Tensor::from_slice(device, shape, &of_heads(data, first, len, heads)).expect("it fits")
+            };
+            let (first_q, first_k) = (offsets_q[i], offsets_k[i]);
+            let [q, dout] = [&q, &dout].map(|data| alone(data, first_q, seqlen_q, self.heads.0));
+            let [k, v] = [&k, &v].map(|data| alone(data, first_k, used, self.heads.1));
+            let output = attention.forward(&q, &k, &v).expect("a call alone");
+            let gradients = attention.backward(&q, &k, &v, &output, &dout).expect("a call alone");
+            self.check_oracle(device, [&q, &k, &v], &output);
+            expected.take(self, (first_q, seqlen_q), (first_k, used), &output, &gradients);
+        }
+        expected.check(device, self, &output, &gradients);
+    }
+
+    /// Compares a call alone with the oracle: results that are equal but wrong must not pass.
+    fn check_oracle<T: Element>(&self, device: &Device, [q, k, v]: [&Tensor<T>; 3], output: &Output<T>) {
+        let shape = |tensor: &Tensor<T>| -> [usize; 4] { tensor.shape().try_into().expect("four axes") };
+        let dims = Dims::new(&self.attention(), shape(q), shape(k));
+        let wide = |tensor: &Tensor<T>| -> Vec<f64> {
+            let data = tensor.to_vec().expect("it is there");
+            data.into_iter().map(Element::to_f64).collect()
+        };
+        let (out, lse) = reference::forward(&dims, &wide(q), &wide(k), &wide(v));
+        let tolerance = if T::DTYPE == Dtype::F32 { 1e-5 } else { 2e-2 };
+        for (got, want) in wide(&output.out).iter().zip(&out) {
+            assert!(
+                (got - want).abs() <= tolerance,
+                "{device}: out {got}, want {want}\n{self:?}"
+            );
+        }
+        for (got, want) in output.lse.to_vec().expect("it is there").iter().zip(&lse) {
+            let got = f64::from(*got);
+            assert!(
+                got == *want || (got - want).abs() <= 1e-4,
+                "{device}: lse {got}, want {want}\n{self:?}"
+            );
+        }
+    }
+}
+
+/// The results of the packed batch, put together from calls with one sequence.
+struct Expected {
+    out: Vec<f64>,
+    lse: Vec<f32>,
+    dq: Vec<f64>,
+    dk: Vec<f64>,
+    dv: Vec<f64>,
+}
+
+impl Expected {
+    /// The results of rows that belong to no sequence.
+    fn new(case: &Ragged, total_q: usize, total_k: usize) -> Self {
+        let row = |heads: usize| heads * case.head_dim;
+        Self {
+            out: vec![0.0; total_q * row(case.heads.0)],
+            lse: vec![f32::NEG_INFINITY; total_q * case.heads.0],
+            dq: vec![0.0; total_q * row(case.heads.0)],
+            dk: vec![0.0; total_k * row(case.heads.1)],
+            dv: vec![0.0; total_k * row(case.heads.1)],
+        }
+    }
+
+    fn take<T: Element>(
+        &mut self,
+        case: &Ragged,
+        queries: (usize, usize),
+        keys: (usize, usize),
+        output: &Output<T>,
+        gradients: &Gradients<T>,
+    ) {
+        let total_q = self.lse.len() / case.heads.0;
+        let place = |to: &mut [f64], from: &Tensor<T>, (first, len): (usize, usize), heads: usize| {
+            let from = from.to_vec().expect("it is there");
+            for head in 0..heads {
+                for position in 0..len {
+                    for d in 0..case.head_dim {
+                        to[((first + position) * heads + head) * case.head_dim + d] =
+                            from[(head * len + position) * case.head_dim + d].to_f64();
+                    }
+                }
+            }
+        };
+        place(&mut self.out, &output.out, queries, case.heads.0);
+        place(&mut self.dq, &gradients.dq, queries, case.heads.0);
+        place(&mut self.dk, &gradients.dk, keys, case.heads.1);
+        place(&mut self.dv, &gradients.dv, keys, case.heads.1);
+        let lse = output.lse.to_vec().expect("it is there");
+        for head in 0..case.heads.0 {
+            let to = head * total_q + queries.0;
+            self.lse[to..to + queries.1].copy_from_slice(&lse[head * queries.1..][..queries.1]);
+        }
+    }
+
+    fn check<T: Element>(&self, device: &Device, case: &Ragged, output: &Output<T>, gradients: &Gradients<T>) {
+        for (name, want, got) in [
+            ("out", &self.out, &output.out),
+            ("dq", &self.dq, &gradients.dq),
+            ("dk", &self.dk, &gradients.dk),
+            ("dv", &self.dv, &gradients.dv),
+        ] {
+            let got: Vec<f64> = got
+                .to_vec()
+                .expect("it is there")
+                .into_iter()
+                .map(Element::to_f64)
+                .collect();
+            assert_eq!(&got, want, "{name} on {device}: {case:?}");
+        }
+        assert_eq!(
+            output.lse.to_vec().expect("it is there"),
+            self.lse,
+            "lse on {device}: {case:?}"
+        );
+    }
+}
+
+fn ragged() -> impl Strategy<Value = Ragged> {
+    let seqlen = || prop_oneof![Just(0), Just(1), Just(64), 2_usize..150];
+    let lens = (seqlen(), seqlen(), 0.0..=1.0_f64).prop_map(|(seqlen_q, seqlen_k, used)| {
+        let used = if used > 0.5 {
+            seqlen_k
+        } else {
+            (2.0 * used * seqlen_k as f64) as usize
+        };
+        (seqlen_q, seqlen_k, used)
+    });
+    let dtype = prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::Bf16)];
+    let heads = prop_oneof![Just((1, 1)), Just((4, 2)), Just((3, 1))];
+    let rest = (prop_oneof![Just(0), 0_usize..9], prop_oneof![Just(0), 0_usize..9]);
+    (
+        prop::collection::vec(lens, 0..5),
+        rest,
+        heads,
+        prop_oneof![Just(8), Just(40), Just(64), Just(128)],
+        dtype,
+        any::<bool>(),
+        0..1000_u64,
+    )
+        .prop_map(|(lens, rest, heads, head_dim, dtype, causal, seed)| Ragged {
+            lens,
+            rest,
+            heads,
+            head_dim,
+            dtype,
+            causal,
+            seed,
+        })
+}
+
+proptest! {
+    #![proptest_config(drawn::config(24))]
+
+    #[test]
+    fn a_sequence_has_the_results_of_a_call_with_it_alone(case in ragged()) {
+        for device in devices().all() {
+            for_dtype!(case.dtype, T => case.check::<T>(device));
+        }
+    }
+}
+
+#[test]
+fn bad_batches_are_refused() {
+    for device in devices().all() {
+        let tensor = |rows: usize| Tensor::<f32>::zeros(device, [rows, 2, 8]).expect("it fits");
+        let sequences = Sequences::new(&[0, 4, 6], &[0, 4, 9]).expect("offsets grow");
+        let forward = |q: &Tensor<f32>, k: &Tensor<f32>, v: &Tensor<f32>| {
+            Attention::new().forward_ragged(q, k, v, &sequences).map(|_| ())
+        };
+        let past = forward(&tensor(6), &tensor(8), &tensor(8));
+        assert!(
+            matches!(
+                past,
+                Err(Error::Sequence {
+                    argument: "cu_seqlens_k",
+                    sequence: 1,
+                    value: 9,
+                    ..
+                })
+            ),
+            "{past:?}"
+        );
+        let unequal = forward(&tensor(6), &tensor(9), &tensor(10));
+        assert!(
+            matches!(unequal, Err(Error::ShapeMismatch { argument: "v", .. })),
+            "{unequal:?}"
+        );
+        let rank = forward(&tensor(6).unsqueeze(0).expect("an axis"), &tensor(9), &tensor(9));
+        assert!(
+            matches!(
+                rank,
+                Err(Error::Rank {
+                    argument: "q",
+                    expected: 3,
+                    ..
+                })
+            ),
+            "{rank:?}"
+        );
+        forward(&tensor(6), &tensor(9), &tensor(9)).expect("it fits");
+    }
+}

@@ -64,16 +64,9 @@ pub(super) unsafe fn multiply_bf16(sums: float32x4_t, rows: uint32x4_t, columns:
     result
 }
 
-/// `PRFM PLDL1KEEP`: asks for a cache line, which need not exist, as far as the L1 cache.
-#[inline(always)]
-pub(super) fn prefetch_l1(line: *const u8) {
-    // SAFETY: a prefetch never faults, and changes no memory.
-    unsafe { asm!("prfm pldl1keep, [{}]", in(reg) line, options(readonly, nostack, preserves_flags)) };
-}
-
-/// `PRFM PLDL2KEEP`: as far as the L2 cache.
+/// `PRFM PLDL2KEEP`: asks for a cache line, which need not exist, as far as the L2 cache.
 #[inline(always)]
 pub(super) fn prefetch_l2(line: *const u8) {
-    // SAFETY: as for `prefetch_l1`.
+    // SAFETY: a prefetch never faults, and changes no memory.
     unsafe { asm!("prfm pldl2keep, [{}]", in(reg) line, options(readonly, nostack, preserves_flags)) };
 }

@@ -8,6 +8,7 @@ use flash_attention_kernels::entries::Dtype;
 use super::kernels::{Kernels, MAX_LANES};
 use super::pointer_mut;
 use super::team::Lines;
+use super::vector::prefetch_l2;
 
 /// The rows of one head.
 #[derive(Clone, Copy)]
@@ -284,17 +285,4 @@ impl Visibility {
             Self::Causal(mask) => mask.keys_of(row).end,
         }
     }
-}
-
-/// Asks for a cache line, which need not exist, as far as the L2 cache.
-fn prefetch_l2(line: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch never faults, and every x86-64 processor has it.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
-    }
-    #[cfg(target_arch = "aarch64")]
-    super::arm::prefetch_l2(line);
-    #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
-    let _ = line;
 }

@@ -88,9 +88,17 @@ pub(super) unsafe fn dot<V: Vector>(x: *const f32, y: *const f32, count: usize, 
     // SAFETY: passed on to the caller.
     unsafe {
         let mut sums = [V::splat(0.0); 8];
-        for i in 0..count {
-            let sum = &mut sums[if in_order { 0 } else { i % 8 }];
-            *sum = V::load(x.add(i * V::LANES)).fma(V::load(y.add(i * V::LANES)), *sum);
+        if in_order {
+            for i in 0..count {
+                sums[0] = V::load(x.add(i * V::LANES)).fma(V::load(y.add(i * V::LANES)), sums[0]);
+            }
+        } else {
+            for first in (0..count).step_by(8) {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let place = (first + i) * V::LANES;
+                    *sum = V::load(x.add(place)).fma(V::load(y.add(place)), *sum);
+                }
+            }
         }
         for width in [4, 2, 1] {
             for i in 0..width {

@@ -79,10 +79,10 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
             max.store(s.max.add(lane));
             let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
             let sum = match s.parts {
-                0 => exponentials::<V>(s, lane, origin),
-                1 => exponentials_in_parts::<V, 1>(s, lane, origin),
-                2 => exponentials_in_parts::<V, 2>(s, lane, origin),
-                _ => exponentials_in_parts::<V, 3>(s, lane, origin),
+                1 if V::PARTS >= 1 => exponentials_in_parts::<V, 1>(s, lane, origin),
+                2 if V::PARTS >= 2 => exponentials_in_parts::<V, 2>(s, lane, origin),
+                3 if V::PARTS >= 3 => exponentials_in_parts::<V, 3>(s, lane, origin),
+                _ => exponentials::<V>(s, lane, origin),
             };
             let rescale = old.sub(origin).mul(scale).exp2();
             let total = V::load(s.sum.add(lane)).fma(rescale, sum);

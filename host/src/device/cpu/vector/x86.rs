@@ -14,6 +14,7 @@ unsafe impl Vector for Avx2 {
     const LANES: usize = 8;
     const ROWS: usize = 6; // 12 sums of 16 registers
     const COLUMNS: usize = 2;
+    const PARTS: usize = 0;
     const FUSED: bool = true;
 
     #[inline(always)]
@@ -88,6 +89,14 @@ unsafe impl Vector for Avx2 {
             _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
         }
     }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
 }
 
 /// AVX-512 F.
@@ -100,6 +109,7 @@ unsafe impl Vector for Avx512 {
     const LANES: usize = 16;
     const ROWS: usize = 8; // 24 sums of 32 registers
     const COLUMNS: usize = 3;
+    const PARTS: usize = 3;
     const FUSED: bool = true;
 
     #[inline(always)]
@@ -157,6 +167,21 @@ unsafe impl Vector for Avx512 {
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f32) -> Self {
+        Self(unsafe { _mm512_zextps256_ps512(_mm256_loadu_ps(from)) })
+    }
+    #[inline(always)]
+    unsafe fn load_half_f16(from: *const u16) -> Self {
+        Self(unsafe { _mm512_zextps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn load_half_bf16(from: *const u16) -> Self {
+        unsafe {
+            let wide = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())));
+            Self(_mm512_castsi512_ps(_mm512_zextsi256_si512(wide)))
         }
     }
     #[inline(always)]

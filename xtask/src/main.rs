@@ -1,10 +1,12 @@
 //! Build tasks: `cargo xtask ptx [--check | --show NAME]`, `cargo xtask sass [PART]`, `cargo xtask results`, `cargo
-//! xtask gpu-bundle`, `cargo xtask fetch NAME`.
+//! xtask loops`, `cargo xtask gpu-bundle`, `cargo xtask fetch NAME`.
 
+mod assembly;
 mod bundle;
 mod compiler;
 mod fetch;
 mod limits;
+mod loops;
 mod machine_code;
 mod module;
 mod pack;
@@ -29,6 +31,8 @@ Usage: cargo xtask <TASK>
                         on a spill or a stack frame that is not listed, on a loop above its limit, and on stale results
   sass PART             the same for the kernels with PART in their name, without the comparison with results
   results               assemble every kernel, write benches/results/sass.json and sass.md, then hopper_model.md from them
+  loops                 compile the CPU device for x86-64 and aarch64; print the loops that multiply, of every instruction set;
+                        fail if one of them accesses the stack
   gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
                         put all that a machine with a GPU and no Rust needs into DIR (target/gpu-bundle): the suite, the
                         micro-kernels, the table of speed, their data, run.sh; --archive also packs it into DIR.tar.xz
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
         ["sass"] => sass::check(),
         ["sass", part] => sass::show(part),
         ["results"] => sass::write().and_then(|()| predict()),
+        ["loops"] => loops::check(),
         ["gpu-bundle", "--check", folder] => bundle::check(Path::new(folder)),
         ["gpu-bundle", ref arguments @ ..] => match bundle::Options::parse(arguments) {
             Some(options) => bundle::make(&options),

@@ -70,7 +70,7 @@ impl BackwardProgram {
     pub(super) fn group(kernels: &Kernels) -> usize {
         kernels
             .strip_lanes
-            .next_multiple_of(if kernels.strip_lanes.is_multiple_of(SIDE) {
+            .next_multiple_of(if kernels.pairs.is_some() || kernels.strip_lanes.is_multiple_of(SIDE) {
                 2 * SIDE
             } else {
                 kernels.strip_lanes

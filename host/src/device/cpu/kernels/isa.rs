@@ -165,10 +165,17 @@ macro_rules! instruction_set {
                 exp2,
             };
 
-            /// 16, or the size of a panel if 16 does not divide it.
+            /// 16, or a panel where 16 does not divide it. Where products of pairs have panels of 32 besides, a register, which
+            /// divides both.
             const STRIP_LANES: usize = {
                 let panel = <$vector>::COLUMNS * <$vector>::LANES;
-                if panel.is_multiple_of(16) { 16 } else { panel }
+                if panel.is_multiple_of(16) {
+                    16
+                } else if <$vector>::PARTS > 0 {
+                    <$vector>::LANES
+                } else {
+                    panel
+                }
             };
 
             $(#[target_feature(enable = $features)])?

@@ -3,8 +3,8 @@
 //! All shapes and types take three steps: scatter the lanes' registers to small row-major matrices by the maps of
 //! [`super::fragment`], multiply, gather. The manual leaves some rounding open; it is fixed here as follows.
 //! * f16, bf16, tf32, fp8: a product is exact in f32 (bf16 and tf32 products may overflow or underflow). Products are
-//! added to the accumulator in f32 one after the other, k rising, each sum rounded to nearest even. An f16
-//! accumulator is widened before and rounded once after.
+//!   added to the accumulator in f32 one after the other, k rising, each sum rounded to nearest even. An f16
+//!   accumulator is widened before and rounded once after.
 //! * f64: one fused multiply-add after the other, k rising, in the instruction's rounding mode.
 //! * integers: the sum is exact; without `.satfinite` it wraps, with it clamps.
 //!

@@ -49,8 +49,8 @@ fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
     let (heads, packs) = ((batch * heads) as u128, (batch * heads / packed) as u128);
     (
         packs * rows_read as u128 * row_bytes,
-        // On a GPU row_max and row_sum are written beside lse.
-        heads * seqlen_q as u128 * (row_bytes + if plan.launches().is_empty() { 4 } else { 12 }),
+        // row_max and row_sum are written beside lse.
+        heads * seqlen_q as u128 * (row_bytes + 12),
         packs * 4 * (pairs * head_dim) as u128,
     )
 }

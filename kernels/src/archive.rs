@@ -1,5 +1,5 @@
-//! The door through which compiled kernels are read: one compressed archive for each target in `kernels/ptx`,
-//! and one for the study.
+//! The door through which compiled kernels are read: two compressed archives for each target in `kernels/ptx`, plain kernels and
+//! those for score programs, and one for the study.
 //!
 //! An archive starts with a manifest in text, so that `head` shows it:
 //!
@@ -155,9 +155,11 @@ impl crate::entries::Entry {
     /// This takes about a millisecond. A device keeps the loaded kernel, so it calls this once.
     pub fn ptx(&self) -> String {
         use crate::entries::Arch;
-        let archive: &[u8] = match self.arch {
-            Arch::Sm80 => include_bytes!("../ptx/sm_80.lzma"),
-            Arch::Sm90a => include_bytes!("../ptx/sm_90a.lzma"),
+        let archive: &[u8] = match (self.arch, self.program) {
+            (Arch::Sm80, false) => include_bytes!("../ptx/sm_80.lzma"),
+            (Arch::Sm90a, false) => include_bytes!("../ptx/sm_90a.lzma"),
+            (Arch::Sm80, true) => include_bytes!("../ptx/program_sm_80.lzma"),
+            (Arch::Sm90a, true) => include_bytes!("../ptx/program_sm_90a.lzma"),
         };
         embedded(archive, self.name)
     }

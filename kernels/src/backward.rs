@@ -18,7 +18,7 @@ use crate::delta::any_far_of_share;
 use crate::mask::{Blocks, Mask, Span, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::{PairRing, Stage, StreamedRows};
-use crate::ptx::{memory, optimizer, sreg, sync};
+use crate::ptx::{memory, optimizer, program, sreg, sync};
 use crate::scores::{self, OfRows, QueryValues};
 use crate::shape::{DELTA_ROWS, TileShape};
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
@@ -34,6 +34,22 @@ use crate::tile::{
 /// [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { queries_with::<S, CAUSAL, false>(p) }
+}
+
+/// The same with the markers of a score program, whose mask goes for every tile.
+///
+/// # Safety
+/// The contract of [`queries`].
+#[inline(always)]
+pub unsafe fn program_queries<S: TileShape>(p: &BackwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { queries_with::<S, false, true>(p) }
+}
+
+#[inline(always)]
+unsafe fn queries_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &BackwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_q, CAUSAL);
     let kv_head = block.head / p.heads_q_per_kv;
@@ -63,17 +79,23 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
         let rows = p.seqlen_q.saturating_sub(first_row);
         let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts);
 
+        if PROGRAM {
+            program::head(block.head, block.batch);
+        }
         let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
         let span = |row| mask.keys_of(first_row + row);
         for_blocks!(blocks, |n, MASKED| {
             let stage = ring.acquire(n);
             let tile = Tile {
+                first_row,
                 first_column: n * S::COLUMNS,
                 span,
                 is_far,
                 is_of_keys: true,
             };
-            add::<S, MASKED, CAUSAL, true, false>(p, owned, stage, queries, tile, &mut dq, &mut none);
+            add::<S, program::OfQueries<MASKED>, MASKED, CAUSAL, PROGRAM, true, false>(
+                p, owned, stage, queries, tile, &mut dq, &mut none,
+            );
         });
         ring.drain();
 
@@ -92,6 +114,22 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
 /// [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { keys_with::<S, CAUSAL, false>(p) }
+}
+
+/// The same with the markers of a score program, whose mask goes for every tile.
+///
+/// # Safety
+/// The contract of [`keys`].
+#[inline(always)]
+pub unsafe fn program_keys<S: TileShape>(p: &BackwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { keys_with::<S, false, true>(p) }
+}
+
+#[inline(always)]
+unsafe fn keys_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &BackwardParams) {
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     // SAFETY (whole body): as in `queries`.
     unsafe {
@@ -116,16 +154,16 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
             memory::st_shared_word(cleaned::<S>(), 0);
         }
         if S::TWO_WALKS {
-            walk_queries::<S, CAUSAL, true, false>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, PROGRAM, true, false>(p, owned, &mut dk, &mut dv);
             // V is not needed any more: dV asks for Q, K and dO only.
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
-            walk_queries::<S, CAUSAL, false, true>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, PROGRAM, false, true>(p, owned, &mut dk, &mut dv);
         } else {
-            walk_queries::<S, CAUSAL, true, true>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, PROGRAM, true, true>(p, owned, &mut dk, &mut dv);
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
         }
-        if CAUSAL && memory::ld_shared_u32(cleaned::<S>()) != 0 {
-            restore_values::<S, CAUSAL>(p, &mut dv);
+        if (CAUSAL || PROGRAM && program::hides()) && memory::ld_shared_u32(cleaned::<S>()) != 0 {
+            restore_values::<S, CAUSAL, PROGRAM>(p, &mut dv);
         }
         store_gradient::<S>(dv, 1.0, owned.first, target(&p.dv));
     }
@@ -133,7 +171,7 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
 
 /// Streams every query that sees the block's keys, head by head of those that share them.
 #[inline(always)]
-unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const DV: bool>(
+unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, const DK: bool, const DV: bool>(
     p: &BackwardParams,
     owned: Owned,
     dk: &mut S::Output,
@@ -142,9 +180,16 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
-    let blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
+    let mut blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
+    if PROGRAM {
+        // Of queries that do not exist a program may make anything.
+        blocks.whole_end = p.seqlen_q / S::COLUMNS;
+    }
     for shared in 0..p.heads_q_per_kv.get() {
         let head = block.head * p.heads_q_per_kv.get() + shared;
+        if PROGRAM {
+            program::head(head, block.batch);
+        }
         let row_of_head = (block.batch as u64 * p.heads_q.get() as u64 + head as u64) * p.seqlen_q as u64;
         let Exponents {
             lse_log2, delta, shift, ..
@@ -168,24 +213,36 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
                 Some(statistics),
             );
             let is_far = S::ELEMENT_BYTES == 2 && any_far::<S>(p, block.batch * p.heads_q.get() + head, blocks);
-            let span = |row| mask.queries_of(first_row + row);
+            let span = |row| Span {
+                end: if PROGRAM { p.seqlen_q } else { Span::OPEN },
+                ..mask.queries_of(first_row + row)
+            };
             for_blocks!(blocks, |m, MASKED| {
                 let stage = ring.acquire(m);
                 let tile = Tile {
+                    first_row,
                     first_column: m * S::COLUMNS,
                     span,
                     is_far,
                     is_of_keys: false,
                 };
                 // Of queries that are not finite neither are the sums of weights, so that whatever sees them is NaN without them.
-                if MASKED && CAUSAL {
+                if MASKED && CAUSAL || PROGRAM && program::hides() {
                     stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
                     let any = stage.second.clean::<S::Element>(split::<S>(), S::COLUMNS);
                     if any && sreg::thread_idx_x() == 0 {
                         memory::st_shared_word(cleaned::<S>(), 1);
                     }
                 }
-                add::<S, MASKED, CAUSAL, DK, DV>(p, owned, stage, stage.queries, tile, dk, dv);
+                add::<S, program::OfKeys<MASKED>, MASKED, CAUSAL, PROGRAM, DK, DV>(
+                    p,
+                    owned,
+                    stage,
+                    stage.queries,
+                    tile,
+                    dk,
+                    dv,
+                );
             });
             ring.drain();
         }
@@ -194,17 +251,28 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
 
 /// Adds to dV what was zeroed in tiles of dO.
 #[inline(always)]
-unsafe fn restore_values<S: TileShape, const CAUSAL: bool>(p: &BackwardParams, dv: &mut S::Output) {
+unsafe fn restore_values<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(
+    p: &BackwardParams,
+    dv: &mut S::Output,
+) {
     let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), optimizer::renew(p.seqlen_k));
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     let first_row = block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
     let blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
-    let span = |row| mask.queries_of(first_row + row);
+    let sees = |row, query| mask.queries_of(first_row + row).contains(query);
     for shared in 0..p.heads_q_per_kv.get() {
         let head = block.head * p.heads_q_per_kv.get() + shared;
         let douts = block.window(&p.dout, head, p.seqlen_q, &p.layout);
         // SAFETY: the window clips what does not exist.
-        unsafe { nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, span) }
+        unsafe {
+            if PROGRAM {
+                program::head(head, block.batch);
+                let sees = |row, query| program::visible(query, first_row + row, head);
+                nonfinite::restore::<S::Element, _>(dv, &douts, blocks.all_masked(), S::COLUMNS, sees);
+            } else {
+                nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, sees);
+            }
+        }
     }
 }
 
@@ -222,6 +290,8 @@ unsafe fn any_far<S: TileShape>(p: &BackwardParams, head: u32, blocks: Blocks) -
 /// Treatment of a streamed tile.
 #[derive(Clone, Copy)]
 struct Tile<F> {
+    /// Position of row 0.
+    first_row: u32,
     /// Position of column 0.
     first_column: u32,
     /// Positions of the columns' sequence that a row sees.
@@ -234,7 +304,15 @@ struct Tile<F> {
 
 /// One streamed pair: `ds_first += dS first` and `p_second += P second`, or one of them.
 #[inline(always)]
-unsafe fn add<S: TileShape, const MASKED: bool, const HIDES: bool, const DS: bool, const P: bool>(
+unsafe fn add<
+    S: TileShape,
+    T: program::Tile,
+    const MASKED: bool,
+    const HIDES: bool,
+    const PROGRAM: bool,
+    const DS: bool,
+    const P: bool,
+>(
     p: &BackwardParams,
     owned: Owned,
     stage: Stage,
@@ -247,24 +325,44 @@ unsafe fn add<S: TileShape, const MASKED: bool, const HIDES: bool, const DS: boo
     // unchanged.
     unsafe {
         let mut probabilities = S::Scores::zero();
+        if PROGRAM {
+            S::Scores::announce::<T>(tile.first_row, tile.first_column);
+        }
         probabilities.add_abt(owned.first, stage.first);
+        if PROGRAM {
+            probabilities.splice::<program::Scores, T>();
+        }
         scores::weights(
             &mut probabilities,
             queries,
             p.scale_log2,
             S::ELEMENT_BYTES == 4 || tile.is_far,
         );
+        let hides = MASKED && HIDES || PROGRAM && program::hides();
+        if PROGRAM {
+            probabilities.splice::<program::Hidden, T>();
+        }
         if MASKED {
             probabilities.hide(tile.first_column, &tile.span, 0.0);
         }
         if P {
-            p_second.add_ab(&probabilities.operand(), stage.second);
+            let mut weights = probabilities;
+            if PROGRAM {
+                weights.splice::<program::Weights, T>();
+            }
+            p_second.add_ab(&weights.operand(), stage.second);
         }
         if DS {
             let mut ds = S::Scores::zero();
             ds.add_abt(owned.second, stage.second);
-            scores::score_gradients(&mut ds, &probabilities, queries, MASKED && HIDES);
-            if MASKED && HIDES && tile.is_of_keys {
+            if PROGRAM {
+                ds.splice::<program::Weights, T>();
+            }
+            scores::score_gradients(&mut ds, &probabilities, queries, hides);
+            if PROGRAM {
+                ds.splice::<program::Gradients, T>();
+            }
+            if hides && tile.is_of_keys {
                 stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
             }
             ds_first.add_ab(&ds.operand(), stage.first);

@@ -4,7 +4,7 @@
 use core::f32::consts::LOG2_E;
 
 use crate::abi::{BackwardParams, Exponents, ForwardRows};
-use crate::ptx::{math::lg2, memory, optimizer, sreg, sync};
+use crate::ptx::{math::lg2, memory, optimizer, program, sreg, sync};
 use crate::shape::DELTA_ROWS;
 use crate::softmax::FAR;
 use crate::tile::{element::Element, global::GlobalTile};
@@ -15,6 +15,22 @@ use crate::tile::{element::Element, global::GlobalTile};
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
 #[inline(always)]
 pub unsafe fn delta<E: Element>(p: &BackwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { delta_with::<E, false>(p) }
+}
+
+/// The same for a score program. A query whose scores are all minus infinity sees nothing then.
+///
+/// # Safety
+/// The contract of [`delta`].
+#[inline(always)]
+pub unsafe fn program<E: Element>(p: &BackwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { delta_with::<E, true>(p) }
+}
+
+#[inline(always)]
+unsafe fn delta_with<E: Element, const PROGRAM: bool>(p: &BackwardParams) {
     let block = optimizer::renew(sreg::block_idx_x());
     let (head, tile) = (block / p.tiles, block % p.tiles);
     let row = tile * DELTA_ROWS + sreg::thread_idx_x() / LANES;
@@ -34,7 +50,11 @@ pub unsafe fn delta<E: Element>(p: &BackwardParams) {
     unsafe {
         let delta = dot_of_row::<E>(window(&p.out), window(&p.dout), row);
         let exists = row < p.seqlen_q;
-        write_exponents::<E>(
+        if PROGRAM && exists && sreg::thread_idx_x() % LANES == 0 {
+            let lse = f32::from_bits(memory::ld_global_u32(p.rows.lse + index * 4));
+            program::row(head % p.heads_q, lse, delta);
+        }
+        write_exponents::<E, PROGRAM>(
             &p.rows,
             &p.exponents,
             exists.then_some(index),
@@ -52,7 +72,7 @@ pub unsafe fn delta<E: Element>(p: &BackwardParams) {
 /// # Safety
 /// The places exist.
 #[inline(always)]
-pub unsafe fn write_exponents<E: Element>(
+pub unsafe fn write_exponents<E: Element, const PROGRAM: bool>(
     rows: &ForwardRows,
     exponents: &Exponents,
     from: Option<u64>,
@@ -64,7 +84,7 @@ pub unsafe fn write_exponents<E: Element>(
     // SAFETY (whole body): the caller's contract.
     unsafe {
         let (shift, lse_log2) = match from {
-            Some(index) if sreg::thread_idx_x() % LANES == 0 => exponent::<E>(rows, index, scale_log2),
+            Some(index) if sreg::thread_idx_x() % LANES == 0 => exponent::<E, PROGRAM>(rows, index, scale_log2),
             _ => (0.0, 0.0),
         };
         if let Some(index) = to
@@ -76,7 +96,8 @@ pub unsafe fn write_exponents<E: Element>(
             memory::st_global_u32(exponents.delta + index * 4, delta.to_bits());
             memory::st_global_u32(exponents.shift + index * 4, shift.to_bits());
         }
-        let is_far = sync::sync_threads_or(shift != 0.0 || lse_log2.abs() > FAR);
+        let nothing = PROGRAM && lse_log2 == f32::INFINITY;
+        let is_far = sync::sync_threads_or(shift != 0.0 || lse_log2.abs() > FAR && !nothing);
         if sreg::thread_idx_x() == 0 {
             memory::st_global_u32(exponents.far + flag as u64 * 4, is_far as u32);
         }
@@ -87,18 +108,28 @@ pub unsafe fn write_exponents<E: Element>(
 ///
 /// In f32 the largest score of every query is the shift. In 16 bits it is 0 below [`FAR`], where the one rounding of exponents is
 /// far less than that of the weights. A query whose weights sum to 0 has the exponent NaN: the keys it sees weigh NaN, and the mask
-/// hides those it does not see.
+/// hides those it does not see. To a score program it sees nothing, and the exponent is infinite: all keys weigh 0.
 #[inline(always)]
-unsafe fn exponent<E: Element>(rows: &ForwardRows, index: u64, scale_log2: f32) -> (f32, f32) {
+unsafe fn exponent<E: Element, const PROGRAM: bool>(rows: &ForwardRows, index: u64, scale_log2: f32) -> (f32, f32) {
     // SAFETY (whole body): forward's rows hold an f32 for each query.
     unsafe {
         let load = |line: u64| f32::from_bits(memory::ld_global_u32(line + index * 4));
         if rows.row_max == 0 {
             let lse = load(rows.lse);
             let nothing = lse == f32::NEG_INFINITY;
-            return (0.0, if nothing { f32::NAN } else { lse * LOG2_E });
+            return (
+                0.0,
+                match (nothing, PROGRAM) {
+                    (true, true) => f32::INFINITY,
+                    (true, false) => f32::NAN,
+                    (false, _) => lse * LOG2_E,
+                },
+            );
         }
         let (row_max, row_sum) = (load(rows.row_max), load(rows.row_sum));
+        if PROGRAM && row_sum == 0.0 {
+            return (0.0, f32::INFINITY);
+        }
         if row_sum == 0.0 || row_sum.is_nan() {
             return (0.0, f32::NAN);
         }

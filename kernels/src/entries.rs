@@ -87,6 +87,8 @@ pub struct Entry<P = Pass> {
     pub dtype: Dtype,
     /// Whether it masks causally.
     pub causal: bool,
+    /// Whether it has the markers of score programs, which mask for it.
+    pub program: bool,
     /// Widest head it serves.
     pub head_dim: u32,
     /// Number of queries of a tile. A block owns one such tile, or in `BackwardKeys` streams them.
@@ -105,6 +107,15 @@ pub struct Entry<P = Pass> {
 }
 
 impl<P> Entry<P> {
+    /// The same kernel with markers.
+    const fn of_programs(mut self) -> Self
+    where
+        P: Copy,
+    {
+        self.program = true;
+        self
+    }
+
     /// The same kernel, for a table that names passes by another type.
     pub const fn with_pass<Q: Copy>(&self, pass: Q) -> Entry<Q> {
         Entry {
@@ -113,6 +124,7 @@ impl<P> Entry<P> {
             arch: self.arch,
             dtype: self.dtype,
             causal: self.causal,
+            program: self.program,
             head_dim: self.head_dim,
             block_m: self.block_m,
             block_n: self.block_n,
@@ -126,9 +138,25 @@ impl<P> Entry<P> {
 
 /// The kernel of `pass` that serves this head_dim with the least waste.
 pub fn find(pass: Pass, arch: Arch, dtype: Dtype, causal: bool, head_dim: u32) -> Option<&'static Entry> {
-    ENTRIES
+    narrowest(ENTRIES, pass, arch, dtype, head_dim, |e| e.causal == causal)
+}
+
+/// The kernel of `pass` that runs score programs and serves this head_dim with the least waste.
+pub fn find_program(pass: Pass, arch: Arch, dtype: Dtype, head_dim: u32) -> Option<&'static Entry> {
+    narrowest(PROGRAM_ENTRIES, pass, arch, dtype, head_dim, |_| true)
+}
+
+fn narrowest(
+    entries: &'static [Entry],
+    pass: Pass,
+    arch: Arch,
+    dtype: Dtype,
+    head_dim: u32,
+    fits: impl Fn(&Entry) -> bool,
+) -> Option<&'static Entry> {
+    entries
         .iter()
-        .filter(|e| (e.pass, e.arch, e.dtype, e.causal) == (pass, arch, dtype, causal) && e.head_dim >= head_dim)
+        .filter(|e| (e.pass, e.arch, e.dtype) == (pass, arch, dtype) && e.head_dim >= head_dim && fits(e))
         .min_by_key(|e| e.head_dim)
 }
 
@@ -140,6 +168,7 @@ macro_rules! entry {
             arch: Arch::$arch,
             dtype: Dtype::$dtype,
             causal: $causal,
+            program: false,
             head_dim: <$shape>::HEAD_DIM,
             block_m: if matches!(Pass::$pass, Pass::BackwardKeys) {
                 <$shape>::COLUMNS
@@ -169,6 +198,25 @@ macro_rules! causal_shape {
     };
 }
 
+/// A row of the table for the portable kernel of row sums.
+const fn delta_entry(name: &'static str, dtype: Dtype) -> Entry {
+    Entry {
+        name,
+        pass: Pass::BackwardDelta,
+        arch: Arch::Sm80,
+        dtype,
+        causal: false,
+        program: false,
+        head_dim: 256,
+        block_m: DELTA_ROWS,
+        block_n: 0,
+        threads: DELTA_ROWS * 8,
+        min_blocks: 8,
+        shared_bytes: 0,
+        two_walks: false,
+    }
+}
+
 /// A row of the table for Hopper.
 macro_rules! hopper_entry {
     ($name:expr, $pass:ident $dtype:ident, $shape:ty, $causal:literal) => {
@@ -178,6 +226,7 @@ macro_rules! hopper_entry {
             arch: Arch::Sm90a,
             dtype: Dtype::$dtype,
             causal: $causal,
+            program: false,
             head_dim: <$shape>::HEAD_DIM,
             block_m: hopper_entry!(m $pass $shape),
             block_n: hopper_entry!(n $pass $shape),
@@ -198,7 +247,7 @@ macro_rules! hopper_entry {
 }
 
 /// Compiles one kernel of the table for Hopper, whose parameters hold tensor maps: copies want their address.
-#[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+#[cfg(all(target_arch = "nvptx64", any(feature = "sm_90a", feature = "program_sm_90a")))]
 macro_rules! hopper_kernel {
     ($name:expr, $module:ident::$kind:ident::$function:ident, $params:ident, $($argument:tt)*) => {
         const _: () = {
@@ -232,7 +281,7 @@ macro_rules! entries {
     (
         tiles { $($name:literal: $pass:ident $arch:ident $dtype:ident, $shape:ty, $shared:ident,
                   $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
-        delta { $($delta:literal: $delta_arch:ident $delta_dtype:ident;)* }
+        delta { $($delta:literal: $delta_dtype:ident;)* }
         hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty $(| $causal_shape:ty)?,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
         sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
@@ -244,20 +293,7 @@ macro_rules! entries {
                 entry!($name, $arch $pass $dtype, $shape, $shared, $min, false),
                 entry!(concat!($name, "_causal"), $arch $pass $dtype, $shape, $shared, $min, true),
             )*
-            $(Entry {
-                name: $delta,
-                pass: Pass::BackwardDelta,
-                arch: Arch::$delta_arch,
-                dtype: Dtype::$delta_dtype,
-                causal: false,
-                head_dim: 256,
-                block_m: DELTA_ROWS,
-                block_n: 0,
-                threads: DELTA_ROWS * 8,
-                min_blocks: 8,
-                shared_bytes: 0,
-                two_walks: false,
-            },)*
+            $(delta_entry($delta, Dtype::$delta_dtype),)*
             $(
                 hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
                 hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, causal_shape!($hopper_shape $(| $causal_shape)?), true),
@@ -268,6 +304,7 @@ macro_rules! entries {
                 arch: Arch::Sm90a,
                 dtype: Dtype::$sums_dtype,
                 causal: false,
+                program: false,
                 head_dim: 256,
                 block_m: if $sums_bytes == 0 { DELTA_ROWS } else { HOPPER_ROWS },
                 block_n: 0,
@@ -358,9 +395,9 @@ entries! {
         "backward_keys_bf16_d256": BackwardKeys Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
     }
     delta {
-        "backward_delta_f32": Sm80 F32;
-        "backward_delta_f16": Sm80 F16;
-        "backward_delta_bf16": Sm80 Bf16;
+        "backward_delta_f32": F32;
+        "backward_delta_f16": F16;
+        "backward_delta_bf16": Bf16;
     }
     hopper {
         "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward::forward(HopperForwardParams);
@@ -393,5 +430,110 @@ entries! {
         "hopper_backward_prepare_bf16": BackwardDelta Bf16, prepare, 0;
         "hopper_backward_finish_f16": BackwardFinish F16, finish, HOPPER_ROWS * 128;
         "hopper_backward_finish_bf16": BackwardFinish Bf16, finish, HOPPER_ROWS * 128;
+    }
+}
+
+macro_rules! program_entries {
+    (
+        tiles { $($name:literal: $pass:ident $dtype:ident, $shape:ty, $shared:ident,
+                  $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
+        delta { $($delta:literal: $delta_dtype:ident;)* }
+        hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty,
+                   $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
+    ) => {
+        /// Every compiled kernel that runs score programs: full attention with [markers](crate::program).
+        pub const PROGRAM_ENTRIES: &[Entry] = &[
+            $(entry!($name, Sm80 $pass $dtype, $shape, $shared, $min, false).of_programs(),)*
+            $(delta_entry($delta, Dtype::$delta_dtype).of_programs(),)*
+            $(hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false).of_programs(),)*
+        ];
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "program_sm_80"))]
+            kernel!($delta, delta::program, crate::abi::BackwardParams, crate::element::$delta_dtype);
+        )*
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "program_sm_90a"))]
+            hopper_kernel!($hopper, $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape);
+        )*
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "program_sm_80"))]
+            kernel!($name, $module::$function, crate::abi::$params, $shape);
+        )*
+    };
+}
+
+program_entries! {
+    tiles {
+        "score_forward_f32_d32": Forward F32, ForwardF32D32, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f32_d64": Forward F32, ForwardF32D64, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f32_d96": Forward F32, ForwardF32D96, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f32_d128": Forward F32, ForwardF32D128, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f32_d192": Forward F32, ForwardF32D192, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
+        "score_forward_f32_d256": Forward F32, ForwardF32D256, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f16_d32": Forward F16, ForwardD32<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f16_d64": Forward F16, ForwardD64<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f16_d96": Forward F16, ForwardD96<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_f16_d128": Forward F16, ForwardD128<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 0;
+        "score_forward_f16_d192": Forward F16, ForwardD192<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
+        "score_forward_f16_d256": Forward F16, ForwardD256<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
+        "score_forward_bf16_d32": Forward Bf16, ForwardD32<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_bf16_d64": Forward Bf16, ForwardD64<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_bf16_d96": Forward Bf16, ForwardD96<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
+        "score_forward_bf16_d128": Forward Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 0;
+        "score_forward_bf16_d192": Forward Bf16, ForwardD192<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
+        "score_forward_bf16_d256": Forward Bf16, ForwardD256<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
+        "score_backward_queries_f32_d32": BackwardQueries F32, BackwardF32D32, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 2;
+        "score_backward_queries_f32_d64": BackwardQueries F32, BackwardF32D64, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 2;
+        "score_backward_queries_f32_d96": BackwardQueries F32, BackwardF32D96, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d128": BackwardQueries F32, BackwardF32D128, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d192": BackwardQueries F32, BackwardF32D192, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d256": BackwardQueries F32, BackwardF32D256, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d32": BackwardKeys F32, BackwardF32D32, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d64": BackwardKeys F32, BackwardF32D64, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d96": BackwardKeys F32, BackwardF32D96, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d128": BackwardKeys F32, BackwardF32D128, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d192": BackwardKeys F32, BackwardF32D192, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d256": BackwardKeys F32, BackwardF32D256, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d32": BackwardQueries F16, BackwardD32<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d64": BackwardQueries F16, BackwardD64<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d96": BackwardQueries F16, BackwardD96<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d128": BackwardQueries F16, BackwardD128<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d192": BackwardQueries F16, BackwardD192<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d256": BackwardQueries F16, BackwardD256<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 0;
+        "score_backward_keys_f16_d32": BackwardKeys F16, BackwardD32<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d64": BackwardKeys F16, BackwardD64<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d96": BackwardKeys F16, BackwardD96<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d128": BackwardKeys F16, BackwardD128<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d192": BackwardKeys F16, BackwardD192<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d256": BackwardKeys F16, BackwardD256<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d32": BackwardQueries Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d64": BackwardQueries Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d96": BackwardQueries Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d128": BackwardQueries Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d192": BackwardQueries Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d256": BackwardQueries Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 0;
+        "score_backward_keys_bf16_d32": BackwardKeys Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d64": BackwardKeys Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d96": BackwardKeys Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d128": BackwardKeys Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d192": BackwardKeys Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d256": BackwardKeys Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+    }
+    delta {
+        "score_backward_delta_f32": F32;
+        "score_backward_delta_f16": F16;
+        "score_backward_delta_bf16": Bf16;
+    }
+    hopper {
+        "score_hopper_forward_f16_d64": Forward F16, HopperWideD64<F16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_f16_d96": Forward F16, HopperD96<F16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_f16_d128": Forward F16, HopperNarrowD128<F16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_f16_d192": Forward F16, HopperD192<F16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_f16_d256": Forward F16, HopperD256<F16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_bf16_d64": Forward Bf16, HopperWideD64<Bf16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_bf16_d96": Forward Bf16, HopperD96<Bf16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_bf16_d128": Forward Bf16, HopperNarrowD128<Bf16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_bf16_d192": Forward Bf16, HopperD192<Bf16>, hopper::forward::program(HopperForwardParams);
+        "score_hopper_forward_bf16_d256": Forward Bf16, HopperD256<Bf16>, hopper::forward::program(HopperForwardParams);
     }
 }

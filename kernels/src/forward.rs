@@ -8,7 +8,7 @@ use crate::block::{RowBlock, owned_tile, split};
 use crate::mask::{Mask, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::KeyValueRing;
-use crate::ptx::{optimizer, sreg, sync};
+use crate::ptx::{optimizer, program, sreg, sync};
 use crate::shape::TileShape;
 use crate::softmax::{Finished, OnlineSoftmax};
 use crate::tile::register::{Accumulator, OutputTile, RowValues, ScoreTile};
@@ -20,6 +20,22 @@ use crate::tile::{element::Element, global::Walk, shared::SharedTile};
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
 #[inline(always)]
 pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { forward_with::<S, CAUSAL, false>(p) }
+}
+
+/// The same with the markers of a score program, whose mask goes for every tile.
+///
+/// # Safety
+/// The contract of [`forward`].
+#[inline(always)]
+pub unsafe fn program<S: TileShape>(p: &ForwardParams) {
+    // SAFETY: the caller's contract.
+    unsafe { forward_with::<S, false, true>(p) }
+}
+
+#[inline(always)]
+unsafe fn forward_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &ForwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     // Worked out again after each walk: kept, addresses would hold registers all through the loop.
     let block = || RowBlock::<S>::of_this_thread_block(p.query_tiles, p.heads_q, CAUSAL);
@@ -28,14 +44,24 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
     // SAFETY (whole body): the query tile and the ring are disjoint parts of this block's dynamic shared memory, every
     // thread takes every step that holds a barrier, and windows clip what does not exist.
     unsafe {
-        let (mut softmax, mut output) = (OnlineSoftmax::near(p.scale_log2), S::Output::zero());
-        let mut cleaned = walk::<S, CAUSAL, false>(p, block(), &mut softmax, &mut output);
-        let first = first_row(&block());
-        let span = |row| mask.keys_of(first + row);
-        if sync::sync_threads_or(softmax.left_bounds(|row| !span(row).is_empty())) {
-            core::hint::cold_path();
+        let (mut softmax, mut output, mut cleaned);
+        if PROGRAM {
+            // What a program makes of scores knows no bounds.
             (softmax, output) = (OnlineSoftmax::exact(p.scale_log2), S::Output::zero());
-            cleaned = walk::<S, CAUSAL, true>(p, block(), &mut softmax, &mut output);
+            let RowBlock { head, batch, .. } = block();
+            program::head(head, batch);
+            softmax.start_program();
+            cleaned = walk::<S, CAUSAL, false, true>(p, block(), &mut softmax, &mut output);
+        } else {
+            (softmax, output) = (OnlineSoftmax::near(p.scale_log2), S::Output::zero());
+            cleaned = walk::<S, CAUSAL, false, false>(p, block(), &mut softmax, &mut output);
+            let first = first_row(&block());
+            let span = |row| mask.keys_of(first + row);
+            if sync::sync_threads_or(softmax.left_bounds(|row| !span(row).is_empty())) {
+                core::hint::cold_path();
+                (softmax, output) = (OnlineSoftmax::exact(p.scale_log2), S::Output::zero());
+                cleaned = walk::<S, CAUSAL, true, false>(p, block(), &mut softmax, &mut output);
+            }
         }
 
         let block = block();
@@ -46,12 +72,18 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
             lse,
             row_max,
             row_sum,
-        } = softmax.finish(|row| !span(row).is_empty());
+        } = softmax.finish(|row| !PROGRAM && !span(row).is_empty());
         output.map_rows(inverse, |inverse, o| S::Element::mean(o * inverse));
         if cleaned {
             let values = block.window(&p.v, block.head / p.heads_q_per_kv, p.seqlen_k, &p.layout);
             let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
-            nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::COLUMNS, span);
+            if PROGRAM {
+                let sees = |row, key| program::visible(first_row + row, key, block.head);
+                nonfinite::restore::<S::Element, _>(&mut output, &values, blocks.all_masked(), S::COLUMNS, sees);
+            } else {
+                let sees = |row, key| span(row).contains(key);
+                nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::COLUMNS, sees);
+            }
         }
         output.store(
             owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS),
@@ -80,10 +112,11 @@ fn unsigned(score: f32, sign: f32) -> f32 {
     }
 }
 
-/// Every key block that the queries see, first to last. An `EXACT` walk finds Q as the walk before left it. Returns whether
+/// Every key block that the queries see, first to last. A walk `AGAIN` finds Q as the walk before left it, and subtracts
+/// first in every row. Returns whether
 /// values were [cleaned](nonfinite).
 #[inline(always)]
-unsafe fn walk<S: TileShape, const CAUSAL: bool, const EXACT: bool>(
+unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool, const PROGRAM: bool>(
     p: &ForwardParams,
     block: RowBlock<S>,
     softmax: &mut OnlineSoftmax<S::Scores>,
@@ -93,12 +126,12 @@ unsafe fn walk<S: TileShape, const CAUSAL: bool, const EXACT: bool>(
     let kv_head = block.head / p.heads_q_per_kv;
     let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
     // One body is enough for a walk that is rare.
-    let blocks = if EXACT { blocks.all_masked() } else { blocks };
+    let blocks = if AGAIN { blocks.all_masked() } else { blocks };
     let keys = p.seqlen_k.min(blocks.end * S::COLUMNS);
     let mut cleaned = false;
     // SAFETY (whole body): `forward`'s.
     unsafe {
-        if !EXACT {
+        if !AGAIN {
             let q = block.window(&p.q, block.head, p.seqlen_q, &p.layout);
             owned_tile::<S>(0).load_async(&mut Walk::new(q.rows_from(block.first_row), split::<S>()), S::ROWS);
         }
@@ -107,13 +140,13 @@ unsafe fn walk<S: TileShape, const CAUSAL: bool, const EXACT: bool>(
         let base = optimizer::renew(sreg::dynamic_shared_mem()) + S::OWNED_BYTES;
         let mut ring = KeyValueRing::<S>::start(base, k, v);
         let query = owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS);
-        if !EXACT && p.scale_sign != 1.0 {
+        if !AGAIN && p.scale_sign != 1.0 {
             // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
             ring.drain();
             query.map(S::WARP_ROWS, |words| S::Element::scale(words, p.scale_sign));
         }
         for_blocks!(blocks, |n, MASKED| {
-            cleaned |= attend::<S, CAUSAL, MASKED, EXACT>(&block, mask, query, &mut ring, n, softmax, output)
+            cleaned |= attend::<S, CAUSAL, MASKED, AGAIN, PROGRAM>(&block, mask, query, &mut ring, n, softmax, output)
         });
         ring.drain();
     }
@@ -123,7 +156,7 @@ unsafe fn walk<S: TileShape, const CAUSAL: bool, const EXACT: bool>(
 /// One key block: scores, online softmax, and their product with the values. Scores never leave the registers. Returns whether
 /// values were [cleaned](nonfinite).
 #[inline(always)]
-unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool, const EXACT: bool>(
+unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool, const AGAIN: bool, const PROGRAM: bool>(
     block: &RowBlock<S>,
     mask: Mask<CAUSAL>,
     query: SharedTile,
@@ -137,16 +170,32 @@ unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool, const EXA
     unsafe {
         let mut scores = S::Scores::zero();
         let key = ring.acquire_key(n);
+        if PROGRAM {
+            let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
+            S::Scores::announce::<program::OfQueries<MASKED>>(first_row, n * S::COLUMNS);
+        }
         scores.add_abt(query, key);
+        if PROGRAM {
+            scores.splice::<program::Scores, program::OfQueries<MASKED>>();
+            scores.splice::<program::Masked, program::OfQueries<MASKED>>();
+        }
         if MASKED {
             let (first_row, first_key) = (block.first_row + sreg::warp_id() * S::WARP_ROWS, n * S::COLUMNS);
             scores.hide(first_key, |row| mask.keys_of(first_row + row), f32::NEG_INFINITY);
         }
-        let rescale = softmax.update::<EXACT>(&mut scores);
+        let rescale = if AGAIN || PROGRAM {
+            softmax.update::<true>(&mut scores)
+        } else {
+            softmax.update::<false>(&mut scores)
+        };
         output.map_rows(rescale, |rescale, o| o * rescale);
+        if PROGRAM {
+            scores.splice::<program::Weights, program::OfQueries<MASKED>>();
+        }
         let probabilities = scores.operand();
         let value = ring.acquire_value(n);
-        let cleaned = MASKED && Mask::<CAUSAL>::HIDES_PAIRS && value.clean::<S::Element>(split::<S>(), S::COLUMNS);
+        let hides_pairs = MASKED && Mask::<CAUSAL>::HIDES_PAIRS || PROGRAM && program::hides();
+        let cleaned = hides_pairs && value.clean::<S::Element>(split::<S>(), S::COLUMNS);
         output.add_ab(&probabilities, value);
         cleaned
     }

@@ -5,13 +5,13 @@
 //! the end added to those rows of the sum that do see them. Tiles without hidden pairs are not searched, and
 //! multiply as they are.
 
-use crate::mask::{Blocks, Span};
+use crate::mask::Blocks;
 use crate::ptx::optimizer;
 use crate::tile::element::Element;
 use crate::tile::{global::GlobalTile, register::Accumulator};
 
-/// Adds what was zeroed in the masked blocks of `block` rows of `source` to the rows of `sum` that see it. `span` is what a
-/// row of the sum sees of the source.
+/// Adds what was zeroed in the masked blocks of `block` rows of `source` to the rows of `sum` that see it: `sees` of a row of the
+/// sum and a position of the source.
 ///
 /// A weight is at least 0, so NaN and infinity reach a sum as they are; one that is 0 for want of range would make NaN of infinity, and here
 /// does not.
@@ -24,7 +24,7 @@ pub unsafe fn restore<E: Element, A: Accumulator>(
     source: &GlobalTile,
     blocks: Blocks,
     block: u32,
-    span: impl Fn(u32) -> Span,
+    sees: impl Fn(u32, u32) -> bool,
 ) {
     let (whole_begin, whole_end) = (blocks.whole_begin * block, blocks.whole_end * block);
     for position in blocks.begin * block..(blocks.end * block).min(source.rows()) {
@@ -33,7 +33,7 @@ pub unsafe fn restore<E: Element, A: Accumulator>(
             let none = optimizer::renew(0);
             sum.map_coordinates(|row, column, x| {
                 let column = column + none;
-                if span(row).contains(position) && source.contains(position, column * E::BYTES / 16) {
+                if sees(row, position) && source.contains(position, column * E::BYTES / 16) {
                     // SAFETY: the element exists.
                     let y = unsafe { E::load(source.element_address(position, column)) };
                     if y.abs() < f32::INFINITY { x } else { x + y }

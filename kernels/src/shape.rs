@@ -302,6 +302,9 @@ hopper_shape!(HopperD64: 128 keys, head_dim 64, consumers 3, registers 32 and 16
 hopper_shape!(HopperD96: 160 keys, head_dim 96, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD128: 176 keys, head_dim 128, consumers 2, registers 24 and 240);
 hopper_shape!(HopperD128Causal: 128 keys, head_dim 128, consumers 2, registers 40 and 232);
+// Programs that load or draw want registers: two consumers at 64, fewer keys at 128.
+hopper_shape!(HopperWideD64: 128 keys, head_dim 64, consumers 2, registers 40 and 232);
+hopper_shape!(HopperNarrowD128: 96 keys, head_dim 128, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
 

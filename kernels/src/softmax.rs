@@ -19,7 +19,7 @@
 use core::f32::consts::LN_2;
 
 use crate::ptx::math::{ex2, fma, lg2, rcp};
-use crate::ptx::sync;
+use crate::ptx::{program, sync};
 use crate::tile::register::{Accumulator, Part, RowValues};
 
 /// Exponent, to base 2, beyond which one rounding of it is too much: there it is off by `2^-14`.
@@ -85,6 +85,14 @@ impl<A: Accumulator> OnlineSoftmax<A> {
             scale_log2,
             is_exact,
         }
+    }
+
+    /// Lets a score program start each row, which has seen nothing yet, with a sink.
+    #[inline(always)]
+    pub fn start_program(&mut self) {
+        let nothing = if self.is_exact { -f32::MAX } else { f32::NEG_INFINITY };
+        let (row_max, row_sum) = program::start(nothing, 0.0);
+        (self.row_max, self.row_sum) = (A::Rows::splat(row_max), A::Rows::splat(row_sum));
     }
 
     /// Tells if a row's largest score is out of the bounds of [`near`](Self::near), or may be. `sees_keys(row)` is whether a row

@@ -59,11 +59,11 @@ fn own_labels(code: &str) -> String {
     })
 }
 
-/// Returns true for a line of code. The compiler's remarks around inline assembly, which would double a kernel's
-/// length, are dropped.
+/// Returns true for a line of code and for the marker of a score program. The compiler's remarks around inline
+/// assembly, which would double a kernel's length, are dropped.
 fn is_code(line: &str) -> bool {
     let line = line.trim_start();
-    !line.is_empty() && !line.starts_with("//")
+    !line.is_empty() && (!line.starts_with("//") || line.starts_with("//@"))
 }
 
 /// Returns the lines from the first that starts with `from` to the next that starts with `to`.

@@ -11,15 +11,26 @@ const REMEDY: &str = "run `cargo xtask ptx` and commit the result";
 
 /// Compiles every kernel and writes `kernels/ptx`; other files there are removed.
 pub fn write() -> Outcome {
-    let compiler = Compiler::find()?;
-    let source = source::hash()?;
-    let compiled = compile(&compiler)?;
+    let compiled = compile(&Compiler::find()?, tables())?;
+    let _ = std::fs::remove_dir_all(ptx_folder());
+    pack(&compiled)
+}
+
+/// Compiles the kernels of one table and writes its archive; the others stay as they are, of older sources.
+pub fn write_one(name: &str) -> Outcome {
+    let table = tables().into_iter().find(|table| table.name == name);
+    let table = table.ok_or_else(|| format!("no table of kernels is called {name}"))?;
+    pack(&compile(&Compiler::find()?, vec![table])?)
+}
+
+/// Writes the archives of compiled kernels.
+fn pack(compiled: &[(Table, Vec<Kernel>)]) -> Outcome {
+    let (version, source) = (Compiler::find()?.version, source::hash()?);
     let folder = ptx_folder();
-    let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    for (table, kernels) in &compiled {
+    for (table, kernels) in compiled {
         let path = table.path();
-        let archive = pack::archive(&compiler.version, &source, kernels)?;
+        let archive = pack::archive(&version, &source, kernels)?;
         std::fs::write(&path, &archive).map_err(|e| format!("{}: {e}", path.display()))?;
         let text: usize = kernels.iter().map(|(_, text)| text.len()).sum();
         println!(
@@ -27,7 +38,7 @@ pub fn write() -> Outcome {
             path.display(),
             kernels.len(),
             archive.len(),
-            compiler.version
+            version
         );
     }
     Ok(())
@@ -42,7 +53,7 @@ pub fn check() -> Outcome {
     for table in tables() {
         table.committed()?.check(&table, &source)?;
     }
-    for (table, kernels) in compile(&compiler)? {
+    for (table, kernels) in compile(&compiler, tables())? {
         let committed = table.committed()?;
         let archive = committed.archive()?;
         let same_compiler = archive.rustc == compiler.version;
@@ -88,9 +99,9 @@ pub fn show(name: &str) -> Outcome {
 /// Name and PTX of a kernel.
 pub type Kernel = (&'static str, String);
 
-/// Compiles all tables in parallel; the kernels of each come back in its order.
-fn compile(compiler: &Compiler) -> Outcome<Vec<(Table, Vec<Kernel>)>> {
-    let compiled = tables().into_par_iter().map(|table| {
+/// Compiles tables in parallel; the kernels of each come back in its order.
+fn compile(compiler: &Compiler, tables: Vec<Table>) -> Outcome<Vec<(Table, Vec<Kernel>)>> {
+    let compiled = tables.into_par_iter().map(|table| {
         let module = compiler.compile(&table)?;
         let kernels = table
             .rows

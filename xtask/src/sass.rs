@@ -5,7 +5,6 @@
 //! its [limit](crate::limits).
 
 use crate::machine_code::{Listing, Loop};
-use crate::ptx::Committed;
 use crate::table::{Row, tables};
 use crate::{Outcome, limits, make_executable, page, read, workspace};
 use flash_attention_kernels::entries::Arch;
@@ -15,7 +14,7 @@ use std::process::Command;
 
 /// Returns the architectures that a kernel is assembled for: its own target, and Hopper, which runs portable kernels
 /// too.
-fn targets(arch: Arch) -> &'static [&'static str] {
+pub fn targets(arch: Arch) -> &'static [&'static str] {
     match arch {
         Arch::Sm80 => &["sm_80", "sm_90"],
         Arch::Sm90a => &["sm_90a"],
@@ -32,7 +31,7 @@ pub struct Assembled {
     pub tensor_instructions: usize,
     /// Innermost loops with tensor-core products, those with the fewest other instructions first.
     pub loops: Vec<Loop>,
-    warnings: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// Assembles every kernel and prints the page. Fails if a kernel has a fault or the committed data belong to other
@@ -82,25 +81,17 @@ fn results() -> PathBuf {
 
 /// Assembles the kernels with `part` in their name; also returns the version of ptxas.
 fn assemble_all(part: &str) -> Outcome<(String, Vec<Assembled>)> {
-    let (ptxas, nvdisasm) = (tool("ptxas")?, tool("nvdisasm")?);
-    let about = run(Command::new(&ptxas).arg("--version"))?;
-    let version = about.split_whitespace().find_map(|word| word.strip_prefix('V'));
-    let version = version.ok_or_else(|| format!("ptxas does not say its version:\n{about}"))?;
-    let tools = Tools {
-        ptxas,
-        nvdisasm,
-        version: version.to_owned(),
-    };
+    let tools = Tools::find()?;
     let mut assembled = Vec::new();
     for table in tables() {
         let committed = table.committed()?;
         let work: Vec<_> = (table.rows.iter())
-            .filter(|row| row.name.contains(part))
+            .filter(|row| row.name.contains(part) && !row.program)
             .flat_map(|row| targets(row.arch).iter().map(move |&target| (*row, target)))
             .collect();
         let outcomes = work
             .into_par_iter()
-            .map(|(row, target)| assemble(&tools, &committed, row, target));
+            .map(|(row, target)| assemble(&tools, &committed.text(row.name)?, row, target, row.name));
         assembled.extend(outcomes.collect::<Outcome<Vec<_>>>()?);
     }
     if assembled.is_empty() {
@@ -157,10 +148,25 @@ fn fault(kernel: &Assembled) -> Option<String> {
 }
 
 /// The tools that assemble, and the version of ptxas.
-struct Tools {
+pub struct Tools {
     ptxas: PathBuf,
     nvdisasm: PathBuf,
     version: String,
+}
+
+impl Tools {
+    /// Finds the tools, or fetches them.
+    pub fn find() -> Outcome<Self> {
+        let (ptxas, nvdisasm) = (tool("ptxas")?, tool("nvdisasm")?);
+        let about = run(Command::new(&ptxas).arg("--version"))?;
+        let version = about.split_whitespace().find_map(|word| word.strip_prefix('V'));
+        let version = version.ok_or_else(|| format!("ptxas does not say its version:\n{about}"))?;
+        Ok(Self {
+            ptxas,
+            nvdisasm,
+            version: version.to_owned(),
+        })
+    }
 }
 
 /// Returns what ptxas said of a kernel and the listing of its machine code, from `target/sass` if it was assembled before.
@@ -191,8 +197,9 @@ fn assemble_once(tools: &Tools, text: &str, name: &str, target: &str) -> Outcome
     Ok((said, listed))
 }
 
-fn assemble(tools: &Tools, committed: &Committed, entry: Row, target: &'static str) -> Outcome<Assembled> {
-    let (log, code) = assemble_once(tools, &committed.text(entry.name)?, entry.name, target)?;
+/// Assembles the text of a kernel; `stem` names its files.
+pub fn assemble(tools: &Tools, text: &str, entry: Row, target: &'static str, stem: &str) -> Outcome<Assembled> {
+    let (log, code) = assemble_once(tools, text, stem, target)?;
     let listing = Listing::parse(&code)?;
     let number_before = |what: &str| -> Outcome<u32> {
         let end = log

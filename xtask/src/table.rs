@@ -1,6 +1,6 @@
 //! Tables of the kernels to compile: one for each archive, with one target each.
 
-use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
+use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, PROGRAM_ENTRIES, Pass};
 use flash_attention_kernels::study::KERNELS;
 
 /// A compiled kernel of any table; kernels of the traffic study have no pass.
@@ -16,14 +16,25 @@ pub struct Table {
     pub rows: Vec<Row>,
 }
 
-/// Returns the tables: one for each target, and that of the traffic study.
+/// Returns the tables: for each target its plain kernels and its kernels for score programs, and that of the traffic
+/// study.
 pub fn tables() -> Vec<Table> {
-    let product = Arch::ALL.iter().map(|&arch| Table {
-        name: arch.name(),
+    let of_arch = |name, entries: &[Entry], arch| Table {
+        name,
         arch,
-        rows: (ENTRIES.iter().filter(|entry| entry.arch == arch))
+        rows: (entries.iter().filter(|entry| entry.arch == arch))
             .map(|entry| entry.with_pass(Some(entry.pass)))
             .collect(),
+    };
+    let product = Arch::ALL.iter().flat_map(|&arch| {
+        let programs = match arch {
+            Arch::Sm80 => "program_sm_80",
+            Arch::Sm90a => "program_sm_90a",
+        };
+        [
+            of_arch(arch.name(), ENTRIES, arch),
+            of_arch(programs, PROGRAM_ENTRIES, arch),
+        ]
     });
     let study = Table {
         name: "study",

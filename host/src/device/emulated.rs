@@ -7,14 +7,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flash_attention_kernels::abi::{StridedTensor, TensorMap};
-use flash_attention_kernels::entries::{Arch, Dtype, Entry};
+use flash_attention_kernels::entries::{Arch, Dtype};
 use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{self, ElementType, Fill, Interleave, L2Promotion, TensorMapError, Tiled};
 use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
 
 use super::{Backend, Device, DeviceKind};
 use crate::error::Error;
-use crate::plan::{Launch, Plan, Results, TileMap};
+use crate::plan::{Launch, ModuleKey, ModuleText, Plan, Results, TileMap};
+use crate::program::Slot;
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
 
@@ -45,9 +46,15 @@ impl EmulatorOptions {
 pub(super) struct Emulated {
     options: EmulatorOptions,
     memory: DeviceMemory,
-    /// Modules by the name of their entry, parsed once.
-    modules: Mutex<HashMap<&'static str, Arc<Module>>>,
+    /// Modules, parsed once.
+    modules: Mutex<HashMap<ModuleKey, Arc<Loaded>>>,
     counters: Mutex<Counters>,
+}
+
+/// A module, with what its second parameter holds.
+struct Loaded {
+    module: Module,
+    slots: Vec<Slot>,
 }
 
 impl Device {
@@ -73,14 +80,23 @@ impl Device {
 }
 
 impl Emulated {
-    fn module(&self, entry: &'static Entry) -> Result<Arc<Module>, ptx_emulator::Error> {
+    fn module(&self, launch: &Launch) -> Result<Arc<Loaded>, Error> {
         let mut modules = lock(&self.modules);
-        if let Some(module) = modules.get(entry.name) {
+        let key = launch.module_key();
+        if let Some(module) = modules.get(&key) {
             return Ok(module.clone());
         }
-        let module = Arc::new(Module::parse(&entry.ptx(), &format!("{}.ptx", entry.name))?);
-        modules.insert(entry.name, module.clone());
-        Ok(module)
+        let name = launch.entry.name;
+        let failed = |message: String| Error::Launch {
+            device: self.spec(),
+            kernel: name,
+            message,
+        };
+        let ModuleText { ptx, slots } = launch.module_text().map_err(|error| failed(error.to_string()))?;
+        let module = Module::parse(&ptx, &format!("{name}.ptx")).map_err(|error| failed(error.to_string()))?;
+        let loaded = Arc::new(Loaded { module, slots });
+        modules.insert(key, loaded.clone());
+        Ok(loaded)
     }
 
     fn launch(&self, launch: &Launch, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
@@ -99,16 +115,18 @@ impl Emulated {
             .params(results, encode)
             .map_err(refused)?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
-        let module = self.module(launch.entry).map_err(failed)?;
+        let loaded = self.module(launch)?;
+        let params = [params.as_bytes(), &launch.numbers(&loaded.slots, &results)].concat();
         let launch = ptx_emulator::Launch {
             entry: kernel,
             grid: launch.grid,
             block: [launch.threads, 1, 1],
             cluster: [1, 1, 1],
             shared_bytes: launch.shared_bytes,
-            params: params.as_bytes(),
+            params: &params,
         };
-        let report = module
+        let report = loaded
+            .module
             .launch_watched(&self.memory, &launch, &self.options.launch, &|blocks| {
                 reporter.add(blocks)
             })

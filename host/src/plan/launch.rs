@@ -1,11 +1,15 @@
 //! One launch of a compiled kernel: its grid and its parameters.
 
+use std::convert::Infallible;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use flash_attention_kernels::abi::{
     BackwardParams, Exponents, ForwardParams, ForwardRows, HopperBackwardParams, HopperForwardParams, Layout, Params,
     QuerySums, QuerySumsParams, StridedTensor, TensorMap, WorkList,
 };
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use flash_attention_kernels::entries::Dtype;
 use flash_attention_kernels::entries::{Entry, Pass};
 use flash_attention_kernels::shape::{DELTA_ROWS, HOPPER_ROWS, panel_columns};
 
@@ -13,10 +17,12 @@ use super::MAX_BLOCKS;
 use super::tile_map::{self, TileMap};
 use crate::error::Error;
 use crate::problem::{BackwardProblem, BackwardTensors, Problem, Scale};
-use crate::program::MAX_TABLES;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use crate::program::{self, Gradients, NotSpliced, Slot};
+use crate::program::{Code, MAX_TABLES, Numbers, Program};
 
 /// One launch of a compiled kernel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Launch {
     /// The kernel.
     pub entry: &'static Entry,
@@ -28,6 +34,83 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The parameters, but for the addresses of the results, which are unknown until they are allocated.
     params: Parameters,
+    /// The score program that is written into the kernel.
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "emulator")),
+        expect(dead_code, reason = "no device loads it")
+    )]
+    program: Option<ScoreProgram>,
+}
+
+/// A score program as a launch takes it.
+#[derive(Clone, Debug)]
+pub struct ScoreProgram {
+    code: Arc<Code>,
+    numbers: Numbers,
+}
+
+impl ScoreProgram {
+    /// The program of a problem, with its causal mask, as forward kernels for programs take it; `None` if it has none.
+    fn forward(problem: &Problem) -> Option<Self> {
+        let code = |program: &Program| Ok::<_, Infallible>(Code::new(program, problem.softmax_scale()));
+        match Self::of(problem, code) {
+            Ok(program) => program,
+            Err(never) => match never {},
+        }
+    }
+
+    /// The program of a problem as backward kernels take it.
+    fn backward(problem: &BackwardProblem) -> Result<Option<Self>, Error> {
+        let (forward, table_gradients) = (problem.forward(), problem.table_gradients());
+        let code = |program: &Program| Ok(Code::backward(program, forward.softmax_scale(), table_gradients)?);
+        Self::of(forward, code)
+    }
+
+    fn of<E>(problem: &Problem, code: impl FnOnce(&Program) -> Result<Code, E>) -> Result<Option<Self>, E> {
+        let Some(program) = problem.program() else {
+            return Ok(None);
+        };
+        let program = if problem.causal() {
+            Arc::new(program.with_causal_mask())
+        } else {
+            program.clone()
+        };
+        Ok(Some(Self {
+            code: Arc::new(code(&program)?),
+            numbers: Numbers {
+                program,
+                softmax_scale: problem.softmax_scale(),
+                seqlen_q: problem.seqlen_q(),
+                seqlen_k: problem.seqlen_k(),
+                heads_q_per_kv: (problem.heads_q() / problem.heads_kv()) as u32,
+            },
+        }))
+    }
+
+    /// What scores are multiplied by in the exponent to base 2.
+    fn scale_log2(&self) -> f32 {
+        self.code.scale_log2(self.numbers.softmax_scale)
+    }
+}
+
+/// A kernel as a device loads it: two launches of equal keys run one module.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    not(any(feature = "cuda", feature = "emulator")),
+    expect(dead_code, reason = "no device loads any")
+)]
+pub(crate) struct ModuleKey {
+    entry: &'static str,
+    code: Option<Arc<Code>>,
+}
+
+/// The text of a kernel.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(crate) struct ModuleText {
+    /// The module.
+    pub ptx: String,
+    /// What its second parameter holds, if it has one.
+    pub slots: Vec<Slot>,
 }
 
 /// Parameters of a kernel, by the struct that it takes.
@@ -105,6 +188,10 @@ impl Launch {
             sign,
             ..
         } = problem.scale();
+        // A program multiplies by the scale itself.
+        let program = ScoreProgram::forward(problem);
+        let (scale_log2, scale_sign) =
+            (program.as_ref()).map_or((magnitude_log2, sign), |program| (program.scale_log2(), 1.0));
         let params = ForwardParams {
             q: problem.q(),
             k: problem.k(),
@@ -118,12 +205,15 @@ impl Launch {
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
             query_tiles,
-            scale_log2: magnitude_log2,
-            scale_sign: sign,
+            scale_log2,
+            scale_sign,
             layout: unknown_alignment(problem),
             scale: magnitude,
         };
-        Ok(Self::new(entry, grid, Parameters::Forward(params)))
+        Ok(Self {
+            program,
+            ..Self::new(entry, grid, Parameters::Forward(params))
+        })
     }
 
     /// Makes the launch of Hopper's forward kernel. It is persistent: at most one block per multiprocessor, and the
@@ -133,7 +223,12 @@ impl Launch {
         entry: &'static Entry,
         multiprocessors: u32,
     ) -> Result<Self, Error> {
-        let packed = packed_heads(problem, entry);
+        let program = ScoreProgram::forward(problem);
+        let packed = if program.is_some() {
+            1
+        } else {
+            packed_heads(problem, entry)
+        };
         let heads = problem.heads_q() / packed as usize;
         let rows = problem.seqlen_q() * packed;
         let work = work_list(grid(problem.batch(), heads, rows, entry.block_m)?, multiprocessors);
@@ -153,7 +248,7 @@ impl Launch {
             seqlen_q: problem.seqlen_q(),
             seqlen_k: problem.seqlen_k(),
             work,
-            scale_log2: problem.scale().magnitude_log2,
+            scale_log2: (program.as_ref()).map_or(problem.scale().magnitude_log2, ScoreProgram::scale_log2),
             packed_log2: packed.ilog2(),
             reserved: [0; 7],
         };
@@ -167,7 +262,10 @@ impl Launch {
             query(&problem.out()),
         ];
         let grid = [work.blocks, 1, 1];
-        Ok(Self::new(entry, grid, Parameters::HopperForward(params, maps)))
+        Ok(Self {
+            program,
+            ..Self::new(entry, grid, Parameters::HopperForward(params, maps))
+        })
     }
 
     /// Makes a persistent launch like [`hopper_forward`](Self::hopper_forward) for a backward kernel between
@@ -260,6 +358,7 @@ impl Launch {
         entry: &'static Entry,
         exponents: Exponents,
     ) -> Result<Self, Error> {
+        let program = ScoreProgram::backward(problem)?;
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let (grid, tiles) = if entry.pass == Pass::BackwardKeys {
             grid(problem.batch(), problem.heads_kv(), problem.seqlen_k(), entry.block_n)?
@@ -290,10 +389,13 @@ impl Launch {
             seqlen_k: problem.seqlen_k(),
             tiles,
             softmax_scale: problem.softmax_scale(),
-            scale_log2: problem.scale().log2,
+            scale_log2: (program.as_ref()).map_or(problem.scale().log2, ScoreProgram::scale_log2),
             layout: unknown_alignment(problem),
         };
-        Ok(Self::new(entry, grid, Parameters::Backward(params)))
+        Ok(Self {
+            program,
+            ..Self::new(entry, grid, Parameters::Backward(params))
+        })
     }
 
     fn new(entry: &'static Entry, grid: [u32; 3], params: Parameters) -> Self {
@@ -303,6 +405,50 @@ impl Launch {
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             params,
+            program: None,
+        }
+    }
+
+    /// What tells the launch's module from others.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub(crate) fn module_key(&self) -> ModuleKey {
+        ModuleKey {
+            entry: self.entry.name,
+            code: self.program.as_ref().map(|program| program.code.clone()),
+        }
+    }
+
+    /// The launch's module, with its score program in it.
+    ///
+    /// # Errors
+    /// [`NotSpliced`] if the kernel takes no program.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub(crate) fn module_text(&self) -> Result<ModuleText, NotSpliced> {
+        let ptx = self.entry.ptx();
+        let Some(program) = &self.program else {
+            return Ok(ModuleText { ptx, slots: Vec::new() });
+        };
+        let spliced = program::splice(&ptx, &program.code, self.entry.dtype == Dtype::F32)?;
+        Ok(ModuleText {
+            ptx: spliced.text,
+            slots: spliced.slots,
+        })
+    }
+
+    /// The kernel's second parameter, which holds the numbers of its score program; empty if it has none.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub(crate) fn numbers(&self, slots: &[Slot], results: &Results) -> Vec<u8> {
+        let tables = match results {
+            Results::Forward { .. } => TableGradients::default(),
+            Results::Backward { tables, .. } => *tables,
+        };
+        let gradients = Gradients {
+            tables: &tables.tables,
+            sinks: tables.sinks,
+        };
+        match &self.program {
+            Some(program) => program.numbers.bytes(&program.code, slots, gradients),
+            None => Vec::new(),
         }
     }
 

@@ -14,7 +14,9 @@ pub use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::entries::{self, Arch, Pass};
 
 pub use cost::Cost;
-pub use launch::{Launch, Parameters, Results, TableGradients};
+pub use launch::{Launch, Parameters, Results, ScoreProgram, TableGradients};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(crate) use launch::{ModuleKey, ModuleText};
 pub use tile_map::TileMap;
 
 use crate::error::Error;
@@ -57,19 +59,15 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`],
-    /// [`Error::NotContiguous`] if lse, row_max or row_sum has gaps or another order, which only the CPU takes,
-    /// [`Error::Unsupported`] if the device does not run score programs.
+    /// [`Error::NotContiguous`] if lse, row_max or row_sum has gaps or another order, which only the CPU takes.
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
-        if let DeviceInfo::Gpu { .. } = device {
-            refuse_programs(problem, device)?;
-        }
         let (tiles, launches) = match *device {
             DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
-                // Only of a positive scale the largest product is the largest score.
+                // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
                 let hopper = problem.has_pairs()
-                    && problem.softmax_scale() > 0.0
+                    && (problem.softmax_scale() > 0.0 || problem.program().is_some())
                     && tile_map::fit(problem, &[problem.q(), problem.out()], &[problem.k(), problem.v()]);
                 let entry = choose(problem, Pass::Forward, device, hopper)?;
                 let launches = match entry.arch {
@@ -112,12 +110,10 @@ impl Plan {
     /// registers, and Hopper uses the first form too.
     ///
     /// # Errors
-    /// As for [`new`](Self::new).
+    /// As for [`new`](Self::new), and [`Error::Unsupported`] if the device does not give the gradients of its score program.
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
-        if let DeviceInfo::Gpu { .. } = device {
-            refuse_programs(forward, device)?;
-        }
+        refuse_gradients(problem, device)?;
         let statistics = if problem.tensors().statistics.is_some() { 2 } else { 1 };
         let (tiles, launches, workspace_bytes) = match *device {
             DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),
@@ -193,17 +189,21 @@ impl Plan {
     }
 }
 
-/// The error of a problem with a score program, which no device runs yet.
-fn refuse_programs(problem: &Problem, device: &DeviceInfo) -> Result<(), Error> {
-    if problem.program().is_none() {
+/// The error of a backward problem with a score program that the device does not run yet.
+fn refuse_gradients(problem: &BackwardProblem, device: &DeviceInfo) -> Result<(), Error> {
+    if problem.forward().program().is_none() {
         return Ok(());
     }
-    let (device, reason) = match *device {
-        DeviceInfo::Cpu { .. } => ("the CPU", "only the oracle evaluates it"),
-        DeviceInfo::Gpu { .. } => ("a GPU", "only the oracle evaluates it"),
+    let (feature, device, reason) = match *device {
+        DeviceInfo::Gpu { .. } if problem.deterministic() && problem.table_gradients() => (
+            "a deterministic gradient of a table",
+            "a GPU",
+            "blocks add to it as they finish; leave out `.deterministic()` or `.table_gradients()`",
+        ),
+        _ => return Ok(()),
     };
     Err(Error::Unsupported {
-        feature: "a score program",
+        feature,
         device: device.to_owned(),
         reason,
     })
@@ -332,7 +332,10 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
     }
     // Preprocess and postprocess kernels have no causal variant.
     let causal = problem.causal() && !matches!(pass, Pass::BackwardDelta | Pass::BackwardFinish);
-    let compiled = |arch| entries::find(pass, arch, problem.dtype(), causal, problem.head_dim());
+    let compiled = |arch| match problem.program() {
+        Some(_) => entries::find_program(pass, arch, problem.dtype(), problem.head_dim()),
+        None => entries::find(pass, arch, problem.dtype(), causal, problem.head_dim()),
+    };
     // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too, and takes what has no pairs.
     let arch = problem.arch().filter(|_| problem.has_pairs());
     let hopper = match arch {

@@ -16,7 +16,7 @@ pub struct Derivative {
 }
 
 /// The derivative of the score that comes out by an element of a table, as one node reads it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoadDerivative {
     /// The node that reads.
     pub load: NodeId,

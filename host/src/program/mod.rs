@@ -15,10 +15,15 @@ mod derive;
 pub mod dropout;
 mod evaluate;
 mod expression;
+mod generator;
 pub mod interval;
 pub(crate) mod named;
+mod print;
+mod scope;
+mod splice;
 pub(crate) mod strip;
 mod table;
+mod text;
 
 pub use blocks::{BlockMask, Coverage, Sizes};
 pub use closure::{At, Index, Operand, Readable, Score, Truth};
@@ -33,6 +38,9 @@ pub use expression::{
 };
 use interval::{Bounds, Intervals, Ranges};
 pub use table::{Table, TableSource};
+
+pub use splice::{NotSpliced, Spliced, splice};
+pub use text::{Axis, Code, Factor, Gradients, Memory, Numbers, Slot};
 
 pub use crate::element::DataType;
 use crate::error::Error;

@@ -17,7 +17,7 @@ use crate::abi::HopperForwardParams;
 use crate::mask::{Blocks, Mask, for_blocks_backwards};
 use crate::nonfinite;
 use crate::pipeline::bulk::{Cursor, Slots};
-use crate::ptx::{mbarrier, memory, optimizer, sreg, sync, tma, tma::Corner, wgmma};
+use crate::ptx::{mbarrier, memory, optimizer, program, sreg, sync, tma, tma::Corner, wgmma};
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperShape};
 use crate::softmax::{Finished, OnlineSoftmax};
 use crate::tile::register::{Accumulator, Part, RowValues, ScoreTile};
@@ -31,6 +31,22 @@ use core::mem::offset_of;
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
 #[inline(always)]
 pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, maps: u64) {
+    // SAFETY: the caller's contract.
+    unsafe { forward_with::<S, CAUSAL, false>(p, maps) }
+}
+
+/// The same with the markers of a score program, whose mask goes for every tile. Heads are not packed.
+///
+/// # Safety
+/// The contract of [`forward`].
+#[inline(always)]
+pub unsafe fn program<S: HopperShape>(p: &HopperForwardParams, maps: u64) {
+    // SAFETY: the caller's contract.
+    unsafe { forward_with::<S, false, true>(p, maps) }
+}
+
+#[inline(always)]
+unsafe fn forward_with<S: HopperShape, const CAUSAL: bool, const PROGRAM: bool>(p: &HopperForwardParams, maps: u64) {
     let shared = Shared::<S>::of_this_block();
     // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
     unsafe {
@@ -51,7 +67,7 @@ pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParam
             }
         } else {
             wgmma::grow_registers!(S::CONSUMER_REGISTERS);
-            Consumer::<S, CAUSAL>::new(p, shared).consume(maps);
+            Consumer::<S, CAUSAL, PROGRAM>::new(p, shared).consume(maps);
         }
     }
 }
@@ -115,7 +131,7 @@ fn corner(p: &HopperForwardParams, work: &Work, group: u32) -> Corner {
 }
 
 /// One warpgroup that computes.
-struct Consumer<'a, S: HopperShape, const CAUSAL: bool> {
+struct Consumer<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> {
     p: &'a HopperForwardParams,
     mask: Mask<CAUSAL>,
     shared: Shared<S>,
@@ -126,7 +142,7 @@ struct Consumer<'a, S: HopperShape, const CAUSAL: bool> {
     values: Cursor<HOPPER_SLOTS>,
 }
 
-impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
+impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S, CAUSAL, PROGRAM> {
     #[inline(always)]
     fn new(p: &'a HopperForwardParams, shared: Shared<S>) -> Self {
         Self {
@@ -151,6 +167,10 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::BLOCK_M) {
                 self.shared.query_slots().acquire(self.queries);
                 let mut softmax = OnlineSoftmax::new(self.p.scale_log2);
+                if PROGRAM {
+                    program::head(work.head % self.p.heads, work.head / self.p.heads);
+                    softmax.start_program();
+                }
                 let mut output = S::Output::zero();
                 self.attend(&work, &mut softmax, &mut output);
                 self.finish(&work, softmax, output, maps);
@@ -175,16 +195,19 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             self.shared.key_slots().acquire(self.keys);
             wgmma::fence();
             let mut scores = self.score();
+            self.announce::<true>(work, last);
             wgmma::wait::<0>();
             scores.pin();
             self.release_key();
+            Self::splice::<true>(&mut scores);
             self.hide(work, last, &mut scores);
             let reference = softmax.raise::<true>(&mut scores);
             softmax.weigh(&mut scores, Part::WHOLE, reference);
             softmax.sum(&scores, reference);
+            Self::splice_weights::<true>(&mut scores);
             let mut probabilities = scores.pinned_operand();
             self.shared.value_slots().acquire(self.values);
-            if Mask::<CAUSAL>::HIDES_PAIRS && blocks.is_masked(last) {
+            if Mask::<CAUSAL>::HIDES_PAIRS && blocks.is_masked(last) || PROGRAM && program::hides() {
                 self.clean(self.values.slot);
             }
             for_blocks_backwards!(before, |n, MASKED| {
@@ -217,16 +240,22 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             let mut scores = self.score();
             self.add_values(probabilities, output);
             self.pass_turn();
+            self.announce::<MASKED>(work, n);
             wgmma::wait::<1>();
             scores.pin();
             self.release_key();
             let mut values = self.values;
             values.advance();
             let is_full = self.shared.value_slots().is_full(values);
+            Self::splice::<MASKED>(&mut scores);
             if MASKED {
                 self.hide(work, n, &mut scores);
             }
-            let reference = softmax.raise::<MASKED>(&mut scores);
+            let reference = if PROGRAM {
+                softmax.raise::<true>(&mut scores)
+            } else {
+                softmax.raise::<MASKED>(&mut scores)
+            };
             let [before, after] = Part::split(S::EIGHTHS_BEFORE);
             softmax.weigh(&mut scores, before, reference);
             scores.pin();
@@ -239,11 +268,12 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             self.release_value();
             softmax.weigh(&mut scores, after, reference);
             softmax.sum(&scores, reference);
+            Self::splice_weights::<MASKED>(&mut scores);
             if !S::SKIPS_RESCALING || sync::any(reference.rescale.any(|rescale| rescale != 1.0)) {
                 output.map_rows(reference.rescale, |rescale, o| o * rescale);
             }
             *probabilities = scores.pinned_operand();
-            if MASKED && Mask::<CAUSAL>::HIDES_PAIRS {
+            if MASKED && Mask::<CAUSAL>::HIDES_PAIRS || PROGRAM && program::hides() {
                 self.clean(self.values.slot);
             }
         }
@@ -291,6 +321,31 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
+    /// Marks that the scores of key block `n` come. `EDGE` is whether keys of it may lie past the end.
+    #[inline(always)]
+    fn announce<const EDGE: bool>(&self, work: &Work, n: u32) {
+        if PROGRAM {
+            S::Scores::announce::<program::OfQueries<EDGE>>(self.first_row(work), n * S::BLOCK_N);
+        }
+    }
+
+    /// Where the program turns products into scores, and hides some.
+    #[inline(always)]
+    fn splice<const EDGE: bool>(scores: &mut S::Scores) {
+        if PROGRAM {
+            scores.splice::<program::Scores, program::OfQueries<EDGE>>();
+            scores.splice::<program::Masked, program::OfQueries<EDGE>>();
+        }
+    }
+
+    /// Where the program changes weights.
+    #[inline(always)]
+    fn splice_weights<const EDGE: bool>(weights: &mut S::Scores) {
+        if PROGRAM {
+            weights.splice::<program::Weights, program::OfQueries<EDGE>>();
+        }
+    }
+
     /// Minus infinity for the keys of block `n` that a query does not see.
     #[inline(always)]
     fn hide(&self, work: &Work, n: u32, scores: &mut S::Scores) {
@@ -309,11 +364,11 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             lse,
             row_max,
             row_sum,
-        } = softmax.finish(|row| !span(row).is_empty());
+        } = softmax.finish(|row| !PROGRAM && !span(row).is_empty());
         output.map_rows(inverse, |inverse, o| S::Element::mean(o * inverse));
+        let hides_pairs = Mask::<CAUSAL>::HIDES_PAIRS || PROGRAM && program::hides();
         // SAFETY: initialised before the block went on, and set before a barrier of all consumers.
-        let cleaned =
-            Mask::<CAUSAL>::HIDES_PAIRS && unsafe { memory::ld_shared_u32(self.shared.cleaned(self.group)) } != 0;
+        let cleaned = hides_pairs && unsafe { memory::ld_shared_u32(self.shared.cleaned(self.group)) } != 0;
         if cleaned {
             let (batch, head) = (work.head / self.p.heads, work.head % self.p.heads / self.p.heads_per_kv);
             let values = GlobalTile::new(
@@ -326,7 +381,15 @@ impl<'a, S: HopperShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             );
             let blocks = key_blocks::<S, CAUSAL>(self.p, &self.mask, work);
             // SAFETY: the window clips what does not exist.
-            unsafe { nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::BLOCK_N, span) }
+            unsafe {
+                if PROGRAM {
+                    let sees = |row, key| program::visible(first_row + row, key, work.head);
+                    nonfinite::restore::<S::Element, _>(&mut output, &values, blocks.all_masked(), S::BLOCK_N, sees);
+                } else {
+                    let sees = |row, key| span(row).contains(key);
+                    nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::BLOCK_N, sees);
+                }
+            }
         }
         let staging = self.shared.query(self.group);
         // SAFETY (whole body): each warp awaited the warpgroup's products with these queries before it arrives at the

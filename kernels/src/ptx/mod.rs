@@ -11,6 +11,7 @@ pub mod matrix;
 pub mod mbarrier;
 pub mod memory;
 pub mod optimizer;
+pub mod program;
 pub mod sreg;
 pub mod sync;
 pub mod tma;

@@ -3,6 +3,7 @@
 use super::register::{Accumulator, OutputTile, Part, RowValues, Rows, ScoreTile};
 use super::{fragment, global::GlobalTile, shared::SharedTile};
 use crate::mask::Span;
+use crate::ptx::program::{self, Shown};
 use crate::ptx::{matrix::Half, memory, optimizer, sreg, sync};
 use core::marker::PhantomData;
 
@@ -56,6 +57,24 @@ impl<T: Half, const M: usize, const N: usize> ScoreTile for Fragments<T, M, N> {
             }
         }
         Packed(packed)
+    }
+
+    #[inline(always)]
+    fn announce<S: program::Tile>(row: u32, column: u32) {
+        let (r, c) = fragment::accumulator(sreg::lane_id(), 0);
+        for m in 0..M {
+            program::fragment_tile::<S>(row + r, column + c, m);
+        }
+    }
+
+    #[inline(always)]
+    fn splice<K: Shown, S: program::Tile>(&mut self) {
+        for m in 0..M {
+            for n in 0..N / 2 {
+                let [left, right] = &mut self.0[m].as_chunks_mut::<2>().0[n];
+                K::fragment::<S>(left, right, m, n);
+            }
+        }
     }
 }
 

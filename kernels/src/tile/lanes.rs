@@ -7,6 +7,7 @@
 use super::register::{Accumulator, OutputTile, Part, RowValues, Rows, ScoreTile};
 use super::{fragment, global::GlobalTile, shared::SharedTile};
 use crate::element::F32;
+use crate::ptx::program::{self, Shown};
 use crate::ptx::{math::fma, memory, optimizer, sreg, sync};
 
 /// Four rows by `N` columns in each lane; 16 lanes share a row and take turns of `RUN` columns.
@@ -43,6 +44,19 @@ impl<const N: usize> ScoreTile for LaneRows<N, 1> {
     #[inline(always)]
     fn operand(&self) -> Self {
         *self
+    }
+
+    #[inline(always)]
+    fn announce<S: program::Tile>(row: u32, column: u32) {
+        let (r, c) = fragment::simt(sreg::lane_id(), 0, 0, 1);
+        program::lanes_tile::<S>(row + r, column + c);
+    }
+
+    #[inline(always)]
+    fn splice<K: Shown, S: program::Tile>(&mut self) {
+        for i in 0..N {
+            K::lanes::<S>(self.0.each_mut().map(|row| &mut row[i]), i);
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 use super::{element::Element, global::GlobalTile, shared::SharedTile};
 use crate::mask::Span;
+use crate::ptx::program::{self, Shown};
 use crate::ptx::{memory, sreg, sync};
 
 /// One f32 for each row that a lane holds part of: `A` groups of `B` rows.
@@ -205,6 +206,12 @@ pub trait ScoreTile: Accumulator {
 
     /// The tile as the left operand of a product, in the registers it is in.
     fn operand(&self) -> Self::Operand;
+
+    /// Marks that the scores of a tile come whose first row and column are these, for a score program.
+    fn announce<T: program::Tile>(row: u32, column: u32);
+
+    /// Marks the scores, in the registers they are in.
+    fn splice<K: Shown, T: program::Tile>(&mut self);
 }
 
 /// Outputs and gradients: accumulators of products with streamed tiles.

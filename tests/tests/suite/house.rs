@@ -36,7 +36,7 @@ const HOST: &[&[&str]] = &[
 
 /// Rooms of the kernels, lowest floor first.
 const KERNELS: &[&[&str]] = &[
-    &["abi", "element", "mask"],
+    &["abi", "element", "mask", "program"],
     &["ptx"],
     &["tile", "deal"],
     &["shape", "softmax", "nonfinite"],

@@ -17,6 +17,7 @@ mod minilm;
 mod nonfinite;
 mod numbers;
 mod plan;
+mod programs;
 mod properties;
 mod ptx_contract;
 mod ragged;

@@ -10,7 +10,8 @@ use flash_attention_kernels::abi::{
     BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, QuerySumsParams,
 };
 use flash_attention_kernels::archive::Archive;
-use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, Pass};
+use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, PROGRAM_ENTRIES, Pass};
+use flash_attention_kernels::program::{Kind, Layout, Marker, Tile};
 use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES};
 use flash_attention_kernels::study::{self, StandardParams};
 use flash_attention_tests::files::workspace;
@@ -39,7 +40,7 @@ impl Kernel {
 
 /// All compiled kernels, including those of the traffic study, inflated once for all tests.
 static KERNELS: LazyLock<Vec<Kernel>> = LazyLock::new(|| {
-    let product = ENTRIES.iter().map(|entry| Kernel {
+    let product = ENTRIES.iter().chain(PROGRAM_ENTRIES).map(|entry| Kernel {
         entry: entry.with_pass(Some(entry.pass)),
         ptx: entry.ptx(),
     });
@@ -102,8 +103,8 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
             (Some(Pass::BackwardAll | Pass::BackwardFinish), _) => panic!("{} is not portable", entry.name),
         };
         let bodies = match entry.pass {
-            Some(Pass::BackwardKeys) if !entry.causal => 1,
-            Some(Pass::Forward) => 3,
+            Some(Pass::BackwardKeys) if !entry.causal && !entry.program => 1,
+            Some(Pass::Forward) if !entry.program => 3,
             _ => 2,
         };
         let expected = match entry.dtype {
@@ -269,8 +270,13 @@ fn files_and_table_are_the_same_set() {
     let mut packed = Vec::new();
     for_each_archive(|arch, archive| packed.extend(archive.names().map(|name| (arch.clone(), name.to_owned()))));
     let product = ENTRIES.iter().map(|entry| (entry.arch.name(), entry.name));
+    let programs = PROGRAM_ENTRIES.iter().map(|entry| match entry.arch {
+        Arch::Sm80 => ("program_sm_80", entry.name),
+        Arch::Sm90a => ("program_sm_90a", entry.name),
+    });
     let study = study::KERNELS.iter().map(|kernel| ("study", kernel.name));
     let table = product
+        .chain(programs)
         .chain(study)
         .map(|(archive, name)| (archive.to_owned(), name.to_owned()));
     let table: BTreeSet<_> = table.collect();
@@ -279,7 +285,7 @@ fn files_and_table_are_the_same_set() {
     let names: BTreeSet<_> = table.iter().map(|(_, name)| name).collect();
     assert_eq!(
         names.len(),
-        ENTRIES.len() + study::KERNELS.len(),
+        ENTRIES.len() + PROGRAM_ENTRIES.len() + study::KERNELS.len(),
         "two entries of one name"
     );
 }
@@ -322,4 +328,86 @@ fn inline_assembly_stays_in_its_room() {
         }
     }
     assert!(inside > 0, "the search finds what it looks for");
+}
+
+/// Markers of a kernel, in the order of its text.
+fn markers(entry: &Kernel) -> Vec<Marker<'_>> {
+    let read = |line| Marker::read(line).map(|marker| marker.unwrap_or_else(|()| panic!("{}: {line}", entry.name)));
+    entry.ptx.lines().filter_map(read).collect()
+}
+
+/// Each body of a kernel for programs, one for tiles at the edge and one for the rest, has the markers of its tile of scores;
+/// plain kernels have none.
+#[test]
+fn kernels_for_programs_have_their_markers() {
+    for entry in KERNELS.iter() {
+        let found = markers(entry);
+        if !entry.program {
+            assert!(found.is_empty(), "{}", entry.name);
+            continue;
+        }
+        if entry.pass == Some(Pass::BackwardDelta) {
+            assert!(matches!(found[..], [Marker::Row { .. }]), "{}", entry.name);
+            continue;
+        }
+        let transposed = entry.pass == Some(Pass::BackwardKeys);
+        let (owned, streamed) = match transposed {
+            false => (entry.block_m, entry.block_n),
+            true => (entry.block_n, entry.block_m),
+        };
+        let warps = entry.threads / 32 - if entry.arch == Arch::Sm90a { 4 } else { 0 };
+        let (layout, rows) = match entry.dtype {
+            Dtype::F32 => (Layout::Lanes, 1),
+            Dtype::F16 | Dtype::Bf16 => (Layout::Fragment, owned / warps / 16),
+        };
+        // dK and dV may be a walk each; dK alone takes gradients of scores.
+        let walks = if entry.two_walks { 2 } else { 1 };
+        let kinds: &[(Kind, u32)] = match entry.pass {
+            Some(Pass::Forward) => &[(Kind::Score, 1), (Kind::Mask, 1), (Kind::Weight, 1)],
+            Some(Pass::BackwardQueries) => &[
+                (Kind::Score, 1),
+                (Kind::Hide, 1),
+                (Kind::Weight, 1),
+                (Kind::Gradient, 1),
+            ],
+            _ => &[
+                (Kind::Score, walks),
+                (Kind::Hide, walks),
+                (Kind::Weight, 2),
+                (Kind::Gradient, 1),
+            ],
+        };
+        for edge in [false, true] {
+            let wanted = Tile {
+                layout,
+                transposed,
+                edge,
+            };
+            let count = |is: &dyn Fn(&Marker<'_>) -> bool| found.iter().filter(|marker| is(marker)).count() as u32;
+            let tiles = count(&|marker| matches!(marker, Marker::Tile { tile, .. } if *tile == wanted));
+            assert_eq!(tiles, rows * walks, "{}: {wanted:?}", entry.name);
+            for &(wanted_kind, times) in kinds {
+                let is = |marker: &Marker<'_>| matches!(marker, Marker::Scores { kind, tile, .. } if (*kind, *tile) == (wanted_kind, wanted));
+                assert_eq!(
+                    count(&is),
+                    rows * streamed / 16 * times,
+                    "{}: {wanted_kind:?} {wanted:?}",
+                    entry.name
+                );
+            }
+        }
+        let of_scores = |marker: &&Marker<'_>| matches!(marker, Marker::Scores { .. });
+        let total: u32 = kinds.iter().map(|(_, times)| 2 * rows * streamed / 16 * times).sum();
+        assert_eq!(found.iter().filter(of_scores).count() as u32, total, "{}", entry.name);
+        let starts = found
+            .iter()
+            .filter(|marker| matches!(marker, Marker::Start { .. }))
+            .count();
+        assert_eq!(starts, usize::from(entry.pass == Some(Pass::Forward)), "{}", entry.name);
+        let heads = found
+            .iter()
+            .filter(|marker| matches!(marker, Marker::Head { .. }))
+            .count();
+        assert!(heads > 0, "{}: no head is shown", entry.name);
+    }
 }

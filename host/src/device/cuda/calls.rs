@@ -76,16 +76,16 @@ pub(super) trait Calls: Send + Sync {
     /// Encodes a tensor map with the driver.
     fn encode(&self, tile: &TileMap) -> Result<TensorMap, DriverError>;
 
-    /// Launches a kernel that takes one struct by value.
+    /// Launches a kernel that takes structs by value.
     ///
     /// # Safety
-    /// `params` are the bytes of the struct that the function takes, and every address in them is valid.
+    /// `params` are the bytes of the structs that the function takes, and every address in them is valid.
     unsafe fn launch(
         &self,
         queue: Queue,
         function: Function,
         geometry: Geometry,
-        params: &[u8],
+        params: &[&[u8]],
     ) -> Result<(), DriverError>;
 
     /// Waits for all work on the stream.
@@ -202,9 +202,12 @@ impl Calls for CudaCalls {
         queue: Queue,
         function: Function,
         geometry: Geometry,
-        params: &[u8],
+        params: &[&[u8]],
     ) -> Result<(), DriverError> {
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        let mut arguments: Vec<_> = params
+            .iter()
+            .map(|struct_| struct_.as_ptr().cast_mut().cast::<c_void>())
+            .collect();
         self.inside(queue, || {
             // SAFETY: passed on to the caller.
             unsafe { driver::launch(function.0, geometry, queue.stream, &mut arguments) }

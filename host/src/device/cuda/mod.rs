@@ -24,7 +24,8 @@ use self::calls::{Calls, CudaCalls, Function, Queue};
 use self::driver::{DriverError, Geometry, Gpu, failed};
 use super::{Backend, Device, DeviceKind};
 use crate::error::{CudaUnavailable, Error};
-use crate::plan::{Launch, Plan, Results};
+use crate::plan::{Launch, ModuleKey, ModuleText, Plan, Results};
+use crate::program::Slot;
 use crate::progress::Reporter;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
@@ -43,9 +44,12 @@ struct Context {
     name: String,
     info: DeviceInfo,
     pool: Option<sys::CUmemoryPool>,
-    /// Functions by the name of their entry. A module is loaded once and never unloaded.
-    functions: Mutex<HashMap<&'static str, Function>>,
+    /// Functions of the modules loaded so far. A module is never unloaded.
+    functions: Mutex<HashMap<ModuleKey, Loaded>>,
 }
+
+/// A function, with what its second parameter holds.
+type Loaded = (Function, Arc<[Slot]>);
 
 // SAFETY: the pool is a driver's handle, which may be used from any thread, like those in `Queue`. It is never
 // destroyed.
@@ -199,17 +203,25 @@ impl Cuda {
         }
     }
 
-    /// Returns the function of a kernel, which is loaded at its first use.
-    fn function(&self, entry: &'static Entry) -> Result<Function, Error> {
+    /// Returns the function of a kernel, which is loaded at its first use, and what its second parameter holds.
+    fn function(&self, launch: &Launch) -> Result<Loaded, Error> {
         let mut functions = lock(&self.context.functions);
-        if let Some(function) = functions.get(entry.name) {
-            return Ok(*function);
+        let key = launch.module_key();
+        if let Some(function) = functions.get(&key) {
+            return Ok(function.clone());
         }
+        let entry = launch.entry;
+        let ModuleText { ptx, slots } = launch.module_text().map_err(|error| Error::Launch {
+            device: self.spec(),
+            kernel: entry.name,
+            message: error.to_string(),
+        })?;
         let function = self
             .calls
-            .load(self.queue, &entry.ptx(), entry.name, entry.shared_bytes)
+            .load(self.queue, &ptx, entry.name, entry.shared_bytes)
             .map_err(self.launch_error(entry))?;
-        functions.insert(entry.name, function);
+        let function = (function, Arc::from(slots));
+        functions.insert(key, function.clone());
         Ok(function)
     }
 
@@ -221,16 +233,19 @@ impl Cuda {
             .params(results, |tile| self.calls.encode(tile))
             .map_err(&refused)?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
-        let function = self.function(launch.entry)?;
+        let (function, slots) = self.function(launch)?;
+        let numbers = launch.numbers(&slots, &results);
         let geometry = Geometry {
             grid: launch.grid,
             threads: launch.threads,
             shared_bytes: launch.shared_bytes,
             cluster: 1,
         };
-        // SAFETY: the plan made the parameters, as the struct that this entry takes. The caller promises that the
-        // addresses in them are valid.
-        unsafe { self.calls.launch(self.queue, function, geometry, params.as_bytes()) }.map_err(refused)
+        let params = [params.as_bytes(), &numbers];
+        let params = if numbers.is_empty() { &params[..1] } else { &params[..] };
+        // SAFETY: the parameters are the plan's own, of the struct that the entry takes, and the numbers those that its text
+        // reads; the addresses in them are valid, says the caller.
+        unsafe { self.calls.launch(self.queue, function, geometry, params) }.map_err(refused)
     }
 }
 
@@ -356,7 +371,7 @@ impl Backend for Cuda {
     fn prepare(&self, plan: &Plan) -> Result<(), Error> {
         plan.launches()
             .iter()
-            .try_for_each(|launch| self.function(launch.entry).map(drop))
+            .try_for_each(|launch| self.function(launch).map(drop))
     }
 
     fn stream(&self) -> Option<*mut c_void> {

@@ -90,7 +90,7 @@ impl Calls for Recorder {
         queue: Queue,
         _function: Function,
         geometry: Geometry,
-        _params: &[u8],
+        _params: &[&[u8]],
     ) -> Result<(), DriverError> {
         self.note(queue, format_args!("launch {:?}", geometry.grid));
         Ok(())

@@ -284,14 +284,14 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn restore_values(&self, work: &Work, blocks: Blocks, dv: &mut S::Output) {
         let first_row = self.first_row(work);
-        let span = |row| self.mask.queries_of(first_row + row);
+        let sees = |row, query| self.mask.queries_of(first_row + row).contains(query);
         for i in 0..self.p.heads_q_per_kv.get() {
             let head = work.head * self.p.heads_q_per_kv.get() + i;
             let (batch, head) = (head / self.p.heads_q, head % self.p.heads_q);
             let (tensor, layout) = (&self.p.dout_rows, &self.p.layout);
             let douts = GlobalTile::new(tensor, batch, head, self.p.seqlen_q, layout, S::Element::BYTES);
             // SAFETY: the window clips what does not exist.
-            unsafe { nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, span) }
+            unsafe { nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, sees) }
         }
     }
 

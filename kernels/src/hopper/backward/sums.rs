@@ -38,7 +38,7 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
         // Queries that do not exist get weight 1, and their dO is 0.
         let from = (query < p.seqlen_q).then_some(head as u64 * p.seqlen_q as u64 + query as u64);
         let (to, flag) = (Some(first + row as u64), sreg::block_idx_x());
-        write_exponents::<T>(&p.rows, &p.sums.exponents, from, to, delta, p.scale_log2, flag);
+        write_exponents::<T, false>(&p.rows, &p.sums.exponents, from, to, delta, p.scale_log2, flag);
         let squares = p.sums.dq_columns / HOPPER_ROWS;
         if p.sums.turns != 0 && first % HOPPER_ROWS as u64 == 0 && sreg::thread_idx_x() < squares {
             let square = first / HOPPER_ROWS as u64 * squares as u64 + sreg::thread_idx_x() as u64;

@@ -453,7 +453,7 @@ pub fn standard_backward_with_tables<T: Element>(
     }
     let head = dims.seqlen_k * head_dim;
     let add_up = |gradient: Vec<f32>| -> Vec<T> {
-        let groups = gradient.chunks(head * (dims.heads_q / dims.heads_kv));
+        let groups = gradient.chunks((head * (dims.heads_q / dims.heads_kv)).max(1));
         let sum = |group: &[f32], i: usize| group.chunks(head).map(|gradient| round(gradient[i])).sum::<f32>();
         groups
             .flat_map(|group| (0..head).map(move |i| T::from_f32(sum(group, i))))

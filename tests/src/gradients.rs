@@ -207,7 +207,7 @@ impl<T: Element> Inputs<T> {
     }
 
     /// Returns the largest errors allowed for dq, dk and dv: twice those of standard attention in this dtype, or of rounding
-    /// the exact result to it if that is more, plus 1e-5, plus the limit of [`delta_limits`](Self::delta_limits).
+    /// the exact result to it if that is more, plus 1e-5, plus the limit of `delta_limits`.
     pub fn gradient_bounds(&self, case: &Case, dout: &[T], oracle: &[Vec<f64>; 3]) -> [f64; 3] {
         let standard = reference::standard_backward(&case.dims(), &self.q, &self.k, &self.v, dout);
         let limits = self.delta_limits(case, dout);

@@ -29,8 +29,8 @@ const TARGETS: [(&str, &[&str]); 2] = [
 /// Functions that have a loop with products in every instruction set.
 const MULTIPLY: [&str; 4] = ["product", "softmax", "one", "backpropagate"];
 
-/// Loops that may access the stack: the widening of f16 in plain Rust, which no processor in use today runs by default.
-const MAY_SPILL: (&str, &str) = ("kernels::isa::portable", "one");
+/// Loops that may access the stack: the widening of f16 and the strips of a score program in plain Rust, which no processor in use today runs by default.
+const MAY_SPILL: [(&str, &str); 2] = [("kernels::isa::portable", "one"), ("kernels::isa::portable", "strip")];
 
 /// Compiles the library for each target and prints its loops; fails where one of them accesses the stack.
 pub fn check() -> Outcome {
@@ -68,7 +68,7 @@ fn judge(target: &str, set: &str, assembly: &str, faults: &mut Vec<String>) {
             largest.products(),
             of_stack.len()
         );
-        if let Some(first) = of_stack.first().filter(|_| (set, name(function)) != MAY_SPILL) {
+        if let Some(first) = of_stack.first().filter(|_| !MAY_SPILL.contains(&(set, name(function)))) {
             faults.push(format!(
                 "{target}: a loop of {set}::{} accesses the stack: {first}",
                 name(function)

@@ -37,12 +37,7 @@ impl Scratch {
             for tile in (0..backward.query_tiles()).rev() {
                 let first_row = tile * backward.tiles.block_m as usize;
                 let rows = (backward.tiles.block_m as usize).min(problem.seqlen_q() as usize - first_row);
-                let turn = match &shared.walks {
-                    Some(walks) => walks[in_group].turn(tile, chunk),
-                    None => backward.turn(tile, chunk),
-                };
-                let Some(turn) = turn else {
-                    backward.reporter.add(1);
+                let Some(turn) = shared.turn(backward, in_group, tile, chunk) else {
                     continue;
                 };
                 // SAFETY: as above.

@@ -19,24 +19,24 @@ pub(super) struct SharedHead {
     /// f32 dQ accumulator, `queries x head_dim`, if dq itself cannot hold f32; freed when the last task has taken it.
     /// Beside it the number of tasks that have taken it.
     sums: Mutex<(Option<Arc<Sums>>, usize)>,
-    /// What each of its query heads sees by the program, if there is one: tiles of queries by runs of keys.
-    pub(super) walks: Option<Vec<Turns>>,
+    /// Turns at the dQ of each of its query heads by the program, if there is one.
+    walks: Option<Vec<Arc<Turns>>>,
 }
 
-/// Which runs of keys the tiles of queries of a head see.
-pub(super) struct Turns {
-    /// Of each tile, the runs in order.
+/// Runs of keys that the tiles of queries of a head see.
+struct Turns {
+    /// Runs that each tile sees, in order.
     seen: Vec<Vec<u32>>,
 }
 
-/// When a run of keys adds to a tile's dQ.
+/// Turn of a run of keys to add to a tile's dQ.
 #[derive(Clone, Copy)]
 pub(super) struct Turn {
-    /// How many runs add before.
+    /// Number of runs that add before it.
     pub(super) place: u32,
-    /// Whether none adds after it.
+    /// True if no run adds after it.
     pub(super) is_last: bool,
-    /// Whether the tile sees any of its keys. If it sees none of any run, the first run writes zeros.
+    /// True if the tile sees any key of the run. If it sees none of any run, the first run writes zeros.
     pub(super) sees_any: bool,
 }
 
@@ -57,8 +57,8 @@ impl Turns {
         Self { seen }
     }
 
-    /// The turn of a run at a tile; `None` if it has none.
-    pub(super) fn turn(&self, tile: usize, run: usize) -> Option<Turn> {
+    /// Returns the turn of a run at a tile; `None` if it has none.
+    fn turn(&self, tile: usize, run: usize) -> Option<Turn> {
         let runs = &self.seen[tile];
         if runs.is_empty() && run == 0 {
             return Some(Turn {
@@ -88,20 +88,51 @@ unsafe impl Send for Sums {}
 unsafe impl Sync for Sums {}
 
 impl SharedHead {
-    /// Of key head `head`, all batches counted.
-    pub(super) fn new(backward: &Backward<'_>, head: usize) -> Self {
+    /// Makes the states of all key heads of all batch entries. Where the program's mask is one for all heads, so are
+    /// its turns.
+    pub(super) fn all(backward: &Backward<'_>) -> Vec<Self> {
+        let program = backward.program.as_ref().map(|program| &program.scores);
+        let turns = |program, batch, head| Arc::new(Turns::new(backward, program, batch, head));
+        let one = program.filter(|program| program.has_one_mask());
+        let one = one.map(|program| turns(program, 0, 0));
+        let of_head = |program, batch, head| one.clone().unwrap_or_else(|| turns(program, batch, head));
+        let (heads_kv, group) = (backward.problem.heads_kv(), backward.group());
+        let new = |head: usize| {
+            let (batch, kv_head) = (head / heads_kv, head % heads_kv);
+            let heads = kv_head * group..(kv_head + 1) * group;
+            let walks = program.map(|program| heads.map(|head| of_head(program, batch, head)).collect());
+            Self::new(backward, walks)
+        };
+        (0..backward.problem.batch() * heads_kv).map(new).collect()
+    }
+
+    fn new(backward: &Backward<'_>, walks: Option<Vec<Arc<Turns>>>) -> Self {
         let tiles = backward.group() * backward.query_tiles();
-        let (batch, kv_head) = (head / backward.problem.heads_kv(), head % backward.problem.heads_kv());
-        let heads = kv_head * backward.group()..(kv_head + 1) * backward.group();
-        let walks = backward.program.as_ref().map(|program| {
-            let turns = |head| Turns::new(backward, &program.scores, batch, head);
-            heads.map(turns).collect()
-        });
         Self {
             walks,
             added: (0..tiles).map(|_| AtomicU32::new(0)).collect(),
             sums: Mutex::new((None, 0)),
         }
+    }
+
+    /// Returns the turn of a run of keys at a tile of queries of the query head `in_group`; `None` if it has none.
+    pub(super) fn turn(&self, backward: &Backward<'_>, in_group: usize, tile: usize, run: usize) -> Option<Turn> {
+        match &self.walks {
+            Some(walks) => walks[in_group].turn(tile, run),
+            None => backward.turn(tile, run),
+        }
+    }
+
+    /// Returns the number of turns of all runs of keys: the units of work.
+    pub(super) fn turns(&self, backward: &Backward<'_>, runs: usize) -> u64 {
+        let heads = 0..backward.group();
+        let tiles = heads.flat_map(|head| (0..backward.query_tiles()).map(move |tile| (head, tile)));
+        let of_tile = |(head, tile)| {
+            (0..runs)
+                .filter_map(move |run| self.turn(backward, head, tile, run))
+                .count()
+        };
+        tiles.map(of_tile).sum::<usize>() as u64
     }
 
     /// Returns the accumulator for one of `chunks` runs of keys, each of which takes it once. `None` if dq itself is

@@ -89,7 +89,8 @@ pub(super) unsafe fn backward(
         reporter,
     };
     let heads = problem.batch() * problem.heads_kv();
-    reporter.begin(|| (heads * backward.group() * backward.passes(chunks)) as u64);
+    let shared = SharedHead::all(&backward);
+    reporter.begin(|| shared.iter().map(|head| head.turns(&backward, chunks)).sum());
     // SAFETY: passed on to the caller.
     unsafe {
         backward.make_delta(team);
@@ -97,7 +98,6 @@ pub(super) unsafe fn backward(
             backward.sink_gradients(team, program, tables.sinks);
         }
     }
-    let shared: Vec<SharedHead> = (0..heads).map(|head| SharedHead::new(&backward, head)).collect();
     // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody; but for sums over
     // heads.
     let takes_turns = backward
@@ -180,21 +180,7 @@ impl Backward<'_> {
         self.problem.seqlen_q().div_ceil(self.tiles.block_m) as usize
     }
 
-    /// How often a tile of queries of one head passes a run of keys: the units of work.
-    fn passes(&self, chunks: usize) -> usize {
-        let tiles = self.query_tiles();
-        let (mut passes, mut unseeing) = (tiles, 0); // every tile takes its turn at the first run
-        for chunk in 1..chunks {
-            let first_key = chunk * self.tiles.block_n as usize;
-            while unseeing < tiles && self.seen_by(unseeing) <= first_key {
-                unseeing += 1;
-            }
-            passes += tiles - unseeing;
-        }
-        passes
-    }
-
-    /// When a run of keys adds to the dQ of a tile of queries; `None` if never.
+    /// Returns the turn of a run of keys at the dQ of a tile of queries without a program; `None` if it has none.
     fn turn(&self, tile: usize, chunk: usize) -> Option<Turn> {
         let first_key = chunk * self.tiles.block_n as usize;
         let end = self.seen_by(tile);

@@ -9,6 +9,9 @@ use crate::problem::Problem;
 
 /// Cost of a plan. The counts are exact, except for reads of semaphores by blocks that wait for their turn, which
 /// depend on timing and are not counted.
+///
+/// A score program is left out: plans are made without reading tables, so pairs and tiles that only its mask hides count as
+/// visible, and neither its operations nor its reads of tables count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward reads Q once, and K and V once for every query tile that

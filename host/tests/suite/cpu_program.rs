@@ -85,7 +85,7 @@ fn documents(device: &Device, [batch, seqlen]: [usize; 2], length: usize) -> Ten
 /// A program with tables of every kind, of a device and the shapes of q and k.
 type Tabled = fn(&Device, [usize; 4], [usize; 4]) -> Attention;
 
-const TABLED: [(&str, Tabled); 8] = [
+const TABLED: [(&str, Tabled); 9] = [
     ("ALiBi", |device, q, _| {
         Attention::new().causal().alibi(&floats::<f32>(device, &[q[1]], 31))
     }),
@@ -108,6 +108,11 @@ const TABLED: [(&str, Tabled); 8] = [
     }),
     ("sinks", |device, q, _| {
         Attention::new().causal().sinks(&floats::<f32>(device, &[q[1]], 36))
+    }),
+    // So large that runs of keys add to its gradient in place, and its last column is of most keys.
+    ("clamped", |device, _, _| {
+        let table = Table::<f32, 2>::new(&floats::<f32>(device, &[300, 120], 42)).expect("a table");
+        Attention::new().score(move |s, at| s + table.at_clamped(at.query, at.key))
     }),
     ("all", |device, q, k| {
         let relative = Table::<f32, 2>::new(&floats::<f32>(device, &[q[1], 9], 37)).expect("a table");

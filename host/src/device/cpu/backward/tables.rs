@@ -81,9 +81,15 @@ impl TableSums {
                 size *= table.last[axis] as usize + 1;
             }
             let by_key = |node: Node| match node {
-                Node::Load { table, indices, .. } if table as usize == place => indices
-                    .iter()
-                    .any(|&index| expression.node(index) == Node::Coordinate(Coordinate::Key)),
+                Node::Load {
+                    table,
+                    indices,
+                    clamped,
+                } if table as usize == place => {
+                    // Clamped, keys past the end of the table share its last element.
+                    let mut nodes = indices.iter().map(|&index| expression.node(index));
+                    !clamped && nodes.any(|node| node == Node::Coordinate(Coordinate::Key))
+                }
                 _ => true,
             };
             TableSum {

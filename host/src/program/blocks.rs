@@ -8,7 +8,7 @@ use std::fmt;
 
 use super::evaluate::HostTable;
 use super::interval::{Bounds, Intervals, Ranges};
-use super::{Coordinate, Node, Program, read_as};
+use super::{Coordinate, Program, read_as};
 use crate::error::{Error, ProgramError};
 
 /// Most tiles along an axis of a picture.
@@ -23,6 +23,17 @@ pub enum Coverage {
     Partial,
     /// All pairs are visible.
     Full,
+}
+
+impl Coverage {
+    /// Returns the coverage of pairs for which a mask has these bounds.
+    pub(crate) fn of(mask: Bounds) -> Self {
+        match mask {
+            Bounds::Truth(true, false) => Self::Empty,
+            Bounds::Truth(false, _) => Self::Full,
+            _ => Self::Partial,
+        }
+    }
 }
 
 /// The coverage of every tile of `block_m` queries and `block_n` keys.
@@ -58,15 +69,12 @@ impl BlockMask {
     /// # Errors
     /// [`ProgramError::Argument`] if a size of a tile is 0.
     pub fn of(program: &Program, tables: &[HostTable], sizes: Sizes, block: [usize; 2]) -> Result<Self, Error> {
-        let needed = program.expression().needed(program.mask());
-        let reads = |coordinates: &[Coordinate]| {
-            let nodes = program.expression().iter().filter(|(id, _)| needed[id.index()]);
-            nodes
-                .into_iter()
-                .any(|(_, node)| coordinates.iter().any(|&which| node == Node::Coordinate(which)))
+        let batch = if program.mask_reads(&[Coordinate::Batch]) {
+            sizes.batch
+        } else {
+            1
         };
-        let batch = if reads(&[Coordinate::Batch]) { sizes.batch } else { 1 };
-        let heads = if reads(&[Coordinate::Head, Coordinate::KvHead]) {
+        let heads = if program.mask_reads(&[Coordinate::Head, Coordinate::KvHead]) {
             sizes.heads_q
         } else {
             1
@@ -98,11 +106,7 @@ impl BlockMask {
                     None => Bounds::any(read_as(element)),
                 }
             });
-            mask.tiles[place] = match bounds.of(root) {
-                Bounds::Truth(true, false) => Coverage::Empty,
-                Bounds::Truth(false, _) => Coverage::Full,
-                _ => Coverage::Partial,
-            };
+            mask.tiles[place] = Coverage::of(bounds.of(root));
         }
         Ok(mask)
     }

@@ -109,6 +109,13 @@ impl Program {
         self.mask
     }
 
+    /// Returns true if the mask depends on one of these coordinates.
+    pub(crate) fn mask_reads(&self, coordinates: &[Coordinate]) -> bool {
+        let needed = self.expression.needed(self.mask);
+        let mut nodes = self.expression.iter().filter(|(id, _)| needed[id.index()]);
+        nodes.any(|(_, node)| coordinates.iter().any(|&which| node == Node::Coordinate(which)))
+    }
+
     /// Returns the values of the parameters, by the places in [`Node::Parameter`].
     pub fn constants(&self) -> &[Constant] {
         &self.constants

@@ -52,9 +52,7 @@ impl Scratch {
                             Some(program) => {
                                 let ranges = [first_row..first_row + rows, first_key..first_key + keys];
                                 let ranges = ranges.map(|range| range.start as u32..range.end as u32);
-                                if let Some(machines) = &mut self.machines {
-                                    machines.set_tile(backward, program, (batch, query_head), ranges);
-                                }
+                                self.begin_program(backward, program, (batch, query_head), ranges);
                                 self.pass_scored(backward, program, tile, first_key, keys);
                             }
                         }
@@ -77,8 +75,8 @@ impl Scratch {
                 backward.reporter.add(1);
             }
         }
-        if let (Some(program), Some(machines)) = (&backward.program, &mut self.machines) {
-            program.sums.end(head, chunk, &mut machines.own_sums);
+        if let Some(program) = &backward.program {
+            program.sums.end(head, chunk, &mut self.own_sums);
         }
         // SAFETY: as above, and no other task has these keys.
         unsafe { self.store_key_gradients(backward, batch, kv_head, first_key, keys) };

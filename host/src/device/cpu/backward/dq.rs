@@ -8,9 +8,10 @@ use flash_attention_kernels::entries::Dtype;
 
 use super::Backward;
 use super::scratch::Scratch;
-use crate::device::cpu::program::{Cell, ScoreProgram, Walk};
+use crate::device::cpu::program::{ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Head;
+use crate::program::Coverage;
 
 /// State that the tasks of one head share.
 pub(super) struct SharedHead {
@@ -49,7 +50,7 @@ impl Turns {
         let mut seen = vec![Vec::new(); backward.query_tiles()];
         for (run, cells) in walk.within(0..u32::MAX) {
             for (runs, cell) in seen.iter_mut().zip(cells) {
-                if *cell != Cell::Empty {
+                if *cell != Coverage::Empty {
                     runs.push(run);
                 }
             }

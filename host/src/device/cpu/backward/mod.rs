@@ -51,7 +51,7 @@ struct Backward<'a> {
     tensors: &'a BackwardTensors,
     tiles: Tiles,
     visibility: Visibility,
-    /// What happens to scores, if anything does. It knows the causal mask as well, and `visibility` none.
+    /// Score program, if there is one. Its mask includes the causal mask, and `visibility` then has none.
     program: Option<BackwardProgram>,
     delta: u64,
     reporter: &'a Reporter<'a>,
@@ -75,7 +75,8 @@ pub(super) unsafe fn backward(
     let (problem, tiles) = (plan.problem(), plan.tiles());
     let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
     let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
-    let program = BackwardProgram::new(problem, plan.derivative().map(AsRef::as_ref), tables, chunks);
+    let derivative = plan.derivative().map(AsRef::as_ref);
+    let program = BackwardProgram::new(team.kernels, problem, derivative, tables, chunks);
     let backward = Backward {
         kernels: team.kernels,
         pairs,

@@ -1,48 +1,40 @@
-//! The path of a block of keys where a program has its say: scores become y, weights are hidden and dropped, and
-//! gradients of y become those of scores.
+//! The path of a block of keys with a program: scores become y, weights are hidden and dropped, and gradients of y
+//! become those of scores.
+
+use std::ops::Range;
 
 use super::scratch::{QueryTile, Scratch};
-use super::tables::{OwnSums, Read, TableSums};
+use super::tables::{Read, TableSums};
 use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::{Backpropagate, Kernels, SIDE};
-use crate::device::cpu::program::{Cell, Dropped, Machine, ScoreProgram, Walk};
+use crate::device::cpu::program::{Machines, ScoreProgram};
 use crate::device::cpu::team::Lines;
 use crate::plan::TableGradients;
 use crate::problem::Problem;
-use crate::program::Derivative;
-use crate::program::strip::{Code, Line};
+use crate::program::strip::Line;
+use crate::program::{Coverage, Derivative};
 
 /// A program and its derivative, made ready for a problem.
 pub(super) struct BackwardProgram {
+    /// The program, which computes its derivatives as well.
     pub(super) scores: ScoreProgram,
-    /// y in place of scores, and its derivative; `None` where y is the score.
-    code: Option<Code>,
     /// Gradients of y become those of scores, if those are not the same.
     slope: Option<Line>,
-    /// Gradients of tables, and who reads them.
+    /// Gradients of tables, and the reads that add to them.
     pub(super) sums: TableSums,
     reads: Vec<Read>,
 }
 
-/// What a thread runs a program in.
-pub(super) struct Machines {
-    score: Option<Machine>,
-    mask: Option<Machine>,
-    dropped: Option<Dropped>,
-    pub(super) walk: Walk,
-    pub(super) own_sums: OwnSums,
-}
-
 impl BackwardProgram {
-    /// The program of a problem, if it has one.
-    /// Gradients of tables are zero, or have no address.
+    /// Returns the program of a problem, if it has one. Gradients of tables are zero, or have no address.
     pub(super) fn new(
+        kernels: &'static Kernels,
         problem: &Problem,
         derivative: Option<&Derivative>,
         gradients: &TableGradients,
         runs: usize,
     ) -> Option<Self> {
-        let scores = ScoreProgram::new(problem, problem.softmax_scale())?;
+        let scores = ScoreProgram::new(kernels, problem, problem.softmax_scale())?;
         let derivative = derivative.expect("a program that is run backward has one");
         let expression = derivative.expression();
         let sums = TableSums::new(derivative, &scores.tables, gradients, runs);
@@ -53,20 +45,19 @@ impl BackwardProgram {
                 roots.extend(expression.node(load.load).operands());
             }
         }
-        let code = (!scores.program.keeps_score()).then(|| Code::new(expression, &roots, true));
-        let slope = code.as_ref().filter(|_| !derivative.is_one());
+        let scores = scores.with_scores(expression, &roots);
+        let roots = scores.score.as_ref().map(|code| &code.roots[..]);
         Some(Self {
-            slope: slope.map(|code| Line::slope(code.roots[1])),
-            reads: code
-                .as_ref()
-                .map_or(Vec::new(), |code| sums.reads(derivative, &code.roots[2..])),
+            slope: roots
+                .filter(|_| !derivative.is_one())
+                .map(|roots| Line::slope(roots[1])),
+            reads: roots.map_or(Vec::new(), |roots| sums.reads(derivative, &roots[2..])),
             sums,
-            code,
             scores,
         })
     }
 
-    /// Queries that are shown or hidden together: whole strips, and whole words of pairs.
+    /// Returns the number of queries that are shown or hidden together: whole strips, and whole words of pairs.
     pub(super) fn group(kernels: &Kernels) -> usize {
         kernels
             .strip_lanes
@@ -77,60 +68,34 @@ impl BackwardProgram {
             })
     }
 
-    /// The scale of y, or of scores that the program leaves as they are: of e and of 2.
+    /// Returns the scale of y, or of scores that the program leaves as they are: of e and of 2.
     fn scales(&self, problem: &Problem) -> [f32; 2] {
-        match self.code {
+        match self.scores.score {
             Some(_) => [1.0, std::f32::consts::LOG2_E],
             None => [problem.softmax_scale(), problem.scale().log2],
         }
     }
 }
 
-impl Machines {
-    pub(super) fn new(backward: &Backward<'_>) -> Option<Self> {
-        let program = backward.program.as_ref()?;
-        let queries = backward.tiles.block_m as usize;
-        let machine = |code: &Option<Code>| {
-            let code = code.as_ref()?;
-            Some(Machine::new(code, backward.kernels, queries, BLOCK))
-        };
-        Some(Self {
-            score: machine(&program.code),
-            mask: machine(&program.scores.mask),
-            dropped: Dropped::new(&program.scores, backward.kernels, BLOCK),
-            walk: Walk::default(),
-            own_sums: program.sums.own_sums(),
-        })
-    }
-
-    /// Turns to a tile of queries and a run of keys.
-    pub(super) fn set_tile(
+impl Scratch {
+    /// Turns to a tile of queries of a head and a run of keys.
+    pub(super) fn begin_program(
         &mut self,
         backward: &Backward<'_>,
         program: &BackwardProgram,
-        (batch, head): (usize, usize),
-        [queries, keys]: [std::ops::Range<u32>; 2],
+        of_head: (usize, usize),
+        [queries, keys]: [Range<u32>; 2],
     ) {
-        let (kernels, scores) = (backward.kernels, &program.scores);
-        for (machine, code) in [(&mut self.score, &program.code), (&mut self.mask, &scores.mask)] {
-            if let (Some(machine), Some(code)) = (machine, code) {
-                machine.set_head(code, kernels, scores, batch, head);
-                machine.set_queries(code, kernels, scores, queries.start);
-            }
-        }
-        if let Some(dropped) = &mut self.dropped {
-            dropped.set_head(batch, head);
-        }
-        let sizes = [BackwardProgram::group(kernels) as u32, BLOCK as u32];
-        self.walk.set(scores, (batch, head), [queries, keys], sizes);
+        let machines = self.machines.as_mut().expect("where there is a program");
+        machines.set_queries(&program.scores, of_head, queries.start);
+        let sizes = [BackwardProgram::group(backward.kernels) as u32, BLOCK as u32];
+        self.walk.set(&program.scores, of_head, [queries, keys], sizes);
     }
-}
 
-impl Scratch {
-    /// A tile of queries passes the keys that it sees: adds to all gradients.
+    /// Passes a tile of queries over the keys that it sees: adds to all gradients.
     ///
     /// # Safety
-    /// As for [`pass`](Self::pass); the machines are set to the tile.
+    /// The contract of [`pass`](Self::pass), after [`begin_program`](Self::begin_program) for the tile.
     pub(super) unsafe fn pass_scored(
         &mut self,
         backward: &Backward<'_>,
@@ -141,11 +106,11 @@ impl Scratch {
     ) {
         let group = BackwardProgram::group(backward.kernels);
         let mut machines = self.machines.take().expect("where there is a program");
-        let walk = std::mem::take(&mut machines.walk);
+        let walk = std::mem::take(&mut self.walk);
         for (n, cells) in walk.within(0..u32::MAX) {
             let first = n as usize * BLOCK - first_key;
             let count = BLOCK.min(keys - first);
-            let shown = |cell: &Cell| *cell != Cell::Empty;
+            let shown = |cell: &Coverage| *cell != Coverage::Empty;
             let begin = cells.iter().position(shown).unwrap_or(0);
             let end = cells.iter().rposition(shown).map_or(0, |last| last + 1);
             let first_lane = begin * group;
@@ -154,30 +119,21 @@ impl Scratch {
                 lanes: (end * group).min(tile.lanes) - first_lane,
                 ..tile
             };
-            let masked = cells[begin..end].iter().any(|cell| *cell != Cell::Full);
-            let first_of_head = (first_key + first) as u32;
-            for (machine, code) in [
-                (&mut machines.score, &program.code),
-                (&mut machines.mask, &program.scores.mask),
-            ] {
-                if let (Some(machine), Some(code)) = (machine, code) {
-                    machine.set_keys(code, backward.kernels, &program.scores, first_of_head);
-                }
-            }
+            let masked = cells[begin..end].iter().any(|cell| *cell != Coverage::Full);
+            machines.set_keys(&program.scores, (first_key + first) as u32, masked);
             // SAFETY: passed on to the caller; the block is one of the keys, padded as they are.
             unsafe {
                 let machines = (program, &mut machines);
                 self.pass_block(backward, machines, tile, [first_key, first, count], masked);
             }
         }
-        machines.walk = walk;
-        self.machines = Some(machines);
+        (self.walk, self.machines) = (walk, Some(machines));
     }
 
-    /// Some lanes of a tile of queries pass a block of keys.
+    /// Passes some lanes of a tile of queries over a block of keys.
     ///
     /// # Safety
-    /// As for [`pass_scored`](Self::pass_scored).
+    /// The contract of [`pass_scored`](Self::pass_scored).
     unsafe fn pass_block(
         &mut self,
         backward: &Backward<'_>,
@@ -222,10 +178,10 @@ impl Scratch {
         }
     }
 
-    /// S and dP of a strip become P, as it weighs values, and dS.
+    /// Turns S and dP of a strip into P, as it weighs values, and dS.
     ///
     /// # Safety
-    /// As for [`pass_scored`](Self::pass_scored).
+    /// The contract of [`pass_scored`](Self::pass_scored).
     unsafe fn score_strip(
         &mut self,
         backward: &Backward<'_>,
@@ -235,23 +191,12 @@ impl Scratch {
         masked: bool,
     ) {
         let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
-        let by = (kernels, &program.scores);
         let scores = (self.probabilities.as_mut_ptr().wrapping_add(lane), stride);
         let ds = (self.ds.as_mut_ptr().wrapping_add(lane), stride);
         let [scale, scale_log2] = program.scales(backward.problem);
-        let mut mask = machines
-            .mask
-            .as_mut()
-            .zip(program.scores.mask.as_ref())
-            .filter(|_| masked);
         // SAFETY: passed on to the caller; the strip is one of the tile's.
         unsafe {
-            if let (Some(machine), Some(code)) = (&mut machines.score, &program.code) {
-                machine.run(&code.of_pairs.lines, by, lane, keys, scores);
-            }
-            if let Some((machine, code)) = &mut mask {
-                machine.run(&code.of_pairs.lines, by, lane, keys, scores);
-            }
+            machines.score(&program.scores, masked, [lane, keys], scores);
             if let Some(dropped) = &mut machines.dropped {
                 dropped.draw(kernels, [tile.first_row + lane, first_key], keys);
                 dropped.apply(kernels, keys, ds, true);
@@ -275,28 +220,26 @@ impl Scratch {
             if let Some(dropped) = &mut machines.dropped {
                 dropped.apply(kernels, keys, scores, true);
             }
-            if let Some((machine, code)) = &mut mask {
-                let clear = [code.clear()];
-                machine.run(&clear, by, lane, keys, scores);
-                machine.run(&clear, by, lane, keys, ds);
+            if masked {
+                machines.clear_hidden(&program.scores, [lane, keys], scores);
+                machines.clear_hidden(&program.scores, [lane, keys], ds);
             }
-            if let Some(machine) = &mut machines.score {
-                let lanes = kernels.strip_lanes.min(tile.rows.saturating_sub(lane));
-                for read in &program.reads {
-                    let (own, sizes) = (&mut machines.own_sums, [keys, lanes]);
-                    program
-                        .sums
-                        .add(read, own, machine, lane, sizes, (ds.0.cast_const(), stride));
-                }
+            let Some(machine) = machines.of_scores() else { return };
+            let lanes = kernels.strip_lanes.min(tile.rows.saturating_sub(lane));
+            for read in &program.reads {
+                let (own, sizes) = (&mut self.own_sums, [keys, lanes]);
+                program
+                    .sums
+                    .add(read, own, machine, lane, sizes, (ds.0.cast_const(), stride));
             }
-            if let (Some(machine), Some(slope)) = (&mut machines.score, &program.slope) {
-                machine.run(std::slice::from_ref(slope), by, lane, keys, ds);
+            if let Some(slope) = &program.slope {
+                machine.run(std::slice::from_ref(slope), &program.scores, lane, keys, ds);
             }
         }
     }
 
-    /// Zeroes P and dS of keys and queries that are not there.
-    fn clear_padding(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: std::ops::Range<usize>) {
+    /// Zeroes P and dS of the keys and queries past the end.
+    fn clear_padding(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: Range<usize>) {
         let stride = backward.tiles.block_m as usize;
         let lanes = tile.first_lane..tile.first_lane + tile.lanes;
         for scores in [&mut self.probabilities, &mut self.ds] {
@@ -318,7 +261,7 @@ impl Scratch {
     /// infinity is NaN, so what is hidden must not even be multiplied by 0.
     ///
     /// # Safety
-    /// As for [`pass_scored`](Self::pass_scored).
+    /// The contract of [`pass_scored`](Self::pass_scored).
     unsafe fn accumulate_visible(
         &mut self,
         backward: &Backward<'_>,
@@ -328,11 +271,8 @@ impl Scratch {
     ) {
         let width = backward.kernels.strip_lanes;
         for strip in (tile.first_lane..tile.first_lane + tile.lanes).step_by(width) {
-            let mut visible = vec![true; keys * width];
-            if let (Some(machine), Some(code)) = (&mut machines.mask, &program.scores.mask) {
-                // SAFETY: passed on to the caller.
-                visible = unsafe { machine.visible(code, (backward.kernels, &program.scores), strip, keys) };
-            }
+            // SAFETY: passed on to the caller.
+            let visible = unsafe { machines.visible(&program.scores, true, [strip, keys]) };
             let end = (strip + width).min(tile.rows);
             let sees = |lane: usize, key: usize| visible[key * width + lane - strip];
             self.accumulate_where(backward, strip..end.max(strip), (first, keys), sees);

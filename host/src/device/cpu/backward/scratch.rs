@@ -1,10 +1,11 @@
 //! Tiles of a thread: they load keys and queries, and store the gradients of keys.
 
 use super::pairs::Words;
-use super::program::Machines;
+use super::tables::OwnSums;
 use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::MAX_LANES;
 use crate::device::cpu::pointer_mut;
+use crate::device::cpu::program::{Machines, Walk};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::QueryRows;
 
@@ -58,12 +59,17 @@ pub(super) struct Scratch {
     pub(super) visible: Lines,
     /// Machines of the score program, if there is one.
     pub(super) machines: Option<Machines>,
+    /// Visibility of the run of keys by the program for the tile's queries.
+    pub(super) walk: Walk,
+    /// Sums of this thread for gradients of tables.
+    pub(super) own_sums: OwnSums,
 }
 
 impl Scratch {
     pub(super) fn new(backward: &Backward<'_>) -> Self {
         let (head_dim, width) = (backward.head_dim(), backward.width());
         let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
+        let program = backward.program.as_ref();
         Self {
             words: Words::new(backward),
             keys: Lines::new(block_n * head_dim + MAX_LANES),
@@ -82,7 +88,9 @@ impl Scratch {
             inverse_sums: Lines::new(block_m),
             delta: Lines::new(block_m),
             visible: Lines::new(block_m),
-            machines: Machines::new(backward),
+            machines: program.map(|program| Machines::new(&program.scores, block_m, BLOCK)),
+            walk: Walk::default(),
+            own_sums: program.map_or(OwnSums::new(), |program| program.sums.own_sums()),
         }
     }
 

@@ -36,7 +36,8 @@ const SEGMENT: u32 = 2048;
 /// Segments of a sequence at most.
 const MAX_SEGMENTS: u32 = 16;
 
-/// Strips by tiles of keys of which is kept what they see: a megabyte, and 32768 x 32768 pairs.
+/// Most cells, strips of queries by tiles of keys, whose coverage is kept for all heads: a megabyte, and 32768 x 32768
+/// pairs.
 const KEPT_CELLS: usize = 1 << 20;
 
 /// Bytes of half of the L1 cache of the processors that have AMX.
@@ -59,9 +60,9 @@ struct Forward<'a> {
     panels: Panels,
     tiles: Tiles,
     visibility: Visibility,
-    /// What happens to scores, if anything does. It knows the causal mask as well, and `visibility` none.
+    /// Score program, if there is one. Its mask includes the causal mask, and `visibility` then has none.
     program: Option<ScoreProgram>,
-    /// What each tile of queries sees by it, once it is known, where that is the same in all heads and fits [`KEPT_CELLS`].
+    /// Walk of each tile of queries, once it is known, if all heads have one mask and it fits [`KEPT_CELLS`].
     walks: Vec<OnceLock<Walk>>,
     scale: Units,
     out: StridedTensor,
@@ -116,7 +117,10 @@ pub(super) unsafe fn forward(
     reporter: &Reporter<'_>,
 ) {
     let (problem, tiles) = (plan.problem(), plan.tiles());
-    let program = ScoreProgram::new(problem, problem.scale().magnitude);
+    let program = problem.program().and_then(|of| {
+        let program = ScoreProgram::new(team.kernels, problem, problem.scale().magnitude)?;
+        Some(program.with_scores(of.expression(), &[of.score()]))
+    });
     let few = is_few(problem);
     let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
     let parts = parts.unwrap_or(0);
@@ -173,15 +177,13 @@ pub(super) unsafe fn forward(
     }
 }
 
-/// Room for what each tile of queries sees; none where heads differ, or strips and tiles of keys are too many to keep.
+/// Makes room for the walk of each tile of queries; none where heads differ, or cells are too many to keep.
 fn walks(problem: &Problem, program: Option<&ScoreProgram>, tiles: Tiles) -> Vec<OnceLock<Walk>> {
-    let cells = problem.seqlen_q() as usize / 16 * (problem.seqlen_k() / tiles.block_n) as usize;
-    let kept = program.is_some_and(ScoreProgram::has_one_mask) && cells <= KEPT_CELLS;
-    let count = if kept {
-        problem.seqlen_q().div_ceil(tiles.block_m)
-    } else {
-        0
-    };
+    let key_tiles = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
+    let cells = |width: usize| (problem.seqlen_q() as usize).div_ceil(width) * key_tiles;
+    let are_kept = |program: &ScoreProgram| program.has_one_mask() && cells(program.kernels.strip_lanes) <= KEPT_CELLS;
+    let query_tiles = problem.seqlen_q().div_ceil(tiles.block_m);
+    let count = if program.is_some_and(are_kept) { query_tiles } else { 0 };
     (0..count).map(|_| OnceLock::new()).collect()
 }
 

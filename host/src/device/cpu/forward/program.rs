@@ -1,4 +1,4 @@
-//! The path of tiles where a program has its say between scores and exponentials. Tiles of keys that no query sees
+//! The path of tiles with a program, which is applied between scores and exponentials. Tiles of keys that no query sees
 //! are not loaded, and of the others only the strips of queries that see something are multiplied.
 
 use std::ops::Range;
@@ -7,61 +7,14 @@ use super::scratch::Scratch;
 use super::state::State;
 use super::tiled::Lanes;
 use super::{Forward, Tile};
-use crate::device::cpu::program::{Cell, Dropped, Machine, ScoreProgram, Walk};
-
-/// What a thread runs a program in.
-pub(super) struct Machines {
-    score: Option<Machine>,
-    mask: Option<Machine>,
-    dropped: Option<Dropped>,
-}
-
-impl Machines {
-    pub(super) fn new(forward: &Forward<'_>) -> Option<Self> {
-        let program = forward.program.as_ref()?;
-        let (queries, keys) = (forward.lanes(), forward.tiles.block_n as usize);
-        let machine = |code: &Option<_>| {
-            let code = code.as_ref()?;
-            Some(Machine::new(code, forward.kernels, queries, keys))
-        };
-        Some(Self {
-            score: machine(&program.score),
-            mask: machine(&program.mask),
-            dropped: Dropped::new(program, forward.kernels, keys),
-        })
-    }
-
-    /// Turns to a tile of queries.
-    pub(super) fn set_tile(&mut self, forward: &Forward<'_>, program: &ScoreProgram, tile: &Tile) {
-        let kernels = forward.kernels;
-        let codes = [(&mut self.score, &program.score), (&mut self.mask, &program.mask)];
-        for (machine, code) in codes {
-            if let (Some(machine), Some(code)) = (machine, code) {
-                machine.set_head(code, kernels, program, tile.batch, tile.head);
-                machine.set_queries(code, kernels, program, tile.first_row);
-            }
-        }
-        if let Some(dropped) = &mut self.dropped {
-            dropped.set_head(tile.batch, tile.head);
-        }
-    }
-
-    /// Turns to a tile of keys.
-    fn set_keys(&mut self, forward: &Forward<'_>, program: &ScoreProgram, first: u32, masked: bool) {
-        if let (Some(machine), Some(code)) = (&mut self.score, &program.score) {
-            machine.set_keys(code, forward.kernels, program, first);
-        }
-        if let (Some(machine), Some(code), true) = (&mut self.mask, &program.mask, masked) {
-            machine.set_keys(code, forward.kernels, program, first);
-        }
-    }
-}
+use crate::device::cpu::program::{Machines, ScoreProgram, Walk};
+use crate::program::Coverage;
 
 impl Scratch {
     /// Turns to a tile of queries.
     pub(super) fn begin_program(&mut self, forward: &Forward<'_>, program: &ScoreProgram, tile: &Tile) {
         let machines = self.machines.as_mut().expect("where there is a program");
-        machines.set_tile(forward, program, tile);
+        machines.set_queries(program, (tile.batch, tile.head), tile.first_row);
         let set = |walk: &mut Walk| {
             let queries = tile.first_row..tile.first_row + tile.rows as u32;
             let sizes = [forward.kernels.strip_lanes as u32, forward.tiles.block_n];
@@ -104,14 +57,14 @@ impl Scratch {
         forward: &Forward<'_>,
         (program, machines): (&ScoreProgram, &mut Machines),
         tile: &Tile,
-        ((n, cells), next): ((u32, &[Cell]), Option<u32>),
+        ((n, cells), next): ((u32, &[Coverage]), Option<u32>),
         state: &mut State,
     ) {
         let (block_n, width) = (forward.tiles.block_n, forward.kernels.strip_lanes);
         let first_key = n * block_n;
         let keys = block_n.min(forward.problem.seqlen_k() - first_key) as usize;
-        let masked = cells.contains(&Cell::Partial);
-        machines.set_keys(forward, program, first_key, masked);
+        let masked = cells.contains(&Coverage::Partial);
+        machines.set_keys(program, first_key, masked);
         let block = self.load_block(forward, tile, first_key as usize, keys, masked);
         let panels = tile.rows.div_ceil(forward.panels.lanes);
         for (index, (panel, count)) in forward.panels(tile.rows).enumerate() {
@@ -120,14 +73,14 @@ impl Scratch {
             }
             let of_panel = &cells[panel / width..(panel + count).div_ceil(width)];
             let mut first = 0;
-            for cells in of_panel.chunk_by(|x, y| (*x == Cell::Empty) == (*y == Cell::Empty)) {
+            for cells in of_panel.chunk_by(|x, y| (*x == Coverage::Empty) == (*y == Coverage::Empty)) {
                 let lanes = Lanes {
                     panel,
                     first,
                     count: (cells.len() * width).min(count - first),
                 };
                 first += cells.len() * width;
-                if cells[0] == Cell::Empty {
+                if cells[0] == Coverage::Empty {
                     continue;
                 }
                 // SAFETY: the lanes are among the tile's, tiles are as large as the plan says, and keys and values
@@ -136,10 +89,8 @@ impl Scratch {
                     self.scores_of(forward, lanes, &block);
                     self.score(forward, (program, machines), lanes, cells, [keys, block.count]);
                     self.exponentials_of(forward, lanes, &block, state);
-                    if let Some(dropped) = &mut machines.dropped {
-                        let first = [tile.first_row as usize + lanes.in_tile(), first_key as usize];
-                        self.drop_weights(forward, dropped, lanes, first, keys);
-                    }
+                    let first = [tile.first_row as usize + lanes.in_tile(), first_key as usize];
+                    self.drop_weights(forward, machines, lanes, first, keys);
                     self.add_values(forward, lanes, &block, state);
                     if !block.finite {
                         self.add_visible_values(forward, (program, machines), lanes, cells, keys, state);
@@ -149,33 +100,25 @@ impl Scratch {
         }
     }
 
-    /// Products of some lanes become what the program makes of them; those it hides, and those of keys that are not
-    /// there, minus infinity.
+    /// Applies the program to the products of some lanes. Those that its mask hides, and those of keys past the end, become
+    /// minus infinity.
     ///
     /// # Safety
-    /// As for [`scores_of`](Self::scores_of).
+    /// The contract of [`scores_of`](Self::scores_of).
     unsafe fn score(
         &mut self,
         forward: &Forward<'_>,
         (program, machines): (&ScoreProgram, &mut Machines),
         lanes: Lanes,
-        cells: &[Cell],
+        cells: &[Coverage],
         [keys, padded]: [usize; 2],
     ) {
-        let (kernels, stride) = (forward.kernels, forward.panels.lanes);
+        let (width, stride) = (forward.kernels.strip_lanes, forward.panels.lanes);
         for (strip, cell) in cells.iter().enumerate() {
-            let in_run = strip * kernels.strip_lanes;
-            let scores = self.scores.as_mut_ptr().wrapping_add(lanes.first + in_run);
-            let first = lanes.in_tile() + in_run;
+            let scores = self.scores.as_mut_ptr().wrapping_add(lanes.first + strip * width);
+            let place = [lanes.in_tile() + strip * width, keys];
             // SAFETY: passed on to the caller; the strip is one of the panel's.
-            unsafe {
-                if let (Some(machine), Some(code)) = (&mut machines.score, &program.score) {
-                    machine.run(&code.of_pairs.lines, (kernels, program), first, keys, (scores, stride));
-                }
-                if let (Some(machine), Some(code), Cell::Partial) = (&mut machines.mask, &program.mask, cell) {
-                    machine.run(&code.of_pairs.lines, (kernels, program), first, keys, (scores, stride));
-                }
-            }
+            unsafe { machines.score(program, *cell == Coverage::Partial, place, (scores, stride)) };
         }
         for row in self.scores.as_mut_slice()[..padded * stride]
             .chunks_mut(stride)
@@ -185,18 +128,19 @@ impl Scratch {
         }
     }
 
-    /// Zeroes the exponentials that dropout drops, of lanes that start at a query and a key.
+    /// Zeroes the exponentials that dropout drops, if there is dropout, of lanes that start at a query and a key.
     ///
     /// # Safety
-    /// As for [`scores_of`](Self::scores_of).
+    /// The contract of [`scores_of`](Self::scores_of).
     unsafe fn drop_weights(
         &mut self,
         forward: &Forward<'_>,
-        dropped: &mut Dropped,
+        machines: &mut Machines,
         lanes: Lanes,
         [query, key]: [usize; 2],
         keys: usize,
     ) {
+        let Some(dropped) = &mut machines.dropped else { return };
         let (kernels, stride) = (forward.kernels, forward.panels.lanes);
         for strip in (0..lanes.count).step_by(kernels.strip_lanes) {
             let first = lanes.first + strip;
@@ -217,36 +161,25 @@ impl Scratch {
     /// is hidden must not even be multiplied by 0.
     ///
     /// # Safety
-    /// As for [`scores_of`](Self::scores_of).
+    /// The contract of [`scores_of`](Self::scores_of).
     unsafe fn add_visible_values(
         &mut self,
         forward: &Forward<'_>,
         (program, machines): (&ScoreProgram, &mut Machines),
         lanes: Lanes,
-        cells: &[Cell],
+        cells: &[Coverage],
         keys: usize,
         state: &mut State,
     ) {
-        let (kernels, head_dim, stride) = (forward.kernels, forward.head_dim(), forward.panels.lanes);
-        let width = kernels.strip_lanes;
-        let (scores, values) = (self.scores.as_slice(), self.values.as_slice());
-        let output = &mut state.output.as_mut_slice()[lanes.panel * forward.panels.depth..];
+        let width = forward.kernels.strip_lanes;
         for (strip, cell) in cells.iter().enumerate() {
             let first = lanes.first + strip * width;
-            let mut visible = vec![true; keys * width];
-            if let (Some(machine), Some(code), Cell::Partial) = (&mut machines.mask, &program.mask, cell) {
-                // SAFETY: passed on to the caller.
-                visible = unsafe { machine.visible(code, (kernels, program), lanes.panel + first, keys) };
-            }
-            for lane in 0..width.min(lanes.first + lanes.count - first) {
-                for d in 0..head_dim {
-                    let sum = &mut output[d * stride + first + lane];
-                    for key in (0..keys).filter(|key| visible[key * width + lane]) {
-                        let (weight, value) = (scores[key * stride + first + lane], values[key * head_dim + d]);
-                        *sum = kernels.multiply_add(weight, value, *sum);
-                    }
-                }
-            }
+            let masked = *cell == Coverage::Partial;
+            // SAFETY: passed on to the caller.
+            let visible = unsafe { machines.visible(program, masked, [lanes.panel + first, keys]) };
+            let end = (first + width).min(lanes.first + lanes.count);
+            let sees = |lane: usize, key: usize| visible[key * width + lane - first];
+            self.add_values_where(forward, lanes.panel, first..end, keys, sees, state);
         }
     }
 }

@@ -3,11 +3,10 @@
 use std::ops::Range;
 
 use super::pairs::Words;
-use super::program::Machines;
 use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::MAX_LANES;
-use crate::device::cpu::program::{ScoreProgram, Walk};
+use crate::device::cpu::program::{Machines, ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 
 /// Tiles of a thread, in the place of a GPU's shared memory and registers.
@@ -43,7 +42,7 @@ impl Scratch {
             scores: Lines::new(block_n * forward.panels.lanes),
             visible: Lines::new(lanes),
             rows: Lines::new(MAX_LANES * head_dim.next_multiple_of(MAX_LANES)),
-            machines: Machines::new(forward),
+            machines: (forward.program.as_ref()).map(|program| Machines::new(program, lanes, block_n)),
             walk: Walk::default(),
         }
     }
@@ -86,17 +85,13 @@ impl Scratch {
     /// Divides by the sums, and writes out, lse and, if they are wanted, row_max and row_sum.
     pub(super) fn store(&mut self, forward: &Forward<'_>, tile: &Tile, state: &State) {
         let (max, sum) = (state.max.as_slice(), state.sum.as_slice());
-        let sees_a_key: Vec<bool> = (0..tile.rows)
-            .map(|row| match &forward.program {
-                None => forward.visibility.visible_end(forward.position(tile, row)) > 0,
-                Some(_) => sum[row] != 0.0,
-            })
-            .collect();
+        let sees_a_key = |row: usize| match &forward.program {
+            None => forward.visibility.visible_end(forward.position(tile, row)) > 0,
+            Some(_) => sum[row] != 0.0,
+        };
         let sink = forward.program.as_ref().and_then(|program| program.sink(tile.head));
-        let finished: Vec<Finished> = sees_a_key
-            .into_iter()
-            .enumerate()
-            .map(|(row, sees)| Finished::new(sees, max[row], sum[row], forward.scale.natural, sink))
+        let finished: Vec<Finished> = (0..tile.rows)
+            .map(|row| Finished::new(sees_a_key(row), max[row], sum[row], forward.scale.natural, sink))
             .collect();
         let factor = forward.program.as_ref().map_or(1.0, ScoreProgram::kept_factor);
         let inverses = finished.iter().map(|finished| finished.inverse * factor);

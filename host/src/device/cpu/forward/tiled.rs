@@ -1,6 +1,8 @@
 //! The path of tiles: each tile of keys is multiplied with panels of queries, which are lanes. Products are in f32 or
 //! of bf16 pairs, or of both if only some numbers may be split into bf16 (see `kernels/parts.rs`).
 
+use std::ops::Range;
+
 use super::pairs::Fit;
 use super::scratch::Scratch;
 use super::state::State;
@@ -77,7 +79,10 @@ impl Scratch {
                 self.exponentials_of(forward, lanes, &block, state);
                 self.add_values(forward, lanes, &block, state);
                 if !block.finite {
-                    self.add_seen_values(forward, panel, count.min(tile.rows - panel), state);
+                    let seen = self.visible.as_slice()[panel..].to_vec();
+                    let sees = |lane: usize, key: usize| (key as f32) < seen[lane];
+                    let rows = 0..count.min(tile.rows - panel);
+                    self.add_values_where(forward, panel, rows, block.count, sees, state);
                 }
             }
         }
@@ -295,17 +300,25 @@ impl Scratch {
         }
     }
 
-    /// Adds exponentials times values if a value that some query does not see is not finite: 0 times infinity is NaN,
-    /// so it must not even be multiplied by 0.
-    fn add_seen_values(&self, forward: &Forward<'_>, first: usize, rows: usize, state: &mut State) {
+    /// Adds exponentials times values to some lanes of a panel, where `sees(lane, key)`; each sum as
+    /// [`add_values`](Self::add_values) has it. Used if a value that some query does not see is not finite: 0 times infinity
+    /// is NaN, so it must not even be multiplied by 0.
+    pub(super) fn add_values_where(
+        &self,
+        forward: &Forward<'_>,
+        panel: usize,
+        lanes: Range<usize>,
+        keys: usize,
+        sees: impl Fn(usize, usize) -> bool,
+        state: &mut State,
+    ) {
         let (head_dim, Panels { lanes: stride, depth }) = (forward.head_dim(), forward.panels);
         let (scores, values) = (self.scores.as_slice(), self.values.as_slice());
-        let output = &mut state.output.as_mut_slice()[first * depth..];
-        for lane in 0..rows {
-            let seen = self.visible.as_slice()[first + lane] as usize;
+        let output = &mut state.output.as_mut_slice()[panel * depth..];
+        for lane in lanes {
             for d in 0..head_dim {
                 let mut sum = 0.0;
-                for key in 0..seen {
+                for key in (0..keys).filter(|&key| sees(lane, key)) {
                     let (score, value) = (scores[key * stride + lane], values[key * head_dim + d]);
                     sum = forward.kernels.multiply_add(score, value, sum);
                 }

@@ -1,32 +1,22 @@
-//! Which parts of the (query, key) plane a mask hides, shows, or has to be asked about pair by pair.
+//! Coverage of strips of queries by tiles of keys: hidden by a mask, shown, or to be evaluated pair by pair.
 
 use std::ops::Range;
 
 use super::ScoreProgram;
+use crate::program::Coverage;
 use crate::program::interval::{Bounds, Intervals};
 
-/// A strip of queries by a tile of keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::device::cpu) enum Cell {
-    /// No pair is visible.
-    Empty,
-    /// Some pairs may be.
-    Partial,
-    /// All pairs are.
-    Full,
-}
-
-/// The tiles of keys that a tile of queries walks, and what each strip of its queries sees of each.
+/// Tiles of keys that a tile of queries walks, and the coverage of each by each strip of its queries: a cell.
 #[derive(Default)]
 pub(in crate::device::cpu) struct Walk {
-    /// What is asked about, once it was.
+    /// Evaluator of the mask's bounds, once there was a use for it.
     mask: Option<Intervals>,
     blocks: Vec<u32>,
-    cells: Vec<Cell>,
-    /// All tiles of keys, before those are left out that nobody sees.
-    all: Vec<Cell>,
+    cells: Vec<Coverage>,
+    /// Cells of all tiles of keys, also of those that no query sees.
+    all: Vec<Coverage>,
     strips: usize,
-    /// The first of all.
+    /// Index of the first tile of `all`.
     first: u32,
 }
 
@@ -54,7 +44,7 @@ impl Walk {
         self.first = keys.start / sizes[1];
         self.strips = queries.len().div_ceil(sizes[0] as usize);
         self.all.clear();
-        self.all.resize(blocks as usize * self.strips, Cell::Empty);
+        self.all.resize(blocks as usize * self.strips, Coverage::Empty);
         if let (None, Some(mask)) = (&self.mask, program.program.mask()) {
             self.mask = Some(Intervals::new(program.program.expression(), [mask]));
         }
@@ -68,7 +58,7 @@ impl Walk {
         self.blocks.clear();
         self.cells.clear();
         for (block, cells) in (self.first..).zip(self.all.chunks(self.strips)) {
-            if cells.iter().any(|cell| *cell != Cell::Empty) {
+            if cells.iter().any(|cell| *cell != Coverage::Empty) {
                 self.blocks.push(block);
                 self.cells.extend_from_slice(cells);
             }
@@ -88,13 +78,13 @@ impl Walk {
         let columns = keys.start + blocks.start * sizes[1]..(keys.start + blocks.end * sizes[1]).min(keys.end);
         let cell = match &mut self.mask {
             Some(mask) => program.cell(mask, of_head, rows, columns),
-            None => Cell::Full,
+            None => Coverage::Full,
         };
         let halves = |range: &Range<u32>| {
             let middle = range.start + range.len() as u32 / 2;
             [range.start..middle, middle..range.end]
         };
-        if cell != Cell::Partial || strips.len() * blocks.len() == 1 {
+        if cell != Coverage::Partial || strips.len() * blocks.len() == 1 {
             for block in blocks {
                 let first = block as usize * self.strips;
                 self.all[first + strips.start as usize..first + strips.end as usize].fill(cell);
@@ -112,8 +102,8 @@ impl Walk {
         }
     }
 
-    /// Those of some tiles of keys that are walked, with what the strips of queries see of each.
-    pub(in crate::device::cpu) fn within(&self, blocks: Range<u32>) -> impl Iterator<Item = (u32, &[Cell])> {
+    /// Iterates over those of some tiles of keys that are walked, with the coverage of each strip of queries.
+    pub(in crate::device::cpu) fn within(&self, blocks: Range<u32>) -> impl Iterator<Item = (u32, &[Coverage])> {
         let place = |block: u32| self.blocks.partition_point(|&walked| walked < block);
         let places = place(blocks.start)..place(blocks.end);
         places.map(|place| (self.blocks[place], &self.cells[place * self.strips..][..self.strips]))
@@ -121,14 +111,14 @@ impl Walk {
 }
 
 impl ScoreProgram {
-    /// What the mask, whose bounds are asked for, says of some queries and keys; there is at least one of each.
-    pub(in crate::device::cpu) fn cell(
+    /// Returns the coverage of some queries and keys under the mask; there is at least one of each.
+    fn cell(
         &self,
         mask: &mut Intervals,
         (batch, head): (usize, usize),
         queries: Range<u32>,
         keys: Range<u32>,
-    ) -> Cell {
+    ) -> Coverage {
         let one = |value: usize| (value as i32, value as i32);
         let range = |range: Range<u32>| (range.start as i32, range.end as i32 - 1);
         let ranges = [
@@ -144,14 +134,10 @@ impl ScoreProgram {
             self.bounds_of_table(table, indices)
         });
         let root = self.program.mask().expect("there is a mask");
-        match mask.of(root) {
-            Bounds::Truth(false, _) => Cell::Full,
-            Bounds::Truth(_, false) => Cell::Empty,
-            _ => Cell::Partial,
-        }
+        Coverage::of(mask.of(root))
     }
 
-    /// Bounds of what a table holds within bounds of its indices.
+    /// Returns the bounds of a table's elements within bounds of its indices.
     fn bounds_of_table(&self, table: u32, indices: &[(i32, i32)]) -> Bounds {
         use crate::program::{DataType, Type, read_as};
         let table = &self.tables[table as usize];

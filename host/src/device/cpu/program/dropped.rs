@@ -1,4 +1,4 @@
-//! Dropout over strips: which weights are kept, and the others as zeros.
+//! Dropout over strips: drawing the weights that are kept, and zeroing the others.
 
 use super::ScoreProgram;
 use crate::device::cpu::kernels::{Keep, Kernels, Registers, Strip};
@@ -13,7 +13,7 @@ pub(in crate::device::cpu) struct Dropped {
     head: [u32; 2],
     /// `keys x width`: truths.
     kept: Lines,
-    /// The factor of what is kept, in every lane.
+    /// Factor of the kept weights, in every lane.
     factor: Lines,
 }
 
@@ -33,10 +33,10 @@ const WEIGHTS: Slot = Slot {
 };
 
 impl Dropped {
-    /// For tiles of so many keys at most; `None` where nothing is dropped.
-    pub(in crate::device::cpu) fn new(program: &ScoreProgram, kernels: &Kernels, keys: usize) -> Option<Self> {
+    /// Makes room for tiles of at most this many keys; `None` where nothing is dropped.
+    pub(in crate::device::cpu) fn new(program: &ScoreProgram, keys: usize) -> Option<Self> {
         let dropout = program.program.dropout()?;
-        let width = kernels.strip_lanes;
+        let width = program.kernels.strip_lanes;
         let mut factor = Lines::new(width);
         factor.as_mut_slice().fill(dropout.factor());
         Some(Self {
@@ -78,7 +78,7 @@ impl Dropped {
     /// factor.
     ///
     /// # Safety
-    /// As for [`draw`](Self::draw), which was for this strip; the weights are of as many keys.
+    /// The contract of [`draw`](Self::draw), which was run for this strip; the weights are of as many keys.
     pub(in crate::device::cpu) unsafe fn apply(
         &mut self,
         kernels: &Kernels,

@@ -131,6 +131,52 @@ pub fn check_backward<T: Element>(device: &Device, attention: Attention, q_shape
     }
 }
 
+/// Runs [`check`] with every instruction set of this CPU.
+pub fn check_on_every_set<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
+    for device in instruction_sets() {
+        check::<T>(device, attention.clone(), q_shape, k_shape);
+    }
+}
+
+/// Runs [`check_backward`] with every instruction set of this CPU.
+pub fn check_backward_on_every_set<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
+    for device in instruction_sets() {
+        check_backward::<T>(device, attention.clone(), q_shape, k_shape);
+    }
+}
+
+/// A check of a problem in one dtype, from the attention and the shapes of q and of k.
+pub type Check = fn(Attention, [usize; 4], [usize; 4]);
+
+/// Checks lengths around the edges of the CPU's tiles in f32, f16 and bf16, full and causal.
+pub fn lengths_around_the_tiles([of_f32, of_f16, of_bf16]: [Check; 3]) {
+    for (seqlen_q, seqlen_k) in [
+        (1, 1),
+        (113, 203),
+        (239, 1),
+        (1, 799),
+        (64, 64),
+        (65, 63),
+        (128, 129),
+        (203, 113),
+        (300, 40),
+    ] {
+        for attention in [Attention::new(), Attention::new().causal()] {
+            of_f32(attention.clone(), [1, 2, seqlen_q, 32], [1, 2, seqlen_k, 32]);
+            of_f16(attention.clone(), [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
+            of_bf16(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
+        }
+    }
+}
+
+/// Checks every head_dim in f32, causal, and in f16, full.
+pub fn every_head_dim([of_f32, of_f16]: [Check; 2]) {
+    for head_dim in (8..=256).step_by(8) {
+        of_f32(Attention::new().causal(), [1, 1, 37, head_dim], [1, 1, 71, head_dim]);
+        of_f16(Attention::new(), [1, 1, 37, head_dim], [1, 1, 71, head_dim]);
+    }
+}
+
 /// Runs forward and backward on a device; returns dq, dk and dv, written to memory that held NaN before.
 pub fn gradients<T: Element>(
     device: &Device,

@@ -1,47 +1,20 @@
 //! Tests of the CPU's backward pass against the f64 oracle and stored answers: tile edges, masks, shared heads,
 //! strides, threads, and NaN and infinity.
 
-use crate::common::{gradients, instruction_sets, largest_error, noise};
+use crate::common::{self, check_backward_on_every_set as check, gradients, instruction_sets, largest_error, noise};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Element, Gradients, Tensor};
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 
-/// Runs a problem with every instruction set of this CPU, and checks that the error is at most twice that of standard
-/// attention in this dtype.
-fn check<T: Element>(attention: Attention, q_shape: [usize; 4], k_shape: [usize; 4]) {
-    for device in instruction_sets() {
-        crate::common::check_backward::<T>(device, attention.clone(), q_shape, k_shape);
-    }
-}
-
 #[test]
 fn lengths_around_the_tiles() {
-    for (seqlen_q, seqlen_k) in [
-        (1, 1),
-        (113, 203),
-        (239, 1),
-        (1, 799),
-        (64, 64),
-        (65, 63),
-        (128, 129),
-        (203, 113),
-        (300, 40),
-    ] {
-        for attention in [Attention::new(), Attention::new().causal()] {
-            check::<f32>(attention.clone(), [1, 2, seqlen_q, 32], [1, 2, seqlen_k, 32]);
-            check::<f16>(attention.clone(), [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
-            check::<bf16>(attention, [1, 1, seqlen_q, 64], [1, 1, seqlen_k, 64]);
-        }
-    }
+    common::lengths_around_the_tiles([check::<f32>, check::<f16>, check::<bf16>]);
 }
 
 #[test]
 fn every_head_dim() {
-    for head_dim in (8..=256).step_by(8) {
-        check::<f32>(Attention::new().causal(), [1, 1, 37, head_dim], [1, 1, 71, head_dim]);
-        check::<f16>(Attention::new(), [1, 1, 37, head_dim], [1, 1, 71, head_dim]);
-    }
+    common::every_head_dim([check::<f32>, check::<f16>]);
 }
 
 #[test]

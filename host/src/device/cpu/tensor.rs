@@ -234,7 +234,7 @@ impl QueryRows {
     }
 }
 
-/// How the queries of a tile lie in panels: side by side in each, one panel after the other.
+/// Layout of a tile's queries in panels: side by side in each, one panel after the other.
 #[derive(Clone, Copy)]
 pub(super) struct Panels {
     /// Number of queries of a panel.

@@ -32,7 +32,7 @@ pub(super) unsafe trait Vector: Copy {
     const COLUMNS: usize;
     /// Parts of numbers at most that the processor's products of pairs take; 0 where it has none.
     const PARTS: usize;
-    /// Whether `fma` rounds once.
+    /// True if `fma` rounds once.
     const FUSED: bool;
 
     unsafe fn splat(value: f32) -> Self;

@@ -12,7 +12,7 @@ impl Scratch {
     /// The gradients that come from run `chunk` of the keys of a head.
     ///
     /// # Safety
-    /// As for [`backward`](super::backward), and no other task has these keys.
+    /// The contract of [`backward`](super::backward), and no other task has these keys.
     pub(super) unsafe fn chunk(
         &mut self,
         backward: &Backward<'_>,
@@ -131,7 +131,7 @@ impl Scratch {
     /// S and dP of the queries and the block of keys that starts at `first`.
     ///
     /// # Safety
-    /// As for [`pass`](Self::pass); the keys are among those of the task.
+    /// The contract of [`pass`](Self::pass); the keys are among those of the task.
     pub(super) unsafe fn products(
         &mut self,
         backward: &Backward<'_>,
@@ -156,7 +156,7 @@ impl Scratch {
     /// S and dP of so many keys become P and dS.
     ///
     /// # Safety
-    /// As for [`pass`](Self::pass).
+    /// The contract of [`pass`](Self::pass).
     unsafe fn gradients(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: usize, masked: bool) {
         let stride = backward.tiles.block_m as usize;
         // SAFETY: passed on to the caller.

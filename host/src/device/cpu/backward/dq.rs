@@ -15,7 +15,7 @@ use crate::program::Coverage;
 
 /// State that the tasks of one head share.
 pub(super) struct SharedHead {
-    /// For each tile of queries of each query head, the number of tasks that have added their part of dQ.
+    /// Number of tasks that have added their part of dQ, for each tile of queries of each query head.
     pub(super) added: Vec<AtomicU32>,
     /// f32 dQ accumulator, `queries x head_dim`, if dq itself cannot hold f32; freed when the last task has taken it.
     /// Beside it the number of tasks that have taken it.

@@ -40,12 +40,12 @@ use scratch::Scratch;
 /// Keys whose scores are made at a time: with those of a tile of queries, they stay in the L1 cache.
 const BLOCK: usize = 64;
 
-/// One backward problem on its way.
+/// A backward problem being computed.
 struct Backward<'a> {
     kernels: &'static Kernels,
-    /// How pairs of bf16 are multiplied, if that is how this problem is solved.
+    /// Products of bf16 pairs, if this problem uses them.
     pairs: Option<&'static Pairs>,
-    /// How many bf16 an element is split into for them.
+    /// Number of bf16 parts that an element is split into for them.
     parts: usize,
     problem: &'a Problem,
     tensors: &'a BackwardTensors,
@@ -135,7 +135,7 @@ impl Backward<'_> {
         self.head_dim().next_multiple_of(MAX_LANES)
     }
 
-    /// What keys, and queries of a tile, are padded to a multiple of.
+    /// Returns the multiple to which keys, and queries of a tile, are padded.
     fn padding(&self) -> usize {
         if self.pairs.is_some() { 2 * SIDE } else { ROWS }
     }
@@ -145,12 +145,12 @@ impl Backward<'_> {
         self.head_dim().next_multiple_of(2 * SIDE) / 2
     }
 
-    /// Whether numbers are split into several bf16, which not all may be.
+    /// Returns true if numbers are split into several bf16, which not all may be.
     fn splits(&self) -> bool {
         self.pairs.is_some() && self.parts > 1
     }
 
-    /// Which of so many rows of a tile, of a head each and `stride` apart, are multiplied as pairs of bf16.
+    /// Determines which rows of a tile, of a head each and `stride` apart, are multiplied as pairs of bf16.
     fn fit(&self, tile: &Lines, stride: usize, rows: usize) -> Vec<bool> {
         let may_be_split = |row: &[f32]| {
             let row = &row[..self.head_dim()];
@@ -165,7 +165,7 @@ impl Backward<'_> {
         }
     }
 
-    /// Keys of a task, as far as there are any, padded.
+    /// Returns the number of keys of a task, at most those of the sequence, padded.
     fn owned(&self) -> usize {
         (self.tiles.block_n as usize)
             .min(self.problem.seqlen_k() as usize)
@@ -201,7 +201,7 @@ impl Backward<'_> {
     /// The rows of one head of a tensor.
     ///
     /// # Safety
-    /// As for [`backward`]; the head exists.
+    /// The contract of [`backward`]; the head exists.
     unsafe fn rows(&self, tensor: flash_attention_kernels::abi::StridedTensor, batch: usize, head: usize) -> Head {
         // SAFETY: passed on to the caller.
         unsafe { Head::new(tensor, self.problem.dtype(), batch, head, self.head_dim()) }

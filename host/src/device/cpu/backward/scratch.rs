@@ -138,16 +138,21 @@ impl Scratch {
         let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
         let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
         let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
-        // SAFETY: each of these has a number for each query, and nobody writes them meanwhile.
-        let number = |tensor, row| unsafe { QueryRows::new(tensor, backward.problem).at(first + row).read() };
-        let load = |to: &mut [f32], tensor| {
+        let of_queries = |tensor| QueryRows::new(tensor, backward.problem);
+        let (lse, statistics) = (
+            of_queries(backward.tensors.lse),
+            backward.tensors.statistics.map(|tensors| tensors.map(of_queries)),
+        );
+        // SAFETY: each of these has a number for each query, and no thread writes them meanwhile.
+        let number = |of: &QueryRows, row| unsafe { of.at(first + row).read() };
+        let load = |to: &mut [f32], from: &QueryRows| {
             let rows = to.iter_mut().take(rows).enumerate();
-            rows.for_each(|(row, to)| *to = number(tensor, row));
+            rows.for_each(|(row, to)| *to = number(from, row));
         };
-        let sees_nothing = |row: &usize| match (&backward.program, backward.tensors.statistics) {
+        let sees_nothing = |row: &usize| match (&backward.program, &statistics) {
             (None, _) => backward.visibility.visible_end((first_row + row) as u32) == 0,
             (Some(_), Some([_, row_sum])) => number(row_sum, *row) == 0.0,
-            (Some(_), None) => number(backward.tensors.lse, *row) == f32::NEG_INFINITY,
+            (Some(_), None) => number(&lse, *row) == f32::NEG_INFINITY,
         };
         let unseeing: Vec<usize> = (0..rows).filter(sees_nothing).collect();
         let sources = [backward.problem.q(), backward.tensors.dout];
@@ -171,7 +176,7 @@ impl Scratch {
             self.pair_queries(backward, padded);
         }
         let origins = self.origins.as_mut_slice();
-        match backward.tensors.statistics {
+        match &statistics {
             Some([row_max, row_sum]) => {
                 load(origins, row_max);
                 let sums = self.inverse_sums.as_mut_slice();
@@ -180,14 +185,14 @@ impl Scratch {
                 sums[..rows].iter_mut().for_each(|sum| *sum = inverse(*sum));
                 sums[rows..padded].fill(0.0);
             }
-            None => load(origins, backward.tensors.lse),
+            None => load(origins, &lse),
         }
         // Where a query sees no key, probabilities are to be 0. If it sees keys, an lse of -inf or a row_sum of 0 makes them NaN.
-        // SAFETY: delta has a number for each query, and nobody writes it any more.
+        // SAFETY: delta has a number for each query, and no thread writes it any more.
         let delta = unsafe { std::slice::from_raw_parts(pointer_mut::<f32>(backward.delta).add(first), rows) };
         self.delta.as_mut_slice()[..rows].copy_from_slice(delta);
         // An infinite row_max would be NaN times a scale of 0; there the inverse sum of 0 makes the weights 0.
-        let nothing = match backward.tensors.statistics {
+        let nothing = match statistics {
             Some(_) => 0.0,
             None => f32::INFINITY,
         };

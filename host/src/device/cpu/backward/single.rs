@@ -84,16 +84,16 @@ impl Scratch {
         }
     }
 
-    /// The same where something is not finite and not every query sees every key: 0 times infinity is NaN, so what is not
-    /// seen must not even be multiplied by 0.
+    /// Adds the contribution of a block of keys if something is not finite and some query does not see all of them: 0 times
+    /// infinity is NaN, so what is not seen must not even be multiplied by 0.
     pub(super) fn accumulate_seen(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
         let visible = self.visible.as_slice()[..tile.rows].to_vec();
         let sees = |lane: usize, key: usize| (key as f32) < visible[lane];
         self.accumulate_where(backward, 0..tile.rows, (first, keys), sees);
     }
 
-    /// Adds what a block of keys gives with the queries of some lanes, where `sees(lane, key)`: each sum as
-    /// [`accumulate`](Self::accumulate) has it.
+    /// Adds the contribution of a block of keys and the queries of some lanes, where `sees(lane, key)`; each sum in the
+    /// order of [`accumulate`](Self::accumulate).
     pub(super) fn accumulate_where(
         &mut self,
         backward: &Backward<'_>,

@@ -1,7 +1,7 @@
 //! Gradients of a program's tables and sinks.
 //!
 //! A task adds in the order of its keys and queries, and tasks take turns, so each element of a gradient is one sum
-//! in one order, whoever is at work. Tables that are small are summed in f64 by each task on its own, then in turn.
+//! in one order, on any number of threads. Tables that are small are summed in f64 by each task on its own, then in turn.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -20,7 +20,7 @@ use crate::program::{Coordinate, Derivative, Node};
 /// Elements of a table at most for which each task keeps sums of its own.
 const SMALL: usize = 1 << 15;
 
-/// A read of a table whose gradient is asked for.
+/// A read of a table whose gradient is wanted.
 pub(super) struct Read {
     /// The table, by its place in [`TableSums`].
     table: usize,
@@ -35,7 +35,7 @@ pub(super) struct TableSums {
     tables: Vec<TableSum>,
     /// Tasks that have added to all tables, of all heads and runs of keys.
     added: AtomicU32,
-    /// For each run of keys, heads whose task has added to tables of keys.
+    /// Number of heads, for each run of keys, whose task has added to tables of keys.
     added_to_keys: Vec<AtomicU32>,
 }
 
@@ -67,8 +67,7 @@ unsafe impl Sync for TableSums {}
 pub(super) type OwnSums = Vec<Vec<f64>>;
 
 impl TableSums {
-    /// For tables whose gradients lie at these addresses, with the reads of the derivative: the places of a table,
-    /// and its derivative and indices as roots of a code.
+    /// Makes the sums of the tables whose gradients have an address, for so many runs of keys.
     pub(super) fn new(derivative: &Derivative, tables: &[Table], gradients: &TableGradients, runs: usize) -> Self {
         let wanted = (0..tables.len()).filter(|&place| gradients.tables[place] != 0);
         let expression = derivative.expression();
@@ -114,8 +113,8 @@ impl TableSums {
         }
     }
 
-    /// The reads of tables whose gradients are wanted; roots of the code from `first` on are, for each, its
-    /// derivative and its indices.
+    /// Returns the reads of tables whose gradients are wanted. For each read of the derivative, `roots` has its derivative
+    /// and its indices.
     pub(super) fn reads(&self, derivative: &Derivative, roots: &[Slot]) -> Vec<Read> {
         let mut roots = roots.iter().copied();
         let reads = derivative.loads().iter().filter_map(|load| {
@@ -191,7 +190,7 @@ impl TableSums {
         }
     }
 
-    /// Adds what a strip of gradients of y gives: some lanes by some keys, rows `stride` apart.
+    /// Adds the contribution of a strip of gradients of y: some lanes by some keys, rows `stride` apart.
     ///
     /// # Safety
     /// The machine has run the code of the read for the strip that starts at lane `first`; the gradients are there.
@@ -247,7 +246,7 @@ impl Backward<'_> {
     /// Writes the gradient of the sinks: of each head, the sum of `-exp(sink - lse) * delta` over its queries.
     ///
     /// # Safety
-    /// As for [`backward`](super::backward); delta is there.
+    /// The contract of [`backward`](super::backward); delta is there.
     pub(super) unsafe fn sink_gradients(&self, team: &Team<'_>, program: &BackwardProgram, gradient: u64) {
         let lse = QueryRows::new(self.tensors.lse, self.problem);
         let (heads, seqlen_q) = (self.problem.heads_q(), self.problem.seqlen_q() as usize);

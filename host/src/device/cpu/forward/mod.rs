@@ -107,7 +107,7 @@ struct Tile {
 /// Computes out, lse and, where their addresses are given, row_max and row_sum.
 ///
 /// # Safety
-/// As for [`Backend::run`](crate::device::Backend::run).
+/// The contract of [`Backend::run`](crate::device::Backend::run).
 pub(super) unsafe fn forward(
     team: &Team<'_>,
     plan: &Plan,

@@ -300,9 +300,9 @@ impl Scratch {
         }
     }
 
-    /// Adds exponentials times values to some lanes of a panel, where `sees(lane, key)`; each sum as
-    /// [`add_values`](Self::add_values) has it. Used if a value that some query does not see is not finite: 0 times infinity
-    /// is NaN, so it must not even be multiplied by 0.
+    /// Adds exponentials times values to some lanes of a panel, where `sees(lane, key)`; each sum in the order of
+    /// [`add_values`](Self::add_values). Used if a value that some query does not see is not finite: 0 times infinity is
+    /// NaN, so it must not even be multiplied by 0.
     pub(super) fn add_values_where(
         &self,
         forward: &Forward<'_>,

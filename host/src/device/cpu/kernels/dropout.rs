@@ -1,4 +1,5 @@
-//! Which weights dropout keeps, drawn for strips: the generator of [`dropout`](crate::program::dropout), 64 counters at a time.
+//! Dropout over strips: drawing the weights that are kept, by the generator of [`dropout`](crate::program::dropout), 64
+//! counters at a time.
 
 use crate::program::dropout::{FACTORS, ROUNDS, WEYL, group, word};
 

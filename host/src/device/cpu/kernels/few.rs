@@ -123,7 +123,7 @@ unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(o: &One, rescale: V)
     }
 }
 
-/// The same for a head of any length, whose sums are in the L1 cache.
+/// Adds exponentials times values to an output of any length, whose sums are in the L1 cache.
 #[inline(always)]
 unsafe fn weigh_in_memory<V: Vector, const DTYPE: u8>(o: &One, rescale: V) {
     // SAFETY: passed on to the caller; the output has room for whole registers.

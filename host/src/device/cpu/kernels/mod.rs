@@ -2,8 +2,8 @@
 //!
 //! Queries are lanes: a panel holds one quantity for `Kernels::panel` queries side by side, so that a softmax is
 //! arithmetic between whole registers and a row of keys or values enters a product as scalars, in the order in which
-//! memory has it. Every element of a product is one sum in order of its inner index, added to what was there: results depend neither on how
-//! rows are grouped nor on which lane a query has.
+//! memory has it. Every element of a product is one sum in order of its inner index, added to what was there: results
+//! depend neither on how rows are grouped nor on which lane a query has.
 //!
 //! This file has the table of loops. Each family of loops has a file, and so have the instruction sets.
 
@@ -82,8 +82,8 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// How pairs of bf16 are multiplied where elements are of this type, and how many parts they are split into;
-    /// `None` where products of f32 are faster.
+    /// Returns the products of bf16 pairs for elements of this type, and the number of parts they are split into; `None`
+    /// where products of f32 are faster.
     pub(super) fn pairs_of(&self, dtype: Dtype) -> Option<(&'static Pairs, usize)> {
         let parts = match dtype {
             Dtype::Bf16 => 1,

@@ -14,7 +14,7 @@ pub(in crate::device::cpu) struct Strip<'a> {
     pub lines: &'a [Line],
     /// Rows to go over.
     pub rows: usize,
-    /// Where registers are, by `Space as usize`.
+    /// Places of registers, by `Space as usize`.
     pub spaces: [Registers; 6],
     pub tables: &'a [Table],
 }

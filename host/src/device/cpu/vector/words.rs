@@ -1,5 +1,5 @@
-//! What score programs need of a register beyond products and softmaxes: division, comparison, and integers in the
-//! place of f32.
+//! Operations of score programs on a register, beyond products and softmaxes: division, comparison, and integers in
+//! the place of f32.
 //!
 //! A register holds words of 32 bits: f32, i32, or truths, which are all ones or all zeros. Every method has a form
 //! over arrays, so an instruction set need not have any of them.
@@ -9,7 +9,7 @@ use super::{Portable, Vector};
 /// A register as words.
 ///
 /// # Safety
-/// As for [`Vector`].
+/// The contract of [`Vector`].
 pub(in crate::device::cpu) unsafe trait Words: Vector {
     /// `self / other`.
     #[inline(always)]

@@ -249,6 +249,34 @@ fn hidden_keys_that_are_not_finite() {
     assert!(backward > 30 * instruction_sets().len(), "{backward}");
 }
 
+/// What a query does not see changes no bit of its output, with products of f32: an infinity in a tile has the sums of the
+/// tile made pair by pair, in the same order.
+#[test]
+fn hidden_values_leave_no_trace() {
+    let shape = [1, 1, 150, 8];
+    let base: Vec<f32> = noise(150 * 8, 11).into_iter().map(|x| x as f32).collect();
+    // AMX makes sums of bf16 parts where all values are finite, in another order.
+    for device in instruction_sets()
+        .iter()
+        .filter(|device| !device.name().contains("AMX"))
+    {
+        for attention in [Attention::new().causal(), Attention::new().window(90, 7)] {
+            let tensor = |data: &[f32]| Tensor::from_slice(device, shape, data).expect("small");
+            let out = |attention: &Attention, v: &[f32]| {
+                let output = attention.forward(&tensor(&base), &tensor(&base), &tensor(v));
+                output.expect("valid").out.to_vec().expect("cpu")
+            };
+            let mut odd = base.clone();
+            odd[140 * 8..141 * 8].fill(f32::INFINITY);
+            // Queries up to 132 see no key past 139.
+            let unseeing = ..133 * 8;
+            let (finite, infinite) = (out(&attention, &base), out(&attention, &odd));
+            assert!(finite[unseeing] == infinite[unseeing], "{device}, {attention:?}");
+            assert!(infinite[140 * 8].is_infinite(), "{device}, {attention:?}");
+        }
+    }
+}
+
 /// A query that sees no key has out 0 and lse -inf.
 #[test]
 fn queries_that_see_nothing() {

@@ -1,6 +1,6 @@
 //! Calls over ragged batches: a [`Sequences`] says where each sequence lies in packed tensors.
 //!
-//! Each sequence is a problem of its own over views of the packed tensors, longest first. Nothing is padded, and a
+//! Each sequence is a call of its own over views of the packed tensors, longest first. Nothing is padded, and a
 //! sequence's results are the same bits whatever else is in the batch.
 //!
 //! The CPU reads and writes lse, row_max and row_sum in place. A GPU's kernels take them contiguous a sequence, so there
@@ -8,14 +8,14 @@
 
 use std::ops::Range;
 
-use crate::element::Element;
+use crate::device::DeviceKind;
+use crate::element::{Element, Scalar};
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::Plan;
 use crate::program::TableSource;
 use crate::sequences::{Piece, Sequences};
-use crate::target::DeviceInfo;
 use crate::tensor::Tensor;
 
 impl Sequences {
@@ -32,7 +32,8 @@ impl Attention {
     /// The forward pass over a ragged batch: `out` is `[total_q, heads_q, head_dim]`, `lse` is `[heads_q, total_q]`.
     ///
     /// q is `[total_q, heads_q, head_dim]`; k and v are `[total_k, heads_kv, head_dim]`. Masks, programs and causal alignment
-    /// see each sequence by itself; `at.batch` is its number, and dropout draws with a seed that is larger by it. Rows of q that belong to no sequence have `out = 0` and `lse = -inf`.
+    /// see each sequence by itself; `at.batch` is its number, and dropout draws with a seed that is larger by it. Rows of q
+    /// that belong to no sequence have `out = 0` and `lse = -inf`.
     ///
     /// ```
     /// use flash_attention::{Attention, Device, Sequences, Tensor};
@@ -56,10 +57,9 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Output<T>, Error> {
-        let pieces = pieces(q, k, v, sequences)?;
-        for piece in &pieces {
-            let [q, k, v] = inputs([q, k, v], piece)?;
-            self.of_sequence(piece.sequence).plan(&q, &k, &v)?;
+        let calls = self.calls(q, k, v, sequences)?;
+        for call in &calls {
+            call.plan()?;
         }
         let of_rows = || Tensor::empty(q.device(), [q.shape()[1], q.shape()[0]]);
         let output = Output {
@@ -70,22 +70,22 @@ impl Attention {
                 row_sum: of_rows()?,
             }),
         };
+        let in_place = takes_strided_lse(q);
         let mut parts = Vec::new();
-        for piece in &pieces {
-            let [q, k, v] = inputs([q, k, v], piece)?;
-            let mut part = part(&output, &piece.queries)?;
-            if !takes_strided_lse(&q) {
-                part = with_of_rows(part, |view| Tensor::empty(view.device(), view.shape()))?;
-            }
-            self.of_sequence(piece.sequence).forward_to(&q, &k, &v, &mut part)?;
+        for call in &calls {
+            let mut part = part(&output, &call.piece.queries, |view| match in_place {
+                true => Ok(view),
+                false => Tensor::empty(view.device(), view.shape()),
+            })?;
+            call.attention.forward_to(&call.q, &call.k, &call.v, &mut part)?;
             parts.push(part);
         }
-        if takes_strided_lse(q) {
+        if in_place {
             return Ok(output);
         }
         let packed = |numbers: fn(&Output<T>) -> Option<&Tensor<f32>>| {
-            let parts = pieces.iter().zip(parts.iter().filter_map(numbers));
-            packed_rows(&output.lse, parts)
+            let pieces = calls.iter().map(|call| &call.piece);
+            packed_rows(&output.lse, pieces.zip(parts.iter().filter_map(numbers)))
         };
         Ok(Output {
             lse: packed(|part| Some(&part.lse))?,
@@ -98,11 +98,13 @@ impl Attention {
     }
 
     /// The backward pass over a ragged batch, from what [`forward_ragged`](Self::forward_ragged) gave and the gradient of its
-    /// output, `[total_q, heads_q, head_dim]`. Gradients of tables are sums over the sequences, made on the host. Rows that belong to no sequence, and keys that do not count, have zeros.
+    /// output, `[total_q, heads_q, head_dim]`. Gradients of tables are sums over the sequences, made on the host. Rows that
+    /// belong to no sequence, and keys that do not count, have zeros.
     ///
     /// # Errors
-    /// [`Error::Rank`] and [`Error::Sequence`] as for [`forward_ragged`](Self::forward_ragged), and the errors of
-    /// [`backward`](Self::backward), before anything is launched.
+    /// [`Error::Rank`] and [`Error::Sequence`] as for [`forward_ragged`](Self::forward_ragged), [`Error::ShapeMismatch`] unless
+    /// the output's tensors have the shapes that it gives, and the errors of [`backward`](Self::backward), before anything is
+    /// launched.
     pub fn backward_ragged<T: Element>(
         &self,
         q: &Tensor<T>,
@@ -112,17 +114,18 @@ impl Attention {
         dout: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Gradients<T>, Error> {
-        let pieces = pieces(q, k, v, sequences)?;
-        for (argument, tensor, model) in [("out", &output.out, q), ("dout", dout, q)] {
-            check_shape(argument, tensor, "q", model)?;
-        }
-        let mut outputs = Vec::new();
-        for piece in &pieces {
-            let [q, k, v] = inputs([q, k, v], piece)?;
-            let (output, dout) = (in_place_or_copied(output, &piece.queries)?, rows(dout, &piece.queries)?);
-            self.of_sequence(piece.sequence)
-                .plan_backward(&q, &k, &v, &output, &dout)?;
-            outputs.push(output);
+        let calls = self.calls(q, k, v, sequences)?;
+        check_output(output, dout, q)?;
+        let in_place = takes_strided_lse(q);
+        let mut parts = Vec::new();
+        for call in &calls {
+            let part = part(output, &call.piece.queries, |view| match in_place {
+                true => Ok(view),
+                false => view.contiguous(),
+            })?;
+            let dout = rows(dout, &call.piece.queries)?;
+            call.attention.plan_backward(&call.q, &call.k, &call.v, &part, &dout)?;
+            parts.push((part, dout));
         }
         let mut gradients = Gradients::new(
             Tensor::empty(q.device(), q.shape())?,
@@ -130,16 +133,20 @@ impl Attention {
             Tensor::empty(v.device(), v.shape())?,
         );
         let mut of_tables: Vec<(TableSource, Vec<f32>)> = Vec::new();
-        for (piece, output) in pieces.iter().zip(&outputs) {
+        for (call, (output, dout)) in calls.iter().zip(&parts) {
+            let Call {
+                piece,
+                attention,
+                q,
+                k,
+                v,
+            } = call;
             let mut of_piece = Gradients::new(
                 rows(&gradients.dq, &piece.queries)?,
                 rows(&gradients.dk, &piece.keys)?,
                 rows(&gradients.dv, &piece.keys)?,
             );
-            let [q, k, v] = inputs([q, k, v], piece)?;
-            let dout = rows(dout, &piece.queries)?;
-            self.of_sequence(piece.sequence)
-                .backward_into(&q, &k, &v, output, &dout, &mut of_piece)?;
+            attention.backward_into(q, k, v, output, dout, &mut of_piece)?;
             add_up(&mut of_tables, &of_piece)?;
         }
         for (table, sums) in of_tables {
@@ -152,8 +159,7 @@ impl Attention {
         Ok(gradients)
     }
 
-    /// How [`forward_ragged`](Self::forward_ragged) would compute this: a plan a sequence, in the order in which they run.
-    /// Allocates nothing.
+    /// Plans of [`forward_ragged`](Self::forward_ragged), one a sequence, in the order in which they run. Allocates nothing.
     ///
     /// # Errors
     /// The errors of [`forward_ragged`](Self::forward_ragged).
@@ -164,35 +170,48 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Vec<Plan>, Error> {
-        let pieces = pieces(q, k, v, sequences)?;
-        let plan = |piece: &Piece| {
-            let [q, k, v] = inputs([q, k, v], piece)?;
-            self.of_sequence(piece.sequence).plan(&q, &k, &v)
+        self.calls(q, k, v, sequences)?.iter().map(Call::plan).collect()
+    }
+
+    /// The calls that a ragged batch consists of, at least one, in the order in which they run.
+    fn calls<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        sequences: &Sequences,
+    ) -> Result<Vec<Call<T>>, Error> {
+        check_rank("q", q, PACKED.len())?;
+        check_rank("k", k, PACKED.len())?;
+        check_shape("v", v, PACKED, "k", k.shape())?;
+        let call = |piece: Piece| {
+            Ok(Call {
+                attention: self.of_sequence(piece.sequence),
+                q: rows(q, &piece.queries)?,
+                k: rows(k, &piece.keys)?,
+                v: rows(v, &piece.keys)?,
+                piece,
+            })
         };
-        pieces.iter().map(plan).collect()
+        let pieces = sequences.pieces(q.shape()[0], k.shape()[0])?;
+        pieces.into_iter().map(call).collect()
     }
 }
 
-/// The problems of a ragged batch, of tensors that agree.
-fn pieces<T: Element>(q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>, sequences: &Sequences) -> Result<Vec<Piece>, Error> {
-    for (argument, tensor) in [("q", q), ("k", k), ("v", v)] {
-        let rank = tensor.shape().len();
-        if rank != 3 {
-            return Err(Error::Rank {
-                argument,
-                shape: tensor.shape().to_vec(),
-                rank,
-                expected: 3,
-            });
-        }
-    }
-    check_shape("v", v, "k", k)?;
-    sequences.pieces(q.shape()[0], k.shape()[0])
+/// A call with one sequence of a ragged batch.
+struct Call<T: Element> {
+    piece: Piece,
+    attention: Attention,
+    /// Views of the sequence's rows, `[1, heads, seqlen, head_dim]`.
+    q: Tensor<T>,
+    k: Tensor<T>,
+    v: Tensor<T>,
 }
 
-/// The queries, keys and values of a problem.
-fn inputs<T: Element>([q, k, v]: [&Tensor<T>; 3], piece: &Piece) -> Result<[Tensor<T>; 3], Error> {
-    Ok([rows(q, &piece.queries)?, rows(k, &piece.keys)?, rows(v, &piece.keys)?])
+impl<T: Element> Call<T> {
+    fn plan(&self) -> Result<Plan, Error> {
+        self.attention.plan(&self.q, &self.k, &self.v)
+    }
 }
 
 /// Rows of a packed `[total, heads, head_dim]` tensor as `[1, heads, seqlen, head_dim]`.
@@ -214,34 +233,28 @@ fn add_up<T: Element>(sums: &mut Vec<(TableSource, Vec<f32>)>, gradients: &Gradi
 
 /// Tells if the tensor's device takes lse, row_max and row_sum of any strides.
 fn takes_strided_lse<T: Element>(tensor: &Tensor<T>) -> bool {
-    matches!(tensor.device().info(), DeviceInfo::Cpu { .. })
+    tensor.device().kind() == DeviceKind::Cpu
 }
 
-/// The results of these queries for a backward pass; lse, row_max and row_sum are copies where a device needs them contiguous.
-fn in_place_or_copied<T: Element>(output: &Output<T>, queries: &Range<usize>) -> Result<Output<T>, Error> {
-    let part = part(output, queries)?;
-    if takes_strided_lse(&part.out) {
-        Ok(part)
-    } else {
-        with_of_rows(part, |view| view.contiguous())
-    }
-}
-
-/// Replaces lse, row_max and row_sum, in this order.
-fn with_of_rows<T: Element>(
-    output: Output<T>,
-    mut replace: impl FnMut(&Tensor<f32>) -> Result<Tensor<f32>, Error>,
+/// The results of these queries, as those of a call of their own. `place` makes lse, row_max and row_sum, `[1, heads, seqlen_q]`,
+/// from views of the packed ones.
+fn part<T: Element>(
+    output: &Output<T>,
+    queries: &Range<usize>,
+    place: impl Fn(Tensor<f32>) -> Result<Tensor<f32>, Error>,
 ) -> Result<Output<T>, Error> {
+    let of_rows = |packed: &Tensor<f32>| place(packed.narrow(1, queries.start, queries.len())?.unsqueeze(0)?);
+    let statistics = match &output.statistics {
+        Some(Statistics { row_max, row_sum }) => Some(Statistics {
+            row_max: of_rows(row_max)?,
+            row_sum: of_rows(row_sum)?,
+        }),
+        None => None,
+    };
     Ok(Output {
-        lse: replace(&output.lse)?,
-        statistics: match &output.statistics {
-            Some(Statistics { row_max, row_sum }) => Some(Statistics {
-                row_max: replace(row_max)?,
-                row_sum: replace(row_sum)?,
-            }),
-            None => None,
-        },
-        out: output.out,
+        out: rows(&output.out, queries)?,
+        lse: of_rows(&output.lse)?,
+        statistics,
     })
 }
 
@@ -260,51 +273,55 @@ fn packed_rows<'a>(
     Tensor::from_slice(model.device(), model.shape(), &numbers)
 }
 
-/// The results of these queries, as those of a problem of their own.
-fn part<T: Element>(output: &Output<T>, queries: &Range<usize>) -> Result<Output<T>, Error> {
-    let of_rows = |packed: &Tensor<f32>| packed.narrow(1, queries.start, queries.len())?.unsqueeze(0);
-    let statistics = match &output.statistics {
-        Some(Statistics { row_max, row_sum }) => Some(Statistics {
-            row_max: of_rows(row_max)?,
-            row_sum: of_rows(row_sum)?,
-        }),
-        None => None,
-    };
-    Ok(Output {
-        out: rows(&output.out, queries)?,
-        lse: of_rows(&output.lse)?,
-        statistics,
+/// Axes of q, k, v, out and dout of a ragged batch.
+const PACKED: &[&str] = &["total", "heads", "head_dim"];
+
+/// Refuses results and a gradient that are not those of a forward pass over q.
+fn check_output<T: Element>(output: &Output<T>, dout: &Tensor<T>, q: &Tensor<T>) -> Result<(), Error> {
+    check_shape("out", &output.out, PACKED, "q", q.shape())?;
+    check_shape("dout", dout, PACKED, "q", q.shape())?;
+    let of_rows = [q.shape()[1], q.shape()[0]];
+    let mut numbers = vec![("lse", &output.lse)];
+    if let Some(Statistics { row_max, row_sum }) = &output.statistics {
+        numbers.extend([("row_max", row_max), ("row_sum", row_sum)]);
+    }
+    for (argument, tensor) in numbers {
+        check_shape(argument, tensor, &["heads", "total"], "q", &of_rows)?;
+    }
+    Ok(())
+}
+
+fn check_rank<T: Scalar>(argument: &'static str, tensor: &Tensor<T>, expected: usize) -> Result<(), Error> {
+    let shape = tensor.shape();
+    if shape.len() == expected {
+        return Ok(());
+    }
+    Err(Error::Rank {
+        argument,
+        shape: shape.to_vec(),
+        rank: shape.len(),
+        expected,
     })
 }
 
-/// Refuses a tensor of another shape than its model.
-fn check_shape<T: Element>(
+/// Refuses a tensor of another shape than `expected`, which follows from `other`.
+fn check_shape<T: Scalar>(
     argument: &'static str,
     tensor: &Tensor<T>,
+    axes: &[&'static str],
     other: &'static str,
-    model: &Tensor<T>,
+    expected: &[usize],
 ) -> Result<(), Error> {
-    const AXES: [&str; 3] = ["total", "heads", "head_dim"];
-    let rank = tensor.shape().len();
-    if rank != AXES.len() {
-        return Err(Error::Rank {
+    check_rank(argument, tensor, axes.len())?;
+    let sizes = tensor.shape().iter().zip(expected);
+    match axes.iter().zip(sizes).find(|(_, (got, expected))| got != expected) {
+        Some((&axis, (&got, &expected))) => Err(Error::ShapeMismatch {
             argument,
-            shape: tensor.shape().to_vec(),
-            rank,
-            expected: AXES.len(),
-        });
+            axis,
+            got,
+            other,
+            expected,
+        }),
+        None => Ok(()),
     }
-    for (axis, name) in AXES.into_iter().enumerate() {
-        let (got, expected) = (tensor.shape()[axis], model.shape()[axis]);
-        if got != expected {
-            return Err(Error::ShapeMismatch {
-                argument,
-                axis: name,
-                got,
-                other,
-                expected,
-            });
-        }
-    }
-    Ok(())
 }

@@ -109,7 +109,8 @@ impl Sequences {
     }
 
     /// The problems that a ragged batch consists of, longest first: its sequences, and the rows of a tensor that belong to no
-    /// sequence, as queries without keys and keys without queries.
+    /// sequence, as queries without keys and keys without queries. A batch without rows is one problem without rows, so that
+    /// its heads and head_dim are validated like any other's.
     ///
     /// # Errors
     /// [`Error::Sequence`] if a sequence ends beyond the rows of q or k.
@@ -139,8 +140,10 @@ impl Sequences {
         let ends = [0].into_iter().chain(self.keys.iter().map(|keys| keys.end));
         let begins = self.keys.iter().map(|keys| keys.start).chain([total_k]);
         pieces.extend(ends.zip(begins).map(|(end, begin)| piece(0, 0..0, end..begin)));
-        pieces.push(piece(0, self.total_q..total_q, 0..0));
         pieces.retain(|piece| !piece.queries.is_empty() || !piece.keys.is_empty());
+        if pieces.is_empty() || self.total_q < total_q {
+            pieces.push(piece(0, self.total_q..total_q, 0..0));
+        }
         pieces.sort_by_key(|piece| std::cmp::Reverse(piece.queries.len() * piece.keys.len()));
         Ok(pieces)
     }

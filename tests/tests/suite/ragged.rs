@@ -290,3 +290,56 @@ fn bad_batches_are_refused() {
         forward(&tensor(6), &tensor(9), &tensor(9)).expect("it fits");
     }
 }
+
+/// A batch without rows is validated like any other.
+#[test]
+fn bad_batches_without_rows_are_refused() {
+    let nothing = Sequences::new(&[0, 0], &[0, 0]).expect("offsets");
+    for device in devices().all() {
+        let forward = |heads_kv: usize, head_dim: usize| {
+            let tensor = |heads| Tensor::<f32>::zeros(device, [0, heads, head_dim]).expect("no elements");
+            let (q, k) = (tensor(3), tensor(heads_kv));
+            Attention::new().forward_ragged(&q, &k, &k, &nothing).map(|_| ())
+        };
+        let heads = forward(2, 8);
+        assert!(matches!(heads, Err(Error::HeadsNotDivisible { .. })), "{heads:?}");
+        let head_dim = forward(3, 7);
+        assert!(matches!(head_dim, Err(Error::HeadDim { .. })), "{head_dim:?}");
+        forward(1, 8).expect("three heads share one");
+    }
+}
+
+/// Results and gradients of other shapes than the batch has are refused, even where every sequence would find its rows in them.
+#[test]
+fn bad_outputs_of_a_batch_are_refused() {
+    let sequences = Sequences::new(&[0, 4, 6], &[0, 4, 6]).expect("offsets");
+    for device in devices().all() {
+        let x = Tensor::<f32>::zeros(device, [6, 2, 8]).expect("it fits");
+        let attention = Attention::new();
+        let good = attention.forward_ragged(&x, &x, &x, &sequences).expect("it fits");
+        let refused = |output: &Output<f32>, dout: &Tensor<f32>| match attention
+            .backward_ragged(&x, &x, &x, output, dout, &sequences)
+        {
+            Err(Error::ShapeMismatch {
+                argument, axis, got, ..
+            }) => (argument, axis, got),
+            other => panic!("{other:?}"),
+        };
+        let long = Tensor::<f32>::zeros(device, [2, 7]).expect("it fits");
+        let mut output = Output::new(good.out.clone(), long.clone());
+        assert_eq!(refused(&output, &x), ("lse", "total", 7));
+        output.lse = Tensor::zeros(device, [3, 6]).expect("it fits");
+        assert_eq!(refused(&output, &x), ("lse", "heads", 3));
+        for (row_max, row_sum, argument) in [(&long, &good.lse, "row_max"), (&good.lse, &long, "row_sum")] {
+            let mut output = good.clone();
+            let statistics = output.statistics.as_mut().expect("forward gives them");
+            (statistics.row_max, statistics.row_sum) = (row_max.clone(), row_sum.clone());
+            assert_eq!(refused(&output, &x), (argument, "total", 7));
+        }
+        let dout = Tensor::<f32>::zeros(device, [7, 2, 8]).expect("it fits");
+        assert_eq!(refused(&good, &dout), ("dout", "total", 7));
+        attention
+            .backward_ragged(&x, &x, &x, &good, &x, &sequences)
+            .expect("it fits");
+    }
+}

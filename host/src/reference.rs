@@ -264,6 +264,8 @@ pub struct AllGradients<T> {
     pub dv: Vec<T>,
     /// Gradient of each table of the program, with the shape of the table; zeros for tables of integers.
     pub tables: Vec<Vec<f64>>,
+    /// Number of pairs that each element of `tables` is a sum over. The error of a sum in f32 grows with it.
+    pub table_terms: Vec<Vec<usize>>,
     /// Gradient of the sinks, `[heads_q]`, if there are any.
     pub sinks: Option<Vec<f64>>,
 }
@@ -339,6 +341,7 @@ fn gradients(
         dk,
         dv,
         tables: slopes.tables,
+        table_terms: slopes.terms,
         sinks: dims.has_sinks().then_some(dsinks),
     }
 }
@@ -348,6 +351,8 @@ struct Slopes<'a> {
     program: Option<(&'a Evaluator, Derivative)>,
     needed: Vec<bool>,
     tables: Vec<Vec<f64>>,
+    /// Number of terms of each element of `tables`.
+    terms: Vec<Vec<usize>>,
 }
 
 impl<'a> Slopes<'a> {
@@ -357,17 +362,16 @@ impl<'a> Slopes<'a> {
                 program: None,
                 needed: Vec::new(),
                 tables: Vec::new(),
+                terms: Vec::new(),
             };
         };
         let derivative = evaluator.program().derivative(of_tables).expect("a derivative");
         let of_loads = derivative.loads().iter().flat_map(|load| [load.load, load.derivative]);
+        let sizes = || evaluator.tables().iter().map(|table| table.values.len());
         Self {
             needed: derivative.expression().needed(of_loads.chain([derivative.score()])),
-            tables: evaluator
-                .tables()
-                .iter()
-                .map(|table| vec![0.0; table.values.len()])
-                .collect(),
+            tables: sizes().map(|len| vec![0.0; len]).collect(),
+            terms: sizes().map(|len| vec![0; len]).collect(),
             program: Some((evaluator, derivative)),
         }
     }
@@ -381,6 +385,7 @@ impl<'a> Slopes<'a> {
         for load in derivative.loads() {
             let (table, element) = evaluator.element(derivative.expression().node(load.load), &values);
             self.tables[table][element] += times(dy, values[load.derivative.index()]);
+            self.terms[table][element] += 1;
         }
         times(dy, values[derivative.score().index()])
     }
@@ -464,6 +469,7 @@ pub fn standard_backward_with_tables<T: Element>(
         dk: add_up(dk),
         dv: add_up(dv),
         tables: slopes.tables,
+        table_terms: slopes.terms,
         sinks: dims.has_sinks().then_some(dsinks),
     }
 }

@@ -6,7 +6,8 @@ use flash_attention::program::Table;
 use flash_attention::reference::{self, AllGradients};
 use flash_attention::{Attention, Device, Dtype, Element, Error, Tensor};
 use flash_attention_kernels::entries::{PROGRAM_ENTRIES, Pass};
-use flash_attention_tests::{Case, compare, devices, files, for_dtype, largest_error};
+use flash_attention_tests::programs::{self, Standard};
+use flash_attention_tests::{Case, compare, devices, files, for_dtype};
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
@@ -179,25 +180,11 @@ fn check_table_gradients<T: Element>(name: &str, case: &Case, device: &Device) {
     let widen = |elements: &[T]| elements.iter().map(|x| x.to_f64()).collect::<Vec<_>>();
     let [q, k, v, dout] = [&inputs.q, &inputs.k, &inputs.v, &dout].map(|elements| widen(elements));
     let want = reference::backward_with_tables(&dims, &q, &k, &v, &dout, true);
-    let check = |what: &str, got: &Tensor<f32>, want: &[f64], standard: &[f64]| {
-        let narrowed: Vec<f32> = standard.iter().map(|&x| x as f32).collect();
-        // Thousands of terms are added in f32, in any order: 64 roundings of the largest sum.
-        let largest = want.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
-        let bound = 2.0 * largest_error(&narrowed, want) + 1e-5 + 64.0 * f64::from(f32::EPSILON) / 2.0 * largest;
-        if let Err(mismatch) = compare(what, got.shape(), &got.to_vec().expect("elements"), want, bound) {
-            panic!("{name} on {device}\n{mismatch}");
-        }
+    let standard = Standard {
+        gradients: &standard,
+        exact: &want,
     };
-    let program = attention.program().expect("a program").expect("a program");
-    let named = [("bias", &got.bias), ("alibi_slopes", &got.alibi_slopes)];
-    for (table, source) in program.tables().iter().enumerate() {
-        if let Some((_, Some(gradient))) = named.iter().find(|(name, _)| *name == source.name) {
-            check(source.name, gradient, &want.tables[table], &standard.tables[table]);
-        }
-    }
-    if let (Some(want), Some(standard)) = (&want.sinks, &standard.sinks) {
-        check("sinks", got.sinks.as_ref().expect("asked for"), want, standard);
-    }
+    programs::check_table_gradients(&format!("{name} on {device}"), case, &dims, &got, &want, &standard);
 }
 
 /// Which part cannot be done is in the error.

@@ -385,6 +385,19 @@ impl Expression {
         needed
     }
 
+    /// Returns how many of the operations that `roots` need take each node's value, plus 1 for each time it is a root.
+    pub(super) fn uses(&self, roots: impl IntoIterator<Item = NodeId>) -> Vec<u32> {
+        let roots: Vec<NodeId> = roots.into_iter().collect();
+        let needed = self.needed(roots.iter().copied());
+        let nodes = self.iter().filter(|(id, _)| needed[id.index()]);
+        let operands = nodes.flat_map(|(_, node)| node.operands());
+        let mut uses = vec![0; self.nodes.len()];
+        for taken in operands.chain(roots) {
+            uses[taken.index()] += 1;
+        }
+        uses
+    }
+
     /// Adds a table and returns its place.
     pub(super) fn add_table(&mut self, table: TableType) -> u32 {
         self.tables.push(table);

@@ -205,20 +205,16 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     fn new(expression: &'a Expression, roots: &[NodeId]) -> Self {
-        let needed = expression.needed(roots.iter().copied());
-        let mut uses = vec![0; needed.len()];
-        for (_, node) in expression.iter().filter(|(id, _)| needed[id.index()]) {
-            node.operands().for_each(|operand| uses[operand.index()] += 1);
-        }
-        roots.iter().for_each(|root| uses[root.index()] += 2);
+        // A root counts as two: its value is written even if one operation alone takes it.
+        let uses = expression.uses(roots.iter().chain(roots).copied());
         let with_position = || Stage {
             lines: Vec::new(),
             registers: 1,
         };
         Self {
             expression,
+            values: vec![None; uses.len()],
             uses,
-            values: vec![None; needed.len()],
             code: Code {
                 given: Vec::new(),
                 of_head: Stage::default(),

@@ -9,6 +9,7 @@ use super::dropout::WEYL;
 use super::{
     Dropout, Evaluator, Expression, HostTable, LoadDerivative, NodeId, Pair, Program, ProgramError, TableSource, Value,
 };
+use crate::layout::contiguous_strides;
 
 /// What of a program decides the text of a kernel that runs it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -70,7 +71,7 @@ impl Code {
     /// [`ProgramError::NotDifferentiable`].
     pub fn backward(program: &Program, softmax_scale: f32, table_gradients: bool) -> Result<Self, ProgramError> {
         let derivative = program.derivative(table_gradients)?;
-        let gradient = |table: &TableSource| axes(&table.shape, &contiguous(&table.shape), size_of::<f32>());
+        let gradient = |table: &TableSource| axes(&table.shape, &contiguous_strides(&table.shape), size_of::<f32>());
         Ok(Self {
             expression: derivative.expression().clone(),
             derivative: Some(derivative.score()),
@@ -99,11 +100,6 @@ fn axes(shape: &[usize], strides: &[usize], bytes: usize) -> Vec<Axis> {
         _ => Axis::Far,
     };
     shape.iter().zip(strides).map(axis).collect()
-}
-
-/// Strides of a contiguous tensor.
-fn contiguous(shape: &[usize]) -> Vec<usize> {
-    (1..=shape.len()).map(|axis| shape[axis..].iter().product()).collect()
 }
 
 /// What of a table is addressed.
@@ -266,7 +262,7 @@ impl Numbers {
                 (table(index).strides[axis as usize] * table(index).element.bytes()) as u64
             }
             Slot::Stride(index, axis, Memory::Gradient) => {
-                (contiguous(&table(index).shape)[axis as usize] * size_of::<f32>()) as u64
+                (contiguous_strides(&table(index).shape)[axis as usize] * size_of::<f32>()) as u64
             }
             Slot::SinksGradient => gradients.sinks,
             Slot::SinksAddress => self.program.sinks().map_or(0, |sinks| sinks.address),

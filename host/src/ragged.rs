@@ -77,7 +77,8 @@ impl Attention {
                 true => Ok(view),
                 false => Tensor::empty(view.device(), view.shape()),
             })?;
-            call.attention.forward_to(&call.q, &call.k, &call.v, &mut part)?;
+            call.attention
+                .forward_into_output(&call.q, &call.k, &call.v, &mut part)?;
             parts.push(part);
         }
         if in_place {

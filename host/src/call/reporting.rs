@@ -1,0 +1,186 @@
+//! [`Reporting`]: calls that report progress.
+
+use super::above;
+use super::run::{backward, check_lse, check_workspace, forward};
+use crate::element::Element;
+use crate::error::Error;
+use crate::options::Attention;
+use crate::output::{Gradients, Output, Statistics};
+use crate::plan::Plan;
+use crate::problem::{BackwardProblem, GradientOutputs, Outputs, Problem};
+use crate::progress::{Progress, Reporter};
+use crate::tensor::Tensor;
+
+/// An [`Attention`] whose calls report progress, made by [`Attention::on_progress`].
+#[derive(Clone, Debug)]
+pub struct Reporting<F> {
+    pub(super) attention: Attention,
+    /// Callback for progress; `None` discards reports.
+    pub(super) report: Option<F>,
+}
+
+impl<F: Fn(Progress) + Sync> Reporting<F> {
+    /// Runs [`Attention::forward`] and reports progress.
+    ///
+    /// # Errors
+    /// The errors of [`Attention::forward`].
+    pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
+        let plan = self.attention.plan(q, k, v)?;
+        let mut out = Tensor::empty(q.device(), q.shape())?;
+        let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
+        let mut statistics = Statistics {
+            row_max: Tensor::empty(q.device(), &q.shape()[..3])?,
+            row_sum: Tensor::empty(q.device(), &q.shape()[..3])?,
+        };
+        let of_rows = Some(&mut statistics);
+        forward(&plan, [q, k, v], &mut out, &mut lse, of_rows, self.reporter())?;
+        Ok(Output {
+            out,
+            lse,
+            statistics: Some(statistics),
+        })
+    }
+
+    /// Runs [`Attention::forward_into`] and reports progress.
+    ///
+    /// # Errors
+    /// The errors of [`Attention::forward_into`].
+    pub fn forward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        out: &mut Tensor<T>,
+        lse: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        self.forward_to([q, k, v], out, lse, None)
+    }
+
+    /// Runs [`Attention::forward_into_output`] and reports progress.
+    ///
+    /// # Errors
+    /// The errors of [`Attention::forward_into_output`].
+    pub fn forward_into_output<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &mut Output<T>,
+    ) -> Result<(), Error> {
+        let Output { out, lse, statistics } = output;
+        self.forward_to([q, k, v], out, lse, statistics.as_mut())
+    }
+
+    fn forward_to<T: Element>(
+        &self,
+        inputs: [&Tensor<T>; 3],
+        out: &mut Tensor<T>,
+        lse: &mut Tensor<f32>,
+        statistics: Option<&mut Statistics>,
+    ) -> Result<(), Error> {
+        let outputs = Outputs {
+            statistics: statistics.as_deref().map(Statistics::infos),
+            ..Outputs::new(out.info(), lse.info())
+        };
+        let [q, k, v] = inputs.map(Tensor::info);
+        let problem = Problem::new(&self.attention, q, k, v, Some(outputs))?;
+        let plan = Plan::new(&problem, &inputs[0].device().info())?;
+        forward(&plan, inputs, out, lse, statistics, self.reporter())
+    }
+
+    /// Runs [`Attention::backward`] and reports progress.
+    ///
+    /// # Errors
+    /// The errors of [`Attention::backward`].
+    pub fn backward<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+    ) -> Result<Gradients<T>, Error> {
+        let plan = self.attention.plan_backward(q, k, v, output, dout)?;
+        check_lse(&output.lse)?;
+        let mut gradients = Gradients::new(
+            Tensor::empty(q.device(), q.shape())?,
+            Tensor::empty(k.device(), k.shape())?,
+            Tensor::empty(v.device(), v.shape())?,
+        );
+        let inputs = [q, k, v, &output.out, dout];
+        backward(&plan, inputs, output, &mut gradients, None, self.reporter())?;
+        Ok(gradients)
+    }
+
+    /// Runs [`Attention::backward_into`] and reports progress.
+    ///
+    /// # Errors
+    /// The errors of [`Attention::backward_into`].
+    pub fn backward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+    ) -> Result<(), Error> {
+        let plan = self.plan_backward_into(q, k, v, output, dout, gradients)?;
+        check_lse(&output.lse)?;
+        let inputs = [q, k, v, &output.out, dout];
+        backward(&plan, inputs, output, gradients, None, self.reporter())
+    }
+
+    /// Runs [`Attention::backward_into_with`] and reports progress.
+    ///
+    /// # Errors
+    /// The errors of [`Attention::backward_into_with`].
+    #[expect(clippy::too_many_arguments, reason = "five inputs, the results, and the workspace")]
+    pub fn backward_into_with<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+        workspace: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        let plan = self.plan_backward_into(q, k, v, output, dout, gradients)?;
+        let others = [
+            ("q", q.info()),
+            ("k", k.info()),
+            ("v", v.info()),
+            ("out", output.out.info()),
+            ("lse", output.lse.info()),
+            ("dout", dout.info()),
+            ("dq", gradients.dq.info()),
+            ("dk", gradients.dk.info()),
+            ("dv", gradients.dv.info()),
+        ];
+        check_workspace(workspace.info(), plan.workspace_bytes(), &others)?;
+        let inputs = [q, k, v, &output.out, dout];
+        backward(&plan, inputs, output, gradients, Some(workspace), self.reporter())
+    }
+
+    fn plan_backward_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &Gradients<T>,
+    ) -> Result<Plan, Error> {
+        let outputs = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
+        let above = above(output, dout);
+        let problem = BackwardProblem::new(&self.attention, q.info(), k.info(), v.info(), above, Some(outputs))?;
+        Plan::backward(&problem, &q.device().info())
+    }
+
+    fn reporter(&self) -> Reporter<'_> {
+        self.report
+            .as_ref()
+            .map_or_else(Reporter::silent, |report| Reporter::new(report))
+    }
+}

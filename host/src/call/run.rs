@@ -1,0 +1,196 @@
+//! Runs of plans that were made for given tensors, with the tensors locked against other threads.
+
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
+
+use crate::element::Element;
+use crate::error::Error;
+use crate::features;
+use crate::layout::{TensorInfo, contiguous_strides};
+use crate::output::{Gradients, Output, Statistics};
+use crate::plan::{Plan, Results, TableGradients};
+use crate::progress::Reporter;
+use crate::tensor::{Storage, Tensor};
+use crate::trace;
+
+/// Alignment of a workspace's address in bytes, which is that of all memory that a device allocates.
+const WORKSPACE_ALIGN: usize = 64;
+
+/// In debug builds, refuses an lse that no forward pass over finite numbers writes.
+pub(super) fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
+    if cfg!(debug_assertions)
+        && let Some(index) = lse.to_vec()?.iter().position(|x| x.is_nan())
+    {
+        return Err(Error::NotANumber { argument: "lse", index });
+    }
+    Ok(())
+}
+
+/// Refuses memory that cannot be a workspace of `needed` bytes beside the other arguments, the first of which is q.
+pub(super) fn check_workspace(
+    workspace: &TensorInfo,
+    needed: u64,
+    others: &[(&'static str, &TensorInfo)],
+) -> Result<(), Error> {
+    let argument = "workspace";
+    if workspace.device() != others[0].1.device() {
+        return Err(Error::DeviceMismatch {
+            argument,
+            got: workspace.device().to_string(),
+            expected: others[0].1.device().to_string(),
+        });
+    }
+    if !workspace.is_contiguous() {
+        return Err(Error::NotContiguous {
+            argument,
+            strides: workspace.strides().to_vec(),
+            expected: contiguous_strides(workspace.shape()),
+        });
+    }
+    let bytes = workspace.span_bytes() as u64;
+    if bytes < needed {
+        return Err(Error::Workspace { bytes, needed });
+    }
+    let (address, align) = (workspace.address(), WORKSPACE_ALIGN);
+    if !address.is_multiple_of(align as u64) {
+        return Err(Error::Address { address, align });
+    }
+    match others.iter().find(|(_, other)| workspace.shares_bytes_with(other)) {
+        Some(&(other, _)) => Err(Error::Aliased { argument, other }),
+        None => Ok(()),
+    }
+}
+
+/// Runs a forward plan that was made for exactly these tensors.
+pub(super) fn forward<T: Element>(
+    plan: &Plan,
+    inputs: [&Tensor<T>; 3],
+    out: &mut Tensor<T>,
+    lse: &mut Tensor<f32>,
+    statistics: Option<&mut Statistics>,
+    reporter: Reporter<'_>,
+) -> Result<(), Error> {
+    let _span = trace::enter(plan, inputs[0].device());
+    let statistics = statistics.map(|Statistics { row_max, row_sum }| [&*row_max, row_sum]);
+    let written: Vec<&Storage> = [out.storage(), lse.storage()]
+        .into_iter()
+        .chain(statistics.into_iter().flatten().map(Tensor::storage))
+        .collect();
+    let read: Vec<&Storage> = inputs.map(Tensor::storage).into_iter().chain(tables_of(plan)).collect();
+    let guards = Guards::lock(&read, &written);
+    let results = Results::Forward {
+        out: out.address(),
+        lse: lse.address(),
+        statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
+    };
+    // SAFETY: the plan's problem was proven from the descriptions of the inputs, and of the outputs or, for new
+    // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
+    // device, the outputs overlap nothing, and the guards keep out other threads.
+    let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
+    drop(guards);
+    ended(result, reporter)
+}
+
+/// Runs a backward plan that was made for exactly these tensors, in a new workspace or in a checked one.
+pub(super) fn backward<T: Element>(
+    plan: &Plan,
+    inputs: [&Tensor<T>; 5],
+    output: &Output<T>,
+    gradients: &mut Gradients<T>,
+    workspace: Option<&mut Tensor<f32>>,
+    reporter: Reporter<'_>,
+) -> Result<(), Error> {
+    let device = inputs[0].device();
+    let _span = trace::enter(plan, device);
+    let ours;
+    let workspace = match workspace {
+        Some(workspace) => &*workspace,
+        None => {
+            let words = plan.workspace_bytes() / size_of::<f32>() as u64;
+            ours = Tensor::empty(device, [words as usize])?;
+            &ours
+        }
+    };
+    let [q, k, v, out, dout] = inputs.map(Tensor::storage);
+    let program = plan.problem().program();
+    let tables = match program {
+        Some(program) if plan.table_gradients() => gradients.make_tables(program)?,
+        _ => TableGradients::default(),
+    };
+    let Gradients { dq, dk, dv, .. } = &*gradients;
+    let statistics = output.statistics.as_ref();
+    let of_rows = statistics
+        .into_iter()
+        .flat_map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
+    let read: Vec<&Storage> = [q, k, v, out, dout, output.lse.storage()]
+        .into_iter()
+        .chain(of_rows.map(Tensor::storage))
+        .chain(tables_of(plan))
+        .collect();
+    let of_tables = gradients.tables.iter().map(|(_, gradient)| gradient.storage());
+    let written: Vec<&Storage> = [dq.storage(), dk.storage(), dv.storage(), workspace.storage()]
+        .into_iter()
+        .chain(of_tables)
+        .collect();
+    let guards = Guards::lock(&read, &written);
+    let results = Results::Backward {
+        dq: dq.address(),
+        dk: dk.address(),
+        dv: dv.address(),
+        workspace: workspace.address(),
+        tables,
+    };
+    // SAFETY: the reasons given in `forward`; the workspace has the plan's size. A workspace of ours is freed when
+    // the call returns, and a device frees memory only after the work launched before has finished.
+    let result = unsafe { device.backend().run(plan, results, &reporter) };
+    drop(guards);
+    ended(result, reporter)
+}
+
+/// The memory of the tables that a plan's program reads.
+fn tables_of(plan: &Plan) -> impl Iterator<Item = &Storage> {
+    let program = plan.problem().program().into_iter();
+    program
+        .flat_map(|program| program.tables().iter().chain(program.sinks()))
+        .map(features::storage)
+}
+
+/// Reports the end of a call, after its tensors were unlocked.
+fn ended(result: Result<(), Error>, reporter: Reporter<'_>) -> Result<(), Error> {
+    match result {
+        Ok(()) => reporter.end(),
+        Err(_) => reporter.abandon(),
+    }
+    result
+}
+
+/// Guards that keep other threads from writing storages, or from reading storages that are being written.
+struct Guards<'a> {
+    _read: Vec<RwLockReadGuard<'a, ()>>,
+    _write: Vec<RwLockWriteGuard<'a, ()>>,
+}
+
+impl<'a> Guards<'a> {
+    /// Locks each storage once, for writing if it belongs to an output. It locks in the order of addresses, so that
+    /// two calls cannot wait for each other.
+    fn lock(inputs: &[&'a Storage], outputs: &[&'a Storage]) -> Self {
+        let mut storages: Vec<(&Storage, bool)> = outputs
+            .iter()
+            .map(|&s| (s, true))
+            .chain(inputs.iter().map(|&s| (s, false)))
+            .collect();
+        storages.sort_by_key(|&(storage, written)| (std::ptr::from_ref(storage).addr(), !written));
+        storages.dedup_by(|(later, _), (earlier, _)| std::ptr::eq(*later, *earlier));
+        let mut guards = Self {
+            _read: Vec::new(),
+            _write: Vec::new(),
+        };
+        for (storage, written) in storages {
+            if written {
+                guards._write.push(storage.write());
+            } else {
+                guards._read.push(storage.read());
+            }
+        }
+        guards
+    }
+}

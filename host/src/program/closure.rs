@@ -16,9 +16,8 @@ use std::marker::PhantomData;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Rem, Shl, Shr, Sub};
 
 use super::compose::Fragment;
-use super::expression::{Binary, Comparison, Coordinate, Indices, Node, NodeId, Type, Unary};
 use super::table::TableSource;
-use super::{Constant, ProgramError};
+use super::{Binary, Comparison, Constant, Coordinate, Indices, Node, NodeId, ProgramError, Type, Unary};
 use crate::element::Scalar;
 
 /// A score in a recorded closure; f32 on devices.

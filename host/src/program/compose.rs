@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use super::expression::{Binary, Expression, Node, NodeId, Type};
-use super::{Constant, Dropout, Program, ProgramError, TableSource};
+use super::{Binary, Constant, Dropout, Expression, Node, NodeId, Program, ProgramError, TableSource, Type};
 
 /// Most operations of a program, of a closure before what its result does not need is left out.
 pub const MAX_NODES: usize = 4096;

@@ -4,8 +4,7 @@
 //! operations are one node. Backward through a [`Node::Select`] the value not taken would be multiplied by 0, and 0
 //! times infinity is NaN. Forward, a value not taken has no influence.
 
-use super::expression::{Binary, Comparison, Expression, Node, NodeId, Type, Unary};
-use super::{Program, ProgramError};
+use super::{Binary, Comparison, Expression, Node, NodeId, Program, ProgramError, Type, Unary};
 
 /// Derivatives of a program.
 #[derive(Clone, Debug, PartialEq)]

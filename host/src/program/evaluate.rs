@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use super::expression::{Binary, Comparison, Coordinate, Expression, Indices, Node, NodeId, Unary};
-use super::{Constant, Program};
+use super::{Binary, Comparison, Constant, Coordinate, Expression, Indices, Node, NodeId, Program, Unary};
 
 /// Place of a pair, in the coordinates that programs have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

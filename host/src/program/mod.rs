@@ -18,6 +18,7 @@ mod expression;
 mod generator;
 pub mod interval;
 pub(crate) mod named;
+mod node;
 mod print;
 mod scope;
 mod splice;
@@ -32,11 +33,9 @@ pub use compose::{MAX_CONSTANTS, MAX_NODES, MAX_TABLES};
 pub use derive::{Derivative, LoadDerivative};
 pub use dropout::Dropout;
 pub use evaluate::{Evaluator, HostTable, Pair, Value};
-pub use expression::{
-    Binary, Comparison, Coordinate, Dependence, Expression, Indices, MAX_RANK, Node, NodeId, TableType, Type, Unary,
-    read_as,
-};
+pub use expression::{Dependence, Expression, TableType, read_as};
 use interval::{Bounds, Intervals, Ranges};
+pub use node::{Binary, Comparison, Coordinate, Indices, MAX_RANK, Node, NodeId, Type, Unary};
 pub use table::{Table, TableSource};
 
 pub use splice::{NotSpliced, Spliced, splice};

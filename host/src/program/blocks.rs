@@ -17,9 +17,9 @@ const PICTURE: usize = 64;
 /// Visible share of a tile under a mask: none, some or all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Coverage {
-    /// No pair is visible: the tile is skipped.
+    /// No pair is visible.
     Empty,
-    /// Some pairs are visible, or may be: the mask is evaluated.
+    /// Some pairs are visible, or may be.
     Partial,
     /// All pairs are visible.
     Full,
@@ -224,8 +224,8 @@ impl BlockMask {
         &self.tiles
     }
 
-    /// The tiles of keys that a tile of queries sees, in order, with their coverage: the list that forward walks. A batch
-    /// entry or head beyond those that differ has the tiles of the first.
+    /// The tiles of keys that a tile of queries sees, in order, with their coverage. A batch entry or head beyond those that
+    /// differ has the tiles of the first.
     pub fn keys_of(&self, batch: usize, head: usize, tile: usize) -> impl Iterator<Item = (usize, Coverage)> {
         let [_, columns] = self.counts();
         let row = &self.tiles[self.first_of(batch, head) + tile * columns..][..columns];
@@ -235,7 +235,7 @@ impl BlockMask {
             .filter(|(_, coverage)| *coverage != Coverage::Empty)
     }
 
-    /// The tiles of queries that see a tile of keys, in order, with their coverage: the list that backward walks.
+    /// The tiles of queries that see a tile of keys, in order, with their coverage.
     pub fn queries_of(&self, batch: usize, head: usize, tile: usize) -> impl Iterator<Item = (usize, Coverage)> {
         let [rows, columns] = self.counts();
         let matrix = &self.tiles[self.first_of(batch, head)..][..rows * columns];
@@ -243,7 +243,7 @@ impl BlockMask {
         column.enumerate().filter(|(_, coverage)| *coverage != Coverage::Empty)
     }
 
-    /// The share of pairs that lie in tiles that are not empty: what is computed.
+    /// The share of pairs that lie in tiles that are not empty, which a device that skips empty tiles computes.
     pub fn density(&self) -> f64 {
         let pairs = |place: usize| {
             let (_, tile) = self.place(place);

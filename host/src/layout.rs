@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_can_not_be_counted_are_refused() {
+    fn sizes_that_cannot_be_counted_are_refused() {
         let device = device();
         for shape in [vec![usize::MAX, 2], vec![1 << 62, 1], vec![1 << 40, 1 << 40, 1 << 60]] {
             let error = TensorInfo::contiguous(&device, Dtype::F32, &shape, 0).expect_err("too large");

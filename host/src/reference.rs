@@ -30,7 +30,7 @@ pub struct Dims {
     pub head_dim: usize,
     /// True for a causal mask: query i sees only the keys up to `i + seqlen_k - seqlen_q`.
     pub causal: bool,
-    /// What scores are multiplied by before the softmax.
+    /// Factor of the scores before the softmax.
     pub softmax_scale: f32,
     /// Score program: changes scores after that, and hides pairs beside the causal mask.
     pub program: Option<Evaluator>,

@@ -61,7 +61,7 @@ impl Sequences {
         })
     }
 
-    /// The same sequences, of which only the first `seqused_k[i]` keys count: the others are neither read nor given a
+    /// Returns these sequences, of which only the first `seqused_k[i]` keys count: the others are neither read nor given a
     /// gradient other than zero.
     ///
     /// # Errors
@@ -87,7 +87,7 @@ impl Sequences {
         Ok(self)
     }
 
-    /// How many sequences there are.
+    /// Number of sequences.
     pub fn batch(&self) -> usize {
         self.queries.len()
     }
@@ -149,7 +149,7 @@ impl Sequences {
     }
 }
 
-/// How many sequences, and how long they are.
+/// Writes the number of sequences and their lengths.
 impl fmt::Display for Sequences {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let of = |ranges: &[Range<usize>]| {

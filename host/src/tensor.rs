@@ -279,7 +279,7 @@ impl<T: Scalar> Tensor<T> {
         Ok(one.view(shape, strides, 0))
     }
 
-    /// The same elements with an axis of one entry before axis `axis`: `unsqueeze(0)` makes a batch of one.
+    /// Returns these elements with an axis of one entry before axis `axis`: `unsqueeze(0)` makes a batch of one.
     ///
     /// # Errors
     /// [`Error::Axis`] if `axis` is larger than the number of axes.

@@ -206,7 +206,7 @@ impl Attention {
         Plan::backward(&problem, &q.device().info())
     }
 
-    /// The same attention, which tells nobody.
+    /// Returns this attention with calls that do not report.
     fn silent(&self) -> Reporting<fn(Progress)> {
         Reporting {
             attention: self.clone(),

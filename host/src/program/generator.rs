@@ -10,7 +10,7 @@ use super::print::{Kept, Printer, real};
 use super::scope::{Class, Scope};
 use super::text::Slot;
 
-/// What a generator counts, as earlier markers leave it.
+/// A word of the generator's counter, or a part of one, as earlier markers leave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Word {
     /// The query head.
@@ -23,12 +23,12 @@ pub(super) enum Word {
     ColumnGroup,
     /// 8 if the first row is in the second half of a block, else 0.
     RowHalf,
-    /// The same of the first column.
+    /// 8 if the first column is in the second half of a block, else 0.
     ColumnHalf,
 }
 
 impl Word {
-    /// What is added to the first row, for those of a row.
+    /// Distance from the first row, for words of a row.
     pub fn row(self) -> Option<u32> {
         match self {
             Self::RowGroup(row) => Some(row),
@@ -107,7 +107,7 @@ pub(super) fn print(printer: &mut Printer<'_>, tile: Tile, registers: &[&str; 8]
     }
 }
 
-/// What is of the query, then what is of the key, of what is of rows and of columns.
+/// Puts the values of rows and of columns in the order query, key.
 fn in_order([rows, columns]: [String; 2], transposed: bool) -> [String; 2] {
     if transposed { [columns, rows] } else { [rows, columns] }
 }

@@ -36,7 +36,7 @@ impl Class {
     }
 }
 
-/// What is printed in place of a marker.
+/// Code in place of a marker.
 #[derive(Debug, Default)]
 pub(super) struct Scope {
     /// Instructions, each with the node that it is of.

@@ -17,7 +17,7 @@ const PARAMETER: &str = "score_program";
 pub struct Spliced {
     /// The module.
     pub text: String,
-    /// What the second parameter of the kernel holds, 8 bytes each, in order.
+    /// Numbers in the kernel's second parameter, 8 bytes each, in order.
     pub slots: Vec<Slot>,
     /// Lines of the text that are the program's, counted from 1: each with the node that it works out.
     pub lines: Vec<(usize, NodeId)>,
@@ -33,8 +33,8 @@ impl fmt::Display for NotSpliced {
     }
 }
 
-/// Writes a program into a kernel that was compiled for programs. `exact` is whether its arithmetic is f32 to the last few
-/// bits; else functions may be as coarse as 16-bit scores are.
+/// Writes a program into a kernel that was compiled for programs. With `exact`, its arithmetic is f32 to the last few
+/// bits; else functions may be as coarse as 16-bit scores.
 ///
 /// # Errors
 /// [`NotSpliced`] if the text is not that of such a kernel.
@@ -92,7 +92,8 @@ impl<'a> Line<'a> {
     }
 }
 
-/// What stands in place of each marker. Scores first: what they ask for is worked out at the tile, what that asks for at the head.
+/// Prints each marker. Markers of scores come first: the values that they keep are computed at tiles, and the values that tiles
+/// keep at heads.
 fn print_all(printer: &mut Printer<'_>, lines: &[Line<'_>]) -> Vec<Option<Scope>> {
     let mut printed: Vec<Option<Scope>> = lines.iter().map(|_| None).collect();
     let stages: [fn(&Marker<'_>) -> bool; 3] = [

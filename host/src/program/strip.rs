@@ -197,7 +197,7 @@ enum Value {
 
 struct Writer<'a> {
     expression: &'a Expression,
-    /// How many operations take each value; a root counts as two.
+    /// Number of operations that take each value; a root counts as two.
     uses: Vec<u32>,
     values: Vec<Option<Value>>,
     code: Code,

@@ -1,7 +1,7 @@
-//! What of a program decides its text, and the numbers that the text reads.
+//! [`Code`], the part of a program that decides its text, and [`Slot`]s, the numbers that the text reads.
 //!
-//! [`Code`] is the first: two calls of equal code run one module, whatever numbers, tables and lengths they have. [`Slot`]s name the
-//! second: each a number that the host works out for a call, [`Numbers`] says from what.
+//! Two calls of equal code run one module, whatever numbers, tables and lengths they have. The host computes the number of each
+//! slot for a call from its [`Numbers`].
 
 use std::sync::Arc;
 
@@ -11,14 +11,14 @@ use super::{
 };
 use crate::layout::contiguous_strides;
 
-/// What of a program decides the text of a kernel that runs it.
+/// Part of a program that decides the text of a kernel that runs it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Code {
     pub(super) expression: Expression,
     /// The score that the softmax takes; `None` leaves products as they come, without their scale.
     pub(super) score: Option<NodeId>,
     pub(super) mask: Option<NodeId>,
-    /// How the axes of each table lie.
+    /// Layout of each table's axes.
     pub(super) axes: Vec<Vec<Axis>>,
     pub(super) sinks: bool,
     pub(super) dropout: bool,
@@ -26,13 +26,13 @@ pub struct Code {
     pub(super) derivative: Option<NodeId>,
     /// The reads of tables whose gradients are asked for, with the derivatives by them.
     pub(super) loads: Vec<LoadDerivative>,
-    /// How the axes of each table's gradient lie.
+    /// Layout of the axes of each table's gradient.
     pub(super) gradient_axes: Vec<Vec<Axis>>,
-    /// Whether the gradient of the sinks is asked for.
+    /// True if the gradient of the sinks is asked for.
     pub(super) sinks_gradient: bool,
 }
 
-/// How an axis of a table lies in memory.
+/// Layout of a table's axis in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Axis {
     /// One entry, or the same for each index.
@@ -82,7 +82,7 @@ impl Code {
         })
     }
 
-    /// What products are multiplied by in the exponent to base 2 after the code ran.
+    /// Factor of products in the exponent to base 2 after the code ran.
     pub fn scale_log2(&self, softmax_scale: f32) -> f32 {
         match self.score {
             None => (f64::from(softmax_scale) * std::f64::consts::LOG2_E) as f32,
@@ -91,7 +91,7 @@ impl Code {
     }
 }
 
-/// How the axes of a table lie.
+/// Returns the layout of a table's axes.
 fn axes(shape: &[usize], strides: &[usize], bytes: usize) -> Vec<Axis> {
     let axis = |(&size, &stride): (&usize, &usize)| match (size as u64 - 1).checked_mul((stride * bytes) as u64) {
         Some(0) => Axis::Repeated,
@@ -102,12 +102,12 @@ fn axes(shape: &[usize], strides: &[usize], bytes: usize) -> Vec<Axis> {
     shape.iter().zip(strides).map(axis).collect()
 }
 
-/// What of a table is addressed.
+/// Memory that belongs to a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Memory {
-    /// Its elements.
+    /// Elements of the table.
     Elements,
-    /// Their gradient, f32 and contiguous.
+    /// Gradient of the elements, f32 and contiguous.
     Gradient,
 }
 
@@ -168,7 +168,7 @@ pub enum Slot {
     SinksGradient,
     /// Random words below it drop their weight.
     DropThreshold,
-    /// What weights that are not dropped are multiplied by.
+    /// Factor of weights that are not dropped.
     KeepScale,
     /// A word of the generator's key in a round: the round, and 0 or 1.
     RoundKey(u32, u32),
@@ -177,13 +177,13 @@ pub enum Slot {
 /// Addresses of the gradients of tables, 0 where there is none.
 #[derive(Clone, Copy, Debug)]
 pub struct Gradients<'a> {
-    /// Of the tables, in their order.
+    /// Addresses for the tables, in their order.
     pub tables: &'a [u64],
-    /// Of the sinks.
+    /// Address for the sinks.
     pub sinks: u64,
 }
 
-/// What the numbers of a call are worked out from.
+/// Values of a call from which the numbers of slots are computed.
 #[derive(Clone, Debug)]
 pub struct Numbers {
     /// The program.

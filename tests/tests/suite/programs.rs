@@ -187,7 +187,7 @@ fn check_table_gradients<T: Element>(name: &str, case: &Case, device: &Device) {
     programs::check_table_gradients(&format!("{name} on {device}"), case, &dims, &got, &want, &standard);
 }
 
-/// Which part cannot be done is in the error.
+/// The error of a device that does not give such gradients is typed.
 #[test]
 fn deterministic_gradients_of_tables_are_refused() {
     for device in gpus() {

@@ -21,7 +21,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// How the axes of a table lie.
+    /// Layout of a table's axes.
     fn layout(&self, table: u32, memory: Memory) -> &'a [Axis] {
         match memory {
             Memory::Elements => &self.code.axes[table as usize],

@@ -64,7 +64,7 @@ impl Printer<'_> {
         }
     }
 
-    /// What a query adds to the gradient of its head's sink, `-exp(sink - lse) * delta`.
+    /// Adds a query's part to the gradient of its head's sink, `-exp(sink - lse) * delta`.
     pub(super) fn print_sink_gradient(&mut self, [head, lse, delta]: [&str; 3], scope: &mut Scope) {
         let sink = self.load_sink(head, scope);
         let is_none = scope.result(Class::Predicate, "setp.eq.f32", &[&sink, &real(f32::NEG_INFINITY)]);

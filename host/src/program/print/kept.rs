@@ -16,19 +16,19 @@ pub(in crate::program) enum Kept {
     HeadAddress(NodeId, Memory),
     /// The logit of the head's sink.
     Sink,
-    /// What the generator of dropout counts.
+    /// Word of the counter of dropout's generator.
     Drawn(Word),
     /// A value of a row.
     Row(NodeId, u32),
     /// Value of a row, or of the tile, at the tile's first column.
     First(NodeId, Option<u32>),
-    /// The same of an index, as a score.
+    /// An index of a row, or of the tile, at the tile's first column, as a score.
     FirstReal(NodeId, Option<u32>),
     /// Address of a table's element for a row, at index 0 of the axes that the column gives.
     RowAddress(NodeId, Memory, u32),
     /// Address of a table's element at the tile's first column, for a row or for the tile.
     FirstAddress(NodeId, Memory, Option<u32>),
-    /// Whether the query of a row exists.
+    /// True if the query of a row exists.
     Exists(u32),
     /// A value of a pair, kept from its score to its gradient.
     Pair(NodeId, u32, u32),

@@ -28,7 +28,7 @@ use super::{Dependence, NodeId, Type, generator};
 pub(super) use kept::Kept;
 use stage::{Affine, Stage, affine_of, stage_of};
 
-/// What a value is worked out for.
+/// Pair, or place of a marker, that a value is computed for.
 #[derive(Clone, Copy, Debug)]
 struct Point<'a> {
     at: At<'a>,
@@ -67,7 +67,7 @@ enum At<'a> {
     Scores {
         edge: bool,
     },
-    /// One pair, of which nothing is kept but what is of its head.
+    /// One pair. Only values of its head are kept for it.
     Single {
         query: &'a str,
         key: &'a str,
@@ -140,7 +140,7 @@ impl<'a> Printer<'a> {
         self.kept.iter().map(declare).collect()
     }
 
-    /// What stands in place of a marker, if anything. Markers of scores come first, those of heads last.
+    /// Prints the code in place of a marker, if it needs any. Markers of scores come first, markers of heads last.
     pub fn print(&mut self, marker: &Marker<'_>) -> Option<Scope> {
         let mut scope = Scope::default();
         match *marker {
@@ -176,7 +176,7 @@ impl<'a> Printer<'a> {
         (!scope.lines.is_empty()).then_some(scope)
     }
 
-    /// What happens to the scores of a marker, `m` rows and `n` columns beyond the tile's first pair.
+    /// Changes the scores of a marker, `m` rows and `n` columns beyond the tile's first pair.
     fn print_scores(&mut self, kind: Kind, tile: Tile, registers: &[&str; 8], [m, n]: [u32; 2], scope: &mut Scope) {
         let mut sums = Vec::new();
         for (&(row, column), product) in tile.layout.offsets().iter().zip(registers) {

@@ -2,7 +2,7 @@
 
 use crate::program::{Binary, Coordinate, Node, NodeId, Type, Unary};
 
-/// Where a value is worked out, from the rarest to the most frequent.
+/// Frequency with which a value is computed, rarest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Stage {
     /// By the host.
@@ -36,7 +36,7 @@ pub(super) struct Affine {
     pub by: Option<NodeId>,
 }
 
-/// Where a node is worked out, from where those before it are.
+/// Returns the stage of a node, from the stages of the nodes before it.
 pub(super) fn stage_of(node: Node, stages: &[Stage], transposed: bool) -> Stage {
     let operands = node
         .operands()
@@ -53,7 +53,7 @@ pub(super) fn stage_of(node: Node, stages: &[Stage], transposed: bool) -> Stage 
     }
 }
 
-/// How a node grows with the column, if it does so evenly.
+/// Returns the growth of a node with the column, if it is even.
 pub(super) fn affine_of(
     node: Node,
     type_: Type,

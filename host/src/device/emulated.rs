@@ -3,7 +3,6 @@
 //! A finding of the checks is an error of the call, so a passing test shows that its kernels have none of the errors
 //! that the checks look for. Instructions and bytes are counted, and summed over all launches of a device.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flash_attention_kernels::abi::{StridedTensor, TensorMap};
@@ -12,10 +11,10 @@ use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{self, ElementType, Fill, Interleave, L2Promotion, TensorMapError, Tiled};
 use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
 
+use super::modules::{Loaded, Modules};
 use super::{Backend, Device, DeviceKind};
 use crate::error::Error;
-use crate::plan::{Launch, ModuleKey, ModuleText, Plan, Results, TileMap};
-use crate::program::Slot;
+use crate::plan::{Launch, Plan, Results, TileMap};
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
 
@@ -47,14 +46,8 @@ pub(super) struct Emulated {
     options: EmulatorOptions,
     memory: DeviceMemory,
     /// Modules, parsed once.
-    modules: Mutex<HashMap<ModuleKey, Arc<Loaded>>>,
+    modules: Modules<Arc<Module>>,
     counters: Mutex<Counters>,
-}
-
-/// A module, with what its second parameter holds.
-struct Loaded {
-    module: Module,
-    slots: Vec<Slot>,
 }
 
 impl Device {
@@ -71,7 +64,7 @@ impl Device {
     pub fn emulator_with(options: EmulatorOptions) -> Self {
         let emulated = Emulated {
             memory: DeviceMemory::with_capacity(options.memory_bytes),
-            modules: Mutex::new(HashMap::new()),
+            modules: Modules::new(),
             counters: Mutex::new(Counters::default()),
             options,
         };
@@ -80,44 +73,16 @@ impl Device {
 }
 
 impl Emulated {
-    fn module(&self, launch: &Launch) -> Result<Arc<Loaded>, Error> {
-        let mut modules = lock(&self.modules);
-        let key = launch.module_key();
-        if let Some(module) = modules.get(&key) {
-            return Ok(module.clone());
-        }
-        let name = launch.entry.name;
-        let failed = |message: String| Error::Launch {
-            device: self.spec(),
-            kernel: name,
-            message,
-        };
-        let ModuleText { ptx, slots } = launch.module_text().map_err(|error| failed(error.to_string()))?;
-        let module = Module::parse(&ptx, &format!("{name}.ptx")).map_err(|error| failed(error.to_string()))?;
-        let loaded = Arc::new(Loaded { module, slots });
-        modules.insert(key, loaded.clone());
-        Ok(loaded)
-    }
-
     fn launch(&self, launch: &Launch, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
         let kernel = launch.entry.name;
-        let failed = |error: ptx_emulator::Error| Error::Launch {
-            device: self.spec(),
-            kernel,
-            message: error.to_string(),
-        };
-        let refused = |error: TensorMapError| Error::Launch {
-            device: self.spec(),
-            kernel,
-            message: error.to_string(),
-        };
         let params = launch
             .params(results, encode)
-            .map_err(refused)?
+            .map_err(|error| launch.error(self.spec(), error))?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
-        let loaded = self.module(launch)?;
-        let params = [params.as_bytes(), &launch.numbers(&loaded.slots, &results)].concat();
-        let launch = ptx_emulator::Launch {
+        let parse = |ptx: &str| Module::parse(ptx, &format!("{kernel}.ptx")).map(Arc::new);
+        let Loaded { module, slots } = self.modules.get(launch, || self.spec(), parse)?;
+        let params = [params.as_bytes(), &launch.numbers(&slots, &results)].concat();
+        let emulated = ptx_emulator::Launch {
             entry: kernel,
             grid: launch.grid,
             block: [launch.threads, 1, 1],
@@ -125,12 +90,11 @@ impl Emulated {
             shared_bytes: launch.shared_bytes,
             params: &params,
         };
-        let report = loaded
-            .module
-            .launch_watched(&self.memory, &launch, &self.options.launch, &|blocks| {
+        let report = module
+            .launch_watched(&self.memory, &emulated, &self.options.launch, &|blocks| {
                 reporter.add(blocks)
             })
-            .map_err(failed)?;
+            .map_err(|error| launch.error(self.spec(), error))?;
         lock(&self.counters).add(&report.counters);
         if report.is_clean() {
             Ok(())
@@ -353,7 +317,7 @@ mod tests {
     fn a_result_that_no_kernel_wrote_is_an_error() {
         let emulated = Emulated {
             memory: DeviceMemory::with_capacity(1 << 30),
-            modules: Mutex::new(HashMap::new()),
+            modules: Modules::new(),
             counters: Mutex::new(Counters::default()),
             options: EmulatorOptions::new(Arch::Sm80),
         };

@@ -8,6 +8,8 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "emulator")]
 mod emulated;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+mod modules;
 
 use std::ffi::c_void;
 use std::fmt;

@@ -14,7 +14,7 @@ pub use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::entries::{self, Arch, Pass};
 
 pub use cost::Cost;
-pub use launch::{Launch, Parameters, Results, ScoreProgram, TableGradients};
+pub use launch::{Launch, Parameters, Results, TableGradients};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) use launch::{ModuleKey, ModuleText};
 pub use tile_map::TileMap;
@@ -110,7 +110,7 @@ impl Plan {
     /// registers, and Hopper uses the first form too.
     ///
     /// # Errors
-    /// As for [`new`](Self::new), and [`Error::Unsupported`] if the device does not give the gradients of its score program.
+    /// The errors of [`new`](Self::new), and [`Error::Unsupported`] for a deterministic gradient of a table on a GPU.
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
         refuse_gradients(problem, device)?;
@@ -189,24 +189,17 @@ impl Plan {
     }
 }
 
-/// The error of a backward problem with a score program that the device does not run yet.
+/// Refuses a deterministic gradient of a table on a GPU.
 fn refuse_gradients(problem: &BackwardProblem, device: &DeviceInfo) -> Result<(), Error> {
-    if problem.forward().program().is_none() {
-        return Ok(());
+    let adds_to_tables = problem.forward().program().is_some() && problem.table_gradients();
+    if matches!(device, DeviceInfo::Gpu { .. }) && adds_to_tables && problem.deterministic() {
+        return Err(Error::Unsupported {
+            feature: "a deterministic gradient of a table",
+            device: "a GPU".to_owned(),
+            reason: "blocks add to it as they finish; leave out `.deterministic()` or `.table_gradients()`",
+        });
     }
-    let (feature, device, reason) = match *device {
-        DeviceInfo::Gpu { .. } if problem.deterministic() && problem.table_gradients() => (
-            "a deterministic gradient of a table",
-            "a GPU",
-            "blocks add to it as they finish; leave out `.deterministic()` or `.table_gradients()`",
-        ),
-        _ => return Ok(()),
-    };
-    Err(Error::Unsupported {
-        feature,
-        device: device.to_owned(),
-        reason,
-    })
+    Ok(())
 }
 
 /// Returns the tiles of a forward pass on the CPU.

@@ -11,21 +11,19 @@ mod calls;
 pub mod driver;
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::CudaStream;
 use cudarc::driver::result::stream;
 use cudarc::driver::sys;
-use flash_attention_kernels::entries::Entry;
 
 use self::calls::{Calls, CudaCalls, Function, Queue};
 use self::driver::{DriverError, Geometry, Gpu, failed};
+use super::modules::{Loaded, Modules};
 use super::{Backend, Device, DeviceKind};
 use crate::error::{CudaUnavailable, Error};
-use crate::plan::{Launch, ModuleKey, ModuleText, Plan, Results};
-use crate::program::Slot;
+use crate::plan::{Launch, Plan, Results};
 use crate::progress::Reporter;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
@@ -45,11 +43,8 @@ struct Context {
     info: DeviceInfo,
     pool: Option<sys::CUmemoryPool>,
     /// Functions of the modules loaded so far. A module is never unloaded.
-    functions: Mutex<HashMap<ModuleKey, Loaded>>,
+    functions: Modules<Function>,
 }
-
-/// A function, with what its second parameter holds.
-type Loaded = (Function, Arc<[Slot]>);
 
 // SAFETY: the pool is a driver's handle, which may be used from any thread, like those in `Queue`. It is never
 // destroyed.
@@ -194,46 +189,25 @@ impl Cuda {
         driver_error(self.spec(), error)
     }
 
-    fn launch_error(&self, entry: &'static Entry) -> impl Fn(DriverError) -> Error + use<> {
-        let (device, kernel) = (self.spec(), entry.name);
-        move |error| Error::Launch {
-            device: device.clone(),
-            kernel,
-            message: error.to_string(),
-        }
-    }
-
-    /// Returns the function of a kernel, which is loaded at its first use, and what its second parameter holds.
-    fn function(&self, launch: &Launch) -> Result<Loaded, Error> {
-        let mut functions = lock(&self.context.functions);
-        let key = launch.module_key();
-        if let Some(function) = functions.get(&key) {
-            return Ok(function.clone());
-        }
+    /// Returns the function of a kernel, which is loaded at its first use.
+    fn function(&self, launch: &Launch) -> Result<Loaded<Function>, Error> {
         let entry = launch.entry;
-        let ModuleText { ptx, slots } = launch.module_text().map_err(|error| Error::Launch {
-            device: self.spec(),
-            kernel: entry.name,
-            message: error.to_string(),
-        })?;
-        let function = self
-            .calls
-            .load(self.queue, &ptx, entry.name, entry.shared_bytes)
-            .map_err(self.launch_error(entry))?;
-        let function = (function, Arc::from(slots));
-        functions.insert(key, function.clone());
-        Ok(function)
+        let load = |ptx: &str| self.calls.load(self.queue, ptx, entry.name, entry.shared_bytes);
+        self.context.functions.get(launch, || self.spec(), load)
     }
 
     /// # Safety
     /// The contract of [`Backend::run`].
     unsafe fn launch(&self, launch: &Launch, results: Results) -> Result<(), Error> {
-        let refused = self.launch_error(launch.entry);
+        let refused = |error| launch.error(self.spec(), error);
         let params = launch
             .params(results, |tile| self.calls.encode(tile))
-            .map_err(&refused)?
+            .map_err(refused)?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
-        let (function, slots) = self.function(launch)?;
+        let Loaded {
+            module: function,
+            slots,
+        } = self.function(launch)?;
         let numbers = launch.numbers(&slots, &results);
         let geometry = Geometry {
             grid: launch.grid,
@@ -296,7 +270,7 @@ impl Context {
             name: gpu.name,
             info: gpu.info,
             pool,
-            functions: Mutex::default(),
+            functions: Modules::new(),
         });
         seen.push((id, context.clone()));
         Ok(context)

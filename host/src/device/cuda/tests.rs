@@ -107,7 +107,7 @@ fn context(compute_capability: (u32, u32)) -> Arc<Context> {
         name: "a GPU on paper".to_owned(),
         info: DeviceInfo::gpu(compute_capability, 132, 227 * 1024),
         pool: Some(std::ptr::without_provenance_mut(8)),
-        functions: Mutex::default(),
+        functions: Modules::new(),
     })
 }
 

@@ -1,0 +1,161 @@
+//! Parameters of the backward kernels.
+
+use flash_attention_kernels::abi::{
+    BackwardParams, Exponents, ForwardRows, HopperBackwardParams, QuerySums, QuerySumsParams,
+};
+use flash_attention_kernels::entries::{Entry, Pass};
+use flash_attention_kernels::shape::HOPPER_ROWS;
+
+use super::program::ScoreProgram;
+use super::{Launch, Parameters, UNKNOWN_MAP, count, grid, unknown_alignment, work_list};
+use crate::error::Error;
+use crate::plan::tile_map::{self, TileMap};
+use crate::problem::{BackwardProblem, BackwardTensors};
+
+impl Launch {
+    /// Makes a persistent launch like [`hopper_forward`](Self::hopper_forward) for a backward kernel between
+    /// preprocess and postprocess.
+    pub(in crate::plan) fn hopper_backward(
+        problem: &BackwardProblem,
+        entry: &'static Entry,
+        sums: QuerySums,
+        multiprocessors: u32,
+    ) -> Result<Self, Error> {
+        let (tensors, problem) = (problem.tensors(), problem.forward());
+        let (heads_kv, heads_q_per_kv) = (problem.heads_kv(), count(problem.heads_q() / problem.heads_kv())?);
+        let owns_keys = entry.pass != Pass::BackwardQueries;
+        let tiles = if owns_keys {
+            grid(problem.batch(), heads_kv, problem.seqlen_k(), entry.block_n)?
+        } else {
+            grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
+        };
+        let work = work_list(tiles, multiprocessors);
+        let params = HopperBackwardParams {
+            q: UNKNOWN_MAP,
+            k: UNKNOWN_MAP,
+            v: UNKNOWN_MAP,
+            dout: UNKNOWN_MAP,
+            dq: UNKNOWN_MAP,
+            dk: UNKNOWN_MAP,
+            dv: UNKNOWN_MAP,
+            sums,
+            heads_q: count(problem.heads_q())?,
+            heads_kv: count(heads_kv)?,
+            heads_q_per_kv,
+            seqlen_q: problem.seqlen_q(),
+            seqlen_k: problem.seqlen_k(),
+            softmax_scale: problem.softmax_scale(),
+            scale_log2: problem.scale().log2,
+            work,
+            dout_rows: tensors.dout,
+            layout: unknown_alignment(problem),
+            reserved: [0; 14],
+        };
+        let (of_queries, of_keys) = tile_map::dims(problem);
+        let (q_rows, k_rows) = if owns_keys {
+            (entry.block_m, HOPPER_ROWS)
+        } else {
+            (HOPPER_ROWS, entry.block_n)
+        };
+        let query = |tensor| TileMap::new(tensor, of_queries, problem.dtype(), q_rows);
+        let key = |tensor| TileMap::new(tensor, of_keys, problem.dtype(), k_rows);
+        let maps = [
+            query(&problem.q()),
+            key(&problem.k()),
+            key(&problem.v()),
+            query(&tensors.dout),
+            query(&tensors.dq),
+            key(&tensors.dk),
+            key(&tensors.dv),
+        ];
+        let grid = [work.blocks, 1, 1];
+        Ok(Self::new(entry, grid, Parameters::HopperBackward(params, maps)))
+    }
+
+    /// Makes the launch of Hopper's preprocess or postprocess kernel.
+    pub(in crate::plan) fn query_sums(
+        problem: &BackwardProblem,
+        entry: &'static Entry,
+        sums: QuerySums,
+    ) -> Result<Self, Error> {
+        let (tensors, problem) = (problem.tensors(), problem.forward());
+        let mut tiles = sums.padded_q.get() / entry.block_m;
+        if entry.pass == Pass::BackwardFinish {
+            tiles *= sums.dq_columns / HOPPER_ROWS;
+        }
+        let (grid, tiles) = grid(problem.batch(), problem.heads_q(), tiles, 1)?;
+        let params = QuerySumsParams {
+            out: problem.out(),
+            dout: tensors.dout,
+            dq: tensors.dq,
+            rows: forward_rows(tensors),
+            sums,
+            heads_q: count(problem.heads_q())?,
+            seqlen_q: problem.seqlen_q(),
+            tiles,
+            softmax_scale: problem.softmax_scale(),
+            scale_log2: problem.scale().log2,
+            layout: unknown_alignment(problem),
+            reserved: 0,
+        };
+        Ok(Self::new(entry, grid, Parameters::QuerySums(params)))
+    }
+
+    /// Makes the launch of a portable backward kernel.
+    pub(in crate::plan) fn backward(
+        problem: &BackwardProblem,
+        entry: &'static Entry,
+        exponents: Exponents,
+    ) -> Result<Self, Error> {
+        let program = ScoreProgram::backward(problem)?;
+        let (tensors, problem) = (problem.tensors(), problem.forward());
+        let (grid, tiles) = if entry.pass == Pass::BackwardKeys {
+            grid(problem.batch(), problem.heads_kv(), problem.seqlen_k(), entry.block_n)?
+        } else {
+            grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
+        };
+        // Where there are no queries, not even a head of them, each key head has an empty one.
+        let (heads_q, seqlen_q) = if problem.has_queries() {
+            (problem.heads_q(), problem.seqlen_q())
+        } else {
+            (problem.heads_kv(), 0)
+        };
+        let params = BackwardParams {
+            q: problem.q(),
+            k: problem.k(),
+            v: problem.v(),
+            out: problem.out(),
+            dout: tensors.dout,
+            dq: tensors.dq,
+            dk: tensors.dk,
+            dv: tensors.dv,
+            rows: forward_rows(tensors),
+            exponents,
+            heads_q: count(heads_q)?,
+            heads_kv: count(problem.heads_kv())?,
+            heads_q_per_kv: count(heads_q / problem.heads_kv())?,
+            seqlen_q,
+            seqlen_k: problem.seqlen_k(),
+            tiles,
+            softmax_scale: problem.softmax_scale(),
+            scale_log2: (program.as_ref()).map_or(problem.scale().log2, ScoreProgram::scale_log2),
+            layout: unknown_alignment(problem),
+        };
+        Ok(Self {
+            program,
+            ..Self::new(entry, grid, Parameters::Backward(params))
+        })
+    }
+}
+
+/// Where forward left what it knows of each query.
+fn forward_rows(tensors: &BackwardTensors) -> ForwardRows {
+    let [row_max, row_sum] = tensors
+        .statistics
+        .map_or([0; 2], |tensors| tensors.map(|tensor| tensor.address));
+    ForwardRows {
+        lse: tensors.lse.address,
+        row_max,
+        row_sum,
+    }
+}

@@ -1,0 +1,118 @@
+//! Parameters of the forward kernels.
+
+use flash_attention_kernels::abi::{ForwardParams, HopperForwardParams};
+use flash_attention_kernels::entries::Entry;
+use flash_attention_kernels::shape::HOPPER_ROWS;
+
+use super::program::ScoreProgram;
+use super::{Launch, Parameters, UNKNOWN_MAP, count, grid, unknown_alignment, work_list};
+use crate::error::Error;
+use crate::plan::tile_map::{self, TileMap};
+use crate::problem::{Problem, Scale};
+
+impl Launch {
+    pub(in crate::plan) fn forward(problem: &Problem, entry: &'static Entry) -> Result<Self, Error> {
+        let (grid, query_tiles) = grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?;
+        let Scale {
+            magnitude,
+            magnitude_log2,
+            sign,
+            ..
+        } = problem.scale();
+        // A program multiplies by the scale itself.
+        let program = ScoreProgram::forward(problem);
+        let (scale_log2, scale_sign) =
+            (program.as_ref()).map_or((magnitude_log2, sign), |program| (program.scale_log2(), 1.0));
+        let params = ForwardParams {
+            q: problem.q(),
+            k: problem.k(),
+            v: problem.v(),
+            out: problem.out(),
+            lse: 0,
+            row_max: 0,
+            row_sum: 0,
+            heads_q: count(problem.heads_q())?,
+            heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
+            seqlen_q: problem.seqlen_q(),
+            seqlen_k: problem.seqlen_k(),
+            query_tiles,
+            scale_log2,
+            scale_sign,
+            layout: unknown_alignment(problem),
+            scale: magnitude,
+        };
+        Ok(Self {
+            program,
+            ..Self::new(entry, grid, Parameters::Forward(params))
+        })
+    }
+
+    /// Makes the launch of Hopper's forward kernel. It is persistent: at most one block per multiprocessor, and the
+    /// blocks share the tiles of work.
+    pub(in crate::plan) fn hopper_forward(
+        problem: &Problem,
+        entry: &'static Entry,
+        multiprocessors: u32,
+    ) -> Result<Self, Error> {
+        let program = ScoreProgram::forward(problem);
+        let packed = if program.is_some() {
+            1
+        } else {
+            packed_heads(problem, entry)
+        };
+        let heads = problem.heads_q() / packed as usize;
+        let rows = problem.seqlen_q() * packed;
+        let work = work_list(grid(problem.batch(), heads, rows, entry.block_m)?, multiprocessors);
+        let heads_per_kv = count(heads / problem.heads_kv())?;
+        let params = HopperForwardParams {
+            q: UNKNOWN_MAP,
+            k: UNKNOWN_MAP,
+            v: UNKNOWN_MAP,
+            out: UNKNOWN_MAP,
+            lse: 0,
+            row_max: 0,
+            row_sum: 0,
+            values: problem.v(),
+            layout: unknown_alignment(problem),
+            heads: count(heads)?,
+            heads_per_kv,
+            seqlen_q: problem.seqlen_q(),
+            seqlen_k: problem.seqlen_k(),
+            work,
+            scale_log2: (program.as_ref()).map_or(problem.scale().magnitude_log2, ScoreProgram::scale_log2),
+            packed_log2: packed.ilog2(),
+            reserved: [0; 7],
+        };
+        let (q, k) = tile_map::dims(problem);
+        let query = |tensor| TileMap::packed(tensor, q, problem.dtype(), HOPPER_ROWS, packed);
+        let key = |tensor| TileMap::new(tensor, k, problem.dtype(), entry.block_n);
+        let maps = [
+            query(&problem.q()),
+            key(&problem.k()),
+            key(&problem.v()),
+            query(&problem.out()),
+        ];
+        let grid = [work.blocks, 1, 1];
+        Ok(Self {
+            program,
+            ..Self::new(entry, grid, Parameters::HopperForward(params, maps))
+        })
+    }
+}
+
+/// Returns the number of query heads that Hopper's forward kernel packs into a tile: all heads that share keys if a
+/// tile of one head would be filled less than nine tenths as much, and if their number divides a warpgroup's rows.
+/// Otherwise 1. Heads are packed only if they have so few rows that the product fits.
+fn packed_heads(problem: &Problem, entry: &Entry) -> u32 {
+    let sharing = (problem.heads_q() / problem.heads_kv()) as u64;
+    let (rows, tile) = (u64::from(problem.seqlen_q()), u64::from(entry.block_m));
+    let (alone, packed) = (
+        rows.next_multiple_of(tile) * sharing,
+        (rows * sharing).next_multiple_of(tile),
+    );
+    if sharing.is_power_of_two() && sharing <= u64::from(HOPPER_ROWS) && 10 * packed < 9 * alone {
+        sharing as u32
+    } else {
+        1
+    }
+}

@@ -8,8 +8,9 @@ use flash_attention_kernels::entries;
 
 use crate::Failure;
 use crate::model::{MATMUL, PEAK, TENSOR};
+use crate::program::{Pipe, Program};
 use crate::record::main_loops;
-use crate::replay::{Arbitration, Pipe, Program, Reason, Replay, replay};
+use crate::replay::{Arbitration, Reason, Replay, replay};
 
 /// A main loop of FlashAttention-3, replayed by the rules of [`crate::replay`] from the machine code of the PyPI
 /// wheel xformers 0.0.33.post2. Another program did this; on our loops the two agree within 1.5 %.

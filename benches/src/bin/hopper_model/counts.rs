@@ -89,12 +89,17 @@ fn products_of_pair(entry: &Entry) -> (f64, f64) {
     (f64::from(flops) / pairs, f64::from(bytes) / pairs)
 }
 
-/// Returns the instructions other than products that warps issue per pair, from the machine code. They cannot be
-/// counted in PTX: ptxas removes moves and folds address arithmetic.
-fn issued_for_pair(entry: &Entry) -> Result<f64, Failure> {
-    let of_warp: u32 = main_loops(entry.name)?.iter().map(Loop::others).sum();
+/// Returns the instructions other than products that warps issue per pair, and the exponentials among them, from the
+/// machine code. They cannot be counted in PTX: ptxas removes moves and folds address arithmetic, and makes a predicated
+/// instruction of a branch for one lane, after which the emulator runs the warp in two groups for a while.
+fn issued_for_pair(entry: &Entry) -> Result<[f64; 2], Failure> {
+    let loops = main_loops(entry.name)?;
     let warps = f64::from(entry.threads / 32 - 4);
-    Ok(f64::from(of_warp) * warps / f64::from(entry.block_m * entry.block_n))
+    let for_pair = |of_warp: u32| f64::from(of_warp) * warps / f64::from(entry.block_m * entry.block_n);
+    Ok([
+        for_pair(loops.iter().map(Loop::others).sum()),
+        for_pair(loops.iter().map(Loop::exponentials).sum()),
+    ])
 }
 
 /// Runs a call on the emulator at two lengths of each sequence. The work that grows with the product of both is that
@@ -121,13 +126,6 @@ pub fn measure(pass: Pass, head_dim: usize) -> Result<Counts, Failure> {
     let bilinear = |f: &dyn Fn(&Counters) -> u64| {
         (f(&both) as f64 + f(&neither) as f64 - f(&queries) as f64 - f(&keys) as f64) / pairs
     };
-    let exponentials = |c: &Counters| -> u64 {
-        c.opcodes
-            .iter()
-            .filter(|(name, _)| name.starts_with("ex2"))
-            .map(|(_, count)| count.warp)
-            .sum()
-    };
     let tiles = main()
         .map(products_of_pair)
         .fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
@@ -139,11 +137,17 @@ pub fn measure(pass: Pass, head_dim: usize) -> Result<Counts, Failure> {
         )
         .into());
     }
+    let (mut issued, mut exponentials) = (0.0, 0.0);
+    for entry in main() {
+        let [of_all, of_exponentials] = issued_for_pair(entry)?;
+        issued += of_all;
+        exponentials += of_exponentials;
+    }
     let bulk = bilinear(&|c| c.global_read_bytes + c.global_written_bytes);
     Ok(Counts {
         tensor_flops,
-        exponentials: 32.0 * bilinear(&exponentials),
-        issued: main().map(issued_for_pair).sum::<Result<f64, Failure>>()?,
+        exponentials: 32.0 * exponentials,
+        issued,
         shared_bytes: tiles.1 + bulk + 128.0 * bilinear(&|c| c.shared_wavefronts),
     })
 }
@@ -173,4 +177,24 @@ fn run(pass: Pass, head_dim: usize, seqlen_q: usize, seqlen_k: usize) -> Result<
         attention.plan_backward(&q, &k, &v, &output, &q)?
     };
     Ok((device.counters().ok_or("the emulator counts")?, plan))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forward_has_an_exponential_a_pair_and_two_a_step_for_rescaling() {
+        for name in ["hopper_forward_f16_d64", "hopper_forward_f16_d128"] {
+            let entry = entries::ENTRIES
+                .iter()
+                .find(|entry| entry.name == name)
+                .expect("compiled");
+            let [issued, exponentials] = issued_for_pair(entry).expect("recorded");
+            // 128 lanes share 64 rows.
+            let of_lane = f64::from(entry.block_n / 2);
+            assert_eq!(32.0 * exponentials, (of_lane + 2.0) / of_lane, "{name}");
+            assert!(issued > 4.0 * exponentials, "{name}");
+        }
+    }
 }

@@ -7,6 +7,7 @@
 mod calibration;
 mod counts;
 mod model;
+mod program;
 mod record;
 mod replay;
 

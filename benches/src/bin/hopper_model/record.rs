@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::Failure;
-use crate::replay::Program;
+use crate::program::Program;
 
 /// Content of `benches/results/sass.json`.
 #[derive(Deserialize)]
@@ -38,6 +38,11 @@ impl Loop {
     /// Returns the instructions other than products that one warp issues in a step.
     pub fn others(&self) -> u32 {
         self.step.instructions - self.step.classes.get("Tensor").unwrap_or(&0)
+    }
+
+    /// Returns the exponentials that one warp issues in a step.
+    pub fn exponentials(&self) -> u32 {
+        self.step.classes.get("Exp2").copied().unwrap_or_default()
     }
 
     /// Returns the loop as a program to replay.

@@ -38,7 +38,7 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     unsafe { queries_with::<S, CAUSAL, false>(p) }
 }
 
-/// The same with the markers of a score program, whose mask goes for every tile.
+/// [`queries`] with the markers of a score program, whose mask applies to every tile.
 ///
 /// # Safety
 /// The contract of [`queries`].
@@ -99,7 +99,7 @@ unsafe fn queries_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
         });
         ring.drain();
 
-        // Worked out again: kept, its addresses would hold registers all through the loop.
+        // Recomputed here: kept, its addresses would occupy registers during the whole loop.
         let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_q, CAUSAL);
         let first_row = block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
         let target = block.window(&p.dq, block.head, p.seqlen_q, &p.layout);
@@ -118,7 +118,7 @@ pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     unsafe { keys_with::<S, CAUSAL, false>(p) }
 }
 
-/// The same with the markers of a score program, whose mask goes for every tile.
+/// [`keys`] with the markers of a score program, whose mask applies to every tile.
 ///
 /// # Safety
 /// The contract of [`keys`].
@@ -182,7 +182,7 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, co
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
     let mut blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
     if PROGRAM {
-        // Of queries that do not exist a program may make anything.
+        // The program's values for queries that do not exist are arbitrary.
         blocks.whole_end = p.seqlen_q / S::COLUMNS;
     }
     for shared in 0..p.heads_q_per_kv.get() {

@@ -19,7 +19,7 @@ pub unsafe fn delta<E: Element>(p: &BackwardParams) {
     unsafe { delta_with::<E, false>(p) }
 }
 
-/// The same for a score program. A query whose scores are all minus infinity sees nothing then.
+/// [`delta`] for a score program. A query whose scores are all minus infinity sees no key then.
 ///
 /// # Safety
 /// The contract of [`delta`].

@@ -85,9 +85,9 @@ pub struct Entry<P = Pass> {
     pub arch: Arch,
     /// Element type of its tensors.
     pub dtype: Dtype,
-    /// Whether it masks causally.
+    /// True if it masks causally.
     pub causal: bool,
-    /// Whether it has the markers of score programs, which mask for it.
+    /// True if it has the markers of score programs. The program has the mask then.
     pub program: bool,
     /// Widest head it serves.
     pub head_dim: u32,
@@ -107,7 +107,7 @@ pub struct Entry<P = Pass> {
 }
 
 impl<P> Entry<P> {
-    /// The same kernel with markers.
+    /// Marks a kernel as one with the markers of score programs.
     const fn of_programs(mut self) -> Self
     where
         P: Copy,
@@ -116,7 +116,7 @@ impl<P> Entry<P> {
         self
     }
 
-    /// The same kernel, for a table that names passes by another type.
+    /// Returns the kernel for a table that names passes by another type.
     pub const fn with_pass<Q: Copy>(&self, pass: Q) -> Entry<Q> {
         Entry {
             name: self.name,

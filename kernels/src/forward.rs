@@ -1,6 +1,6 @@
 //! The forward pass: one fused kernel, `out` and `lse` from q, k, v. FlashAttention-2, Algorithm 1.
 //!
-//! The same code compiles for the tensor cores (f16 and bf16, `mma.sync`) and for plain FMA (f32); the tile types of
+//! One source compiles for the tensor cores (f16 and bf16, `mma.sync`) and for plain FMA (f32); the tile types of
 //! a shape determine which.
 
 use crate::abi::ForwardParams;
@@ -24,7 +24,7 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
     unsafe { forward_with::<S, CAUSAL, false>(p) }
 }
 
-/// The same with the markers of a score program, whose mask goes for every tile.
+/// [`forward`] with the markers of a score program, whose mask applies to every tile.
 ///
 /// # Safety
 /// The contract of [`forward`].
@@ -37,7 +37,7 @@ pub unsafe fn program<S: TileShape>(p: &ForwardParams) {
 #[inline(always)]
 unsafe fn forward_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &ForwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
-    // Worked out again after each walk: kept, addresses would hold registers all through the loop.
+    // Recomputed after each walk: kept, addresses would occupy registers during the whole loop.
     let block = || RowBlock::<S>::of_this_thread_block(p.query_tiles, p.heads_q, CAUSAL);
     let first_row = |block: &RowBlock<S>| block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
 
@@ -46,7 +46,7 @@ unsafe fn forward_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
     unsafe {
         let (mut softmax, mut output, mut cleaned);
         if PROGRAM {
-            // What a program makes of scores knows no bounds.
+            // The scores of a program have no bounds.
             (softmax, output) = (OnlineSoftmax::exact(p.scale_log2), S::Output::zero());
             let RowBlock { head, batch, .. } = block();
             program::head(head, batch);
@@ -112,9 +112,8 @@ fn unsigned(score: f32, sign: f32) -> f32 {
     }
 }
 
-/// Every key block that the queries see, first to last. A walk `AGAIN` finds Q as the walk before left it, and subtracts
-/// first in every row. Returns whether
-/// values were [cleaned](nonfinite).
+/// Walks every key block that the queries see, first to last. A walk `AGAIN` finds Q as the walk before left it, and subtracts
+/// the maximum before it multiplies in every row. Returns true if values were [cleaned](nonfinite).
 #[inline(always)]
 unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool, const PROGRAM: bool>(
     p: &ForwardParams,

@@ -1,7 +1,7 @@
 //! Markers: the places of a kernel at which the host splices a score program into the text.
 //!
-//! A program kernel is compiled once and carries a comment wherever scores pass by in registers. The comment names the
-//! registers; unspliced, it is nothing. The host replaces each by the instructions of the program, in a scope of their own,
+//! A program kernel is compiled once and has a comment at each place where scores are in registers. The comment names the
+//! registers; unspliced, it does nothing. The host replaces each by the instructions of the program, in a scope of their own,
 //! declares the registers that they share at the top of the kernel, and adds a second kernel parameter with the program's constants.
 //!
 //! | marker | where | operands |
@@ -14,19 +14,19 @@
 //! | `hide` | weights that backward made of scores that no `mask` changed | `LAYOUT EDGE S0 S1 … M N` |
 //! | `weight` | weights before their product with the values, and their gradients | `LAYOUT EDGE S0 S1 … M N` |
 //! | `gradient` | gradients of the scores that the program made | `LAYOUT EDGE S0 S1 … M N` |
-//! | `hides` | where it matters that pairs may be hidden | `FLAG`, 0, which the program may change to 1 |
+//! | `hides` | where code depends on whether pairs may be hidden | `FLAG`, 0, which the program may change to 1 |
 //! | `visible` | where one pair is asked for | `FLAG QUERY KEY HEAD`; the flag is 1, which the program may change to 0 |
-//! | `row` | what backward knows of a query | `HEAD LSE DELTA` |
+//! | `row` | the statistics of a query in backward | `HEAD LSE DELTA` |
 //!
 //! `ROW` and `COLUMN` are registers with the lane's first coordinates in the tile, `M` and `N` literals to add to them, and the
 //! layout says what each of the registers `S0 S1 …` adds in turn. Rows are queries and columns keys; in a layout that ends in
 //! `_t` it is the other way round. `EDGE` is `edge` in a tile that may hold columns past the end of their sequence, else
 //! `whole`. Rows past the end of theirs may come in either.
 //!
-//! Markers run in the order of the text: a `tile` before the scores of that tile, a `head` before its tiles. So what a program
-//! works out at one it finds in its registers at the next.
+//! Markers run in the order of the text: a `tile` before the scores of that tile, a `head` before its tiles. So a program finds
+//! the values that it computed at one marker in its registers at the next.
 
-/// How the registers of a marker lie in a tile of scores.
+/// Positions of a marker's registers in a tile of scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Layout {
     /// 16 x 16 scores of a warp, two accumulators of m16n8.
@@ -53,7 +53,7 @@ impl Layout {
     }
 }
 
-/// What a marker shows of a tile.
+/// The values of a tile at a marker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Products of queries and keys.
@@ -71,34 +71,34 @@ pub enum Kind {
 /// A tile of scores, as a marker names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
-    /// How the scores lie.
+    /// Positions of the scores.
     pub layout: Layout,
-    /// Whether rows are keys, and columns queries.
+    /// True if rows are keys, and columns queries.
     pub transposed: bool,
-    /// Whether columns may lie past the end.
+    /// True if columns may lie past the end.
     pub edge: bool,
 }
 
 /// A marker, as a line of a kernel's text holds it. Registers are by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Marker<'a> {
-    /// A block turns to a head.
+    /// Beginning of a head.
     Head {
         /// Query head.
         head: &'a str,
         /// Batch entry.
         batch: &'a str,
     },
-    /// What the softmax of each row starts from.
+    /// Start of each row's softmax.
     Start {
         /// Largest score so far.
         row_max: &'a str,
         /// This lane's part of the sum of weights so far.
         row_sum: &'a str,
     },
-    /// A streamed tile comes.
+    /// Beginning of a streamed tile.
     Tile {
-        /// Which tile.
+        /// The tile.
         tile: Tile,
         /// First row.
         row: &'a str,
@@ -109,9 +109,9 @@ pub enum Marker<'a> {
     },
     /// Scores or weights.
     Scores {
-        /// Which.
+        /// Kind of the values.
         kind: Kind,
-        /// Of which tile.
+        /// The tile that they belong to.
         tile: Tile,
         /// The registers, as many as the layout has.
         registers: [&'a str; 8],
@@ -120,12 +120,12 @@ pub enum Marker<'a> {
         /// To add to the column.
         n: u32,
     },
-    /// Whether the program hides pairs.
+    /// A question if the program hides pairs.
     Hides {
         /// 0, or 1 if it does.
         flag: &'a str,
     },
-    /// Whether the program shows a pair.
+    /// A question if the program shows a pair.
     Visible {
         /// 1, or 0 if it does not.
         flag: &'a str,
@@ -138,7 +138,7 @@ pub enum Marker<'a> {
     Row {
         /// Query head.
         head: &'a str,
-        /// Its log-sum-exp.
+        /// Log-sum-exp of the query.
         lse: &'a str,
         /// `rowsum(dO * O)`.
         delta: &'a str,
@@ -146,7 +146,7 @@ pub enum Marker<'a> {
 }
 
 impl<'a> Marker<'a> {
-    /// Reads a line of a kernel: `None` if it is no marker, an error if it is one that is not understood.
+    /// Reads a line of a kernel: `None` if it is no marker, an error if it is an unknown one.
     pub fn read(line: &'a str) -> Option<Result<Self, ()>> {
         Some(Self::parse(line.trim_start().strip_prefix("//@")?).ok_or(()))
     }

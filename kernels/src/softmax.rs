@@ -3,16 +3,16 @@
 //! Scores stay unscaled until the exponential, which folds `softmax_scale * log2(e)` into one FMA: `exp2(s * c - m * c)`. There
 //! `s * c` is exact and `m * c` is rounded, so that a row's weights all come out times `2^(m * c - round(m * c))`. That
 //! factor cancels in the output and in lse, as long as it is small: up to `|m * c| =` [`FAR`] it lies within `2^(2^-14)` of 1.
-//! A row beyond subtracts before it multiplies, `exp2((s - m) * c)`: exact where it matters, and never above 1, whatever the
+//! A row beyond it is far, and subtracts before it multiplies, `exp2((s - m) * c)`: exact where it matters, and never above 1, whatever the
 //! magnitude of scores and scale.
 //!
 //! Far rows are rare, and there are two ways to find them. A kernel that loads ahead of the arithmetic and cannot start again looks in
-//! every tile: [`OnlineSoftmax::new`] and [`raise`](OnlineSoftmax::raise). One that can looks at the end: maxima that start
-//! at `-FAR / c`, [`OnlineSoftmax::near`], keep weights from overflow meanwhile, and where a row has left these bounds, the
+//! every tile: [`OnlineSoftmax::new`] and [`raise`](OnlineSoftmax::raise). A kernel that can start again looks at the end. Its
+//! maxima start at `-FAR / c`, [`OnlineSoftmax::near`], so that weights do not overflow. If a row has left these bounds, the
 //! block walks its keys again with [`OnlineSoftmax::exact`], which subtracts first in every row.
 //!
 //! The rule for minus infinity, written once: a row that has seen nothing has `row_max = -inf`, and `-inf - -inf` would be
-//! NaN where a zero is meant, so what is subtracted is a finite number there. Masked scores are -inf and vanish against any. A row
+//! NaN where a zero is meant, so a finite number is subtracted there. Masked scores are -inf, and their weight is 0 then. A row
 //! that may see no key at all ends with out = 0 and lse = -inf; a row whose every visible score is -inf ends with out = NaN, as
 //! IEEE arithmetic has it.
 
@@ -36,7 +36,7 @@ pub struct OnlineSoftmax<A: Accumulator> {
     is_exact: bool,
 }
 
-/// What the weights of a tile are relative to.
+/// The reference of a tile's weights.
 #[derive(Clone, Copy)]
 pub struct Reference<R> {
     /// Subtracted from the scaled scores.
@@ -58,20 +58,20 @@ pub struct Finished<R> {
 }
 
 impl<A: Accumulator> OnlineSoftmax<A> {
-    /// Nothing seen yet. Tiles are taken by [`raise`](Self::raise), [`weigh`](Self::weigh) and [`sum`](Self::sum).
+    /// Starts rows that have seen nothing, for tiles through [`raise`](Self::raise), [`weigh`](Self::weigh) and [`sum`](Self::sum).
     #[inline(always)]
     pub fn new(scale_log2: f32) -> Self {
         Self::start(scale_log2, f32::NEG_INFINITY, false)
     }
 
-    /// Nothing seen yet. Right if no row [left its bounds](Self::left_bounds) in the end; tiles are taken by
-    /// [`update::<false>`](Self::update).
+    /// Starts rows that have seen nothing, for tiles through [`update::<false>`](Self::update). The results are right if no row
+    /// [left its bounds](Self::left_bounds) in the end.
     #[inline(always)]
     pub fn near(scale_log2: f32) -> Self {
         Self::start(scale_log2, floor(scale_log2), false)
     }
 
-    /// Nothing seen yet. Right for any row; tiles are taken by [`update::<true>`](Self::update).
+    /// Starts rows that have seen nothing, for tiles through [`update::<true>`](Self::update). The results are right for any row.
     #[inline(always)]
     pub fn exact(scale_log2: f32) -> Self {
         Self::start(scale_log2, -f32::MAX, true)
@@ -95,7 +95,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         (self.row_max, self.row_sum) = (A::Rows::splat(row_max), A::Rows::splat(row_sum));
     }
 
-    /// Tells if a row's largest score is out of the bounds of [`near`](Self::near), or may be. `sees_keys(row)` is whether a row
+    /// Tells if a row's largest score is out of the bounds of [`near`](Self::near), or may be. `sees_keys(row)` is true if a row
     /// may see any key.
     #[inline(always)]
     pub fn left_bounds(&self, sees_keys: impl Fn(u32) -> bool) -> bool {
@@ -132,7 +132,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         reference.rescale
     }
 
-    /// What near rows are relative to: rounded as it was when it was subtracted, the products of rescalings telescope exactly.
+    /// The reference of near rows. It is rounded as it was when it was subtracted, so the products of rescalings telescope exactly.
     #[inline(always)]
     fn reference(&self, old_max: A::Rows, subtracted: A::Rows) -> Reference<A::Rows> {
         let scale = self.scale_log2;
@@ -142,14 +142,14 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         }
     }
 
-    /// Raises the maxima to those of a tile, whose scores are then ready for [`weigh`](Self::weigh). With `HIDES` some may be hidden:
-    /// rows that have seen nothing are no rarity then. The whole warp calls it together.
+    /// Raises the maxima to those of a tile, whose scores are then ready for [`weigh`](Self::weigh). With `HIDES` some may be hidden,
+    /// and rows that have seen nothing are common. The whole warp calls it together.
     #[inline(always)]
     pub fn raise<const HIDES: bool>(&mut self, scores: &mut A) -> Reference<A::Rows> {
         let scale = self.scale_log2;
         let old_max = self.row_max;
         let lane_max = scores.max_rows(old_max);
-        // Each lane asks for its own columns, in the shadow of the shuffles: what is far for the row is so for a lane.
+        // Each lane tests its own columns while the shuffles run: a row that is far is far in one of its lanes.
         let of_lane = lane_max.map(|max| {
             if HIDES && max == f32::NEG_INFINITY {
                 0.0
@@ -181,8 +181,8 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         self.row_sum = probabilities.fold_rows(before, |sum, p| sum + p);
     }
 
-    /// Subtracts the maximum of each far row from its scores, and returns what is left to subtract from their exponents, and the
-    /// factor of everything before. A row that has seen nothing has summed nothing, and takes any finite factor.
+    /// Subtracts the maximum of each far row from its scores, and returns the rest to subtract from their exponents, and the
+    /// factor of all sums before. A row that has seen nothing has summed nothing, so any finite factor is right.
     #[inline(always)]
     fn shift(&self, old_max: A::Rows, scores: &mut A) -> Reference<A::Rows> {
         let scale = self.scale_log2;
@@ -192,7 +192,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         scores.map_rows(shift, |shift, score| score - shift);
         Reference {
             subtracted: new_max.map(|max| if is_far(max, scale) { 0.0 } else { max * scale }),
-            // Relative to what each was subtracted: the product, exact if far, else rounded.
+            // The difference of the two references, each exact if far, else rounded.
             rescale: old_max.zip(new_max, |old, new| {
                 ex2(match (is_far(old, scale), is_far(new, scale)) {
                     (true, true) => (old - new) * scale,
@@ -238,7 +238,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
     }
 }
 
-/// The largest score, or less, of which no row's weights are too small, and no weight above 1 when it is subtracted.
+/// The maximum that near rows start with: subtracted, it leaves no weight above 1 and no row's weights too small.
 #[inline(always)]
 fn floor(scale: f32) -> f32 {
     (-FAR / scale).max(-f32::MAX)

@@ -35,7 +35,7 @@ pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParam
     unsafe { forward_with::<S, CAUSAL, false>(p, maps) }
 }
 
-/// The same with the markers of a score program, whose mask goes for every tile. Heads are not packed.
+/// [`forward`] with the markers of a score program, whose mask applies to every tile. Heads are not packed.
 ///
 /// # Safety
 /// The contract of [`forward`].
@@ -321,7 +321,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
         }
     }
 
-    /// Marks that the scores of key block `n` come. `EDGE` is whether keys of it may lie past the end.
+    /// Begins the scores of key block `n` for the program. `EDGE` is true if keys of it may lie past the end.
     #[inline(always)]
     fn announce<const EDGE: bool>(&self, work: &Work, n: u32) {
         if PROGRAM {
@@ -329,7 +329,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
         }
     }
 
-    /// Where the program turns products into scores, and hides some.
+    /// Marks the place where the program turns products into scores, and hides some.
     #[inline(always)]
     fn splice<const EDGE: bool>(scores: &mut S::Scores) {
         if PROGRAM {
@@ -338,7 +338,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
         }
     }
 
-    /// Where the program changes weights.
+    /// Marks the place where the program changes weights.
     #[inline(always)]
     fn splice_weights<const EDGE: bool>(weights: &mut S::Scores) {
         if PROGRAM {

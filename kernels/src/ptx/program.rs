@@ -1,16 +1,16 @@
 //! The markers of score programs: comments that name registers, [`crate::program`] says which.
 //!
-//! Unspliced they are nothing. Spliced they are arithmetic, loads of what no kernel writes, and writes of what no kernel reads:
-//! `nomem`. All but the last two are volatile, since they hand each other values in registers that the compiler does not know
-//! of, and so must keep their order.
+//! Unspliced, a marker does nothing. Spliced, it does arithmetic, loads memory that no kernel writes, and writes memory that no
+//! kernel reads: `nomem`. All but the last two are volatile: one marker leaves values in registers that another reads and the
+//! compiler does not know of, so they must keep their order.
 
 use core::arch::asm;
 
-/// Which tile markers are of.
+/// The tile that a marker belongs to.
 pub trait Tile {
-    /// Whether rows are keys, and columns queries.
+    /// True if rows are keys, and columns queries.
     const TRANSPOSED: bool;
-    /// Whether columns may lie past the end of their sequence.
+    /// True if columns may lie past the end of their sequence.
     const EDGE: bool;
 }
 
@@ -30,7 +30,7 @@ impl<const EDGE: bool> Tile for OfKeys<EDGE> {
     const EDGE: bool = EDGE;
 }
 
-/// Calls a macro with the words that say which tile `$tile` is, and what follows them.
+/// Calls a macro with the words for the layout and the edge of `$tile`.
 macro_rules! for_tile {
     ($tile:ident, $plain:literal, $transposed:literal, $macro:ident) => {
         match ($tile::TRANSPOSED, $tile::EDGE) {
@@ -42,7 +42,7 @@ macro_rules! for_tile {
     };
 }
 
-/// What is shown at a marker of scores.
+/// The values at a marker of scores.
 pub trait Shown {
     /// 16 x 16 scores, two neighbouring accumulators of m16n8, `m` blocks down and `n` across the tile.
     fn fragment<T: Tile>(left: &mut [f32; 4], right: &mut [f32; 4], m: usize, n: usize);
@@ -62,7 +62,7 @@ macro_rules! shown {
                 macro_rules! block {
                     ($layout:literal, $edge:literal, $m:literal, $n:literal) => {{
                         let ([a, b, c, d], [e, f, g, h]) = (left, right);
-                        // SAFETY: a comment, or what the module says of a program.
+                        // SAFETY: a comment, or a program as the module describes it.
                         unsafe {
                             asm!(concat!("//@", $kind, " ", $layout, " ", $edge, " {} {} {} {} {} {} {} {} ", $m, " ", $n),
                                 inout(reg32) *a, inout(reg32) *b, inout(reg32) *c, inout(reg32) *d,
@@ -99,7 +99,7 @@ macro_rules! shown {
             fn lanes<T: Tile>([a, b, c, d]: [&mut f32; 4], n: usize) {
                 macro_rules! column {
                     ($layout:literal, $edge:literal, $n:literal) => {
-                        // SAFETY: a comment, or what the module says of a program.
+                        // SAFETY: a comment, or a program as the module describes it.
                         unsafe {
                             asm!(concat!("//@", $kind, " ", $layout, " ", $edge, " {} {} {} {} 0 ", $n),
                                 inout(reg32) *a, inout(reg32) *b, inout(reg32) *c, inout(reg32) *d,
@@ -140,27 +140,27 @@ shown!(
     /// Gradients of the scores that the program made.
     Gradients, "gradient");
 
-/// A block turns to a head: what depends on head and batch entry alone is worked out here.
+/// Begins a head: the program computes here the values that depend on head and batch entry alone.
 #[inline(always)]
 pub fn head(head: u32, batch: u32) {
-    // SAFETY: a comment, or what the module says of a program.
+    // SAFETY: a comment, or a program as the module describes it.
     unsafe { asm!("//@head {h} {b}", h = in(reg32) head, b = in(reg32) batch, options(nomem, nostack)) }
 }
 
-/// What the softmax of each row starts from: its largest score, and this lane's part of its sum.
+/// Returns the start of each row's softmax: its largest score, and this lane's part of its sum.
 #[inline(always)]
 pub fn start(mut row_max: f32, mut row_sum: f32) -> (f32, f32) {
-    // SAFETY: a comment, or what the module says of a program.
+    // SAFETY: a comment, or a program as the module describes it.
     unsafe { asm!("//@start {m} {s}", m = inout(reg32) row_max, s = inout(reg32) row_sum, options(nomem, nostack)) }
     (row_max, row_sum)
 }
 
-/// A streamed tile comes, of which this lane's first pair is (`row`, `column`): what scores share is worked out here.
+/// Begins a streamed tile whose first pair for this lane is (`row`, `column`): the program computes here the values that scores share.
 #[inline(always)]
 pub fn fragment_tile<T: Tile>(row: u32, column: u32, m: usize) {
     macro_rules! rows {
         ($layout:literal, $edge:literal, $m:literal) => {
-            // SAFETY: a comment, or what the module says of a program.
+            // SAFETY: a comment, or a program as the module describes it.
             unsafe {
                 asm!(concat!("//@tile ", $layout, " ", $edge, " {r} {c} ", $m), r = in(reg32) row, c = in(reg32) column,
                     options(nomem, nostack))
@@ -179,12 +179,12 @@ pub fn fragment_tile<T: Tile>(row: u32, column: u32, m: usize) {
     for_tile!(T, "fragment", "fragment_t", tile)
 }
 
-/// The same for a tile of plain FMA.
+/// [`fragment_tile`] for a tile of plain FMA.
 #[inline(always)]
 pub fn lanes_tile<T: Tile>(row: u32, column: u32) {
     macro_rules! tile {
         ($layout:literal, $edge:literal) => {
-            // SAFETY: a comment, or what the module says of a program.
+            // SAFETY: a comment, or a program as the module describes it.
             unsafe {
                 asm!(concat!("//@tile ", $layout, " ", $edge, " {r} {c} 0"), r = in(reg32) row, c = in(reg32) column,
                     options(nomem, nostack))
@@ -194,16 +194,16 @@ pub fn lanes_tile<T: Tile>(row: u32, column: u32) {
     for_tile!(T, "lanes", "lanes_t", tile)
 }
 
-/// What backward knows of a query of `head`: its log-sum-exp and delta.
+/// Gives the program the statistics of a query of `head` in backward: its log-sum-exp and delta.
 #[inline(always)]
 pub fn row(head: u32, lse: f32, delta: f32) {
-    // SAFETY: a comment, or what the module says of a program.
+    // SAFETY: a comment, or a program as the module describes it.
     unsafe {
         asm!("//@row {h} {l} {d}", h = in(reg32) head, l = in(reg32) lse, d = in(reg32) delta, options(nomem, nostack))
     }
 }
 
-/// Tells if the program hides pairs: known when the driver compiles the kernel, so that what asks for it costs nothing.
+/// Tells if the program hides pairs. The driver knows the answer when it compiles the kernel, so a branch on it costs nothing.
 #[inline(always)]
 pub fn hides() -> bool {
     let mut flag = 0_u32;
@@ -216,7 +216,7 @@ pub fn hides() -> bool {
 #[inline(always)]
 pub fn visible(query: u32, key: u32, head: u32) -> bool {
     let mut flag = 1_u32;
-    // SAFETY: a comment, or what the module says of a program.
+    // SAFETY: a comment, or a program as the module describes it.
     unsafe {
         asm!("//@visible {f} {q} {k} {h}", f = inout(reg32) flag, q = in(reg32) query, k = in(reg32) key,
             h = in(reg32) head, options(pure, nomem, nostack));

@@ -9,7 +9,7 @@ use flash_attention::{Attention, Device, Dtype};
 
 use crate::backend::{FlashBackend, Forward};
 
-/// Why a call was refused, before anything was computed.
+/// Reason for which a call was refused, before anything was computed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -19,14 +19,14 @@ pub enum Error {
     Dtype {
         /// The tensor.
         argument: &'static str,
-        /// Its element type.
+        /// Element type of the tensor.
         got: DType,
     },
     /// A tensor is of another backend than Flex.
     Backend {
         /// The tensor.
         argument: &'static str,
-        /// Its device.
+        /// Device of the tensor.
         device: String,
     },
 }

@@ -62,7 +62,7 @@ pub trait FlashBackend: Backend {
 #[derive(Debug)]
 struct FlashNode;
 
-/// What a node keeps for its backward pass: q, k and v as nodes of the graph, its results, its options.
+/// Values that a node keeps for its backward pass: q, k and v as nodes of the graph, its results, its options.
 #[derive(Clone, Debug)]
 struct Kept<B: Backend> {
     inputs: [NodeId; 3],

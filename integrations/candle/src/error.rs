@@ -1,8 +1,8 @@
-//! What this package refuses beside what the host refuses, each with the argument's name, its value and the limit.
+//! Arguments that this package refuses and the host does not see, each with the argument's name, its value and the limit.
 
 use std::fmt;
 
-/// Why a call was refused before the host saw it. Functions give it as candle's error, whose text is this one's.
+/// Reason for which a call was refused before the host saw it. Functions give it as candle's error, with this text.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
@@ -10,7 +10,7 @@ pub enum Error {
     Unsupported {
         /// The option.
         argument: &'static str,
-        /// Its value.
+        /// Value that was given.
         value: String,
     },
     /// Cumulative lengths do not begin with 0, fall, or end past the tokens there are.
@@ -21,7 +21,7 @@ pub enum Error {
         index: usize,
         /// The entry.
         value: usize,
-        /// What it is at least, and at most.
+        /// Least and largest value that is right.
         limits: [usize; 2],
     },
     /// Two tensors do not describe as many sequences.
@@ -37,11 +37,11 @@ pub enum Error {
     MaxSeqlen {
         /// The argument that said so.
         argument: &'static str,
-        /// Its value.
+        /// Value of the argument.
         value: usize,
         /// The sequence, from 0.
         sequence: usize,
-        /// Its length.
+        /// Tokens of the sequence.
         seqlen: usize,
     },
     /// A page size is not that of the tensors of pages.
@@ -55,7 +55,7 @@ pub enum Error {
     BlockTable {
         /// The sequence, from 0.
         sequence: usize,
-        /// Its keys.
+        /// Keys of the sequence.
         seqlen: usize,
         /// The keys that its pages hold.
         limit: usize,

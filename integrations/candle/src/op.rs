@@ -17,7 +17,7 @@ use crate::views::{Batch, Call, Memory, wrap};
 pub(crate) struct FlashOp {
     recipe: Recipe,
     batch: Batch,
-    /// What the forward pass left for the backward pass.
+    /// Results of the forward pass that the backward pass reads.
     kept: OnceLock<Kept>,
 }
 
@@ -77,7 +77,7 @@ impl FlashOp {
     /// Applies the op to tensors whose last axis may have any stride.
     ///
     /// # Errors
-    /// What the host says of the problem, as candle's error.
+    /// The host's errors for the problem, as candle's.
     pub(crate) fn apply(self, q: &CandleTensor, k: &CandleTensor, v: &CandleTensor) -> Result<CandleTensor> {
         rows(q)?.apply_op3(&rows(k)?, &rows(v)?, self)
     }

@@ -35,7 +35,7 @@ impl<'a> Options<'a> {
         }
     }
 
-    /// The same with a bias by distance.
+    /// Adds a bias by distance.
     pub(crate) fn alibi(self, slopes: Option<&'a Tensor>) -> Self {
         Self {
             alibi_slopes: slopes,
@@ -43,7 +43,7 @@ impl<'a> Options<'a> {
         }
     }
 
-    /// The same with capped scores; 0 is no cap.
+    /// Caps the scores; 0 is no cap.
     pub(crate) fn softcap(self, softcap: Option<f32>) -> Self {
         Self { softcap, ..self }
     }
@@ -86,7 +86,7 @@ impl From<Attention> for Recipe {
 }
 
 impl Recipe {
-    /// The same with a tensor added to the scores, `[batch, heads, seqlen_q, seqlen_k]`, where an axis of 1 repeats and leading axes
+    /// Adds a tensor to the scores, `[batch, heads, seqlen_q, seqlen_k]`, where an axis of 1 repeats and leading axes
     /// may be left out.
     ///
     /// # Errors

@@ -69,7 +69,7 @@ impl FlashAttention {
     /// The result is contiguous, of q's shape.
     ///
     /// # Errors
-    /// What [`Attention::forward`] refuses, and another dtype, as candle's error.
+    /// The errors of [`Attention::forward`] and another dtype, as candle's error.
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         self.over(Batch::HeadsSeqlen, q, k, v)
     }

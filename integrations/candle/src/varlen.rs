@@ -1,4 +1,4 @@
-//! candle-flash-attn's functions over ragged batches: sequences of different lengths behind each other, without padding.
+//! candle-flash-attn's functions over ragged batches: sequences of different lengths, packed end to end without padding.
 //!
 //! Each sequence is one attention call over a view of the batch, without a copy; on the CPU the calls run side by side. Lengths are
 //! read on the host, so on a GPU each function waits for them.
@@ -20,23 +20,23 @@ struct Lengths<'a> {
 }
 
 impl<'a> Lengths<'a> {
-    fn of_q(seqlens: &'a Tensor, max_seqlen: usize) -> Self {
-        Self {
-            names: ["seqlens_q", "max_seqlen_q"],
-            seqlens,
-            max_seqlen,
-        }
+    /// The lengths of q and of k.
+    fn of_both([seqlens_q, seqlens_k]: [&'a Tensor; 2], [max_seqlen_q, max_seqlen_k]: [usize; 2]) -> [Self; 2] {
+        [
+            Self {
+                names: ["seqlens_q", "max_seqlen_q"],
+                seqlens: seqlens_q,
+                max_seqlen: max_seqlen_q,
+            },
+            Self {
+                names: ["seqlens_k", "max_seqlen_k"],
+                seqlens: seqlens_k,
+                max_seqlen: max_seqlen_k,
+            },
+        ]
     }
 
-    fn of_k(seqlens: &'a Tensor, max_seqlen: usize) -> Self {
-        Self {
-            names: ["seqlens_k", "max_seqlen_k"],
-            seqlens,
-            max_seqlen,
-        }
-    }
-
-    /// The tokens of each sequence, among so many.
+    /// The tokens of each sequence, which end among `total` tokens.
     fn ranges(&self, total: usize) -> Result<Vec<Range<usize>>> {
         let [argument, max_argument] = self.names;
         let ends = self.seqlens.to_vec1::<u32>()?;
@@ -72,9 +72,14 @@ impl<'a> Lengths<'a> {
     }
 }
 
-fn attend([q, k, v]: [&Tensor; 3], of_q: Lengths<'_>, of_k: Lengths<'_>, options: Options<'_>) -> Result<Tensor> {
-    let ranges_q = of_q.ranges(q.dim(0)?)?;
-    let ranges_k = of_k.ranges(k.dim(0)?)?;
+fn attend(
+    [q, k, v]: [&Tensor; 3],
+    seqlens: [&Tensor; 2],
+    max_seqlens: [usize; 2],
+    options: Options<'_>,
+) -> Result<Tensor> {
+    let [of_q, of_k] = Lengths::of_both(seqlens, max_seqlens);
+    let (ranges_q, ranges_k) = (of_q.ranges(q.dim(0)?)?, of_k.ranges(k.dim(0)?)?);
     same_count(of_k.names[0], ranges_k.len(), ranges_q.len())?;
     let batch = Batch::Ragged {
         q: ranges_q,
@@ -83,6 +88,7 @@ fn attend([q, k, v]: [&Tensor; 3], of_q: Lengths<'_>, of_k: Lengths<'_>, options
     FlashOp::new(options.recipe(of_k.max_seqlen), batch).apply(q, k, v)
 }
 
+/// Refuses a tensor `argument` that describes another number of sequences than seqlens_q.
 fn same_count(argument: &'static str, got: usize, expected: usize) -> Result<()> {
     match got == expected {
         true => Ok(()),
@@ -97,7 +103,7 @@ fn same_count(argument: &'static str, got: usize, expected: usize) -> Result<()>
 
 /// `softmax(softmax_scale * q k^T) v` in each sequence of a ragged batch, with gradients.
 ///
-/// * q: `[total_q, heads_q, head_dim]`, the queries of all sequences behind each other.
+/// * q: `[total_q, heads_q, head_dim]`, the queries of all sequences, end to end.
 /// * k, v: `[total_k, heads_kv, head_dim]`.
 /// * seqlens_q, seqlens_k: u32 `[batch + 1]`, cumulative: `0, len_0, len_0 + len_1, …`. Tokens after the last one are zeros in the
 ///   result.
@@ -133,12 +139,8 @@ pub fn flash_attn_varlen(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    attend(
-        [q, k, v],
-        Lengths::of_q(seqlens_q, max_seqlen_q),
-        Lengths::of_k(seqlens_k, max_seqlen_k),
-        Options::new(softmax_scale, causal),
-    )
+    let options = Options::new(softmax_scale, causal);
+    attend([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], options)
 }
 
 /// [`flash_attn_varlen`] with the window of [`flash_attn_windowed`](crate::flash_attn_windowed) in each sequence.
@@ -158,19 +160,15 @@ pub fn flash_attn_varlen_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    attend(
-        [q, k, v],
-        Lengths::of_q(seqlens_q, max_seqlen_q),
-        Lengths::of_k(seqlens_k, max_seqlen_k),
-        Options::windowed(softmax_scale, window_size_left, window_size_right),
-    )
+    let options = Options::windowed(softmax_scale, window_size_left, window_size_right);
+    attend([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], options)
 }
 
 /// [`flash_attn_varlen_windowed`] over keys and values in pages, as an inference server's cache has them.
 ///
 /// * k, v: `[pages, page_block_size, heads_kv, head_dim]`.
 /// * block_table: u32 `[batch, max_pages]`, the pages of each sequence in order.
-/// * mm_prefix_ranges: ranges of keys that no mask hides. Only `None` is carried out yet.
+/// * mm_prefix_ranges: ranges of keys that no mask hides. Anything but `None` is refused.
 /// * softcap: `None` or `Some(0.0)` is no cap.
 ///
 /// The pages in use are gathered into a new tensor first, whose size is that of the keys; the original reads them in place.
@@ -211,10 +209,10 @@ pub fn flash_attn_varlen_paged_windowed(
         .into());
     }
     let options = Options::windowed(softmax_scale, window_size_left, window_size_right).softcap(softcap);
-    let ranges_q = Lengths::of_q(seqlens_q, max_seqlen_q).ranges(q.dim(0)?)?;
-    let lengths = Lengths::of_k(seqlens_k, max_seqlen_k).ranges(usize::MAX)?;
+    let [of_q, of_k] = Lengths::of_both([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]);
+    let (ranges_q, lengths) = (of_q.ranges(q.dim(0)?)?, of_k.ranges(usize::MAX)?);
     let table = block_table.to_vec2::<u32>()?;
-    same_count("seqlens_k", lengths.len(), ranges_q.len())?;
+    same_count(of_k.names[0], lengths.len(), ranges_q.len())?;
     same_count("block_table", table.len(), ranges_q.len())?;
 
     let mut pages = Vec::new();
@@ -259,12 +257,8 @@ pub fn flash_attn_varlen_alibi(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    attend(
-        [q, k, v],
-        Lengths::of_q(seqlens_q, max_seqlen_q),
-        Lengths::of_k(seqlens_k, max_seqlen_k),
-        Options::new(softmax_scale, causal).alibi(Some(alibi_slopes)),
-    )
+    let options = Options::new(softmax_scale, causal).alibi(Some(alibi_slopes));
+    attend([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], options)
 }
 
 /// [`flash_attn_varlen_windowed`] with the bias of [`flash_attn_alibi`](crate::flash_attn_alibi) in each sequence.
@@ -285,12 +279,8 @@ pub fn flash_attn_varlen_alibi_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    attend(
-        [q, k, v],
-        Lengths::of_q(seqlens_q, max_seqlen_q),
-        Lengths::of_k(seqlens_k, max_seqlen_k),
-        Options::windowed(softmax_scale, window_size_left, window_size_right).alibi(Some(alibi_slopes)),
-    )
+    let options = Options::windowed(softmax_scale, window_size_left, window_size_right).alibi(Some(alibi_slopes));
+    attend([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], options)
 }
 
 /// [`flash_attn_varlen_alibi_windowed`] with the cap of
@@ -313,12 +303,8 @@ pub fn flash_attn_varlen_alibi_windowed_softcap(
     window_size_right: Option<usize>,
     softcap: f32,
 ) -> Result<Tensor> {
-    attend(
-        [q, k, v],
-        Lengths::of_q(seqlens_q, max_seqlen_q),
-        Lengths::of_k(seqlens_k, max_seqlen_k),
-        Options::windowed(softmax_scale, window_size_left, window_size_right)
-            .alibi(alibi_slopes)
-            .softcap(Some(softcap)),
-    )
+    let options = Options::windowed(softmax_scale, window_size_left, window_size_right)
+        .alibi(alibi_slopes)
+        .softcap(Some(softcap));
+    attend([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], options)
 }

@@ -12,34 +12,24 @@ struct Case {
     causal: bool,
 }
 
+/// Heads of q and of k, lengths of q and of k, head_dim, causal.
 const CASES: [Case; 4] = [
-    Case {
-        heads: [3, 3],
-        seqlens: [65, 65],
-        head_dim: 64,
-        causal: false,
-    },
-    Case {
-        heads: [4, 2],
-        seqlens: [100, 131],
-        head_dim: 32,
-        causal: true,
-    },
-    Case {
-        heads: [6, 1],
-        seqlens: [7, 40],
-        head_dim: 40,
-        causal: false,
-    },
-    Case {
-        heads: [2, 2],
-        seqlens: [1, 90],
-        head_dim: 128,
-        causal: true,
-    },
+    Case::new([3, 3], [65, 65], 64, false),
+    Case::new([4, 2], [100, 131], 32, true),
+    Case::new([6, 1], [7, 40], 40, false),
+    Case::new([2, 2], [1, 90], 128, true),
 ];
 
 impl Case {
+    const fn new(heads: [usize; 2], seqlens: [usize; 2], head_dim: usize, causal: bool) -> Self {
+        Self {
+            heads,
+            seqlens,
+            head_dim,
+            causal,
+        }
+    }
+
     /// q, k, v and a weight for each element of out, of numbers that this dtype has.
     fn draw(&self, device: &Device, dtype: FloatDType) -> [Tensor<4>; 4] {
         let tensor = |heads, seqlen| {

@@ -75,7 +75,7 @@ struct Contestant {
     model: Gpt,
     optimizer: AdamW,
     losses: Vec<f32>,
-    /// Of this run's steps.
+    /// Time of each of this run's steps.
     times: Vec<Duration>,
     peak: usize,
 }

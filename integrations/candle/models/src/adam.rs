@@ -30,7 +30,7 @@ impl AdamW {
     /// An optimizer that has made no step.
     ///
     /// # Errors
-    /// What candle says of the moments' memory.
+    /// candle's errors for the moments' memory.
     pub fn new(variables: Vec<(String, Var)>) -> Result<Self> {
         let variables = variables
             .into_iter()
@@ -50,7 +50,7 @@ impl AdamW {
     /// One step against the gradients, which are scaled down to a norm of 1 where theirs, all together, is more.
     ///
     /// # Errors
-    /// A variable has no gradient, or what candle says.
+    /// A variable has no gradient, or candle's errors.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<()> {
         let gradient = |weight: &Weight| match gradients.get(&weight.var) {
             Some(gradient) => Ok(gradient.clone()),
@@ -84,7 +84,7 @@ impl AdamW {
     /// Weights, moments and the number of steps, by names.
     ///
     /// # Errors
-    /// What candle says.
+    /// candle's errors.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
         let mut state = HashMap::new();
         for Weight { name, var, moments } in &self.variables {

@@ -72,11 +72,11 @@ impl Bert {
         })
     }
 
-    /// Last hidden states of sentences behind each other, `[total, hidden_size]`: each token attends within its sentence, by
+    /// Last hidden states of sentences packed end to end, `[total, hidden_size]`: each token attends within its sentence, by
     /// [`flash_attn_varlen`].
     ///
     /// # Errors
-    /// No sentence, an empty one, or one that is longer than the model's positions; or what candle says.
+    /// No sentence, an empty one, or one that is longer than the model's positions; candle's errors.
     pub fn ragged(&self, sentences: &[Vec<u32>]) -> Result<Tensor> {
         let device = self.words.embeddings().device();
         let ids: Vec<u32> = sentences.concat();

@@ -77,7 +77,7 @@ impl Gpt {
     /// A model and its variables. The weights are those that the seed draws, whoever computes attention.
     ///
     /// # Errors
-    /// What candle says.
+    /// candle's errors.
     pub fn new(config: &Config, attention: Attention, seed: u64) -> Result<(Self, Vec<(String, Var)>)> {
         let variables = VarMap::new();
         let weights = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
@@ -116,7 +116,7 @@ impl Gpt {
     /// Logits of the next token, `[batch, seqlen, 256]`, after each of `[batch, seqlen]` tokens.
     ///
     /// # Errors
-    /// More tokens than the context, or what candle says.
+    /// More tokens than the context, or candle's errors.
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         let positions = self.positions.narrow(0, 0, tokens.dim(1)?)?;
         let mut x = self.tokens.forward(tokens)?.broadcast_add(&positions)?;
@@ -159,7 +159,7 @@ fn scale(head_dim: usize) -> f32 {
 /// Causal attention over `[batch, seqlen, heads, head_dim]` with all scores in memory.
 ///
 /// # Errors
-/// What candle says.
+/// candle's errors.
 pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (_, len, _, head_dim) = q.dims4()?;
     let heads_first = |tensor: &Tensor| tensor.transpose(1, 2)?.contiguous();

@@ -36,7 +36,7 @@ impl Text {
     /// The file's bytes, or those of all `.txt` files of a folder in the order of their names.
     ///
     /// # Errors
-    /// What the system says, or those of [`new`](Self::new).
+    /// The system's errors, and those of [`new`](Self::new).
     pub fn read(path: &Path, context: usize) -> Result<Self> {
         if path.is_file() {
             return Self::new(std::fs::read(path)?, context);
@@ -63,7 +63,7 @@ impl Text {
     /// Windows from anywhere in the training part, `[batch, context + 1]`.
     ///
     /// # Errors
-    /// What candle says.
+    /// candle's errors.
     pub fn draw(&self, rng: &mut StdRng, batch: usize, context: usize) -> Result<Tensor> {
         let last = self.held_out - context - 1;
         let starts: Vec<usize> = (0..batch).map(|_| rng.random_range(0..=last)).collect();
@@ -73,7 +73,7 @@ impl Text {
     /// `count` windows spread over the held-out part, `[count, context + 1]`.
     ///
     /// # Errors
-    /// What candle says.
+    /// candle's errors.
     pub fn held_out(&self, count: usize, context: usize) -> Result<Tensor> {
         let room = self.bytes.len() - self.held_out - context - 1;
         let starts: Vec<usize> = (0..count).map(|at| self.held_out + at * room / count).collect();

@@ -10,42 +10,13 @@ use crate::plain::{Case, Scores, assert_near, distance};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
+/// Batch, heads of q and of k, lengths of q and of k, head_dim, causal.
 const CASES: [Case; 5] = [
-    Case {
-        batch: 2,
-        heads: [3, 3],
-        seqlens: [65, 65],
-        head_dim: 64,
-        causal: false,
-    },
-    Case {
-        batch: 1,
-        heads: [4, 2],
-        seqlens: [100, 131],
-        head_dim: 32,
-        causal: true,
-    },
-    Case {
-        batch: 2,
-        heads: [6, 1],
-        seqlens: [7, 40],
-        head_dim: 40,
-        causal: false,
-    },
-    Case {
-        batch: 8,
-        heads: [2, 2],
-        seqlens: [1, 90],
-        head_dim: 128,
-        causal: true,
-    },
-    Case {
-        batch: 1,
-        heads: [1, 1],
-        seqlens: [40, 1],
-        head_dim: 256,
-        causal: false,
-    },
+    Case::new(2, [3, 3], [65, 65], 64, false),
+    Case::new(1, [4, 2], [100, 131], 32, true),
+    Case::new(2, [6, 1], [7, 40], 40, false),
+    Case::new(8, [2, 2], [1, 90], 128, true),
+    Case::new(1, [1, 1], [40, 1], 256, false),
 ];
 
 #[test]
@@ -107,13 +78,7 @@ fn the_op_without_memory_has_the_same_gradients() -> Result<()> {
 
 #[test]
 fn views_of_one_packed_tensor_are_read_in_place_and_have_one_gradient() -> Result<()> {
-    let case = Case {
-        batch: 2,
-        heads: [3, 3],
-        seqlens: [50, 50],
-        head_dim: 32,
-        causal: true,
-    };
+    let case = Case::new(2, [3, 3], [50, 50], 32, true);
     let packed = candle_core::Var::randn(0f32, 1.0, (2, 50, 3, 3, 32), &Device::Cpu)?;
     let part = |at| packed.narrow(2, at, 1)?.squeeze(2);
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
@@ -153,13 +118,7 @@ fn windows_that_hide_nothing_need_no_program() -> Result<()> {
 
 #[test]
 fn queries_that_see_no_key_are_zero() -> Result<()> {
-    let case = Case {
-        batch: 1,
-        heads: [1, 1],
-        seqlens: [30, 10],
-        head_dim: 8,
-        causal: true,
-    };
+    let case = Case::new(1, [1, 1], [30, 10], 8, true);
     let drawn = case.draw(DType::F32)?;
     let [out, dq, _, _] = crate::plain::results(drawn.each_ref(), |q, k, v| flash_attn(q, k, v, case.scale(), true))?;
     for blind in [out.narrow(1, 0, 20)?, dq.narrow(1, 0, 20)?] {

@@ -6,7 +6,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// What a test draws: sizes and mask.
+/// Sizes and mask of a test.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
     pub batch: usize,
@@ -17,6 +17,16 @@ pub struct Case {
 }
 
 impl Case {
+    pub const fn new(batch: usize, heads: [usize; 2], seqlens: [usize; 2], head_dim: usize, causal: bool) -> Self {
+        Self {
+            batch,
+            heads,
+            seqlens,
+            head_dim,
+            causal,
+        }
+    }
+
     pub fn scale(&self) -> f32 {
         1.3 / (self.head_dim as f32).sqrt()
     }
@@ -51,7 +61,7 @@ impl Case {
     }
 }
 
-/// What becomes of a product of a query and a key.
+/// The steps from a product of a query and a key to a score.
 #[derive(Clone, Debug, Default)]
 pub struct Scores {
     pub scale: f32,

@@ -70,8 +70,10 @@ pub trait Problem {
     fn backward(&mut self) -> Result<Duration, Error>;
 }
 
-struct Tensors<T: Element> {
-    attention: Attention,
+/// Tensors of a shape, drawn at random, the same on every run.
+pub struct Tensors<T: Element> {
+    /// The options of the next pass.
+    pub attention: Attention,
     q: Tensor<T>,
     k: Tensor<T>,
     v: Tensor<T>,
@@ -81,7 +83,11 @@ struct Tensors<T: Element> {
 }
 
 impl<T: Element> Tensors<T> {
-    fn new(shape: &Shape, device: &Device) -> Result<Self, Error> {
+    /// Makes the tensors of a shape on a device.
+    ///
+    /// # Errors
+    /// The errors of [`Tensor::from_slice`].
+    pub fn new(shape: &Shape, device: &Device) -> Result<Self, Error> {
         let q = [shape.batch, shape.heads, shape.seqlen_q, shape.head_dim];
         let k = [shape.batch, shape.heads, shape.seqlen_k, shape.head_dim];
         let mut state = 1_u64;

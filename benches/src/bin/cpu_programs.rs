@@ -1,7 +1,7 @@
 //! Cost of score programs on the CPU: each feature compared with plain attention, per visible pair.
 //!
 //! ```sh
-//! cargo run --release -p benches --bin cpu_programs -- [--device cpu] [--rounds 7] [--only NAME] [--pass forward]
+//! cargo run --release -p benches --bin cpu_programs -- [--device cpu] [--rounds 7] [--only NAME] [--pass forward|both]
 //! ```
 //!
 //! Plain attention and the features are measured in turn, round after round, so that other load on the machine affects
@@ -10,9 +10,10 @@
 
 use std::time::Instant;
 
+use benches::{Problem as _, Shape, Tensors};
 use flash_attention::half::bf16;
 use flash_attention::program::Table;
-use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Tensor};
+use flash_attention::{Attention, Device, Element, Error, Tensor};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -32,8 +33,8 @@ fn main() -> Result<(), Failure> {
             "--device" => device = value,
             "--rounds" => rounds = value.parse()?,
             "--only" => only = value,
-            "--pass" => both = value != "forward",
-            _ => return Err(format!("{argument} is no option").into()),
+            "--pass" if ["forward", "both"].contains(&value.as_str()) => both = value == "both",
+            _ => return Err(format!("{argument} {value} is no option").into()),
         }
     }
     let device: Device = device.parse()?;
@@ -105,33 +106,27 @@ fn measure<T: Element>(
     features: &[Feature],
     (rounds, both): (usize, bool),
 ) -> Result<(), Failure> {
-    let mut state = 1_u64;
-    let mut draw = || {
-        let data: Vec<T> = (0..shape.iter().product())
-            .map(|_| {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1_442_695_040_888_963_407);
-                T::from_f64((state >> 11) as f64 / (1_u64 << 51) as f64 - 2.0)
-            })
-            .collect();
-        Tensor::from_slice(device, shape, &data)
+    let [batch, heads, seqlen, head_dim] = shape;
+    let of_full = Shape {
+        dtype: T::DTYPE,
+        causal: false,
+        batch,
+        heads,
+        seqlen_q: seqlen,
+        seqlen_k: seqlen,
+        head_dim,
     };
-    let (q, k, v, dout) = (draw()?, draw()?, draw()?, draw()?);
-    let mut output = Output::new(Tensor::zeros(device, shape)?, Tensor::zeros(device, &shape[..3])?);
-    let zeros = || Tensor::zeros(device, shape);
-    let mut gradients = Gradients::new(zeros()?, zeros()?, zeros()?);
+    let mut problem = Tensors::<T>::new(&of_full, device)?;
     // Seconds of each pass, as the clock on the wall has them and in all threads.
     let mut best = vec![[[f64::INFINITY; 2]; 2]; features.len()];
     for round in 0..=rounds {
         for (feature, best) in features.iter().zip(&mut best) {
+            problem.attention = feature.attention.clone();
             let start = Clocks::now();
-            let Output { out, lse, .. } = &mut output;
-            feature.attention.forward_into(&q, &k, &v, out, lse)?;
+            problem.forward()?;
             let forward = start.elapsed();
             if both {
-                let attention = &feature.attention;
-                attention.backward_into(&q, &k, &v, &output, &dout, &mut gradients)?;
+                problem.backward()?;
             }
             let in_all = start.elapsed();
             if round > 0 {

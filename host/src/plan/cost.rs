@@ -95,11 +95,7 @@ impl Cost {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
         let flops = 10 * heads * walked.visible_pairs * u128::from(problem.head_dim());
-        let zero = Self {
-            bytes_read: 0,
-            bytes_written: 0,
-            flops,
-        };
+        let zero = Self { flops, ..Self::NOTHING };
         launches.iter().fold(zero, |total, launch| {
             let (read, written) = backward_bytes(problem, &walked, launch, statistics.into());
             Self {

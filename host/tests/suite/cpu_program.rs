@@ -200,7 +200,7 @@ fn gradients_of_tables_do_not_depend_on_threads() {
     }
 }
 
-/// What a mask hides reaches no result, whatever it is; what it shows goes where arithmetic takes it.
+/// Numbers that are not finite have no effect where a mask hides them; visible ones have the effect of the formula.
 #[test]
 fn hidden_keys_that_are_not_finite() {
     let shape = [1, 1, 150, 8];
@@ -249,8 +249,8 @@ fn hidden_keys_that_are_not_finite() {
     assert!(backward > 30 * instruction_sets().len(), "{backward}");
 }
 
-/// What a query does not see changes no bit of its output, with products of f32: an infinity in a tile has the sums of the
-/// tile made pair by pair, in the same order.
+/// Hidden values change no bit of an output, with products of f32: an infinity in a tile has the sums of the tile made pair
+/// by pair, in the same order.
 #[test]
 fn hidden_values_leave_no_trace() {
     let shape = [1, 1, 150, 8];

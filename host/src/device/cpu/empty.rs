@@ -24,21 +24,19 @@ pub(super) unsafe fn forward(
     }
     let queries = problem.batch() * problem.heads_q() * problem.seqlen_q() as usize;
     let nothing = f32::NEG_INFINITY;
-    let statistics = statistics
-        .into_iter()
-        .flat_map(|tensors| tensors.into_iter().zip([nothing, 0.0]));
-    for (tensor, value) in [(lse, nothing)].into_iter().chain(statistics) {
+    let write = |tensor, value: &dyn Fn(usize) -> f32| {
         let rows = QueryRows::new(tensor, problem);
-        // SAFETY: each has an f32 a query, says the caller.
-        (0..queries).for_each(|query| unsafe { rows.at(query).write(value) });
-    }
-    if let Some(program) = problem.program() {
-        let (rows, seqlen) = (QueryRows::new(lse, problem), problem.seqlen_q() as usize);
-        for query in 0..queries {
-            let sink = sink(program, query / seqlen % problem.heads_q()).unwrap_or(nothing);
-            // SAFETY: as above.
-            unsafe { rows.at(query).write(sink) };
-        }
+        // SAFETY: each of these tensors has an f32 a query, says the caller.
+        (0..queries).for_each(|query| unsafe { rows.at(query).write(value(query)) });
+    };
+    let sink_of = |query: usize| {
+        let head = query / problem.seqlen_q() as usize % problem.heads_q();
+        problem.program().and_then(|program| sink(program, head))
+    };
+    write(lse, &|query| sink_of(query).unwrap_or(nothing));
+    if let Some([row_max, row_sum]) = statistics {
+        write(row_max, &|_| nothing);
+        write(row_sum, &|_| 0.0);
     }
     // SAFETY: passed on to the caller.
     unsafe { zero(kernels, problem, out, problem.heads_q(), problem.seqlen_q()) };

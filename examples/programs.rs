@@ -173,7 +173,7 @@ fn run(options: &Options) -> Result<bool, Failure> {
     Ok(pass)
 }
 
-/// q, k and v of normal numbers.
+/// Draws q, k and v of normal numbers.
 fn tensors(device: &Device, seqlen: usize) -> Result<[Tensor<f32>; 3], Error> {
     let shape = [1, HEADS, seqlen, HEAD_DIM];
     let tensor = |seed| Tensor::from_slice(device, shape, &normal(shape.iter().product(), seed));
@@ -185,7 +185,7 @@ fn normal(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| rng.sample(rand_distr::StandardNormal)).collect()
 }
 
-/// The shortest of five calls.
+/// Returns the time of the shortest of five calls.
 fn time(device: &Device, attention: &Attention, [q, k, v]: &[Tensor<f32>; 3]) -> Result<Duration, Error> {
     let mut shortest = Duration::MAX;
     for _ in 0..5 {
@@ -201,7 +201,7 @@ fn milliseconds(time: Duration) -> f64 {
     1e3 * time.as_secs_f64()
 }
 
-/// The error of a small problem against attention in f64.
+/// Returns the error of a small problem against attention in f64.
 fn accuracy(device: &Device, attention: &Attention) -> Result<Accuracy, Error> {
     let inputs = tensors(device, SMALL)?;
     let out = attention.forward(&inputs[0], &inputs[1], &inputs[2])?.out.to_vec()?;

@@ -7,16 +7,14 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
-use flash_attention::device::DeviceKind;
 use flash_attention::half::{bf16, f16};
 use flash_attention::reference::{self, Dims};
-use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Plan, Progress, Tensor};
+use flash_attention::{Attention, Device, Element, Gradients, Output, Sequences, Tensor};
 use flash_attention_examples::command_line::{first_paragraph, refuse};
+use flash_attention_examples::timing::{Bar, measured, timed};
 use flash_attention_examples::{Accuracy, AttentionFile, Failure, Features, Stored, Written, ragged, write_output};
-use indicatif::{ProgressBar, ProgressStyle};
 
 /// Runs attention, and with --backward its gradients, over q, k and v of a file. Compares with the answers stored in
 /// the file, if there are any.
@@ -117,16 +115,13 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
         }
         None => None,
     };
-    if let Some(path) = &options.output {
-        let written = Written {
-            output: &output,
-            gradients: gradients.as_ref(),
-            keep: options.features.keep(&file),
-            softmax_scale: plan.problem().softmax_scale(),
-        };
-        write_output(path, &written)?;
-        writeln!(print, "written   {}", path.display())?;
-    }
+    let written = Written {
+        output: &output,
+        gradients: gradients.as_ref(),
+        keep: options.features.keep(&file),
+        softmax_scale: plan.problem().softmax_scale(),
+    };
+    write_results(options, &written, &mut print)?;
 
     let shape = |tensor: &Tensor<T>| <[usize; 4]>::try_from(tensor.shape()).expect("the forward pass took it");
     let dims = Dims::with_program(&attention, shape(&q), shape(&k), attention.evaluator()?);
@@ -174,20 +169,49 @@ fn run_ragged<T: Element>(
         writeln!(print, "backward  {times}")?;
         gradients = Some(result);
     }
+    let written = Written {
+        output: &output,
+        gradients: gradients.as_ref(),
+        keep: None,
+        softmax_scale: attention.scale_for(q.shape()[2]),
+    };
+    write_results(options, &written, print)?;
+    compare_ragged(
+        options,
+        file,
+        attention,
+        &sequences,
+        (&output, gradients.as_ref()),
+        print,
+    )
+}
+
+/// Writes results to the file that `--output` names, if there is one.
+fn write_results<T: Element>(
+    options: &Options,
+    written: &Written<'_, T>,
+    print: &mut impl Write,
+) -> Result<(), Failure> {
     if let Some(path) = &options.output {
-        let written = Written {
-            output: &output,
-            gradients: gradients.as_ref(),
-            keep: None,
-            softmax_scale: attention.scale_for(q.shape()[2]),
-        };
-        write_output(path, &written)?;
+        write_output(path, written)?;
         writeln!(print, "written   {}", path.display())?;
     }
+    Ok(())
+}
+
+/// Compares results over packed sequences with the stored answers and prints the error of each.
+fn compare_ragged<T: Element>(
+    options: &Options,
+    file: &AttentionFile,
+    attention: &Attention,
+    sequences: &Sequences,
+    (output, gradients): (&Output<T>, Option<&Gradients<T>>),
+    print: &mut impl Write,
+) -> Result<bool, Failure> {
     let (Some(out), Some(lse), true) = (&file.out, &file.lse, options.features.is_empty()) else {
         return not_compared(options, "answer", "out and lse", print);
     };
-    let answers = ragged::answers::<T>(attention, file, &sequences);
+    let answers = ragged::answers::<T>(attention, file, sequences);
     let accuracy = |index: usize, got: &Tensor<T>, stored: &Stored| {
         let (standard, exact) = (&answers.standard[index], &answers.exact[index]);
         Ok::<_, Failure>(Accuracy::of(&got.to_vec()?, &stored.elements, standard, exact))
@@ -200,7 +224,7 @@ fn run_ragged<T: Element>(
         &answers.exact_lse,
     );
     results.push(("lse", lse));
-    if let Some(Gradients { dq, dk, dv, .. }) = &gradients {
+    if let Some(Gradients { dq, dk, dv, .. }) = gradients {
         for (index, (name, got)) in [("dq", dq), ("dk", dk), ("dv", dv)].into_iter().enumerate() {
             if let Some(stored) = &file.gradients[index] {
                 results.push((name, accuracy(index + 1, got, stored)?));
@@ -225,27 +249,6 @@ fn dout<'a>(options: &Options, path: &Path, file: &'a AttentionFile) -> Result<O
     }
 }
 
-/// Makes a call and prints its plan, its time and, on the emulator, its counters.
-fn measured<R>(
-    device: &Device,
-    plan: &Plan,
-    print: &mut impl Write,
-    call: impl Fn(&Bar) -> Result<R, Error>,
-) -> Result<R, Failure> {
-    writeln!(print, "{plan}")?;
-    device.reset_counters();
-    let (result, times) = timed(device, call)?;
-    writeln!(print, "time      {times}")?;
-    if let Some(counted) = device.counters() {
-        let (read, written) = (counted.global_read_bytes, counted.global_written_bytes);
-        writeln!(
-            print,
-            "counted   {read} bytes read, {written} written; the checks found nothing"
-        )?;
-    }
-    Ok(result)
-}
-
 /// Returns full attention with the scale of a file.
 fn scaled(file: &AttentionFile) -> Attention {
     match file.softmax_scale {
@@ -254,7 +257,7 @@ fn scaled(file: &AttentionFile) -> Attention {
     }
 }
 
-/// Tiles of pictures have so many queries and keys, that a short sequence has some tiles and a long one not too many.
+/// Returns the length of a picture's tiles, a power of two: a sequence has at most 64 of them.
 fn picture_tile(seqlen: usize) -> usize {
     seqlen.div_ceil(64).next_power_of_two()
 }
@@ -327,74 +330,4 @@ fn not_compared(options: &Options, what: &str, missing: &str, print: &mut impl W
     };
     writeln!(print, "{what:<9} not compared: {reason}")?;
     Ok(true)
-}
-
-/// Times of a call: the first, and the median of all.
-struct Times(Vec<Duration>);
-
-impl std::fmt::Display for Times {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut sorted = self.0.clone();
-        sorted.sort_unstable();
-        let milliseconds = |time: Duration| 1e3 * time.as_secs_f64();
-        write!(f, "{:.3} ms", milliseconds(sorted[sorted.len() / 2]))?;
-        match sorted.len() {
-            1 => Ok(()),
-            calls => write!(
-                f,
-                ", median of {calls} calls; the first took {:.3} ms",
-                milliseconds(self.0[0])
-            ),
-        }
-    }
-}
-
-/// Runs a call and returns its result and times: once on the emulator, which is slow, else for a fraction of a
-/// second.
-fn timed<R>(device: &Device, call: impl Fn(&Bar) -> Result<R, Error>) -> Result<(R, Times), Failure> {
-    let begin = Instant::now();
-    let mut times = Vec::new();
-    loop {
-        let bar = Bar::new();
-        let result = call(&bar)?;
-        device.synchronize()?;
-        times.push(bar.clear());
-        let enough = times.len() == 100 || begin.elapsed() > Duration::from_millis(300);
-        if enough || device.kind() == DeviceKind::Emulator {
-            return Ok((result, Times(times)));
-        }
-    }
-}
-
-/// Progress bar on standard error, shown if that is a terminal and the call takes long.
-struct Bar {
-    bar: ProgressBar,
-    start: Instant,
-}
-
-impl Bar {
-    /// Calls shorter than this need no bar.
-    const PATIENCE: Duration = Duration::from_millis(200);
-
-    fn new() -> Self {
-        let style = ProgressStyle::with_template("{bar:40} {percent} %, {eta} left");
-        Self {
-            bar: ProgressBar::new(1).with_style(style.expect("the template is well formed")),
-            start: Instant::now(),
-        }
-    }
-
-    fn show(&self, progress: Progress) {
-        if self.start.elapsed() > Self::PATIENCE {
-            self.bar.set_length(progress.total);
-            self.bar.set_position(progress.done);
-        }
-    }
-
-    /// Removes the bar; returns the time since it was made.
-    fn clear(&self) -> Duration {
-        let elapsed = self.start.elapsed();
-        self.bar.finish_and_clear();
-        elapsed
-    }
 }

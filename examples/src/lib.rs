@@ -6,6 +6,7 @@ pub mod command_line;
 mod features;
 mod file;
 pub mod ragged;
+pub mod timing;
 pub mod traffic;
 pub mod train;
 

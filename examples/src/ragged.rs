@@ -12,7 +12,7 @@ use crate::{AttentionFile, Failure};
 pub struct PackedAnswers<T> {
     /// out, dq, dk and dv in f64; gradients only if the file has dout.
     pub exact: Vec<Vec<f64>>,
-    /// The same as standard attention in `T` computes them.
+    /// out, dq, dk and dv of standard attention in `T`.
     pub standard: Vec<Vec<T>>,
     /// lse in f64, `[heads_q, total_q]`.
     pub exact_lse: Vec<f64>,
@@ -108,7 +108,7 @@ impl Rows {
         }
     }
 
-    /// Where the rows of each head begin, head after head.
+    /// Returns the first element of each row, head after head.
     fn places(self, rows: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
         let rows = rows.clone();
         (0..self.heads).flat_map(move |head| rows.clone().map(move |row| (row * self.heads + head) * self.head_dim))

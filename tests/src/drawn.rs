@@ -4,7 +4,7 @@ use flash_attention::{Attention, Dtype};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed};
 
-use crate::{Case, Layout, Order};
+use crate::{Allowances, Case, Layout, Order};
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
@@ -79,6 +79,15 @@ pub fn case(longest: usize, budget: usize) -> impl Strategy<Value = Case> {
                 }
             },
         )
+}
+
+/// Returns the allowances of drawn gradients of mild scores: none for the cases that every run draws. Of the cases of other
+/// seeds 1 in some 200 cannot do without that of delta, because all keys or all values are equal, or a gradient has few elements.
+pub fn allowances() -> Allowances {
+    match std::env::var_os("PROPTEST_RNG_SEED").is_some() || std::env::var_os("PROPTEST_CASES").is_some() {
+        true => Allowances::DELTA,
+        false => Allowances::default(),
+    }
 }
 
 /// Configures proptest to draw the same cases on every run. `PROPTEST_RNG_SEED` draws others and `PROPTEST_CASES`

@@ -5,7 +5,6 @@ use std::fmt::Debug;
 use flash_attention::reference;
 use flash_attention::{Attention, Device, Element, Gradients, Output, Statistics};
 
-use crate::case::rounding;
 use crate::layout::{Input, Layout, Poisoned};
 use crate::{Case, Inputs, compare, devices, files, for_dtype, largest_error};
 
@@ -96,7 +95,7 @@ impl Case {
             // Broadcasting repeats some of the drawn elements; it does so equally on all devices.
             let (oracle, bounds) = expected.get_or_insert_with(|| {
                 let oracle = placed.0.oracle_gradients(self, &placed.1);
-                let bounds = placed.0.gradient_bounds(self, &placed.1, &oracle);
+                let bounds = (self.allowances).gradient_bounds(self, &placed.0, &placed.1, &oracle);
                 (oracle, bounds)
             });
             let shapes = [self.q, self.kv, self.kv];
@@ -206,69 +205,14 @@ impl<T: Element> Inputs<T> {
         reference::backward(&case.dims(), &q, &k, &v, &dout)
     }
 
-    /// Returns the largest errors allowed for dq, dk and dv: twice those of standard attention in this dtype, or of rounding
-    /// the exact result to it if that is more, plus 1e-5, plus the limit of `delta_limits`.
+    /// Returns the largest errors allowed for dq, dk and dv: twice those of standard attention in the same dtype, plus 1e-5.
     pub fn gradient_bounds(&self, case: &Case, dout: &[T], oracle: &[Vec<f64>; 3]) -> [f64; 3] {
-        let standard = reference::standard_backward(&case.dims(), &self.q, &self.k, &self.v, dout);
-        let limits = self.delta_limits(case, dout);
-        let mut errors: [f64; 3] = std::array::from_fn(|i| largest_error(&standard[i], &oracle[i]));
-        if errors.iter().any(|error| !error.is_finite()) {
-            // Of f32, as for out.
-            let [q, k, v] = self.in_f32();
-            let dout: Vec<f32> = dout.iter().map(|x| x.to_f32()).collect();
-            let standard = reference::standard_backward(&case.dims(), &q, &k, &v, &dout);
-            errors = std::array::from_fn(|i| largest_error(&standard[i], &oracle[i]));
-        }
-        std::array::from_fn(|i| 2.0 * errors[i].max(rounding::<T>(&oracle[i])) + 1e-5 + limits[i])
+        (self.standard_gradient_errors(case, dout, oracle)).map(|error| 2.0 * error + 1e-5)
     }
 
-    /// Returns what the rounding of delta does to dq, dk and dv, the limit that docs/numbers.md states.
-    ///
-    /// delta is `sum(dout * out)` with out in its dtype, where standard attention sums `P * dP`. So `dP - delta` is off by what
-    /// rounding took from out, and by the f32 rounding of the terms of both, each query's gradients of scores by that times its
-    /// weights.
-    fn delta_limits(&self, case: &Case, dout: &[T]) -> [f64; 3] {
-        let (dims, head_dim) = (case.dims(), case.q[3]);
-        let (out, _) = self.oracle(&dims);
-        let scale = f64::from(case.attention.scale_for(head_dim));
-        let row = |elements: &[T], index: usize| -> Vec<f64> {
-            elements[index * head_dim..][..head_dim]
-                .iter()
-                .map(|x| x.to_f64())
-                .collect()
-        };
-        let (seqlen_q, seqlen_k, heads_q) = (case.q[2], case.kv[2], case.q[1]);
-        let mut dk = vec![0.0; self.k.len()];
-        let mut largest_dq = 0.0_f64;
-        for query in 0..out.len() / head_dim {
-            let out = &out[query * head_dim..][..head_dim];
-            let (dout, q) = (row(dout, query), row(&self.q, query));
-            let taken = |(x, out): (&f64, &f64)| x * (T::from_f32(*out as f32).to_f64() - out);
-            let rounding: f64 = dout.iter().zip(out).map(taken).sum();
-            let terms: f64 = dout.iter().zip(out).map(|(x, out)| (x * out).abs()).sum();
-            let off = 2.0 * (rounding.abs() + terms * f64::from(f32::EPSILON)) * scale.abs();
-            let (heads, position) = (query / seqlen_q, query % seqlen_q);
-            let kv_head = heads / heads_q * case.kv[1] + heads % heads_q / (heads_q / case.kv[1]);
-            let seen = if case.attention.is_causal() {
-                (position + 1 + seqlen_k).saturating_sub(seqlen_q)
-            } else {
-                seqlen_k
-            };
-            let keys: Vec<_> = (0..seen).map(|key| row(&self.k, kv_head * seqlen_k + key)).collect();
-            let score = |k: &Vec<f64>| scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
-            let scores: Vec<f64> = keys.iter().map(score).collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
-            let mut dq = vec![0.0; head_dim];
-            for (key, (k, score)) in keys.iter().zip(scores).enumerate() {
-                let (weight, key) = ((score - max).exp() / sum, kv_head * seqlen_k + key);
-                for d in 0..head_dim {
-                    dq[d] += off * weight * k[d];
-                    dk[key * head_dim + d] += off * weight * q[d].abs();
-                }
-            }
-            largest_dq = dq.iter().fold(largest_dq, |largest, x| largest.max(x.abs()));
-        }
-        [largest_dq, dk.into_iter().fold(0.0, f64::max), 0.0]
+    /// Returns the largest errors of standard attention's gradients in the same dtype.
+    pub(crate) fn standard_gradient_errors(&self, case: &Case, dout: &[T], oracle: &[Vec<f64>; 3]) -> [f64; 3] {
+        let standard = reference::standard_backward(&case.dims(), &self.q, &self.k, &self.v, dout);
+        std::array::from_fn(|i| largest_error(&standard[i], &oracle[i]))
     }
 }

@@ -47,6 +47,16 @@ pub struct Poisoned<T: Element> {
 }
 
 impl Layout {
+    /// Layouts of every kind of copy: rows of whole 16 bytes, rows of elements alone, and gaps between rows.
+    pub const EVERY: [Self; 6] = [
+        Self::new(Order::Bshd, 0, 0),
+        Self::new(Order::Bhsd, 8, 0),
+        Self::new(Order::Bshd, 8, 8),
+        Self::new(Order::Bhsd, 8, 4),
+        Self::new(Order::Bhsd, 1, 0),
+        Self::new(Order::Bshd, 3, 1),
+    ];
+
     /// Makes a layout with this order, gap and lead.
     pub const fn new(order: Order, gap: usize, lead: usize) -> Self {
         Self {

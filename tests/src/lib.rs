@@ -8,6 +8,7 @@
 //!
 //! Every test binary prints the devices that run and the reason for each that does not. No test is skipped silently.
 
+mod allowances;
 mod case;
 mod compare;
 mod devices;
@@ -21,6 +22,7 @@ pub mod micro;
 pub mod programs;
 pub mod refusals;
 
+pub use allowances::Allowances;
 pub use case::{Case, Inputs, Outcome};
 pub use compare::{Mismatch, compare, largest_error};
 pub use devices::{CHOICE, Devices, devices, emulator};

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 use flash_attention::{Attention, Device, Sequences};
 use flash_attention_examples::{AttentionFile, ragged};
@@ -14,18 +15,35 @@ pub fn quickstart(arguments: &[&str]) -> Output {
 
 /// Runs the example with environment variables.
 fn quickstart_with(environment: &[(&str, &str)], arguments: &[&str]) -> Output {
-    let test = std::env::current_exe().expect("a running program has a path");
-    let built = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
-    let program = built
-        .join("examples/quickstart")
-        .with_extension(std::env::consts::EXE_EXTENSION);
-    let mut command = Command::new(&program);
+    let mut command = Command::new(program());
     command.args(arguments).envs(environment.iter().copied());
-    command.output().unwrap_or_else(|error| {
-        panic!(
-            "{}: {error}; `cargo build --example quickstart` makes it",
-            program.display()
-        )
+    command.output().expect("a program that runs")
+}
+
+/// Returns the path of the example.
+///
+/// # Panics
+/// If it is not built, or a source file has changed since: `cargo test --test suite` builds no example.
+fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let test = std::env::current_exe().expect("a running program has a path");
+        let built = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
+        let program = built
+            .join("examples/quickstart")
+            .with_extension(std::env::consts::EXE_EXTENSION);
+        let (name, advice) = (program.display(), "`cargo build --example quickstart` makes it");
+        let changed = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified());
+        let built = changed(&program).unwrap_or_else(|error| panic!("{name}: {error}; {advice}"));
+        // Cargo lists the sources beside the program: `program: source source`.
+        let list = std::fs::read_to_string(program.with_extension("d")).expect("cargo's list of sources");
+        let sources = list.replace("\\ ", "\0");
+        for source in sources.split_whitespace().skip(1) {
+            let source = PathBuf::from(source.replace('\0', " "));
+            let is_newer = changed(&source).map_or(true, |time| time > built);
+            assert!(!is_newer, "{name} is older than {}; {advice}", source.display());
+        }
+        program
     })
 }
 

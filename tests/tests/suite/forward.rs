@@ -150,15 +150,7 @@ fn scores_that_overflow_without_their_maximum() {
 /// Tests that the memory layout does not matter: 16-byte copies, copies by element, gaps, broadcasts.
 #[test]
 fn every_layout() {
-    let layouts = [
-        Layout::new(Order::Bshd, 0, 0),
-        Layout::new(Order::Bhsd, 8, 0),
-        Layout::new(Order::Bshd, 8, 8),
-        Layout::new(Order::Bhsd, 8, 4),
-        Layout::new(Order::Bhsd, 1, 0),
-        Layout::new(Order::Bshd, 3, 1),
-    ];
-    for (i, layout) in layouts.into_iter().enumerate() {
+    for (i, layout) in Layout::EVERY.into_iter().enumerate() {
         for (j, dtype) in DTYPES.into_iter().enumerate() {
             Case::new(dtype, [2, 2, 20, 40], [2, 1, 67, 40])
                 .masked((i + j) % 2 == 0)

@@ -2,7 +2,7 @@
 
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Device, Dtype, Element, Tensor};
-use flash_attention_tests::{Case, Inputs, devices, drawn};
+use flash_attention_tests::{Allowances, Case, Inputs, devices, drawn};
 use proptest::prelude::*;
 
 const HEAD_DIM: usize = 64;
@@ -16,8 +16,8 @@ struct Extreme {
     negative: bool,
     /// Every key of this many is 16 times as large, and weighs nearly everything where it is the largest.
     dominant: Option<usize>,
-    /// Every key of this many equals the first.
-    equal: Option<usize>,
+    /// Number of different keys. A query then has several keys of the largest score, unless most of them are hidden.
+    different: Option<usize>,
 }
 
 /// Draws magnitudes between `10^-limit` and `10^limit`, those of scores up to `10^30`, and of scale times q or k, which gradients
@@ -26,7 +26,7 @@ fn extreme(limit: f32, gradients: f32) -> impl Strategy<Value = Extreme> {
     let power = move || -limit..limit;
     let every = || prop_oneof![Just(None), (2..9_usize).prop_map(Some)];
     let powers = (power(), power(), -30.0..30.0_f32);
-    (powers, any::<bool>(), every(), every()).prop_map(move |((q, k, scores), negative, dominant, equal)| {
+    (powers, any::<bool>(), every(), every()).prop_map(move |((q, k, scores), negative, dominant, different)| {
         // Products of q and k are normal numbers of f32, and gradients within what the dtype holds.
         let k = k.clamp(-33.0 - q, 29.0 - q);
         let most = (gradients - q.max(k)).min(37.0);
@@ -37,7 +37,7 @@ fn extreme(limit: f32, gradients: f32) -> impl Strategy<Value = Extreme> {
             scale,
             negative,
             dominant,
-            equal,
+            different,
         }
     })
 }
@@ -47,17 +47,23 @@ impl Extreme {
     fn applied<T: Element>(&self, case: &Case) -> (Case, Inputs<T>) {
         let sign = if self.negative { -1.0 } else { 1.0 };
         let attention = Attention::new().softmax_scale(sign * 10.0_f32.powf(self.scale));
-        let case = case.clone().with(attention).masked(case.attention.is_causal());
+        let allowances = Allowances {
+            orders: true,
+            delta: true,
+            overflow: T::DTYPE == Dtype::F16,
+        };
+        let case = (case.clone().with(attention))
+            .masked(case.attention.is_causal())
+            .allowing(allowances);
         let (drawn, head_dim) = (case.inputs::<f32>(), case.q[3]);
         let times = |elements: &[f32], power: f32| -> Vec<T> {
             elements.iter().map(|x| T::from_f32(x * 10.0_f32.powf(power))).collect()
         };
-        let is_every = |of: Option<usize>, row: usize| of.is_some_and(|every| row % every == every / 2);
         let mut k = drawn.k.clone();
         for (row, elements) in k.chunks_mut(head_dim).enumerate() {
-            if is_every(self.equal, row) {
-                elements.copy_from_slice(&drawn.k[..head_dim]);
-            } else if is_every(self.dominant, row) {
+            let row = self.different.map_or(row, |different| row % different);
+            elements.copy_from_slice(&drawn.k[row * head_dim..][..head_dim]);
+            if self.dominant.is_some_and(|every| row % every == every / 2) {
                 elements.iter_mut().for_each(|x| *x *= 16.0);
             }
         }
@@ -82,7 +88,7 @@ impl Extreme {
 /// Draws a case of one or two heads that share keys: small enough for the emulator, with so many elements that the largest error
 /// of standard attention is no matter of luck.
 fn small() -> impl Strategy<Value = Case> {
-    let lengths = (8..=20_usize, 8..=150_usize, 3..=9_usize, 1..=2_usize);
+    let lengths = (20..=40_usize, 8..=150_usize, 3..=9_usize, 1..=2_usize);
     (lengths, any::<bool>(), any::<u32>()).prop_map(|((seqlen_q, seqlen_k, eighths, heads), causal, seed)| Case {
         seed: seed.into(),
         ..Case::new(
@@ -111,6 +117,64 @@ proptest! {
     #[test]
     fn f16_at_any_magnitude(case in small(), extreme in extreme(3.5, 2.0)) {
         extreme.check::<f16>(&case);
+    }
+}
+
+/// Returns queries and keys of one column, whose products are whole numbers times a power of two, so that every device and
+/// f64 have the same scores at any magnitude. One key in seven dominates.
+fn of_magnitude<T: Element>(case: &Case, q: i32, k: i32) -> Inputs<T> {
+    let mut inputs = case.inputs::<T>();
+    for (row, elements) in inputs.q.chunks_mut(HEAD_DIM).enumerate() {
+        elements.fill(T::from_f32(0.0));
+        elements[0] = T::from_f32(((row % 7) as f32 - 3.0) * 2.0_f32.powi(q));
+    }
+    for (row, elements) in inputs.k.chunks_mut(HEAD_DIM).enumerate() {
+        let dominates = if row % 7 == 3 { 20.0 } else { 0.0 };
+        elements.fill(T::from_f32(0.0));
+        elements[0] = T::from_f32(((row * 5 % 13) as f32 - 6.0 + dominates) * 2.0_f32.powi(k));
+    }
+    inputs
+}
+
+/// Checks forward of scores of any magnitude and scale: out within 2e-2 (16 bits) or 1e-5, lse within a millionth of itself.
+fn check_magnitude<T: Element>(q: i32, k: i32, scale: f32, causal: bool) {
+    let attention = Attention::new().softmax_scale(scale);
+    let attention = if causal { attention.causal() } else { attention };
+    let case = Case::one_head(T::DTYPE, 9, 140, HEAD_DIM).with(attention);
+    let inputs = of_magnitude::<T>(&case, q, k);
+    let (out, lse) = inputs.oracle(&case.dims());
+    let bound = if T::DTYPE.bytes() == 4 { 1e-5 } else { 2e-2 };
+    for device in devices().of_every_instruction_set() {
+        let (_, outcome) = case.run(device, &inputs);
+        for (i, (got, want)) in outcome.out.iter().zip(&out).enumerate() {
+            let difference = (got.to_f64() - want).abs();
+            assert!(
+                difference <= bound,
+                "{case:?} on {device}, 2^{q} x 2^{k}: out[{i}] {got:?}, want {want}"
+            );
+        }
+        for (row, (&got, &want)) in outcome.lse.iter().zip(&lse).enumerate() {
+            let difference = (f64::from(got) - want).abs();
+            assert!(
+                difference <= 1e-5 + 1e-6 * want.abs(),
+                "{case:?} on {device}, 2^{q} x 2^{k}: lse[{row}] {got}, want {want}"
+            );
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(drawn::config(12))]
+
+    #[test]
+    fn forward_of_exact_scores_at_any_magnitude(
+        q in -40..=40_i32, k in -40..=40_i32, scale in -90..=90_i32, negative in any::<bool>(), causal in any::<bool>(),
+    ) {
+        // Scores up to 1e30 or so, after the scale and before.
+        let scale = 2.0_f32.powi(scale.min(90 - q - k)) * if negative { -1.3 } else { 1.3 };
+        check_magnitude::<f32>(q, k, scale, causal);
+        check_magnitude::<bf16>(q, k, scale, causal);
+        check_magnitude::<f16>(q % 10, k % 10, scale, causal);
     }
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses some of it")]
 
+pub mod survive;
+
 use ptx_emulator::{DeviceMemory, Error, FindingKind, Launch, Module, Options, Report};
 
 pub const SEEDS: u64 = 16;

@@ -11,10 +11,13 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 use flash_attention::half::{bf16, f16};
 use flash_attention::reference::{self, Dims};
-use flash_attention::{Attention, Device, Element, Gradients, Output, Sequences, Tensor};
+use flash_attention::{Attention, Device, Element, Gradients, Output, Plan, Tensor};
 use flash_attention_examples::command_line::{first_paragraph, refuse};
+use flash_attention_examples::ragged::PackedAnswers;
 use flash_attention_examples::timing::{Bar, measured, timed};
-use flash_attention_examples::{Accuracy, AttentionFile, Failure, Features, Stored, Written, ragged, write_output};
+use flash_attention_examples::{
+    Accuracy, AttentionFile, Failure, Features, Stored, Written, paged, ragged, write_output,
+};
 
 /// Runs attention, and with --backward its gradients, over q, k and v of a file. Compares with the answers stored in
 /// the file, if there are any.
@@ -36,11 +39,16 @@ struct Options {
     /// i32 [batch + 1], and perhaps `seqused_k`, i32 [batch]
     #[arg(long)]
     ragged: bool,
-    /// Print a picture of the mask
+    /// Take k and v as pages of a cache, [pages, `page_size`, heads, `head_dim`]; the file has `block_table`, i32
+    /// [batch, `max_pages`], and `seqused_k`, i32 [batch]. q is [batch, heads, `seqlen_q`, `head_dim`] or, with `cu_seqlens_q`,
+    /// i32 [batch + 1], packed as with --ragged
     #[arg(long, conflicts_with = "ragged")]
+    paged: bool,
+    /// Print a picture of the mask
+    #[arg(long, conflicts_with_all = ["ragged", "paged"])]
     show_mask: bool,
     /// Compute the gradients of q, k and v too; the file must have dout, the gradient of out
-    #[arg(long)]
+    #[arg(long, conflicts_with = "paged")]
     backward: bool,
     /// Write out and lse to this file, all gradients if there are any, and dropout's mask `keep` if there is one
     #[arg(long, value_name = "FILE.safetensors")]
@@ -92,6 +100,9 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
     let attention = options.features.add_to(scaled(&file), &file, &device)?;
     if options.ragged {
         return run_ragged(options, path, &file, &attention, [&q, &k, &v], dout.as_ref());
+    }
+    if options.paged {
+        return run_paged(options, path, &file, &attention, [&q, &k, &v]);
     }
     let plan = attention.plan(&q, &k, &v)?;
 
@@ -151,15 +162,11 @@ fn run_ragged<T: Element>(
 ) -> Result<bool, Failure> {
     let sequences = ragged::sequences(file)?;
     let plans = attention.plan_ragged(q, k, v, &sequences)?;
-    let bytes: u128 = plans
-        .iter()
-        .map(|plan| plan.cost().bytes_read + plan.cost().bytes_written)
-        .sum();
 
     let print = &mut std::io::stdout().lock();
     print_input(path, q.device(), print)?;
     writeln!(print, "ragged    {sequences}")?;
-    writeln!(print, "HBM       {bytes} bytes read and written by forward")?;
+    print_bytes(&plans, print)?;
     let (output, times) = timed(q.device(), |_| attention.forward_ragged(q, k, v, &sequences))?;
     writeln!(print, "forward   {times}")?;
     let mut gradients = None;
@@ -176,14 +183,44 @@ fn run_ragged<T: Element>(
         softmax_scale: attention.scale_for(q.shape()[2]),
     };
     write_results(options, &written, print)?;
-    compare_ragged(
-        options,
-        file,
-        attention,
-        &sequences,
-        (&output, gradients.as_ref()),
-        print,
-    )
+    let answers = || ragged::answers::<T>(attention, file, &sequences);
+    compare_sequences(options, file, answers, (&output, gradients.as_ref()), print)
+}
+
+/// Runs attention over a paged cache; returns true if all errors are within their bounds.
+fn run_paged<T: Element>(
+    options: &Options,
+    path: &Path,
+    file: &AttentionFile,
+    attention: &Attention,
+    [q, k, v]: [&Tensor<T>; 3],
+) -> Result<bool, Failure> {
+    let cache = paged::cache(file)?;
+    let plans = attention.plan_cached(q, k, v, &cache)?;
+
+    let print = &mut std::io::stdout().lock();
+    print_input(path, q.device(), print)?;
+    writeln!(print, "paged     {cache}")?;
+    print_bytes(&plans, print)?;
+    let (output, times) = timed(q.device(), |_| attention.forward_cached(q, k, v, &cache))?;
+    writeln!(print, "forward   {times}")?;
+    let written = Written {
+        output: &output,
+        gradients: None,
+        keep: None,
+        softmax_scale: attention.scale_for(*q.shape().last().expect("forward took q")),
+    };
+    write_results(options, &written, print)?;
+    let answers = || paged::answers::<T>(attention, file, &cache);
+    compare_sequences(options, file, answers, (&output, None), print)
+}
+
+/// Prints the bytes that forward moves by its plans, one a sequence.
+fn print_bytes(plans: &[Plan], print: &mut impl Write) -> Result<(), Failure> {
+    let of = |plan: &Plan| plan.cost().bytes_read + plan.cost().bytes_written;
+    let bytes: u128 = plans.iter().map(of).sum();
+    writeln!(print, "HBM       {bytes} bytes read and written by forward")?;
+    Ok(())
 }
 
 /// Writes results to the file that `--output` names, if there is one.
@@ -199,19 +236,18 @@ fn write_results<T: Element>(
     Ok(())
 }
 
-/// Compares results over packed sequences with the stored answers and prints the error of each.
-fn compare_ragged<T: Element>(
+/// Compares results over sequences with the stored answers and prints the error of each.
+fn compare_sequences<T: Element>(
     options: &Options,
     file: &AttentionFile,
-    attention: &Attention,
-    sequences: &Sequences,
+    answers: impl FnOnce() -> PackedAnswers<T>,
     (output, gradients): (&Output<T>, Option<&Gradients<T>>),
     print: &mut impl Write,
 ) -> Result<bool, Failure> {
     let (Some(out), Some(lse), true) = (&file.out, &file.lse, options.features.is_empty()) else {
         return not_compared(options, "answer", "out and lse", print);
     };
-    let answers = ragged::answers::<T>(attention, file, sequences);
+    let answers = answers();
     let accuracy = |index: usize, got: &Tensor<T>, stored: &Stored| {
         let (standard, exact) = (&answers.standard[index], &answers.exact[index]);
         Ok::<_, Failure>(Accuracy::of(&got.to_vec()?, &stored.elements, standard, exact))

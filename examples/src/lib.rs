@@ -5,6 +5,7 @@ mod accuracy;
 pub mod command_line;
 mod features;
 mod file;
+pub mod paged;
 pub mod ragged;
 pub mod timing;
 pub mod traffic;

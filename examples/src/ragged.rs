@@ -87,14 +87,14 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, sequence
 
 /// Rows of a packed `[total, heads, head_dim]` tensor.
 #[derive(Clone, Copy)]
-struct Rows {
-    heads: usize,
-    head_dim: usize,
+pub(crate) struct Rows {
+    pub heads: usize,
+    pub head_dim: usize,
 }
 
 impl Rows {
     /// Returns rows as `[heads, seqlen, head_dim]`.
-    fn take(self, packed: &[f32], rows: &Range<usize>) -> Vec<f32> {
+    pub fn take(self, packed: &[f32], rows: &Range<usize>) -> Vec<f32> {
         let places = self.places(rows);
         places
             .flat_map(|place| packed[place..][..self.head_dim].iter().copied())
@@ -102,7 +102,7 @@ impl Rows {
     }
 
     /// Writes `[heads, seqlen, head_dim]` to its rows.
-    fn put<T: Copy>(self, packed: &mut [T], rows: &Range<usize>, from: &[T]) {
+    pub fn put<T: Copy>(self, packed: &mut [T], rows: &Range<usize>, from: &[T]) {
         for (place, row) in self.places(rows).zip(from.chunks(self.head_dim)) {
             packed[place..][..self.head_dim].copy_from_slice(row);
         }

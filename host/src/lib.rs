@@ -64,6 +64,7 @@
 //! [`device::DeviceInfo`], which describes a device in plain numbers. Both can be made for tensors and devices that
 //! do not exist.
 
+mod batch;
 mod call;
 pub mod device;
 mod element;
@@ -76,7 +77,6 @@ pub mod plan;
 pub mod problem;
 pub mod program;
 mod progress;
-mod ragged;
 pub mod reference;
 mod sequences;
 mod target;
@@ -97,7 +97,7 @@ pub use plan::Plan;
 pub use progress::Progress;
 #[cfg(feature = "emulator")]
 pub use ptx_emulator;
-pub use sequences::Sequences;
+pub use sequences::{KvCache, Sequences};
 pub use tensor::Tensor;
 
 /// Compiles and runs the example of the package's README.

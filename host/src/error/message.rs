@@ -55,6 +55,10 @@ impl fmt::Display for Error {
                 f,
                 "`{argument}` is {value} for sequence {sequence}, expected {expected}"
             ),
+            Self::PageSize { page_size, multiple_of } => write!(
+                f,
+                "`page_size` is {page_size}, expected a multiple of {multiple_of}, and not 0"
+            ),
             Self::HeadDim {
                 argument,
                 head_dim,

@@ -93,6 +93,14 @@ pub enum Error {
         expected: String,
     },
 
+    /// The pages of a cache have a number of keys that no kernel takes.
+    PageSize {
+        /// Number of keys of a page.
+        page_size: usize,
+        /// Number that it must be a multiple of.
+        multiple_of: usize,
+    },
+
     /// No kernel serves this head_dim.
     HeadDim {
         /// Name of the tensor.

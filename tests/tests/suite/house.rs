@@ -31,7 +31,7 @@ const HOST: &[&[&str]] = &[
     &["tensor"],
     &["output", "trace", "features"],
     &["call"],
-    &["ragged"],
+    &["batch"],
 ];
 
 /// Rooms of the kernels, lowest floor first.

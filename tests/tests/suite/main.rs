@@ -4,6 +4,7 @@
 
 mod backward;
 mod backward_errors;
+mod cached;
 mod drawn;
 mod empty;
 mod emulator;

@@ -1,15 +1,7 @@
 //! Calls over ragged batches: a [`Sequences`] says where each sequence lies in packed tensors.
-//!
-//! Each sequence is a call of its own over views of the packed tensors, longest first. Nothing is padded, and a
-//! sequence's results are the same bits whatever else is in the batch.
-//!
-//! The CPU reads and writes lse, row_max and row_sum in place. A GPU's kernels take them contiguous a sequence, so there
-//! they pass through the host, `12 * heads_q * total_q` bytes a call.
 
-use std::ops::Range;
-
-use crate::device::DeviceKind;
-use crate::element::{Element, Scalar};
+use super::{Call, PACKED, Queries, check_rank, check_shape, forward, part, rows, takes_strided_lse};
+use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
@@ -57,45 +49,8 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Output<T>, Error> {
-        let calls = self.calls(q, k, v, sequences)?;
-        for call in &calls {
-            call.plan()?;
-        }
-        let of_rows = || Tensor::empty(q.device(), [q.shape()[1], q.shape()[0]]);
-        let output = Output {
-            out: Tensor::empty(q.device(), q.shape())?,
-            lse: of_rows()?,
-            statistics: Some(Statistics {
-                row_max: of_rows()?,
-                row_sum: of_rows()?,
-            }),
-        };
-        let in_place = takes_strided_lse(q);
-        let mut parts = Vec::new();
-        for call in &calls {
-            let mut part = part(&output, &call.piece.queries, |view| match in_place {
-                true => Ok(view),
-                false => Tensor::empty(view.device(), view.shape()),
-            })?;
-            call.attention
-                .forward_into_output(&call.q, &call.k, &call.v, &mut part)?;
-            parts.push(part);
-        }
-        if in_place {
-            return Ok(output);
-        }
-        let packed = |numbers: fn(&Output<T>) -> Option<&Tensor<f32>>| {
-            let pieces = calls.iter().map(|call| &call.piece);
-            packed_rows(&output.lse, pieces.zip(parts.iter().filter_map(numbers)))
-        };
-        Ok(Output {
-            lse: packed(|part| Some(&part.lse))?,
-            statistics: Some(Statistics {
-                row_max: packed(|part| Some(&part.statistics.as_ref()?.row_max))?,
-                row_sum: packed(|part| Some(&part.statistics.as_ref()?.row_sum))?,
-            }),
-            out: output.out,
-        })
+        let (_, calls) = self.pieces(q, k, v, sequences)?;
+        forward(q, v.shape()[2], &calls)
     }
 
     /// The backward pass over a ragged batch, from what [`forward_ragged`](Self::forward_ragged) gave and the gradient of its
@@ -115,16 +70,16 @@ impl Attention {
         dout: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Gradients<T>, Error> {
-        let calls = self.calls(q, k, v, sequences)?;
+        let (pieces, calls) = self.pieces(q, k, v, sequences)?;
         check_output(output, dout, q)?;
         let in_place = takes_strided_lse(q);
         let mut parts = Vec::new();
         for call in &calls {
-            let part = part(output, &call.piece.queries, |view| match in_place {
+            let part = part(output, &call.queries, |view| match in_place {
                 true => Ok(view),
                 false => view.contiguous(),
             })?;
-            let dout = rows(dout, &call.piece.queries)?;
+            let dout = call.queries.vectors(dout)?;
             call.attention.plan_backward(&call.q, &call.k, &call.v, &part, &dout)?;
             parts.push((part, dout));
         }
@@ -134,14 +89,8 @@ impl Attention {
             Tensor::empty(v.device(), v.shape())?,
         );
         let mut of_tables: Vec<(TableSource, Vec<f32>)> = Vec::new();
-        for (call, (output, dout)) in calls.iter().zip(&parts) {
-            let Call {
-                piece,
-                attention,
-                q,
-                k,
-                v,
-            } = call;
+        for ((piece, call), (output, dout)) in pieces.iter().zip(&calls).zip(&parts) {
+            let Call { attention, q, k, v, .. } = call;
             let mut of_piece = Gradients::new(
                 rows(&gradients.dq, &piece.queries)?,
                 rows(&gradients.dk, &piece.keys)?,
@@ -171,53 +120,34 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Vec<Plan>, Error> {
-        self.calls(q, k, v, sequences)?.iter().map(Call::plan).collect()
+        let (_, calls) = self.pieces(q, k, v, sequences)?;
+        calls.iter().map(Call::plan).collect()
     }
 
-    /// The calls that a ragged batch consists of, at least one, in the order in which they run.
-    fn calls<T: Element>(
+    /// The pieces of a ragged batch, at least one, and the call with each, in the order in which they run.
+    fn pieces<T: Element>(
         &self,
         q: &Tensor<T>,
         k: &Tensor<T>,
         v: &Tensor<T>,
         sequences: &Sequences,
-    ) -> Result<Vec<Call<T>>, Error> {
+    ) -> Result<(Vec<Piece>, Vec<Call<T>>), Error> {
         check_rank("q", q, PACKED.len())?;
         check_rank("k", k, PACKED.len())?;
         check_shape("v", v, PACKED, "k", k.shape())?;
-        let call = |piece: Piece| {
+        let call = |piece: &Piece| {
             Ok(Call {
                 attention: self.of_sequence(piece.sequence),
+                queries: Queries::Packed(piece.queries.clone()),
                 q: rows(q, &piece.queries)?,
                 k: rows(k, &piece.keys)?,
                 v: rows(v, &piece.keys)?,
-                piece,
             })
         };
         let pieces = sequences.pieces(q.shape()[0], k.shape()[0])?;
-        pieces.into_iter().map(call).collect()
+        let calls: Result<_, Error> = pieces.iter().map(call).collect();
+        Ok((pieces, calls?))
     }
-}
-
-/// A call with one sequence of a ragged batch.
-struct Call<T: Element> {
-    piece: Piece,
-    attention: Attention,
-    /// Views of the sequence's rows, `[1, heads, seqlen, head_dim]`.
-    q: Tensor<T>,
-    k: Tensor<T>,
-    v: Tensor<T>,
-}
-
-impl<T: Element> Call<T> {
-    fn plan(&self) -> Result<Plan, Error> {
-        self.attention.plan(&self.q, &self.k, &self.v)
-    }
-}
-
-/// Rows of a packed `[total, heads, head_dim]` tensor as `[1, heads, seqlen, head_dim]`.
-fn rows<T: Element>(packed: &Tensor<T>, rows: &Range<usize>) -> Result<Tensor<T>, Error> {
-    packed.narrow(0, rows.start, rows.len())?.transpose(0, 1)?.unsqueeze(0)
 }
 
 /// Adds the gradients of tables that one sequence gave to the sums.
@@ -232,51 +162,6 @@ fn add_up<T: Element>(sums: &mut Vec<(TableSource, Vec<f32>)>, gradients: &Gradi
     Ok(())
 }
 
-/// Tells if the tensor's device takes lse, row_max and row_sum of any strides.
-fn takes_strided_lse<T: Element>(tensor: &Tensor<T>) -> bool {
-    tensor.device().kind() == DeviceKind::Cpu
-}
-
-/// The results of these queries, as those of a call of their own. `place` makes lse, row_max and row_sum, `[1, heads, seqlen_q]`,
-/// from views of the packed ones.
-fn part<T: Element>(
-    output: &Output<T>,
-    queries: &Range<usize>,
-    place: impl Fn(Tensor<f32>) -> Result<Tensor<f32>, Error>,
-) -> Result<Output<T>, Error> {
-    let of_rows = |packed: &Tensor<f32>| place(packed.narrow(1, queries.start, queries.len())?.unsqueeze(0)?);
-    let statistics = match &output.statistics {
-        Some(Statistics { row_max, row_sum }) => Some(Statistics {
-            row_max: of_rows(row_max)?,
-            row_sum: of_rows(row_sum)?,
-        }),
-        None => None,
-    };
-    Ok(Output {
-        out: rows(&output.out, queries)?,
-        lse: of_rows(&output.lse)?,
-        statistics,
-    })
-}
-
-/// A tensor like `model`, `[heads, total_q]`, of the numbers of its pieces, `[1, heads, seqlen_q]` each.
-fn packed_rows<'a>(
-    model: &Tensor<f32>,
-    pieces: impl Iterator<Item = (&'a Piece, &'a Tensor<f32>)>,
-) -> Result<Tensor<f32>, Error> {
-    let (heads, total) = (model.shape()[0], model.shape()[1]);
-    let mut numbers = vec![0.0; heads * total];
-    for (Piece { queries, .. }, tensor) in pieces.filter(|(piece, _)| !piece.queries.is_empty()) {
-        for (head, row) in tensor.to_vec()?.chunks(queries.len()).enumerate() {
-            numbers[head * total..][queries.clone()].copy_from_slice(row);
-        }
-    }
-    Tensor::from_slice(model.device(), model.shape(), &numbers)
-}
-
-/// Axes of q, k, v, out and dout of a ragged batch.
-const PACKED: &[&str] = &["total", "heads", "head_dim"];
-
 /// Refuses results and a gradient that are not those of a forward pass over q.
 fn check_output<T: Element>(output: &Output<T>, dout: &Tensor<T>, q: &Tensor<T>) -> Result<(), Error> {
     check_shape("out", &output.out, PACKED, "q", q.shape())?;
@@ -290,39 +175,4 @@ fn check_output<T: Element>(output: &Output<T>, dout: &Tensor<T>, q: &Tensor<T>)
         check_shape(argument, tensor, &["heads", "total"], "q", &of_rows)?;
     }
     Ok(())
-}
-
-fn check_rank<T: Scalar>(argument: &'static str, tensor: &Tensor<T>, expected: usize) -> Result<(), Error> {
-    let shape = tensor.shape();
-    if shape.len() == expected {
-        return Ok(());
-    }
-    Err(Error::Rank {
-        argument,
-        shape: shape.to_vec(),
-        rank: shape.len(),
-        expected,
-    })
-}
-
-/// Refuses a tensor of another shape than `expected`, which follows from `other`.
-fn check_shape<T: Scalar>(
-    argument: &'static str,
-    tensor: &Tensor<T>,
-    axes: &[&'static str],
-    other: &'static str,
-    expected: &[usize],
-) -> Result<(), Error> {
-    check_rank(argument, tensor, axes.len())?;
-    let sizes = tensor.shape().iter().zip(expected);
-    match axes.iter().zip(sizes).find(|(_, (got, expected))| got != expected) {
-        Some((&axis, (&got, &expected))) => Err(Error::ShapeMismatch {
-            argument,
-            axis,
-            got,
-            other,
-            expected,
-        }),
-        None => Ok(()),
-    }
 }

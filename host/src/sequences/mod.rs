@@ -1,4 +1,8 @@
-//! [`Sequences`]: where the sequences of a ragged batch begin and end in tensors that hold them end to end.
+//! Batches that are no rectangle: [`Sequences`] packed end to end, and the [`KvCache`] of sequences that grow.
+
+mod cache;
+
+pub use cache::KvCache;
 
 use std::fmt;
 use std::ops::Range;

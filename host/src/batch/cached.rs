@@ -1,0 +1,201 @@
+//! Calls over keys and values that are kept between calls: a [`KvCache`] says where those of each sequence lie.
+
+use super::{Call, Queries, check_rank, forward, rows};
+use crate::element::Element;
+use crate::error::Error;
+use crate::options::Attention;
+use crate::output::Output;
+use crate::plan::Plan;
+use crate::sequences::KvCache;
+use crate::tensor::Tensor;
+
+impl KvCache {
+    /// Describes a paged cache by tensors: `block_table` `[batch, max_pages]`, `seqused_k` `[batch]`, in any strides. Waits for the
+    /// work that produces them, and checks them on the host before anything is launched.
+    ///
+    /// # Errors
+    /// The errors of [`paged`](Self::paged) and [`Tensor::to_vec`]; [`Error::Rank`] for tensors of other axes.
+    pub fn of_tensors(shape: [usize; 2], block_table: &Tensor<i32>, seqused_k: &Tensor<i32>) -> Result<Self, Error> {
+        check_rank("block_table", block_table, 2)?;
+        check_rank("seqused_k", seqused_k, 1)?;
+        let (rows, batch) = (block_table.shape()[0], seqused_k.shape()[0]);
+        if rows != batch {
+            return Err(Error::ShapeMismatch {
+                argument: "block_table",
+                axis: "batch",
+                got: rows,
+                other: "seqused_k",
+                expected: batch,
+            });
+        }
+        Self::paged(shape, &block_table.to_vec()?, &seqused_k.to_vec()?)
+    }
+}
+
+impl Attention {
+    /// The forward pass over keys and values of a cache.
+    ///
+    /// k and v are `[pages, page_size, heads_kv, head_dim]`, or `[rows, seqlen, heads_kv, head_dim]` of a rectangular cache, with a
+    /// contiguous last axis and any other strides. q is `[batch, heads_q, seqlen_q, head_dim]`, and so are the results; where the
+    /// cache has [`cu_seqlens_q`](KvCache::cu_seqlens_q), q and `out` are `[total_q, heads_q, head_dim]` and `lse` is
+    /// `[heads_q, total_q]`. Queries of a sequence may be as few or as many as you like: one for decoding, a chunk of a prompt,
+    /// both in one call.
+    ///
+    /// Masks, programs and causal alignment see each sequence by itself, as if its keys lay end to end: key 0 is its first key,
+    /// wherever that is. `at.batch` is the number of the sequence, and dropout draws with a seed that is larger by it. Rows of q
+    /// that belong to no sequence have `out = 0` and `lse = -inf`.
+    ///
+    /// GPUs gather the keys of each sequence through the host and launch a kernel a sequence.
+    ///
+    /// ```
+    /// use flash_attention::{Attention, Device, KvCache, Tensor};
+    ///
+    /// let device = Device::cpu();
+    /// // 3 pages of 8 keys of 2 heads of 16 elements; 2 sequences of one query each, of 4 heads.
+    /// let pages = Tensor::from_slice(&device, [3, 8, 2, 16], &[0.5_f32; 768])?;
+    /// let q = Tensor::from_slice(&device, [2, 4, 1, 16], &[1.0_f32; 128])?;
+    /// let cache = KvCache::paged([3, 8], &[2, 0, 1, -1], &[11, 3])?;
+    /// let output = Attention::new().forward_cached(&q, &pages, &pages, &cache)?;
+    /// assert_eq!(output.out.shape(), [2, 4, 1, 16]);
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Rank`] unless k and v have four axes and q has four, or three where the cache has `cu_seqlens_q`;
+    /// [`Error::ShapeMismatch`] unless k and v have the cache's pages and q its sequences; [`Error::Sequence`] if a sequence's
+    /// queries end beyond q; and the errors of [`forward`](Self::forward), before anything is launched.
+    pub fn forward_cached<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        cache: &KvCache,
+    ) -> Result<Output<T>, Error> {
+        forward(q, v.shape().last().copied().unwrap_or(0), &self.cached(q, k, v, cache)?)
+    }
+
+    /// Plans of [`forward_cached`](Self::forward_cached), one a sequence, in the order in which they run.
+    ///
+    /// # Errors
+    /// The errors of [`forward_cached`](Self::forward_cached).
+    pub fn plan_cached<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        cache: &KvCache,
+    ) -> Result<Vec<Plan>, Error> {
+        self.cached(q, k, v, cache)?.iter().map(Call::plan).collect()
+    }
+
+    /// The call with each sequence, longest first, and one with the queries that belong to none.
+    fn cached<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        cache: &KvCache,
+    ) -> Result<Vec<Call<T>>, Error> {
+        check_pages("k", k, cache)?;
+        check_pages("v", v, cache)?;
+        let mut queries = queries_of(q, cache)?;
+        if queries.is_empty() {
+            // Without a sequence, heads and head_dim are validated all the same.
+            let nothing = |pages: &Tensor<T>| Tensor::empty(pages.device(), [0, pages.shape()[2], 0, pages.shape()[3]]);
+            self.plan(q, &nothing(k)?, &nothing(v)?)?;
+        }
+        let work = |(sequence, queries): &(Option<usize>, Queries)| {
+            let rows = match queries {
+                Queries::Packed(range) => range.len(),
+                Queries::Entry(_) => 1,
+            };
+            std::cmp::Reverse(rows * sequence.map_or(0, |sequence| cache.keys(sequence)))
+        };
+        queries.sort_by_key(work);
+        let call = |(sequence, queries): (Option<usize>, Queries)| {
+            Ok(Call {
+                attention: self.of_sequence(sequence.unwrap_or(0)),
+                q: queries.vectors(q)?,
+                k: keys_of(k, cache, sequence)?,
+                v: keys_of(v, cache, sequence)?,
+                queries,
+            })
+        };
+        queries.into_iter().map(call).collect()
+    }
+}
+
+/// The queries of each sequence and, of packed ones, those of none.
+fn queries_of<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<Vec<(Option<usize>, Queries)>, Error> {
+    let batch = cache.batch();
+    let Some(used) = cache.total_q() else {
+        check_rank("q", q, 4)?;
+        let got = q.shape()[0];
+        if got != batch {
+            return Err(Error::ShapeMismatch {
+                argument: "q",
+                axis: "batch",
+                got,
+                other: "cache",
+                expected: batch,
+            });
+        }
+        return Ok((0..batch).map(|index| (Some(index), Queries::Entry(index))).collect());
+    };
+    check_rank("q", q, 3)?;
+    let total_q = q.shape()[0];
+    let of = |sequence| cache.queries(sequence).unwrap_or_default();
+    if let Some(sequence) = (0..batch).find(|&sequence| of(sequence).end > total_q) {
+        return Err(Error::Sequence {
+            argument: "cu_seqlens_q",
+            sequence,
+            value: of(sequence).end as i64,
+            expected: format!("at most {total_q}, the rows of q"),
+        });
+    }
+    let sequences = (0..batch).map(|sequence| (Some(sequence), Queries::Packed(of(sequence))));
+    let rest = (None, Queries::Packed(used..total_q));
+    Ok(sequences.chain([rest]).collect())
+}
+
+/// Refuses keys or values without the pages of a cache.
+fn check_pages<T: Element>(argument: &'static str, tensor: &Tensor<T>, cache: &KvCache) -> Result<(), Error> {
+    check_rank(argument, tensor, 4)?;
+    for (axis, name) in ["pages", "page_size"].into_iter().enumerate() {
+        let (got, expected) = (tensor.shape()[axis], cache.shape()[axis]);
+        if got != expected {
+            return Err(Error::ShapeMismatch {
+                argument,
+                axis: name,
+                got,
+                other: "cache",
+                expected,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The keys or values of a sequence, `[1, heads_kv, seqlen_k, head_dim]`: a view if one page holds all of them, else gathered
+/// through the host.
+fn keys_of<T: Element>(pages: &Tensor<T>, cache: &KvCache, sequence: Option<usize>) -> Result<Tensor<T>, Error> {
+    let (heads, head_dim) = (pages.shape()[2], pages.shape()[3]);
+    let keys = sequence.map_or(0, |sequence| cache.keys(sequence));
+    let (Some(sequence), 1..) = (sequence, keys) else {
+        return Tensor::empty(pages.device(), [1, heads, 0, head_dim]);
+    };
+    let (table, first) = cache.pages(sequence);
+    let page = |number: i32| pages.select(0, number as usize);
+    if let &[only] = table {
+        return rows(&page(only)?, &(first..first + keys));
+    }
+    let mut gathered = Vec::with_capacity(keys * heads * head_dim);
+    let (mut begin, mut left) = (first, keys);
+    for &number in table {
+        let len = left.min(cache.shape()[1] - begin);
+        gathered.extend(page(number)?.narrow(0, begin, len)?.to_vec()?);
+        (begin, left) = (0, left - len);
+    }
+    let gathered = Tensor::from_slice(pages.device(), [keys, heads, head_dim], &gathered)?;
+    rows(&gathered, &(0..keys))
+}

@@ -1,0 +1,195 @@
+//! Calls over batches that are no rectangle. Each sequence is a problem of its own over views of the tensors that hold all of
+//! them, so nothing is padded, and a sequence's results are the same bits whatever else is in the batch.
+//!
+//! The CPU reads and writes lse, row_max and row_sum in place. A GPU's kernels take them contiguous a sequence, so those of packed
+//! queries pass through the host there, `12 * heads_q * total_q` bytes a call.
+
+mod cached;
+mod ragged;
+
+use std::ops::Range;
+
+use crate::device::DeviceKind;
+use crate::element::{Element, Scalar};
+use crate::error::Error;
+use crate::options::Attention;
+use crate::output::{Output, Statistics};
+use crate::plan::Plan;
+use crate::tensor::Tensor;
+
+/// The call with one sequence of a batch.
+struct Call<T: Element> {
+    attention: Attention,
+    queries: Queries,
+    /// Views of the sequence, `[1, heads, seqlen, head_dim]`.
+    q: Tensor<T>,
+    k: Tensor<T>,
+    v: Tensor<T>,
+}
+
+impl<T: Element> Call<T> {
+    fn plan(&self) -> Result<Plan, Error> {
+        self.attention.plan(&self.q, &self.k, &self.v)
+    }
+}
+
+/// The queries of one sequence in the tensors of a batch: q, out, dout and dq; lse, row_max and row_sum.
+#[derive(Clone, Debug)]
+enum Queries {
+    /// Rows of `[total_q, heads, head_dim]` and `[heads, total_q]`.
+    Packed(Range<usize>),
+    /// Entry of `[batch, heads, seqlen_q, head_dim]` and `[batch, heads, seqlen_q]`.
+    Entry(usize),
+}
+
+impl Queries {
+    /// The vectors of these queries, `[1, heads, seqlen_q, head_dim]`.
+    fn vectors<T: Element>(&self, tensor: &Tensor<T>) -> Result<Tensor<T>, Error> {
+        match self {
+            Self::Packed(range) => rows(tensor, range),
+            Self::Entry(index) => tensor.narrow(0, *index, 1),
+        }
+    }
+
+    /// The numbers of these queries, `[1, heads, seqlen_q]`.
+    fn numbers(&self, tensor: &Tensor<f32>) -> Result<Tensor<f32>, Error> {
+        match self {
+            Self::Packed(range) => tensor.narrow(1, range.start, range.len())?.unsqueeze(0),
+            Self::Entry(index) => tensor.narrow(0, *index, 1),
+        }
+    }
+}
+
+/// Runs the forward pass of each call. q holds the queries of all of them, packed or as a batch; the results have its layout, and
+/// `head_dim` elements in a row of out.
+fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Result<Output<T>, Error> {
+    for call in calls {
+        call.plan()?;
+    }
+    let (out_shape, rows_shape) = match *q.shape() {
+        [total_q, heads, _] => (vec![total_q, heads, head_dim], vec![heads, total_q]),
+        [batch, heads, seqlen_q, _] => (vec![batch, heads, seqlen_q, head_dim], vec![batch, heads, seqlen_q]),
+        _ => unreachable!("calls are made of q with three or four axes"),
+    };
+    let of_rows = || Tensor::empty(q.device(), &rows_shape);
+    let output = Output {
+        out: Tensor::empty(q.device(), out_shape)?,
+        lse: of_rows()?,
+        statistics: Some(Statistics {
+            row_max: of_rows()?,
+            row_sum: of_rows()?,
+        }),
+    };
+    let in_place = takes_strided_lse(q) || q.shape().len() == 4;
+    let mut parts = Vec::new();
+    for call in calls {
+        let mut part = part(&output, &call.queries, |view| match in_place {
+            true => Ok(view),
+            false => Tensor::empty(view.device(), view.shape()),
+        })?;
+        call.attention
+            .forward_into_output(&call.q, &call.k, &call.v, &mut part)?;
+        parts.push(part);
+    }
+    if in_place {
+        return Ok(output);
+    }
+    let packed = |numbers: fn(&Output<T>) -> Option<&Tensor<f32>>| {
+        let queries = calls.iter().map(|call| &call.queries);
+        packed_rows(&output.lse, queries.zip(parts.iter().filter_map(numbers)))
+    };
+    Ok(Output {
+        lse: packed(|part| Some(&part.lse))?,
+        statistics: Some(Statistics {
+            row_max: packed(|part| Some(&part.statistics.as_ref()?.row_max))?,
+            row_sum: packed(|part| Some(&part.statistics.as_ref()?.row_sum))?,
+        }),
+        out: output.out,
+    })
+}
+
+/// Rows of a packed `[total, heads, head_dim]` tensor as `[1, heads, seqlen, head_dim]`.
+fn rows<T: Element>(packed: &Tensor<T>, rows: &Range<usize>) -> Result<Tensor<T>, Error> {
+    packed.narrow(0, rows.start, rows.len())?.transpose(0, 1)?.unsqueeze(0)
+}
+
+/// Tells if the tensor's device takes lse, row_max and row_sum of any strides.
+fn takes_strided_lse<T: Element>(tensor: &Tensor<T>) -> bool {
+    tensor.device().kind() == DeviceKind::Cpu
+}
+
+/// The results of these queries, as those of a call of their own. `place` makes lse, row_max and row_sum, `[1, heads, seqlen_q]`,
+/// from views of the batch's.
+fn part<T: Element>(
+    output: &Output<T>,
+    queries: &Queries,
+    place: impl Fn(Tensor<f32>) -> Result<Tensor<f32>, Error>,
+) -> Result<Output<T>, Error> {
+    let of_rows = |tensor: &Tensor<f32>| place(queries.numbers(tensor)?);
+    let statistics = match &output.statistics {
+        Some(Statistics { row_max, row_sum }) => Some(Statistics {
+            row_max: of_rows(row_max)?,
+            row_sum: of_rows(row_sum)?,
+        }),
+        None => None,
+    };
+    Ok(Output {
+        out: queries.vectors(&output.out)?,
+        lse: of_rows(&output.lse)?,
+        statistics,
+    })
+}
+
+/// A tensor like `model`, `[heads, total_q]`, of the numbers of packed queries, `[1, heads, seqlen_q]` each.
+fn packed_rows<'a>(
+    model: &Tensor<f32>,
+    parts: impl Iterator<Item = (&'a Queries, &'a Tensor<f32>)>,
+) -> Result<Tensor<f32>, Error> {
+    let (heads, total) = (model.shape()[0], model.shape()[1]);
+    let mut numbers = vec![0.0; heads * total];
+    for (queries, tensor) in parts {
+        let Queries::Packed(range) = queries else { continue };
+        for (head, row) in tensor.to_vec()?.chunks(range.len().max(1)).enumerate() {
+            numbers[head * total..][range.clone()].copy_from_slice(row);
+        }
+    }
+    Tensor::from_slice(model.device(), model.shape(), &numbers)
+}
+
+/// Axes of q, k, v, out and dout of packed sequences.
+const PACKED: &[&str] = &["total", "heads", "head_dim"];
+
+fn check_rank<T: Scalar>(argument: &'static str, tensor: &Tensor<T>, expected: usize) -> Result<(), Error> {
+    let shape = tensor.shape();
+    if shape.len() == expected {
+        return Ok(());
+    }
+    Err(Error::Rank {
+        argument,
+        shape: shape.to_vec(),
+        rank: shape.len(),
+        expected,
+    })
+}
+
+/// Refuses a tensor of another shape than `expected`, which follows from `other`.
+fn check_shape<T: Scalar>(
+    argument: &'static str,
+    tensor: &Tensor<T>,
+    axes: &[&'static str],
+    other: &'static str,
+    expected: &[usize],
+) -> Result<(), Error> {
+    check_rank(argument, tensor, axes.len())?;
+    let sizes = tensor.shape().iter().zip(expected);
+    match axes.iter().zip(sizes).find(|(_, (got, expected))| got != expected) {
+        Some((&axis, (&got, &expected))) => Err(Error::ShapeMismatch {
+            argument,
+            axis,
+            got,
+            other,
+            expected,
+        }),
+        None => Ok(()),
+    }
+}

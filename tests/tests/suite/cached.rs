@@ -1,0 +1,379 @@
+//! Caches of keys and values: each sequence has the results of a call with its keys end to end, to the bit, and these are those
+//! of the oracle. Memory that belongs to no key holds NaN and infinities.
+
+use flash_attention::error::Error;
+use flash_attention::reference::Dims;
+use flash_attention::{Attention, Device, Dtype, Element, KvCache, Output, Tensor};
+use flash_attention_tests::{Inputs, compare, devices, drawn, files, for_dtype};
+use proptest::prelude::*;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
+
+/// Masks and scores that read no table, by name.
+const FEATURES: [&str; 7] = ["full", "causal", "window", "softcap", "prefix", "chunked", "score"];
+
+/// A batch over a cache.
+#[derive(Clone, Debug)]
+struct Cached {
+    /// Queries, keys and padding before them, a sequence each.
+    lens: Vec<(usize, usize, usize)>,
+    /// Keys of a page; 0 for a rectangular cache.
+    page_size: usize,
+    /// True if queries are packed; else all sequences have the queries of the first.
+    packed: bool,
+    /// Rows of packed q behind the last sequence, and pages that no sequence uses.
+    rest: usize,
+    heads: (usize, usize),
+    head_dim: usize,
+    dtype: Dtype,
+    feature: &'static str,
+    seed: u64,
+}
+
+impl Cached {
+    fn attention(&self) -> Attention {
+        let attention = Attention::new();
+        match self.feature {
+            "full" => attention,
+            "causal" => attention.causal(),
+            "window" => attention.causal().window(20, None),
+            "softcap" => attention.softcap(3.0),
+            "prefix" => attention.prefix(9),
+            "chunked" => attention.chunked(13),
+            _ => attention.score(|s, at| s - 0.02 * at.distance().abs() * (at.head + 1)),
+        }
+    }
+
+    fn seqlen_q(&self, sequence: usize) -> usize {
+        let of = if self.packed { sequence } else { 0 };
+        self.lens[of].0
+    }
+
+    /// The cache, with pages in an order of the seed.
+    fn cache(&self) -> KvCache {
+        let as_i32 = |numbers: &mut dyn Iterator<Item = usize>| -> Vec<i32> { numbers.map(|x| x as i32).collect() };
+        let used = as_i32(&mut self.lens.iter().map(|&(_, keys, pad)| pad + keys));
+        let pads = as_i32(&mut self.lens.iter().map(|&(.., pad)| pad));
+        let batch = self.lens.len();
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let cache = if self.page_size == 0 {
+            let longest = used.iter().copied().max().unwrap_or(0) as usize;
+            let mut rows = as_i32(&mut (0..batch + self.rest));
+            rows.shuffle(&mut rng);
+            KvCache::slots([batch + self.rest, longest + 3], &rows[..batch], &used)
+        } else {
+            let pages_of = |used: &i32| (*used as usize).div_ceil(self.page_size);
+            let max_pages = used.iter().map(pages_of).max().unwrap_or(0) + 1;
+            let total: usize = used.iter().map(pages_of).sum();
+            let mut pages = as_i32(&mut (0..total + self.rest));
+            pages.shuffle(&mut rng);
+            let mut pages = pages.into_iter();
+            let row = |used: &i32| {
+                let own: Vec<i32> = pages.by_ref().take(pages_of(used)).collect();
+                let unused = vec![-7; max_pages - own.len()];
+                [own, unused].concat()
+            };
+            let table: Vec<i32> = used.iter().flat_map(row).collect();
+            KvCache::paged([total + self.rest, self.page_size], &table, &used)
+        };
+        let cache = cache
+            .and_then(|cache| cache.leftpad_k(&pads))
+            .expect("pages that exist");
+        if !self.packed {
+            return cache;
+        }
+        let mut offsets = vec![0];
+        for (sequence, _) in self.lens.iter().enumerate() {
+            offsets.push(offsets[sequence] + self.seqlen_q(sequence) as i32);
+        }
+        cache.cu_seqlens_q(&offsets).expect("offsets grow")
+    }
+
+    fn draw<T: Element>(&self, len: usize, salt: u64) -> Vec<T> {
+        let numbers = files::normal(len, 1.0, self.seed * 5 + salt);
+        numbers.into_iter().map(T::from_f32).collect()
+    }
+
+    fn check<T: Element>(&self, device: &Device) {
+        let (cache, attention) = (self.cache(), self.attention());
+        let ((heads_q, heads_kv), head_dim, batch) = (self.heads, self.head_dim, self.lens.len());
+        let [pages, page_size] = cache.shape();
+        let row = heads_kv * head_dim;
+        let (mut k, mut v) = (
+            vec![T::from_f32(f32::NAN); pages * page_size * row],
+            vec![T::from_f32(f32::INFINITY); pages * page_size * row],
+        );
+        let mut alone = Vec::new(); // each sequence's q, k and v as [seqlen, heads, head_dim]
+        for sequence in 0..batch {
+            let keys = cache.keys(sequence);
+            let salt = 3 * sequence as u64;
+            let of_keys = [1, 2].map(|which| self.draw::<T>(keys * row, salt + which));
+            for key in 0..keys {
+                let (page, place) = cache.slot(sequence, key);
+                let to = (page * page_size + place) * row;
+                k[to..to + row].copy_from_slice(&of_keys[0][key * row..][..row]);
+                v[to..to + row].copy_from_slice(&of_keys[1][key * row..][..row]);
+            }
+            let [k, v] = of_keys;
+            let q: Vec<T> = self.draw(self.seqlen_q(sequence) * heads_q * head_dim, salt);
+            alone.push([q, k, v]);
+        }
+        let tensor = |shape: &[usize], data: &[T]| Tensor::from_slice(device, shape, data).expect("it fits");
+        let shape = [pages, page_size, heads_kv, head_dim];
+        let (k, v) = (tensor(&shape, &k), tensor(&shape, &v));
+        let mut q: Vec<T> = alone.iter().flat_map(|[q, ..]| q.iter().copied()).collect();
+        let total_q = q.len() / (heads_q * head_dim) + self.rest;
+        let q = if self.packed {
+            q.resize(total_q * heads_q * head_dim, T::from_f32(2.0));
+            tensor(&[total_q, heads_q, head_dim], &q)
+        } else {
+            let seqlen_q = self.seqlen_q(0);
+            let by_rows = tensor(&[batch, seqlen_q, heads_q, head_dim], &q);
+            by_rows.transpose(1, 2).expect("four axes")
+        };
+        let output = attention
+            .forward_cached(&q, &k, &v, &cache)
+            .unwrap_or_else(|error| panic!("{device}: {error}\n{self:?}"));
+        let (mut first, numbers) = (0, Numbers::of(&output));
+        for (sequence, [q, k, v]) in alone.iter().enumerate() {
+            let seqlen_q = self.seqlen_q(sequence);
+            let view = |data: &[T], seqlen: usize, heads: usize| {
+                let tensor = tensor(&[1, seqlen, heads, head_dim], data);
+                tensor.transpose(1, 2).expect("four axes").contiguous().expect("a copy")
+            };
+            let keys = cache.keys(sequence);
+            let [q, k, v] = [(q, seqlen_q, heads_q), (k, keys, heads_kv), (v, keys, heads_kv)]
+                .map(|(data, seqlen, heads)| view(data, seqlen, heads));
+            let want = attention.forward(&q, &k, &v).expect("a call alone");
+            self.check_oracle(device, [&q, &k, &v], &want);
+            let want = Numbers::of(&want);
+            for head in 0..heads_q {
+                for query in 0..seqlen_q {
+                    let got = match self.packed {
+                        true => ((first + query) * heads_q + head, head * total_q + first + query),
+                        false => [(sequence * heads_q + head) * seqlen_q + query; 2].into(),
+                    };
+                    let place = head * seqlen_q + query;
+                    let name = || format!("{device}: sequence {sequence}, head {head}, query {query} of {self:?}");
+                    assert_eq!(numbers.row(got.0), want.row(place), "out of {}", name());
+                    assert_eq!(
+                        numbers.lse[got.1].to_bits(),
+                        want.lse[place].to_bits(),
+                        "lse of {}",
+                        name()
+                    );
+                }
+            }
+            first += seqlen_q;
+        }
+        for query in (first..total_q).filter(|_| self.packed) {
+            for head in 0..heads_q {
+                assert!(numbers.row(query * heads_q + head).iter().all(|&x| x == 0.0));
+                assert_eq!(numbers.lse[head * total_q + query], f32::NEG_INFINITY);
+            }
+        }
+    }
+
+    /// Compares a call alone with the oracle: results that are equal but wrong must not pass.
+    fn check_oracle<T: Element>(&self, device: &Device, [q, k, v]: [&Tensor<T>; 3], output: &Output<T>) {
+        let shape = |tensor: &Tensor<T>| -> [usize; 4] { tensor.shape().try_into().expect("four axes") };
+        let attention = self.attention();
+        let evaluator = attention.evaluator().expect("a program");
+        let dims = Dims::with_program(&attention, shape(q), shape(k), evaluator);
+        let [q, k, v] = [q, k, v].map(|tensor| tensor.to_vec().expect("it is there"));
+        let inputs = Inputs { q, k, v };
+        let (out, lse) = inputs.oracle(&dims);
+        let [out_bound, lse_bound] = inputs.bounds(&dims, &out, &lse);
+        let got = output.out.to_vec().expect("it is there");
+        let out = compare("out", output.out.shape(), &got, &out, out_bound);
+        let got = output.lse.to_vec().expect("it is there");
+        let lse = compare("lse", output.lse.shape(), &got, &lse, lse_bound);
+        if let Some(mismatch) = out.err().or(lse.err()) {
+            panic!("{device}: {self:?}\n{mismatch}");
+        }
+    }
+}
+
+/// Results in memory order.
+struct Numbers {
+    out: Vec<f64>,
+    lse: Vec<f32>,
+    head_dim: usize,
+}
+
+impl Numbers {
+    fn of<T: Element>(output: &Output<T>) -> Self {
+        let out = output.out.to_vec().expect("it is there");
+        Self {
+            out: out.into_iter().map(Element::to_f64).collect(),
+            lse: output.lse.to_vec().expect("it is there"),
+            head_dim: *output.out.shape().last().expect("axes"),
+        }
+    }
+
+    fn row(&self, row: usize) -> &[f64] {
+        &self.out[row * self.head_dim..][..self.head_dim]
+    }
+}
+
+fn cached(longest: usize) -> impl Strategy<Value = Cached> {
+    let seqlen_q = prop_oneof![3 => Just(1), 1 => Just(0), 1 => 2_usize..5, 2 => 5_usize..90];
+    let seqlen_k = prop_oneof![Just(0), Just(1), Just(64), Just(128), 2_usize..longest];
+    let pad = prop_oneof![3 => Just(0), 1 => 0_usize..40];
+    let page_size = prop_oneof![Just(0), Just(8), Just(16), Just(24), Just(64), Just(256)];
+    let dtype = prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::Bf16)];
+    let heads = prop_oneof![Just((1, 1)), Just((4, 2)), Just((3, 1)), Just((8, 1))];
+    (
+        prop::collection::vec((seqlen_q, seqlen_k, pad), 1..5),
+        (page_size, any::<bool>(), 0_usize..4),
+        heads,
+        prop_oneof![Just(8), Just(40), Just(64), Just(128)],
+        (dtype, prop::sample::select(&FEATURES[..])),
+        0..1000_u64,
+    )
+        .prop_map(
+            |(lens, (page_size, packed, rest), heads, head_dim, (dtype, feature), seed)| Cached {
+                lens,
+                page_size,
+                packed,
+                rest,
+                heads,
+                head_dim,
+                dtype,
+                feature,
+                seed,
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(drawn::config(24))]
+
+    #[test]
+    fn a_sequence_has_the_results_of_a_call_with_it_alone(case in cached(150)) {
+        for device in devices().all() {
+            for_dtype!(case.dtype, T => case.check::<T>(device));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(drawn::config(12))]
+
+    /// Thousands of keys, which a device may split.
+    #[test]
+    fn long_sequences_have_the_results_of_a_call_alone(case in cached(9000)) {
+        for device in devices().native() {
+            for_dtype!(case.dtype, T => case.check::<T>(device));
+        }
+    }
+}
+
+/// The number of a sequence is its `at.batch`.
+#[test]
+fn programs_see_the_number_of_a_sequence() {
+    let attention = Attention::new().score(|s, at| s * (at.batch + 1));
+    for device in devices().all() {
+        let data = |len, seed| files::normal(len, 1.0, seed);
+        let q = Tensor::from_slice(device, [3, 2, 1, 16], &data(96, 1)).expect("it fits");
+        let k = Tensor::from_slice(device, [3, 8, 2, 16], &data(768, 2)).expect("it fits");
+        let cache = KvCache::paged([3, 8], &[1, 1, 1], &[5, 5, 5]).expect("shared pages");
+        let output = attention.forward_cached(&q, &k, &k, &cache).expect("it fits");
+        for sequence in 0..3 {
+            let scale = (sequence + 1) as f32 / 4.0; // of head_dim 16
+            let alone = Attention::new().softmax_scale(scale);
+            let q = q.narrow(0, sequence, 1).expect("a sequence");
+            let keys = k.narrow(0, 1, 1).and_then(|k| k.narrow(1, 0, 5)?.transpose(1, 2));
+            let keys = keys.expect("a page");
+            let want = alone.forward(&q, &keys, &keys).expect("it fits").out.to_vec();
+            let got = output.out.narrow(0, sequence, 1).and_then(|out| out.to_vec());
+            for (got, want) in got.expect("read").iter().zip(want.expect("read")) {
+                assert!((got - want).abs() < 1e-5, "{device}: {got} {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tensors_without_the_pages_of_a_cache_are_refused() {
+    for device in devices().all() {
+        let tensor = |shape: &[usize]| Tensor::<f32>::zeros(device, shape).expect("it fits");
+        let cache = KvCache::paged([3, 8], &[0, 2], &[8, 3]).expect("pages");
+        let packed = cache.clone().cu_seqlens_q(&[0, 1, 3]).expect("offsets");
+        let (q, k) = (tensor(&[2, 4, 1, 16]), tensor(&[3, 8, 2, 16]));
+        let forward = |q: &Tensor<f32>, k: &Tensor<f32>, v: &Tensor<f32>, cache: &KvCache| {
+            Attention::new().forward_cached(q, k, v, cache).map(|_| ())
+        };
+        forward(&q, &k, &k, &cache).expect("it fits");
+        for (q, k, v, cache, argument) in [
+            (&q, &tensor(&[2, 8, 2, 16]), &k, &cache, "k"),
+            (&q, &k, &tensor(&[3, 16, 2, 16]), &cache, "v"),
+            (&tensor(&[3, 4, 1, 16]), &k, &k, &cache, "q"),
+            (&q, &k, &tensor(&[3, 8, 1, 16]), &cache, "v"),
+        ] {
+            let refused = forward(q, k, v, cache);
+            assert!(
+                matches!(&refused, Err(Error::ShapeMismatch { argument: name, .. }) if *name == argument),
+                "{refused:?}"
+            );
+        }
+        for (q, k, cache, argument) in [
+            (&q, &k, &packed, "q"),
+            (&tensor(&[3, 4, 16]), &k, &cache, "q"),
+            (&q, &tensor(&[24, 2, 16]), &cache, "k"),
+        ] {
+            let refused = forward(q, k, k, cache);
+            assert!(
+                matches!(&refused, Err(Error::Rank { argument: name, .. }) if *name == argument),
+                "{refused:?}"
+            );
+        }
+        let past = forward(&tensor(&[2, 4, 16]), &k, &k, &packed);
+        assert!(
+            matches!(
+                past,
+                Err(Error::Sequence {
+                    argument: "cu_seqlens_q",
+                    sequence: 1,
+                    value: 3,
+                    ..
+                })
+            ),
+            "{past:?}"
+        );
+        let nothing = KvCache::paged([3, 8], &[], &[]).expect("no sequence");
+        let heads = forward(&tensor(&[0, 3, 1, 16]), &k, &k, &nothing);
+        assert!(matches!(heads, Err(Error::HeadsNotDivisible { .. })), "{heads:?}");
+        forward(&tensor(&[0, 4, 1, 16]), &k, &k, &nothing).expect("nothing to do");
+    }
+}
+
+/// Tables on the device are read and checked before anything reads through them.
+#[test]
+fn tables_on_the_device_are_checked() {
+    for device in devices().all() {
+        let tensor = |shape: &[usize], data: &[i32]| Tensor::from_slice(device, shape, data).expect("it fits");
+        let cache = |table: &[i32], used: &[i32]| {
+            let (table, used) = (tensor(&[2, 2], table), tensor(&[2], used));
+            KvCache::of_tensors([4, 16], &table, &used)
+        };
+        let good = cache(&[3, 0, 1, 9], &[20, 16]).expect("a page that is not used is not read");
+        assert_eq!((good.keys(0), good.slot(0, 16)), (20, (0, 0)));
+        let outside = cache(&[3, 4, 1, 2], &[20, 16]);
+        assert!(
+            matches!(
+                outside,
+                Err(Error::Sequence {
+                    argument: "block_table",
+                    sequence: 0,
+                    value: 4,
+                    ..
+                })
+            ),
+            "{outside:?}"
+        );
+        let unequal = KvCache::of_tensors([4, 16], &tensor(&[2, 2], &[0; 4]), &tensor(&[3], &[0; 3]));
+        assert!(matches!(unequal, Err(Error::ShapeMismatch { .. })), "{unequal:?}");
+    }
+}

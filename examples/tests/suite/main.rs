@@ -2,5 +2,6 @@
 
 mod quickstart;
 mod quickstart_features;
+mod quickstart_paged;
 mod traffic;
 mod train;

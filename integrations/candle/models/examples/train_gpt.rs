@@ -1,91 +1,126 @@
-//! Trains a GPT on a text with flash-attention-candle and, from the same seed and on the same data, with plain attention, and compares
-//! losses, tokens a second and memory.
+//! Trains a transformer on a task with flash-attention-candle and, from the same seed and on the same data, with plain attention, and
+//! compares losses, tokens a second and memory.
 //!
-//! `cargo xtask fetch shakespeare`, in the repository's root, fetches the text; then `cargo run --release --example train_gpt`. Each
-//! step trains both models, so both times come from one run. Ctrl-C, and the end, leave checkpoints, from which the next run goes on.
+//! `cargo xtask fetch shakespeare`, in the repository's root, fetches the text of three tasks; then, in this folder,
+//! `cargo run --release --example train_gpt -- --task gpt`. Each step trains both models, so both times come from one run. Ctrl-C,
+//! each minute and the end leave checkpoints, from which `--resume` goes on.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Device, Result};
 use clap::{Parser, ValueEnum};
-use flash_attention_candle::flash_attn;
-use flash_attention_candle_models::adam::AdamW;
-use flash_attention_candle_models::gpt::{Attention, Config, Gpt, plain};
-use flash_attention_candle_models::memory::{self, Counting};
+use flash_attention_candle_models::attention::{By, plain_scores};
+use flash_attention_candle_models::memory::Counting;
+use flash_attention_candle_models::report::{self, Run, Trained};
+use flash_attention_candle_models::tasks::{Genres, HeldOut, Language, ListOps, Paths, Task};
 use flash_attention_candle_models::text::Text;
+use flash_attention_candle_models::training::{Contestant, Settings, train};
 use indicatif::{ProgressBar, ProgressStyle};
-use plotters::prelude::*;
-use rand::SeedableRng;
-use rand::rngs::StdRng;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Trains a GPT with both attentions and compares.
+/// Trains a transformer with both attentions and compares.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Text to learn: a file, or a folder of .txt files
+    /// Tasks to learn, one after the other
+    #[arg(long, default_value = "gpt", value_delimiter = ',')]
+    task: Vec<TaskName>,
+    /// Models that are trained [default: both, and ours alone for path]
+    #[arg(long)]
+    attention: Option<Attentions>,
+    /// Folder of the fetched texts; gpt and bert take a file of your own too
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../target/fetched/shakespeare"))]
     text: PathBuf,
-    /// Which models are trained
-    #[arg(long, default_value = "both")]
-    attention: Trained,
-    /// Steps in all, those of the checkpoint included
-    #[arg(long, default_value_t = 200)]
-    steps: usize,
-    /// Sequences a step
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    batch: u16,
-    /// Tokens a sequence
-    #[arg(long, default_value_t = 1024)]
-    context: usize,
-    /// Layers
-    #[arg(long, default_value_t = 6)]
-    layers: usize,
-    /// Heads; width is 64 for each
-    #[arg(long, default_value_t = 6)]
-    heads: usize,
+    /// Steps in all, those of the checkpoint included [default: 200, and 1200 for path]
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Minutes after which a task stops as Ctrl-C stops it
+    #[arg(long)]
+    minutes: Option<f64>,
+    /// Goes on from the checkpoints of a run with the same options
+    #[arg(long)]
+    resume: bool,
+    /// Sequences a step [default: 1, 2 for bert, listops and text]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: Option<u16>,
+    /// Tokens a sequence [default: gpt 1024, bert 512, listops 2000, text 4000]
+    #[arg(long)]
+    context: Option<usize>,
+    /// Sides of path's pictures in pixels: half of the steps for the first, half of the others for the second, and so on
+    #[arg(long, default_values_t = [16, 32, 64, 128], value_delimiter = ',')]
+    sides: Vec<usize>,
+    /// Layers [default: gpt and bert 6, listops and text 2, path 4]
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Heads [default: gpt and bert 6, the others 2]
+    #[arg(long)]
+    heads: Option<usize>,
+    /// Elements of a head for each token [default: gpt and bert 64, the others 32]
+    #[arg(long)]
+    head_dim: Option<usize>,
     /// Learning rate after its first 20 steps, from which it falls to a tenth along a cosine
     #[arg(long, default_value_t = 1e-3)]
     learning_rate: f64,
     /// Where weights and data come from
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Folder of checkpoints, losses.csv, losses.svg and training.md
+    /// cpu, or cuda with the feature `cuda`
+    #[arg(long, default_value = "cpu")]
+    device: DeviceName,
+    /// Held-out sequences that the last loss is the mean of
+    #[arg(long, default_value_t = 8)]
+    held_out: usize,
+    /// Folder of training.md, training.svg and, in a folder for each task, checkpoints and results
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/train_gpt"))]
     output: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-enum Trained {
+enum TaskName {
+    /// Next byte of a text
+    Gpt,
+    /// Hidden bytes of a text
+    Bert,
+    /// Value of a nested expression, as in Long Range Arena
+    Listops,
+    /// Comedy or tragedy, from bytes, as Long Range Arena's text classification
+    Text,
+    /// A path between two marks of a picture, fed pixel by pixel, as Long Range Arena's Path-X
+    Path,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Attentions {
     Ours,
     Plain,
     Both,
 }
 
-/// One of the two models in training.
-struct Contestant {
-    name: &'static str,
-    attention: Attention,
-    model: Gpt,
-    optimizer: AdamW,
-    losses: Vec<f32>,
-    /// Time of each of this run's steps.
-    times: Vec<Duration>,
-    peak: usize,
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum DeviceName {
+    Cpu,
+    Cuda,
 }
 
-/// Steps over which the learning rate rises.
-const WARMUP: usize = 20;
-/// A line is printed at every step that is a multiple of this.
-const LINE_EVERY: usize = 10;
-/// Held-out sequences that the last loss is the mean of.
-const HELD_OUT: usize = 8;
+const TASKS: [TaskName; 5] = [
+    TaskName::Gpt,
+    TaskName::Bert,
+    TaskName::Listops,
+    TaskName::Text,
+    TaskName::Path,
+];
+/// Lines are at least as long apart.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+/// Checkpoints are at least as long apart.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
+/// Most bytes of scores that plain attention may keep for a backward pass.
+const MOST_SCORES: usize = 8 << 30;
 
 fn main() -> ExitCode {
     match run(&Options::parse()) {
@@ -98,281 +133,203 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let text = Text::read(&options.text, options.context).map_err(|error| {
-        candle_core::Error::Msg(format!(
-            "{}: {error}; `cargo xtask fetch shakespeare` fetches a text",
-            options.text.display()
-        ))
-    })?;
-    std::fs::create_dir_all(&options.output)?;
-    let stopped = Arc::new(AtomicBool::new(false));
-    let stop = stopped.clone();
-    ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed)).map_err(candle_core::Error::wrap)?;
-
-    let mut contestants = Vec::new();
-    for (name, attention) in [("ours", Attention::Ours), ("plain", Attention::Plain)] {
-        let skipped = if attention == Attention::Ours {
-            Trained::Plain
-        } else {
-            Trained::Ours
-        };
-        if options.attention != skipped {
-            contestants.push(Contestant::new(name, attention, options)?);
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let interrupt = interrupted.clone();
+    ctrlc::set_handler(move || interrupt.store(true, Ordering::Relaxed)).map_err(candle_core::Error::wrap)?;
+    for &task in &options.task {
+        if !interrupted.load(Ordering::Relaxed) {
+            learn(task, options, &interrupted)?;
         }
     }
-    let first = contestants
-        .iter()
-        .map(|contestant| contestant.losses.len())
-        .min()
-        .unwrap_or_default();
-    let progress = ProgressBar::new(options.steps as u64).with_position(first as u64);
+    let read = |task: TaskName| std::fs::read(folder(task, options).join("results.json")).ok();
+    let trained: Vec<Trained> = TASKS
+        .into_iter()
+        .filter_map(read)
+        .map(|json| serde_json::from_slice(&json))
+        .collect::<std::result::Result<_, _>>()
+        .map_err(candle_core::Error::wrap)?;
+    let tables = report::tables(&trained);
+    print!("{tables}");
+    std::fs::write(options.output.join("training.md"), tables)?;
+    report::plot(&trained, &options.output.join("training.svg"))
+        .map_err(|error| candle_core::Error::Msg(error.to_string()))
+}
+
+/// Trains on one task and writes its checkpoints and results.
+fn learn(name: TaskName, options: &Options, interrupted: &AtomicBool) -> Result<()> {
+    let settings = settings(name, options)?;
+    let task = task(name, options, &settings)?;
+    let folder = folder(name, options);
+    std::fs::create_dir_all(&folder)?;
+    let mut contestants = contestants(name, task.as_ref(), options, &settings)?;
+    let first = contestants.iter().map(|contestant| contestant.losses.len()).min();
+    let progress = ProgressBar::new(settings.steps as u64).with_position(first.unwrap_or_default() as u64);
     progress.set_style(
         ProgressStyle::with_template("{bar:30} step {pos} of {len}, {eta} to go; {msg}")
             .map_err(candle_core::Error::wrap)?,
     );
-    for step in first..options.steps {
-        if stopped.load(Ordering::Relaxed) {
-            break;
-        }
-        // A step's windows depend on seed and step alone, so a run that resumes sees the data it would have seen.
-        let mut rng = StdRng::seed_from_u64(options.seed << 32 | step as u64);
-        let tokens = text.draw(&mut rng, options.batch.into(), options.context)?;
-        let behind = contestants
-            .iter_mut()
-            .filter(|contestant| contestant.losses.len() == step);
-        behind
-            .into_iter()
-            .try_for_each(|contestant| contestant.step(&tokens, options))?;
-        let line = line(step, &contestants, options)?;
+    let start = Instant::now();
+    let limit = options.minutes.map(|minutes| 60.0 * minutes);
+    let stop =
+        || interrupted.load(Ordering::Relaxed) || limit.is_some_and(|limit| start.elapsed().as_secs_f64() >= limit);
+    let (mut printed, mut saved): (Option<Instant>, _) = (None, start);
+    train(&mut contestants, task.as_ref(), &settings, stop, |step, contestants| {
+        let line = line(name, step, contestants)?;
         progress.set_message(line.clone());
         progress.inc(1);
-        if step % LINE_EVERY == 0 {
+        if printed.is_none_or(|printed| printed.elapsed() >= LINE_EVERY) {
             progress.suspend(|| println!("{line}"));
+            printed = Some(Instant::now());
         }
-    }
-    progress.finish_and_clear();
-    for contestant in &contestants {
-        contestant.save(options)?;
-    }
-    report(&contestants, &text, options)
-}
-
-impl Contestant {
-    /// A model at the state of its checkpoint, if there is one.
-    fn new(name: &'static str, attention: Attention, options: &Options) -> Result<Self> {
-        let config = Config {
-            layers: options.layers,
-            heads: options.heads,
-            width: 64 * options.heads,
-            context: options.context,
-        };
-        let (model, variables) = Gpt::new(&config, attention, options.seed)?;
-        let mut optimizer = AdamW::new(variables)?;
-        let mut losses = Vec::new();
-        let checkpoint = checkpoint(name, options);
-        if checkpoint.exists() {
-            let state = candle_core::safetensors::load(&checkpoint, &Device::Cpu)?;
-            optimizer.restore(&state)?;
-            losses = state.get("losses").map_or(Ok(Vec::new()), Tensor::to_vec1)?;
-            println!(
-                "{name}: goes on from {} after {} steps",
-                checkpoint.display(),
-                losses.len()
-            );
+        if saved.elapsed() >= CHECKPOINT_EVERY {
+            contestants.iter().try_for_each(|contestant| contestant.save(&folder))?;
+            saved = Instant::now();
         }
-        Ok(Self {
-            name,
-            attention,
-            model,
-            optimizer,
-            losses,
-            times: Vec::new(),
-            peak: 0,
-        })
-    }
-
-    fn step(&mut self, tokens: &Tensor, options: &Options) -> Result<()> {
-        let before = memory::in_use();
-        memory::reset_peak();
-        let start = Instant::now();
-        let loss = self.model.loss(tokens)?;
-        let gradients = loss.backward()?;
-        self.optimizer
-            .step(&gradients, learning_rate(self.losses.len(), options))?;
-        self.times.push(start.elapsed());
-        self.peak = self.peak.max(memory::peak() - before);
-        self.losses.push(loss.to_scalar()?);
         Ok(())
-    }
+    })?;
+    progress.finish_and_clear();
+    contestants.iter().try_for_each(|contestant| contestant.save(&folder))?;
+    let held_out = task.held_out(options.held_out)?;
+    let runs = contestants.iter_mut().map(|contestant| {
+        let attention_share = contestant.attention_share(&settings)?;
+        let score = |set: &HeldOut| {
+            let score = contestant.score(&set.batches)?;
+            Ok((set.name.clone(), score.loss, score.accuracy))
+        };
+        Ok(Run {
+            held_out: held_out.iter().map(score).collect::<Result<_>>()?,
+            name: contestant.name().to_owned(),
+            losses: contestant.losses.clone(),
+            tokens_per_second: contestant.tokens_per_second(),
+            attention_share,
+            peak: contestant.peak,
+        })
+    });
+    let trained = Trained {
+        task: label(name),
+        model: describe(name, options, &settings),
+        runs: runs.collect::<Result<_>>()?,
+    };
+    let json = serde_json::to_vec(&trained).map_err(candle_core::Error::wrap)?;
+    Ok(std::fs::write(folder.join("results.json"), json)?)
+}
 
-    fn save(&self, options: &Options) -> Result<()> {
-        let mut state = self.optimizer.state()?;
-        state.insert("losses".to_owned(), Tensor::new(self.losses.as_slice(), &Device::Cpu)?);
-        let (path, partial) = (checkpoint(self.name, options), checkpoint("partial", options));
-        candle_core::safetensors::save(&state, &partial)?;
-        Ok(std::fs::rename(partial, path)?)
-    }
-
-    /// Tokens a second, by the median step.
-    fn speed(&self, options: &Options) -> f64 {
-        let mut times = self.times.clone();
-        times.sort();
-        let median = times.get(times.len() / 2).map_or(f64::NAN, Duration::as_secs_f64);
-        (usize::from(options.batch) * options.context) as f64 / median
-    }
-
-    /// Seconds that attention takes of a step, forward and backward of all layers, measured alone: the fastest of three.
-    fn attention_seconds(&self, options: &Options) -> Result<f64> {
-        let shape = (usize::from(options.batch), options.context, options.heads, 64);
-        let variable = || Var::randn(0f32, 1.0, shape, &Device::Cpu);
-        let (q, k, v) = (variable()?, variable()?, variable()?);
-        let mut fastest = f64::INFINITY;
-        for _ in 0..3 {
-            let start = Instant::now();
-            let out = match self.attention {
-                Attention::Ours => flash_attn(&q, &k, &v, 0.125, true)?,
-                Attention::Plain => plain(&q, &k, &v)?,
-            };
-            out.sum_all()?.backward()?;
-            fastest = start.elapsed().as_secs_f64().min(fastest);
+/// The models, each at the state of its checkpoint where that is asked for.
+fn contestants(name: TaskName, task: &dyn Task, options: &Options, settings: &Settings) -> Result<Vec<Contestant>> {
+    let chosen = match (options.attention, name) {
+        (Some(chosen), _) => chosen,
+        (None, TaskName::Path) => Attentions::Ours,
+        (None, _) => Attentions::Both,
+    };
+    let mut contestants = Vec::new();
+    for (by, other) in [(By::Ours, Attentions::Plain), (By::Plain, Attentions::Ours)] {
+        if chosen == other {
+            continue;
         }
-        Ok(fastest * options.layers as f64)
+        let scores = settings.layers * plain_scores(settings.batch, settings.heads, longest(name, options));
+        if by == By::Plain && scores > MOST_SCORES {
+            candle_core::bail!(
+                "plain attention would keep {:.1} GiB of scores, {} GiB at most are allowed; --attention ours keeps none",
+                scores as f64 / f64::from(1 << 30),
+                MOST_SCORES >> 30
+            )
+        }
+        let mut contestant = Contestant::new(by, task, settings)?;
+        if options.resume {
+            contestant.resume(&folder(name, options))?;
+            println!("{}: goes on after {} steps", contestant.name(), contestant.losses.len());
+        }
+        contestants.push(contestant);
     }
+    Ok(contestants)
 }
 
-fn checkpoint(name: &str, options: &Options) -> PathBuf {
-    options.output.join(format!("{name}.safetensors"))
+fn settings(name: TaskName, options: &Options) -> Result<Settings> {
+    let (layers, heads, head_dim, batch, steps) = match name {
+        TaskName::Gpt => (6, 6, 64, 1, 200),
+        TaskName::Bert => (6, 6, 64, 2, 200),
+        TaskName::Path => (4, 2, 32, 1, 1200),
+        _ => (2, 2, 32, 2, 200),
+    };
+    Ok(Settings {
+        steps: options.steps.unwrap_or(steps),
+        batch: options.batch.unwrap_or(batch).into(),
+        layers: options.layers.unwrap_or(layers),
+        heads: options.heads.unwrap_or(heads),
+        head_dim: options.head_dim.unwrap_or(head_dim),
+        learning_rate: options.learning_rate,
+        seed: options.seed,
+        device: match options.device {
+            DeviceName::Cpu => Device::Cpu,
+            DeviceName::Cuda => Device::new_cuda(0)?,
+        },
+    })
 }
 
-fn learning_rate(step: usize, options: &Options) -> f64 {
-    if step < WARMUP {
-        return options.learning_rate * (step + 1) as f64 / WARMUP as f64;
-    }
-    let done = (step - WARMUP) as f64 / (options.steps - WARMUP).max(1) as f64;
-    options.learning_rate * (0.55 + 0.45 * (std::f64::consts::PI * done).cos())
+/// Tokens of the longest sequence.
+fn longest(name: TaskName, options: &Options) -> usize {
+    let context = match name {
+        TaskName::Path => return options.sides.iter().map(|side| side * side).max().unwrap_or_default(),
+        TaskName::Bert => 512,
+        TaskName::Listops => 2000,
+        TaskName::Text => 4000,
+        TaskName::Gpt => 1024,
+    };
+    options.context.unwrap_or(context)
 }
 
-fn line(step: usize, contestants: &[Contestant], options: &Options) -> Result<String> {
-    let mut line = format!("step {step:4}");
+fn task(name: TaskName, options: &Options, settings: &Settings) -> Result<Box<dyn Task>> {
+    let (context, device) = (longest(name, options), &settings.device);
+    let fetched = |error: candle_core::Error| {
+        candle_core::Error::Msg(format!(
+            "{}: {error}; `cargo xtask fetch shakespeare` fetches the texts",
+            options.text.display()
+        ))
+    };
+    let text = || Text::read(&options.text, context).map_err(fetched);
+    Ok(match name {
+        TaskName::Bert => Box::new(Language::masked(text()?, context, device)),
+        TaskName::Listops => Box::new(ListOps::new(context, device)?),
+        TaskName::Text => Box::new(Genres::read(&options.text, context, device).map_err(fetched)?),
+        TaskName::Path => {
+            let mut first = 0;
+            let stages = options.sides.iter().map(|&side| {
+                let stage = (first, side);
+                first += (settings.steps - first).div_ceil(2);
+                stage
+            });
+            Box::new(Paths::new(stages.collect(), device)?)
+        }
+        TaskName::Gpt => Box::new(Language::next(text()?, context, device)),
+    })
+}
+
+fn folder(name: TaskName, options: &Options) -> PathBuf {
+    Path::new(&options.output).join(label(name))
+}
+
+fn label(name: TaskName) -> String {
+    name.to_possible_value()
+        .map_or(String::new(), |value| value.get_name().to_owned())
+}
+
+fn describe(name: TaskName, options: &Options, settings: &Settings) -> String {
+    format!(
+        "{} layers, {} heads, width {}, {} tokens, batch {}",
+        settings.layers,
+        settings.heads,
+        settings.heads * settings.head_dim,
+        longest(name, options),
+        settings.batch
+    )
+}
+
+fn line(name: TaskName, step: usize, contestants: &[Contestant]) -> Result<String> {
+    let mut line = format!("{} step {step:4}", label(name));
     for contestant in contestants {
         let loss = contestant.losses.get(step).copied().unwrap_or(f32::NAN);
-        write!(
-            line,
-            "  {} {loss:.4} at {:.0} tokens/s",
-            contestant.name,
-            contestant.speed(options)
-        )
-        .map_err(candle_core::Error::wrap)?;
+        let speed = contestant.tokens_per_second().unwrap_or(f64::NAN);
+        write!(line, "  {} {loss:.4} at {speed:.0} tokens/s", contestant.name()).map_err(candle_core::Error::wrap)?;
     }
     Ok(line)
-}
-
-/// Prints and writes what was measured: a table in Markdown, losses as numbers and as a plot.
-fn report(contestants: &[Contestant], text: &Text, options: &Options) -> Result<()> {
-    let mut table = format!(
-        "{} layers, width {}, context {}, batch {}, {} bytes of text, seed {}\n\n\
-         | attention | steps | last loss | held-out loss | tokens a second | attention's share of a step | peak memory of a step, MiB |\n\
-         | --- | --- | --- | --- | --- | --- | --- |\n",
-        options.layers,
-        64 * options.heads,
-        options.context,
-        options.batch,
-        text.len(),
-        options.seed
-    );
-    let held_out = text.held_out(HELD_OUT, options.context)?;
-    for contestant in contestants {
-        let mut loss = 0.0;
-        for at in 0..HELD_OUT {
-            loss += contestant.model.loss(&held_out.narrow(0, at, 1)?)?.to_scalar::<f32>()? / HELD_OUT as f32;
-        }
-        let speed = contestant.speed(options);
-        let step = (usize::from(options.batch) * options.context) as f64 / speed;
-        let row = format!(
-            "| {} | {} | {:.4} | {loss:.4} | {speed:.0} | {:.0} % | {:.0} |\n",
-            contestant.name,
-            contestant.losses.len(),
-            contestant.losses.last().copied().unwrap_or(f32::NAN),
-            100.0 * contestant.attention_seconds(options)? / step,
-            contestant.peak as f64 / f64::from(1 << 20),
-        );
-        table.push_str(&row);
-    }
-    if let [ours, plain] = contestants {
-        let apart = ours
-            .losses
-            .iter()
-            .zip(&plain.losses)
-            .map(|(a, b)| (a - b).abs())
-            .fold(0.0, f32::max);
-        let faster = ours.speed(options) / plain.speed(options);
-        let smaller = plain.peak as f64 / ours.peak.max(1) as f64;
-        let ratios = format!(
-            "\nOurs trains {faster:.2} times as fast in a {smaller:.1}th of the memory; losses of a step are {apart:.4} apart at most.\n"
-        );
-        table.push_str(&ratios);
-    }
-    print!("{table}");
-    std::fs::write(options.output.join("training.md"), &table)?;
-    let steps = contestants
-        .iter()
-        .map(|contestant| contestant.losses.len())
-        .max()
-        .unwrap_or_default();
-    let mut csv = String::from("step");
-    contestants
-        .iter()
-        .for_each(|contestant| csv.extend([",", contestant.name]));
-    for step in 0..steps {
-        csv.push_str(&format!("\n{step}"));
-        for contestant in contestants {
-            csv.push_str(
-                &contestant
-                    .losses
-                    .get(step)
-                    .map_or(",".to_owned(), |loss| format!(",{loss}")),
-            );
-        }
-    }
-    std::fs::write(options.output.join("losses.csv"), csv + "\n")?;
-    plot(contestants, options).map_err(|error| candle_core::Error::Msg(error.to_string()))
-}
-
-fn plot(contestants: &[Contestant], options: &Options) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let path = options.output.join("losses.svg");
-    let root = SVGBackend::new(&path, (720, 420)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let losses = || contestants.iter().flat_map(|contestant| &contestant.losses);
-    let most = losses().fold(0.0_f32, |most, &loss| most.max(loss));
-    let least = losses().fold(f32::INFINITY, |least, &loss| least.min(loss)).min(most);
-    let steps = contestants
-        .iter()
-        .map(|contestant| contestant.losses.len())
-        .max()
-        .unwrap_or_default();
-    let mut chart = ChartBuilder::on(&root)
-        .margin(12)
-        .x_label_area_size(36)
-        .y_label_area_size(44)
-        .build_cartesian_2d(0..steps.max(1), 0.9 * least..most)?;
-    chart
-        .configure_mesh()
-        .x_desc("step")
-        .y_desc("loss, nats a byte")
-        .disable_mesh()
-        .draw()?;
-    for (contestant, (colour, width)) in contestants.iter().zip([(&BLUE, 3), (&RED, 1)]) {
-        let points = contestant.losses.iter().copied().enumerate();
-        chart
-            .draw_series(LineSeries::new(points, colour.stroke_width(width)))?
-            .label(contestant.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(width)));
-    }
-    chart
-        .configure_series_labels()
-        .border_style(BLACK)
-        .background_style(WHITE)
-        .draw()?;
-    root.present()?;
-    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 
 /// Decay of the moments' means.
 const BETAS: [f64; 2] = [0.9, 0.95];
@@ -40,6 +40,13 @@ impl AdamW {
             })
             .collect::<Result<_>>()?;
         Ok(Self { variables, steps: 0 })
+    }
+
+    /// Device of the variables.
+    pub fn device(&self) -> &Device {
+        self.variables
+            .first()
+            .map_or(&Device::Cpu, |weight| weight.var.device())
     }
 
     /// Steps made so far.
@@ -93,7 +100,7 @@ impl AdamW {
                 state.insert(format!("moment{number}.{name}"), moment.clone());
             }
         }
-        let steps = Tensor::new(self.steps as u32, &candle_core::Device::Cpu)?;
+        let steps = Tensor::new(self.steps as u32, &Device::Cpu)?;
         state.insert("steps".to_owned(), steps);
         Ok(state)
     }

@@ -2,7 +2,11 @@
 //! run them small, on random weights.
 
 pub mod adam;
+pub mod attention;
 pub mod bert;
-pub mod gpt;
 pub mod memory;
+pub mod report;
+pub mod tasks;
 pub mod text;
+pub mod training;
+pub mod transformer;

@@ -9,7 +9,6 @@ pub mod paged;
 pub mod ragged;
 pub mod timing;
 pub mod traffic;
-pub mod train;
 
 pub use accuracy::Accuracy;
 pub use features::Features;

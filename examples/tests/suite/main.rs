@@ -4,4 +4,3 @@ mod quickstart;
 mod quickstart_features;
 mod quickstart_paged;
 mod traffic;
-mod train;

@@ -2,4 +2,5 @@
 
 mod dense;
 mod plain;
+mod readme;
 mod varlen;

@@ -103,7 +103,7 @@ impl Transformer {
             named.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
         };
         variables.sort_by(|a, b| a.0.cmp(&b.0));
-        draw(&variables, config.layers, seed)?;
+        draw(&variables, config, seed)?;
         Ok((model, variables))
     }
 
@@ -163,16 +163,18 @@ impl Block {
     }
 }
 
-/// Draws weights as GPT-2 does: normal of deviation 0.02, less for matrices that add to the residual stream; biases 0, norms 1.
-fn draw(variables: &[(String, Var)], layers: usize, seed: u64) -> Result<()> {
+/// Draws weights as GPT-2 does: normal of deviation 0.02 at its width of 768, more in narrower models so that their products are as
+/// large, less for matrices that add to the residual stream; biases 0, norms 1.
+fn draw(variables: &[(String, Var)], config: &Config, seed: u64) -> Result<()> {
     let mut rng = StdRng::seed_from_u64(seed);
+    let deviation = 0.02 * (768.0 / config.width as f32).sqrt();
     let normal = |rng: &mut StdRng| -> f32 { StandardNormal.sample(rng) };
     for (name, var) in variables {
         let residual = name.ends_with("mixed.weight") || name.ends_with("narrow.weight");
         let deviation = if residual {
-            0.02 / (2.0 * layers as f32).sqrt()
+            deviation / (2.0 * config.layers as f32).sqrt()
         } else {
-            0.02
+            deviation
         };
         let value = match (var.rank(), name.contains("norm") && name.ends_with("weight")) {
             (1, true) => var.ones_like()?,

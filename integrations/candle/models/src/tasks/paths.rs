@@ -22,8 +22,8 @@ const STEPS: RangeInclusive<usize> = 4..=8;
 /// Distances of the marks, in cells: the larger of that of their rows and that of their columns. Ends of two paths are never nearer.
 const DISTANCES: RangeInclusive<usize> = APART + 1..=APART + 3;
 
-/// Pixels of a step with one picture, or with more where they are smaller.
-const PIXELS: usize = 4096;
+/// Pixels of a step, or more where one picture has more.
+const PIXELS: usize = 2048;
 
 /// Tokens: the values of a pixel.
 const BACKGROUND: u32 = 0;
@@ -122,8 +122,8 @@ pub struct Paths {
 }
 
 impl Paths {
-    /// Pictures of each side in turn, each from a step on. A step has `batch` pictures of 64 x 64 pixels or more, and as many pixels in
-    /// more pictures where they are smaller.
+    /// Pictures of each side in turn, each from a step on. A step has `batch` pictures, and more of them where they have less than 2048
+    /// pixels.
     ///
     /// # Errors
     /// No stage, one that begins before the one before it, or a side that is no multiple of 16.
@@ -261,8 +261,8 @@ mod tests {
         let paths = Paths::new(vec![(0, 16), (10, 32)], &Device::Cpu)?;
         assert_eq!([0, 9, 10, 99].map(|step| paths.side(step)), [16, 16, 32, 32]);
         let rng = &mut StdRng::seed_from_u64(1);
-        assert_eq!(paths.draw(rng, 0, 2)?.tokens.dims(), [32, 256]);
-        assert_eq!(paths.draw(rng, 10, 2)?.tokens.dims(), [8, 1024]);
+        assert_eq!(paths.draw(rng, 0, 2)?.tokens.dims(), [16, 256]);
+        assert_eq!(paths.draw(rng, 10, 2)?.tokens.dims(), [4, 1024]);
         assert!(Paths::new(vec![(0, 20)], &Device::Cpu).is_err());
         assert!(Paths::new(vec![(5, 16)], &Device::Cpu).is_err());
         Ok(())

@@ -4,19 +4,22 @@
 //! An archive starts with a manifest in text, so that `head` shows it:
 //!
 //! ```text
-//! flash-attention-kernels 1
+//! flash-attention-kernels 2
 //! rustc: rustc 1.96.0 (ac68faa20 2026-05-25)
 //! source: <SHA-256 of the kernels' sources, without comments>
 //! entry: forward_f16_d64 141924 12876
 //! entry: forward_bf16_d64 142570 1542 forward_f16_d64
 //! ```
 //!
-//! The line of an entry holds its name, the bytes of its text, the bytes of its stream, and the name of its base if
-//! it has one. An empty line ends the manifest. The streams follow in the same order, without gaps.
+//! The line of an entry holds its name, the bytes of its [relative text](registers), the bytes of its stream, and the name of its base
+//! if it has one. An empty line ends the manifest. The streams follow in the same order, without gaps.
 //!
-//! A stream is raw LZMA. Kernels resemble each other more than they repeat themselves: f16 and bf16 differ in the
-//! name of a type, and a causal kernel adds a few lines to the full one. So the dictionary of a stream starts with
-//! the text of its base, which is inflated first. At most three texts are inflated for one entry.
+//! A stream is raw LZMA of the relative text, whose lines do not change with the numbers of registers. Kernels resemble each other
+//! more than they repeat themselves: f16 and bf16 differ in the name of a type, and a causal kernel adds a few lines to the full one.
+//! So the dictionary of a stream starts with the relative text of its base, which is inflated first. At most three texts are inflated
+//! for one entry.
+
+pub mod registers;
 
 use std::format;
 use std::io::Read;
@@ -24,7 +27,7 @@ use std::string::String;
 use std::vec::Vec;
 
 /// First line of an archive: a magic word and the version of the format.
-pub const FIRST_LINE: &str = "flash-attention-kernels 1";
+pub const FIRST_LINE: &str = "flash-attention-kernels 2";
 
 /// Bits of the previous byte that predict a literal (LZMA's lc). Positions predict nothing in text, so lp and pb are
 /// 0.
@@ -107,15 +110,16 @@ impl<'a> Archive<'a> {
     /// [`Damaged`] if the archive has no kernel `name`, or not its base before it, or if a stream does not inflate to
     /// the packed text.
     pub fn text(&self, name: &str) -> Result<String, Damaged> {
-        self.text_before(self.members.len(), name)
+        let relative = self.relative_before(self.members.len(), name)?;
+        Ok(registers::absolute(&relative))
     }
 
-    /// Inflates a kernel among the first `end`. Its base must come before it, so a chain of bases cannot be a circle.
-    fn text_before(&self, end: usize, name: &str) -> Result<String, Damaged> {
+    /// Inflates the relative text of a kernel among the first `end`. Its base must come before it, so a chain of bases cannot be a circle.
+    fn relative_before(&self, end: usize, name: &str) -> Result<String, Damaged> {
         let at = self.members[..end].iter().position(|member| member.name == name);
         let at = at.ok_or_else(|| Damaged(format!("no kernel {name} where it is looked for")))?;
         let member = self.members[at];
-        let base = member.base.map(|base| self.text_before(at, base)).transpose()?;
+        let base = member.base.map(|base| self.relative_before(at, base)).transpose()?;
         let inflated = inflate(member.stream, member.bytes, base.as_deref().unwrap_or_default());
         inflated.map_err(|error| Damaged(format!("{name}: {error}")))
     }
@@ -152,7 +156,7 @@ fn inflate(stream: &[u8], bytes: usize, base: &str) -> std::io::Result<String> {
 impl crate::entries::Entry {
     /// Inflates the PTX of this kernel: a module that contains it alone.
     ///
-    /// This takes about a millisecond. A device keeps the loaded kernel, so it calls this once.
+    /// This takes one or two milliseconds, and at most five. A device keeps the loaded kernel, so it calls this once.
     pub fn ptx(&self) -> String {
         use crate::entries::Arch;
         let archive: &[u8] = match (self.arch, self.program) {

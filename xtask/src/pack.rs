@@ -2,7 +2,7 @@
 
 use crate::Outcome;
 use crate::ptx::Kernel;
-use flash_attention_kernels::archive::{Archive, FIRST_LINE, LITERAL_CONTEXT_BITS, window};
+use flash_attention_kernels::archive::{Archive, FIRST_LINE, LITERAL_CONTEXT_BITS, registers, window};
 use lzma_rust2::{LzmaOptions, LzmaWriter};
 use rayon::prelude::*;
 use std::fmt::Write as _;
@@ -10,16 +10,17 @@ use std::io::Write as _;
 
 /// Packs `kernels` into an archive. It is deterministic: equal kernels give equal bytes.
 pub fn archive(rustc: &str, source: &str, kernels: &[Kernel]) -> Outcome<Vec<u8>> {
+    let relative: Vec<String> = kernels.par_iter().map(|(_, text)| registers::relative(text)).collect();
     let streams: Vec<_> = (0..kernels.len())
         .into_par_iter()
-        .map(|at| deflate(&kernels[at].1, base(kernels, at).map_or("", |base| &base.1)))
+        .map(|at| deflate(&relative[at], base(kernels, at).map_or("", |base| &relative[base])))
         .collect::<Outcome<_>>()?;
     let mut manifest = format!("{FIRST_LINE}\nrustc: {rustc}\nsource: {source}\n");
     for (at, stream) in streams.iter().enumerate() {
-        let (name, text) = &kernels[at];
-        let _ = write!(manifest, "entry: {name} {} {}", text.len(), stream.len());
-        if let Some((base, _)) = base(kernels, at) {
-            let _ = write!(manifest, " {base}");
+        let name = kernels[at].0;
+        let _ = write!(manifest, "entry: {name} {} {}", relative[at].len(), stream.len());
+        if let Some(base) = base(kernels, at) {
+            let _ = write!(manifest, " {}", kernels[base].0);
         }
         manifest.push('\n');
     }
@@ -34,10 +35,10 @@ pub fn archive(rustc: &str, source: &str, kernels: &[Kernel]) -> Outcome<Vec<u8>
     Ok(bytes)
 }
 
-/// Returns the earlier kernel with the most similar name: its f16 twin, or the name without the last property.
-fn base(kernels: &[Kernel], at: usize) -> Option<&Kernel> {
+/// Returns the number of the earlier kernel with the most similar name: its f16 twin, or the name without the last property.
+fn base(kernels: &[Kernel], at: usize) -> Option<usize> {
     let name = kernels[at].0;
-    let find = |name: &str| kernels[..at].iter().find(|kernel| kernel.0 == name);
+    let find = |name: &str| kernels[..at].iter().position(|kernel| kernel.0 == name);
     let in_f16 = find(&name.replace("_bf16", "_f16"));
     in_f16.or_else(|| find(name.rsplit_once('_')?.0))
 }
@@ -76,7 +77,7 @@ mod tests {
         let archive = Archive::parse(&bytes).expect("it reads");
         assert!(archive.names().eq(names));
         assert_eq!((archive.rustc, archive.source), ("rustc 1", "abc"));
-        let bases = (0..names.len()).map(|at| base(&kernels, at).map(|kernel| kernel.0));
+        let bases = (0..names.len()).map(|at| base(&kernels, at).map(|base| names[base]));
         assert!(bases.eq([None, Some(names[0]), Some(names[0]), Some(names[1]), None]));
         assert!(deflate(&kernels[2].1, &kernels[0].1).expect("it packs").len() < 100);
         assert!(deflate(&kernels[2].1, "").expect("it packs").len() > 1000);

@@ -1,12 +1,13 @@
 //! Calls over keys and values that are kept between calls: a [`KvCache`] says where those of each sequence lie.
 
-use super::{Call, Queries, check_rank, forward, rows};
+use super::{Call, Queries, check_rank, forward, is_cpu, plans, rows};
 use crate::element::Element;
 use crate::error::Error;
+use crate::layout::TensorInfo;
 use crate::options::Attention;
 use crate::output::Output;
 use crate::plan::Plan;
-use crate::sequences::KvCache;
+use crate::sequences::{KvCache, Pages};
 use crate::tensor::Tensor;
 
 impl KvCache {
@@ -45,7 +46,8 @@ impl Attention {
     /// wherever that is. `at.batch` is the number of the sequence, and dropout draws with a seed that is larger by it. Rows of q
     /// that belong to no sequence have `out = 0` and `lse = -inf`.
     ///
-    /// GPUs gather the keys of each sequence through the host and launch a kernel a sequence.
+    /// The CPU reads pages in place, all sequences in one pass. GPUs gather the keys of several pages through the host and launch a
+    /// kernel a sequence.
     ///
     /// ```
     /// use flash_attention::{Attention, Device, KvCache, Tensor};
@@ -85,7 +87,7 @@ impl Attention {
         v: &Tensor<T>,
         cache: &KvCache,
     ) -> Result<Vec<Plan>, Error> {
-        self.cached(q, k, v, cache)?.iter().map(Call::plan).collect()
+        plans(&self.cached(q, k, v, cache)?)
     }
 
     /// The call with each sequence, longest first, and one with the queries that belong to none.
@@ -112,13 +114,24 @@ impl Attention {
             std::cmp::Reverse(rows * sequence.map_or(0, |sequence| cache.keys(sequence)))
         };
         queries.sort_by_key(work);
+        let in_place = is_cpu(q);
         let call = |(sequence, queries): (Option<usize>, Queries)| {
+            let pages = sequence.map(|sequence| (cache.pages(sequence), cache.keys(sequence)));
+            let keys = |tensor: &Tensor<T>| match &pages {
+                Some((pages, keys)) if *keys > 0 => keys_of(tensor, pages, *keys, in_place),
+                _ => Tensor::empty(q.device(), [1, tensor.shape()[2], 0, tensor.shape()[3]]),
+            };
+            let strides = [k, v].map(|tensor| [tensor.strides()[0], tensor.strides()[1]]);
             Ok(Call {
                 attention: self.of_sequence(sequence.unwrap_or(0)),
                 q: queries.vectors(q)?,
-                k: keys_of(k, cache, sequence)?,
-                v: keys_of(v, cache, sequence)?,
+                k: keys(k)?,
+                v: keys(v)?,
                 queries,
+                pages: match pages {
+                    Some((pages, _)) if in_place && pages.table().len() > 1 => Some((pages, strides)),
+                    _ => None,
+                },
             })
         };
         queries.into_iter().map(call).collect()
@@ -176,26 +189,28 @@ fn check_pages<T: Element>(argument: &'static str, tensor: &Tensor<T>, cache: &K
     Ok(())
 }
 
-/// The keys or values of a sequence, `[1, heads_kv, seqlen_k, head_dim]`: a view if one page holds all of them, else gathered
-/// through the host.
-fn keys_of<T: Element>(pages: &Tensor<T>, cache: &KvCache, sequence: Option<usize>) -> Result<Tensor<T>, Error> {
-    let (heads, head_dim) = (pages.shape()[2], pages.shape()[3]);
-    let keys = sequence.map_or(0, |sequence| cache.keys(sequence));
-    let (Some(sequence), 1..) = (sequence, keys) else {
-        return Tensor::empty(pages.device(), [1, heads, 0, head_dim]);
-    };
-    let (table, first) = cache.pages(sequence);
-    let page = |number: i32| pages.select(0, number as usize);
-    if let &[only] = table {
+/// The keys or values of a sequence, `[1, heads_kv, seqlen_k, head_dim]`: a view if one page holds all of them. Of several, the view
+/// repeats a row of the first where pages are read in place; else they are gathered through the host.
+fn keys_of<T: Element>(tensor: &Tensor<T>, pages: &Pages, keys: usize, in_place: bool) -> Result<Tensor<T>, Error> {
+    let (heads, head_dim) = (tensor.shape()[2], tensor.shape()[3]);
+    let page = |number: u32| tensor.select(0, number as usize);
+    let first = pages.place(0).1;
+    if let &[only] = pages.table() {
         return rows(&page(only)?, &(first..first + keys));
+    }
+    if in_place {
+        let strides = [tensor.strides()[0], tensor.strides()[2], 0, tensor.strides()[3]];
+        let shape = [1, heads, keys, head_dim];
+        let info = TensorInfo::new(tensor.device().id(), tensor.dtype(), shape, strides, tensor.address())?;
+        return Ok(Tensor::seen_through(info, tensor.owner()));
     }
     let mut gathered = Vec::with_capacity(keys * heads * head_dim);
     let (mut begin, mut left) = (first, keys);
-    for &number in table {
-        let len = left.min(cache.shape()[1] - begin);
+    for &number in pages.table() {
+        let len = left.min(pages.page_size() - begin);
         gathered.extend(page(number)?.narrow(0, begin, len)?.to_vec()?);
         (begin, left) = (0, left - len);
     }
-    let gathered = Tensor::from_slice(pages.device(), [keys, heads, head_dim], &gathered)?;
+    let gathered = Tensor::from_slice(tensor.device(), [keys, heads, head_dim], &gathered)?;
     rows(&gathered, &(0..keys))
 }

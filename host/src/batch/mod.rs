@@ -1,36 +1,59 @@
 //! Calls over batches that are no rectangle. Each sequence is a problem of its own over views of the tensors that hold all of
 //! them, so nothing is padded, and a sequence's results are the same bits whatever else is in the batch.
 //!
-//! The CPU reads and writes lse, row_max and row_sum in place. A GPU's kernels take them contiguous a sequence, so those of packed
-//! queries pass through the host there, `12 * heads_q * total_q` bytes a call.
+//! The CPU runs the problems of a batch in one pass over their tasks, longest first. It reads pages, and reads and writes lse,
+//! row_max and row_sum, in place. GPUs launch kernels a sequence. They take keys and numbers of queries contiguous a sequence: the
+//! keys of several pages, and lse, row_max and row_sum of packed queries, pass through the host there.
 
 mod cached;
 mod ragged;
 
 use std::ops::Range;
 
+use crate::call::forward_batch;
 use crate::device::DeviceKind;
 use crate::element::{Element, Scalar};
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Output, Statistics};
 use crate::plan::Plan;
+use crate::problem::{Outputs, Problem};
+use crate::sequences::Pages;
 use crate::tensor::Tensor;
 
 /// The call with one sequence of a batch.
 struct Call<T: Element> {
     attention: Attention,
     queries: Queries,
-    /// Views of the sequence, `[1, heads, seqlen, head_dim]`.
+    /// Views of the sequence, `[1, heads, seqlen, head_dim]`. Where k and v are in pages, the views repeat one row of their
+    /// first page.
     q: Tensor<T>,
     k: Tensor<T>,
     v: Tensor<T>,
+    /// Pages of k and v with their strides, for a device that reads them in place.
+    pages: Option<(Pages, [[usize; 2]; 2])>,
 }
 
 impl<T: Element> Call<T> {
-    fn plan(&self) -> Result<Plan, Error> {
-        self.attention.plan(&self.q, &self.k, &self.v)
+    /// The plan for new contiguous results, or for those of `output`.
+    fn plan(&self, output: Option<&Output<T>>) -> Result<Plan, Error> {
+        let outputs = output.map(|output| Outputs {
+            statistics: output.statistics.as_ref().map(Statistics::infos),
+            ..Outputs::new(output.out.info(), output.lse.info())
+        });
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(Tensor::info);
+        let mut problem = Problem::new(&self.attention, q, k, v, outputs)?;
+        if let Some((pages, strides)) = &self.pages {
+            problem = problem.with_pages(pages.clone(), *strides);
+        }
+        Plan::new(&problem, &self.q.device().info())
     }
+}
+
+/// The plans of a forward pass over a batch with new results.
+fn plans<T: Element>(calls: &[Call<T>]) -> Result<Vec<Plan>, Error> {
+    let plan = |call: &Call<T>| Ok(call.plan(None)?.in_batch(calls.len()));
+    calls.iter().map(plan).collect()
 }
 
 /// The queries of one sequence in the tensors of a batch: q, out, dout and dq; lse, row_max and row_sum.
@@ -63,9 +86,6 @@ impl Queries {
 /// Runs the forward pass of each call. q holds the queries of all of them, packed or as a batch; the results have its layout, and
 /// `head_dim` elements in a row of out.
 fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Result<Output<T>, Error> {
-    for call in calls {
-        call.plan()?;
-    }
     let (out_shape, rows_shape) = match *q.shape() {
         [total_q, heads, _] => (vec![total_q, heads, head_dim], vec![heads, total_q]),
         [batch, heads, seqlen_q, _] => (vec![batch, heads, seqlen_q, head_dim], vec![batch, heads, seqlen_q]),
@@ -80,7 +100,27 @@ fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Res
             row_sum: of_rows()?,
         }),
     };
-    let in_place = takes_strided_lse(q) || q.shape().len() == 4;
+    if is_cpu(q) {
+        let parts: Vec<_> = calls
+            .iter()
+            .map(|call| part(&output, &call.queries, Ok))
+            .collect::<Result<_, _>>()?;
+        let plan = |(call, part): (&'_ Call<T>, &'_ Output<T>)| Ok(call.plan(Some(part))?.in_batch(calls.len()));
+        let plans = calls.iter().zip(&parts).map(plan).collect::<Result<Vec<_>, Error>>()?;
+        let runs = plans.into_iter().zip(calls).zip(&parts);
+        let runs: Vec<_> = runs
+            .map(|((plan, call), part)| (plan, [&call.q, &call.k, &call.v], part))
+            .collect();
+        forward_batch(q.device(), &runs)?;
+        return Ok(output);
+    }
+    forward_one_by_one(q, calls, output)
+}
+
+/// Runs the forward pass of each call on a device whose kernels take one sequence.
+fn forward_one_by_one<T: Element>(q: &Tensor<T>, calls: &[Call<T>], output: Output<T>) -> Result<Output<T>, Error> {
+    plans(calls)?;
+    let in_place = q.shape().len() == 4;
     let mut parts = Vec::new();
     for call in calls {
         let mut part = part(&output, &call.queries, |view| match in_place {
@@ -113,8 +153,8 @@ fn rows<T: Element>(packed: &Tensor<T>, rows: &Range<usize>) -> Result<Tensor<T>
     packed.narrow(0, rows.start, rows.len())?.transpose(0, 1)?.unsqueeze(0)
 }
 
-/// Tells if the tensor's device takes lse, row_max and row_sum of any strides.
-fn takes_strided_lse<T: Element>(tensor: &Tensor<T>) -> bool {
+/// Tells if the tensor's device is the CPU, which takes a batch at once, pages, and lse of any strides.
+fn is_cpu<T: Element>(tensor: &Tensor<T>) -> bool {
     tensor.device().kind() == DeviceKind::Cpu
 }
 

@@ -1,11 +1,13 @@
 //! Calls over ragged batches: a [`Sequences`] says where each sequence lies in packed tensors.
 
-use super::{Call, PACKED, Queries, check_rank, check_shape, forward, part, rows, takes_strided_lse};
+use super::{Call, PACKED, Queries, check_rank, check_shape, forward, is_cpu, part, plans, rows};
+use crate::call::{Backward, backward_batch, check_lse};
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::Plan;
+use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs};
 use crate::program::TableSource;
 use crate::sequences::{Piece, Sequences};
 use crate::tensor::Tensor;
@@ -72,7 +74,7 @@ impl Attention {
     ) -> Result<Gradients<T>, Error> {
         let (pieces, calls) = self.pieces(q, k, v, sequences)?;
         check_output(output, dout, q)?;
-        let in_place = takes_strided_lse(q);
+        let in_place = is_cpu(q);
         let mut parts = Vec::new();
         for call in &calls {
             let part = part(output, &call.queries, |view| match in_place {
@@ -89,13 +91,27 @@ impl Attention {
             Tensor::empty(v.device(), v.shape())?,
         );
         let mut of_tables: Vec<(TableSource, Vec<f32>)> = Vec::new();
-        for ((piece, call), (output, dout)) in pieces.iter().zip(&calls).zip(&parts) {
-            let Call { attention, q, k, v, .. } = call;
-            let mut of_piece = Gradients::new(
+        let gradients_of = |piece: &Piece| {
+            Ok::<_, Error>(Gradients::new(
                 rows(&gradients.dq, &piece.queries)?,
                 rows(&gradients.dk, &piece.keys)?,
                 rows(&gradients.dv, &piece.keys)?,
-            );
+            ))
+        };
+        if is_cpu(q) && !self.has_table_gradients() {
+            check_lse(&output.lse)?;
+            let of_pieces: Vec<_> = pieces.iter().map(gradients_of).collect::<Result<_, _>>()?;
+            let mut runs: Vec<Backward<'_, T>> = Vec::new();
+            for ((call, (part, dout)), gradients) in calls.iter().zip(&parts).zip(&of_pieces) {
+                let plan = plan_backward(call, part, dout, gradients)?;
+                runs.push((plan, [&call.q, &call.k, &call.v, &part.out, dout], part, gradients));
+            }
+            backward_batch(q.device(), &runs)?;
+            return Ok(gradients);
+        }
+        for ((piece, call), (output, dout)) in pieces.iter().zip(&calls).zip(&parts) {
+            let Call { attention, q, k, v, .. } = call;
+            let mut of_piece = gradients_of(piece)?;
             attention.backward_into(q, k, v, output, dout, &mut of_piece)?;
             add_up(&mut of_tables, &of_piece)?;
         }
@@ -121,7 +137,7 @@ impl Attention {
         sequences: &Sequences,
     ) -> Result<Vec<Plan>, Error> {
         let (_, calls) = self.pieces(q, k, v, sequences)?;
-        calls.iter().map(Call::plan).collect()
+        plans(&calls)
     }
 
     /// The pieces of a ragged batch, at least one, and the call with each, in the order in which they run.
@@ -142,12 +158,32 @@ impl Attention {
                 q: rows(q, &piece.queries)?,
                 k: rows(k, &piece.keys)?,
                 v: rows(v, &piece.keys)?,
+                pages: None,
             })
         };
         let pieces = sequences.pieces(q.shape()[0], k.shape()[0])?;
         let calls: Result<_, Error> = pieces.iter().map(call).collect();
         Ok((pieces, calls?))
     }
+}
+
+/// The plan of a call's backward pass with these results.
+fn plan_backward<T: Element>(
+    call: &Call<T>,
+    output: &Output<T>,
+    dout: &Tensor<T>,
+    gradients: &Gradients<T>,
+) -> Result<Plan, Error> {
+    let [q, k, v] = [&call.q, &call.k, &call.v].map(Tensor::info);
+    let above = BackwardInputs {
+        out: output.out.info(),
+        lse: output.lse.info(),
+        statistics: output.statistics.as_ref().map(Statistics::infos),
+        dout: dout.info(),
+    };
+    let outputs = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
+    let problem = BackwardProblem::new(&call.attention, q, k, v, above, Some(outputs))?;
+    Plan::backward(&problem, &call.q.device().info())
 }
 
 /// Adds the gradients of tables that one sequence gave to the sums.

@@ -4,6 +4,7 @@ mod reporting;
 mod run;
 
 pub use reporting::Reporting;
+pub(crate) use run::{Backward, backward_batch, check_lse, forward_batch};
 
 use crate::element::Element;
 use crate::error::Error;

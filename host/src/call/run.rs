@@ -2,6 +2,7 @@
 
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
+use crate::device::Device;
 use crate::element::Element;
 use crate::error::Error;
 use crate::features;
@@ -16,7 +17,7 @@ use crate::trace;
 const WORKSPACE_ALIGN: usize = 64;
 
 /// In debug builds, refuses an lse that no forward pass over finite numbers writes.
-pub(super) fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
+pub(crate) fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
     if cfg!(debug_assertions)
         && let Some(index) = lse.to_vec()?.iter().position(|x| x.is_nan())
     {
@@ -88,6 +89,70 @@ pub(super) fn forward<T: Element>(
     let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
+}
+
+/// A forward plan of a batch, its inputs and its results.
+pub(crate) type Forward<'a, T> = (Plan, [&'a Tensor<T>; 3], &'a Output<T>);
+
+/// Runs forward plans of one batch, each of which was made for exactly its tensors. No two results share memory.
+pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>]) -> Result<(), Error> {
+    let (mut read, mut written, mut runs) = (Vec::new(), Vec::new(), Vec::new());
+    for (plan, inputs, output) in calls {
+        let statistics = output.statistics.as_ref();
+        let statistics = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
+        read.extend(inputs.map(Tensor::storage).into_iter().chain(tables_of(plan)));
+        written.extend([output.out.storage(), output.lse.storage()]);
+        written.extend(statistics.into_iter().flatten().map(Tensor::storage));
+        let results = Results::Forward {
+            out: output.out.address(),
+            lse: output.lse.address(),
+            statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
+        };
+        runs.push((plan, results));
+    }
+    let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
+    let guards = Guards::lock(&read, &written);
+    // SAFETY: the reasons given in `forward`, of each call; the results are views of different parts of the batch's.
+    let result = unsafe { device.backend().run_batch(&runs, &Reporter::silent()) };
+    drop(guards);
+    result
+}
+
+/// A backward plan of a batch, its inputs q, k, v, out and dout, the results of forward, and its gradients.
+pub(crate) type Backward<'a, T> = (Plan, [&'a Tensor<T>; 5], &'a Output<T>, &'a Gradients<T>);
+
+/// Runs backward plans of one batch without gradients of tables, each of which was made for exactly its tensors. No two results
+/// share memory.
+pub(crate) fn backward_batch<T: Element>(device: &Device, calls: &[Backward<'_, T>]) -> Result<(), Error> {
+    let aligned = |plan: &Plan| plan.workspace_bytes().next_multiple_of(WORKSPACE_ALIGN as u64);
+    let bytes: u64 = calls.iter().map(|(plan, ..)| aligned(plan)).sum();
+    let workspace = Tensor::<f32>::empty(device, [bytes as usize / size_of::<f32>()])?;
+    let (mut read, mut runs) = (Vec::new(), Vec::new());
+    let (mut written, mut place) = (vec![workspace.storage()], workspace.address());
+    for (plan, inputs, output, Gradients { dq, dk, dv, .. }) in calls {
+        let statistics = output.statistics.as_ref();
+        let of_rows = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
+        read.extend(inputs.map(Tensor::storage).into_iter().chain(tables_of(plan)));
+        read.push(output.lse.storage());
+        read.extend(of_rows.into_iter().flatten().map(Tensor::storage));
+        written.extend([dq, dk, dv].map(Tensor::storage));
+        let results = Results::Backward {
+            dq: dq.address(),
+            dk: dk.address(),
+            dv: dv.address(),
+            workspace: place,
+            tables: TableGradients::default(),
+        };
+        runs.push((plan, results));
+        place += aligned(plan);
+    }
+    let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
+    let guards = Guards::lock(&read, &written);
+    // SAFETY: the reasons given in `backward`, of each call; the results are views of different parts of the batch's, and each
+    // plan has its own part of the workspace.
+    let result = unsafe { device.backend().run_batch(&runs, &Reporter::silent()) };
+    drop(guards);
+    result
 }
 
 /// Runs a backward plan that was made for exactly these tensors, in a new workspace or in a checked one.

@@ -79,6 +79,18 @@ pub(crate) trait Backend: Send + Sync {
     /// this device, laid out as the plan says. Nothing else writes the inputs or accesses the results meanwhile.
     unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error>;
 
+    /// Carries out plans of one batch, none of which reads what another writes. Only a device that computes them in one pass
+    /// reports progress.
+    ///
+    /// # Safety
+    /// The contract of [`run`](Self::run) for each plan; no two write the same memory.
+    unsafe fn run_batch(&self, calls: &[(&Plan, Results)], _reporter: &Reporter<'_>) -> Result<(), Error> {
+        calls.iter().try_for_each(|&(plan, results)| {
+            // SAFETY: passed on to the caller.
+            unsafe { self.run(plan, results, &Reporter::silent()) }
+        })
+    }
+
     /// Loads the kernels of a plan, on a device that has kernels to load.
     fn prepare(&self, _plan: &Plan) -> Result<(), Error> {
         Ok(())

@@ -96,6 +96,17 @@ impl Plan {
         })
     }
 
+    /// Returns this plan of a forward pass as one of a batch of so many, which together have more tasks than one: on the CPU each
+    /// task then takes more queries.
+    pub(crate) fn in_batch(mut self, plans: usize) -> Self {
+        if let DeviceInfo::Cpu { threads } = self.device {
+            self.tiles = cpu_forward_tiles(&self.problem, threads.div_ceil(plans.max(1)));
+            let statistics = 1 + 2 * u32::from(self.problem.keeps_statistics());
+            self.cost = Cost::forward(&self.problem, self.tiles, statistics);
+        }
+        self
+    }
+
     /// Plans a backward pass for a device: first delta, then the gradients, in one of two forms.
     ///
     /// In the first form, on the CPU and with the portable kernels, each gradient is written once, by the block that
@@ -207,10 +218,13 @@ fn refuse_gradients(problem: &BackwardProblem, device: &DeviceInfo) -> Result<()
 /// A panel of queries (48 on AVX-512, 16 on AVX2, 8 in portable code; `block_m` is a multiple of each) with its part
 /// of the output and the scores, and a tile of 64 keys and values, stay in the L1 and L2 caches of a core. Each tile
 /// of keys is loaded and widened once for all queries of a task. A task has 384 queries if there are enough tasks to
-/// keep every thread busy to the end, fewer if not. Results do not depend on this number.
+/// keep every thread busy to the end, fewer if not, and not twice those of the sequence. Results do not depend on this number.
 fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
     let heads = problem.batch() * problem.heads_q();
-    let enough = |block_m: &u32| heads * problem.seqlen_q().div_ceil(*block_m) as usize >= 16 * threads;
+    let enough = |block_m: &u32| {
+        let tasks = heads * problem.seqlen_q().div_ceil(*block_m) as usize;
+        tasks >= 16 * threads && *block_m < 2 * problem.seqlen_q()
+    };
     Tiles {
         block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
         block_n: 64,

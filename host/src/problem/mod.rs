@@ -21,6 +21,7 @@ use crate::layout::{Sharing, contiguous_strides};
 use crate::options::Attention;
 use crate::program::interval::Ranges;
 use crate::program::{Coordinate, Program};
+use crate::sequences::Pages;
 
 /// Largest head_dim that kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -51,6 +52,7 @@ pub struct Problem {
     lse: StridedTensor,
     statistics: Option<[StridedTensor; 2]>,
     program: Option<Arc<Program>>,
+    pages: Option<Pages>,
 }
 
 /// The caller's memory for the results of a forward pass.
@@ -148,7 +150,24 @@ impl Problem {
                 .map_or(Some([&new_rows; 2]), |outputs| outputs.statistics)
                 .map(|tensors| tensors.map(strided)),
             program,
+            pages: None,
         })
+    }
+
+    /// Returns this problem of one sequence with keys and values in pages, from one page to the next and from one key to the next
+    /// so many elements apart, in k and in v.
+    pub(crate) fn with_pages(mut self, pages: Pages, strides: [[usize; 2]; 2]) -> Self {
+        for (tensor, [page, key]) in [&mut self.k, &mut self.v].into_iter().zip(strides) {
+            (tensor.batch_stride, tensor.row_stride) = (page as u64, key as u64);
+        }
+        self.pages = Some(pages);
+        self
+    }
+
+    /// The pages in which keys and values lie; `None` if they lie at one distance from each other. The batch strides of k and v
+    /// are then those of pages.
+    pub(crate) fn pages(&self) -> Option<&Pages> {
+        self.pages.as_ref()
     }
 
     /// Returns the number of independent sequences.

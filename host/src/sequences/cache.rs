@@ -243,17 +243,20 @@ impl KvCache {
         Some(queries.last().map_or(0, |last| last.end))
     }
 
-    /// The pages of a sequence from the one with its first key to the one with its last, and the place of the first key in the
-    /// first of them.
-    pub(crate) fn pages(&self, sequence: usize) -> (&[i32], usize) {
+    /// The pages of a sequence from the one with its first key to the one with its last.
+    pub(crate) fn pages(&self, sequence: usize) -> Pages {
         let Span { begin, end, .. } = self.sequences[sequence];
         let page_size = self.shape[1];
-        if begin == end {
-            return (&[], 0);
-        }
-        let used = begin / page_size..end.div_ceil(page_size);
+        let used = match begin == end {
+            true => 0..0,
+            false => begin / page_size..end.div_ceil(page_size),
+        };
         let row = &self.table[sequence * self.max_pages..][..self.max_pages];
-        (&row[used], begin % page_size)
+        Pages {
+            table: row[used].iter().map(|&page| page as u32).collect(),
+            page_size,
+            first: begin.checked_rem(page_size).unwrap_or(0),
+        }
     }
 
     /// The sum of a sequence's old end and `value`, if its pages have room.
@@ -374,8 +377,8 @@ impl fmt::Display for KvCache {
             "{kind} cache of {} sequences of {least} to {most} keys ({total} in all), in ",
             self.batch()
         )?;
-        let mut used: Vec<i32> = (0..self.batch())
-            .flat_map(|sequence| self.pages(sequence).0.iter().copied())
+        let mut used: Vec<u32> = (0..self.batch())
+            .flat_map(|sequence| self.pages(sequence).table)
             .collect();
         used.sort_unstable();
         used.dedup();
@@ -393,6 +396,37 @@ impl fmt::Display for KvCache {
             Some(queries) => write!(f, "; {queries} packed queries"),
             None => Ok(()),
         }
+    }
+}
+
+/// The pages of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pages {
+    table: Vec<u32>,
+    page_size: usize,
+    /// Place of the first key in the first page.
+    first: usize,
+}
+
+impl Pages {
+    /// Numbers of the pages, in order.
+    pub(crate) fn table(&self) -> &[u32] {
+        &self.table
+    }
+
+    /// Number of keys of a page.
+    pub(crate) fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// The page of a key, which exists, and its place there.
+    pub(crate) fn place(&self, key: usize) -> (usize, usize) {
+        // Division of u32 takes a third of the time of that of u64; a sequence has less than 2^32 keys.
+        let (place, page_size) = ((self.first + key) as u32, self.page_size as u32);
+        (
+            self.table[(place / page_size) as usize] as usize,
+            (place % page_size) as usize,
+        )
     }
 }
 
@@ -468,6 +502,8 @@ mod tests {
         assert_eq!((cache.keys(0), cache.slot(0, 0)), (15, (2, 5)));
         let paged = KvCache::paged([9, 8], &[7, 3, 5], &[20]).and_then(|cache| cache.leftpad_k(&[9]));
         let paged = paged.expect("pages");
-        assert_eq!((paged.pages(0), paged.slot(0, 8)), ((&[3, 5][..], 1), (5, 1)));
+        let pages = paged.pages(0);
+        assert_eq!((pages.table(), pages.place(0)), (&[3, 5][..], (3, 1)));
+        assert_eq!([paged.slot(0, 8), pages.place(8)], [(5, 1); 2]);
     }
 }

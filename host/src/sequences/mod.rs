@@ -3,6 +3,7 @@
 mod cache;
 
 pub use cache::KvCache;
+pub(crate) use cache::Pages;
 
 use std::fmt;
 use std::ops::Range;

@@ -148,9 +148,13 @@ const WORK_OF_THREAD: u128 = 50_000;
 const FLOPS_IN_A_NANOSECOND: u128 = 64;
 const BYTES_IN_A_NANOSECOND: u128 = 64;
 
-/// Number of threads that a call of this cost uses, `threads` at most.
-fn worthwhile_threads(cost: &Cost, threads: usize) -> usize {
-    let nanoseconds = cost.flops / FLOPS_IN_A_NANOSECOND + cost.bytes_read / BYTES_IN_A_NANOSECOND;
+/// About the time that one thread takes for a plan of this cost.
+fn nanoseconds(cost: &Cost) -> u128 {
+    cost.flops / FLOPS_IN_A_NANOSECOND + cost.bytes_read / BYTES_IN_A_NANOSECOND
+}
+
+/// Number of threads that a call of so many nanoseconds uses, `threads` at most.
+fn worthwhile_threads(nanoseconds: u128, threads: usize) -> usize {
     usize::try_from(nanoseconds / WORK_OF_THREAD)
         .unwrap_or(threads)
         .clamp(1, threads)
@@ -264,13 +268,19 @@ impl Backend for Cpu {
     }
 
     unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.run_batch(&[(plan, results)], reporter) }
+    }
+
+    unsafe fn run_batch(&self, calls: &[(&Plan, Results)], reporter: &Reporter<'_>) -> Result<(), Error> {
         let mut team = self.team()?;
         // The cost leaves out the operations of a score program, so a call with one uses every thread.
-        if plan.problem().program().is_none() {
-            team.threads = worthwhile_threads(&plan.cost(), team.threads);
+        if calls.iter().all(|(plan, _)| plan.problem().program().is_none()) {
+            let time = calls.iter().map(|(plan, _)| nanoseconds(&plan.cost())).sum();
+            team.threads = worthwhile_threads(time, team.threads);
         }
         // SAFETY: passed on to the caller.
-        unsafe { run(&team, plan, results, reporter) };
+        unsafe { run(&team, calls, reporter) };
         Ok(())
     }
 
@@ -279,29 +289,30 @@ impl Backend for Cpu {
     }
 }
 
-/// Carries out a plan.
+/// Carries out plans of one batch, each in one pass over the tasks of all of them.
 ///
 /// # Safety
-/// The contract of [`Backend::run`].
-unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporter<'_>) {
-    let problem = plan.problem();
-    let has_pairs = problem.has_pairs();
-    if !has_pairs {
-        reporter.begin(|| 1);
-        reporter.add(1);
-    }
+/// The contract of [`Backend::run_batch`].
+unsafe fn run(team: &Team<'_>, calls: &[(&Plan, Results)], reporter: &Reporter<'_>) {
     let at = |tensor, address| StridedTensor { address, ..tensor };
-    // SAFETY: passed on to the caller.
-    unsafe {
+    let (mut forwards, mut backwards) = (Vec::new(), Vec::new());
+    for &(plan, results) in calls {
+        let problem = plan.problem();
         match results {
             Results::Forward { out, lse, statistics } => {
                 let (out, lse) = (at(problem.out(), out), at(problem.lse(), lse));
                 let statistics = (problem.statistics().zip(statistics))
                     .map(|([max, sum], [row_max, row_sum])| [at(max, row_max), at(sum, row_sum)]);
-                if has_pairs {
-                    forward::forward(team, plan, out, lse, statistics, reporter);
+                if problem.has_pairs() {
+                    forwards.push(forward::Call {
+                        plan,
+                        out,
+                        lse,
+                        statistics,
+                    });
                 } else {
-                    empty::forward(team.kernels, problem, out, lse, statistics);
+                    // SAFETY: passed on to the caller.
+                    unsafe { empty::forward(team.kernels, problem, out, lse, statistics) };
                 }
             }
             Results::Backward {
@@ -318,12 +329,31 @@ unsafe fn run(team: &Team<'_>, plan: &Plan, results: Results, reporter: &Reporte
                     dv: at(tensors.dv, dv),
                     ..*tensors
                 };
-                if has_pairs {
-                    backward::backward(team, plan, &tensors, delta, &tables, reporter);
+                if problem.has_pairs() {
+                    backwards.push(backward::Call {
+                        plan,
+                        tensors,
+                        delta,
+                        tables,
+                    });
                 } else {
-                    empty::backward(team.kernels, problem, &tensors);
+                    // SAFETY: passed on to the caller.
+                    unsafe { empty::backward(team.kernels, problem, &tensors) };
                 }
             }
+        }
+    }
+    if forwards.is_empty() && backwards.is_empty() {
+        reporter.begin(|| 1);
+        reporter.add(1);
+    }
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if !forwards.is_empty() {
+            forward::forward(team, &forwards, reporter);
+        }
+        if !backwards.is_empty() {
+            backward::backward(team, &backwards, reporter);
         }
     }
 }
@@ -378,12 +408,15 @@ mod tests {
     #[test]
     fn threads_are_woken_for_50_microseconds_each() {
         // [1, 2, 64, 64] of 64: 30 us on one thread. [1, 12, 64, 64]: 165 us.
-        assert_eq!(worthwhile_threads(&cost(2_097_152, 200_704), 2), 1);
-        assert_eq!(worthwhile_threads(&cost(12_582_912, 786_432), 2), 2);
-        assert_eq!(worthwhile_threads(&cost(12_582_912, 786_432), 64), 4);
-        assert_eq!(worthwhile_threads(&cost(0, 0), 1), 1);
+        assert_eq!(worthwhile_threads(nanoseconds(&cost(2_097_152, 200_704)), 2), 1);
+        assert_eq!(worthwhile_threads(nanoseconds(&cost(12_582_912, 786_432)), 2), 2);
+        assert_eq!(worthwhile_threads(nanoseconds(&cost(12_582_912, 786_432)), 64), 4);
+        assert_eq!(worthwhile_threads(nanoseconds(&cost(0, 0)), 1), 1);
         // One query of 32 heads and 4096 keys of 128: as many threads as there are.
-        assert_eq!(worthwhile_threads(&cost(67_108_864, 134_234_112), 16), 16);
-        assert_eq!(worthwhile_threads(&cost(u128::MAX / 2, u128::MAX / 4), 256), 256);
+        assert_eq!(worthwhile_threads(nanoseconds(&cost(67_108_864, 134_234_112)), 16), 16);
+        assert_eq!(
+            worthwhile_threads(nanoseconds(&cost(u128::MAX / 2, u128::MAX / 4)), 256),
+            256
+        );
     }
 }

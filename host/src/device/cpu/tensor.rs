@@ -9,6 +9,7 @@ use super::kernels::{Kernels, MAX_LANES};
 use super::pointer_mut;
 use super::team::Lines;
 use super::vector::prefetch_l2;
+use crate::sequences::Pages;
 
 /// The rows of one head.
 #[derive(Clone, Copy)]
@@ -82,8 +83,8 @@ impl Head {
 
     /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows
     /// up to `padded`.
-    pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut Lines, stride: usize) {
-        assert!(self.dtype.bytes() == 2 && self.head_dim <= 2 * stride && words.as_slice().len() >= padded * stride);
+    pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut [f32], stride: usize) {
+        assert!(self.dtype.bytes() == 2 && self.head_dim <= 2 * stride && words.len() >= padded * stride);
         for row in 0..count {
             // SAFETY: the reasons given in `load`; a row fits in `stride` words, and there are `padded` such rows.
             unsafe {
@@ -94,7 +95,7 @@ impl Head {
                 std::ptr::copy_nonoverlapping(from, to.cast::<u8>(), 2 * self.head_dim);
             }
         }
-        words.as_mut_slice()[count * stride..padded * stride].fill(0.0);
+        words[count * stride..padded * stride].fill(0.0);
     }
 
     /// Rounds the head_dim elements of `from` to row `row`, which exists and belongs to this task.
@@ -199,6 +200,110 @@ impl Head {
             }
             self.store(kernels, first + row, output);
         }
+    }
+}
+
+/// The keys or values of one head of a sequence, whose rows may lie in pages.
+#[derive(Clone, Copy)]
+pub(super) struct KeyRows<'a> {
+    /// All rows, or the rows of page 0.
+    head: Head,
+    pages: Option<&'a Pages>,
+    /// Bytes from one page to the next.
+    page_bytes: usize,
+}
+
+impl<'a> KeyRows<'a> {
+    /// # Safety
+    /// The contract of [`Head::new`] for each page.
+    pub(super) unsafe fn new(
+        tensor: StridedTensor,
+        pages: Option<&'a Pages>,
+        dtype: Dtype,
+        [batch, head, head_dim]: [usize; 3],
+    ) -> Self {
+        Self {
+            // SAFETY: passed on to the caller.
+            head: unsafe { Head::new(tensor, dtype, batch, head, head_dim) },
+            pages,
+            page_bytes: tensor.batch_stride as usize * dtype.bytes(),
+        }
+    }
+
+    /// Returns the address of row `row`, which exists.
+    pub(super) fn row(&self, row: usize) -> *const u8 {
+        let (head, place) = self.place(row);
+        head.row(place).0
+    }
+
+    /// Returns the rows with row `row` among them, and its place.
+    fn place(&self, row: usize) -> (Head, usize) {
+        match self.pages {
+            None => (self.head, row),
+            Some(pages) => {
+                let (page, place) = pages.place(row);
+                (self.head.later(page * self.page_bytes), place)
+            }
+        }
+    }
+
+    /// Iterates over the runs of `rows` that one page holds: its rows, the place of the first one, and how many they are.
+    fn runs(&self, rows: Range<usize>) -> impl Iterator<Item = (Head, usize, usize)> {
+        let mut next = rows.start;
+        std::iter::from_fn(move || {
+            let left = rows.end.checked_sub(next).filter(|&left| left > 0)?;
+            let (head, place) = self.place(next);
+            let count = self.pages.map_or(left, |pages| left.min(pages.page_size() - place));
+            next += count;
+            Some((head, place, count))
+        })
+    }
+
+    /// Returns `count` rows from `first` on in place, if they are f32 and contiguous.
+    pub(super) fn in_place(&self, first: usize, count: usize) -> Option<*const f32> {
+        let (head, place) = self.place(first);
+        let in_one_page = self.pages.is_none_or(|pages| place + count <= pages.page_size());
+        head.in_place(place).filter(|_| in_one_page)
+    }
+
+    /// Widens row `row`, which exists, to the head_dim elements of `to`.
+    pub(super) fn load(&self, kernels: &Kernels, row: usize, to: &mut [f32]) {
+        let (head, place) = self.place(row);
+        head.load(kernels, place, to);
+    }
+
+    /// Widens `count` rows to a tile, whose rows are `width` apart, and zeroes the rows up to `padded`.
+    pub(super) fn load_tile(
+        &self,
+        kernels: &Kernels,
+        first: usize,
+        [count, padded]: [usize; 2],
+        tile: &mut [f32],
+        width: usize,
+    ) {
+        let mut done = 0;
+        for (head, place, rows) in self.runs(first..first + count) {
+            head.load_tile(kernels, place, [rows, rows], &mut tile[done * width..], width);
+            done += rows;
+        }
+        tile[count * width..padded * width].fill(0.0);
+    }
+
+    /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows
+    /// up to `padded`.
+    pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut [f32], stride: usize) {
+        let mut done = 0;
+        for (head, place, rows) in self.runs(first..first + count) {
+            head.copy_halves(place, [rows, rows], &mut words[done * stride..], stride);
+            done += rows;
+        }
+        words[count * stride..padded * stride].fill(0.0);
+    }
+
+    /// Prefetches rows to L2 that will be read soon.
+    pub(super) fn prefetch(&self, rows: Range<usize>) {
+        self.runs(rows)
+            .for_each(|(head, place, count)| head.prefetch(place..place + count));
     }
 }
 

@@ -13,7 +13,9 @@
 //! added its own: each element of a gradient is one sum in one order, the same on any number of threads. Tasks are
 //! taken in that order, so the one that is waited for is always at work, and a few rows ahead.
 //!
-//! Here are the problem and its tasks. `delta.rs` comes first; then `chunk.rs` is the walk of a task, with
+//! A batch of problems is one pass over the tasks of all of them, in order.
+//!
+//! Here are the problems and their tasks. `delta.rs` comes first; then `chunk.rs` is the walk of a task, with
 //! `scratch.rs` what it works in, `single.rs` and `pairs.rs` its products in f32 and of pairs of bf16, and `dq.rs`
 //! the sums it shares.
 
@@ -26,13 +28,16 @@ mod scratch;
 mod single;
 mod tables;
 
+use std::ops::Range;
+
 use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
-use super::pairs_of;
 use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
+use super::{nanoseconds, pairs_of};
 use crate::plan::{Plan, TableGradients, Tiles};
 use crate::problem::{BackwardTensors, Problem};
 use crate::progress::Reporter;
+use delta::make_deltas;
 use dq::{SharedHead, Turn};
 use program::BackwardProgram;
 use scratch::Scratch;
@@ -50,6 +55,9 @@ struct Backward<'a> {
     problem: &'a Problem,
     tensors: &'a BackwardTensors,
     tiles: Tiles,
+    /// Number of keys that a thread's memory has room for: those of a task, at most those of the sequence, padded; of a
+    /// batch the largest.
+    owned: usize,
     visibility: Visibility,
     /// Score program, if there is one. Its mask includes the causal mask, and `visibility` then has none.
     program: Option<BackwardProgram>,
@@ -57,71 +65,136 @@ struct Backward<'a> {
     reporter: &'a Reporter<'a>,
 }
 
-/// Computes dq, dk and dv with a workspace at `delta`, f32 `[batch, heads_q, seqlen_q]`, contiguous. By the plan's
-/// tiles, a task owns `block_n` keys and streams `block_m` queries at a time past them, a multiple of [`MAX_LANES`].
+/// A backward pass to carry out: a plan, and where its results and its workspace are.
+#[derive(Clone, Copy)]
+pub(super) struct Call<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) tensors: BackwardTensors,
+    /// Address of delta, f32 `[batch, heads_q, seqlen_q]`, contiguous.
+    pub(super) delta: u64,
+    pub(super) tables: TableGradients,
+}
+
+/// The work of one task: runs of keys of a head.
+struct Task {
+    /// Number of the problem.
+    problem: usize,
+    head: usize,
+    chunks: Range<usize>,
+}
+
+/// Computes dq, dk and dv of problems with pairs, in the order given. By a plan's tiles, a task owns `block_n` keys and streams
+/// `block_m` queries at a time past them, a multiple of [`MAX_LANES`].
 ///
 /// # Safety
-/// q, k, v and out of the problem and all of `tensors` are memory of the CPU, laid out as they say, with elements of
+/// q, k, v and out of each problem and all of its `tensors` are memory of the CPU, laid out as they say, with elements of
 /// the problem's type, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor
-/// anything else. Nobody writes the inputs or touches the outputs meanwhile.
-pub(super) unsafe fn backward(
-    team: &Team<'_>,
-    plan: &Plan,
-    tensors: &BackwardTensors,
-    delta: u64,
-    tables: &TableGradients,
-    reporter: &Reporter<'_>,
-) {
-    let (problem, tiles) = (plan.problem(), plan.tiles());
-    let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
-    let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
-    let derivative = plan.derivative().map(AsRef::as_ref);
-    let program = BackwardProgram::new(team.kernels, problem, derivative, tables, chunks);
-    let backward = Backward {
-        kernels: team.kernels,
-        pairs,
-        parts: parts.unwrap_or(1),
-        problem,
-        tensors,
-        tiles,
-        visibility: Visibility::new(problem, program.is_none() && problem.causal()),
-        program,
-        delta,
-        reporter,
-    };
-    let heads = problem.batch() * problem.heads_kv();
-    let shared = SharedHead::all(&backward);
-    reporter.begin(|| shared.iter().map(|head| head.turns(&backward, chunks)).sum());
+/// anything else, nor those of another call. Nobody writes the inputs or touches the outputs meanwhile.
+pub(super) unsafe fn backward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Reporter<'_>) {
+    let mut problems: Vec<Backward<'_>> = calls.iter().map(|call| Backward::new(team, call, reporter)).collect();
+    let owned = problems.iter().map(|problem| problem.owned).max().unwrap_or(0);
+    problems.iter_mut().for_each(|problem| problem.owned = owned);
+    let shared: Vec<Vec<SharedHead>> = problems.iter().map(SharedHead::all).collect();
+    reporter.begin(|| {
+        let turns = |(problem, shared): (&Backward<'_>, &Vec<SharedHead>)| -> u64 {
+            shared.iter().map(|head| head.turns(problem, problem.chunks())).sum()
+        };
+        problems.iter().zip(&shared).map(turns).sum()
+    });
     // SAFETY: passed on to the caller.
     unsafe {
-        backward.make_delta(team);
-        if let Some(program) = backward.program.as_ref().filter(|_| tables.sinks != 0) {
-            backward.sink_gradients(team, program, tables.sinks);
+        make_deltas(team, &problems);
+        for (problem, call) in problems.iter().zip(calls) {
+            if let Some(program) = problem.program.as_ref().filter(|_| call.tables.sinks != 0) {
+                problem.sink_gradients(team, program, call.tables.sinks);
+            }
         }
     }
-    // Where there are heads enough, a task takes all the keys of one, and nobody waits for anybody; but for sums over
-    // heads.
-    let takes_turns = backward
-        .program
-        .as_ref()
-        .is_some_and(|program| !program.sums.is_empty());
-    let chunks_of_task = if heads >= 4 * team.threads && !takes_turns {
-        chunks
-    } else {
-        1
-    };
-    let tasks_of_head = chunks / chunks_of_task;
-    let scratch = || Scratch::new(&backward);
-    team.share(heads * tasks_of_head, scratch, |scratch, task| {
-        let head = task / tasks_of_head;
-        let first = task % tasks_of_head * chunks_of_task;
-        for chunk in first..first + chunks_of_task {
+    let costs: Vec<u128> = calls.iter().map(|call| nanoseconds(&call.plan.cost())).collect();
+    let total: u128 = costs.iter().sum();
+    let tasks = problems.iter().zip(&costs).enumerate();
+    let tasks = tasks.flat_map(|(problem, (of, cost))| {
+        let (heads, chunks) = (of.problem.batch() * of.problem.heads_kv(), of.chunks());
+        // A head that is little of all work is one task, and nobody waits for anybody; but for sums over heads.
+        let takes_turns = of.program.as_ref().is_some_and(|program| !program.sums.is_empty());
+        let is_little = cost * 4 * team.threads as u128 <= total * heads as u128;
+        let chunks_of_task = if is_little && !takes_turns { chunks } else { 1 };
+        (0..heads).flat_map(move |head| {
+            let runs = (0..chunks).step_by(chunks_of_task);
+            runs.map(move |first| Task {
+                problem,
+                head,
+                chunks: first..first + chunks_of_task,
+            })
+        })
+    });
+    let tasks: Vec<Task> = tasks.collect();
+    let own = || None::<(Kind, Scratch)>;
+    team.share(tasks.len(), own, |own, index| {
+        let Task { problem, head, chunks } = &tasks[index];
+        let backward = &problems[*problem];
+        let kind = backward.kind(*problem);
+        if own.as_ref().is_none_or(|(of, _)| *of != kind) {
+            *own = Some((kind, Scratch::new(backward)));
+        }
+        let Some((_, scratch)) = own else { return };
+        for chunk in chunks.clone() {
             // SAFETY: passed on to the caller; no other task has these keys.
-            unsafe { scratch.chunk(&backward, &shared[head], head, chunk, chunks) };
+            unsafe { scratch.chunk(backward, &shared[*problem][*head], *head, chunk, backward.chunks()) };
         }
     });
-    if let Some(program) = &backward.program {
+    for program in problems.iter().filter_map(|problem| problem.program.as_ref()) {
         program.sums.finish();
+    }
+}
+
+/// What the sizes of a thread's memory depend on, beside what a batch has in common.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    parts: Option<usize>,
+    block_m: u32,
+    head_dim: u32,
+    /// Number of the problem whose program the machines are for.
+    program: Option<usize>,
+}
+
+impl<'a> Backward<'a> {
+    fn new(team: &Team<'_>, call: &'a Call<'_>, reporter: &'a Reporter<'a>) -> Self {
+        let (problem, tiles) = (call.plan.problem(), call.plan.tiles());
+        let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
+        let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
+        let derivative = call.plan.derivative().map(AsRef::as_ref);
+        let program = BackwardProgram::new(team.kernels, problem, derivative, &call.tables, chunks);
+        let padding = if pairs.is_some() { 2 * SIDE } else { ROWS };
+        Self {
+            kernels: team.kernels,
+            pairs,
+            parts: parts.unwrap_or(1),
+            problem,
+            tensors: &call.tensors,
+            tiles,
+            owned: (tiles.block_n as usize)
+                .min(problem.seqlen_k() as usize)
+                .next_multiple_of(padding),
+            visibility: Visibility::new(problem, program.is_none() && problem.causal()),
+            program,
+            delta: call.delta,
+            reporter,
+        }
+    }
+
+    /// Number of runs of keys.
+    fn chunks(&self) -> usize {
+        self.problem.seqlen_k().div_ceil(self.tiles.block_n) as usize
+    }
+
+    fn kind(&self, problem: usize) -> Kind {
+        Kind {
+            parts: self.pairs.map(|_| self.parts),
+            block_m: self.tiles.block_m,
+            head_dim: self.problem.head_dim(),
+            program: self.program.as_ref().map(|_| problem),
+        }
     }
 }
 
@@ -163,13 +236,6 @@ impl Backward<'_> {
         } else {
             vec![self.pairs.is_some(); rows]
         }
-    }
-
-    /// Returns the number of keys of a task, at most those of the sequence, padded.
-    fn owned(&self) -> usize {
-        (self.tiles.block_n as usize)
-            .min(self.problem.seqlen_k() as usize)
-            .next_multiple_of(self.padding())
     }
 
     /// Query heads that share a key head.

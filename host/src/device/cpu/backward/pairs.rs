@@ -37,7 +37,7 @@ pub(super) struct Words {
 /// Returns the words from one row of transposed keys to the next. It is a cache line more than needed, so that rows a
 /// power of two apart do not share a few sets of L1.
 fn keys_stride(backward: &Backward<'_>) -> usize {
-    backward.owned() / 2 + SIDE
+    backward.owned / 2 + SIDE
 }
 
 /// Returns the words from one row of pairs of queries to the next.
@@ -57,7 +57,7 @@ struct Sizes {
 impl Sizes {
     fn new(backward: &Backward<'_>) -> Self {
         let (width, words) = (backward.width(), backward.words());
-        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
+        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned);
         Self {
             keys: block_n * words,
             keys_lanes: width * keys_stride(backward),
@@ -140,8 +140,8 @@ impl Scratch {
         // SAFETY: the processor has the instructions, and tiles have room for whole registers.
         unsafe {
             if backward.parts == 1 {
-                sources[0].copy_halves(first, count, &mut words.keys, backward.words());
-                sources[1].copy_halves(first, count, &mut words.values, backward.words());
+                sources[0].copy_halves(first, count, words.keys.as_mut_slice(), backward.words());
+                sources[1].copy_halves(first, count, words.values.as_mut_slice(), backward.words());
             } else {
                 (kernels.pair_columns)(&pairing);
                 let (from, to) = (self.values.as_ptr(), words.values.as_mut_ptr().cast());

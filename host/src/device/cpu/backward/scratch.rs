@@ -68,7 +68,7 @@ pub(super) struct Scratch {
 impl Scratch {
     pub(super) fn new(backward: &Backward<'_>) -> Self {
         let (head_dim, width) = (backward.head_dim(), backward.width());
-        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned());
+        let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned);
         let program = backward.program.as_ref();
         Self {
             words: Words::new(backward),

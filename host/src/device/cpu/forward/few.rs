@@ -3,7 +3,7 @@
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::{MAX_LANES, One};
+use crate::device::cpu::kernels::{AHEAD, MAX_LANES, One};
 
 impl State {
     /// Merges the result of another run of keys for one query: largest scores, sums and outputs.
@@ -50,11 +50,20 @@ impl Scratch {
         all.iter_mut().for_each(|x| *x *= sign);
     }
 
-    /// Attends one query to `keys` keys and values.
+    /// Notes where the keys and values of a tile are, and those after them. The last key of the sequence stands for those after it.
+    pub(super) fn locate_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, first_key: usize) {
+        let last = forward.problem.seqlen_k() as usize - 1;
+        let rows = || (first_key..first_key + forward.tiles.block_n as usize + AHEAD).map(|row| row.min(last));
+        for (addresses, of) in [(&mut self.key_rows, tile.k), (&mut self.value_rows, tile.v)] {
+            addresses.clear();
+            addresses.extend(rows().map(|row| of.row(row)));
+        }
+    }
+
+    /// Attends one query to `keys` keys and values, which have been located.
     pub(super) fn attend_one(
         &mut self,
         forward: &Forward<'_>,
-        tile: &Tile,
         row: usize,
         first_key: usize,
         keys: usize,
@@ -62,17 +71,14 @@ impl Scratch {
     ) {
         let scale_log2 = forward.scale.log2;
         let depth = forward.panels.depth;
-        let ((k, k_stride_bytes), (v, v_stride_bytes)) = (tile.k.row(first_key), tile.v.row(first_key));
-        // SAFETY: the processor has the instructions, the keys exist, and rows of q and the output are whole
-        // registers.
+        // SAFETY: the processor has the instructions, the keys exist, `locate_rows` noted them and those after them, and rows of
+        // q and the output are whole registers.
         unsafe {
             (forward.kernels.one)(&One {
                 keys,
                 dtype: forward.problem.dtype(),
-                k,
-                k_stride_bytes,
-                v,
-                v_stride_bytes,
+                k: self.key_rows.as_ptr(),
+                v: self.value_rows.as_ptr(),
                 head_dim: forward.head_dim(),
                 query: self.query.as_ptr().add(row * depth),
                 scores: self.scores.as_mut_ptr(),
@@ -88,7 +94,7 @@ impl Scratch {
 
     /// Returns the largest score of a query, summed in the order of the backward pass's products, which differs from
     /// that of lanes.
-    pub(super) fn best_score(&mut self, forward: &Forward<'_>, tile: &Tile, row: usize, key: u32) -> f32 {
+    pub(super) fn best_score(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, row: usize, key: u32) -> f32 {
         let (kernels, head_dim, sign) = (forward.kernels, forward.head_dim(), forward.problem.scale().sign);
         let queries = tile.rows / forward.together;
         let (q, k) = self
@@ -106,7 +112,7 @@ impl Scratch {
     pub(super) fn store_few(
         &mut self,
         forward: &Forward<'_>,
-        tile: &Tile,
+        tile: &Tile<'_>,
         state: &State,
         inverses: impl Iterator<Item = f32>,
     ) {

@@ -4,7 +4,10 @@
 //! processed in segments (splits). Each is summed from nothing and then merged by largest score, in order. So the
 //! result is the same bits if one task computes all segments of a tile or each segment is a task of its own.
 //!
-//! This file has the problem and its tasks. `scratch.rs` computes one tile of queries from memory to memory, with
+//! A batch of problems, such as sequences of different lengths, is one pass over the tasks of all of them. No result depends on
+//! the other problems.
+//!
+//! This file has the problems and their tasks. `scratch.rs` computes one tile of queries from memory to memory, with
 //! tiles of keys as in `tiled.rs` or, for few queries, `few.rs`. `state.rs` is the state between two tiles of keys.
 
 mod few;
@@ -22,8 +25,8 @@ use flash_attention_kernels::abi::StridedTensor;
 use super::kernels::{Kernels, Pairs, SIDE};
 use super::program::{ScoreProgram, Walk};
 use super::team::Team;
-use super::tensor::{Head, Panels, QueryRows, Visibility};
-use super::{is_few, pairs_of};
+use super::tensor::{Head, KeyRows, Panels, QueryRows, Visibility};
+use super::{is_few, nanoseconds, pairs_of};
 use crate::plan::{Plan, Tiles};
 use crate::problem::Problem;
 use crate::progress::Reporter;
@@ -82,14 +85,24 @@ struct Units {
     sign: f32,
 }
 
+/// A forward pass to carry out: a plan, and where its results go.
+#[derive(Clone, Copy)]
+pub(super) struct Call<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) out: StridedTensor,
+    pub(super) lse: StridedTensor,
+    /// row_max and row_sum, if they are wanted.
+    pub(super) statistics: Option<[StridedTensor; 2]>,
+}
+
 /// A tile of queries of one head.
 #[derive(Clone, Copy)]
-struct Tile {
+struct Tile<'a> {
     batch: usize,
     head: usize,
     q: Head,
-    k: Head,
-    v: Head,
+    k: KeyRows<'a>,
+    v: KeyRows<'a>,
     out: Head,
     /// Index of the first query in lse.
     first: usize,
@@ -104,76 +117,157 @@ struct Tile {
     whole_blocks: u32,
 }
 
-/// Computes out, lse and, where their addresses are given, row_max and row_sum.
+/// The work of one task.
+#[derive(Clone, Copy)]
+struct Task {
+    /// Number of the problem.
+    problem: usize,
+    /// Number of the tile of queries in it.
+    tile: usize,
+    /// Segment of the keys; `None` for all of them.
+    segment: Option<usize>,
+}
+
+/// Computes out, lse and, where their addresses are given, row_max and row_sum of problems with pairs, in the order given.
 ///
 /// # Safety
-/// The contract of [`Backend::run`](crate::device::Backend::run).
-pub(super) unsafe fn forward(
-    team: &Team<'_>,
-    plan: &Plan,
-    out: StridedTensor,
-    lse: StridedTensor,
-    statistics: Option<[StridedTensor; 2]>,
-    reporter: &Reporter<'_>,
-) {
-    let (problem, tiles) = (plan.problem(), plan.tiles());
-    let program = problem.program().and_then(|of| {
-        let program = ScoreProgram::new(team.kernels, problem, problem.scale().magnitude)?;
-        Some(program.with_scores(of.expression(), &[of.score()]))
+/// The contract of [`Backend::run`](crate::device::Backend::run) for each call; no two write the same memory.
+pub(super) unsafe fn forward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Reporter<'_>) {
+    let mut forwards: Vec<Forward<'_>> = calls.iter().map(|call| Forward::new(team, call, reporter)).collect();
+    let least_tasks: Vec<usize> = forwards.iter().map(Forward::least_tasks).collect();
+    let others = least_tasks.iter().sum::<usize>();
+    for (forward, least) in forwards.iter_mut().zip(least_tasks) {
+        forward.together = forward.heads_together(team.threads, others - least);
+    }
+    reporter.begin(|| forwards.iter().map(Forward::units).sum());
+    let costs: Vec<u128> = calls.iter().map(|call| nanoseconds(&call.plan.cost())).collect();
+    let total: u128 = costs.iter().sum();
+    let tasks = || forwards.iter().zip(&costs).enumerate();
+    let tasks = tasks().flat_map(|(problem, (forward, cost))| {
+        let (tiles, segments) = (forward.tasks(), forward.segment_count());
+        // A tile is split where it would be more than half of a thread's share of all work.
+        let split = segments > 1 && cost * 2 * team.threads as u128 > total * tiles as u128;
+        (0..tiles).flat_map(move |tile| {
+            let segments = (0..segments).filter(move |_| split).map(Some);
+            let whole = Some(None).filter(|_| !split);
+            segments
+                .chain(whole)
+                .map(move |segment| Task { problem, tile, segment })
+        })
     });
-    let few = is_few(problem);
-    let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
-    let parts = parts.unwrap_or(0);
-    let tiles = Tiles {
-        block_n: block_n(tiles, parts, problem.head_dim()),
-        ..tiles
-    };
-    let mut forward = Forward {
-        kernels: team.kernels,
-        pairs,
-        parts,
-        few,
-        together: 1,
-        panels: Panels {
-            lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
-            depth: (problem.head_dim() as usize).next_multiple_of(SIDE),
-        },
-        problem,
-        tiles,
-        visibility: Visibility::new(problem, program.is_none() && problem.causal()),
-        scale: match &program {
-            Some(program) if program.score.is_some() => Units {
-                natural: 1.0,
-                log2: std::f32::consts::LOG2_E,
-                sign: 1.0,
-            },
-            _ => Units {
-                natural: problem.softmax_scale().abs(),
-                log2: problem.scale().magnitude_log2,
-                sign: problem.scale().sign,
-            },
-        },
-        walks: walks(problem, program.as_ref(), tiles),
-        program,
-        out,
-        lse: QueryRows::new(lse, problem),
-        statistics: statistics.map(|tensors| tensors.map(|tensor| QueryRows::new(tensor, problem))),
-        reporter,
-    };
-    let segments = forward.segments(problem.seqlen_k().div_ceil(tiles.block_n)).count();
-    forward.together = forward.heads_together(team.threads, segments);
-    let query_tiles = problem.seqlen_q().div_ceil(tiles.block_m) as usize;
-    let heads = problem.batch() * problem.heads_q() / forward.together;
-    let tasks = heads * query_tiles;
-    // Large tiles first: under a causal mask the last ones see the most keys.
-    let tile = |task: usize| forward.tile(task / query_tiles, query_tiles - 1 - task % query_tiles);
-    // A unit of progress is a tile of keys for a tile of queries, and one more for the tile itself.
-    let units = |task| u64::from(tile(task).blocks) + 1;
-    reporter.begin(|| heads as u64 * (0..query_tiles).map(units).sum::<u64>());
-    if tasks >= 2 * team.threads || segments == 1 {
-        forward.by_tiles(team, tasks, tile);
-    } else {
-        forward.by_segments(team, tasks, segments, tile);
+    attend(team, &forwards, &tasks.collect::<Vec<_>>());
+}
+
+/// Runs tasks in order, and then merges the segments of tiles that were split.
+fn attend(team: &Team<'_>, forwards: &[Forward<'_>], tasks: &[Task]) {
+    let partials: Vec<OnceLock<State>> = tasks.iter().map(|_| OnceLock::new()).collect();
+    let own = || None::<Own>;
+    team.share(tasks.len(), own, |own, index| {
+        let Task { problem, tile, segment } = tasks[index];
+        let forward = &forwards[problem];
+        let own = Own::of(own, forward, problem);
+        match segment {
+            None => own.attend(forward, &forward.tile(tile)),
+            Some(segment) => {
+                if let Some(state) = own.attend_segment(forward, &forward.tile(tile), segment) {
+                    let _ = partials[index].set(state); // nobody else has this task
+                }
+            }
+        }
+    });
+    let merges: Vec<usize> = (0..tasks.len())
+        .filter(|&index| tasks[index].segment == Some(0))
+        .collect();
+    team.share(merges.len(), own, |own, merge| {
+        let first = merges[merge];
+        let Task { problem, tile, .. } = tasks[first];
+        let forward = &forwards[problem];
+        let Own { scratch, state, .. } = Own::of(own, forward, problem);
+        let mut parts = partials[first..][..forward.segment_count()]
+            .iter()
+            .filter_map(OnceLock::get);
+        let tile = forward.tile(tile);
+        if let Some(first) = parts.next() {
+            state.copy(first);
+            parts.for_each(|part| state.merge(forward, tile.rows, part));
+        }
+        scratch.store(forward, &tile, state);
+        forward.reporter.add(1);
+    });
+}
+
+/// The memory of a thread for problems of one kind.
+struct Own {
+    kind: Kind,
+    scratch: Scratch,
+    state: State,
+    partial: State,
+}
+
+/// What the sizes of a thread's memory depend on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    few: bool,
+    parts: usize,
+    tiles: Tiles,
+    head_dim: u32,
+    /// Number of the problem whose program the machines are for.
+    program: Option<usize>,
+}
+
+impl Own {
+    /// Returns the memory for a problem: that of the problem before, if it is of the same kind.
+    fn of<'a>(own: &'a mut Option<Self>, forward: &Forward<'_>, problem: usize) -> &'a mut Self {
+        let kind = Kind {
+            few: forward.few,
+            parts: forward.parts,
+            tiles: forward.tiles,
+            head_dim: forward.problem.head_dim(),
+            program: forward.program.as_ref().map(|_| problem),
+        };
+        if own.as_ref().is_some_and(|own| own.kind != kind) {
+            *own = None;
+        }
+        own.get_or_insert_with(|| Self {
+            kind,
+            scratch: Scratch::new(forward),
+            state: State::new(forward),
+            partial: State::new(forward),
+        })
+    }
+
+    /// Computes all segments of a tile, in order, and stores its results.
+    fn attend(&mut self, forward: &Forward<'_>, tile: &Tile<'_>) {
+        let Self {
+            scratch,
+            state,
+            partial,
+            ..
+        } = self;
+        scratch.load_query(forward, tile);
+        for (index, blocks) in forward.segments(tile.blocks).enumerate() {
+            let units = blocks.len() as u64;
+            if index == 0 {
+                scratch.attend(forward, tile, blocks, state);
+            } else if forward.program.is_none() || scratch.walk.within(blocks.clone()).next().is_some() {
+                scratch.attend(forward, tile, blocks, partial);
+                state.merge(forward, tile.rows, partial);
+            }
+            forward.reporter.add(units);
+        }
+        scratch.store(forward, tile, state);
+        forward.reporter.add(1);
+    }
+
+    /// Computes one segment of a tile; `None` if the tile sees none of its keys.
+    fn attend_segment(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, segment: usize) -> Option<State> {
+        let blocks = forward.segments(tile.blocks).nth(segment)?;
+        let mut state = State::new(forward);
+        let units = blocks.len() as u64;
+        self.scratch.load_query(forward, tile);
+        self.scratch.attend(forward, tile, blocks, &mut state);
+        forward.reporter.add(units);
+        Some(state)
     }
 }
 
@@ -199,57 +293,81 @@ fn block_n(tiles: Tiles, parts: usize, head_dim: u32) -> u32 {
     }
 }
 
-impl Forward<'_> {
-    /// Runs one task for each tile, which computes all its segments in order.
-    fn by_tiles(&self, team: &Team<'_>, tasks: usize, tile: impl Fn(usize) -> Tile + Sync) {
-        let scratch = || (Scratch::new(self), State::new(self), State::new(self));
-        team.share(tasks, scratch, |(scratch, state, partial), task| {
-            let tile = tile(task);
-            scratch.load_query(self, &tile);
-            for (index, blocks) in self.segments(tile.blocks).enumerate() {
-                let units = blocks.len() as u64;
-                if index == 0 {
-                    scratch.attend(self, &tile, blocks, state);
-                } else if self.program.is_none() || scratch.walk.within(blocks.clone()).next().is_some() {
-                    scratch.attend(self, &tile, blocks, partial);
-                    state.merge(self, tile.rows, partial);
-                }
-                self.reporter.add(units);
-            }
-            scratch.store(self, &tile, state);
-            self.reporter.add(1);
+impl<'a> Forward<'a> {
+    fn new(team: &Team<'_>, call: &Call<'a>, reporter: &'a Reporter<'a>) -> Self {
+        let (problem, tiles) = (call.plan.problem(), call.plan.tiles());
+        let program = problem.program().and_then(|of| {
+            let program = ScoreProgram::new(team.kernels, problem, problem.scale().magnitude)?;
+            Some(program.with_scores(of.expression(), &[of.score()]))
         });
+        let few = is_few(problem);
+        let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
+        let parts = parts.unwrap_or(0);
+        let tiles = Tiles {
+            block_n: block_n(tiles, parts, problem.head_dim()),
+            ..tiles
+        };
+        Self {
+            kernels: team.kernels,
+            pairs,
+            parts,
+            few,
+            together: 1,
+            panels: Panels {
+                lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
+                depth: (problem.head_dim() as usize).next_multiple_of(SIDE),
+            },
+            problem,
+            tiles,
+            visibility: Visibility::new(problem, program.is_none() && problem.causal()),
+            scale: match &program {
+                Some(program) if program.score.is_some() => Units {
+                    natural: 1.0,
+                    log2: std::f32::consts::LOG2_E,
+                    sign: 1.0,
+                },
+                _ => Units {
+                    natural: problem.softmax_scale().abs(),
+                    log2: problem.scale().magnitude_log2,
+                    sign: problem.scale().sign,
+                },
+            },
+            walks: walks(problem, program.as_ref(), tiles),
+            program,
+            out: call.out,
+            lse: QueryRows::new(call.lse, problem),
+            statistics: (call.statistics).map(|tensors| tensors.map(|tensor| QueryRows::new(tensor, problem))),
+            reporter,
+        }
     }
 
-    /// Runs one task for each segment of a tile, if there are too few tiles for the threads, and merges the segments
-    /// afterwards.
-    fn by_segments(&self, team: &Team<'_>, tasks: usize, segments: usize, tile: impl Fn(usize) -> Tile + Sync) {
-        let partials: Vec<OnceLock<State>> = (0..tasks * segments).map(|_| OnceLock::new()).collect();
-        team.share(
-            tasks * segments,
-            || Scratch::new(self),
-            |scratch, task| {
-                let tile = tile(task / segments);
-                if let Some(blocks) = self.segments(tile.blocks).nth(task % segments) {
-                    let mut state = State::new(self);
-                    let units = blocks.len() as u64;
-                    scratch.load_query(self, &tile);
-                    scratch.attend(self, &tile, blocks, &mut state);
-                    let _ = partials[task].set(state); // nobody else has this task
-                    self.reporter.add(units);
-                }
-            },
-        );
-        let scratch = || (Scratch::new(self), State::new(self));
-        team.share(tasks, scratch, |(scratch, state), task| {
-            let mut parts = partials[task * segments..][..segments].iter().filter_map(OnceLock::get);
-            if let Some(first) = parts.next() {
-                state.copy(first);
-                parts.for_each(|part| state.merge(self, tile(task).rows, part));
-            }
-            scratch.store(self, &tile(task), state);
-            self.reporter.add(1);
-        });
+    /// Number of tiles of queries of a head.
+    fn query_tiles(&self) -> usize {
+        self.problem.seqlen_q().div_ceil(self.tiles.block_m) as usize
+    }
+
+    /// Number of tiles of queries of all heads.
+    fn tasks(&self) -> usize {
+        self.problem.batch() * self.problem.heads_q() / self.together * self.query_tiles()
+    }
+
+    /// Number of tasks if as many heads are together as can be, and every segment is a task.
+    fn least_tasks(&self) -> usize {
+        let (problem, most) = (self.problem, self.heads_together(0, 0));
+        problem.batch() * problem.heads_q() / most * self.query_tiles() * self.segment_count()
+    }
+
+    /// Number of segments of all keys.
+    fn segment_count(&self) -> usize {
+        self.segments(self.problem.seqlen_k().div_ceil(self.tiles.block_n))
+            .count()
+    }
+
+    /// Units of progress: a tile of keys for a tile of queries, and one more for the tile itself.
+    fn units(&self) -> u64 {
+        let heads = self.tasks() / self.query_tiles();
+        let of_tile = |tile| u64::from(self.tile(tile).blocks) + 1;
+        heads as u64 * (0..self.query_tiles()).map(of_tile).sum::<u64>()
     }
 
     fn head_dim(&self) -> usize {
@@ -264,20 +382,22 @@ impl Forward<'_> {
         (0..blocks.div_ceil(length).max(1)).map(move |i| i * length..((i + 1) * length).min(blocks))
     }
 
-    /// Returns the number of heads per tile: as many as fit, share keys, and leave tasks for every thread.
-    fn heads_together(&self, threads: usize, segments: usize) -> usize {
+    /// Returns the number of heads per tile: as many as fit, share keys, and leave tasks for every thread beside the
+    /// tasks of other problems.
+    fn heads_together(&self, threads: usize, others: usize) -> usize {
         let (problem, queries) = (self.problem, self.problem.seqlen_q() as usize);
         let shared = problem.heads_q() / problem.heads_kv();
+        let segments = self.segment_count();
         let suits = |heads: &usize| {
             let tasks = problem.batch() * problem.heads_q() / heads * segments;
-            shared.is_multiple_of(*heads) && heads * queries <= self.lanes() && tasks >= 2 * threads
+            shared.is_multiple_of(*heads) && heads * queries <= self.lanes() && tasks + others >= 2 * threads
         };
         let most = if self.few { shared } else { 1 };
         (1..=most).rev().find(suits).unwrap_or(1)
     }
 
     /// Returns the position of query `row` of a tile in its sequence.
-    fn position(&self, tile: &Tile, row: usize) -> u32 {
+    fn position(&self, tile: &Tile<'_>, row: usize) -> u32 {
         tile.first_row
             + if self.few {
                 row as u32 % self.problem.seqlen_q()
@@ -286,10 +406,11 @@ impl Forward<'_> {
             }
     }
 
-    /// Returns tile `tile` of head group `heads`, counted over all batch entries.
-    fn tile(&self, heads: usize, tile: usize) -> Tile {
+    /// Returns tile number `tile` of all heads. Large tiles come first: under a causal mask the last ones see the most keys.
+    fn tile(&self, tile: usize) -> Tile<'a> {
         let (problem, Tiles { block_m, block_n, .. }) = (self.problem, self.tiles);
-        let heads = heads * self.together;
+        let query_tiles = self.query_tiles();
+        let (heads, tile) = (tile / query_tiles * self.together, query_tiles - 1 - tile % query_tiles);
         let (batch, head) = (heads / problem.heads_q(), heads % problem.heads_q());
         let kv_head = head / (problem.heads_q() / problem.heads_kv());
         let first_row = tile as u32 * block_m;
@@ -299,14 +420,18 @@ impl Forward<'_> {
         // SAFETY: the caller of `forward` vouches for the four tensors and lse; batch, head and kv_head are within them.
         // Rows of out do not overlap and no two tasks have one in common, so each is written by one thread only.
         unsafe {
-            let rows_of = |tensor, head| Head::new(tensor, problem.dtype(), batch, head, self.head_dim());
+            let rows_of = |tensor| Head::new(tensor, problem.dtype(), batch, head, self.head_dim());
+            let keys_of = |tensor| {
+                let place = [batch, kv_head, self.head_dim()];
+                KeyRows::new(tensor, problem.pages(), problem.dtype(), place)
+            };
             Tile {
                 batch,
                 head,
-                q: rows_of(problem.q(), head),
-                k: rows_of(problem.k(), kv_head),
-                v: rows_of(problem.v(), kv_head),
-                out: rows_of(self.out, head),
+                q: rows_of(problem.q()),
+                k: keys_of(problem.k()),
+                v: keys_of(problem.v()),
+                out: rows_of(self.out),
                 first,
                 first_row,
                 rows: self.together * rows as usize,
@@ -319,7 +444,7 @@ impl Forward<'_> {
     }
 
     /// Prefetches the part for panel `index` of `panels` of the next tile of keys and values.
-    fn prefetch(&self, tile: &Tile, n: u32, index: usize, panels: usize) {
+    fn prefetch(&self, tile: &Tile<'_>, n: u32, index: usize, panels: usize) {
         let block_n = self.tiles.block_n as usize;
         let (first, end) = (n as usize * block_n, self.problem.seqlen_k() as usize);
         let rows = first + block_n * index / panels..(first + block_n * (index + 1) / panels).min(end);

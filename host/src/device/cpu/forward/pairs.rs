@@ -121,7 +121,7 @@ impl Forward<'_> {
 
 impl Scratch {
     /// Packs the queries as bf16 pairs within a head.
-    pub(super) fn pair_queries(&mut self, forward: &Forward<'_>, tile: &Tile) {
+    pub(super) fn pair_queries(&mut self, forward: &Forward<'_>, tile: &Tile<'_>) {
         let (kernels, Panels { lanes, depth }) = (forward.kernels, forward.panels);
         for (first, used) in forward.panels(tile.rows) {
             // SAFETY: the processor has the instructions; both are panels of their tiles.
@@ -172,7 +172,7 @@ impl Scratch {
 
     /// Packs pairs of the values that may be split, with 0 in place of the others, and loads the others, with 0 in
     /// place of these.
-    pub(super) fn pair_some_values(&mut self, forward: &Forward<'_>, tile: &Tile, first: usize, count: [usize; 2]) {
+    pub(super) fn pair_some_values(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, first: usize, count: [usize; 2]) {
         let head_dim = forward.head_dim();
         let load = |scratch: &mut Self, fit: bool| {
             let values = scratch.values.as_mut_slice();

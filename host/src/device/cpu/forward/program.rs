@@ -12,7 +12,7 @@ use crate::program::Coverage;
 
 impl Scratch {
     /// Turns to a tile of queries.
-    pub(super) fn begin_program(&mut self, forward: &Forward<'_>, program: &ScoreProgram, tile: &Tile) {
+    pub(super) fn begin_program(&mut self, forward: &Forward<'_>, program: &ScoreProgram, tile: &Tile<'_>) {
         let machines = self.machines.as_mut().expect("where there is a program");
         machines.set_queries(program, (tile.batch, tile.head), tile.first_row);
         let set = |walk: &mut Walk| {
@@ -36,7 +36,7 @@ impl Scratch {
         &mut self,
         forward: &Forward<'_>,
         program: &ScoreProgram,
-        tile: &Tile,
+        tile: &Tile<'_>,
         blocks: Range<u32>,
         state: &mut State,
     ) {
@@ -56,7 +56,7 @@ impl Scratch {
         &mut self,
         forward: &Forward<'_>,
         (program, machines): (&ScoreProgram, &mut Machines),
-        tile: &Tile,
+        tile: &Tile<'_>,
         ((n, cells), next): ((u32, &[Coverage]), Option<u32>),
         state: &mut State,
     ) {

@@ -18,6 +18,9 @@ pub(super) struct Scratch {
     /// Keys: `block_n x head_dim`.
     pub(super) keys: Lines,
     pub(super) values: Lines,
+    /// Addresses of the rows of a tile of keys, and of values, on the decode path.
+    pub(super) key_rows: Vec<*const u8>,
+    pub(super) value_rows: Vec<*const u8>,
     /// Scores, then exponentials: `block_n x lanes`.
     pub(super) scores: Lines,
     /// Number of keys of a tile that each query sees.
@@ -39,6 +42,8 @@ impl Scratch {
             words: Words::new(forward),
             keys: Lines::new(block_n * head_dim),
             values: Lines::new(block_n * head_dim + MAX_LANES),
+            key_rows: Vec::new(),
+            value_rows: Vec::new(),
             scores: Lines::new(block_n * forward.panels.lanes),
             visible: Lines::new(lanes),
             rows: Lines::new(MAX_LANES * head_dim.next_multiple_of(MAX_LANES)),
@@ -47,7 +52,7 @@ impl Scratch {
         }
     }
 
-    pub(super) fn load_query(&mut self, forward: &Forward<'_>, tile: &Tile) {
+    pub(super) fn load_query(&mut self, forward: &Forward<'_>, tile: &Tile<'_>) {
         if forward.few {
             return self.load_few(forward, tile);
         }
@@ -70,7 +75,7 @@ impl Scratch {
     }
 
     /// Attends the tile's queries to the keys of some blocks.
-    pub(super) fn attend(&mut self, forward: &Forward<'_>, tile: &Tile, blocks: Range<u32>, state: &mut State) {
+    pub(super) fn attend(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, blocks: Range<u32>, state: &mut State) {
         state.clear();
         // SAFETY: the processor has the instructions of its kernels.
         forward.pairs.inspect(|pairs| unsafe { (pairs.begin)() });
@@ -83,7 +88,7 @@ impl Scratch {
     }
 
     /// Divides by the sums, and writes out, lse and, if they are wanted, row_max and row_sum.
-    pub(super) fn store(&mut self, forward: &Forward<'_>, tile: &Tile, state: &State) {
+    pub(super) fn store(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, state: &State) {
         let (max, sum) = (state.max.as_slice(), state.sum.as_slice());
         let sees_a_key = |row: usize| match &forward.program {
             None => forward.visibility.visible_end(forward.position(tile, row)) > 0,

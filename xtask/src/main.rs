@@ -41,7 +41,7 @@ Usage: cargo xtask <TASK>
                         put all that a machine with a GPU and no Rust needs into DIR (target/gpu-bundle): the suite, the
                         micro-kernels, the table of speed, their data, run.sh; --archive also packs it into DIR.tar.xz
   gpu-bundle --check DIR  move a bundle elsewhere, hide the repository, and run it on the CPU
-  fetch NAME            fetch what an example reads into target/fetched: minilm, shakespeare";
+  fetch NAME            fetch what an example reads into target/fetched: minilm, shakespeare, smollm2";
 
 /// Result of a task; the error is the sentence to print.
 type Outcome<T = ()> = Result<T, String>;

@@ -4,6 +4,7 @@
 pub mod adam;
 pub mod attention;
 pub mod bert;
+pub mod llama;
 pub mod memory;
 pub mod report;
 pub mod tasks;

@@ -1,5 +1,6 @@
 //! The models, small and on random weights.
 
+mod llama;
 mod training;
 
 use candle_core::{DType, Device, Result, Tensor};

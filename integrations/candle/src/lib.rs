@@ -6,6 +6,7 @@ mod dense;
 mod error;
 mod op;
 mod options;
+mod paged;
 mod sdpa;
 mod varlen;
 mod views;

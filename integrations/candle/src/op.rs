@@ -264,14 +264,15 @@ impl CustomOp3 for FlashOp {
 }
 
 /// A tensor with a contiguous last axis: itself where it has one.
-fn rows(tensor: &CandleTensor) -> Result<CandleTensor> {
+pub(crate) fn rows(tensor: &CandleTensor) -> Result<CandleTensor> {
     match (tensor.dims().last(), tensor.stride().last()) {
         (Some(&size), Some(&stride)) if size > 1 && stride != 1 => tensor.contiguous(),
         _ => Ok(tensor.clone()),
     }
 }
 
-fn on_host<'a, T: Scalar, const N: usize>(
+/// Memories of storages that are read, with their layouts.
+pub(crate) fn on_host<'a, T: Scalar, const N: usize>(
     storages: [(&CpuStorage, &'a Layout); N],
 ) -> Result<[(Memory, &'a Layout); N]> {
     let mut memories = storages.map(|(_, layout)| (Memory::read::<T>(&[]), layout));

@@ -6,11 +6,16 @@
 use std::ops::Range;
 
 use candle_core::{Result, Tensor};
+use flash_attention::KvCache;
 
 use crate::error::Error;
 use crate::op::FlashOp;
 use crate::options::Options;
-use crate::views::Batch;
+use crate::paged::PagedOp;
+use crate::views::{Batch, wrap};
+
+/// Tokens that a page read in place has a multiple of.
+const PAGE_SIZE_MULTIPLE: usize = 8;
 
 /// Cumulative lengths and the longest length of one side of a ragged batch.
 struct Lengths<'a> {
@@ -171,11 +176,12 @@ pub fn flash_attn_varlen_windowed(
 /// * mm_prefix_ranges: ranges of keys that no mask hides. Anything but `None` is refused.
 /// * softcap: `None` or `Some(0.0)` is no cap.
 ///
-/// The pages in use are gathered into a new tensor first, whose size is that of the keys; the original reads them in place.
+/// On the CPU pages of a multiple of 8 tokens are read in place, unless a gradient goes to a tensor. Otherwise the pages in use are
+/// gathered into a new tensor first, whose size is that of the keys.
 ///
 /// # Errors
 /// The errors of [`flash_attn_varlen_windowed`]; [`Error::PageSize`](crate::Error::PageSize),
-/// [`Error::BlockTable`](crate::Error::BlockTable); [`Error::Unsupported`](crate::Error::Unsupported) for mm_prefix_ranges.
+/// [`Error::BlockTable`](crate::Error::BlockTable), [`Error::Page`](crate::Error::Page); [`Error::Unsupported`](crate::Error::Unsupported) for mm_prefix_ranges.
 #[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
 pub fn flash_attn_varlen_paged_windowed(
     q: &Tensor,
@@ -200,7 +206,7 @@ pub fn flash_attn_varlen_paged_windowed(
         }
         .into());
     }
-    let (_, page_size, heads, head_dim) = k.dims4()?;
+    let (page_count, page_size, heads, head_dim) = k.dims4()?;
     if page_size != page_block_size {
         return Err(Error::PageSize {
             value: page_block_size,
@@ -227,9 +233,18 @@ pub fn flash_attn_varlen_paged_windowed(
             }
             .into());
         };
+        if let Some(&value) = row.iter().find(|&&page| page as usize >= page_count) {
+            let limit = page_count;
+            return Err(Error::Page { sequence, value, limit }.into());
+        }
         let start = pages.len() * page_size;
         ranges_k.push(start..start + length.len());
         pages.extend_from_slice(row);
+    }
+    let recipe = options.recipe(max_seqlen_k);
+    if PagedOp::takes([q, k, v]) && page_size.is_multiple_of(PAGE_SIZE_MULTIPLE) {
+        let cache = cache([page_count, page_size], &table, &lengths, &ranges_q)?;
+        return PagedOp::new(recipe, cache).apply(q, k, v);
     }
     let pages = Tensor::new(pages, k.device())?;
     let gathered = |paged: &Tensor| paged.index_select(&pages, 0)?.reshape(((), heads, head_dim));
@@ -237,7 +252,22 @@ pub fn flash_attn_varlen_paged_windowed(
         q: ranges_q,
         k: ranges_k,
     };
-    FlashOp::new(options.recipe(max_seqlen_k), batch).apply(q, &gathered(k)?, &gathered(v)?)
+    FlashOp::new(recipe, batch).apply(q, &gathered(k)?, &gathered(v)?)
+}
+
+/// The host's form of a block table whose used entries have been checked, with packed queries.
+fn cache(shape: [usize; 2], table: &[Vec<u32>], lengths: &[Range<usize>], queries: &[Range<usize>]) -> Result<KvCache> {
+    let table: Vec<i32> = table.iter().flatten().map(|page| page.cast_signed()).collect();
+    let signed = |number: usize| i32::try_from(number).map_err(candle_core::Error::wrap);
+    let seqused_k = lengths
+        .iter()
+        .map(|length| signed(length.len()))
+        .collect::<Result<Vec<_>>>()?;
+    let ends = queries.iter().map(|queries| signed(queries.end));
+    let cu_seqlens_q = std::iter::once(Ok(0)).chain(ends).collect::<Result<Vec<_>>>()?;
+    KvCache::paged(shape, &table, &seqused_k)
+        .and_then(|cache| cache.cu_seqlens_q(&cu_seqlens_q))
+        .map_err(wrap)
 }
 
 /// [`flash_attn_varlen`] with the bias of [`flash_attn_alibi`](crate::flash_attn_alibi) in each sequence.

@@ -157,14 +157,42 @@ impl Memory {
     /// This is initialised memory of `device` of elements of type `T`, which stays allocated while the tensor and work launched on
     /// it exist, and which nobody else writes, or reads where the tensor is written, meanwhile.
     pub(crate) unsafe fn tensor<T: Element>(&self, device: &Device, view: &View) -> Result<Tensor<T>> {
-        let View { offset, shape, strides } = *view;
+        let View { offset, shape, strides } = view;
+        // SAFETY: passed on to the caller.
+        unsafe { self.at(device, *offset, shape, strides) }
+    }
+
+    /// The tensor that a layout shows of this memory.
+    ///
+    /// # Errors
+    /// The errors of [`tensor`](Self::tensor).
+    ///
+    /// # Safety
+    /// The contract of [`tensor`](Self::tensor).
+    pub(crate) unsafe fn whole<T: Element>(&self, device: &Device, layout: &Layout) -> Result<Tensor<T>> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.at(device, layout.start_offset(), layout.dims(), layout.stride()) }
+    }
+
+    /// # Safety
+    /// The contract of [`tensor`](Self::tensor).
+    unsafe fn at<T: Element>(
+        &self,
+        device: &Device,
+        offset: usize,
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<Tensor<T>> {
         let last: usize = shape
             .iter()
             .zip(strides)
             .map(|(size, stride)| size.saturating_sub(1) * stride)
             .sum();
         if !shape.contains(&0) && offset + last >= self.elements {
-            candle_core::bail!("{view:?} ends past its storage of {} elements", self.elements)
+            candle_core::bail!(
+                "a tensor {shape:?} with strides {strides:?} from element {offset} ends past its storage of {} elements",
+                self.elements
+            )
         }
         let address = self.address + (offset * size_of::<T>()) as u64;
         // SAFETY: the tensor's elements lie within this memory, as was just checked; the rest is the caller's to see to.

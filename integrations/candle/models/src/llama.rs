@@ -28,7 +28,7 @@ pub use random::random;
 pub use reference::{Agreement, Reference};
 
 /// Tokens whose logits a loss has in memory at one time.
-const LOGITS_AT_ONCE: usize = 256;
+const LOGITS_AT_ONCE: usize = 64;
 
 /// Sizes of a model, as the metadata of its file names them.
 #[derive(Clone, Copy, Debug)]

@@ -21,8 +21,14 @@ fn attend(x: &Tensor, qkv: &Linear, out: &Linear, heads: usize) -> Result<Tensor
 
 #[test]
 fn readme_shows_this_layer() -> Result<()> {
-    let shown = include_str!("readme.rs").split("// ----\n").nth(1).expect("a part between dashes");
-    assert!(include_str!("../../../../README.md").contains(shown), "README has another layer");
+    let shown = include_str!("readme.rs")
+        .split("// ----\n")
+        .nth(1)
+        .expect("a part between dashes");
+    assert!(
+        include_str!("../../../../README.md").contains(shown),
+        "README has another layer"
+    );
 
     let weights = VarMap::new();
     let weights = VarBuilder::from_varmap(&weights, DType::F32, &Device::Cpu);

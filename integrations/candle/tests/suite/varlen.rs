@@ -83,22 +83,38 @@ fn pages_in_any_order_are_the_sequences_they_hold() -> Result<()> {
     };
     let all = |paged: &Tensor| Tensor::cat(&[keys_of(paged, 0)?, keys_of(paged, 1)?], 0);
     let apart = one_by_one(&q, &all(&k)?, &all(&v)?, [&lengths_q, &lengths_k], true)?;
-    let paged = flash_attn_varlen_paged_windowed(
-        &q,
-        &k,
-        &v,
-        &cumulative(&lengths_q)?,
-        &cumulative(&lengths_k)?,
-        &Tensor::new(&table, &Device::Cpu)?,
-        None,
-        20,
-        70,
-        SCALE,
-        None,
-        Some(0),
-        page,
-        None,
-    )?;
+    let paged = |q: &Tensor, k: &Tensor, v: &Tensor, table: &[[u32; 3]; 2]| {
+        flash_attn_varlen_paged_windowed(
+            q,
+            k,
+            v,
+            &cumulative(&lengths_q)?,
+            &cumulative(&lengths_k)?,
+            &Tensor::new(table, &Device::Cpu)?,
+            None,
+            20,
+            70,
+            SCALE,
+            None,
+            Some(0),
+            page,
+            None,
+        )
+    };
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let [q, k, v] = [q.to_dtype(dtype)?, k.to_dtype(dtype)?, v.to_dtype(dtype)?].map(|tensor| tensor.detach());
+        let in_place = paged(&q, &k, &v, &table)?;
+        let apart = one_by_one(&q, &all(&k)?, &all(&v)?, [&lengths_q, &lengths_k], true)?;
+        assert!(distance(&in_place, &apart)? < 1e-6, "{dtype:?}");
+    }
+    for refused in [
+        paged(&q, &k, &v, &[[4, 6, 5], [2, 1, 99]]),
+        paged(&q, &k.detach(), &v.detach(), &[[4, 6, 5], [2, 1, 99]]),
+    ] {
+        let error = first_line(refused.expect_err("there is no page 6"));
+        assert_eq!(error, "block_table has page 6 for sequence 0; it must be below 6");
+    }
+    let paged = paged(&q, &k, &v, &table)?;
     assert_eq!(distance(&paged, &apart)?, 0.0);
     let (paged, apart) = (paged.sqr()?.sum_all()?.backward()?, apart.sqr()?.sum_all()?.backward()?);
     for var in [&k, &v] {

@@ -78,11 +78,13 @@ pub mod problem;
 pub mod program;
 mod progress;
 pub mod reference;
+mod rotary;
 mod sequences;
 mod target;
 mod tensor;
 mod trace;
 
+pub use batch::NewKeys;
 pub use call::Reporting;
 #[cfg(feature = "cuda")]
 pub use cudarc;
@@ -97,6 +99,7 @@ pub use plan::Plan;
 pub use progress::Progress;
 #[cfg(feature = "emulator")]
 pub use ptx_emulator;
+pub use rotary::Rotary;
 pub use sequences::{KvCache, Sequences};
 pub use tensor::Tensor;
 

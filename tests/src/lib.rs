@@ -33,3 +33,8 @@ pub use layout::{Input, Layout, Order, Poisoned};
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;
+
+/// Compiles and runs the examples of the page about sequences.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/sequences.md")]
+struct SequencesPage;

@@ -172,7 +172,11 @@ fn queries_of<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<Vec<(Option<
 }
 
 /// Refuses keys or values without the pages of a cache.
-fn check_pages<T: Element>(argument: &'static str, tensor: &Tensor<T>, cache: &KvCache) -> Result<(), Error> {
+pub(super) fn check_pages<T: Element>(
+    argument: &'static str,
+    tensor: &Tensor<T>,
+    cache: &KvCache,
+) -> Result<(), Error> {
     check_rank(argument, tensor, 4)?;
     for (axis, name) in ["pages", "page_size"].into_iter().enumerate() {
         let (got, expected) = (tensor.shape()[axis], cache.shape()[axis]);

@@ -5,8 +5,11 @@
 //! row_max and row_sum, in place. GPUs launch kernels a sequence. They take keys and numbers of queries contiguous a sequence: the
 //! keys of several pages, and lse, row_max and row_sum of packed queries, pass through the host there.
 
+mod append;
 mod cached;
 mod ragged;
+
+pub use append::NewKeys;
 
 use std::ops::Range;
 

@@ -59,6 +59,11 @@ impl fmt::Display for Error {
                 f,
                 "`page_size` is {page_size}, expected a multiple of {multiple_of}, and not 0"
             ),
+            Self::Rotary {
+                argument,
+                value,
+                expected,
+            } => write!(f, "`{argument}` is {value}, expected {expected}"),
             Self::HeadDim {
                 argument,
                 head_dim,

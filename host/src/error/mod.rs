@@ -101,6 +101,16 @@ pub enum Error {
         multiple_of: usize,
     },
 
+    /// A number that describes a rotary embedding is invalid.
+    Rotary {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Value of the argument.
+        value: f64,
+        /// Values allowed.
+        expected: String,
+    },
+
     /// No kernel serves this head_dim.
     HeadDim {
         /// Name of the tensor.

@@ -301,49 +301,43 @@ impl KvCache {
 
     /// Checks that no new key is written where another sequence has a key, or the same sequence another one.
     fn check_new_places(&self) -> Result<(), Error> {
-        let page_size = self.shape[1];
-        // Pages that get new keys: the sequence, the index of the page in it, and the places that are written.
-        let mut written: HashMap<i32, (usize, usize, Range<usize>)> = HashMap::new();
-        let places = |span: &Span, page: usize, from: usize| {
-            let first = page * page_size;
-            from.max(first) - first..span.end.min(first + page_size) - first
-        };
-        let row = |sequence: usize| &self.table[sequence * self.max_pages..][..self.max_pages];
-        let refused = |sequence: usize, page: i32| Error::Sequence {
-            argument: self.argument_of_pages(),
-            sequence,
-            value: page.into(),
-            expected: "a page in which no other sequence has keys where new ones are written".to_owned(),
-        };
-        for (sequence, span) in self.sequences.iter().enumerate().filter(|(_, span)| span.new > 0) {
-            let old = span.end - span.new;
-            for page in old / page_size..span.end.div_ceil(page_size) {
-                let number = row(sequence)[page];
-                if written
-                    .insert(number, (sequence, page, places(span, page, old)))
-                    .is_some()
-                {
-                    return Err(refused(sequence, number));
-                }
+        // New keys of each page: the sequence, the index of the page in it, and the places that are written.
+        let mut written: HashMap<i32, Vec<(usize, usize, Range<usize>)>> = HashMap::new();
+        for (sequence, span) in self.sequences.iter().enumerate() {
+            for (page, number, places) in self.uses(sequence, span.end - span.new) {
+                written.entry(number).or_default().push((sequence, page, places));
             }
         }
-        for (sequence, span) in self.sequences.iter().enumerate().filter(|_| !written.is_empty()) {
-            if span.begin == span.end {
-                continue;
-            }
-            for page in span.begin / page_size..span.end.div_ceil(page_size) {
-                let number = row(sequence)[page];
-                let Some((writer, of_writer, new)) = written.get(&number) else {
-                    continue;
-                };
-                let read = places(span, page, span.begin);
-                let meets = read.start < new.end && new.start < read.end;
-                if (*writer, *of_writer) != (sequence, page) && meets {
-                    return Err(refused(*writer, number));
+        for sequence in (0..self.batch()).filter(|_| !written.is_empty()) {
+            for (page, number, keys) in self.uses(sequence, self.sequences[sequence].begin) {
+                for (writer, of_writer, new) in written.get(&number).into_iter().flatten() {
+                    let meets = keys.start < new.end && new.start < keys.end;
+                    if (*writer, *of_writer) != (sequence, page) && meets {
+                        return Err(Error::Sequence {
+                            argument: self.argument_of_pages(),
+                            sequence: *writer,
+                            value: number.into(),
+                            expected: "a page without other keys where new ones are written".to_owned(),
+                        });
+                    }
                 }
             }
         }
         Ok(())
+    }
+
+    /// The pages of a sequence's keys from place `from` on: the index of each, its number, and the places of these keys in it.
+    fn uses(&self, sequence: usize, from: usize) -> impl Iterator<Item = (usize, i32, Range<usize>)> {
+        let (end, page_size) = (self.sequences[sequence].end, self.shape[1]);
+        let pages = match from < end {
+            true => from / page_size..end.div_ceil(page_size),
+            false => 0..0,
+        };
+        pages.map(move |page| {
+            let first = page * page_size;
+            let places = from.max(first) - first..end.min(first + page_size) - first;
+            (page, self.table[sequence * self.max_pages + page], places)
+        })
     }
 
     fn argument_of_pages(&self) -> &'static str {

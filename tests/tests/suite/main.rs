@@ -2,6 +2,7 @@
 //! against the host's description of them. It is one binary, because each binary links the library, the emulator and
 //! all kernels.
 
+mod append;
 mod backward;
 mod backward_errors;
 mod cached;
@@ -13,6 +14,7 @@ mod forward;
 mod gpus;
 mod house;
 mod making_errors;
+mod metadata;
 mod micro;
 mod minilm;
 mod nonfinite;

@@ -1,0 +1,309 @@
+//! [`NewKeys`]: keys and values that are written to a cache, before attention to all of them.
+
+use std::ops::Range;
+
+use super::cached::check_pages;
+use super::{check_rank, check_shape};
+use crate::element::Element;
+use crate::error::Error;
+use crate::layout::Sharing;
+use crate::options::Attention;
+use crate::output::Output;
+use crate::rotary::Rotary;
+use crate::sequences::KvCache;
+use crate::tensor::Tensor;
+
+/// The new keys of a step, and their values: those that [`KvCache::append`] made room for.
+///
+/// They are `[batch, heads_kv, seqlen_new, head_dim]`, or packed end to end, `[total_new, heads_kv, head_dim]`, in any strides.
+#[derive(Clone, Debug)]
+pub struct NewKeys<'a, T: Element> {
+    k: &'a Tensor<T>,
+    v: &'a Tensor<T>,
+    rotary: Option<&'a Rotary>,
+    positions: Option<&'a [i32]>,
+}
+
+impl<'a, T: Element> NewKeys<'a, T> {
+    /// Describes new keys and values.
+    pub fn new(k: &'a Tensor<T>, v: &'a Tensor<T>) -> Self {
+        Self {
+            k,
+            v,
+            rotary: None,
+            positions: None,
+        }
+    }
+
+    /// Returns these keys with a rotary embedding: the new keys are turned before they are written, and queries before they are
+    /// compared with keys. New key j and query j of a sequence with n keys before the step stand at position n + j.
+    #[must_use]
+    pub fn rotary(self, rotary: &'a Rotary) -> Self {
+        Self {
+            rotary: Some(rotary),
+            ..self
+        }
+    }
+
+    /// Returns these keys with other positions for the rotary embedding: new key j and query j of sequence i stand at
+    /// `first[i] + j`.
+    #[must_use]
+    pub fn positions(self, first: &'a [i32]) -> Self {
+        Self {
+            positions: Some(first),
+            ..self
+        }
+    }
+
+    /// Position of the first new key of each sequence.
+    fn first_positions(&self, cache: &KvCache) -> Result<Vec<i32>, Error> {
+        match self.positions {
+            None => Ok((0..cache.batch())
+                .map(|sequence| cache.new_keys(sequence).start as i32)
+                .collect()),
+            Some(first) if first.len() == cache.batch() => Ok(first.to_vec()),
+            Some(first) => Err(Error::SequenceCount {
+                argument: "positions",
+                len: first.len(),
+                expected: cache.batch(),
+            }),
+        }
+    }
+}
+
+impl KvCache {
+    /// Writes the new keys of this cache, those of the last [`append`](Self::append), and their values to k and v, its pages. With a
+    /// rotary embedding, keys are turned.
+    ///
+    /// The new keys pass through the host on every device: this is made for decoding, not for long prompts on a GPU.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] and [`Error::ShapeMismatch`] unless k and v are pages of this cache, and the new keys have their heads and
+    /// head_dim; [`Error::Sequence`] for another number of new keys than the cache has room for, and for a position outside of a
+    /// rotary embedding's tables; [`Error::OverlappingStrides`] and [`Error::Aliased`] if two keys share memory;
+    /// [`Error::DeviceMismatch`]; and the errors of [`Rotary::forward`]. Nothing has been written then, unless the device failed.
+    pub fn write<T: Element>(&self, new: &NewKeys<'_, T>, k: &mut Tensor<T>, v: &mut Tensor<T>) -> Result<(), Error> {
+        check_apart(k, v)?;
+        let of_keys = rows_of_new("k_new", new.k, ("k", k), self)?;
+        rows_of_new("v_new", new.v, ("v", v), self)?;
+        let keys = match new.rotary {
+            Some(rotary) => {
+                let first = new.first_positions(self)?;
+                let counts = (0..self.batch()).map(|sequence| self.new_keys(sequence).len());
+                rotary.forward(new.k, &positions(&first, counts)?)?
+            }
+            None => new.k.clone(),
+        };
+        let of_values = new.v.to_vec()?;
+        for (pages, elements, shape) in [(k, keys.to_vec()?, new.k.shape()), (v, of_values, new.v.shape())] {
+            for (sequence, rows) in of_keys.iter().enumerate() {
+                let places = NewRows::new(shape, sequence, rows.clone());
+                for (row, key) in self.new_keys(sequence).enumerate() {
+                    let (page, place) = self.slot(sequence, key);
+                    let token = pages.select(0, page)?.select(0, place)?;
+                    places.write(&elements, row, token)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Attention {
+    /// A step of decoding: writes new keys and values to a cache, and attends to all keys that it then has.
+    ///
+    /// It is [`KvCache::write`], then [`forward_cached`](Self::forward_cached) with queries that are turned as the new keys are if
+    /// there is a rotary embedding; queries then pass through the host, as new keys do.
+    ///
+    /// ```
+    /// use flash_attention::{Attention, Device, KvCache, NewKeys, Rotary, Tensor};
+    ///
+    /// let device = Device::cpu();
+    /// let mut k = Tensor::<f32>::zeros(&device, [4, 8, 1, 16])?; // 4 pages of 8 keys of 1 head
+    /// let mut v = Tensor::<f32>::zeros(&device, [4, 8, 1, 16])?;
+    /// let (attention, rotary) = (Attention::new().causal(), Rotary::new(16, 10_000.0)?);
+    /// let mut cache = KvCache::paged([4, 8], &[0, 1, 2, 3], &[0, 0])?; // 2 sequences without keys
+    /// for seqlen in [5, 1, 1] {
+    ///     let token = Tensor::from_slice(&device, [2, 1, seqlen, 16], &vec![0.5; 32 * seqlen])?;
+    ///     cache = cache.append(&[seqlen as i32; 2])?;
+    ///     let new = NewKeys::new(&token, &token).rotary(&rotary);
+    ///     let output = attention.forward_append(&token, &new, &mut k, &mut v, &cache)?;
+    ///     assert_eq!(output.out.shape(), token.shape());
+    /// }
+    /// assert_eq!(cache.keys(0), 7);
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The errors of [`KvCache::write`] and [`forward_cached`](Self::forward_cached); nothing has been written then, unless the
+    /// device failed.
+    pub fn forward_append<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        new: &NewKeys<'_, T>,
+        k: &mut Tensor<T>,
+        v: &mut Tensor<T>,
+        cache: &KvCache,
+    ) -> Result<Output<T>, Error> {
+        self.plan_cached(q, k, v, cache)?;
+        let turned;
+        let q = match new.rotary {
+            Some(rotary) => {
+                let seqlen_q = |sequence| match cache.queries(sequence) {
+                    Some(range) => range.len(),
+                    None => q.shape()[2],
+                };
+                let counts = (0..cache.batch()).map(seqlen_q);
+                let mut positions = positions(&new.first_positions(cache)?, counts)?;
+                if cache.total_q().is_some() {
+                    // Rows that belong to no sequence see nothing, wherever they stand.
+                    positions.resize(q.shape()[0], 0);
+                }
+                turned = rotary.forward(q, &positions)?;
+                &turned
+            }
+            None => q,
+        };
+        cache.write(new, k, v)?;
+        self.forward_cached(q, k, v, cache)
+    }
+}
+
+/// Positions of tokens: so many for each sequence, from its first on.
+fn positions(first: &[i32], counts: impl Iterator<Item = usize>) -> Result<Vec<i32>, Error> {
+    let mut positions = Vec::new();
+    for (sequence, (&first, count)) in first.iter().zip(counts).enumerate() {
+        let end = i32::try_from(count).ok().and_then(|count| first.checked_add(count));
+        let Some(end) = end.filter(|_| first >= 0) else {
+            return Err(Error::Sequence {
+                argument: "positions",
+                sequence,
+                value: first.into(),
+                expected: format!("at least 0 and at most {}, less {count} tokens", i32::MAX),
+            });
+        };
+        positions.extend(first..end);
+    }
+    Ok(positions)
+}
+
+/// Refuses pages of which two keys share memory.
+fn check_apart<T: Element>(k: &Tensor<T>, v: &Tensor<T>) -> Result<(), Error> {
+    for (argument, tensor) in [("k", k), ("v", v)] {
+        if tensor.info().overlaps_itself() {
+            return Err(Error::OverlappingStrides {
+                argument,
+                shape: tensor.shape().to_vec(),
+                strides: tensor.strides().to_vec(),
+            });
+        }
+    }
+    let (argument, other) = ("v", "k");
+    match v.info().sharing(k.info()) {
+        Sharing::Apart => Ok(()),
+        Sharing::Shared => Err(Error::Aliased { argument, other }),
+        Sharing::Unproven => Err(Error::Interleaved { argument, other }),
+    }
+}
+
+/// Checks new keys or values against the pages they are written to, and returns the rows of each sequence: of packed ones those of
+/// the tensor, else those of its entry.
+fn rows_of_new<T: Element>(
+    argument: &'static str,
+    new: &Tensor<T>,
+    (other, pages): (&'static str, &Tensor<T>),
+    cache: &KvCache,
+) -> Result<Vec<Range<usize>>, Error> {
+    check_pages(other, pages, cache)?;
+    if pages.strides()[3] != 1 {
+        return Err(Error::LastAxisStride {
+            argument: other,
+            stride: pages.strides()[3],
+            strides: pages.strides().to_vec(),
+        });
+    }
+    if new.device() != pages.device() {
+        return Err(Error::DeviceMismatch {
+            argument,
+            got: new.device().to_string(),
+            expected: pages.device().to_string(),
+        });
+    }
+    let counts = (0..cache.batch()).map(|sequence| cache.new_keys(sequence).len());
+    let (heads, head_dim) = (pages.shape()[2], pages.shape()[3]);
+    if new.shape().len() == 3 {
+        let total = counts.clone().sum();
+        check_shape(
+            argument,
+            new,
+            &["total", "heads", "head_dim"],
+            other,
+            &[total, heads, head_dim],
+        )?;
+        let mut first = 0;
+        let rows = counts.map(|count| {
+            first += count;
+            first - count..first
+        });
+        return Ok(rows.collect());
+    }
+    check_rank(argument, new, 4)?;
+    let seqlen = new.shape()[2];
+    let expected = [cache.batch(), heads, seqlen, head_dim];
+    check_shape(
+        argument,
+        new,
+        &["batch", "heads", "seqlen", "head_dim"],
+        other,
+        &expected,
+    )?;
+    match counts.clone().position(|count| count != seqlen) {
+        None => Ok(counts.map(|count| 0..count).collect()),
+        Some(sequence) => Err(Error::Sequence {
+            argument: "seqlens_new",
+            sequence,
+            value: cache.new_keys(sequence).len() as i64,
+            expected: format!("{seqlen}, the seqlen of {argument}"),
+        }),
+    }
+}
+
+/// Places of the rows of one sequence in the elements of new keys, in logical order.
+struct NewRows {
+    /// Element of the first head of the first row; elements from one row to the next, and from one head to the next.
+    first: usize,
+    row_stride: usize,
+    head_stride: usize,
+}
+
+impl NewRows {
+    fn new(shape: &[usize], sequence: usize, rows: Range<usize>) -> Self {
+        match *shape {
+            [_, heads, seqlen, head_dim] => Self {
+                first: (sequence * heads * seqlen + rows.start) * head_dim,
+                row_stride: head_dim,
+                head_stride: seqlen * head_dim,
+            },
+            _ => {
+                let (heads, head_dim) = (shape[1], shape[2]);
+                Self {
+                    first: rows.start * heads * head_dim,
+                    row_stride: heads * head_dim,
+                    head_stride: head_dim,
+                }
+            }
+        }
+    }
+
+    /// Writes row `row` to a token of a cache, `[heads, head_dim]`.
+    fn write<T: Element>(&self, elements: &[T], row: usize, mut token: Tensor<T>) -> Result<(), Error> {
+        let (heads, head_dim) = (token.shape()[0], token.shape()[1]);
+        let of_head =
+            |head: usize| &elements[self.first + row * self.row_stride + head * self.head_stride..][..head_dim];
+        if token.info().is_contiguous() {
+            let all: Vec<T> = (0..heads).flat_map(of_head).copied().collect();
+            return token.write(&all);
+        }
+        (0..heads).try_for_each(|head| token.select(0, head)?.write(of_head(head)))
+    }
+}

@@ -24,7 +24,8 @@ use flash_attention_examples::{
 #[derive(Debug, Parser)]
 #[command(name = "quickstart")]
 struct Options {
-    /// File with the tensors q, k, v and optionally out, lse, dout, dq, dk, dv [default: a layer of all-MiniLM-L6-v2]
+    /// File with the tensors q, k, v and optionally out, lse, dout, dq, dk, dv [default: a layer of all-MiniLM-L6-v2]; v, out,
+    /// dout and dv may have another head_dim than q and k
     #[arg(value_name = "FILE.safetensors")]
     file: Option<PathBuf>,
     /// cpu, cuda, cuda:N, emulator, emulator:sm_80, emulator:sm_90a, or best: a GPU if there is one, else the CPU
@@ -135,7 +136,8 @@ fn run<T: Element>(options: &Options) -> Result<bool, Failure> {
     write_results(options, &written, &mut print)?;
 
     let shape = |tensor: &Tensor<T>| <[usize; 4]>::try_from(tensor.shape()).expect("the forward pass took it");
-    let dims = Dims::with_program(&attention, shape(&q), shape(&k), attention.evaluator()?);
+    let dims =
+        Dims::with_program(&attention, shape(&q), shape(&k), attention.evaluator()?).with_head_dim_v(shape(&v)[3]);
     let out_passes = compare(options, &file, &dims, &output, &mut print)?;
     let gradients_pass = match &gradients {
         Some(gradients) => compare_gradients(options, &file, &dims, gradients, &mut print)?,

@@ -17,13 +17,13 @@ pub struct AttentionFile {
     pub q: Stored,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]` or `[total_k, heads_kv, head_dim]`.
     pub k: Stored,
-    /// Values, with the shape of the keys.
+    /// Values, with the shape of the keys but for head_dim, which may be another.
     pub v: Stored,
-    /// Correct output of full attention, with the shape of the queries.
+    /// Correct output of full attention, with the shape of the queries and the head_dim of the values.
     pub out: Option<Stored>,
     /// Correct log-sum-exp of full attention, `[batch, heads_q, seqlen_q]` or `[heads_q, total_q]`.
     pub lse: Option<Stored>,
-    /// Gradient of the output, with the shape of the queries.
+    /// Gradient of the output, with the shape of the output.
     pub dout: Option<Stored>,
     /// Correct gradients of q, k and v for full attention, each with the shape of its tensor.
     pub gradients: [Option<Stored>; 3],
@@ -152,19 +152,21 @@ impl AttentionFile {
             &[total_q, heads, _] => vec![heads, total_q], // packed sequences
             _ => q[..q.len().min(3)].to_vec(),
         };
+        let rows = q.iter().take(q.len().saturating_sub(1));
+        let out: Vec<usize> = rows.chain(v.last()).copied().collect();
         for (name, answer, expected, model) in [
-            ("out", &self.out, q, "q"),
-            ("lse", &self.lse, &lse[..], "q"),
-            ("dout", &self.dout, q, "q"),
-            ("dq", dq, q, "q"),
-            ("dk", dk, k, "k"),
-            ("dv", dv, v, "v"),
+            ("out", &self.out, &out[..], "`q` has, with the head_dim of `v`"),
+            ("lse", &self.lse, &lse[..], "`q` has"),
+            ("dout", &self.dout, &out[..], "`q` has, with the head_dim of `v`"),
+            ("dq", dq, q, "`q` has"),
+            ("dk", dk, k, "`k` has"),
+            ("dv", dv, v, "`v` has"),
         ] {
             if let Some(answer) = answer
                 && answer.shape != expected
             {
                 return Err(format!(
-                    "`{name}` has shape {:?}, expected {expected:?} as `{model}` has",
+                    "`{name}` has shape {:?}, expected {expected:?} as {model}",
                     answer.shape
                 ));
             }

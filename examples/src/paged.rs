@@ -42,19 +42,20 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, cache: &
         [_, heads_q, head_dim] | [_, heads_q, _, head_dim] => (heads_q, head_dim),
         _ => unreachable!("forward took q"),
     };
-    let heads_kv = file.k.shape[2];
-    let len = file.q.elements.len();
-    let rows = len / head_dim;
+    let &[_, _, heads_kv, head_dim_v] = &file.v.shape[..] else {
+        unreachable!("forward took v")
+    };
+    let rows = file.q.elements.len() / head_dim;
     let mut answers = PackedAnswers {
-        exact: vec![vec![0.0; len]],
-        standard: vec![vec![T::default(); len]],
+        exact: vec![vec![0.0; rows * head_dim_v]],
+        standard: vec![vec![T::default(); rows * head_dim_v]],
         exact_lse: vec![f64::NEG_INFINITY; rows],
         standard_lse: vec![f32::NEG_INFINITY; rows],
     };
-    let of_queries = Rows {
+    let [of_queries, of_out] = [head_dim, head_dim_v].map(|head_dim| Rows {
         heads: heads_q,
         head_dim,
-    };
+    });
     for sequence in 0..cache.batch() {
         // Queries of a batch are packed head after head: the rows of one sequence lie together.
         let seqlen_q = cache
@@ -65,12 +66,13 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, cache: &
             attention,
             [1, heads_q, seqlen_q, head_dim],
             [1, heads_kv, keys, head_dim],
-        );
+        )
+        .with_head_dim_v(head_dim_v);
         let first = sequence * heads_q * seqlen_q;
-        let entry = first * head_dim..(first + heads_q * seqlen_q) * head_dim;
+        let entry = |head_dim: usize| first * head_dim..(first + heads_q * seqlen_q) * head_dim;
         let q = match cache.queries(sequence) {
             Some(range) => of_queries.take(&file.q.elements, &range),
-            None => file.q.elements[entry.clone()].to_vec(),
+            None => file.q.elements[entry(head_dim)].to_vec(),
         };
         let [k, v] = [&file.k, &file.v].map(|pages| gathered(pages, cache, sequence));
         let wide = |data: &[f32]| -> Vec<f64> { data.iter().map(|&x| x.into()).collect() };
@@ -79,12 +81,12 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, cache: &
         let (standard_out, standard_lse) = reference::standard(&dims, &round(&q), &round(&k), &round(&v));
         match cache.queries(sequence) {
             Some(range) => {
-                of_queries.put(&mut answers.exact[0], &range, &out);
-                of_queries.put(&mut answers.standard[0], &range, &standard_out);
+                of_out.put(&mut answers.exact[0], &range, &out);
+                of_out.put(&mut answers.standard[0], &range, &standard_out);
             }
             None => {
-                answers.exact[0][entry.clone()].copy_from_slice(&out);
-                answers.standard[0][entry].copy_from_slice(&standard_out);
+                answers.exact[0][entry(head_dim_v)].copy_from_slice(&out);
+                answers.standard[0][entry(head_dim_v)].copy_from_slice(&standard_out);
             }
         }
         for head in 0..heads_q {

@@ -37,9 +37,9 @@ pub fn sequences(file: &AttentionFile) -> Result<Sequences, Failure> {
 /// Computes full attention for each sequence of a file, in f64 and as a framework does it in `T`.
 pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, sequences: &Sequences) -> PackedAnswers<T> {
     let [total_q, heads_q, head_dim] = <[usize; 3]>::try_from(&file.q.shape[..]).expect("forward took q");
-    let heads_kv = file.k.shape[1];
-    let lens = [file.q.elements.len(), file.q.elements.len(), file.k.elements.len()];
-    let lens = [lens[0], lens[1], lens[2], lens[2]];
+    let [_, heads_kv, head_dim_v] = <[usize; 3]>::try_from(&file.v.shape[..]).expect("forward took v");
+    let [q, k, v] = [&file.q, &file.k, &file.v].map(|stored| stored.elements.len());
+    let lens = [total_q * heads_q * head_dim_v, q, k, v];
     let results = if file.dout.is_some() { 4 } else { 1 };
     let mut answers = PackedAnswers {
         exact: lens[..results].iter().map(|&len| vec![0.0; len]).collect(),
@@ -53,27 +53,32 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, sequence
             attention,
             [1, heads_q, queries.len(), head_dim],
             [1, heads_kv, keys.len(), head_dim],
-        );
-        let rows = |heads| Rows { heads, head_dim };
-        let (of_queries, of_keys) = (rows(heads_q), rows(heads_kv));
+        )
+        .with_head_dim_v(head_dim_v);
+        let rows = |heads, head_dim| Rows { heads, head_dim };
+        let (of_queries, of_keys) = (rows(heads_q, head_dim), rows(heads_kv, head_dim));
+        let (of_out, of_values) = (rows(heads_q, head_dim_v), rows(heads_kv, head_dim_v));
         let q = of_queries.take(&file.q.elements, &queries);
-        let [k, v] = [&file.k, &file.v].map(|stored| of_keys.take(&stored.elements, &keys));
+        let (k, v) = (
+            of_keys.take(&file.k.elements, &keys),
+            of_values.take(&file.v.elements, &keys),
+        );
         let wide = |data: &[f32]| -> Vec<f64> { data.iter().map(|&x| x.into()).collect() };
         let round = |data: &[f32]| -> Vec<T> { data.iter().map(|&x| T::from_f32(x)).collect() };
         let (out, lse) = reference::forward(&dims, &wide(&q), &wide(&k), &wide(&v));
         let (standard_out, standard_lse) = reference::standard(&dims, &round(&q), &round(&k), &round(&v));
-        of_queries.put(&mut answers.exact[0], &queries, &out);
-        of_queries.put(&mut answers.standard[0], &queries, &standard_out);
+        of_out.put(&mut answers.exact[0], &queries, &out);
+        of_out.put(&mut answers.standard[0], &queries, &standard_out);
         for head in 0..heads_q {
             let (from, to) = (head * queries.len(), head * total_q + queries.start);
             answers.exact_lse[to..][..queries.len()].copy_from_slice(&lse[from..][..queries.len()]);
             answers.standard_lse[to..][..queries.len()].copy_from_slice(&standard_lse[from..][..queries.len()]);
         }
         if let Some(dout) = &file.dout {
-            let dout = of_queries.take(&dout.elements, &queries);
+            let dout = of_out.take(&dout.elements, &queries);
             let exact = reference::backward(&dims, &wide(&q), &wide(&k), &wide(&v), &wide(&dout));
             let standard = reference::standard_backward(&dims, &round(&q), &round(&k), &round(&v), &round(&dout));
-            for (i, (rows, range)) in [(of_queries, &queries), (of_keys, &keys), (of_keys, &keys)]
+            for (i, (rows, range)) in [(of_queries, &queries), (of_keys, &keys), (of_values, &keys)]
                 .into_iter()
                 .enumerate()
             {

@@ -27,6 +27,11 @@ impl DeviceId {
             text: text.into(),
         }
     }
+
+    /// Returns true for the CPU device, `cpu` or, with its instructions, `cpu:avx2`.
+    pub(crate) fn is_cpu(&self) -> bool {
+        self.text.split(':').next() == Some("cpu")
+    }
 }
 
 /// Writes the device's text: `cpu`, `cuda:0`, `emulator:sm_80`.

@@ -190,7 +190,7 @@ impl Attention {
         }
     }
 
-    /// Multiplies scores by `scale` before the softmax, instead of by `1 / sqrt(head_dim)`. Any finite number is
+    /// Multiplies scores by `scale` before the softmax, instead of by `1 / sqrt(head_dim)` of q and k. Any finite number is
     /// allowed, negative numbers and 0 included.
     #[must_use]
     pub fn softmax_scale(self, scale: f32) -> Self {
@@ -225,7 +225,7 @@ impl Attention {
         self.deterministic
     }
 
-    /// Returns the factor of the scores at this head_dim.
+    /// Returns the factor of the scores at this head_dim of q and k.
     pub fn scale_for(&self, head_dim: usize) -> f32 {
         self.softmax_scale
             .unwrap_or_else(|| (1.0 / (head_dim as f64).sqrt()) as f32)

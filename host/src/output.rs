@@ -11,7 +11,7 @@ use crate::tensor::Tensor;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Output<T: Element> {
-    /// Attention output, `[batch, heads_q, seqlen_q, head_dim]`. It is 0 for a query that sees no key.
+    /// Attention output, `[batch, heads_q, seqlen_q, head_dim_v]`. It is 0 for a query that sees no key.
     pub out: Tensor<T>,
     /// Natural logarithm of the sum of exponentials of each query's scaled scores, f32 `[batch, heads_q, seqlen_q]`.
     /// It is minus infinity for a query that sees no key. The backward pass needs it. `out` and `lse` suffice to
@@ -62,7 +62,7 @@ pub struct Gradients<T: Element> {
     pub dq: Tensor<T>,
     /// Gradient of k, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
     pub dk: Tensor<T>,
-    /// Gradient of v, `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share it.
+    /// Gradient of v, `[batch, heads_kv, seqlen_k, head_dim_v]`, summed over the query heads that share it.
     pub dv: Tensor<T>,
     /// Gradient of [`Attention::bias`](crate::Attention::bias), f32 with the shape of the bias, if
     /// [`Attention::table_gradients`](crate::Attention::table_gradients) asked for it. Broadcast axes are summed.

@@ -12,8 +12,8 @@ use crate::program::{Derivative, Evaluator, Pair, Value};
 
 /// Sizes and options of a problem whose tensors are contiguous slices.
 ///
-/// q and out are `[batch, heads_q, seqlen_q, head_dim]`, k and v `[batch, heads_kv, seqlen_k, head_dim]`, lse is
-/// `[batch, heads_q, seqlen_q]`.
+/// q is `[batch, heads_q, seqlen_q, head_dim]`, k `[batch, heads_kv, seqlen_k, head_dim]`, v `[batch, heads_kv, seqlen_k,
+/// head_dim_v]`, out `[batch, heads_q, seqlen_q, head_dim_v]`, lse `[batch, heads_q, seqlen_q]`.
 #[derive(Clone, Debug)]
 pub struct Dims {
     /// Number of independent sequences.
@@ -26,8 +26,10 @@ pub struct Dims {
     pub seqlen_q: usize,
     /// Length of the key sequence.
     pub seqlen_k: usize,
-    /// Elements of a head (head_dim).
+    /// Elements of a head of q and k (head_dim).
     pub head_dim: usize,
+    /// Elements of a head of v and out.
+    pub head_dim_v: usize,
     /// True for a causal mask: query i sees only the keys up to `i + seqlen_k - seqlen_q`.
     pub causal: bool,
     /// Factor of the scores before the softmax.
@@ -37,7 +39,7 @@ pub struct Dims {
 }
 
 impl Dims {
-    /// Collects the sizes of q and k, given by their shapes, and the options of a call.
+    /// Collects the sizes of q and k, given by their shapes, and the options of a call. v has the shape of k.
     ///
     /// # Panics
     /// If the attention's score program is invalid or reads tables; use [`with_program`](Self::with_program) for
@@ -60,10 +62,17 @@ impl Dims {
             seqlen_q,
             seqlen_k,
             head_dim,
+            head_dim_v: head_dim,
             causal,
             softmax_scale,
             program,
         }
+    }
+
+    /// Returns these sizes with another head_dim of v and out.
+    #[must_use]
+    pub fn with_head_dim_v(self, head_dim_v: usize) -> Self {
+        Self { head_dim_v, ..self }
     }
 
     /// Returns the number of keys that a query sees without a program, from the first key.
@@ -80,7 +89,7 @@ impl Dims {
     /// Iterates over the queries in order, each with its row in q, the keys it sees and their values.
     fn queries<'a, T>(&'a self, q: &'a [T], k: &'a [T], v: &'a [T]) -> impl Iterator<Item = Query<'a, T>> {
         let rows = self.batch * self.heads_q * self.seqlen_q;
-        let row_of = |tensor: &'a [T], row: usize| &tensor[row * self.head_dim..][..self.head_dim];
+        let row_of = |tensor: &'a [T], width: usize, row: usize| &tensor[row * width..][..width];
         (0..rows).map(move |row| {
             let (heads, position) = (row / self.seqlen_q, row % self.seqlen_q);
             let (batch, head) = (heads / self.heads_q, heads % self.heads_q);
@@ -97,15 +106,15 @@ impl Dims {
             };
             let sees = |pair: &Pair| self.program.as_ref().is_none_or(|program| program.sees(pair));
             let pairs: Vec<Pair> = (0..self.visible(position)).map(pair).filter(sees).collect();
-            let row_of_pair = |tensor, pair: &Pair| row_of(tensor, first + pair.key as usize);
+            let row_of_pair = |tensor, width, pair: &Pair| row_of(tensor, width, first + pair.key as usize);
             Query {
                 row,
                 heads,
                 first_key: first,
                 sink: self.program.as_ref().and_then(|program| program.sink(head)),
-                q: row_of(q, row),
-                keys: pairs.iter().map(|pair| row_of_pair(k, pair)).collect(),
-                values: pairs.iter().map(|pair| row_of_pair(v, pair)).collect(),
+                q: row_of(q, self.head_dim, row),
+                keys: pairs.iter().map(|pair| row_of_pair(k, self.head_dim, pair)).collect(),
+                values: pairs.iter().map(|pair| row_of_pair(v, self.head_dim_v, pair)).collect(),
                 kept: pairs.iter().map(|pair| self.kept(pair)).collect(),
                 pairs,
             }
@@ -194,7 +203,7 @@ pub fn forward(dims: &Dims, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f
         let softmax = Softmax::new(&scores(dims, &query).1, query.sink, dims.program.is_some());
         let weights = softmax.probabilities.iter().zip(&query.kept).map(|(p, kept)| p * kept);
         let weights: Vec<f64> = weights.collect();
-        out.extend((0..dims.head_dim).map(|d| {
+        out.extend((0..dims.head_dim_v).map(|d| {
             weights
                 .iter()
                 .zip(&query.values)
@@ -229,7 +238,7 @@ pub fn standard<T: Element>(dims: &Dims, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, 
             lse: query_lse,
             ..
         } = probabilities(dims, &query);
-        out.extend((0..dims.head_dim).map(|d| {
+        out.extend((0..dims.head_dim_v).map(|d| {
             T::from_f32(
                 weights
                     .iter()
@@ -307,19 +316,19 @@ fn gradients(
     dout: &[f64],
     of_tables: bool,
 ) -> AllGradients<f64> {
-    let (scale, head_dim) = (f64::from(dims.softmax_scale), dims.head_dim);
+    let (scale, head_dim, head_dim_v) = (f64::from(dims.softmax_scale), dims.head_dim, dims.head_dim_v);
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|tensor| vec![0.0; tensor.len()]);
     let mut slopes = Slopes::new(dims, of_tables);
     let mut dsinks = vec![0.0; dims.heads_q];
     for query in dims.queries(q, k, v) {
-        let dout = &dout[query.row * head_dim..][..head_dim];
+        let dout = &dout[query.row * head_dim_v..][..head_dim_v];
         let (scaled, taken) = scores(dims, &query);
         let Softmax { probabilities: p, lse } = Softmax::new(&taken, query.sink, dims.program.is_some());
         let of_pairs = query.values.iter().zip(&query.kept);
         let dp: Vec<f64> = of_pairs.map(|(value, kept)| kept * dot(dout, value)).collect();
         let delta = match out {
-            Some(out) => dot(dout, &out[query.row * head_dim..][..head_dim]),
+            Some(out) => dot(dout, &out[query.row * head_dim_v..][..head_dim_v]),
             None => dot(&p, &dp),
         };
         if let Some(sink) = query.sink {
@@ -327,12 +336,15 @@ fn gradients(
         }
         let dq = &mut dq[query.row * head_dim..][..head_dim];
         for (j, (key, pair)) in query.keys.iter().zip(&query.pairs).enumerate() {
-            let of_key = (query.first_key + pair.key as usize) * head_dim;
+            let row = query.first_key + pair.key as usize;
+            let (of_key, of_value) = (row * head_dim, row * head_dim_v);
             let ds = slopes.pull_back(pair, scaled[j], p[j] * (dp[j] - delta));
             for d in 0..head_dim {
                 dq[d] += scale * ds * key[d];
                 dk[of_key + d] += scale * ds * query.q[d];
-                dv[of_key + d] += query.kept[j] * p[j] * dout[d];
+            }
+            for d in 0..head_dim_v {
+                dv[of_value + d] += query.kept[j] * p[j] * dout[d];
             }
         }
     }
@@ -422,14 +434,18 @@ pub fn standard_backward_with_tables<T: Element>(
     dout: &[T],
     of_tables: bool,
 ) -> AllGradients<T> {
-    let (scale, head_dim) = (dims.softmax_scale, dims.head_dim);
+    let (scale, head_dim, head_dim_v) = (dims.softmax_scale, dims.head_dim, dims.head_dim_v);
     let round = |x: f32| T::from_f32(x).to_f32();
-    let of_queries = dims.batch * dims.heads_q * dims.seqlen_k * head_dim;
-    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; of_queries], vec![0.0; of_queries]);
+    let rows = dims.batch * dims.heads_q * dims.seqlen_k; // of keys for each query head
+    let (mut dq, mut dk, mut dv) = (
+        vec![0.0; q.len()],
+        vec![0.0; rows * head_dim],
+        vec![0.0; rows * head_dim_v],
+    );
     let mut slopes = Slopes::new(dims, of_tables);
     let mut dsinks = vec![0.0; dims.heads_q];
     for query in dims.queries(q, k, v) {
-        let dout = &dout[query.row * head_dim..][..head_dim];
+        let dout = &dout[query.row * head_dim_v..][..head_dim_v];
         let Probabilities {
             scaled,
             weights: p,
@@ -446,18 +462,21 @@ pub fn standard_backward_with_tables<T: Element>(
 
         let dq = &mut dq[query.row * head_dim..][..head_dim];
         for (j, (key, pair)) in query.keys.iter().zip(&query.pairs).enumerate() {
-            let of_key = (query.heads * dims.seqlen_k + pair.key as usize) * head_dim;
+            let row = query.heads * dims.seqlen_k + pair.key as usize;
+            let (of_key, of_value) = (row * head_dim, row * head_dim_v);
             let dy = round(p[j] * (dp[j] - delta));
             let ds = round(round(slopes.pull_back(pair, scaled[j].into(), dy.into()) as f32) * scale);
             for d in 0..head_dim {
                 dq[d] += ds * key[d].to_f32();
                 dk[of_key + d] += ds * query.q[d].to_f32();
-                dv[of_key + d] += kept[j] * dout[d].to_f32();
+            }
+            for d in 0..head_dim_v {
+                dv[of_value + d] += kept[j] * dout[d].to_f32();
             }
         }
     }
-    let head = dims.seqlen_k * head_dim;
-    let add_up = |gradient: Vec<f32>| -> Vec<T> {
+    let add_up = |gradient: Vec<f32>, width: usize| -> Vec<T> {
+        let head = dims.seqlen_k * width;
         let groups = gradient.chunks((head * (dims.heads_q / dims.heads_kv)).max(1));
         let sum = |group: &[f32], i: usize| group.chunks(head).map(|gradient| round(gradient[i])).sum::<f32>();
         groups
@@ -466,8 +485,8 @@ pub fn standard_backward_with_tables<T: Element>(
     };
     AllGradients {
         dq: dq.into_iter().map(T::from_f32).collect(),
-        dk: add_up(dk),
-        dv: add_up(dv),
+        dk: add_up(dk, head_dim),
+        dv: add_up(dv, head_dim_v),
         tables: slopes.tables,
         table_terms: slopes.terms,
         sinks: dims.has_sinks().then_some(dsinks),

@@ -30,8 +30,8 @@ impl Allowances {
 
     /// Returns the largest errors allowed for out and lse.
     pub(crate) fn bounds<T: Element>(self, inputs: &Inputs<T>, dims: &Dims, out: &[f64], lse: &[f64]) -> [f64; 2] {
-        self.twice_largest(dims.head_dim, |by| {
-            let (inputs, out) = (inputs.rotated(dims.head_dim, by), rotated(out, dims.head_dim, by));
+        self.twice_largest(|order| {
+            let (inputs, out) = (inputs.rotated(dims, order), rotated(out, dims.head_dim_v, order));
             let errors = inputs.standard_errors(dims, &out, lse);
             if !self.overflow || errors.iter().all(|error| error.is_finite()) {
                 return errors;
@@ -53,10 +53,12 @@ impl Allowances {
         dout: &[T],
         oracle: &[Vec<f64>; 3],
     ) -> [f64; 3] {
-        let head_dim = case.q[3];
-        let mut bounds = self.twice_largest(head_dim, |by| {
-            let (inputs, dout) = (inputs.rotated(head_dim, by), rotated(dout, head_dim, by));
-            let oracle = oracle.each_ref().map(|gradient| rotated(gradient, head_dim, by));
+        let dims = case.dims();
+        let mut bounds = self.twice_largest(|order| {
+            let (inputs, dout) = (inputs.rotated(&dims, order), rotated(dout, dims.head_dim_v, order));
+            let [dq, dk, dv] = oracle;
+            let oracle = [(dq, dims.head_dim), (dk, dims.head_dim), (dv, dims.head_dim_v)]
+                .map(|(gradient, head_dim)| rotated(gradient, head_dim, order));
             let errors = inputs.standard_gradient_errors(case, &dout, &oracle);
             if !self.overflow || errors.iter().all(|error| error.is_finite()) {
                 return errors;
@@ -75,9 +77,9 @@ impl Allowances {
     }
 
     /// Applies the rule to the largest of the errors that standard attention has in each order of columns.
-    fn twice_largest<const N: usize>(self, head_dim: usize, errors: impl Fn(usize) -> [f64; N]) -> [f64; N] {
+    fn twice_largest<const N: usize>(self, errors: impl Fn(usize) -> [f64; N]) -> [f64; N] {
         let orders = if self.orders { 4 } else { 1 };
-        let errors: Vec<[f64; N]> = (0..orders).map(|order| errors(order * head_dim / 4)).collect();
+        let errors: Vec<[f64; N]> = (0..orders).map(errors).collect();
         std::array::from_fn(|i| 2.0 * errors.iter().fold(0.0, |largest, errors| errors[i].max(largest)) + 1e-5)
     }
 }
@@ -86,17 +88,20 @@ fn to_f16(numbers: &[f32]) -> Vec<f16> {
     numbers.iter().map(|&x| f16::from_f32(x)).collect()
 }
 
-/// Rotates the columns of every row by a number of places.
-fn rotated<E: Copy>(rows: &[E], head_dim: usize, by: usize) -> Vec<E> {
+/// Rotates the columns of every row by `order` quarters of it.
+fn rotated<E: Copy>(rows: &[E], head_dim: usize, order: usize) -> Vec<E> {
     let mut rows = rows.to_vec();
-    rows.chunks_mut(head_dim).for_each(|row| row.rotate_left(by));
+    rows.chunks_mut(head_dim)
+        .for_each(|row| row.rotate_left(order * head_dim / 4));
     rows
 }
 
 impl<T: Element> Inputs<T> {
     /// Returns q, k and v with rotated columns. Exact results are the same, with rotated columns.
-    fn rotated(&self, head_dim: usize, by: usize) -> Self {
-        let [q, k, v] = [&self.q, &self.k, &self.v].map(|rows| rotated(rows, head_dim, by));
+    fn rotated(&self, dims: &Dims, order: usize) -> Self {
+        let (head_dim, head_dim_v) = (dims.head_dim, dims.head_dim_v);
+        let [q, k, v] = [(&self.q, head_dim), (&self.k, head_dim), (&self.v, head_dim_v)]
+            .map(|(rows, head_dim)| rotated(rows, head_dim, order));
         Self { q, k, v }
     }
 
@@ -111,15 +116,15 @@ impl<T: Element> Inputs<T> {
     /// delta is `sum(dout * out)` with out in its dtype, where standard attention sums `P * dP`. The gradient of a score may
     /// differ by twice the [`delta_errors`] of its query times its weight.
     fn delta_limits(&self, case: &Case, dout: &[T]) -> [f64; 2] {
-        let (dims, head_dim) = (case.dims(), case.q[3]);
+        let (dims, head_dim, head_dim_v) = (case.dims(), case.q[3], case.head_dim_v);
         let [q, k, dout] = [&self.q[..], &self.k, dout].map(|data| data.iter().map(|x| x.to_f64()).collect::<Vec<_>>());
         let (out, _) = self.oracle(&dims);
-        let row = |data: &[f64], row: usize| data[row * head_dim..][..head_dim].to_vec();
+        let row = |data: &[f64], head_dim: usize, row: usize| data[row * head_dim..][..head_dim].to_vec();
         let (mut largest_dq, mut dk) = (0.0_f64, vec![0.0; k.len()]);
-        for query in 0..out.len() / head_dim {
-            let [shared, own] = delta_errors::<T>(&row(&dout, query), &row(&out, query));
+        for query in 0..out.len() / head_dim_v {
+            let [shared, own] = delta_errors::<T>(&row(&dout, head_dim_v, query), &row(&out, head_dim_v, query));
             let [shared, own] = [shared, own].map(|error| 2.0 * f64::from(dims.softmax_scale).abs() * error);
-            let query_row = row(&q, query);
+            let query_row = row(&q, head_dim, query);
             let (mut mean, mut mean_of_sizes) = (vec![0.0; head_dim], vec![0.0; head_dim]);
             for (key, weight) in weights(&dims, &query_row, &k, query) {
                 for d in 0..head_dim {

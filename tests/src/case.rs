@@ -2,8 +2,9 @@
 
 use std::fmt::Debug;
 
+use flash_attention::device::DeviceKind;
 use flash_attention::reference::{self, Dims};
-use flash_attention::{Attention, Device, Dtype, Element};
+use flash_attention::{Attention, Device, Dtype, Element, Error, Output, Tensor};
 
 use crate::layout::{Input, Layout, Poisoned};
 use crate::{Allowances, compare, devices, files, largest_error};
@@ -17,8 +18,10 @@ pub struct Case {
     pub attention: Attention,
     /// `[batch, heads_q, seqlen_q, head_dim]`.
     pub q: [usize; 4],
-    /// `[batch, heads_kv, seqlen_k, head_dim]`.
+    /// Shape of k, and of v but for its head_dim: `[batch, heads_kv, seqlen_k, head_dim]`.
     pub kv: [usize; 4],
+    /// head_dim of v and out.
+    pub head_dim_v: usize,
     /// Memory of q, k, v and out.
     pub layouts: [Layout; 4],
     /// Standard deviation of the normal distribution that inputs are drawn from.
@@ -86,6 +89,7 @@ impl Case {
             attention: Attention::new(),
             q,
             kv,
+            head_dim_v: kv[3],
             layouts: [Layout::default(); 4],
             deviation: 1.0,
             seed: 1,
@@ -96,6 +100,24 @@ impl Case {
     /// Makes a case of one batch entry and one head.
     pub fn one_head(dtype: Dtype, seqlen_q: usize, seqlen_k: usize, head_dim: usize) -> Self {
         Self::new(dtype, [1, 1, seqlen_q, head_dim], [1, 1, seqlen_k, head_dim])
+    }
+
+    /// Returns this case with another head_dim of v and out.
+    #[must_use]
+    pub fn with_head_dim_v(self, head_dim_v: usize) -> Self {
+        Self { head_dim_v, ..self }
+    }
+
+    /// Returns the shape of v.
+    pub fn v_shape(&self) -> [usize; 4] {
+        let [batch, heads, seqlen, _] = self.kv;
+        [batch, heads, seqlen, self.head_dim_v]
+    }
+
+    /// Returns the shape of out.
+    pub fn out_shape(&self) -> [usize; 4] {
+        let [batch, heads, seqlen, _] = self.q;
+        [batch, heads, seqlen, self.head_dim_v]
     }
 
     /// Returns this case with other options.
@@ -143,6 +165,42 @@ impl Case {
         for_dtype!(self.dtype, T => self.check_as::<T>(devices.into_iter()));
     }
 
+    /// Returns true if a device serves the case. Portable kernels of GPUs refuse a v of another head_dim than q, and nothing else.
+    ///
+    /// # Panics
+    /// If the device refuses the case for another reason.
+    pub fn is_served<T: Element>(&self, device: &Device, backward: bool) -> bool {
+        if self.head_dim_v == self.kv[3] || device.kind() == DeviceKind::Cpu {
+            return true;
+        }
+        let inputs = self.inputs::<T>();
+        let place = |layout: Layout, shape: [usize; 4], elements: &[T]| {
+            layout.input(device, shape, elements).expect("it fits").tensor
+        };
+        let q = place(self.layouts[0], self.q, &inputs.q);
+        let k = place(self.layouts[1], self.kv, &inputs.k);
+        let v = place(self.layouts[2], self.v_shape(), &inputs.v);
+        let plan = if backward {
+            let dout = place(self.layouts[0], self.out_shape(), &self.dout::<T>());
+            let out = self.layouts[3]
+                .output(device, self.out_shape())
+                .expect("it fits")
+                .tensor;
+            let lse = Tensor::empty(device, &self.q[..3]).expect("it fits");
+            self.attention.plan_backward(&q, &k, &v, &Output::new(out, lse), &dout)
+        } else {
+            self.attention.plan(&q, &k, &v)
+        };
+        match plan {
+            Ok(_) => true,
+            Err(Error::Unsupported {
+                feature: "a v of another head_dim than q",
+                ..
+            }) => false,
+            Err(error) => panic!("{self:?} on {device}: {error}"),
+        }
+    }
+
     fn check_as<'a, T: Element>(&self, devices: impl Iterator<Item = &'a Device>) {
         self.check_of(&self.inputs::<T>(), devices);
     }
@@ -153,7 +211,7 @@ impl Case {
     /// If a device fails, or a result differs by more than the rule allows.
     pub fn check_of<'a, T: Element>(&self, inputs: &Inputs<T>, devices: impl IntoIterator<Item = &'a Device>) {
         let mut expected = None;
-        for device in devices {
+        for device in devices.into_iter().filter(|device| self.is_served::<T>(device, false)) {
             let (placed, outcome) = self.run(device, inputs);
             // Broadcasting repeats some of the drawn elements; it does so equally on all devices.
             let expected = expected.get_or_insert_with(|| Expected::of(self, &placed));
@@ -172,7 +230,7 @@ impl Case {
         Inputs {
             q: draw(self.q, 0),
             k: draw(self.kv, 1),
-            v: draw(self.kv, 2),
+            v: draw(self.v_shape(), 2),
         }
     }
 
@@ -184,7 +242,7 @@ impl Case {
         fn must<V, E: Debug>(case: &Case, device: &Device, result: Result<V, E>) -> V {
             result.unwrap_or_else(|error| panic!("{case:?} on {device}: {error:#?}"))
         }
-        let [q, k, v] = [(self.q, &inputs.q), (self.kv, &inputs.k), (self.kv, &inputs.v)];
+        let [q, k, v] = [(self.q, &inputs.q), (self.kv, &inputs.k), (self.v_shape(), &inputs.v)];
         let place = |layout: Layout, (shape, elements): ([usize; 4], &Vec<T>)| -> Input<T> {
             must(self, device, layout.input(device, shape, elements))
         };
@@ -193,7 +251,7 @@ impl Case {
             place(self.layouts[1], k),
             place(self.layouts[2], v),
         );
-        let mut out: Poisoned<T> = must(self, device, self.layouts[3].output(device, self.q));
+        let mut out: Poisoned<T> = must(self, device, self.layouts[3].output(device, self.out_shape()));
         let mut lse: Poisoned<f32> = must(self, device, Poisoned::contiguous(device, &self.q[..3]));
         let result = self
             .attention
@@ -214,7 +272,7 @@ impl Case {
     /// Returns the sizes and options for the reference.
     pub fn dims(&self) -> Dims {
         let program = self.attention.evaluator().expect("a program that the device took");
-        Dims::with_program(&self.attention, self.q, self.kv, program)
+        Dims::with_program(&self.attention, self.q, self.kv, program).with_head_dim_v(self.head_dim_v)
     }
 }
 
@@ -247,7 +305,7 @@ impl Expected {
 
     fn check<T: Element>(&self, name: &str, case: &Case, outcome: &Outcome<T>) {
         let [out_bound, lse_bound] = self.bounds;
-        let out = compare("out", &case.q, &outcome.out, &self.out, out_bound);
+        let out = compare("out", &case.out_shape(), &outcome.out, &self.out, out_bound);
         let lse = compare("lse", &case.q[..3], &outcome.lse, &self.lse, lse_bound);
         if let Some(mismatch) = out.err().or(lse.err()) {
             panic!("{name}\n{mismatch}");

@@ -53,7 +53,7 @@ pub struct Prepared<T: Element> {
 impl Case {
     /// Draws the gradient of the output from the seed.
     pub fn dout<T: Element>(&self) -> Vec<T> {
-        files::normal(self.q.iter().product(), 1.0, self.seed * 3 + 1_000_003)
+        files::normal(self.out_shape().iter().product(), 1.0, self.seed * 3 + 1_000_003)
             .into_iter()
             .map(T::from_f32)
             .collect()
@@ -90,7 +90,8 @@ impl Case {
         devices: impl IntoIterator<Item = &'a Device>,
     ) {
         let mut expected = None;
-        for device in devices {
+        let is_served = |device: &&Device| self.is_served::<T>(device, false) && self.is_served::<T>(device, true);
+        for device in devices.into_iter().filter(is_served) {
             let (placed, outcome) = self.run_backward(device, inputs, dout);
             // Broadcasting repeats some of the drawn elements; it does so equally on all devices.
             let (oracle, bounds) = expected.get_or_insert_with(|| {
@@ -98,7 +99,7 @@ impl Case {
                 let bounds = (self.allowances).gradient_bounds(self, &placed.0, &placed.1, &oracle);
                 (oracle, bounds)
             });
-            let shapes = [self.q, self.kv, self.kv];
+            let shapes = [self.q, self.kv, self.v_shape()];
             for (i, (name, gradient)) in outcome.named().into_iter().enumerate() {
                 if let Err(mismatch) = compare(name, &shapes[i], gradient, &oracle[i], bounds[i]) {
                     panic!("{self:?} on {device}\n{mismatch}");
@@ -120,9 +121,9 @@ impl Case {
         let [q, k, v] = [
             place(layouts[0], self.q, &inputs.q),
             place(layouts[1], self.kv, &inputs.k),
-            place(layouts[2], self.kv, &inputs.v),
+            place(layouts[2], self.v_shape(), &inputs.v),
         ];
-        let out: Poisoned<T> = self.must(device, layouts[3].output(device, self.q));
+        let out: Poisoned<T> = self.must(device, layouts[3].output(device, self.out_shape()));
         let of_rows = || {
             self.must(device, Poisoned::<f32>::contiguous(device, &self.q[..3]))
                 .tensor
@@ -147,8 +148,8 @@ impl Case {
             attention: self.attention.clone(),
             inputs: [q, k, v],
             output,
-            dout: place(layouts[0], self.q, dout),
-            gradients: [room(0, self.q), room(1, self.kv), room(2, self.kv)],
+            dout: place(layouts[0], self.out_shape(), dout),
+            gradients: [room(0, self.q), room(1, self.kv), room(2, self.v_shape())],
         }
     }
 

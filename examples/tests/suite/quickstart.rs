@@ -4,9 +4,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
+use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Sequences};
 use flash_attention_examples::{AttentionFile, ragged};
 use safetensors::{Dtype, tensor::TensorView};
+
+use crate::quickstart_features::numbers;
 
 /// Runs the built example, which lies beside the folder of this test program.
 pub fn quickstart(arguments: &[&str]) -> Output {
@@ -346,6 +349,58 @@ fn help_is_no_error() {
     assert!(output.status.success());
     for option in ["--device", "--dtype", "--causal", "--backward", "--output"] {
         assert!(printed(&output).contains(option));
+    }
+}
+
+/// A file of 20 queries of two heads and 30 keys that they share, with these head_dims of q and k and of v, and with the
+/// oracle's answers.
+fn file_of_head_dims(name: &str, [head_dim, head_dim_v]: [usize; 2]) -> Scratch {
+    let (q, k, v) = ([1, 2, 20, head_dim], [1, 1, 30, head_dim], [1, 1, 30, head_dim_v]);
+    let (out, lse) = ([1, 2, 20, head_dim_v], [1, 2, 20]);
+    let inputs = [("q", q, 1), ("k", k, 2), ("v", v, 3), ("dout", out, 4)];
+    let [wide_q, wide_k, wide_v, wide_dout] =
+        inputs.map(|(_, shape, seed)| numbers(&shape, seed).into_iter().map(f64::from).collect::<Vec<f64>>());
+    let dims = Dims::new(&Attention::new(), q, k).with_head_dim_v(head_dim_v);
+    let (exact_out, exact_lse) = reference::forward(&dims, &wide_q, &wide_k, &wide_v);
+    let [dq, dk, dv] = reference::backward(&dims, &wide_q, &wide_k, &wide_v, &wide_dout);
+    let tensors = [
+        ("q", &q[..], wide_q),
+        ("k", &k, wide_k),
+        ("v", &v, wide_v),
+        ("dout", &out, wide_dout),
+        ("out", &out, exact_out),
+        ("lse", &lse, exact_lse),
+        ("dq", &q, dq),
+        ("dk", &k, dk),
+        ("dv", &v, dv),
+    ];
+    let tensors = tensors.map(|(name, shape, elements)| {
+        let bytes: Vec<u8> = elements.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
+        (name, shape, bytes)
+    });
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes);
+        (*name, view.expect("as many bytes as the shape has"))
+    });
+    let scratch = Scratch::new(name);
+    let bytes = safetensors::serialize(views, None).expect("a few tensors");
+    std::fs::write(scratch.path(), bytes).expect("a writable temporary folder");
+    scratch
+}
+
+#[test]
+fn values_may_have_another_head_dim() {
+    for (name, head_dims) in [("mla", [192, 128]), ("narrow", [64, 32]), ("wide", [32, 64])] {
+        let file = file_of_head_dims(name, head_dims);
+        for (device, dtype) in [("cpu", "f32"), ("cpu", "bf16"), ("emulator:sm_90a", "f16")] {
+            let output = quickstart(&[file.path(), "--device", device, "--dtype", dtype, "--backward"]);
+            let text = printed(&output);
+            let errors = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{device}, {dtype}: {text}{errors}");
+            assert_eq!(text.matches("within the bound").count(), 5, "{text}");
+            let printed = format!("head_dim {} (v {})", head_dims[0], head_dims[1]);
+            assert_eq!(text.matches(&printed).count(), 2, "{text}");
+        }
     }
 }
 

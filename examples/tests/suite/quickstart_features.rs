@@ -12,7 +12,7 @@ const Q: [usize; 4] = [2, 4, 20, 16];
 const K: [usize; 4] = [2, 2, 30, 16];
 
 /// Numbers without a pattern, in -1 .. 1.
-fn numbers(shape: &[usize], seed: u64) -> Vec<f32> {
+pub fn numbers(shape: &[usize], seed: u64) -> Vec<f32> {
     let mut state = seed;
     let mut next = || {
         state = state

@@ -233,13 +233,8 @@ fn rows_of_new<T: Element>(
     let (heads, head_dim) = (pages.shape()[2], pages.shape()[3]);
     if new.shape().len() == 3 {
         let total = counts.clone().sum();
-        check_shape(
-            argument,
-            new,
-            &["total", "heads", "head_dim"],
-            other,
-            &[total, heads, head_dim],
-        )?;
+        let sizes = [("total", total), ("heads", heads), ("head_dim", head_dim)];
+        check_shape(argument, new, &sizes.map(|(axis, size)| (axis, other, size)))?;
         let mut first = 0;
         let rows = counts.map(|count| {
             first += count;
@@ -249,14 +244,13 @@ fn rows_of_new<T: Element>(
     }
     check_rank(argument, new, 4)?;
     let seqlen = new.shape()[2];
-    let expected = [cache.batch(), heads, seqlen, head_dim];
-    check_shape(
-        argument,
-        new,
-        &["batch", "heads", "seqlen", "head_dim"],
-        other,
-        &expected,
-    )?;
+    let sizes = [
+        ("batch", cache.batch()),
+        ("heads", heads),
+        ("seqlen", seqlen),
+        ("head_dim", head_dim),
+    ];
+    check_shape(argument, new, &sizes.map(|(axis, size)| (axis, other, size)))?;
     match counts.clone().position(|count| count != seqlen) {
         None => Ok(counts.map(|count| 0..count).collect()),
         Some(sequence) => Err(Error::Sequence {

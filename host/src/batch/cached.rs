@@ -40,7 +40,7 @@ impl Attention {
     /// contiguous last axis and any other strides. q is `[batch, heads_q, seqlen_q, head_dim]`, and so are the results; where the
     /// cache has [`cu_seqlens_q`](KvCache::cu_seqlens_q), q and `out` are `[total_q, heads_q, head_dim]` and `lse` is
     /// `[heads_q, total_q]`. Queries of a sequence may be as few or as many as you like: one for decoding, a chunk of a prompt,
-    /// both in one call.
+    /// both in one call. v may have another head_dim than k, which `out` then has.
     ///
     /// Masks, programs and causal alignment see each sequence by itself, as if its keys lay end to end: key 0 is its first key,
     /// wherever that is. `at.batch` is the number of the sequence, and dropout draws with a seed that is larger by it. Rows of q

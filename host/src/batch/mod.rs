@@ -28,7 +28,7 @@ use crate::tensor::Tensor;
 struct Call<T: Element> {
     attention: Attention,
     queries: Queries,
-    /// Views of the sequence, `[1, heads, seqlen, head_dim]`. Where k and v are in pages, the views repeat one row of their
+    /// Views of the sequence, `[1, heads, seqlen, head_dim]` each. Where k and v are in pages, the views repeat one row of their
     /// first page.
     q: Tensor<T>,
     k: Tensor<T>,
@@ -200,7 +200,20 @@ fn packed_rows<'a>(
 }
 
 /// Axes of q, k, v, out and dout of packed sequences.
-const PACKED: &[&str] = &["total", "heads", "head_dim"];
+const PACKED: [&str; 3] = ["total", "heads", "head_dim"];
+
+/// Size of an axis: its name, the tensor from which it follows, and that tensor's size.
+type Size = (&'static str, &'static str, usize);
+
+/// Returns the sizes of a packed tensor with the rows of one tensor and the head_dim of v, both of three axes.
+fn packed<T: Element>((other, rows): (&'static str, &Tensor<T>), v: &Tensor<T>) -> [Size; 3] {
+    let [total, heads, head_dim] = PACKED;
+    [
+        (total, other, rows.shape()[0]),
+        (heads, other, rows.shape()[1]),
+        (head_dim, "v", v.shape()[2]),
+    ]
+}
 
 fn check_rank<T: Scalar>(argument: &'static str, tensor: &Tensor<T>, expected: usize) -> Result<(), Error> {
     let shape = tensor.shape();
@@ -215,18 +228,12 @@ fn check_rank<T: Scalar>(argument: &'static str, tensor: &Tensor<T>, expected: u
     })
 }
 
-/// Refuses a tensor of another shape than `expected`, which follows from `other`.
-fn check_shape<T: Scalar>(
-    argument: &'static str,
-    tensor: &Tensor<T>,
-    axes: &[&'static str],
-    other: &'static str,
-    expected: &[usize],
-) -> Result<(), Error> {
-    check_rank(argument, tensor, axes.len())?;
-    let sizes = tensor.shape().iter().zip(expected);
-    match axes.iter().zip(sizes).find(|(_, (got, expected))| got != expected) {
-        Some((&axis, (&got, &expected))) => Err(Error::ShapeMismatch {
+/// Refuses a tensor whose axes have other sizes.
+fn check_shape<T: Scalar>(argument: &'static str, tensor: &Tensor<T>, sizes: &[Size]) -> Result<(), Error> {
+    check_rank(argument, tensor, sizes.len())?;
+    let mut axes = tensor.shape().iter().zip(sizes);
+    match axes.find(|(got, (.., expected))| *got != expected) {
+        Some((&got, &(axis, other, expected))) => Err(Error::ShapeMismatch {
             argument,
             axis,
             got,

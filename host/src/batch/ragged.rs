@@ -1,6 +1,6 @@
 //! Calls over ragged batches: a [`Sequences`] says where each sequence lies in packed tensors.
 
-use super::{Call, PACKED, Queries, check_rank, check_shape, forward, is_cpu, part, plans, rows};
+use super::{Call, PACKED, Queries, check_rank, check_shape, forward, is_cpu, packed, part, plans, rows};
 use crate::call::{Backward, backward_batch, check_lse};
 use crate::element::Element;
 use crate::error::Error;
@@ -23,10 +23,10 @@ impl Sequences {
 }
 
 impl Attention {
-    /// The forward pass over a ragged batch: `out` is `[total_q, heads_q, head_dim]`, `lse` is `[heads_q, total_q]`.
+    /// The forward pass over a ragged batch: `out` is `[total_q, heads_q, head_dim_v]`, `lse` is `[heads_q, total_q]`.
     ///
-    /// q is `[total_q, heads_q, head_dim]`; k and v are `[total_k, heads_kv, head_dim]`. Masks, programs and causal alignment
-    /// see each sequence by itself; `at.batch` is its number, and dropout draws with a seed that is larger by it. Rows of q
+    /// q is `[total_q, heads_q, head_dim]`, k is `[total_k, heads_kv, head_dim]`, v is `[total_k, heads_kv, head_dim_v]`.
+    /// Masks, programs and causal alignment see each sequence by itself; `at.batch` is its number, and dropout draws with a seed that is larger by it. Rows of q
     /// that belong to no sequence have `out = 0` and `lse = -inf`.
     ///
     /// ```
@@ -56,7 +56,7 @@ impl Attention {
     }
 
     /// The backward pass over a ragged batch, from what [`forward_ragged`](Self::forward_ragged) gave and the gradient of its
-    /// output, `[total_q, heads_q, head_dim]`. Gradients of tables are sums over the sequences, made on the host. Rows that
+    /// output, `[total_q, heads_q, head_dim_v]`. Gradients of tables are sums over the sequences, made on the host. Rows that
     /// belong to no sequence, and keys that do not count, have zeros.
     ///
     /// # Errors
@@ -73,7 +73,7 @@ impl Attention {
         sequences: &Sequences,
     ) -> Result<Gradients<T>, Error> {
         let (pieces, calls) = self.pieces(q, k, v, sequences)?;
-        check_output(output, dout, q)?;
+        check_output(output, dout, [q, v])?;
         let in_place = is_cpu(q);
         let mut parts = Vec::new();
         for call in &calls {
@@ -150,7 +150,8 @@ impl Attention {
     ) -> Result<(Vec<Piece>, Vec<Call<T>>), Error> {
         check_rank("q", q, PACKED.len())?;
         check_rank("k", k, PACKED.len())?;
-        check_shape("v", v, PACKED, "k", k.shape())?;
+        check_rank("v", v, PACKED.len())?;
+        check_shape("v", v, &packed(("k", k), v))?;
         let call = |piece: &Piece| {
             Ok(Call {
                 attention: self.of_sequence(piece.sequence),
@@ -198,17 +199,18 @@ fn add_up<T: Element>(sums: &mut Vec<(TableSource, Vec<f32>)>, gradients: &Gradi
     Ok(())
 }
 
-/// Refuses results and a gradient that are not those of a forward pass over q.
-fn check_output<T: Element>(output: &Output<T>, dout: &Tensor<T>, q: &Tensor<T>) -> Result<(), Error> {
-    check_shape("out", &output.out, PACKED, "q", q.shape())?;
-    check_shape("dout", dout, PACKED, "q", q.shape())?;
-    let of_rows = [q.shape()[1], q.shape()[0]];
+/// Refuses results and a gradient that are not those of a forward pass over q and v.
+fn check_output<T: Element>(output: &Output<T>, dout: &Tensor<T>, [q, v]: [&Tensor<T>; 2]) -> Result<(), Error> {
+    for (argument, tensor) in [("out", &output.out), ("dout", dout)] {
+        check_shape(argument, tensor, &packed(("q", q), v))?;
+    }
+    let [total, heads, _] = packed(("q", q), v);
     let mut numbers = vec![("lse", &output.lse)];
     if let Some(Statistics { row_max, row_sum }) = &output.statistics {
         numbers.extend([("row_max", row_max), ("row_sum", row_sum)]);
     }
     for (argument, tensor) in numbers {
-        check_shape(argument, tensor, &["heads", "total"], "q", &of_rows)?;
+        check_shape(argument, tensor, &[heads, total])?;
     }
     Ok(())
 }

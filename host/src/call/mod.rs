@@ -47,9 +47,9 @@ impl Attention {
 
     /// Runs the forward pass. The results are new contiguous tensors on the inputs' device.
     ///
-    /// q is `[batch, heads_q, seqlen_q, head_dim]`; k and v are `[batch, heads_kv, seqlen_k, head_dim]`, and each of
-    /// their heads serves `heads_q / heads_kv` query heads. All strides but the last are free. On a GPU the call
-    /// returns once the work is launched; reading a result waits for it.
+    /// q is `[batch, heads_q, seqlen_q, head_dim]`, k is `[batch, heads_kv, seqlen_k, head_dim]`, v is `[batch, heads_kv,
+    /// seqlen_k, head_dim_v]`, and each head of k and v serves `heads_q / heads_kv` query heads. All strides but the last
+    /// are free. On a GPU the call returns once the work is launched; reading a result waits for it.
     ///
     /// ```compile_fail
     /// # use flash_attention::{Attention, Device, Tensor};

@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{BackwardProblem, GradientOutputs, Outputs, Problem};
+use crate::problem::{BackwardProblem, GradientOutputs, Outputs, Problem, out_shape};
 use crate::progress::{Progress, Reporter};
 use crate::tensor::Tensor;
 
@@ -26,7 +26,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
     /// The errors of [`Attention::forward`].
     pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
         let plan = self.attention.plan(q, k, v)?;
-        let mut out = Tensor::empty(q.device(), q.shape())?;
+        let mut out = Tensor::empty(q.device(), out_shape(q.shape(), v.shape()))?;
         let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
         let mut statistics = Statistics {
             row_max: Tensor::empty(q.device(), &q.shape()[..3])?,

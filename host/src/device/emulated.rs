@@ -143,14 +143,15 @@ fn results_of(plan: &Plan, results: Results) -> Vec<Written> {
         (problem.heads_q(), problem.seqlen_q()),
         (problem.heads_kv(), problem.seqlen_k()),
     );
-    let new = |name, tensor, address, (heads, seqlen)| Written {
+    let new = |name, tensor, address, (heads, seqlen), head_dim: u32| Written {
         name,
         tensor: StridedTensor { address, ..tensor },
         heads,
         seqlen,
-        row: problem.head_dim() as usize,
+        row: head_dim as usize,
         dtype: problem.dtype(),
     };
+    let (head_dim, head_dim_v) = (problem.head_dim(), problem.head_dim_v());
     match (results, plan.backward_tensors()) {
         (Results::Forward { out, lse, statistics }, _) => {
             let kept = problem.statistics().zip(statistics);
@@ -162,19 +163,18 @@ fn results_of(plan: &Plan, results: Results) -> Vec<Written> {
                 .chain(kept)
                 .zip(["lse", "row_max", "row_sum"]);
             let rows = rows.map(|((tensor, address), name)| Written {
-                row: 1,
                 dtype: Dtype::F32,
-                ..new(name, tensor, address, of_queries)
+                ..new(name, tensor, address, of_queries, 1)
             });
-            [new("out", problem.out(), out, of_queries)]
+            [new("out", problem.out(), out, of_queries, head_dim_v)]
                 .into_iter()
                 .chain(rows)
                 .collect()
         }
         (Results::Backward { dq, dk, dv, .. }, Some(tensors)) => vec![
-            new("dq", tensors.dq, dq, of_queries),
-            new("dk", tensors.dk, dk, of_keys),
-            new("dv", tensors.dv, dv, of_keys),
+            new("dq", tensors.dq, dq, of_queries, head_dim),
+            new("dk", tensors.dk, dk, of_keys, head_dim),
+            new("dv", tensors.dv, dv, of_keys, head_dim_v),
         ],
         (Results::Backward { .. }, None) => Vec::new(),
     }

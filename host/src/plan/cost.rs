@@ -43,11 +43,13 @@ impl Cost {
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
         let packs = heads / u128::from(tiles.packed_heads);
         let seqlen_q = u128::from(problem.seqlen_q());
-        let row = row_bytes(problem);
+        let [row, row_v] = row_bytes(problem);
+        let [head_dim, head_dim_v] = head_dims(problem);
+        let keys = packs * (walked.keys)(problem, tiles);
         Self {
-            bytes_read: (heads * seqlen_q + packs * 2 * (walked.keys)(problem, tiles)) * row,
-            bytes_written: heads * seqlen_q * (row + u128::from(statistics) * STATISTIC),
-            flops: 4 * heads * walked.visible_pairs * u128::from(problem.head_dim()),
+            bytes_read: heads * seqlen_q * row + keys * (row + row_v),
+            bytes_written: heads * seqlen_q * (row_v + u128::from(statistics) * STATISTIC),
+            flops: 2 * heads * walked.visible_pairs * (head_dim + head_dim_v),
         }
     }
 
@@ -59,10 +61,11 @@ impl Cost {
 
     /// A backward pass on the CPU over queries alone or keys alone, which writes zeros.
     fn cpu_backward_of_nothing(problem: &Problem) -> Self {
-        let of_queries = problem.heads_q() as u128 * u128::from(problem.seqlen_q());
-        let of_keys = 2 * problem.heads_kv() as u128 * u128::from(problem.seqlen_k());
+        let queries = problem.heads_q() as u128 * u128::from(problem.seqlen_q());
+        let keys = problem.heads_kv() as u128 * u128::from(problem.seqlen_k());
+        let [row, row_v] = row_bytes(problem);
         Self {
-            bytes_written: problem.batch() as u128 * (of_queries + of_keys) * row_bytes(problem),
+            bytes_written: problem.batch() as u128 * (queries * row + keys * (row + row_v)),
             ..Self::NOTHING
         }
     }
@@ -76,17 +79,17 @@ impl Cost {
         let batch = problem.batch() as u128;
         let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);
         let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
-        let (row, row_of_sums) = (row_bytes(problem), 4 * u128::from(problem.head_dim()));
+        let ([row, row_v], row_of_sums) = (row_bytes(problem), 4 * u128::from(problem.head_dim()));
         let streamed = (walked.queries)(problem, tiles.block_m, tiles.block_n);
         let added = heads_q * (streamed - (walked.seeing_queries)(problem, tiles.block_m)) * row_of_sums;
         let delta = heads_q * seqlen_q * STATISTIC;
         Self {
-            bytes_read: heads_q * seqlen_q * 2 * row
-                + heads_kv * seqlen_k * 2 * row
-                + heads_q * streamed * (2 * row + (u128::from(statistics) + 1) * STATISTIC)
+            bytes_read: heads_q * seqlen_q * 2 * row_v
+                + heads_kv * seqlen_k * (row + row_v)
+                + heads_q * streamed * (row + row_v + (u128::from(statistics) + 1) * STATISTIC)
                 + added,
-            bytes_written: delta + added + heads_q * seqlen_q * row + heads_kv * seqlen_k * 2 * row,
-            flops: 10 * heads_q * walked.visible_pairs * u128::from(problem.head_dim()),
+            bytes_written: delta + added + heads_q * seqlen_q * row + heads_kv * seqlen_k * (row + row_v),
+            flops: heads_q * walked.visible_pairs * backward_flops(problem),
         }
     }
 
@@ -94,7 +97,7 @@ impl Cost {
     pub(super) fn backward(problem: &Problem, launches: &[Launch], statistics: u32) -> Self {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
-        let flops = 10 * heads * walked.visible_pairs * u128::from(problem.head_dim());
+        let flops = heads * walked.visible_pairs * backward_flops(problem);
         let zero = Self { flops, ..Self::NOTHING };
         launches.iter().fold(zero, |total, launch| {
             let (read, written) = backward_bytes(problem, &walked, launch, statistics.into());
@@ -113,7 +116,8 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistic
     let batch = problem.batch() as u128;
     let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);
     let (seqlen_q, seqlen_k) = (u128::from(problem.seqlen_q()), u128::from(problem.seqlen_k()));
-    let row = row_bytes(problem);
+    let [row, row_v] = row_bytes(problem);
+    let pair = row + row_v; // of K and V, or of Q and dO
     let queries = || (walked.queries)(problem, entry.block_m, entry.block_n);
     // Queries with their dO and statistics, which on Hopper are read in whole tiles, and in 16 bits their flags.
     let flags = |rows: u128| {
@@ -123,24 +127,23 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistic
             0
         }
     };
-    let streamed =
-        |rows: u128, whole: u128| heads_q * (queries() * 2 * row + rows * EXPONENT + flags(whole) * STATISTIC);
-    let keys = heads_kv * seqlen_k * 2 * row;
+    let streamed = |rows: u128, whole: u128| heads_q * (queries() * pair + rows * EXPONENT + flags(whole) * STATISTIC);
+    let keys = heads_kv * seqlen_k * pair;
     let sums = launch.kept_sums();
     let padded_q = sums.map_or(seqlen_q, |sums| sums.padded_q.get().into());
     let dq_row = sums.map_or(0, |sums| u128::from(sums.dq_columns) * STATISTIC);
     match entry.pass {
         Pass::BackwardDelta if entry.arch == Arch::Sm90a => (
-            heads_q * seqlen_q * (2 * row + statistics * STATISTIC),
+            heads_q * seqlen_q * (2 * row_v + statistics * STATISTIC),
             heads_q * (padded_q * (EXPONENT + dq_row) + padded_q / u128::from(DELTA_ROWS) * STATISTIC),
         ),
         Pass::BackwardDelta => (
-            heads_q * seqlen_q * (2 * row + statistics * STATISTIC),
+            heads_q * seqlen_q * (2 * row_v + statistics * STATISTIC),
             heads_q * (seqlen_q * EXPONENT + seqlen_q.div_ceil(DELTA_ROWS.into()) * STATISTIC),
         ),
         Pass::BackwardQueries => {
             let keys = (walked.keys)(problem, Tiles::of(entry));
-            let read = heads_q * (seqlen_q * (2 * row + EXPONENT) + keys * 2 * row);
+            let read = heads_q * (seqlen_q * (pair + EXPONENT) + keys * pair);
             (read, heads_q * seqlen_q * row)
         }
         Pass::BackwardKeys if entry.arch == Arch::Sm80 => {
@@ -158,8 +161,21 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistic
     }
 }
 
-fn row_bytes(problem: &Problem) -> u128 {
-    u128::from(problem.head_dim()) * problem.dtype().bytes() as u128
+/// Returns head_dim of q and k, and of v and out.
+fn head_dims(problem: &Problem) -> [u128; 2] {
+    [problem.head_dim(), problem.head_dim_v()].map(u128::from)
+}
+
+/// Returns the bytes of a row of q and k, and of v and out.
+fn row_bytes(problem: &Problem) -> [u128; 2] {
+    head_dims(problem).map(|head_dim| head_dim * problem.dtype().bytes() as u128)
+}
+
+/// Returns the operations of the five products of backward for a pair: Q K^T, dQ and dK over head_dim of q, dO V^T and
+/// dV over that of v.
+fn backward_flops(problem: &Problem) -> u128 {
+    let [head_dim, head_dim_v] = head_dims(problem);
+    2 * (3 * head_dim + 2 * head_dim_v)
 }
 
 /// Counts of rows that the kernels load under a mask.

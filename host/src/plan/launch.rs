@@ -20,7 +20,6 @@ pub(super) use workspace::{exponents, portable_exponents, query_sums};
 use super::MAX_BLOCKS;
 use super::tile_map::TileMap;
 use crate::error::Error;
-use crate::problem::Problem;
 use crate::program::MAX_TABLES;
 use program::ScoreProgram;
 use workspace::{exponents_at, placed};
@@ -261,12 +260,9 @@ fn count(n: usize) -> Result<NonZeroU32, Error> {
         })
 }
 
-/// Returns the layout of a problem whose results have no address yet.
-fn unknown_alignment(problem: &Problem) -> Layout {
-    Layout {
-        head_dim: problem.head_dim(),
-        aligned: 0,
-    }
+/// Returns the layout of a kernel's tensors that it reads and writes row by row, whose results have no address yet.
+fn unknown_alignment(head_dim: u32) -> Layout {
+    Layout { head_dim, aligned: 0 }
 }
 
 /// Returns true if every row of a tensor starts at a multiple of 16 bytes.

@@ -238,7 +238,7 @@ fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
 /// of them. A long sequence gets more keys per task, a short one fewer, so that it still has tasks for every thread.
 /// Gradients are sums of what tasks add, so this depends on sizes alone, never on threads.
 fn cpu_backward_tiles(problem: &Problem) -> Tiles {
-    let long = problem.seqlen_k() >= 4096 && problem.head_dim() <= 128;
+    let long = problem.seqlen_k() >= 4096 && problem.widest_head_dim() <= 128;
     Tiles {
         block_m: 96,
         block_n: if long { 512 } else { 256 },
@@ -270,7 +270,7 @@ fn backward_launches(
     }
     // The widest heads have no such kernel.
     let (dtype, causal) = (forward.dtype(), forward.causal());
-    let has_all = entries::find(Pass::BackwardAll, Arch::Sm90a, dtype, causal, forward.head_dim()).is_some();
+    let has_all = entries::find(Pass::BackwardAll, Arch::Sm90a, dtype, causal, forward.widest_head_dim()).is_some();
     let streams = choose(if has_all { Pass::BackwardAll } else { Pass::BackwardKeys })?;
     let (sums, workspace_bytes) = launch::query_sums(problem, streams);
     let edge = |entry| Launch::query_sums(problem, entry, sums);
@@ -327,7 +327,7 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
         wanted: format!(
             "{pass:?} attention, {}, head_dim {}",
             problem.dtype().name(),
-            problem.head_dim()
+            HeadDims(problem)
         ),
         reason,
     };
@@ -340,8 +340,8 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
     // Preprocess and postprocess kernels have no causal variant.
     let causal = problem.causal() && !matches!(pass, Pass::BackwardDelta | Pass::BackwardFinish);
     let compiled = |arch| match problem.program() {
-        Some(_) => entries::find_program(pass, arch, problem.dtype(), problem.head_dim()),
-        None => entries::find(pass, arch, problem.dtype(), causal, problem.head_dim()),
+        Some(_) => entries::find_program(pass, arch, problem.dtype(), problem.widest_head_dim()),
+        None => entries::find(pass, arch, problem.dtype(), causal, problem.widest_head_dim()),
     };
     // sm_90a code runs on Hopper alone; sm_80 code on every later GPU too, and takes what has no pairs.
     let arch = problem.arch().filter(|_| problem.has_pairs());
@@ -359,6 +359,15 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
         Some(Arch::Sm90a) => compiled(Arch::Sm90a),
         None => compiled(Arch::Sm90a).filter(|_| (major, minor) == (9, 0) && suits_hopper),
     };
+    // Portable kernels have one head_dim for all tensors; those for Hopper take it from tensor maps.
+    let is_one = problem.head_dim() == problem.head_dim_v();
+    if hopper.is_none() && !is_one {
+        return Err(Error::Unsupported {
+            feature: "a v of another head_dim than q",
+            device: format!("a GPU of compute capability {major}.{minor}"),
+            reason: "this problem needs portable kernels, which have one head_dim",
+        });
+    }
     let portable = || compiled(Arch::Sm80).filter(|_| arch != Some(Arch::Sm90a));
     let entry = hopper
         .or_else(portable)
@@ -392,7 +401,7 @@ impl fmt::Display for Plan {
             p.heads_kv(),
             p.seqlen_q(),
             p.seqlen_k(),
-            p.head_dim()
+            HeadDims(p)
         )?;
         match self.device {
             DeviceInfo::Cpu { threads } => writeln!(f, "kernel    native code on {threads} threads")?,
@@ -422,6 +431,20 @@ impl fmt::Display for Plan {
         writeln!(f, "HBM read  {}", Bytes(self.cost.bytes_read))?;
         writeln!(f, "HBM write {}", Bytes(self.cost.bytes_written))?;
         write!(f, "FLOPs     {:.3} G", self.cost.flops as f64 / 1e9)
+    }
+}
+
+/// The head_dim of a problem, printed as `192`, or `192 (v 128)` where v has another.
+struct HeadDims<'a>(&'a Problem);
+
+impl fmt::Display for HeadDims<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (head_dim, head_dim_v) = (self.0.head_dim(), self.0.head_dim_v());
+        write!(f, "{head_dim}")?;
+        if head_dim_v != head_dim {
+            write!(f, " (v {head_dim_v})")?;
+        }
+        Ok(())
     }
 }
 

@@ -56,8 +56,8 @@ impl TileMap {
     }
 }
 
-/// Returns true if tensor maps can describe tensors of q's shape and of k's: 16-byte aligned rows, no broadcast axis,
-/// strides in range.
+/// Returns true if tensor maps can describe tensors with the rows of q and with those of k: 16-byte aligned rows, no
+/// broadcast axis, strides in range.
 pub(super) fn fit(problem: &Problem, like_q: &[StridedTensor], like_k: &[StridedTensor]) -> bool {
     let bytes = problem.dtype().bytes() as u64;
     let fits = |tensor: &StridedTensor, dims: [u64; 4]| {
@@ -67,22 +67,17 @@ pub(super) fn fit(problem: &Problem, like_q: &[StridedTensor], like_k: &[Strided
         };
         tensor.address.is_multiple_of(16) && strides.iter().zip(&dims[1..]).all(one_fits)
     };
-    let (q, k) = dims(problem);
+    let [q, k, ..] = dims(problem);
     like_q.iter().all(|tensor| fits(tensor, q)) && like_k.iter().all(|tensor| fits(tensor, k))
 }
 
-/// Returns the sizes of q and out, and of k and v: head_dim, seqlen, heads, batch.
-pub(super) fn dims(problem: &Problem) -> ([u64; 4], [u64; 4]) {
-    let dims = |seqlen: u32, heads: usize| {
-        [
-            problem.head_dim().into(),
-            seqlen.into(),
-            heads as u64,
-            problem.batch() as u64,
-        ]
+/// Returns the sizes of q, k, v and out, in this order: head_dim, seqlen, heads, batch of each.
+pub(super) fn dims(problem: &Problem) -> [[u64; 4]; 4] {
+    let dims = |head_dim: u32, seqlen: u32, heads: usize| {
+        [head_dim.into(), seqlen.into(), heads as u64, problem.batch() as u64]
     };
-    (
-        dims(problem.seqlen_q(), problem.heads_q()),
-        dims(problem.seqlen_k(), problem.heads_kv()),
-    )
+    let queries = |head_dim| dims(head_dim, problem.seqlen_q(), problem.heads_q());
+    let keys = |head_dim| dims(head_dim, problem.seqlen_k(), problem.heads_kv());
+    let (head_dim, head_dim_v) = (problem.head_dim(), problem.head_dim_v());
+    [queries(head_dim), keys(head_dim), keys(head_dim_v), queries(head_dim_v)]
 }

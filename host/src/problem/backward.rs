@@ -37,13 +37,13 @@ pub(crate) struct BackwardTensors {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct BackwardInputs<'a> {
-    /// Forward's output, as q.
+    /// Forward's output, `[batch, heads_q, seqlen_q, head_dim_v]`.
     pub out: &'a TensorInfo,
     /// Forward's log-sum-exp, f32 `[batch, heads_q, seqlen_q]`, any strides; on a GPU contiguous.
     pub lse: &'a TensorInfo,
     /// Forward's row_max and row_sum, as lse, if they are there.
     pub statistics: Option<[&'a TensorInfo; 2]>,
-    /// Gradient of the output, with the shape of q.
+    /// Gradient of the output, with the shape of out.
     pub dout: &'a TensorInfo,
 }
 
@@ -105,12 +105,12 @@ impl BackwardProblem {
             dout,
         } = from_above;
         let (of_rows, q_named) = (of_rows(lse, statistics), ("q", q));
-        let shaped_like = [("out", out, q_named), ("dout", dout, q_named)];
+        let outputs = [("out", out), ("dout", dout)];
         let results: Vec<_> = gradients.map_or(Vec::new(), |g| {
             vec![("dq", g.dq, q_named), ("dk", g.dk, ("k", k)), ("dv", g.dv, ("v", v))]
         });
-        let rows: Vec<_> = shaped_like.into_iter().chain(results.iter().copied()).collect();
-        let named: Vec<Named<'_>> = rows.iter().map(|&(name, tensor, _)| (name, tensor)).collect();
+        let written: Vec<Named<'_>> = results.iter().map(|&(name, tensor, _)| (name, tensor)).collect();
+        let named: Vec<Named<'_>> = outputs.into_iter().chain(written.iter().copied()).collect();
         let all: Vec<Named<'_>> = [q_named]
             .into_iter()
             .chain(named.iter().copied())
@@ -118,15 +118,17 @@ impl BackwardProblem {
             .collect();
 
         check_rank(&all)?;
-        for &(name, tensor, model) in &rows {
-            agree((name, tensor), model, &[0, 1, 2, 3])?;
-        }
+        outputs
+            .iter()
+            .try_for_each(|&tensor| agree_with_out(tensor, q_named, ("v", v)))?;
+        results
+            .iter()
+            .try_for_each(|&(name, tensor, model)| agree((name, tensor), model, &[0, 1, 2, 3]))?;
         of_rows
             .iter()
             .try_for_each(|&tensor| agree(tensor, q_named, &[0, 1, 2]))?;
         check_dtypes_and_devices(&all)?;
         named.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
-        let written: Vec<Named<'_>> = results.iter().map(|&(name, tensor, _)| (name, tensor)).collect();
         let read = [q_named, ("k", k), ("v", v), ("out", out), ("dout", dout)];
         let read: Vec<Named<'_>> = read.into_iter().chain(of_rows.iter().copied()).collect();
         check_written(&read, &written)?;
@@ -139,8 +141,8 @@ impl BackwardProblem {
             check_tables_apart(program, &written)?;
         }
         let new = |like: &TensorInfo| TensorInfo::contiguous(like.device(), like.dtype(), like.shape(), 0);
-        let (new_q, new_k) = (new(q)?, new(k)?);
-        let (dq, dk, dv) = gradients.map_or((&new_q, &new_k, &new_k), |g| (g.dq, g.dk, g.dv));
+        let (new_q, new_k, new_v) = (new(q)?, new(k)?, new(v)?);
+        let (dq, dk, dv) = gradients.map_or((&new_q, &new_k, &new_v), |g| (g.dq, g.dk, g.dv));
         let tensors = BackwardTensors {
             dout: strided(dout),
             dq: strided(dq),

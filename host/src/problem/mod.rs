@@ -26,6 +26,10 @@ use crate::sequences::Pages;
 /// Largest head_dim that kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
 
+/// Largest head_dim of q and k, and of v, in latent attention on the CPU: its values are a part of its keys, so that head_dim of v
+/// is the smaller one. Absorbed decoding of DeepSeek's models has these sizes.
+pub const LATENT_HEAD_DIMS: [usize; 2] = [576, 512];
+
 /// Number that head_dim must be a multiple of: 16 bytes of f16, one copy instruction.
 pub const HEAD_DIM_MULTIPLE: usize = 8;
 
@@ -41,6 +45,7 @@ pub struct Problem {
     seqlen_q: u32,
     seqlen_k: u32,
     head_dim: u32,
+    head_dim_v: u32,
     dtype: Dtype,
     causal: bool,
     scale: Scale,
@@ -59,7 +64,7 @@ pub struct Problem {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Outputs<'a> {
-    /// `[batch, heads_q, seqlen_q, head_dim]`, any strides that do not overlap, contiguous last axis.
+    /// `[batch, heads_q, seqlen_q, head_dim_v]`, any strides that do not overlap, contiguous last axis.
     pub out: &'a TensorInfo,
     /// f32 `[batch, heads_q, seqlen_q]`, any strides that do not overlap; on a GPU contiguous.
     pub lse: &'a TensorInfo,
@@ -87,7 +92,8 @@ type Named<'a> = (&'static str, &'a TensorInfo);
 impl Problem {
     /// Checks a forward problem; `outputs` are the caller's tensors, or `None` for new contiguous ones.
     ///
-    /// q is `[batch, heads_q, seqlen_q, head_dim]`, k and v are `[batch, heads_kv, seqlen_k, head_dim]`.
+    /// q is `[batch, heads_q, seqlen_q, head_dim]`, k is `[batch, heads_kv, seqlen_k, head_dim]`, v is `[batch, heads_kv,
+    /// seqlen_k, head_dim_v]`.
     ///
     /// # Errors
     /// In this order: [`Error::Rank`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
@@ -112,10 +118,10 @@ impl Problem {
         check_shapes_agree(&inputs, out, &of_rows)?;
         check_dtypes_and_devices(&all)?;
         check_heads(q, k)?;
-        check_head_dim(("q", q))?;
+        check_head_dims(("q", q), ("v", v))?;
         rows.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
         inputs.iter().try_for_each(|&tensor| check_seqlen(tensor))?;
-        let new_out = TensorInfo::contiguous(q.device(), q.dtype(), q.shape(), 0)?;
+        let new_out = TensorInfo::contiguous(q.device(), q.dtype(), out_shape(q.shape(), v.shape()), 0)?;
         let new_rows = TensorInfo::contiguous(q.device(), Dtype::F32, &q.shape()[..3], 0)?;
         let written: Vec<Named<'_>> = out.into_iter().chain(of_rows).collect();
         check_written(&inputs, &written)?;
@@ -137,6 +143,7 @@ impl Problem {
             seqlen_q: q.shape()[2] as u32,
             seqlen_k: k.shape()[2] as u32,
             head_dim: q.shape()[3] as u32,
+            head_dim_v: v.shape()[3] as u32,
             dtype,
             causal: attention.is_causal(),
             scale: Scale::new(softmax_scale),
@@ -195,9 +202,19 @@ impl Problem {
         self.seqlen_k
     }
 
-    /// Returns the elements of a head.
+    /// Returns the elements of a head of q and k.
     pub fn head_dim(&self) -> u32 {
         self.head_dim
+    }
+
+    /// Returns the elements of a head of v and out.
+    pub fn head_dim_v(&self) -> u32 {
+        self.head_dim_v
+    }
+
+    /// Returns the head_dim of the tile that the problem needs: the larger of both.
+    pub fn widest_head_dim(&self) -> u32 {
+        self.head_dim.max(self.head_dim_v)
     }
 
     /// Returns the element type of q, k, v and out.
@@ -348,9 +365,21 @@ fn check_rank(tensors: &[Named<'_>]) -> Result<(), Error> {
 
 fn check_shapes_agree(&[q, k, v]: &[Named<'_>; 3], out: Option<Named<'_>>, of_rows: &[Named<'_>]) -> Result<(), Error> {
     agree(k, q, &[0, 3])?; // heads and seqlen are k's own
-    agree(v, k, &[0, 1, 2, 3])?;
-    out.map_or(Ok(()), |out| agree(out, q, &[0, 1, 2, 3]))?;
+    agree(v, k, &[0, 1, 2])?; // head_dim is v's own
+    out.map_or(Ok(()), |out| agree_with_out(out, q, v))?;
     of_rows.iter().try_for_each(|&tensor| agree(tensor, q, &[0, 1, 2]))
+}
+
+/// Checks that a tensor has the shape of out: rows as q, head_dim as v.
+fn agree_with_out(tensor: Named<'_>, q: Named<'_>, v: Named<'_>) -> Result<(), Error> {
+    agree(tensor, q, &[0, 1, 2])?;
+    agree(tensor, v, &[3])
+}
+
+/// Returns the shape of the output for q and v of these shapes.
+pub(crate) fn out_shape(q: &[usize], v: &[usize]) -> Vec<usize> {
+    let rows = q.iter().take(q.len().saturating_sub(1));
+    rows.chain(v.last()).copied().collect()
 }
 
 /// Checks that `argument` has the size of `model` along these axes.
@@ -407,18 +436,26 @@ fn check_heads(q: &TensorInfo, k: &TensorInfo) -> Result<(), Error> {
     }
 }
 
-fn check_head_dim((argument, tensor): Named<'_>) -> Result<(), Error> {
-    let head_dim = tensor.shape()[3];
-    if (1..=MAX_HEAD_DIM).contains(&head_dim) && head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
-        Ok(())
+fn check_head_dims(q: Named<'_>, v: Named<'_>) -> Result<(), Error> {
+    let head_dim = |(_, tensor): Named<'_>| tensor.shape()[3];
+    let is_latent = head_dim(q) > MAX_HEAD_DIM && head_dim(v) < head_dim(q);
+    let limits = if is_latent && q.1.device().is_cpu() {
+        LATENT_HEAD_DIMS
     } else {
-        Err(Error::HeadDim {
-            argument,
-            head_dim,
-            multiple_of: HEAD_DIM_MULTIPLE,
-            max: MAX_HEAD_DIM,
-        })
+        [MAX_HEAD_DIM; 2]
+    };
+    for (tensor, max) in [q, v].into_iter().zip(limits) {
+        let head_dim = head_dim(tensor);
+        if !(1..=max).contains(&head_dim) || !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
+            return Err(Error::HeadDim {
+                argument: tensor.0,
+                head_dim,
+                multiple_of: HEAD_DIM_MULTIPLE,
+                max,
+            });
+        }
     }
+    Ok(())
 }
 
 fn check_last_axis((argument, tensor): Named<'_>) -> Result<(), Error> {

@@ -23,7 +23,7 @@ pub struct Supported {
 /// the device gave.
 pub fn check_program<T: Element>(case: &Case, device: &Device) -> Supported {
     let inputs = case.inputs::<T>();
-    let [q, k, v] = [(case.q, &inputs.q), (case.kv, &inputs.k), (case.kv, &inputs.v)]
+    let [q, k, v] = [(case.q, &inputs.q), (case.kv, &inputs.k), (case.v_shape(), &inputs.v)]
         .map(|(shape, elements)| tensor(device, &shape, elements));
     let attention = case.attention.clone().table_gradients();
     let unsupported = |error: Error| match error {
@@ -41,7 +41,7 @@ pub fn check_program<T: Element>(case: &Case, device: &Device) -> Supported {
         .forward(&q, &k, &v)
         .unwrap_or_else(|error| panic!("{case:?} on {device}: {error}"));
     let dout_elements = case.dout::<T>();
-    let dout = tensor(device, &case.q, &dout_elements);
+    let dout = tensor(device, &case.out_shape(), &dout_elements);
     let planned = attention.plan_backward(&q, &k, &v, &output, &dout);
     if !planned.map_or_else(unsupported, |_| true) {
         return Supported {
@@ -108,7 +108,7 @@ fn check_all<T: Element>(
         ),
         (
             "dv",
-            case.kv,
+            case.v_shape(),
             &got.dv,
             &want.dv,
             largest_error(&gradients.dv, &exact.dv),

@@ -124,22 +124,24 @@ fn inputs_that_forward_refuses() {
 
 #[test]
 fn shapes_that_are_not_those_of_forward() {
-    let wrong: [(&str, [usize; 4], &str); 6] = [
-        ("out", [2, 4, 5, 16], "seqlen"),
-        ("out", [2, 2, 6, 16], "heads"),
-        ("dout", [1, 4, 6, 16], "batch"),
-        ("dout", [2, 4, 7, 16], "seqlen"),
-        ("dout", [2, 2, 6, 16], "heads"),
-        ("dout", [2, 4, 6, 8], "head_dim"),
+    let wrong: [(&str, [usize; 4], &str, &str); 7] = [
+        ("out", [2, 4, 5, 16], "seqlen", "q"),
+        ("out", [2, 2, 6, 16], "heads", "q"),
+        ("out", [2, 4, 6, 24], "head_dim", "v"),
+        ("dout", [1, 4, 6, 16], "batch", "q"),
+        ("dout", [2, 4, 7, 16], "seqlen", "q"),
+        ("dout", [2, 2, 6, 16], "heads", "q"),
+        ("dout", [2, 4, 6, 8], "head_dim", "v"),
     ];
-    for (name, shape, name_of_axis) in wrong {
+    for (name, shape, name_of_axis, model) in wrong {
         for run in [backward, backward_into] {
             let prepare = spoilt(|device, call| *named(call, name) = zeros(device, shape));
             refused(prepare, run, |device, error| {
                 assert_error!(
                     device, error,
-                    Error::ShapeMismatch { argument, axis, other: "q", .. } if (*argument, *axis) == (name, name_of_axis),
-                    &format!("`{name}`"), name_of_axis, "`q`"
+                    Error::ShapeMismatch { argument, axis, other, .. }
+                        if (*argument, *axis, *other) == (name, name_of_axis, model),
+                    &format!("`{name}`"), name_of_axis, &format!("`{model}`")
                 );
             });
         }

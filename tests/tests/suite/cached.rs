@@ -384,3 +384,47 @@ fn tables_on_the_device_are_checked() {
         assert!(matches!(unequal, Err(Error::ShapeMismatch { .. })), "{unequal:?}");
     }
 }
+
+/// Tests values of another head_dim than that of the keys, of which two pages hold each sequence's.
+#[test]
+fn values_of_another_head_dim() {
+    let (head_dim, head_dim_v, keys) = (24, 40, [11, 16]);
+    for device in devices().native().filter(|device| device.kind() == DeviceKind::Cpu) {
+        let normal = |shape: &[usize], seed| {
+            let numbers = files::normal(shape.iter().product(), 1.0, seed);
+            Tensor::from_slice(device, shape, &numbers).expect("it fits")
+        };
+        let q: Tensor<f32> = normal(&[2, 4, 3, head_dim], 1);
+        let (k, v) = (normal(&[4, 8, 2, head_dim], 2), normal(&[4, 8, 2, head_dim_v], 3));
+        let cache = KvCache::paged([4, 8], &[0, 1, 2, 3], &keys).expect("pages that exist");
+        let attention = Attention::new().causal();
+        let output = attention.forward_cached(&q, &k, &v, &cache).expect("it fits");
+        assert_eq!(output.out.shape(), [2, 4, 3, head_dim_v]);
+        for (sequence, keys) in keys.into_iter().enumerate() {
+            // Pages in order are the keys end to end.
+            let end_to_end = |pages: &Tensor<f32>| {
+                let rows = Tensor::from_slice(device, [32, 2, pages.shape()[3]], &pages.to_vec().expect("read"));
+                let rows = rows.and_then(|rows| {
+                    rows.narrow(0, 16 * sequence, keys as usize)?
+                        .transpose(0, 1)?
+                        .unsqueeze(0)
+                });
+                rows.expect("a view")
+            };
+            let q = q.narrow(0, sequence, 1).expect("a view");
+            let alone = attention
+                .forward(&q, &end_to_end(&k), &end_to_end(&v))
+                .expect("a call alone");
+            let got = output
+                .out
+                .select(0, sequence)
+                .and_then(|out| out.to_vec())
+                .expect("read");
+            assert_eq!(
+                got,
+                alone.out.to_vec().expect("read"),
+                "sequence {sequence} on {device}"
+            );
+        }
+    }
+}

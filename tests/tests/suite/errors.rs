@@ -60,13 +60,12 @@ fn shapes_that_disagree() {
     /// Shapes of q, k and v; the argument and the axis that disagree; the size of the axis there and the expected
     /// size.
     type Disagreement<'a> = ([&'a [usize]; 3], &'a str, &'a str, usize, usize);
-    let cases: [Disagreement<'_>; 6] = [
+    let cases: [Disagreement<'_>; 5] = [
         ([SHAPE, &[3, 4, 6, 16], &[3, 4, 6, 16]], "k", "batch", 3, 2),
         ([SHAPE, &[2, 4, 6, 24], &[2, 4, 6, 24]], "k", "head_dim", 24, 16),
         ([SHAPE, SHAPE, &[1, 4, 6, 16]], "v", "batch", 1, 2),
         ([SHAPE, SHAPE, &[2, 2, 6, 16]], "v", "heads", 2, 4),
         ([SHAPE, SHAPE, &[2, 4, 7, 16]], "v", "seqlen", 7, 6),
-        ([SHAPE, SHAPE, &[2, 4, 6, 8]], "v", "head_dim", 8, 16),
     ];
     for (shapes, name, name_of_axis, size, other_size) in cases {
         refused(inputs(shapes), forward, |device, error| {
@@ -118,13 +117,48 @@ fn head_dims() {
         (264, &[1, 1, 3, 264]),
     ] {
         let shape: &'static [usize] = shape;
-        refused(inputs([shape; 3]), forward, |device, error| {
+        let good: &[usize] = &[1, 1, 3, 8];
+        for (name, shapes) in [("q", [shape; 3]), ("v", [good, good, shape])] {
+            refused(inputs(shapes), forward, |device, error| {
+                assert_error!(
+                    device, error,
+                    Error::HeadDim { argument, head_dim: got, multiple_of: 8, max: 256 } if (*argument, *got) == (name, head_dim),
+                    &format!("`{name}` has head_dim = {head_dim}"), "multiple of 8 up to 256"
+                );
+            });
+        }
+    }
+}
+
+/// Tests sizes of latent attention: the CPU has larger limits for them, all others the usual ones.
+#[test]
+fn head_dims_of_latent_attention() {
+    let (latent, wide): (&[usize], &[usize]) = (&[1, 1, 3, 576], &[1, 1, 3, 584]);
+    let (values, wide_values): (&[usize], &[usize]) = (&[1, 1, 3, 512], &[1, 1, 3, 520]);
+    for (shapes, name, on_cpu) in [
+        ([wide, wide, values], "q", Some(576)),
+        ([latent, latent, wide_values], "v", Some(512)),
+        ([latent; 3], "q", Some(256)),
+        ([latent, latent, values], "q", None),
+    ] {
+        let _alone = alone();
+        for device in devices().all() {
+            let is_cpu = device.kind() == DeviceKind::Cpu;
+            let (name, limit) = match on_cpu {
+                None if is_cpu => {
+                    forward(&inputs(shapes)(device)).expect("sizes that the CPU serves");
+                    continue;
+                }
+                Some(limit) if is_cpu => (name, limit),
+                _ => ("q", 256),
+            };
+            let error = forward(&inputs(shapes)(device)).expect_err("too wide");
             assert_error!(
                 device, error,
-                Error::HeadDim { argument: "q", head_dim: got, multiple_of: 8, max: 256 } if *got == head_dim,
-                &format!("head_dim = {head_dim}"), "multiple of 8 up to 256"
+                Error::HeadDim { argument, max, .. } if (*argument, *max) == (name, limit),
+                &format!("`{name}`"), &format!("up to {limit}")
             );
-        });
+        }
     }
 }
 
@@ -254,6 +288,24 @@ fn outputs_of_the_wrong_shape() {
                 expected: 6
             },
             "`out` has seqlen = 5, expected 6 as in `q`"
+        );
+    });
+    let prepare = |device: &Device| {
+        let inputs = inputs([SHAPE, SHAPE, &[2, 4, 6, 24]])(device);
+        (inputs, zeros(device, SHAPE), zeros(device, &SHAPE[..3]))
+    };
+    refused(prepare, forward_into, |device, error| {
+        assert_error!(
+            device,
+            error,
+            Error::ShapeMismatch {
+                argument: "out",
+                axis: "head_dim",
+                got: 16,
+                other: "v",
+                expected: 24
+            },
+            "`out` has head_dim = 16, expected 24 as in `v`"
         );
     });
     let prepare = |device: &Device| (call(device).0, zeros(device, SHAPE), zeros(device, &[2, 3, 6]));

@@ -4,7 +4,7 @@
 use flash_attention::device::DeviceKind;
 use flash_attention::{Attention, Dtype, Output, Statistics, Tensor};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
-use flash_attention_tests::{Case, Layout, Order, devices};
+use flash_attention_tests::{Case, Layout, Order, devices, for_dtype};
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
@@ -88,6 +88,59 @@ fn every_head_dim() {
     }
 }
 
+/// head_dim of q and k, and of v: those of models, and pairs that leave whole panels of a tile empty.
+pub const HEAD_DIMS: [[usize; 2]; 8] = [
+    [192, 128],
+    [64, 32],
+    [32, 64],
+    [128, 192],
+    [40, 24],
+    [24, 104],
+    [8, 256],
+    [256, 8],
+];
+
+/// Tests values of another head_dim than that of the keys, for many and for few queries, with heads that share keys.
+#[test]
+fn values_of_another_head_dim() {
+    for (i, [head_dim, head_dim_v]) in HEAD_DIMS.into_iter().enumerate() {
+        for (j, dtype) in DTYPES.into_iter().enumerate() {
+            for seqlen_q in [70, 3] {
+                Case::new(dtype, [1, 2, seqlen_q, head_dim], [1, 1, 90, head_dim])
+                    .with_head_dim_v(head_dim_v)
+                    .masked((i + j) % 2 == 0)
+                    .check_on(devices().of_every_instruction_set());
+            }
+        }
+    }
+}
+
+/// Tests latent attention on the CPU: values are the first 512 elements of keys of 576, which all heads share.
+#[test]
+fn values_that_are_a_part_of_their_keys() {
+    for device in devices()
+        .of_every_instruction_set()
+        .filter(|device| device.kind() == DeviceKind::Cpu)
+    {
+        for (dtype, seqlen_q, causal) in [(Dtype::F32, 1, true), (Dtype::F16, 2, false), (Dtype::Bf16, 40, true)] {
+            let case = Case::new(dtype, [2, 4, seqlen_q, 576], [2, 1, 90, 576])
+                .with_head_dim_v(512)
+                .masked(causal);
+            case.check_on([device]);
+            for_dtype!(dtype, T => {
+                let inputs = case.inputs::<T>();
+                let [q, latent] = [(case.q, &inputs.q), (case.kv, &inputs.k)]
+                    .map(|(shape, elements)| Tensor::from_slice(device, shape, elements).expect("it fits"));
+                let values = latent.narrow(3, 0, 512).expect("a view");
+                let shared = case.attention.forward(&q, &latent, &values).expect("it fits");
+                let copied = case.attention.forward(&q, &latent, &values.contiguous().expect("a copy")).expect("it fits");
+                let read = |output: &Output<T>| output.out.to_vec().expect("read");
+                assert_eq!(read(&shared), read(&copied), "{case:?} on {device}");
+            });
+        }
+    }
+}
+
 /// Tests every row of the table of compiled kernels, at its own width and one step below, with several key blocks.
 #[test]
 fn every_compiled_kernel() {
@@ -97,6 +150,8 @@ fn every_compiled_kernel() {
             let case = Case::one_head(entry.dtype, 18, seqlen_k, head_dim).masked(entry.causal);
             case.check();
         }
+        let narrow = Case::one_head(entry.dtype, 18, seqlen_k, 16).masked(entry.causal);
+        narrow.with_head_dim_v(entry.head_dim as usize).check();
     }
 }
 

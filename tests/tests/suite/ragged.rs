@@ -1,5 +1,6 @@
 //! Ragged batches: each sequence of a packed batch has the results of a call with that sequence alone, to the bit.
 
+use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Dtype, Element, Gradients, Output, Sequences, Tensor};
@@ -13,6 +14,8 @@ struct Ragged {
     rest: (usize, usize),
     heads: (usize, usize),
     head_dim: usize,
+    /// head_dim of v and out.
+    head_dim_v: usize,
     dtype: Dtype,
     causal: bool,
     seed: u64,
@@ -49,25 +52,31 @@ impl Ragged {
             offsets_k[self.lens.len()] + self.rest.1,
         );
         let row_q = self.heads.0 * self.head_dim;
-        let row_k = self.heads.1 * self.head_dim;
+        let (row_k, row_v) = (self.heads.1 * self.head_dim, self.heads.1 * self.head_dim_v);
         let data = |len, seed| -> Vec<T> {
             let numbers = files::normal(len, 1.0, self.seed * 5 + seed);
             numbers.into_iter().map(T::from_f32).collect()
         };
-        let (q, dout) = (data(total_q * row_q, 0), data(total_q * row_q, 3));
-        let (mut k, mut v) = (data(total_k * row_k, 1), data(total_k * row_k, 2));
+        let (q, dout) = (
+            data(total_q * row_q, 0),
+            data(total_q * self.heads.0 * self.head_dim_v, 3),
+        );
+        let (mut k, mut v) = (data(total_k * row_k, 1), data(total_k * row_v, 2));
         // Keys that do not count are never read.
         for (i, &(_, seqlen_k, used)) in self.lens.iter().enumerate() {
             for row in offsets_k[i] + used..offsets_k[i] + seqlen_k {
                 k[row * row_k..][..row_k].fill(T::from_f32(f32::NAN));
-                v[row * row_k..][..row_k].fill(T::from_f32(f32::INFINITY));
+                v[row * row_v..][..row_v].fill(T::from_f32(f32::INFINITY));
             }
         }
-        let packed = |rows: usize, heads: usize, data: &[T]| {
-            Tensor::from_slice(device, [rows, heads, self.head_dim], data).expect("it fits")
+        let packed = |rows: usize, heads: usize, head_dim: usize, data: &[T]| {
+            Tensor::from_slice(device, [rows, heads, head_dim], data).expect("it fits")
         };
-        let (tq, tdout) = (packed(total_q, self.heads.0, &q), packed(total_q, self.heads.0, &dout));
-        let (tk, tv) = (packed(total_k, self.heads.1, &k), packed(total_k, self.heads.1, &v));
+        let (head_dim, head_dim_v) = (self.head_dim, self.head_dim_v);
+        let [tq, tdout] =
+            [(&q, head_dim), (&dout, head_dim_v)].map(|(data, width)| packed(total_q, self.heads.0, width, data));
+        let [tk, tv] =
+            [(&k, head_dim), (&v, head_dim_v)].map(|(data, width)| packed(total_k, self.heads.1, width, data));
         let (attention, sequences) = (self.attention(), self.sequences());
         let output = attention
             .forward_ragged(&tq, &tk, &tv, &sequences)
@@ -78,23 +87,24 @@ impl Ragged {
 
         let mut expected = Expected::new(self, total_q, total_k);
         for (i, &(seqlen_q, _, used)) in self.lens.iter().enumerate() {
-            let of_heads = |data: &[T], first: usize, len: usize, heads: usize| -> Vec<T> {
-                let row = heads * self.head_dim;
-                let at = move |head, position| (first + position) * row + head * self.head_dim;
+            let of_heads = |data: &[T], first: usize, [heads, len, head_dim]: [usize; 3]| -> Vec<T> {
+                let at = move |head, position| ((first + position) * heads + head) * head_dim;
                 (0..heads)
                     .flat_map(|head| {
-                        (0..len).flat_map(move |position| at(head, position)..at(head, position) + self.head_dim)
+                        (0..len).flat_map(move |position| at(head, position)..at(head, position) + head_dim)
                     })
                     .map(|index| data[index])
                     .collect()
             };
-            let alone = |data: &[T], first, len, heads| {
-                let shape = [1, heads, len, self.head_dim];
-                Tensor::from_slice(device, shape, &of_heads(data, first, len, heads)).expect("it fits")
+            let alone = |data: &[T], first, shape: [usize; 3]| {
+                let tensor = Tensor::from_slice(device, shape, &of_heads(data, first, shape)).expect("it fits");
+                tensor.unsqueeze(0).expect("one more axis")
             };
             let (first_q, first_k) = (offsets_q[i], offsets_k[i]);
-            let [q, dout] = [&q, &dout].map(|data| alone(data, first_q, seqlen_q, self.heads.0));
-            let [k, v] = [&k, &v].map(|data| alone(data, first_k, used, self.heads.1));
+            let [q, dout] = [(&q, head_dim), (&dout, head_dim_v)]
+                .map(|(data, width)| alone(data, first_q, [self.heads.0, seqlen_q, width]));
+            let [k, v] = [(&k, head_dim), (&v, head_dim_v)]
+                .map(|(data, width)| alone(data, first_k, [self.heads.1, used, width]));
             let output = attention.forward(&q, &k, &v).expect("a call alone");
             let gradients = attention.backward(&q, &k, &v, &output, &dout).expect("a call alone");
             self.check_oracle(device, [&q, &k, &v], &output);
@@ -106,7 +116,7 @@ impl Ragged {
     /// Compares a call alone with the oracle: results that are equal but wrong must not pass.
     fn check_oracle<T: Element>(&self, device: &Device, [q, k, v]: [&Tensor<T>; 3], output: &Output<T>) {
         let shape = |tensor: &Tensor<T>| -> [usize; 4] { tensor.shape().try_into().expect("four axes") };
-        let dims = Dims::new(&self.attention(), shape(q), shape(k));
+        let dims = Dims::new(&self.attention(), shape(q), shape(k)).with_head_dim_v(self.head_dim_v);
         let wide = |tensor: &Tensor<T>| -> Vec<f64> {
             let data = tensor.to_vec().expect("it is there");
             data.into_iter().map(Element::to_f64).collect()
@@ -141,13 +151,13 @@ struct Expected {
 impl Expected {
     /// The results of rows that belong to no sequence.
     fn new(case: &Ragged, total_q: usize, total_k: usize) -> Self {
-        let row = |heads: usize| heads * case.head_dim;
+        let (rows_q, rows_k) = (total_q * case.heads.0, total_k * case.heads.1);
         Self {
-            out: vec![0.0; total_q * row(case.heads.0)],
-            lse: vec![f32::NEG_INFINITY; total_q * case.heads.0],
-            dq: vec![0.0; total_q * row(case.heads.0)],
-            dk: vec![0.0; total_k * row(case.heads.1)],
-            dv: vec![0.0; total_k * row(case.heads.1)],
+            out: vec![0.0; rows_q * case.head_dim_v],
+            lse: vec![f32::NEG_INFINITY; rows_q],
+            dq: vec![0.0; rows_q * case.head_dim],
+            dk: vec![0.0; rows_k * case.head_dim],
+            dv: vec![0.0; rows_k * case.head_dim_v],
         }
     }
 
@@ -161,12 +171,12 @@ impl Expected {
     ) {
         let total_q = self.lse.len() / case.heads.0;
         let place = |to: &mut [f64], from: &Tensor<T>, (first, len): (usize, usize), heads: usize| {
-            let from = from.to_vec().expect("it is there");
+            let (head_dim, from) = (from.shape()[3], from.to_vec().expect("it is there"));
             for head in 0..heads {
                 for position in 0..len {
-                    for d in 0..case.head_dim {
-                        to[((first + position) * heads + head) * case.head_dim + d] =
-                            from[(head * len + position) * case.head_dim + d].to_f64();
+                    for d in 0..head_dim {
+                        to[((first + position) * heads + head) * head_dim + d] =
+                            from[(head * len + position) * head_dim + d].to_f64();
                     }
                 }
             }
@@ -223,19 +233,23 @@ fn ragged(longest: usize) -> impl Strategy<Value = Ragged> {
         rest,
         heads,
         prop_oneof![Just(8), Just(40), Just(64), Just(128)],
+        prop_oneof![2 => Just(None), 1 => prop_oneof![Just(16), Just(64), Just(96)].prop_map(Some)],
         dtype,
         any::<bool>(),
         0..1000_u64,
     )
-        .prop_map(|(lens, rest, heads, head_dim, dtype, causal, seed)| Ragged {
-            lens,
-            rest,
-            heads,
-            head_dim,
-            dtype,
-            causal,
-            seed,
-        })
+        .prop_map(
+            |(lens, rest, heads, head_dim, head_dim_v, dtype, causal, seed)| Ragged {
+                lens,
+                rest,
+                heads,
+                head_dim,
+                head_dim_v: head_dim_v.unwrap_or(head_dim),
+                dtype,
+                causal,
+                seed,
+            },
+        )
 }
 
 proptest! {
@@ -244,6 +258,9 @@ proptest! {
     #[test]
     fn a_sequence_has_the_results_of_a_call_with_it_alone(case in ragged(150)) {
         for device in devices().all() {
+            // Portable kernels of GPUs have one head_dim.
+            let head_dim_v = if device.kind() == DeviceKind::Cpu { case.head_dim_v } else { case.head_dim };
+            let case = Ragged { head_dim_v, ..case.clone() };
             for_dtype!(case.dtype, T => case.check::<T>(device));
         }
     }

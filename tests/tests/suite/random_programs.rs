@@ -94,12 +94,13 @@ fn all_named_features_together() {
 
 fn drawn_case() -> impl Strategy<Value = (Trees, Case)> {
     let heads = (1..=2_usize, 1..=2_usize, 1..=3_usize);
-    let sizes = (1..=90_usize, 1..=90_usize, 1..=5_usize);
+    let sizes = (1..=90_usize, 1..=90_usize, 1..=5_usize, 1..=5_usize);
     (trees(), heads, sizes, 0..3_usize, any::<bool>(), any::<u32>()).prop_map(
-        |(trees, (batch, heads_kv, group), (seqlen_q, seqlen_k, eighths), dtype, causal, seed)| {
+        |(trees, (batch, heads_kv, group), (seqlen_q, seqlen_k, eighths, eighths_v), dtype, causal, seed)| {
             let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16][dtype];
             let q = [batch, heads_kv * group, seqlen_q, 8 * eighths];
             let case = Case {
+                head_dim_v: 8 * eighths_v,
                 seed: seed.into(),
                 ..Case::new(dtype, q, [batch, heads_kv, seqlen_k, 8 * eighths])
             };
@@ -127,6 +128,7 @@ proptest! {
         let case = Case {
             q: [1, case.q[1], case.q[2].min(6), 8],
             kv: [1, case.kv[1], case.kv[2].min(7), 8],
+            head_dim_v: case.head_dim_v.min(16),
             attention: trees.attention(case.attention.clone(), case.q[1], &flash_attention::Device::cpu()),
             ..case
         };

@@ -39,7 +39,15 @@ pub(super) unsafe fn forward(
         write(row_sum, &|_| 0.0);
     }
     // SAFETY: passed on to the caller.
-    unsafe { zero(kernels, problem, out, problem.heads_q(), problem.seqlen_q()) };
+    unsafe {
+        zero(
+            kernels,
+            problem,
+            out,
+            (problem.heads_q(), problem.seqlen_q()),
+            problem.head_dim_v(),
+        )
+    };
 }
 
 /// Writes dq where there are queries, dk and dv where there are keys.
@@ -47,14 +55,16 @@ pub(super) unsafe fn forward(
 /// # Safety
 /// The contract of [`backward`](super::backward::backward).
 pub(super) unsafe fn backward(kernels: &Kernels, problem: &Problem, tensors: &BackwardTensors) {
+    let queries = (problem.heads_q(), problem.seqlen_q());
+    let keys = (problem.heads_kv(), problem.seqlen_k());
     // SAFETY: passed on to the caller.
     unsafe {
         if problem.has_queries() {
-            zero(kernels, problem, tensors.dq, problem.heads_q(), problem.seqlen_q());
+            zero(kernels, problem, tensors.dq, queries, problem.head_dim());
         }
         if problem.has_keys() {
-            zero(kernels, problem, tensors.dk, problem.heads_kv(), problem.seqlen_k());
-            zero(kernels, problem, tensors.dv, problem.heads_kv(), problem.seqlen_k());
+            zero(kernels, problem, tensors.dk, keys, problem.head_dim());
+            zero(kernels, problem, tensors.dv, keys, problem.head_dim_v());
         }
     }
 }
@@ -62,9 +72,15 @@ pub(super) unsafe fn backward(kernels: &Kernels, problem: &Problem, tensors: &Ba
 /// Writes zeros to every row of a tensor.
 ///
 /// # Safety
-/// The tensor has this many heads and rows, and no other thread accesses it.
-unsafe fn zero(kernels: &Kernels, problem: &Problem, tensor: StridedTensor, heads: usize, seqlen: u32) {
-    let head_dim = problem.head_dim() as usize;
+/// The tensor has this many heads and rows of `head_dim`, and no other thread accesses it.
+unsafe fn zero(
+    kernels: &Kernels,
+    problem: &Problem,
+    tensor: StridedTensor,
+    (heads, seqlen): (usize, u32),
+    head_dim: u32,
+) {
+    let head_dim = head_dim as usize;
     let zeros = vec![0.0; head_dim];
     for head in 0..problem.batch() * heads {
         // SAFETY: passed on to the caller.

@@ -230,6 +230,11 @@ impl<'a> KeyRows<'a> {
         }
     }
 
+    /// Returns the elements of a row.
+    pub(super) fn head_dim(&self) -> usize {
+        self.head.head_dim
+    }
+
     /// Returns the address of row `row`, which exists.
     pub(super) fn row(&self, row: usize) -> *const u8 {
         let (head, place) = self.place(row);

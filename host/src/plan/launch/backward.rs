@@ -48,25 +48,25 @@ impl Launch {
             scale_log2: problem.scale().log2,
             work,
             dout_rows: tensors.dout,
-            layout: unknown_alignment(problem),
+            layout: unknown_alignment(problem.head_dim_v()),
             reserved: [0; 14],
         };
-        let (of_queries, of_keys) = tile_map::dims(problem);
+        let [q, k, v, out] = tile_map::dims(problem);
         let (q_rows, k_rows) = if owns_keys {
             (entry.block_m, HOPPER_ROWS)
         } else {
             (HOPPER_ROWS, entry.block_n)
         };
-        let query = |tensor| TileMap::new(tensor, of_queries, problem.dtype(), q_rows);
-        let key = |tensor| TileMap::new(tensor, of_keys, problem.dtype(), k_rows);
+        let query = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), q_rows);
+        let key = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), k_rows);
         let maps = [
-            query(&problem.q()),
-            key(&problem.k()),
-            key(&problem.v()),
-            query(&tensors.dout),
-            query(&tensors.dq),
-            key(&tensors.dk),
-            key(&tensors.dv),
+            query(&problem.q(), q),
+            key(&problem.k(), k),
+            key(&problem.v(), v),
+            query(&tensors.dout, out),
+            query(&tensors.dq, q),
+            key(&tensors.dk, k),
+            key(&tensors.dv, v),
         ];
         let grid = [work.blocks, 1, 1];
         Ok(Self::new(entry, grid, Parameters::HopperBackward(params, maps)))
@@ -95,7 +95,11 @@ impl Launch {
             tiles,
             softmax_scale: problem.softmax_scale(),
             scale_log2: problem.scale().log2,
-            layout: unknown_alignment(problem),
+            // The first kernel reads rows of out and dout, the last writes rows of dq.
+            layout: unknown_alignment(match entry.pass {
+                Pass::BackwardFinish => problem.head_dim(),
+                _ => problem.head_dim_v(),
+            }),
             reserved: 0,
         };
         Ok(Self::new(entry, grid, Parameters::QuerySums(params)))
@@ -139,7 +143,7 @@ impl Launch {
             tiles,
             softmax_scale: problem.softmax_scale(),
             scale_log2: (program.as_ref()).map_or(problem.scale().log2, ScoreProgram::scale_log2),
-            layout: unknown_alignment(problem),
+            layout: unknown_alignment(problem.head_dim()),
         };
         Ok(Self {
             program,

@@ -38,7 +38,7 @@ impl Launch {
             query_tiles,
             scale_log2,
             scale_sign,
-            layout: unknown_alignment(problem),
+            layout: unknown_alignment(problem.head_dim()),
             scale: magnitude,
         };
         Ok(Self {
@@ -73,7 +73,7 @@ impl Launch {
             row_max: 0,
             row_sum: 0,
             values: problem.v(),
-            layout: unknown_alignment(problem),
+            layout: unknown_alignment(problem.head_dim_v()),
             heads: count(heads)?,
             heads_per_kv,
             seqlen_q: problem.seqlen_q(),
@@ -83,14 +83,14 @@ impl Launch {
             packed_log2: packed.ilog2(),
             reserved: [0; 7],
         };
-        let (q, k) = tile_map::dims(problem);
-        let query = |tensor| TileMap::packed(tensor, q, problem.dtype(), HOPPER_ROWS, packed);
-        let key = |tensor| TileMap::new(tensor, k, problem.dtype(), entry.block_n);
+        let [q, k, v, out] = tile_map::dims(problem);
+        let query = |tensor, dims| TileMap::packed(tensor, dims, problem.dtype(), HOPPER_ROWS, packed);
+        let key = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), entry.block_n);
         let maps = [
-            query(&problem.q()),
-            key(&problem.k()),
-            key(&problem.v()),
-            query(&problem.out()),
+            query(&problem.q(), q),
+            key(&problem.k(), k),
+            key(&problem.v(), v),
+            query(&problem.out(), out),
         ];
         let grid = [work.blocks, 1, 1];
         Ok(Self {

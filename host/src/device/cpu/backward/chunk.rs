@@ -6,7 +6,6 @@ use super::dq::{GradientRows, SharedHead, wait_for};
 use super::scratch::{QueryTile, Scratch};
 use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::{Backpropagate, Pairs};
-use crate::device::cpu::team::Lines;
 
 impl Scratch {
     /// The gradients that come from run `chunk` of the keys of a head.
@@ -60,7 +59,7 @@ impl Scratch {
                     }
                     let added = &shared.added[in_group * backward.query_tiles() + tile];
                     let dq = GradientRows {
-                        rows: backward.rows(tensors.dq, batch, query_head),
+                        rows: backward.rows(tensors.dq, batch, query_head, problem.head_dim() as usize),
                         sums: sums.as_ref().map(|sums| sums.0),
                         first_sum: in_group * problem.seqlen_q() as usize + first_row,
                         first_row,
@@ -87,7 +86,6 @@ impl Scratch {
     /// # Safety
     /// The processor has the kernels' instructions.
     unsafe fn pass(&mut self, backward: &Backward<'_>, tile: QueryTile, first_key: usize, keys: usize) {
-        let head_dim = backward.head_dim();
         let pairs = backward.pairs.filter(|_| self.keys_fit && tile.fits);
         for first in (0..keys).step_by(BLOCK) {
             let count = BLOCK.min(keys - first);
@@ -110,11 +108,7 @@ impl Scratch {
                 self.products(backward, pairs, tile, (first, padded));
                 self.gradients(backward, tile, padded, masked);
             }
-            let finite = |keys: &Lines| {
-                let block = &keys.as_slice()[first * head_dim..][..count * head_dim];
-                block.iter().fold(true, |all, x| all & x.is_finite())
-            };
-            if !masked || tile.finite && finite(&self.keys) && finite(&self.values) {
+            if !masked || tile.finite && self.keys_are_finite(backward, first, count) {
                 // SAFETY: as above.
                 unsafe {
                     match pairs {
@@ -126,6 +120,13 @@ impl Scratch {
                 self.accumulate_seen(backward, tile, first, count);
             }
         }
+    }
+
+    /// Returns true if these keys and values are finite.
+    pub(super) fn keys_are_finite(&self, backward: &Backward<'_>, first: usize, count: usize) -> bool {
+        let tiles = [&self.keys, &self.values].into_iter().zip(backward.head_dims());
+        let mut blocks = tiles.map(|(tile, head_dim)| &tile.as_slice()[first * head_dim..][..count * head_dim]);
+        blocks.all(|block| block.iter().fold(true, |all, x| all & x.is_finite()))
     }
 
     /// S and dP of the queries and the block of keys that starts at `first`.

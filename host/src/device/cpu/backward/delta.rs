@@ -18,7 +18,7 @@ pub(super) unsafe fn make_deltas(team: &Team<'_>, problems: &[Backward<'_>]) {
     let tasks = problems.iter().enumerate();
     let tasks = tasks.flat_map(|(index, problem)| (0..problem.delta_tasks()).map(move |task| (index, task)));
     let tasks: Vec<_> = tasks.collect();
-    let width = problems.iter().map(Backward::width).max().unwrap_or(0);
+    let width = problems.iter().map(|problem| problem.widths()[1]).max().unwrap_or(0);
     let lanes = team.kernels.lanes;
     let scratch = || Scratch {
         out: Lines::new(lanes * width),
@@ -54,7 +54,7 @@ impl Backward<'_> {
     /// # Safety
     /// The contract of [`backward`](super::backward).
     unsafe fn make_delta(&self, scratch: &mut Scratch, task: usize) {
-        let (kernels, head_dim) = (self.kernels, self.head_dim());
+        let (kernels, [_, head_dim]) = (self.kernels, self.head_dims());
         let (heads_q, seqlen_q) = (self.problem.heads_q(), self.problem.seqlen_q() as usize);
         let shape = Panels {
             lanes: kernels.lanes,
@@ -66,8 +66,8 @@ impl Backward<'_> {
         // SAFETY: passed on to the caller.
         let (out, dout) = unsafe {
             (
-                self.rows(self.problem.out(), batch, head),
-                self.rows(self.tensors.dout, batch, head),
+                self.rows(self.problem.out(), batch, head, head_dim),
+                self.rows(self.tensors.dout, batch, head, head_dim),
             )
         };
         let Scratch {

@@ -146,7 +146,7 @@ impl SharedHead {
         let (memory, asked) = &mut *sums;
         let queries = backward.group() * backward.problem.seqlen_q() as usize;
         let new = || {
-            let mut lines = Lines::new(queries * backward.head_dim());
+            let mut lines = Lines::new(queries * backward.problem.head_dim() as usize);
             Arc::new(Sums(lines.as_mut_ptr(), lines))
         };
         let of_task = memory.get_or_insert_with(new).clone();
@@ -191,7 +191,7 @@ impl Scratch {
     /// # Safety
     /// The contract of [`backward`](super::backward), and it is this task's turn.
     pub(super) unsafe fn add_dq(&mut self, backward: &Backward<'_>, dq: &GradientRows) {
-        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
+        let (kernels, [head_dim, _], [width, _]) = (backward.kernels, backward.head_dims(), backward.widths());
         let scale = backward.problem.softmax_scale();
         // The rows of q are not needed any more.
         let rows = &mut self.q;

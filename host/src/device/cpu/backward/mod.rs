@@ -30,6 +30,8 @@ mod tables;
 
 use std::ops::Range;
 
+use flash_attention_kernels::abi::StridedTensor;
+
 use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
 use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
@@ -153,7 +155,7 @@ pub(super) unsafe fn backward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Re
 struct Kind {
     parts: Option<usize>,
     block_m: u32,
-    head_dim: u32,
+    head_dims: [usize; 2],
     /// Number of the problem whose program the machines are for.
     program: Option<usize>,
 }
@@ -192,20 +194,21 @@ impl<'a> Backward<'a> {
         Kind {
             parts: self.pairs.map(|_| self.parts),
             block_m: self.tiles.block_m,
-            head_dim: self.problem.head_dim(),
+            head_dims: self.head_dims(),
             program: self.program.as_ref().map(|_| problem),
         }
     }
 }
 
 impl Backward<'_> {
-    fn head_dim(&self) -> usize {
-        self.problem.head_dim() as usize
+    /// head_dim of q and k, and of v and dout.
+    fn head_dims(&self) -> [usize; 2] {
+        [self.problem.head_dim(), self.problem.head_dim_v()].map(|head_dim| head_dim as usize)
     }
 
-    /// head_dim in whole registers.
-    fn width(&self) -> usize {
-        self.head_dim().next_multiple_of(MAX_LANES)
+    /// [`head_dims`](Self::head_dims) in whole registers.
+    fn widths(&self) -> [usize; 2] {
+        self.head_dims().map(|head_dim| head_dim.next_multiple_of(MAX_LANES))
     }
 
     /// Returns the multiple to which keys, and queries of a tile, are padded.
@@ -213,9 +216,9 @@ impl Backward<'_> {
         if self.pairs.is_some() { 2 * SIDE } else { ROWS }
     }
 
-    /// Words of a row of a head as pairs, in whole tiles.
-    fn words(&self) -> usize {
-        self.head_dim().next_multiple_of(2 * SIDE) / 2
+    /// Words of rows of [`head_dims`](Self::head_dims) as pairs, in whole tiles.
+    fn words(&self) -> [usize; 2] {
+        self.head_dims().map(|head_dim| head_dim.next_multiple_of(2 * SIDE) / 2)
     }
 
     /// Returns true if numbers are split into several bf16, which not all may be.
@@ -223,10 +226,10 @@ impl Backward<'_> {
         self.pairs.is_some() && self.parts > 1
     }
 
-    /// Determines which rows of a tile, of a head each and `stride` apart, are multiplied as pairs of bf16.
-    fn fit(&self, tile: &Lines, stride: usize, rows: usize) -> Vec<bool> {
+    /// Determines which rows of a tile, of `head_dim` each and `stride` apart, are multiplied as pairs of bf16.
+    fn fit(&self, tile: &Lines, [head_dim, stride]: [usize; 2], rows: usize) -> Vec<bool> {
         let may_be_split = |row: &[f32]| {
-            let row = &row[..self.head_dim()];
+            let row = &row[..head_dim];
             // SAFETY: the processor has the instructions.
             unsafe { (self.kernels.may_be_split)(row.as_ptr(), row.len()) }
         };
@@ -267,9 +270,9 @@ impl Backward<'_> {
     /// The rows of one head of a tensor.
     ///
     /// # Safety
-    /// The contract of [`backward`]; the head exists.
-    unsafe fn rows(&self, tensor: flash_attention_kernels::abi::StridedTensor, batch: usize, head: usize) -> Head {
+    /// The contract of [`backward`]; the head exists, and its rows have `head_dim` elements.
+    unsafe fn rows(&self, tensor: StridedTensor, batch: usize, head: usize, head_dim: usize) -> Head {
         // SAFETY: passed on to the caller.
-        unsafe { Head::new(tensor, self.problem.dtype(), batch, head, self.head_dim()) }
+        unsafe { Head::new(tensor, self.problem.dtype(), batch, head, head_dim) }
     }
 }

@@ -9,7 +9,7 @@ use crate::device::cpu::tensor::Head;
 /// Operands of bf16 pair products: words of two numbers along the inner axis, part after part. Queries of a word are
 /// [`SIDE`] apart.
 pub(super) struct Words {
-    /// Keys that a task owns, as pairs within a head: `block_n x words`.
+    /// Keys that a task owns, as pairs within a head: `block_n x words`; and their values.
     keys: Lines,
     values: Lines,
     /// K transposed, as pairs of keys: `width x block_n / 2`.
@@ -40,29 +40,29 @@ fn keys_stride(backward: &Backward<'_>) -> usize {
     backward.owned / 2 + SIDE
 }
 
-/// Returns the words from one row of pairs of queries to the next.
-fn queries_stride(backward: &Backward<'_>) -> usize {
-    backward.width() + SIDE
+/// Returns the words from one row of pairs of queries to the next: of q, and of dout.
+fn queries_strides(backward: &Backward<'_>) -> [usize; 2] {
+    backward.widths().map(|width| width + SIDE)
 }
 
-/// Number of words of one part of each operand.
+/// Number of words of one part of each operand; of two, the first is as wide as q and k, the second as v and dout.
 struct Sizes {
-    keys: usize,
+    keys: [usize; 2],
     keys_lanes: usize,
-    q_lanes: usize,
-    q: usize,
+    q_lanes: [usize; 2],
+    q: [usize; 2],
     scores: usize,
 }
 
 impl Sizes {
     fn new(backward: &Backward<'_>) -> Self {
-        let (width, words) = (backward.width(), backward.words());
+        let ([width, _], words) = (backward.widths(), backward.words());
         let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned);
         Self {
-            keys: block_n * words,
+            keys: words.map(|words| block_n * words),
             keys_lanes: width * keys_stride(backward),
-            q_lanes: words * block_m,
-            q: block_m / 2 * queries_stride(backward),
+            q_lanes: words.map(|words| words * block_m),
+            q: queries_strides(backward).map(|stride| block_m / 2 * stride),
             scores: BLOCK * block_m / 2,
         }
     }
@@ -76,13 +76,13 @@ impl Words {
             Lines::new(parts * part)
         };
         Self {
-            keys: lines(sizes.keys),
-            values: lines(sizes.keys),
+            keys: lines(sizes.keys[0]),
+            values: lines(sizes.keys[1]),
             keys_lanes: lines(sizes.keys_lanes),
-            q_lanes: lines(sizes.q_lanes),
-            dout_lanes: lines(sizes.q_lanes),
-            q: lines(sizes.q),
-            dout: lines(sizes.q),
+            q_lanes: lines(sizes.q_lanes[0]),
+            dout_lanes: lines(sizes.q_lanes[1]),
+            q: lines(sizes.q[0]),
+            dout: lines(sizes.q[1]),
             probabilities: lines(sizes.scores),
             ds: lines(sizes.scores),
             ds_lanes: lines(sizes.scores),
@@ -94,26 +94,27 @@ impl Words {
     }
 }
 
-/// Makes a pair product within a head, of keys or values with queries or their gradients.
+/// Makes a pair product within a head: of keys with queries, or, as number 1, of values with the gradients of outputs.
 fn of_heads(
     backward: &Backward<'_>,
     tile: QueryTile,
-    [keys_or_values, lanes]: [&Lines; 2],
+    (number, [keys_or_values, lanes]): (usize, [&Lines; 2]),
     product: &mut Lines,
     first: usize,
     keys: usize,
 ) -> PairProduct {
-    let (stride, inner, sizes) = (backward.tiles.block_m as usize, backward.words(), Sizes::new(backward));
+    let (stride, sizes) = (backward.tiles.block_m as usize, Sizes::new(backward));
+    let inner = backward.words()[number];
     PairProduct {
         rows: keys,
         inner,
         columns: tile.lanes,
         a: keys_or_values.as_ptr().cast::<u32>().wrapping_add(first * inner),
         a_stride: inner,
-        a_part: sizes.keys,
+        a_part: sizes.keys[number],
         b: lanes.as_ptr().cast::<u32>().wrapping_add(tile.first_lane),
         b_stride: stride,
-        b_part: sizes.q_lanes,
+        b_part: sizes.q_lanes[number],
         parts: backward.parts,
         c: product.as_mut_ptr().wrapping_add(tile.first_lane),
         c_stride: stride,
@@ -124,8 +125,9 @@ fn of_heads(
 impl Scratch {
     /// Packs loaded keys and values as bf16 pairs: both within a head, and the keys also transposed.
     pub(super) fn pair_keys(&mut self, backward: &Backward<'_>, sources: [Head; 2], first: usize, count: [usize; 2]) {
-        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
-        let (sizes, words) = (Sizes::new(backward), &mut self.words);
+        let (kernels, [head_dim, head_dim_v], [width, _]) = (backward.kernels, backward.head_dims(), backward.widths());
+        let ([words_of_key, words_of_value], sizes) = (backward.words(), Sizes::new(backward));
+        let words = &mut self.words;
         let pairing = Pairing {
             from: self.keys.as_ptr(),
             stride: head_dim,
@@ -133,19 +135,26 @@ impl Scratch {
             columns: head_dim,
             apart: SIDE,
             to: words.keys.as_mut_ptr().cast(),
-            to_stride: backward.words(),
+            to_stride: words_of_key,
             parts: backward.parts,
-            part: sizes.keys,
+            part: sizes.keys[0],
         };
         // SAFETY: the processor has the instructions, and tiles have room for whole registers.
         unsafe {
             if backward.parts == 1 {
-                sources[0].copy_halves(first, count, words.keys.as_mut_slice(), backward.words());
-                sources[1].copy_halves(first, count, words.values.as_mut_slice(), backward.words());
+                sources[0].copy_halves(first, count, words.keys.as_mut_slice(), words_of_key);
+                sources[1].copy_halves(first, count, words.values.as_mut_slice(), words_of_value);
             } else {
                 (kernels.pair_columns)(&pairing);
-                let (from, to) = (self.values.as_ptr(), words.values.as_mut_ptr().cast());
-                (kernels.pair_columns)(&Pairing { from, to, ..pairing });
+                (kernels.pair_columns)(&Pairing {
+                    from: self.values.as_ptr(),
+                    stride: head_dim_v,
+                    columns: head_dim_v,
+                    to: words.values.as_mut_ptr().cast(),
+                    to_stride: words_of_value,
+                    part: sizes.keys[1],
+                    ..pairing
+                });
             }
             let rows = words.rows.as_mut_ptr();
             (kernels.pair_rows)(&Pairing {
@@ -166,36 +175,38 @@ impl Scratch {
 
     /// Packs a tile of queries as bf16 pairs, within a head and of queries.
     pub(super) fn pair_queries(&mut self, backward: &Backward<'_>, padded: usize) {
-        let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
+        let (kernels, block_m) = (backward.kernels, backward.tiles.block_m as usize);
+        let (head_dims, widths, strides) = (backward.head_dims(), backward.widths(), queries_strides(backward));
         let (sizes, words) = (Sizes::new(backward), &mut self.words);
-        for (rows, lanes, pairs, pairs_lanes) in [
+        let operands = [
             (&self.q, &self.q_lanes, &mut words.q, &mut words.q_lanes),
             (&self.dout, &self.dout_lanes, &mut words.dout, &mut words.dout_lanes),
-        ] {
+        ];
+        for (number, (rows, lanes, pairs, pairs_lanes)) in operands.into_iter().enumerate() {
             // SAFETY: the processor has the instructions; words are half as many rows as what they are made of.
             unsafe {
                 let of_queries = Pairing {
                     from: rows.as_ptr(),
-                    stride: width,
+                    stride: widths[number],
                     rows: padded,
-                    columns: width,
+                    columns: widths[number],
                     apart: SIDE,
                     to: pairs.as_mut_ptr().cast(),
-                    to_stride: queries_stride(backward),
+                    to_stride: strides[number],
                     parts: backward.parts,
-                    part: sizes.q,
+                    part: sizes.q[number],
                 };
                 (kernels.pair_rows)(&of_queries);
                 (kernels.pair_rows)(&Pairing {
                     from: lanes.as_ptr(),
                     stride: block_m,
-                    rows: backward.head_dim(),
+                    rows: head_dims[number],
                     columns: padded,
                     // Like the keys: neighbours, if words are copied from memory.
                     apart: if backward.parts == 1 { 1 } else { SIDE },
                     to: pairs_lanes.as_mut_ptr().cast(),
                     to_stride: block_m,
-                    part: sizes.q_lanes,
+                    part: sizes.q_lanes[number],
                     ..of_queries
                 });
             }
@@ -215,11 +226,12 @@ impl Scratch {
         keys: usize,
     ) {
         let words = &self.words;
-        for (keys_or_values, lanes, product) in [
-            (&words.keys, &words.q_lanes, &mut self.probabilities),
-            (&words.values, &words.dout_lanes, &mut self.ds),
-        ] {
-            let product = of_heads(backward, tile, [keys_or_values, lanes], product, first, keys);
+        let products = [
+            ([&words.keys, &words.q_lanes], &mut self.probabilities),
+            ([&words.values, &words.dout_lanes], &mut self.ds),
+        ];
+        for (number, (operands, product)) in products.into_iter().enumerate() {
+            let product = of_heads(backward, tile, (number, operands), product, first, keys);
             // SAFETY: passed on to the caller.
             unsafe { (pairs.product)(&product) };
         }
@@ -247,7 +259,7 @@ impl Scratch {
         let of_heads = of_heads(
             backward,
             tile,
-            [&words.keys, &words.q_lanes],
+            (0, [&words.keys, &words.q_lanes]),
             &mut words.scores,
             first,
             keys,
@@ -277,12 +289,13 @@ impl Scratch {
         first: usize,
         keys: usize,
     ) {
-        let (width, stride, sizes) = (backward.width(), backward.tiles.block_m as usize, Sizes::new(backward));
+        let (widths, stride, sizes) = (backward.widths(), backward.tiles.block_m as usize, Sizes::new(backward));
+        let queries_strides = queries_strides(backward);
         // SAFETY: passed on to the caller.
         unsafe { self.pair_scores(backward, tile, keys) };
         let words = &self.words;
         let of_queries = PairProduct {
-            rows: width,
+            rows: widths[0],
             inner: keys / 2,
             columns: tile.lanes,
             a: words.keys_lanes.as_ptr().cast::<u32>().wrapping_add(first / 2),
@@ -296,26 +309,26 @@ impl Scratch {
             c_stride: stride,
             accumulate: true,
         };
-        let of_keys = |weights: &Lines, queries: &Lines, gradient: &mut Lines| PairProduct {
+        let of_keys = |number: usize, weights: &Lines, queries: &Lines, gradient: &mut Lines| PairProduct {
             rows: keys,
             inner: tile.lanes / 2,
-            columns: width,
+            columns: widths[number],
             a: weights.as_ptr().cast::<u32>().wrapping_add(tile.first_lane / 2),
             a_stride: stride / 2,
             a_part: sizes.scores,
             b: {
-                let first = tile.first_lane / 2 * queries_stride(backward);
+                let first = tile.first_lane / 2 * queries_strides[number];
                 queries.as_ptr().cast::<u32>().wrapping_add(first)
             },
-            b_stride: queries_stride(backward),
-            b_part: sizes.q,
+            b_stride: queries_strides[number],
+            b_part: sizes.q[number],
             parts: backward.parts,
-            c: gradient.as_mut_ptr().wrapping_add(first * width),
-            c_stride: width,
+            c: gradient.as_mut_ptr().wrapping_add(first * widths[number]),
+            c_stride: widths[number],
             accumulate: true,
         };
-        let of_values = of_keys(&words.probabilities, &words.dout, &mut self.dv);
-        let of_keys = of_keys(&words.ds, &words.q, &mut self.dk);
+        let of_values = of_keys(1, &words.probabilities, &words.dout, &mut self.dv);
+        let of_keys = of_keys(0, &words.ds, &words.q, &mut self.dk);
         for product in [of_queries, of_values, of_keys] {
             // SAFETY: passed on to the caller; words are half as many as what they are made of.
             unsafe { (pairs.product)(&product) };

@@ -8,7 +8,6 @@ use super::tables::{Read, TableSums};
 use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::{Backpropagate, Kernels, SIDE};
 use crate::device::cpu::program::{Machines, ScoreProgram};
-use crate::device::cpu::team::Lines;
 use crate::plan::TableGradients;
 use crate::problem::Problem;
 use crate::program::strip::Line;
@@ -142,7 +141,6 @@ impl Scratch {
         [first_key, first, count]: [usize; 3],
         masked: bool,
     ) {
-        let head_dim = backward.head_dim();
         let pairs = backward.pairs.filter(|_| self.keys_fit && tile.fits);
         let padded = count.next_multiple_of(backward.padding());
         // SAFETY: passed on to the caller.
@@ -160,11 +158,7 @@ impl Scratch {
             }
         }
         self.clear_padding(backward, tile, count..padded);
-        let finite = |keys: &Lines| {
-            let block = &keys.as_slice()[first * head_dim..][..count * head_dim];
-            block.iter().fold(true, |all, x| all & x.is_finite())
-        };
-        if !masked || tile.finite && finite(&self.keys) && finite(&self.values) {
+        if !masked || tile.finite && self.keys_are_finite(backward, first, count) {
             // SAFETY: as above.
             unsafe {
                 match pairs {

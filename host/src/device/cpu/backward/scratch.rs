@@ -27,22 +27,24 @@ fn all(fit: &[bool]) -> bool {
     !fit.contains(&false)
 }
 
-/// Tiles that a thread works in. "width" is head_dim in whole registers.
+/// Tiles that a thread works in. "width" is head_dim in whole registers, "head_dim_v" and "width_v" are those of values.
 pub(super) struct Scratch {
     /// Operands of bf16 pair products; empty without them.
     pub(super) words: Words,
     /// Keys that a task owns: `block_n x head_dim`.
     pub(super) keys: Lines,
+    /// Their values: `block_n x head_dim_v`.
     pub(super) values: Lines,
     /// True if the keys are multiplied as bf16 pairs.
     pub(super) keys_fit: bool,
-    /// Gradients of the keys: `block_n x width`.
+    /// Gradients of the keys, `block_n x width`, and of the values, `block_n x width_v`.
     pub(super) dk: Lines,
     pub(super) dv: Lines,
-    /// Queries of a tile: `block_m x width`.
+    /// Queries of a tile, `block_m x width`, and the gradients of their outputs, `block_m x width_v`.
     pub(super) q: Lines,
     pub(super) dout: Lines,
-    /// Queries of a tile transposed, `head_dim x block_m`; and the gradient of q, `width x block_m`.
+    /// q and dout of a tile transposed, `head_dim x block_m` and `head_dim_v x block_m`; and the gradient of q, `width x
+    /// block_m`.
     pub(super) q_lanes: Lines,
     pub(super) dout_lanes: Lines,
     pub(super) dq_lanes: Lines,
@@ -67,20 +69,20 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new(backward: &Backward<'_>) -> Self {
-        let (head_dim, width) = (backward.head_dim(), backward.width());
+        let ([head_dim, head_dim_v], [width, width_v]) = (backward.head_dims(), backward.widths());
         let (block_m, block_n) = (backward.tiles.block_m as usize, backward.owned);
         let program = backward.program.as_ref();
         Self {
             words: Words::new(backward),
             keys: Lines::new(block_n * head_dim + MAX_LANES),
-            values: Lines::new(block_n * head_dim),
+            values: Lines::new(block_n * head_dim_v),
             keys_fit: false,
             dk: Lines::new(block_n * width),
-            dv: Lines::new(block_n * width),
+            dv: Lines::new(block_n * width_v),
             q: Lines::new(block_m * width),
-            dout: Lines::new(block_m * width),
+            dout: Lines::new(block_m * width_v),
             q_lanes: Lines::new(head_dim * block_m),
-            dout_lanes: Lines::new(head_dim * block_m),
+            dout_lanes: Lines::new(head_dim_v * block_m),
             dq_lanes: Lines::new(width * block_m),
             probabilities: Lines::new(BLOCK * block_m),
             ds: Lines::new(BLOCK * block_m),
@@ -107,20 +109,21 @@ impl Scratch {
         keys: usize,
     ) {
         let (problem, kernels) = (backward.problem, backward.kernels);
-        let (head_dim, width) = (backward.head_dim(), backward.width());
+        let ([head_dim, head_dim_v], [width, width_v]) = (backward.head_dims(), backward.widths());
         let padded = keys.next_multiple_of(backward.padding());
+        let sources = [(problem.k(), head_dim), (problem.v(), head_dim_v)];
         // SAFETY: passed on to the caller; the heads are within their tensors.
-        let sources = [problem.k(), problem.v()].map(|tensor| unsafe { backward.rows(tensor, batch, kv_head) });
+        let sources = sources.map(|(tensor, head_dim)| unsafe { backward.rows(tensor, batch, kv_head, head_dim) });
         for (source, tile) in sources.iter().zip([&mut self.keys, &mut self.values]) {
-            source.load_tile(kernels, first_key, [keys, padded], tile.as_mut_slice(), head_dim);
+            source.load_tile(kernels, first_key, [keys, padded], tile.as_mut_slice(), source.head_dim);
         }
-        self.words.keys_fit = backward.fit(&self.keys, head_dim, keys);
-        self.keys_fit = all(&self.words.keys_fit) && all(&backward.fit(&self.values, head_dim, keys));
+        self.words.keys_fit = backward.fit(&self.keys, [head_dim; 2], keys);
+        self.keys_fit = all(&self.words.keys_fit) && all(&backward.fit(&self.values, [head_dim_v; 2], keys));
         if self.words.keys_fit.contains(&true) {
             self.pair_keys(backward, sources, first_key, [keys, padded]);
         }
         self.dk.as_mut_slice()[..padded * width].fill(0.0);
-        self.dv.as_mut_slice()[..padded * width].fill(0.0);
+        self.dv.as_mut_slice()[..padded * width_v].fill(0.0);
     }
 
     /// Loads a tile of queries, also transposed, and the statistics of each query.
@@ -135,7 +138,8 @@ impl Scratch {
         first_row: usize,
         rows: usize,
     ) -> QueryTile {
-        let (kernels, width, block_m) = (backward.kernels, backward.width(), backward.tiles.block_m as usize);
+        let (kernels, block_m) = (backward.kernels, backward.tiles.block_m as usize);
+        let ([head_dim, head_dim_v], [width, width_v]) = (backward.head_dims(), backward.widths());
         let padded = rows.next_multiple_of(kernels.lanes.max(backward.padding()));
         let first = (batch * backward.problem.heads_q() + head) * backward.problem.seqlen_q() as usize + first_row;
         let of_queries = |tensor| QueryRows::new(tensor, backward.problem);
@@ -155,23 +159,30 @@ impl Scratch {
             (Some(_), None) => number(&lse, *row) == f32::NEG_INFINITY,
         };
         let unseeing: Vec<usize> = (0..rows).filter(sees_nothing).collect();
-        let sources = [backward.problem.q(), backward.tensors.dout];
-        let tiles = [(&mut self.q, &mut self.q_lanes), (&mut self.dout, &mut self.dout_lanes)];
-        for (source, (tile, lanes)) in sources.into_iter().zip(tiles) {
+        let tiles = [
+            (backward.problem.q(), &mut self.q, &mut self.q_lanes, [head_dim, width]),
+            (
+                backward.tensors.dout,
+                &mut self.dout,
+                &mut self.dout_lanes,
+                [head_dim_v, width_v],
+            ),
+        ];
+        for (source, tile, lanes, [head_dim, width]) in tiles {
             // SAFETY: passed on to the caller; tiles are `block_m` rows and lanes.
             unsafe {
-                let source = backward.rows(source, batch, head);
+                let source = backward.rows(source, batch, head, head_dim);
                 source.load_tile(kernels, first_row, [rows, padded], tile.as_mut_slice(), width);
                 // Queries that see no key have no effect, whatever they hold.
                 for row in &unseeing {
                     tile.as_mut_slice()[row * width..][..width].fill(0.0);
                 }
                 let (from, to) = (tile.as_ptr(), lanes.as_mut_ptr());
-                (kernels.transpose)(from, width, padded, to, block_m, backward.head_dim());
+                (kernels.transpose)(from, width, padded, to, block_m, head_dim);
             }
         }
-        self.words.queries_fit = backward.fit(&self.q, width, rows);
-        let fits = all(&self.words.queries_fit) && all(&backward.fit(&self.dout, width, rows));
+        self.words.queries_fit = backward.fit(&self.q, [head_dim, width], rows);
+        let fits = all(&self.words.queries_fit) && all(&backward.fit(&self.dout, [head_dim_v, width_v], rows));
         if self.words.queries_fit.contains(&true) {
             self.pair_queries(backward, padded);
         }
@@ -205,15 +216,16 @@ impl Scratch {
         origins[rows..padded].fill(nothing);
         self.delta.as_mut_slice()[rows..padded].fill(0.0);
         self.visible.as_mut_slice()[rows..padded].fill(0.0);
-        let head_dim = backward.head_dim();
-        let is_finite = |row: &[f32]| row[..head_dim].iter().fold(true, |all, x| all & x.is_finite());
-        let rows_are_finite = |tile: &Lines| tile.as_slice().chunks(width).take(rows).all(is_finite);
+        let rows_are_finite = |tile: &Lines, [head_dim, width]: [usize; 2]| {
+            let is_finite = |row: &[f32]| row[..head_dim].iter().fold(true, |all, x| all & x.is_finite());
+            tile.as_slice().chunks(width).take(rows).all(is_finite)
+        };
         QueryTile {
             first_row,
             rows,
             first_lane: 0,
             lanes: padded,
-            finite: rows_are_finite(&self.q) && rows_are_finite(&self.dout),
+            finite: rows_are_finite(&self.q, [head_dim, width]) && rows_are_finite(&self.dout, [head_dim_v, width_v]),
             fits,
         }
     }
@@ -230,14 +242,15 @@ impl Scratch {
         first_key: usize,
         keys: usize,
     ) {
-        let (problem, tensors, kernels, width) =
-            (backward.problem, backward.tensors, backward.kernels, backward.width());
-        for (tensor, gradient, factor) in [
+        let (problem, tensors, kernels) = (backward.problem, backward.tensors, backward.kernels);
+        let lengths = backward.head_dims().into_iter().zip(backward.widths());
+        let gradients = [
             (tensors.dk, &mut self.dk, problem.softmax_scale()),
             (tensors.dv, &mut self.dv, 1.0),
-        ] {
+        ];
+        for ((tensor, gradient, factor), (head_dim, width)) in gradients.into_iter().zip(lengths) {
             // SAFETY: passed on to the caller; the heads are within their tensors.
-            let target = unsafe { backward.rows(tensor, batch, kv_head) };
+            let target = unsafe { backward.rows(tensor, batch, kv_head, head_dim) };
             for (key, row) in gradient.as_mut_slice().chunks_mut(width).take(keys).enumerate() {
                 row.iter_mut().for_each(|x| *x *= factor);
                 target.store(kernels, first_key + key, row);

@@ -12,12 +12,12 @@ impl Scratch {
     /// # Safety
     /// The contract of [`pass`](Self::pass); the keys are among those of the task.
     pub(super) unsafe fn score(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
-        let (kernels, head_dim, stride) = (backward.kernels, backward.head_dim(), backward.tiles.block_m as usize);
+        let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
         let products = [
             (&self.keys, &self.q_lanes, &mut self.probabilities),
             (&self.values, &self.dout_lanes, &mut self.ds),
         ];
-        for (keys_or_values, lanes, product) in products {
+        for ((keys_or_values, lanes, product), head_dim) in products.into_iter().zip(backward.head_dims()) {
             // SAFETY: passed on to the caller.
             unsafe {
                 (kernels.product)(&Product {
@@ -42,8 +42,8 @@ impl Scratch {
     /// # Safety
     /// The contract of [`score`](Self::score).
     pub(super) unsafe fn accumulate(&mut self, backward: &Backward<'_>, tile: QueryTile, first: usize, keys: usize) {
-        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
-        let stride = backward.tiles.block_m as usize;
+        let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
+        let ([head_dim, head_dim_v], [width, width_v]) = (backward.head_dims(), backward.widths());
         // SAFETY: passed on to the caller.
         unsafe {
             (kernels.product)(&Product {
@@ -61,10 +61,10 @@ impl Scratch {
             });
         }
         let products = [
-            (&self.probabilities, &self.dout, &mut self.dv),
-            (&self.ds, &self.q, &mut self.dk),
+            (&self.probabilities, &self.dout, &mut self.dv, [head_dim_v, width_v]),
+            (&self.ds, &self.q, &mut self.dk, [head_dim, width]),
         ];
-        for (weights, queries, gradient) in products {
+        for (weights, queries, gradient, [head_dim, width]) in products {
             // SAFETY: as above.
             unsafe {
                 (kernels.product)(&Product {
@@ -101,8 +101,8 @@ impl Scratch {
         (first, keys): (usize, usize),
         sees: impl Fn(usize, usize) -> bool,
     ) {
-        let (kernels, head_dim, width) = (backward.kernels, backward.head_dim(), backward.width());
-        let stride = backward.tiles.block_m as usize;
+        let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
+        let ([head_dim, head_dim_v], [width, width_v]) = (backward.head_dims(), backward.widths());
         let (p, ds) = (self.probabilities.as_slice(), self.ds.as_slice());
         let (k, q, dout) = (self.keys.as_slice(), self.q.as_slice(), self.dout.as_slice());
         for d in 0..head_dim {
@@ -113,15 +113,18 @@ impl Scratch {
                 }
                 self.dq_lanes.as_mut_slice()[d * stride + lane] += sum;
             }
-            for key in 0..keys {
-                let (mut of_key, mut of_value) = (0.0, 0.0);
+        }
+        let products = [
+            (ds, q, &mut self.dk, [head_dim, width]),
+            (p, dout, &mut self.dv, [head_dim_v, width_v]),
+        ];
+        for (weights, queries, gradient, [head_dim, width]) in products {
+            for (key, d) in (0..keys).flat_map(|key| (0..head_dim).map(move |d| (key, d))) {
+                let mut sum = 0.0;
                 for lane in lanes.clone().filter(|&lane| sees(lane, key)) {
-                    let (pair, of_query) = (key * stride + lane, lane * width + d);
-                    of_key = kernels.multiply_add(ds[pair], q[of_query], of_key);
-                    of_value = kernels.multiply_add(p[pair], dout[of_query], of_value);
+                    sum = kernels.multiply_add(weights[key * stride + lane], queries[lane * width + d], sum);
                 }
-                self.dk.as_mut_slice()[(first + key) * width + d] += of_key;
-                self.dv.as_mut_slice()[(first + key) * width + d] += of_value;
+                gradient.as_mut_slice()[(first + key) * width + d] += sum;
             }
         }
     }

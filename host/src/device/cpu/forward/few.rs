@@ -18,7 +18,7 @@ impl State {
         let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
         let (of_left, of_right) = (exp2(left - origin), exp2(right - origin));
         self.max.as_mut_slice()[row] = max;
-        let depth = forward.panels.depth;
+        let depth = forward.output_panels.depth;
         let places = row * depth..(row + 1) * depth;
         let sums = self.sum.as_mut_slice()[row..=row]
             .iter_mut()
@@ -70,7 +70,6 @@ impl Scratch {
         state: &mut State,
     ) {
         let scale_log2 = forward.scale.log2;
-        let depth = forward.panels.depth;
         // SAFETY: the processor has the instructions, the keys exist, `locate_rows` noted them and those after them, and rows of
         // q and the output are whole registers.
         unsafe {
@@ -80,14 +79,15 @@ impl Scratch {
                 k: self.key_rows.as_ptr(),
                 v: self.value_rows.as_ptr(),
                 head_dim: forward.head_dim(),
-                query: self.query.as_ptr().add(row * depth),
+                head_dim_v: forward.head_dim_v(),
+                query: self.query.as_ptr().add(row * forward.panels.depth),
                 scores: self.scores.as_mut_ptr(),
                 scale_log2,
                 max: state.max.as_mut_ptr().add(row),
                 sum: state.sum.as_mut_ptr().add(row),
                 best: state.best.as_mut_ptr().add(row),
                 first_key,
-                output: state.output.as_mut_ptr().add(row * depth),
+                output: state.output.as_mut_ptr().add(row * forward.output_panels.depth),
             });
         }
     }
@@ -118,8 +118,8 @@ impl Scratch {
     ) {
         let queries = tile.rows / forward.together;
         for (row, inverse) in inverses.enumerate() {
-            let output = &state.output.as_slice()[row * forward.panels.depth..];
-            for (to, x) in self.rows.as_mut_slice().iter_mut().zip(&output[..forward.head_dim()]) {
+            let output = &state.output.as_slice()[row * forward.output_panels.depth..];
+            for (to, x) in self.rows.as_mut_slice().iter_mut().zip(&output[..forward.head_dim_v()]) {
                 *to = if inverse == 0.0 { 0.0 } else { x * inverse };
             }
             let out = tile.out.later(row / queries * tile.head_steps[1]);

@@ -54,13 +54,14 @@ struct Forward<'a> {
     pairs: Option<&'static Pairs>,
     /// Number of bf16 parts that an element is split into for them; 0 if it is not.
     parts: usize,
-    /// True for the decode path: queries are computed one by one. Tiles of q and the output then hold rows of
-    /// `panels.depth`.
+    /// True for the decode path: queries are computed one by one. Tiles of q then hold rows of `panels.depth`, those of the
+    /// output rows of `output_panels.depth`.
     few: bool,
     /// Number of query heads per tile. It is more than 1 only if queries are few and heads share keys, which are then
     /// read from memory once for all of them.
     together: usize,
     panels: Panels,
+    output_panels: Panels,
     tiles: Tiles,
     visibility: Visibility,
     /// Score program, if there is one. Its mask includes the causal mask, and `visibility` then has none.
@@ -210,7 +211,7 @@ struct Kind {
     few: bool,
     parts: usize,
     tiles: Tiles,
-    head_dim: u32,
+    head_dims: [u32; 2],
     /// Number of the problem whose program the machines are for.
     program: Option<usize>,
 }
@@ -222,7 +223,7 @@ impl Own {
             few: forward.few,
             parts: forward.parts,
             tiles: forward.tiles,
-            head_dim: forward.problem.head_dim(),
+            head_dims: [forward.problem.head_dim(), forward.problem.head_dim_v()],
             program: forward.program.as_ref().map(|_| problem),
         };
         if own.as_ref().is_some_and(|own| own.kind != kind) {
@@ -283,8 +284,8 @@ fn walks(problem: &Problem, program: Option<&ScoreProgram>, tiles: Tiles) -> Vec
 
 /// Keys of a tile: those of the plan; half of them where they have parts of which, with those of the values, only then half of
 /// the L1 cache is enough. Measured, that is 2 to 7 % faster, and 10 % slower where even then it is not.
-fn block_n(tiles: Tiles, parts: usize, head_dim: u32) -> u32 {
-    let fits = |keys: u32| 2 * 2 * parts * (keys * head_dim) as usize <= HALF_L1;
+fn block_n(tiles: Tiles, parts: usize, both_head_dims: u32) -> u32 {
+    let fits = |keys: u32| 2 * parts * (keys * both_head_dims) as usize <= HALF_L1;
     let half = tiles.block_n / 2;
     if parts > 1 && fits(half) && !fits(tiles.block_n) {
         half
@@ -304,8 +305,12 @@ impl<'a> Forward<'a> {
         let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
         let parts = parts.unwrap_or(0);
         let tiles = Tiles {
-            block_n: block_n(tiles, parts, problem.head_dim()),
+            block_n: block_n(tiles, parts, problem.head_dim() + problem.head_dim_v()),
             ..tiles
+        };
+        let panels = |head_dim: u32| Panels {
+            lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
+            depth: (head_dim as usize).next_multiple_of(SIDE),
         };
         Self {
             kernels: team.kernels,
@@ -313,10 +318,8 @@ impl<'a> Forward<'a> {
             parts,
             few,
             together: 1,
-            panels: Panels {
-                lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
-                depth: (problem.head_dim() as usize).next_multiple_of(SIDE),
-            },
+            panels: panels(problem.head_dim()),
+            output_panels: panels(problem.head_dim_v()),
             problem,
             tiles,
             visibility: Visibility::new(problem, program.is_none() && problem.causal()),
@@ -374,6 +377,11 @@ impl<'a> Forward<'a> {
         self.problem.head_dim() as usize
     }
 
+    /// head_dim of values and of the output.
+    fn head_dim_v(&self) -> usize {
+        self.problem.head_dim_v() as usize
+    }
+
     /// Returns the segments of the first `blocks` tiles of keys; at least one, which may be empty. Their length
     /// depends only on seqlen_k.
     fn segments(&self, blocks: u32) -> impl Iterator<Item = Range<u32>> {
@@ -420,18 +428,16 @@ impl<'a> Forward<'a> {
         // SAFETY: the caller of `forward` vouches for the four tensors and lse; batch, head and kv_head are within them.
         // Rows of out do not overlap and no two tasks have one in common, so each is written by one thread only.
         unsafe {
-            let rows_of = |tensor| Head::new(tensor, problem.dtype(), batch, head, self.head_dim());
-            let keys_of = |tensor| {
-                let place = [batch, kv_head, self.head_dim()];
-                KeyRows::new(tensor, problem.pages(), problem.dtype(), place)
-            };
+            let rows_of = |tensor, head_dim| Head::new(tensor, problem.dtype(), batch, head, head_dim);
+            let keys_of =
+                |tensor, head_dim| KeyRows::new(tensor, problem.pages(), problem.dtype(), [batch, kv_head, head_dim]);
             Tile {
                 batch,
                 head,
-                q: rows_of(problem.q()),
-                k: keys_of(problem.k()),
-                v: keys_of(problem.v()),
-                out: rows_of(self.out),
+                q: rows_of(problem.q(), self.head_dim()),
+                k: keys_of(problem.k(), self.head_dim()),
+                v: keys_of(problem.v(), self.head_dim_v()),
+                out: rows_of(self.out, self.head_dim_v()),
                 first,
                 first_row,
                 rows: self.together * rows as usize,

@@ -3,7 +3,7 @@
 use super::scratch::Scratch;
 use super::tiled::Lanes;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::{MAX_LANES, Pairing, SIDE};
+use crate::device::cpu::kernels::{Kernels, MAX_LANES, Pairing, SIDE};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Panels;
 
@@ -13,7 +13,7 @@ pub(super) struct Words {
     pub(super) query: Lines,
     /// Keys: `block_n x words`.
     pub(super) keys: Lines,
-    /// Values: `depth x block_n / 2`, and the transpose.
+    /// Values: `output_panels.depth x block_n / 2`, and the transpose.
     pub(super) values: Lines,
     rows: Lines,
     /// Exponentials: `block_n / 2 x lanes`.
@@ -46,12 +46,17 @@ impl Fit {
         }
     }
 
-    /// Determines which of `count` rows of heads, which exist, may be split, and writes it to `fit`.
+    /// Determines which of `count` rows of `head_dim`, which exist, may be split, and writes it to `fit`.
     ///
     /// # Safety
     /// The processor has the instructions.
-    pub(super) unsafe fn of_rows(forward: &Forward<'_>, rows: *const f32, count: usize, fit: &mut [bool]) -> Self {
-        let (head_dim, may_be_split) = (forward.head_dim(), forward.kernels.may_be_split);
+    pub(super) unsafe fn of_rows(
+        kernels: &Kernels,
+        (rows, count): (*const f32, usize),
+        head_dim: usize,
+        fit: &mut [bool],
+    ) -> Self {
+        let may_be_split = kernels.may_be_split;
         fit.fill(true);
         // SAFETY: passed on to the caller.
         unsafe {
@@ -105,7 +110,7 @@ impl Forward<'_> {
     }
 
     pub(super) fn values_part(&self) -> usize {
-        self.panels.depth * self.tiles.block_n as usize / 2
+        self.output_panels.depth * self.tiles.block_n as usize / 2
     }
 
     pub(super) fn scores_part(&self) -> usize {
@@ -173,7 +178,7 @@ impl Scratch {
     /// Packs pairs of the values that may be split, with 0 in place of the others, and loads the others, with 0 in
     /// place of these.
     pub(super) fn pair_some_values(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, first: usize, count: [usize; 2]) {
-        let head_dim = forward.head_dim();
+        let head_dim = forward.head_dim_v();
         let load = |scratch: &mut Self, fit: bool| {
             let values = scratch.values.as_mut_slice();
             tile.v.load_tile(forward.kernels, first, count, values, head_dim);
@@ -207,7 +212,7 @@ impl Scratch {
 
     /// Packs the values at `from` as bf16 pairs, neighbours along the keys, one row for each element of a head.
     pub(super) fn pair_values(&mut self, forward: &Forward<'_>, keys: usize, from: *const f32) {
-        let (kernels, head_dim) = (forward.kernels, forward.head_dim());
+        let (kernels, head_dim) = (forward.kernels, forward.head_dim_v());
         let width = head_dim.next_multiple_of(MAX_LANES);
         // SAFETY: the processor has the instructions, and tiles have room for whole registers.
         unsafe {

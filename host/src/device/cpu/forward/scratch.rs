@@ -17,6 +17,7 @@ pub(super) struct Scratch {
     pub(super) words: Words,
     /// Keys: `block_n x head_dim`.
     pub(super) keys: Lines,
+    /// Values: `block_n x head_dim_v`.
     pub(super) values: Lines,
     /// Addresses of the rows of a tile of keys, and of values, on the decode path.
     pub(super) key_rows: Vec<*const u8>,
@@ -25,7 +26,7 @@ pub(super) struct Scratch {
     pub(super) scores: Lines,
     /// Number of keys of a tile that each query sees.
     pub(super) visible: Lines,
-    /// A few rows of q or out, `MAX_LANES x head_dim`.
+    /// A few rows of q or out, `MAX_LANES` of the larger head_dim.
     pub(super) rows: Lines,
     /// Machines of the score program, if there is one.
     pub(super) machines: Option<Machines>,
@@ -35,18 +36,18 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new(forward: &Forward<'_>) -> Self {
-        let (head_dim, lanes) = (forward.head_dim(), forward.lanes());
+        let (head_dim, head_dim_v, lanes) = (forward.head_dim(), forward.head_dim_v(), forward.lanes());
         let block_n = forward.tiles.block_n as usize;
         Self {
             query: Lines::new(lanes * forward.panels.depth),
             words: Words::new(forward),
             keys: Lines::new(block_n * head_dim),
-            values: Lines::new(block_n * head_dim + MAX_LANES),
+            values: Lines::new(block_n * head_dim_v + MAX_LANES),
             key_rows: Vec::new(),
             value_rows: Vec::new(),
             scores: Lines::new(block_n * forward.panels.lanes),
             visible: Lines::new(lanes),
-            rows: Lines::new(MAX_LANES * head_dim.next_multiple_of(MAX_LANES)),
+            rows: Lines::new(MAX_LANES * head_dim.max(head_dim_v).next_multiple_of(MAX_LANES)),
             machines: (forward.program.as_ref()).map(|program| Machines::new(program, lanes, block_n)),
             walk: Walk::default(),
         }
@@ -104,8 +105,14 @@ impl Scratch {
             self.store_few(forward, tile, state, inverses);
         } else {
             let (first, output) = (tile.first_row as usize, &state.output);
-            tile.out
-                .store_panels(forward.kernels, first, inverses, forward.panels, output, &mut self.rows);
+            tile.out.store_panels(
+                forward.kernels,
+                first,
+                inverses,
+                forward.output_panels,
+                output,
+                &mut self.rows,
+            );
         }
         for (row, finished) in finished.iter().enumerate() {
             // SAFETY: lse has an entry for each of the tile's queries, and this task alone writes it.

@@ -21,7 +21,7 @@ impl State {
             max: Lines::new(lanes),
             sum: Lines::new(lanes),
             best: vec![0; if forward.few { lanes } else { 0 }],
-            output: Lines::new(lanes * forward.panels.depth),
+            output: Lines::new(lanes * forward.output_panels.depth),
         }
     }
 
@@ -48,7 +48,7 @@ impl State {
     /// Merges the state of another run of keys.
     pub(super) fn merge(&mut self, forward: &Forward<'_>, rows: usize, other: &Self) {
         let scale_log2 = forward.scale.log2;
-        let (head_dim, depth) = (forward.head_dim(), forward.panels.depth);
+        let (head_dim, depth) = (forward.head_dim_v(), forward.output_panels.depth);
         if forward.few {
             return (0..rows).for_each(|row| self.merge_one(forward, row, other));
         }

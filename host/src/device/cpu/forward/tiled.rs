@@ -97,26 +97,31 @@ impl Scratch {
         seen: usize,
         masked: bool,
     ) -> Block {
-        let (kernels, head_dim) = (forward.kernels, forward.head_dim());
+        let (kernels, head_dim_v) = (forward.kernels, forward.head_dim_v());
         let count = seen.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
-        // Pairs are made of whole registers.
-        let suits = !masked && seen == count && (forward.pairs.is_none() || head_dim.is_multiple_of(MAX_LANES));
-        let load = |rows: KeyRows<'_>, to: &mut Lines| match rows.in_place(first, count).filter(|_| suits) {
-            Some(rows) => rows,
-            None => {
-                rows.load_tile(kernels, first, [seen, count], to.as_mut_slice(), head_dim);
-                to.as_ptr()
+        let load = |rows: KeyRows<'_>, to: &mut Lines| {
+            // Pairs are made of whole registers.
+            let is_whole = forward.pairs.is_none() || rows.head_dim().is_multiple_of(MAX_LANES);
+            match rows
+                .in_place(first, count)
+                .filter(|_| !masked && seen == count && is_whole)
+            {
+                Some(rows) => rows,
+                None => {
+                    rows.load_tile(kernels, first, [seen, count], to.as_mut_slice(), rows.head_dim());
+                    to.as_ptr()
+                }
             }
         };
         let values = load(tile.v, &mut self.values);
-        let loaded = &self.values.as_slice()[..seen * head_dim];
+        let loaded = &self.values.as_slice()[..seen * head_dim_v];
         let finite = !masked || loaded.iter().fold(true, |all, x| all & x.is_finite());
         let pairs_of_values = match forward.parts {
             0 => Fit::None,
             1 if finite => Fit::All,
             1 => Fit::None,
             // SAFETY: the rows exist.
-            _ => unsafe { Fit::of_rows(forward, values, seen, &mut self.words.values_fit) },
+            _ => unsafe { Fit::of_rows(kernels, (values, seen), head_dim_v, &mut self.words.values_fit) },
         };
         match pairs_of_values {
             Fit::All => self.pair_values(forward, count, values),
@@ -146,7 +151,14 @@ impl Scratch {
         block.pairs_of_keys = match forward.parts {
             0 => Fit::None,
             // SAFETY: the rows exist.
-            _ => unsafe { Fit::of_rows(forward, block.keys, seen, &mut self.words.keys_fit) },
+            _ => unsafe {
+                Fit::of_rows(
+                    kernels,
+                    (block.keys, seen),
+                    forward.head_dim(),
+                    &mut self.words.keys_fit,
+                )
+            },
         };
         if block.pairs_of_keys != Fit::None {
             self.split_keys(forward, count, block.keys);
@@ -225,7 +237,7 @@ impl Scratch {
         block: &Block,
         state: &mut State,
     ) {
-        let Panels { lanes: stride, depth } = forward.panels;
+        let Panels { lanes: stride, depth } = forward.output_panels;
         let output = lanes.panel * depth + lanes.first;
         // A program has hidden scores itself.
         let visible = (block.masked && forward.program.is_none()).then(|| self.visible.as_ptr());
@@ -242,7 +254,7 @@ impl Scratch {
                 max: state.max.as_mut_ptr().add(lanes.in_tile()),
                 sum: state.sum.as_mut_ptr().add(lanes.in_tile()),
                 output: state.output.as_mut_ptr().add(output),
-                head_dim: forward.head_dim(),
+                head_dim: forward.head_dim_v(),
                 pairs: self.words.scores.as_mut_ptr().cast::<u32>().wrapping_add(lanes.first),
                 parts: if block.pairs_of_values == Fit::None {
                     0
@@ -261,8 +273,8 @@ impl Scratch {
     /// # Safety
     /// The contract of [`scores_of`](Self::scores_of).
     pub(super) unsafe fn add_values(&mut self, forward: &Forward<'_>, lanes: Lanes, block: &Block, state: &mut State) {
-        let head_dim = forward.head_dim();
-        let Panels { lanes: stride, depth } = forward.panels;
+        let head_dim = forward.head_dim_v();
+        let Panels { lanes: stride, depth } = forward.output_panels;
         // SAFETY: passed on to the caller.
         unsafe {
             let c = state.output.as_mut_ptr().add(lanes.panel * depth + lanes.first);
@@ -313,7 +325,7 @@ impl Scratch {
         sees: impl Fn(usize, usize) -> bool,
         state: &mut State,
     ) {
-        let (head_dim, Panels { lanes: stride, depth }) = (forward.head_dim(), forward.panels);
+        let (head_dim, Panels { lanes: stride, depth }) = (forward.head_dim_v(), forward.output_panels);
         let (scores, values) = (self.scores.as_slice(), self.values.as_slice());
         let output = &mut state.output.as_mut_slice()[panel * depth..];
         for lane in lanes {

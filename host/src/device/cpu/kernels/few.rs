@@ -14,7 +14,9 @@ pub(in crate::device::cpu) struct One {
     /// Addresses of the rows of K and of V, and of [`AHEAD`] rows after them, which are read soon.
     pub k: *const *const u8,
     pub v: *const *const u8,
+    /// Elements of a row of K, and of V.
     pub head_dim: usize,
+    pub head_dim_v: usize,
     /// Query in whole registers, with zeros past head_dim.
     pub query: *const f32,
     /// Room for the scores of the keys, in whole registers.
@@ -86,10 +88,10 @@ pub(super) unsafe fn one<V: Vector, const DTYPE: u8>(o: &One) {
         *o.sum = *o.sum * lanes[0] + sums.sum();
         // In one pass over the values, where their sums stay in registers or not: two passes over halves of rows read memory
         // at two thirds of the rate.
-        match o.head_dim / V::LANES {
-            4 if o.head_dim.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 4>(o, rescale),
-            8 if o.head_dim.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 8>(o, rescale),
-            16 if V::ROWS == 8 && o.head_dim.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 16>(o, rescale),
+        match o.head_dim_v / V::LANES {
+            4 if o.head_dim_v.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 4>(o, rescale),
+            8 if o.head_dim_v.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 8>(o, rescale),
+            16 if V::ROWS == 8 && o.head_dim_v.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 16>(o, rescale),
             _ => weigh_in_memory::<V, DTYPE>(o, rescale),
         }
     }
@@ -124,8 +126,8 @@ unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(o: &One, rescale: V)
 unsafe fn weigh_in_memory<V: Vector, const DTYPE: u8>(o: &One, rescale: V) {
     // SAFETY: passed on to the caller; the output has room for whole registers.
     unsafe {
-        let whole_registers = o.head_dim / V::LANES * V::LANES;
-        for d in (0..o.head_dim).step_by(V::LANES) {
+        let whole_registers = o.head_dim_v / V::LANES * V::LANES;
+        for d in (0..o.head_dim_v).step_by(V::LANES) {
             V::load(o.output.add(d)).mul(rescale).store(o.output.add(d));
         }
         for key in 0..o.keys {
@@ -136,7 +138,7 @@ unsafe fn weigh_in_memory<V: Vector, const DTYPE: u8>(o: &One, rescale: V) {
                 let (v, sum) = (whole::<V, DTYPE>(row.add(d * bytes::<DTYPE>())), o.output.add(d));
                 v.fma(exponential, V::load(sum)).store(sum);
             }
-            if V::LANES > 8 && whole_registers < o.head_dim {
+            if V::LANES > 8 && whole_registers < o.head_dim_v {
                 let v = half::<V, DTYPE>(row.add(whole_registers * bytes::<DTYPE>()));
                 let sum = o.output.add(whole_registers);
                 v.fma(exponential, V::load(sum)).store(sum);

@@ -13,18 +13,24 @@ use std::time::{Duration, Instant};
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Content;
 use candle_core::{Error, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use cpu_time::ProcessTime;
 use flash_attention_candle_models::llama::{Attention, Chat, Llama, dequantized, random};
 use flash_attention_candle_models::memory::{self, Counting};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-const ATTENTIONS: [(Attention, &str); 3] = [
-    (Attention::Ours, "flash-attention-candle"),
-    (Attention::Plain, "candle, plain"),
-    (Attention::CandleCpu, "candle, CPU flash"),
-];
+/// Who computes attention
+#[derive(Clone, Copy, ValueEnum)]
+enum By {
+    /// flash-attention-candle
+    Ours,
+    /// candle's products and softmax over stored scores
+    Plain,
+    /// candle_nn's attention for CPUs
+    CandleCpu,
+}
 
 /// Measures perplexity
 #[derive(Parser)]
@@ -41,6 +47,9 @@ struct Options {
     /// Tokens of the sequences
     #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048, 4096, 8192], value_parser = clap::value_parser!(u32).range(2..))]
     tokens: Vec<u32>,
+    /// Attentions that run
+    #[arg(long, value_delimiter = ',', default_values = ["ours", "plain", "candle-cpu"])]
+    by: Vec<By>,
     /// Times that each attention runs; the fastest counts
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
@@ -79,7 +88,7 @@ fn run(options: &Options) -> Result<()> {
     })?;
     let text = chat.tokens(&text)?;
     let context = model.config().context_length;
-    println!("| tokens | attention | perplexity | seconds | tokens a second | peak MB |");
+    println!("| tokens | attention | perplexity | seconds | CPU seconds | peak MB |");
     println!("| ---: | --- | ---: | ---: | ---: | ---: |");
     for &tokens in &options.tokens {
         let Some(sequence) = text.get(..tokens as usize).filter(|sequence| sequence.len() <= context) else {
@@ -88,30 +97,52 @@ fn run(options: &Options) -> Result<()> {
                 text.len()
             )
         };
-        let mut measured = ATTENTIONS.map(|_| Measured::default());
+        let mut measured = vec![Measured::default(); options.by.len()];
         for _ in 0..options.repeats {
-            for (measured, (attention, _)) in measured.iter_mut().zip(ATTENTIONS) {
-                measured.add(&model, sequence, attention)?;
+            for (measured, &by) in measured.iter_mut().zip(&options.by) {
+                measured.add(&model, sequence, by)?;
             }
         }
-        for (measured, (_, name)) in measured.iter().zip(ATTENTIONS) {
-            let seconds = measured.time.as_secs_f64();
+        for (Measured { loss, time, cpu, peak }, by) in measured.iter().zip(&options.by) {
             println!(
-                "| {tokens} | {name} | {:.3} | {seconds:.2} | {:.0} | {:.0} |",
-                measured.loss.exp(),
-                f64::from(tokens) / seconds,
-                measured.peak as f64 / 1e6
+                "| {tokens} | {} | {:.3} | {:.2} | {:.2} | {:.0} |",
+                by.name(),
+                loss.exp(),
+                time.as_secs_f64(),
+                cpu.as_secs_f64(),
+                *peak as f64 / 1e6
             );
         }
     }
     Ok(())
 }
 
+impl By {
+    fn attention(self) -> Attention {
+        match self {
+            Self::Ours => Attention::Ours,
+            Self::Plain => Attention::Plain,
+            Self::CandleCpu => Attention::CandleCpu,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "flash-attention-candle",
+            Self::Plain => "candle, plain",
+            Self::CandleCpu => "candle_nn, for CPUs",
+        }
+    }
+}
+
 /// A sequence under one attention.
+#[derive(Clone)]
 struct Measured {
     /// Nats a token.
     loss: f64,
     time: Duration,
+    /// Time of all threads together, which other programs on the machine change least.
+    cpu: Duration,
     /// Bytes above those in use before.
     peak: usize,
 }
@@ -121,18 +152,20 @@ impl Default for Measured {
         Self {
             loss: 0.0,
             time: Duration::MAX,
+            cpu: Duration::MAX,
             peak: 0,
         }
     }
 }
 
 impl Measured {
-    fn add(&mut self, model: &Llama, sequence: &[u32], attention: Attention) -> Result<()> {
+    fn add(&mut self, model: &Llama, sequence: &[u32], by: By) -> Result<()> {
         let before = memory::in_use();
         memory::reset_peak();
-        let start = Instant::now();
-        self.loss = model.loss(sequence, attention)?;
+        let (start, cpu_start) = (Instant::now(), ProcessTime::now());
+        self.loss = model.loss(sequence, by.attention())?;
         self.time = self.time.min(start.elapsed());
+        self.cpu = self.cpu.min(cpu_start.elapsed());
         self.peak = self.peak.max(memory::peak() - before);
         Ok(())
     }

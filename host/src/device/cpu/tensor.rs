@@ -235,10 +235,12 @@ impl<'a> KeyRows<'a> {
         self.head.head_dim
     }
 
-    /// Returns the address of row `row`, which exists.
-    pub(super) fn row(&self, row: usize) -> *const u8 {
-        let (head, place) = self.place(row);
-        head.row(place).0
+    /// Appends the addresses of `rows`, which exist.
+    pub(super) fn addresses(&self, rows: Range<usize>, to: &mut Vec<*const u8>) {
+        for (head, place, count) in self.runs(rows) {
+            let (first, stride) = head.row(place);
+            to.extend((0..count).map(|row| first.wrapping_add(row * stride)));
+        }
     }
 
     /// Returns the rows with row `row` among them, and its place.

@@ -52,11 +52,13 @@ impl Scratch {
 
     /// Notes where the keys and values of a tile are, and those after them. The last key of the sequence stands for those after it.
     pub(super) fn locate_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, first_key: usize) {
-        let last = forward.problem.seqlen_k() as usize - 1;
-        let rows = || (first_key..first_key + forward.tiles.block_n as usize + AHEAD).map(|row| row.min(last));
+        let count = forward.tiles.block_n as usize + AHEAD;
+        let end = (first_key + count).min(forward.problem.seqlen_k() as usize);
         for (addresses, of) in [(&mut self.key_rows, tile.k), (&mut self.value_rows, tile.v)] {
             addresses.clear();
-            addresses.extend(rows().map(|row| of.row(row)));
+            of.addresses(first_key..end, addresses);
+            let last = addresses.last().copied().unwrap_or(std::ptr::null());
+            addresses.resize(count, last);
         }
     }
 

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use common::noise;
 use flash_attention::half::bf16;
-use flash_attention::{Attention, Device, Tensor};
+use flash_attention::{Attention, Device, Element, Tensor};
 
 /// Name of the environment variable that chooses the failure in a process of this test.
 const FAILURE: &str = "NO_THREADS";
@@ -17,27 +17,41 @@ const FAILURE: &str = "NO_THREADS";
 /// User id of `nobody`, for whom limits hold that do not hold for root.
 const NOBODY: u32 = 65534;
 
-/// Returns the bits of out for a problem with tasks for many threads.
-fn out(device: &Device) -> Vec<u16> {
-    let shape = [1, 4, 512, 64];
-    let data: Vec<bf16> = noise(shape.iter().product(), 7)
-        .into_iter()
-        .map(bf16::from_f64)
-        .collect();
-    let q = Tensor::from_slice(device, shape, &data).expect("small");
-    let output = Attention::new().causal().forward(&q, &q, &q).expect("valid");
-    output
-        .out
-        .to_vec()
-        .expect("cpu")
-        .into_iter()
-        .map(bf16::to_bits)
-        .collect()
+/// Number of drawn problems.
+const PROBLEMS: u64 = 12;
+
+/// Returns a checksum of the results of both passes over drawn problems, the first of them with tasks for many threads.
+fn checksum(device: &Device) -> u64 {
+    let bits = (0..PROBLEMS).flat_map(|seed| {
+        let drawn = noise(5, seed + 1);
+        let size = |i: usize, largest: f64| 1 + (drawn[i].abs() * largest) as usize;
+        let shape = match seed {
+            0 => [1, 4, 512, 64],
+            _ => [size(0, 2.0), size(1, 4.0), size(2, 300.0), 8 * size(3, 16.0)],
+        };
+        let attention = Attention::new();
+        let attention = if drawn[4] < 0.0 { attention.causal() } else { attention };
+        if seed % 2 == 0 {
+            results::<bf16>(device, &attention, shape, seed)
+        } else {
+            results::<f32>(device, &attention, shape, seed)
+        }
+    });
+    bits.fold(0, |sum: u64, bits| sum.wrapping_mul(31).wrapping_add(bits))
 }
 
-fn checksum(bits: &[u16]) -> u64 {
-    bits.iter()
-        .fold(0, |sum: u64, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()))
+/// Returns the bits of out, dq, dk and dv of a problem.
+fn results<T: Element>(device: &Device, attention: &Attention, shape: [usize; 4], seed: u64) -> Vec<u64> {
+    let data: Vec<T> = noise(shape.iter().product(), seed + 7)
+        .into_iter()
+        .map(|x| T::from_f32(x as f32))
+        .collect();
+    let q = Tensor::from_slice(device, shape, &data).expect("small");
+    let output = attention.forward(&q, &q, &q).expect("valid");
+    let gradients = attention.backward(&q, &q, &q, &output, &q).expect("valid");
+    let all = [&output.out, &gradients.dq, &gradients.dk, &gradients.dv];
+    let bits = all.map(|tensor| tensor.to_vec().expect("cpu"));
+    bits.iter().flatten().map(|x| x.to_f64().to_bits()).collect()
 }
 
 /// Runs this test again in a process that computes under `failure`, and returns its checksum.
@@ -72,7 +86,7 @@ fn checksum_under(failure: &str) -> u64 {
 #[test]
 fn a_call_without_threads() {
     let Ok(failure) = std::env::var(FAILURE) else {
-        let expected = checksum(&out(&Device::cpu_with_threads(2).expect("two threads")));
+        let expected = checksum(&Device::cpu_with_threads(2).expect("two threads"));
         for failure in ["limit", "another"] {
             assert_eq!(checksum_under(failure), expected, "{failure}");
         }
@@ -87,5 +101,5 @@ fn a_call_without_threads() {
         let built = rayon::ThreadPoolBuilder::new().spawn_handler(refuse).build_global();
         assert!(built.is_err());
     }
-    println!("checksum {}", checksum(&out(&Device::cpu())));
+    println!("checksum {}", checksum(&Device::cpu()));
 }

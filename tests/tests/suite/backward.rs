@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use flash_attention::device::DeviceKind;
 use flash_attention::half::f16;
-use flash_attention::{Arch, Attention, Device, Dtype, Element, Gradients, Tensor};
+use flash_attention::{Arch, Attention, Device, Dtype, Element, Tensor};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
 use flash_attention_tests::{
     Allowances, Case, GradientsOutcome, Inputs, Layout, compare, devices, drawn, emulator, for_dtype,
@@ -28,39 +28,6 @@ fn lengths_that_break_tiles() {
                     .masked(causal)
                     .check_gradients_on(devices().native());
             }
-        }
-    }
-}
-
-/// Tests q, k and v as parts of one tensor, and their gradients as the same parts of another.
-#[test]
-fn gradients_of_packed_qkv_are_written_in_place() {
-    let packed = [1, 8, 3, 2, 16]; // batch, seqlen, part (q, k or v), heads, head_dim
-    let data: Vec<f32> = (0..8 * 3 * 2 * 16).map(|i| (i as f32 * 0.37).sin()).collect();
-    for device in devices().all() {
-        let parts = |x: &Tensor<f32>| {
-            [0, 1, 2].map(|i| {
-                let part = x.select(2, i).and_then(|part| part.transpose(1, 2));
-                part.expect("an axis")
-            })
-        };
-        let [q, k, v] = parts(&Tensor::from_slice(device, packed, &data).expect("small"));
-        let attention = Attention::new().causal();
-        let output = attention.forward(&q, &k, &v).expect("valid");
-        let dout = output.out.clone();
-        let apart = attention.backward(&q, &k, &v, &output, &dout).expect("valid");
-
-        let [dq, dk, dv] = parts(&Tensor::zeros(device, packed).expect("small"));
-        let mut gradients = Gradients::new(dq, dk, dv);
-        attention
-            .backward_into(&q, &k, &v, &output, &dout, &mut gradients)
-            .expect("no element is shared");
-        for (got, want) in [
-            (&gradients.dq, &apart.dq),
-            (&gradients.dk, &apart.dk),
-            (&gradients.dv, &apart.dv),
-        ] {
-            assert_eq!(got.to_vec().expect("read"), want.to_vec().expect("read"), "{device}");
         }
     }
 }

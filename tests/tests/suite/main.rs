@@ -25,3 +25,4 @@ mod properties;
 mod ptx_contract;
 mod ragged;
 mod random_programs;
+mod reports;

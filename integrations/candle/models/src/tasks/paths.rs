@@ -1,7 +1,7 @@
 //! Pictures fed pixel by pixel, as Long Range Arena's Path-X: does a path connect the two marks?
 //!
 //! A picture holds two paths that keep apart. Both marks lie at the ends of one path, or one at an end of each, and the distances of
-//! the marks are distributed the same in both cases, so distance tells nothing. A picture is drawn on 16 x 16 cells, whose width in
+//! the marks are distributed the same in both cases, so distance tells nothing. A picture is drawn on 8 x 8 cells, whose width in
 //! pixels grows with the picture's side: pictures of all sides have the same shapes, and the small ones are a curriculum for the large.
 
 use std::ops::RangeInclusive;
@@ -14,13 +14,13 @@ use super::{Batch, HeldOut, Task, held_out_rng};
 use crate::attention::Pattern;
 
 /// Cells of a row and of a column.
-const CELLS: usize = 16;
+const CELLS: usize = 8;
 /// Cells between paths, at least; pixels see others that are as many cells away.
 const APART: usize = 2;
 /// Steps of a path, in cells.
-const STEPS: RangeInclusive<usize> = 4..=8;
+const STEPS: RangeInclusive<usize> = 3..=6;
 /// Distances of the marks, in cells: the larger of that of their rows and that of their columns. Ends of two paths are never nearer.
-const DISTANCES: RangeInclusive<usize> = APART + 1..=APART + 3;
+const DISTANCES: RangeInclusive<usize> = APART + 1..=APART + 2;
 
 /// Pixels of a step, or more where one picture has more.
 const PIXELS: usize = 2048;
@@ -46,7 +46,7 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// A picture with a side that is a multiple of 16.
+    /// A picture with a side that is a multiple of 8.
     pub fn draw(rng: &mut StdRng, side: usize) -> Self {
         let connected = rng.random_bool(0.5);
         let distance = rng.random_range(DISTANCES);
@@ -126,7 +126,7 @@ impl Paths {
     /// pixels.
     ///
     /// # Errors
-    /// No stage, one that begins before the one before it, or a side that is no multiple of 16.
+    /// No stage, one that begins before the one before it, or a side that is no multiple of 8.
     pub fn new(stages: Vec<(usize, usize)>, device: &Device) -> Result<Self> {
         if let Some((_, side)) = stages.iter().find(|(_, side)| *side == 0 || side % CELLS != 0) {
             candle_core::bail!("side is {side}; it must be a multiple of {CELLS}")
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn labels_say_what_the_pixels_show() {
         let mut connected = 0;
-        for side in [16, 32, 128] {
+        for side in [8, 32, 128] {
             for seed in 0..40 {
                 let picture = Picture::draw(&mut StdRng::seed_from_u64(seed), side);
                 assert_eq!(picture.pixels.len(), side * side);

@@ -96,7 +96,7 @@ fn texts_of_two_classes_are_told_apart() -> Result<()> {
 /// A neighbourhood of pixels is a program of the library's, and a tensor of 0 and -inf beside it.
 #[test]
 fn paths_are_learned_the_same_as_pictures_grow() -> Result<()> {
-    let task = Paths::new(vec![(0, 16), (2, 32)], &Device::Cpu)?;
+    let task = Paths::new(vec![(0, 8), (2, 16)], &Device::Cpu)?;
     agree(&task, &settings(3))?;
     assert_eq!(task.held_out(1)?.len(), 2);
     Ok(())

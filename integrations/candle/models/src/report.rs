@@ -79,7 +79,7 @@ impl Trained {
             return None;
         };
         Some(format!(
-            "| {} | {} | {:.2} | {:.2} | {:.1} | {:.5} |\n",
+            "| {} | {} | {:.2} | {:.2} | {:.1} | {:.0e} |\n",
             self.task,
             self.model,
             ours.tokens_per_second? / plain.tokens_per_second?,

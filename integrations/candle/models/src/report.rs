@@ -57,7 +57,7 @@ impl Trained {
                 format!("{name}{loss:.4}, {:.1} %", 100.0 * accuracy)
             });
             rows += &format!(
-                "| {} | {} | {} | {:.4} | {} | {} | {} | {:.0} |\n",
+                "| {} | {} | {} | {:.4} | {} | {} | {} | {} |\n",
                 self.task,
                 run.name,
                 run.losses.len(),
@@ -67,7 +67,10 @@ impl Trained {
                     .map_or("-".to_owned(), |speed| format!("{speed:.0}")),
                 run.attention_share
                     .map_or("-".to_owned(), |share| format!("{:.0} %", 100.0 * share)),
-                run.peak as f64 / f64::from(1 << 20),
+                run.attention_share.map_or("-".to_owned(), |_| format!(
+                    "{:.0}",
+                    run.peak as f64 / f64::from(1 << 20)
+                )),
             );
         }
         rows
@@ -147,6 +150,7 @@ fn panel(area: &DrawingArea<SVGBackend<'_>, Shift>, trained: &Trained) -> PlotRe
     }
     chart
         .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
         .border_style(BLACK)
         .background_style(WHITE)
         .draw()?;

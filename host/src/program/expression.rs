@@ -71,7 +71,7 @@ pub const fn read_as(element: DataType) -> Type {
 pub struct TableType {
     /// Element type.
     pub element: DataType,
-    /// Number of axes, 1 to [`MAX_RANK`].
+    /// Number of axes, 1 to [`MAX_RANK`](super::MAX_RANK).
     pub rank: usize,
 }
 

@@ -1,5 +1,5 @@
-//! Long texts as bytes, to be told apart: whether a passage is of a comedy or of a tragedy. The benchmark's own texts, reviews of
-//! films, are in no package registry.
+//! Long texts as bytes, to be told apart: whether a passage is of a comedy or of a tragedy. It stands in for the reviews of films of Long
+//! Range Arena.
 
 use std::path::Path;
 

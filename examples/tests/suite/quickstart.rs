@@ -73,13 +73,21 @@ impl Scratch {
         Self(std::env::temp_dir().join(format!("flash-attention-{}-{name}", std::process::id())))
     }
 
+    /// A file of tensors of zeros.
     pub fn with(name: &str, tensors: &[(&str, Dtype, &[usize])]) -> Self {
-        let scratch = Self::new(name);
-        let zeros = vec![0_u8; 1 << 16];
-        let views = tensors.iter().map(|&(name, dtype, shape)| {
+        let zeros = tensors.iter().map(|&(name, dtype, shape)| {
             let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
-            let view = TensorView::new(dtype, shape.to_vec(), &zeros[..bytes]);
-            (name, view.expect("as many bytes as the shape has"))
+            (name, dtype, shape.to_vec(), vec![0; bytes])
+        });
+        Self::holding(name, &zeros.collect::<Vec<_>>())
+    }
+
+    /// A file of tensors: the name, dtype, shape and bytes of each.
+    pub fn holding(name: &str, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) -> Self {
+        let scratch = Self::new(name);
+        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+            let view = TensorView::new(*dtype, shape.clone(), bytes);
+            (*name, view.expect("as many bytes as the shape has"))
         });
         let bytes = safetensors::serialize(views, None).expect("a few tensors");
         std::fs::write(&scratch.0, bytes).expect("a writable temporary folder");
@@ -193,15 +201,11 @@ fn backward_gives_the_stored_gradients() {
 fn wrong_gradients_fail() {
     let shape = [1, 1, 4, 8];
     let ones = |name: &str, tensors: &[&str]| {
-        let scratch = Scratch::new(name);
         let one = [1.0_f32; 32].map(f32::to_le_bytes).concat();
-        let views = tensors.iter().map(|&name| {
-            let view = TensorView::new(Dtype::F32, shape.to_vec(), &one);
-            (name, view.expect("as many bytes as the shape has"))
-        });
-        let bytes = safetensors::serialize(views, None).expect("a few tensors");
-        std::fs::write(&scratch.0, bytes).expect("a writable temporary folder");
-        scratch
+        let tensors = tensors
+            .iter()
+            .map(|&name| (name, Dtype::F32, shape.to_vec(), one.clone()));
+        Scratch::holding(name, &tensors.collect::<Vec<_>>())
     };
     // All values are equal, so q and k have no gradient; every key has a quarter of the gradients, 1, of four
     // queries.
@@ -376,16 +380,9 @@ fn file_of_head_dims(name: &str, [head_dim, head_dim_v]: [usize; 2]) -> Scratch 
     ];
     let tensors = tensors.map(|(name, shape, elements)| {
         let bytes: Vec<u8> = elements.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
-        (name, shape, bytes)
+        (name, Dtype::F32, shape.to_vec(), bytes)
     });
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes);
-        (*name, view.expect("as many bytes as the shape has"))
-    });
-    let scratch = Scratch::new(name);
-    let bytes = safetensors::serialize(views, None).expect("a few tensors");
-    std::fs::write(scratch.path(), bytes).expect("a writable temporary folder");
-    scratch
+    Scratch::holding(name, &tensors)
 }
 
 #[test]
@@ -437,14 +434,7 @@ fn packed_file() -> Scratch {
     for (name, exact) in ["out", "dq", "dk", "dv"].into_iter().zip(&answers.exact) {
         tensors.push((name, Dtype::F32, shape.clone(), bytes_of(exact)));
     }
-    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes);
-        (*name, view.expect("as many bytes as the shape has"))
-    });
-    let scratch = Scratch::new("packed");
-    let bytes = safetensors::serialize(views, None).expect("a few tensors");
-    std::fs::write(scratch.path(), bytes).expect("a writable temporary folder");
-    scratch
+    Scratch::holding("packed", &tensors)
 }
 
 #[test]

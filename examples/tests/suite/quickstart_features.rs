@@ -3,7 +3,6 @@
 use flash_attention::program::{BlockMask, Dropout};
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Tensor};
-use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::quickstart::{Scratch, printed, quickstart, refused};
@@ -49,14 +48,7 @@ fn file(name: &str) -> Scratch {
     }
     let blocks = visible().iter().map(|&x| u8::from(x)).collect();
     contents.push(("block_mask", Dtype::U8, vec![1, 4, 3, 3], blocks));
-    let views = contents.iter().map(|(name, dtype, shape, bytes)| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes);
-        (*name, view.expect("as many bytes as the shape has"))
-    });
-    let scratch = Scratch::new(name);
-    let bytes = safetensors::serialize(views, None).expect("a few tensors");
-    std::fs::write(scratch.path(), bytes).expect("a writable temporary folder");
-    scratch
+    Scratch::holding(name, &contents)
 }
 
 fn documents(seqlen: usize) -> Vec<i32> {

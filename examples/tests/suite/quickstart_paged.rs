@@ -1,27 +1,15 @@
 //! Tests of the quickstart over paged caches, against attention computed here, key by key.
 
-use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::quickstart::{Scratch, printed, quickstart, refused};
+use crate::quickstart_features::numbers;
 
 const PAGES: [usize; 4] = [5, 8, 2, 16];
 const HEADS: usize = 4;
 /// Keys of each sequence, and their pages; the first page is shared.
 const USED: [i32; 3] = [19, 0, 9];
 const TABLE: [[i32; 3]; 3] = [[4, 0, 2], [-1, -1, -1], [4, 3, 77]];
-
-/// Numbers without a pattern, in -1 .. 1.
-fn numbers(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1_u32 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
 
 /// Full attention of one query to the keys of a sequence: out and lse.
 fn attend(q: &[f32], k: &[f32], v: &[f32], sequence: usize, kv_head: usize) -> (Vec<f64>, f64) {
@@ -43,8 +31,8 @@ fn attend(q: &[f32], k: &[f32], v: &[f32], sequence: usize, kv_head: usize) -> (
 fn file(name: &str, queries: [usize; 3], packed: bool) -> (Scratch, Vec<f64>, Vec<f64>) {
     let head_dim = PAGES[3];
     let total: usize = queries.iter().sum();
-    let q = numbers(total * HEADS * head_dim, 1);
-    let [k, v] = [2, 3].map(|seed| numbers(PAGES.iter().product(), seed));
+    let q = numbers(&[total, HEADS, head_dim], 1);
+    let [k, v] = [2, 3].map(|seed| numbers(&PAGES, seed));
     let (mut out, mut lse, mut first) = (vec![0.0; q.len()], vec![0.0; total * HEADS], 0);
     for (sequence, &count) in queries.iter().enumerate() {
         for (query, head) in (0..count).flat_map(|query| (0..HEADS).map(move |head| (query, head))) {
@@ -79,14 +67,7 @@ fn file(name: &str, queries: [usize; 3], packed: bool) -> (Scratch, Vec<f64>, Ve
         let offsets = [0, queries[0], queries[0] + queries[1], total].map(|x| x as i32);
         contents.push(("cu_seqlens_q", Dtype::I32, vec![4], integers(&offsets)));
     }
-    let views = contents.iter().map(|(name, dtype, shape, bytes)| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes);
-        (*name, view.expect("as many bytes as the shape has"))
-    });
-    let scratch = Scratch::new(name);
-    let bytes = safetensors::serialize(views, None).expect("a few tensors");
-    std::fs::write(scratch.path(), bytes).expect("a writable temporary folder");
-    (scratch, out, lse)
+    (Scratch::holding(name, &contents), out, lse)
 }
 
 #[test]

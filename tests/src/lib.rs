@@ -38,3 +38,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/sequences.md")]
 struct SequencesPage;
+
+/// Compiles and runs the example of the page about score programs.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/programs.md")]
+struct ProgramsPage;

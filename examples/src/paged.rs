@@ -1,9 +1,9 @@
 //! Paged caches of the quickstart: keys and values in pages, and the right answers, sequence by sequence.
 
-use flash_attention::reference::{self, Dims};
+use flash_attention::reference::Dims;
 use flash_attention::{Attention, Element, KvCache};
 
-use crate::ragged::{PackedAnswers, Rows};
+use crate::ragged::{PackedAnswers, packed_places};
 use crate::{AttentionFile, Failure, Stored};
 
 /// Returns the cache that a file describes: `block_table`, `seqused_k` and, for packed queries, `cu_seqlens_q`.
@@ -46,21 +46,20 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, cache: &
         unreachable!("forward took v")
     };
     let rows = file.q.elements.len() / head_dim;
-    let mut answers = PackedAnswers {
-        exact: vec![vec![0.0; rows * head_dim_v]],
-        standard: vec![vec![T::default(); rows * head_dim_v]],
-        exact_lse: vec![f64::NEG_INFINITY; rows],
-        standard_lse: vec![f32::NEG_INFINITY; rows],
-    };
-    let [of_queries, of_out] = [head_dim, head_dim_v].map(|head_dim| Rows {
-        heads: heads_q,
-        head_dim,
-    });
+    let mut answers = PackedAnswers::unseen(rows, &[rows * head_dim_v]);
     for sequence in 0..cache.batch() {
-        // Queries of a batch are packed head after head: the rows of one sequence lie together.
-        let seqlen_q = cache
-            .queries(sequence)
-            .map_or_else(|| file.q.shape[2], |range| range.len());
+        let (seqlen_q, places): (_, Vec<_>) = match cache.queries(sequence) {
+            Some(range) => (range.len(), packed_places(&range, heads_q, file.q.shape[0]).collect()),
+            // The rows of one sequence of a batch lie together, head after head.
+            None => {
+                let seqlen_q = file.q.shape[2];
+                let first = sequence * heads_q * seqlen_q;
+                let rows = first..first + heads_q * seqlen_q;
+                (seqlen_q, rows.map(|row| (row, row)).collect())
+            }
+        };
+        let of_row = |&(row, _): &(usize, usize)| &file.q.elements[row * head_dim..][..head_dim];
+        let q: Vec<f32> = places.iter().flat_map(of_row).copied().collect();
         let keys = cache.keys(sequence);
         let dims = Dims::new(
             attention,
@@ -68,36 +67,8 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, cache: &
             [1, heads_kv, keys, head_dim],
         )
         .with_head_dim_v(head_dim_v);
-        let first = sequence * heads_q * seqlen_q;
-        let entry = |head_dim: usize| first * head_dim..(first + heads_q * seqlen_q) * head_dim;
-        let q = match cache.queries(sequence) {
-            Some(range) => of_queries.take(&file.q.elements, &range),
-            None => file.q.elements[entry(head_dim)].to_vec(),
-        };
         let [k, v] = [&file.k, &file.v].map(|pages| gathered(pages, cache, sequence));
-        let wide = |data: &[f32]| -> Vec<f64> { data.iter().map(|&x| x.into()).collect() };
-        let round = |data: &[f32]| -> Vec<T> { data.iter().map(|&x| T::from_f32(x)).collect() };
-        let (out, lse) = reference::forward(&dims, &wide(&q), &wide(&k), &wide(&v));
-        let (standard_out, standard_lse) = reference::standard(&dims, &round(&q), &round(&k), &round(&v));
-        match cache.queries(sequence) {
-            Some(range) => {
-                of_out.put(&mut answers.exact[0], &range, &out);
-                of_out.put(&mut answers.standard[0], &range, &standard_out);
-            }
-            None => {
-                answers.exact[0][entry(head_dim_v)].copy_from_slice(&out);
-                answers.standard[0][entry(head_dim_v)].copy_from_slice(&standard_out);
-            }
-        }
-        for head in 0..heads_q {
-            let from = head * seqlen_q..(head + 1) * seqlen_q;
-            let to = match cache.queries(sequence) {
-                Some(range) => head * file.q.shape[0] + range.start,
-                None => first + from.start,
-            };
-            answers.exact_lse[to..][..seqlen_q].copy_from_slice(&lse[from.clone()]);
-            answers.standard_lse[to..][..seqlen_q].copy_from_slice(&standard_lse[from]);
-        }
+        answers.solve(&dims, [&q, &k, &v], head_dim_v, places.into_iter());
     }
     answers
 }

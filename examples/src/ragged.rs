@@ -20,6 +20,62 @@ pub struct PackedAnswers<T> {
     pub standard_lse: Vec<f32>,
 }
 
+impl<T: Element> PackedAnswers<T> {
+    /// Answers of so many rows, a query and head each, that see no key. The lengths are those of out and, perhaps, dq, dk and dv.
+    pub(crate) fn unseen(rows: usize, lens: &[usize]) -> Self {
+        Self {
+            exact: lens.iter().map(|&len| vec![0.0; len]).collect(),
+            standard: lens.iter().map(|&len| vec![T::default(); len]).collect(),
+            exact_lse: vec![f64::NEG_INFINITY; rows],
+            standard_lse: vec![f32::NEG_INFINITY; rows],
+        }
+    }
+
+    /// Computes out and lse of one sequence from q, k and v, `[heads, seqlen, head_dim]`. The places of its rows, head after head,
+    /// are the row of out and the element of lse.
+    pub(crate) fn solve(
+        &mut self,
+        dims: &Dims,
+        [q, k, v]: [&[f32]; 3],
+        head_dim_v: usize,
+        places: impl Iterator<Item = (usize, usize)>,
+    ) {
+        let (out, lse) = reference::forward(dims, &wide(q), &wide(k), &wide(v));
+        let (standard_out, standard_lse) = reference::standard(dims, &round(q), &round(k), &round(v));
+        for (from, (row, of_lse)) in places.enumerate() {
+            let (from_out, to_out) = (from * head_dim_v, row * head_dim_v);
+            self.exact[0][to_out..][..head_dim_v].copy_from_slice(&out[from_out..][..head_dim_v]);
+            self.standard[0][to_out..][..head_dim_v].copy_from_slice(&standard_out[from_out..][..head_dim_v]);
+            self.exact_lse[of_lse] = lse[from];
+            self.standard_lse[of_lse] = standard_lse[from];
+        }
+    }
+}
+
+/// Returns elements as f64.
+fn wide(elements: &[f32]) -> Vec<f64> {
+    elements.iter().map(|&element| element.into()).collect()
+}
+
+/// Returns elements rounded to `T`.
+fn round<T: Element>(elements: &[f32]) -> Vec<T> {
+    elements.iter().map(|&element| T::from_f32(element)).collect()
+}
+
+/// Returns the row of out and the element of lse of each query of a packed sequence, head after head.
+pub(crate) fn packed_places(
+    queries: &Range<usize>,
+    heads: usize,
+    total_q: usize,
+) -> impl Iterator<Item = (usize, usize)> {
+    let queries = queries.clone();
+    let of_head = move |head| {
+        let queries = queries.clone();
+        queries.map(move |query| (query * heads + head, head * total_q + query))
+    };
+    (0..heads).flat_map(of_head)
+}
+
 /// Returns the sequences that a file describes: `cu_seqlens_q`, `cu_seqlens_k` and, if it is there, `seqused_k`.
 ///
 /// # Errors
@@ -41,12 +97,7 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, sequence
     let [q, k, v] = [&file.q, &file.k, &file.v].map(|stored| stored.elements.len());
     let lens = [total_q * heads_q * head_dim_v, q, k, v];
     let results = if file.dout.is_some() { 4 } else { 1 };
-    let mut answers = PackedAnswers {
-        exact: lens[..results].iter().map(|&len| vec![0.0; len]).collect(),
-        standard: lens[..results].iter().map(|&len| vec![T::default(); len]).collect(),
-        exact_lse: vec![f64::NEG_INFINITY; total_q * heads_q],
-        standard_lse: vec![f32::NEG_INFINITY; total_q * heads_q],
-    };
+    let mut answers = PackedAnswers::unseen(total_q * heads_q, &lens[..results]);
     for sequence in 0..sequences.batch() {
         let (queries, keys) = (sequences.queries(sequence), sequences.keys(sequence));
         let dims = Dims::new(
@@ -63,17 +114,12 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, sequence
             of_keys.take(&file.k.elements, &keys),
             of_values.take(&file.v.elements, &keys),
         );
-        let wide = |data: &[f32]| -> Vec<f64> { data.iter().map(|&x| x.into()).collect() };
-        let round = |data: &[f32]| -> Vec<T> { data.iter().map(|&x| T::from_f32(x)).collect() };
-        let (out, lse) = reference::forward(&dims, &wide(&q), &wide(&k), &wide(&v));
-        let (standard_out, standard_lse) = reference::standard(&dims, &round(&q), &round(&k), &round(&v));
-        of_out.put(&mut answers.exact[0], &queries, &out);
-        of_out.put(&mut answers.standard[0], &queries, &standard_out);
-        for head in 0..heads_q {
-            let (from, to) = (head * queries.len(), head * total_q + queries.start);
-            answers.exact_lse[to..][..queries.len()].copy_from_slice(&lse[from..][..queries.len()]);
-            answers.standard_lse[to..][..queries.len()].copy_from_slice(&standard_lse[from..][..queries.len()]);
-        }
+        answers.solve(
+            &dims,
+            [&q, &k, &v],
+            head_dim_v,
+            packed_places(&queries, heads_q, total_q),
+        );
         if let Some(dout) = &file.dout {
             let dout = of_out.take(&dout.elements, &queries);
             let exact = reference::backward(&dims, &wide(&q), &wide(&k), &wide(&v), &wide(&dout));
@@ -92,14 +138,14 @@ pub fn answers<T: Element>(attention: &Attention, file: &AttentionFile, sequence
 
 /// Rows of a packed `[total, heads, head_dim]` tensor.
 #[derive(Clone, Copy)]
-pub(crate) struct Rows {
-    pub heads: usize,
-    pub head_dim: usize,
+struct Rows {
+    heads: usize,
+    head_dim: usize,
 }
 
 impl Rows {
     /// Returns rows as `[heads, seqlen, head_dim]`.
-    pub fn take(self, packed: &[f32], rows: &Range<usize>) -> Vec<f32> {
+    fn take(self, packed: &[f32], rows: &Range<usize>) -> Vec<f32> {
         let places = self.places(rows);
         places
             .flat_map(|place| packed[place..][..self.head_dim].iter().copied())
@@ -107,7 +153,7 @@ impl Rows {
     }
 
     /// Writes `[heads, seqlen, head_dim]` to its rows.
-    pub fn put<T: Copy>(self, packed: &mut [T], rows: &Range<usize>, from: &[T]) {
+    fn put<T: Copy>(self, packed: &mut [T], rows: &Range<usize>, from: &[T]) {
         for (place, row) in self.places(rows).zip(from.chunks(self.head_dim)) {
             packed[place..][..self.head_dim].copy_from_slice(row);
         }

@@ -7,7 +7,7 @@ use candle_core::{Device, Result};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use super::{Batch, HeldOut, Task, classified, held_out_rng, only};
+use super::{Batch, HeldOut, Task, classified};
 
 /// Token before each passage, at which the model is read; bytes are the others.
 const FIRST: u32 = 256;
@@ -138,10 +138,8 @@ impl Task for Genres {
     }
 
     fn held_out(&self, count: usize) -> Result<Vec<HeldOut>> {
-        let batches = (0..count).map(|index| {
-            let passage = self.passage(&mut held_out_rng(index), index % 2, &self.held_out);
-            classified(&[passage], &self.device)
-        });
-        Ok(only(batches.collect::<Result<_>>()?))
+        HeldOut::only(count, |index, rng| {
+            classified(&[self.passage(rng, index % 2, &self.held_out)], &self.device)
+        })
     }
 }

@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use super::{Batch, HeldOut, Task, held_out_rng, only};
+use super::{Batch, HeldOut, Task};
 use crate::attention::Pattern;
 use crate::text::{Text, VOCABULARY};
 
@@ -100,7 +100,6 @@ impl Task for Language {
 
     fn held_out(&self, count: usize) -> Result<Vec<HeldOut>> {
         let windows = self.text.held_out(count, self.context)?;
-        let batches = (0..count).map(|index| self.batch(&mut held_out_rng(index), &windows.narrow(0, index, 1)?));
-        Ok(only(batches.collect::<Result<_>>()?))
+        HeldOut::only(count, |index, rng| self.batch(rng, &windows.narrow(0, index, 1)?))
     }
 }

@@ -5,7 +5,7 @@ use candle_core::{Device, Result};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use super::{Batch, HeldOut, Task, classified, held_out_rng, only};
+use super::{Batch, HeldOut, Task, classified};
 
 /// Operators over a list of digits. Their tokens follow those of the digits, 0 to 9.
 const OPERATORS: [fn(&mut [u32]) -> u32; 4] = [
@@ -107,8 +107,7 @@ impl Task for ListOps {
     }
 
     fn held_out(&self, count: usize) -> Result<Vec<HeldOut>> {
-        let batches = (0..count).map(|index| classified(&[self.example(&mut held_out_rng(index))], &self.device));
-        Ok(only(batches.collect::<Result<_>>()?))
+        HeldOut::only(count, |_, rng| classified(&[self.example(rng)], &self.device))
     }
 }
 

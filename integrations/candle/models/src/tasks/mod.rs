@@ -62,15 +62,20 @@ pub struct HeldOut {
     pub batches: Vec<Batch>,
 }
 
-/// The only set of a task.
-fn only(batches: Vec<Batch>) -> Vec<HeldOut> {
-    let name = String::new();
-    vec![HeldOut { name, batches }]
-}
+impl HeldOut {
+    /// A set of `count` batches, each from its number and from random numbers that no step of training has.
+    fn draw(name: String, count: usize, batch: impl Fn(usize, &mut StdRng) -> Result<Batch>) -> Result<Self> {
+        let batches = (0..count).map(|index| batch(index, &mut StdRng::seed_from_u64(u64::MAX - index as u64)));
+        Ok(Self {
+            name,
+            batches: batches.collect::<Result<_>>()?,
+        })
+    }
 
-/// Random numbers of a held-out example of a task that makes its examples; no step of training has them.
-fn held_out_rng(index: usize) -> StdRng {
-    StdRng::seed_from_u64(u64::MAX - index as u64)
+    /// [`draw`](Self::draw) for the only set of a task.
+    fn only(count: usize, batch: impl Fn(usize, &mut StdRng) -> Result<Batch>) -> Result<Vec<Self>> {
+        Ok(vec![Self::draw(String::new(), count, batch)?])
+    }
 }
 
 /// One class for each sequence, read at its first token.

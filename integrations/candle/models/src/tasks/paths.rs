@@ -10,7 +10,7 @@ use candle_core::{Device, Result, Tensor};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use super::{Batch, HeldOut, Task, held_out_rng};
+use super::{Batch, HeldOut, Task};
 use crate::attention::Pattern;
 
 /// Cells of a row and of a column.
@@ -199,10 +199,8 @@ impl Task for Paths {
 
     fn held_out(&self, count: usize) -> Result<Vec<HeldOut>> {
         let of_side = |&(_, side): &(usize, usize)| {
-            let batches = (0..count).map(|index| self.batch(&[Picture::draw(&mut held_out_rng(index), side)]));
-            Ok(HeldOut {
-                name: format!("{side} x {side}"),
-                batches: batches.collect::<Result<_>>()?,
+            HeldOut::draw(format!("{side} x {side}"), count, |_, rng| {
+                self.batch(&[Picture::draw(rng, side)])
             })
         };
         self.stages.iter().map(of_side).collect()

@@ -59,10 +59,7 @@ impl Config {
     /// # Errors
     /// An entry is missing or of another type; the architecture is not `llama`; rotary angles cover only a part of head_dim.
     pub fn of(file: &gguf_file::Content) -> Result<Self> {
-        let get = |key: &str| match file.metadata.get(key) {
-            Some(value) => Ok(value),
-            None => candle_core::bail!("the file has no {key}"),
-        };
+        let get = |key: &str| metadata(file, key);
         let architecture = get("general.architecture")?.to_string()?;
         if architecture != "llama" {
             candle_core::bail!("the file's architecture is {architecture}; it must be llama")
@@ -95,6 +92,14 @@ impl Config {
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
         self.embedding_length / self.head_count
+    }
+}
+
+/// The entry of a file's metadata.
+fn metadata<'a>(file: &'a gguf_file::Content, key: &str) -> Result<&'a gguf_file::Value> {
+    match file.metadata.get(key) {
+        Some(value) => Ok(value),
+        None => candle_core::bail!("the file has no {key}"),
     }
 }
 

@@ -9,6 +9,8 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer};
 
+use super::metadata;
+
 /// Number by which a file marks tokens that no text contains, such as the end of a message.
 const CONTROL: i32 = 3;
 
@@ -26,10 +28,7 @@ impl Chat {
     /// # Errors
     /// An entry of the file is missing or of another type, or its tokenizer is of another kind.
     pub fn of(file: &gguf_file::Content) -> Result<Self> {
-        let get = |key: &str| match file.metadata.get(key) {
-            Some(value) => Ok(value),
-            None => candle_core::bail!("the file has no {key}"),
-        };
+        let get = |key: &str| metadata(file, key);
         let strings = |key: &str| -> Result<Vec<String>> {
             (get(key)?.to_vec()?.iter())
                 .map(|value| Ok(value.to_string()?.clone()))

@@ -16,6 +16,7 @@ use candle_core::{Error, Result, Tensor};
 use candle_transformers::generation::LogitsProcessor;
 use clap::Parser;
 use flash_attention_candle_models::llama::{Agreement, Batch, Chat, Llama, Reference, dequantized, random};
+use flash_attention_candle_models::program;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// Answers prompts
@@ -57,13 +58,7 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::exit(run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -72,10 +67,9 @@ fn run(options: &Options) -> Result<()> {
     }
     let file = match options.random {
         true => random(GgmlDType::Q4_1, options.seed)?,
-        false => std::fs::read(&options.model).map_err(|error| {
-            let path = options.model.display();
-            Error::msg(format!("{path}: {error}; `cargo xtask fetch smollm2` fetches it"))
-        })?,
+        false => {
+            std::fs::read(&options.model).map_err(|error| program::not_fetched(&options.model, "smollm2", error))?
+        }
     };
     let mut file = Cursor::new(file);
     let mut content = Content::read(&mut file)?;

@@ -9,10 +9,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use clap::Parser;
 use flash_attention_candle_models::bert::{Bert, Config};
+use flash_attention_candle_models::program;
 use tokenizers::Tokenizer;
 
 /// Embeds the sentences of a text, ragged and padded, and compares.
@@ -36,13 +37,7 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::exit(run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -116,21 +111,17 @@ fn split(text: &str) -> Vec<&str> {
 
 fn pretrained(options: &Options) -> Result<(Bert, Vec<Vec<u32>>)> {
     let file = |name: &str| options.model.join(name);
-    let config = std::fs::read(file("config.json")).map_err(|error| {
-        error_with(format!(
-            "{}: {error}; `cargo xtask fetch minilm` fetches it",
-            options.model.display()
-        ))
-    })?;
-    let config: Config = serde_json::from_slice(&config).map_err(candle_core::Error::wrap)?;
-    let mut tokenizer = Tokenizer::from_file(file("tokenizer.json")).map_err(error_with)?;
+    let config =
+        std::fs::read(file("config.json")).map_err(|error| program::not_fetched(&options.model, "minilm", error))?;
+    let config: Config = serde_json::from_slice(&config).map_err(Error::wrap)?;
+    let mut tokenizer = Tokenizer::from_file(file("tokenizer.json")).map_err(Error::msg)?;
     tokenizer.with_padding(None);
     let weights = candle_core::safetensors::load(file("model.safetensors"), &Device::Cpu)?;
     let model = Bert::load(&config, &VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))?;
     let text = std::fs::read_to_string(&options.text)?;
     let sentences = split(&text)
         .into_iter()
-        .map(|sentence| Ok(tokenizer.encode(sentence, true).map_err(error_with)?.get_ids().to_vec()))
+        .map(|sentence| Ok(tokenizer.encode(sentence, true).map_err(Error::msg)?.get_ids().to_vec()))
         .collect::<Result<_>>()?;
     Ok((model, sentences))
 }
@@ -165,8 +156,4 @@ fn nearest(embeddings: &Tensor, options: &Options) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn error_with(error: impl std::fmt::Display) -> candle_core::Error {
-    candle_core::Error::msg(error)
 }

@@ -10,13 +10,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use candle_core::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Content;
-use candle_core::{Error, Result};
 use clap::{Parser, ValueEnum};
 use cpu_time::ProcessTime;
 use flash_attention_candle_models::llama::{Attention, Chat, Llama, dequantized, random};
 use flash_attention_candle_models::memory::{self, Counting};
+use flash_attention_candle_models::program;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -56,22 +57,15 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::exit(run(&Options::parse()))
 }
 
 fn load(options: &Options) -> Result<(Llama, Chat)> {
     let file = match options.random {
         true => random(GgmlDType::F32, 0)?,
-        false => std::fs::read(&options.model).map_err(|error| {
-            let path = options.model.display();
-            Error::msg(format!("{path}: {error}; `cargo xtask fetch smollm2` fetches it"))
-        })?,
+        false => {
+            std::fs::read(&options.model).map_err(|error| program::not_fetched(&options.model, "smollm2", error))?
+        }
     };
     let mut file = Cursor::new(file);
     let content = Content::read(&mut file)?;
@@ -82,10 +76,8 @@ fn load(options: &Options) -> Result<(Llama, Chat)> {
 
 fn run(options: &Options) -> Result<()> {
     let (model, chat) = load(options)?;
-    let text = std::fs::read_to_string(&options.text).map_err(|error| {
-        let path = options.text.display();
-        Error::msg(format!("{path}: {error}; `cargo xtask fetch shakespeare` fetches it"))
-    })?;
+    let text = std::fs::read_to_string(&options.text)
+        .map_err(|error| program::not_fetched(&options.text, "shakespeare", error))?;
     let text = chat.tokens(&text)?;
     let context = model.config().context_length;
     println!("| tokens | attention | perplexity | seconds | CPU seconds | peak MB |");

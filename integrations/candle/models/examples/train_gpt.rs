@@ -12,10 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Result};
+use candle_core::{Device, Error, Result};
 use clap::{Parser, ValueEnum};
 use flash_attention_candle_models::attention::{By, plain_scores};
 use flash_attention_candle_models::memory::Counting;
+use flash_attention_candle_models::program;
 use flash_attention_candle_models::report::{self, Run, Trained};
 use flash_attention_candle_models::tasks::{Genres, HeldOut, Language, ListOps, Paths, Task};
 use flash_attention_candle_models::text::Text;
@@ -123,19 +124,13 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 const MOST_SCORES: usize = 8 << 30;
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::exit(run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Result<()> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let interrupt = interrupted.clone();
-    ctrlc::set_handler(move || interrupt.store(true, Ordering::Relaxed)).map_err(candle_core::Error::wrap)?;
+    ctrlc::set_handler(move || interrupt.store(true, Ordering::Relaxed)).map_err(Error::wrap)?;
     for &task in &options.task {
         if !interrupted.load(Ordering::Relaxed) {
             learn(task, options, &interrupted)?;
@@ -147,12 +142,11 @@ fn run(options: &Options) -> Result<()> {
         .filter_map(read)
         .map(|json| serde_json::from_slice(&json))
         .collect::<std::result::Result<_, _>>()
-        .map_err(candle_core::Error::wrap)?;
+        .map_err(Error::wrap)?;
     let tables = report::tables(&trained);
     print!("{tables}");
     std::fs::write(options.output.join("training.md"), tables)?;
-    report::plot(&trained, &options.output.join("training.svg"))
-        .map_err(|error| candle_core::Error::Msg(error.to_string()))
+    report::plot(&trained, &options.output.join("training.svg")).map_err(Error::msg)
 }
 
 /// Trains on one task and writes its checkpoints and results.
@@ -165,8 +159,7 @@ fn learn(name: TaskName, options: &Options, interrupted: &AtomicBool) -> Result<
     let first = contestants.iter().map(|contestant| contestant.losses.len()).min();
     let progress = ProgressBar::new(settings.steps as u64).with_position(first.unwrap_or_default() as u64);
     progress.set_style(
-        ProgressStyle::with_template("{bar:30} step {pos} of {len}, {eta} to go; {msg}")
-            .map_err(candle_core::Error::wrap)?,
+        ProgressStyle::with_template("{bar:30} step {pos} of {len}, {eta} to go; {msg}").map_err(Error::wrap)?,
     );
     let start = Instant::now();
     let limit = options.minutes.map(|minutes| 60.0 * minutes);
@@ -210,7 +203,7 @@ fn learn(name: TaskName, options: &Options, interrupted: &AtomicBool) -> Result<
         model: describe(name, options, &settings),
         runs: runs.collect::<Result<_>>()?,
     };
-    let json = serde_json::to_vec(&trained).map_err(candle_core::Error::wrap)?;
+    let json = serde_json::to_vec(&trained).map_err(Error::wrap)?;
     Ok(std::fs::write(folder.join("results.json"), json)?)
 }
 
@@ -285,17 +278,12 @@ fn longest(name: TaskName, options: &Options) -> usize {
 
 fn task(name: TaskName, options: &Options, settings: &Settings) -> Result<Box<dyn Task>> {
     let (context, device) = (longest(name, options), &settings.device);
-    let fetched = |error: candle_core::Error| {
-        candle_core::Error::Msg(format!(
-            "{}: {error}; `cargo xtask fetch shakespeare` fetches the texts",
-            options.text.display()
-        ))
-    };
-    let text = || Text::read(&options.text, context).map_err(fetched);
+    let not_fetched = |error| program::not_fetched(&options.text, "shakespeare", error);
+    let text = || Text::read(&options.text, context).map_err(not_fetched);
     Ok(match name {
         TaskName::Bert => Box::new(Language::masked(text()?, context, device)),
         TaskName::Listops => Box::new(ListOps::new(context, device)?),
-        TaskName::Text => Box::new(Genres::read(&options.text, context, device).map_err(fetched)?),
+        TaskName::Text => Box::new(Genres::read(&options.text, context, device).map_err(not_fetched)?),
         TaskName::Path => {
             let mut first = 0;
             let stages = options.sides.iter().map(|&side| {
@@ -334,7 +322,7 @@ fn line(name: TaskName, step: usize, contestants: &[Contestant]) -> Result<Strin
     for contestant in contestants {
         let loss = contestant.losses.get(step).copied().unwrap_or(f32::NAN);
         let speed = contestant.tokens_per_second().unwrap_or(f64::NAN);
-        write!(line, "  {} {loss:.4} at {speed:.0} tokens/s", contestant.name()).map_err(candle_core::Error::wrap)?;
+        write!(line, "  {} {loss:.4} at {speed:.0} tokens/s", contestant.name()).map_err(Error::wrap)?;
     }
     Ok(line)
 }

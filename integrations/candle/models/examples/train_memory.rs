@@ -12,6 +12,7 @@ use candle_nn::{VarBuilder, VarMap};
 use clap::Parser;
 use flash_attention_candle_models::attention::{Attention, By, Pattern, plain_scores};
 use flash_attention_candle_models::memory::{self, Counting};
+use flash_attention_candle_models::program;
 use flash_attention_candle_models::transformer::Block;
 
 #[global_allocator]
@@ -35,13 +36,7 @@ struct Options {
 const MOST_SCORES: usize = 4 << 30;
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::exit(run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Result<()> {

@@ -6,6 +6,7 @@ pub mod attention;
 pub mod bert;
 pub mod llama;
 pub mod memory;
+pub mod program;
 pub mod report;
 pub mod tasks;
 pub mod text;

@@ -108,10 +108,10 @@ impl<'a> Archive<'a> {
     ///
     /// # Errors
     /// [`Damaged`] if the archive has no kernel `name`, or not its base before it, or if a stream does not inflate to
-    /// the packed text.
+    /// relative text of the manifest's length.
     pub fn text(&self, name: &str) -> Result<String, Damaged> {
         let relative = self.relative_before(self.members.len(), name)?;
-        Ok(registers::absolute(&relative))
+        registers::absolute(&relative).ok_or_else(|| Damaged(format!("{name}: a distance is no register's")))
     }
 
     /// Inflates the relative text of a kernel among the first `end`. Its base must come before it, so a chain of bases cannot be a circle.

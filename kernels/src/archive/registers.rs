@@ -44,10 +44,10 @@ pub fn relative(text: &str) -> String {
     })
 }
 
-/// Returns the text with numbers in place of distances.
-pub fn absolute(text: &str) -> String {
+/// Returns the text with numbers in place of distances; `None` if some `~` begins no register.
+pub fn absolute(text: &str) -> Option<String> {
     let mut numbers = Numbers::new();
-    rewrite(text, '~', |rest, instruction, place, out| {
+    let text = rewrite(text, '~', |rest, instruction, place, out| {
         let distance = prefix(rest, |c| c.is_ascii_digit() || c == '-' || c == '=');
         let class = prefix(&rest[distance.len()..], |c| c.is_ascii_lowercase());
         let by = match distance {
@@ -55,11 +55,17 @@ pub fn absolute(text: &str) -> String {
             "=" => 0,
             _ => distance.parse().ok()?,
         };
-        let number = numbers.entry((instruction, place)).or_default();
-        *number = number.checked_add(by)?;
+        let last = numbers.entry((instruction, place)).or_default();
+        let number = last.checked_add(by)?;
+        if class.is_empty() || number < 0 {
+            return None;
+        }
+        *last = number;
         let _ = write!(out, "%{class}{number}");
         Some(distance.len() + class.len())
-    })
+    });
+    // A mark that begins no register has been copied.
+    (!text.contains('~')).then_some(text)
 }
 
 /// Copies a text and gives what follows each `mark` to `register`, with the instruction of the line and the number of registers before
@@ -115,7 +121,7 @@ mod tests {
         let want = "\tfma.rn.f32 \t~101f, ~50f, ~7f, ~100f;\n\tfma.rn.f32 \t~f, ~f, ~=f, ~f;\n\
                     @!~-99p fma.rn.f32 \t~52f, ~45f, ~-92f, ~12f;\n";
         assert_eq!(relative(text), want);
-        assert_eq!(absolute(want), text);
+        assert_eq!(absolute(want).as_deref(), Some(text));
     }
 
     #[test]
@@ -132,14 +138,74 @@ mod tests {
             "a %r99999999999999999999 %r9223372036854775807 %r0\na %r2 %r0 %r9223372036854775807",
             "@%p1 bra \t$L__BB_1;\n$L__BB_1:\n@",
         ] {
-            assert_eq!(absolute(&relative(text)), text);
+            assert_eq!(absolute(&relative(text)).as_deref(), Some(text));
         }
     }
 
     #[test]
-    fn a_damaged_text_is_no_panic() {
-        for text in ["~", "~-", "~=-r", "a ~9223372036854775807r\na ~9r", "~~r"] {
-            absolute(text);
+    fn any_text_of_pieces_comes_back() {
+        const PIECES: [&str; 24] = [
+            "%",
+            "%r",
+            "%rd",
+            "%f",
+            "%p",
+            "0",
+            "1",
+            "7",
+            "00",
+            "19",
+            "9223372036854775807",
+            "-",
+            "=",
+            "+",
+            "x",
+            "_",
+            "é",
+            " ",
+            "\t",
+            "\n",
+            "@",
+            "@!",
+            "add.s32 ",
+            "mov.b32 ",
+        ];
+        let mut state = 1_u64;
+        let mut draw = |below: usize| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % below
+        };
+        let mut registers = 0;
+        for _ in 0..20_000 {
+            let mut text = String::new();
+            for _ in 0..draw(80) {
+                text.push_str(PIECES[draw(PIECES.len())]);
+            }
+            let relative = relative(&text);
+            assert_eq!(absolute(&relative), Some(text), "{relative}");
+            registers += relative.matches('~').count();
+        }
+        assert!(registers > 20_000, "{registers}");
+    }
+
+    #[test]
+    fn a_damaged_text_is_refused() {
+        let overflow = "a ~9223372036854775807r\na ~9r";
+        for text in [
+            "~",
+            "~-",
+            "~-r",
+            "~7",
+            "~=-r",
+            "~--1r",
+            "~-1r",
+            "a ~3r\na ~-4r",
+            "~~r",
+            overflow,
+        ] {
+            assert_eq!(absolute(text), None, "{text}");
         }
     }
 }

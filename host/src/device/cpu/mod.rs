@@ -2,7 +2,7 @@
 //! time.
 //!
 //! A task owns the queries of one tile of one head, like a block of a GPU, and processes the keys in the same way.
-//! The extra memory is a few tiles per thread.
+//! The extra memory is a few tiles per thread, and 32 bytes per task.
 
 #[cfg(target_arch = "aarch64")]
 mod arm;

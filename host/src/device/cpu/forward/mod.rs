@@ -161,7 +161,12 @@ pub(super) unsafe fn forward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Rep
 
 /// Runs tasks in order, and then merges the segments of tiles that were split.
 fn attend(team: &Team<'_>, forwards: &[Forward<'_>], tasks: &[Task]) {
-    let partials: Vec<OnceLock<State>> = tasks.iter().map(|_| OnceLock::new()).collect();
+    let merges: Vec<usize> = (0..tasks.len())
+        .filter(|&index| tasks[index].segment == Some(0))
+        .collect();
+    // Without a split tile there are many tasks and no parts of results.
+    let kept = if merges.is_empty() { 0 } else { tasks.len() };
+    let partials: Vec<OnceLock<State>> = (0..kept).map(|_| OnceLock::new()).collect();
     let own = || None::<Own>;
     team.share(tasks.len(), own, |own, index| {
         let Task { problem, tile, segment } = tasks[index];
@@ -176,9 +181,6 @@ fn attend(team: &Team<'_>, forwards: &[Forward<'_>], tasks: &[Task]) {
             }
         }
     });
-    let merges: Vec<usize> = (0..tasks.len())
-        .filter(|&index| tasks[index].segment == Some(0))
-        .collect();
     team.share(merges.len(), own, |own, merge| {
         let first = merges[merge];
         let Task { problem, tile, .. } = tasks[first];

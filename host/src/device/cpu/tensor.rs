@@ -5,7 +5,7 @@ use std::ops::Range;
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
-use super::kernels::{Kernels, MAX_LANES};
+use super::kernels::{Kernels, Listed, MAX_LANES, Rows, Strided};
 use super::pointer_mut;
 use super::team::Lines;
 use super::vector::prefetch_l2;
@@ -235,12 +235,21 @@ impl<'a> KeyRows<'a> {
         self.head.head_dim
     }
 
-    /// Appends the addresses of `rows`, which exist.
-    pub(super) fn addresses(&self, rows: Range<usize>, to: &mut Vec<*const u8>) {
-        for (head, place, count) in self.runs(rows) {
-            let (first, stride) = head.row(place);
-            to.extend((0..count).map(|row| first.wrapping_add(row * stride)));
+    /// Returns the places of `rows`, which exist, and of those after them, up to `count`. Unless one page holds `rows`, they are
+    /// listed in `addresses`, and the last one stands for those after it.
+    pub(super) fn locate(&self, rows: Range<usize>, count: usize, addresses: &mut Vec<*const u8>) -> Rows {
+        if let Some((head, place)) = self.run(rows.clone()) {
+            let (first, stride_bytes) = head.row(place);
+            return Rows::Strided(Strided(first, stride_bytes));
         }
+        addresses.clear();
+        for (head, place, count) in self.runs(rows) {
+            let (first, stride_bytes) = head.row(place);
+            addresses.extend((0..count).map(|row| first.wrapping_add(row * stride_bytes)));
+        }
+        let last = addresses.last().copied().unwrap_or(std::ptr::null());
+        addresses.resize(count, last);
+        Rows::Listed(Listed(addresses.as_ptr()))
     }
 
     /// Returns the rows with row `row` among them, and its place.
@@ -266,11 +275,16 @@ impl<'a> KeyRows<'a> {
         })
     }
 
+    /// Returns the rows that hold all of `rows`, and the place of the first one, if one page does.
+    fn run(&self, rows: Range<usize>) -> Option<(Head, usize)> {
+        let (head, place, count) = self.runs(rows.clone()).next()?;
+        (count == rows.len()).then_some((head, place))
+    }
+
     /// Returns `count` rows from `first` on in place, if they are f32 and contiguous.
     pub(super) fn in_place(&self, first: usize, count: usize) -> Option<*const f32> {
-        let (head, place) = self.place(first);
-        let in_one_page = self.pages.is_none_or(|pages| place + count <= pages.page_size());
-        head.in_place(place).filter(|_| in_one_page)
+        let (head, place) = self.run(first..first + count)?;
+        head.in_place(place)
     }
 
     /// Widens row `row`, which exists, to the head_dim elements of `to`.

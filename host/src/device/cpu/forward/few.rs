@@ -3,7 +3,7 @@
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::{AHEAD, MAX_LANES, One};
+use crate::device::cpu::kernels::{AHEAD, MAX_LANES, One, Rows};
 
 impl State {
     /// Merges the result of another run of keys for one query: largest scores, sums and outputs.
@@ -50,36 +50,35 @@ impl Scratch {
         all.iter_mut().for_each(|x| *x *= sign);
     }
 
-    /// Notes where the keys and values of a tile are, and those after them. The last key of the sequence stands for those after it.
-    pub(super) fn locate_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, first_key: usize) {
+    /// Returns the places of the keys and values of a tile, and of those after them.
+    pub(super) fn locate_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, first_key: usize) -> [Rows; 2] {
         let count = forward.tiles.block_n as usize + AHEAD;
-        let end = (first_key + count).min(forward.problem.seqlen_k() as usize);
-        for (addresses, of) in [(&mut self.key_rows, tile.k), (&mut self.value_rows, tile.v)] {
-            addresses.clear();
-            of.addresses(first_key..end, addresses);
-            let last = addresses.last().copied().unwrap_or(std::ptr::null());
-            addresses.resize(count, last);
-        }
+        let rows = first_key..(first_key + count).min(forward.problem.seqlen_k() as usize);
+        let [of_keys, of_values] = &mut self.addresses;
+        [
+            tile.k.locate(rows.clone(), count, of_keys),
+            tile.v.locate(rows, count, of_values),
+        ]
     }
 
-    /// Attends one query to `keys` keys and values, which have been located.
+    /// Attends one query to `keys` keys and values, located by [`locate_rows`](Self::locate_rows).
     pub(super) fn attend_one(
         &mut self,
         forward: &Forward<'_>,
         row: usize,
-        first_key: usize,
-        keys: usize,
+        [k, v]: [Rows; 2],
+        [first_key, keys]: [usize; 2],
         state: &mut State,
     ) {
         let scale_log2 = forward.scale.log2;
-        // SAFETY: the processor has the instructions, the keys exist, `locate_rows` noted them and those after them, and rows of
+        // SAFETY: the processor has the instructions, the keys exist, `locate_rows` located them and those after them, and rows of
         // q and the output are whole registers.
         unsafe {
             (forward.kernels.one)(&One {
                 keys,
                 dtype: forward.problem.dtype(),
-                k: self.key_rows.as_ptr(),
-                v: self.value_rows.as_ptr(),
+                k,
+                v,
                 head_dim: forward.head_dim(),
                 head_dim_v: forward.head_dim_v(),
                 query: self.query.as_ptr().add(row * forward.panels.depth),

@@ -19,9 +19,8 @@ pub(super) struct Scratch {
     pub(super) keys: Lines,
     /// Values: `block_n x head_dim_v`.
     pub(super) values: Lines,
-    /// Addresses of the rows of a tile of keys, and of values, on the decode path.
-    pub(super) key_rows: Vec<*const u8>,
-    pub(super) value_rows: Vec<*const u8>,
+    /// Addresses of the rows of a tile of keys, and of values, where several pages hold them, on the decode path.
+    pub(super) addresses: [Vec<*const u8>; 2],
     /// Scores, then exponentials: `block_n x lanes`.
     pub(super) scores: Lines,
     /// Number of keys of a tile that each query sees.
@@ -43,8 +42,7 @@ impl Scratch {
             words: Words::new(forward),
             keys: Lines::new(block_n * head_dim),
             values: Lines::new(block_n * head_dim_v + MAX_LANES),
-            key_rows: Vec::new(),
-            value_rows: Vec::new(),
+            addresses: [Vec::new(), Vec::new()],
             scores: Lines::new(block_n * forward.panels.lanes),
             visible: Lines::new(lanes),
             rows: Lines::new(MAX_LANES * head_dim.max(head_dim_v).next_multiple_of(MAX_LANES)),

@@ -23,7 +23,7 @@ use flash_attention_kernels::entries::Dtype;
 
 pub(super) use backward::Backpropagate;
 pub(super) use dropout::Keep;
-pub(super) use few::{AHEAD, One};
+pub(super) use few::{AHEAD, Listed, One, Rows, Strided};
 pub(super) use isa::Isa;
 pub(super) use parts::Pairing;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]

@@ -1,7 +1,5 @@
 //! [`NewKeys`]: keys and values that are written to a cache, before attention to all of them.
 
-use std::ops::Range;
-
 use super::cached::check_pages;
 use super::{check_rank, check_shape};
 use crate::element::Element;
@@ -15,7 +13,8 @@ use crate::tensor::Tensor;
 
 /// The new keys of a step, and their values: those that [`KvCache::append`] made room for.
 ///
-/// They are `[batch, heads_kv, seqlen_new, head_dim]`, or packed end to end, `[total_new, heads_kv, head_dim]`, in any strides.
+/// Each is `[batch, heads_kv, seqlen_new, head_dim]`, or packed end to end, `[total_new, heads_kv, head_dim]`, in any strides; v may
+/// have another head_dim than k.
 #[derive(Clone, Debug)]
 pub struct NewKeys<'a, T: Element> {
     k: &'a Tensor<T>,
@@ -58,9 +57,10 @@ impl<'a, T: Element> NewKeys<'a, T> {
     /// Position of the first new key of each sequence.
     fn first_positions(&self, cache: &KvCache) -> Result<Vec<i32>, Error> {
         match self.positions {
-            None => Ok((0..cache.batch())
-                .map(|sequence| cache.new_keys(sequence).start as i32)
-                .collect()),
+            None => {
+                let first = |sequence| i32::try_from(cache.new_keys(sequence).start).unwrap_or(i32::MAX);
+                Ok((0..cache.batch()).map(first).collect())
+            }
             Some(first) if first.len() == cache.batch() => Ok(first.to_vec()),
             Some(first) => Err(Error::SequenceCount {
                 argument: "positions",
@@ -80,12 +80,13 @@ impl KvCache {
     /// # Errors
     /// [`Error::Rank`] and [`Error::ShapeMismatch`] unless k and v are pages of this cache, and the new keys have their heads and
     /// head_dim; [`Error::Sequence`] for another number of new keys than the cache has room for, and for a position outside of a
-    /// rotary embedding's tables; [`Error::OverlappingStrides`] and [`Error::Aliased`] if two keys share memory;
-    /// [`Error::DeviceMismatch`]; and the errors of [`Rotary::forward`]. Nothing has been written then, unless the device failed.
+    /// rotary embedding's tables; [`Error::OverlappingStrides`], [`Error::Aliased`] and [`Error::Interleaved`] if two keys may share
+    /// memory; [`Error::LastAxisStride`]; [`Error::DeviceMismatch`]; and the errors of [`Rotary::forward`]. Nothing has been written
+    /// then, unless the device failed.
     pub fn write<T: Element>(&self, new: &NewKeys<'_, T>, k: &mut Tensor<T>, v: &mut Tensor<T>) -> Result<(), Error> {
         check_apart(k, v)?;
         let of_keys = rows_of_new("k_new", new.k, ("k", k), self)?;
-        rows_of_new("v_new", new.v, ("v", v), self)?;
+        let of_values = rows_of_new("v_new", new.v, ("v", v), self)?;
         let keys = match new.rotary {
             Some(rotary) => {
                 let first = new.first_positions(self)?;
@@ -94,14 +95,13 @@ impl KvCache {
             }
             None => new.k.clone(),
         };
-        let of_values = new.v.to_vec()?;
-        for (pages, elements, shape) in [(k, keys.to_vec()?, new.k.shape()), (v, of_values, new.v.shape())] {
-            for (sequence, rows) in of_keys.iter().enumerate() {
-                let places = NewRows::new(shape, sequence, rows.clone());
+        let values = new.v.to_vec()?;
+        for (pages, elements, rows) in [(k, keys.to_vec()?, of_keys), (v, values, of_values)] {
+            for (sequence, rows) in rows.iter().enumerate() {
                 for (row, key) in self.new_keys(sequence).enumerate() {
                     let (page, place) = self.slot(sequence, key);
                     let token = pages.select(0, page)?.select(0, place)?;
-                    places.write(&elements, row, token)?;
+                    rows.write(&elements, row, token)?;
                 }
             }
         }
@@ -206,14 +206,13 @@ fn check_apart<T: Element>(k: &Tensor<T>, v: &Tensor<T>) -> Result<(), Error> {
     }
 }
 
-/// Checks new keys or values against the pages they are written to, and returns the rows of each sequence: of packed ones those of
-/// the tensor, else those of its entry.
+/// Checks new keys or values against the pages they are written to, and returns the rows of each sequence.
 fn rows_of_new<T: Element>(
     argument: &'static str,
     new: &Tensor<T>,
     (other, pages): (&'static str, &Tensor<T>),
     cache: &KvCache,
-) -> Result<Vec<Range<usize>>, Error> {
+) -> Result<Vec<NewRows>, Error> {
     check_pages(other, pages, cache)?;
     if pages.strides()[3] != 1 {
         return Err(Error::LastAxisStride {
@@ -238,7 +237,11 @@ fn rows_of_new<T: Element>(
         let mut first = 0;
         let rows = counts.map(|count| {
             first += count;
-            first - count..first
+            NewRows {
+                first: (first - count) * heads * head_dim,
+                row_stride: heads * head_dim,
+                head_stride: head_dim,
+            }
         });
         return Ok(rows.collect());
     }
@@ -251,8 +254,13 @@ fn rows_of_new<T: Element>(
         ("head_dim", head_dim),
     ];
     check_shape(argument, new, &sizes.map(|(axis, size)| (axis, other, size)))?;
+    let rows = |sequence| NewRows {
+        first: sequence * heads * seqlen * head_dim,
+        row_stride: head_dim,
+        head_stride: seqlen * head_dim,
+    };
     match counts.clone().position(|count| count != seqlen) {
-        None => Ok(counts.map(|count| 0..count).collect()),
+        None => Ok((0..cache.batch()).map(rows).collect()),
         Some(sequence) => Err(Error::Sequence {
             argument: "seqlens_new",
             sequence,
@@ -271,24 +279,6 @@ struct NewRows {
 }
 
 impl NewRows {
-    fn new(shape: &[usize], sequence: usize, rows: Range<usize>) -> Self {
-        match *shape {
-            [_, heads, seqlen, head_dim] => Self {
-                first: (sequence * heads * seqlen + rows.start) * head_dim,
-                row_stride: head_dim,
-                head_stride: seqlen * head_dim,
-            },
-            _ => {
-                let (heads, head_dim) = (shape[1], shape[2]);
-                Self {
-                    first: rows.start * heads * head_dim,
-                    row_stride: heads * head_dim,
-                    head_stride: head_dim,
-                }
-            }
-        }
-    }
-
     /// Writes row `row` to a token of a cache, `[heads, head_dim]`.
     fn write<T: Element>(&self, elements: &[T], row: usize, mut token: Tensor<T>) -> Result<(), Error> {
         let (heads, head_dim) = (token.shape()[0], token.shape()[1]);

@@ -137,32 +137,37 @@ fn steps_of_decoding_are_one_causal_call() {
     }
 }
 
-/// New keys with a batch axis, in a cache whose heads are not neighbours.
+/// New keys and values, each with a batch axis or end to end, in a cache whose heads are not neighbours.
 #[test]
 fn new_keys_of_a_batch_are_written_in_any_strides() {
     for device in devices().all() {
-        let mut pages = Tensor::<f32>::zeros(device, [3, 2, 8, 8]).expect("it fits"); // [pages, heads, page_size, head_dim]
-        let mut k = pages.transpose(1, 2).expect("four axes");
-        let mut v = Tensor::<f32>::zeros(device, [3, 8, 2, 8]).expect("it fits");
         let data: Vec<f32> = (1..=64).map(|x| x as f32).collect();
         let new = Tensor::from_slice(device, [2, 2, 2, 8], &data).expect("it fits"); // [batch, heads, seqlen, head_dim]
+        let tokens = new.transpose(1, 2).and_then(|new| new.to_vec()).expect("four axes");
+        let packed = Tensor::from_slice(device, [4, 2, 8], &tokens).expect("it fits"); // [total, heads, head_dim]
         let cache = KvCache::paged([3, 8], &[1, 0, 2, 2], &[7, 3]).and_then(|cache| cache.append(&[2, 2]));
         let cache = cache.expect("room");
-        cache.write(&NewKeys::new(&new, &new), &mut k, &mut v).expect("it fits");
-        pages = pages.transpose(1, 2).expect("four axes");
-        for tensor in [&pages, &v] {
-            let written = tensor.to_vec().expect("read");
-            let mut wanted = vec![0.0; written.len()];
-            for (sequence, head, token) in [0, 1]
-                .iter()
-                .flat_map(|&s| [0, 1].map(|h| [(s, h, 0), (s, h, 1)]))
-                .flatten()
-            {
-                let (page, place) = cache.slot(sequence, cache.new_keys(sequence).start + token);
-                let from = ((sequence * 2 + head) * 2 + token) * 8;
-                wanted[((page * 8 + place) * 2 + head) * 8..][..8].copy_from_slice(&data[from..from + 8]);
+        for (new_k, new_v) in [(&new, &new), (&new, &packed), (&packed, &new), (&packed, &packed)] {
+            let pages = Tensor::<f32>::zeros(device, [3, 2, 8, 8]).expect("it fits"); // [pages, heads, page_size, head_dim]
+            let mut k = pages.transpose(1, 2).expect("four axes");
+            let mut v = Tensor::<f32>::zeros(device, [3, 8, 2, 8]).expect("it fits");
+            cache
+                .write(&NewKeys::new(new_k, new_v), &mut k, &mut v)
+                .expect("it fits");
+            for tensor in [&k, &v] {
+                let written = tensor.to_vec().expect("read");
+                let mut wanted = vec![0.0; written.len()];
+                for (sequence, head, token) in [0, 1]
+                    .iter()
+                    .flat_map(|&s| [0, 1].map(|h| [(s, h, 0), (s, h, 1)]))
+                    .flatten()
+                {
+                    let (page, place) = cache.slot(sequence, cache.new_keys(sequence).start + token);
+                    let from = ((sequence * 2 + head) * 2 + token) * 8;
+                    wanted[((page * 8 + place) * 2 + head) * 8..][..8].copy_from_slice(&data[from..from + 8]);
+                }
+                assert_eq!(written, wanted, "{device}: {:?}, {:?}", new_k.shape(), new_v.shape());
             }
-            assert_eq!(written, wanted, "{device}");
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Batches that are no rectangle: [`Sequences`] packed end to end, and the [`KvCache`] of sequences that grow.
 
 mod cache;
+mod pages;
 
 pub use cache::KvCache;
-pub(crate) use cache::Pages;
+pub(crate) use pages::Pages;
 
 use std::fmt;
 use std::ops::Range;
@@ -226,7 +227,8 @@ fn check_count(argument: &'static str, len: usize, expected: usize) -> Result<()
 mod tests {
     use super::*;
 
-    fn value_of(result: Result<Sequences, Error>) -> (&'static str, usize, i64) {
+    /// Argument, sequence and value of a refusal.
+    pub(super) fn value_of<T: fmt::Debug>(result: Result<T, Error>) -> (&'static str, usize, i64) {
         match result {
             Err(Error::Sequence {
                 argument,
@@ -249,8 +251,7 @@ mod tests {
         let count = |result| matches!(result, Err(Error::SequenceCount { .. }));
         assert!(count(Sequences::new(&[], &[])) && count(Sequences::new(&[0, 1], &[0])));
         assert!(count(sequences().seqused_k(&[1])));
-        let past = sequences().pieces(4, 4).map(|_| sequences());
-        assert_eq!(value_of(past), ("cu_seqlens_k", 1, 5));
+        assert_eq!(value_of(sequences().pieces(4, 4)), ("cu_seqlens_k", 1, 5));
     }
 
     /// Every row of q and of k is in exactly one piece.

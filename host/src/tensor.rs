@@ -416,7 +416,7 @@ impl<T: Scalar> Tensor<T> {
 }
 
 /// Returns an empty vector with room for `len` elements in the host's memory.
-fn reserved<T: Scalar>(len: usize) -> Result<Vec<T>, Error> {
+pub(crate) fn reserved<T: Scalar>(len: usize) -> Result<Vec<T>, Error> {
     let mut elements = Vec::new();
     elements.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
         device: "the host".to_owned(),

@@ -1,6 +1,6 @@
 //! Calls over keys and values that are kept between calls: a [`KvCache`] says where those of each sequence lie.
 
-use super::{Call, Queries, check_rank, forward, is_cpu, plans, rows};
+use super::{Call, Queries, check_rank, forward, plans, rows};
 use crate::element::Element;
 use crate::error::Error;
 use crate::layout::TensorInfo;
@@ -8,7 +8,7 @@ use crate::options::Attention;
 use crate::output::Output;
 use crate::plan::Plan;
 use crate::sequences::{KvCache, Pages};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, reserved};
 
 impl KvCache {
     /// Describes a paged cache by tensors: `block_table` `[batch, max_pages]`, `seqused_k` `[batch]`, in any strides. Waits for the
@@ -76,7 +76,7 @@ impl Attention {
         forward(q, v.shape().last().copied().unwrap_or(0), &self.cached(q, k, v, cache)?)
     }
 
-    /// Plans of [`forward_cached`](Self::forward_cached), one a sequence, in the order in which they run.
+    /// Plans of [`forward_cached`](Self::forward_cached), one a sequence, in the order in which they run. Reads no keys.
     ///
     /// # Errors
     /// The errors of [`forward_cached`](Self::forward_cached).
@@ -114,24 +114,21 @@ impl Attention {
             std::cmp::Reverse(rows * sequence.map_or(0, |sequence| cache.keys(sequence)))
         };
         queries.sort_by_key(work);
-        let in_place = is_cpu(q);
         let call = |(sequence, queries): (Option<usize>, Queries)| {
             let pages = sequence.map(|sequence| (cache.pages(sequence), cache.keys(sequence)));
             let keys = |tensor: &Tensor<T>| match &pages {
-                Some((pages, keys)) if *keys > 0 => keys_of(tensor, pages, *keys, in_place),
+                Some((pages, keys)) if *keys > 0 => keys_of(tensor, pages, *keys),
                 _ => Tensor::empty(q.device(), [1, tensor.shape()[2], 0, tensor.shape()[3]]),
             };
-            let strides = [k, v].map(|tensor| [tensor.strides()[0], tensor.strides()[1]]);
             Ok(Call {
                 attention: self.of_sequence(sequence.unwrap_or(0)),
                 q: queries.vectors(q)?,
                 k: keys(k)?,
                 v: keys(v)?,
                 queries,
-                pages: match pages {
-                    Some((pages, _)) if in_place && pages.table().len() > 1 => Some((pages, strides)),
-                    _ => None,
-                },
+                pages: pages
+                    .map(|(pages, _)| (pages, [k.clone(), v.clone()]))
+                    .filter(|(pages, _)| pages.table().len() > 1),
             })
         };
         queries.into_iter().map(call).collect()
@@ -193,28 +190,40 @@ pub(super) fn check_pages<T: Element>(
     Ok(())
 }
 
-/// The keys or values of a sequence, `[1, heads_kv, seqlen_k, head_dim]`: a view if one page holds all of them. Of several, the view
-/// repeats a row of the first where pages are read in place; else they are gathered through the host.
-fn keys_of<T: Element>(tensor: &Tensor<T>, pages: &Pages, keys: usize, in_place: bool) -> Result<Tensor<T>, Error> {
-    let (heads, head_dim) = (tensor.shape()[2], tensor.shape()[3]);
-    let page = |number: u32| tensor.select(0, number as usize);
-    let first = pages.place(0).1;
+/// The keys or values of a sequence, `[1, heads_kv, seqlen_k, head_dim]`, as a view: if they are in several pages, it repeats a row
+/// of the first.
+fn keys_of<T: Element>(tensor: &Tensor<T>, pages: &Pages, keys: usize) -> Result<Tensor<T>, Error> {
     if let &[only] = pages.table() {
-        return rows(&page(only)?, &(first..first + keys));
+        let first = pages.place(0).1;
+        return rows(&tensor.select(0, only as usize)?, &(first..first + keys));
     }
-    if in_place {
-        let strides = [tensor.strides()[0], tensor.strides()[2], 0, tensor.strides()[3]];
-        let shape = [1, heads, keys, head_dim];
-        let info = TensorInfo::new(tensor.device().id(), tensor.dtype(), shape, strides, tensor.address())?;
-        return Ok(Tensor::seen_through(info, tensor.owner()));
-    }
-    let mut gathered = Vec::with_capacity(keys * heads * head_dim);
-    let (mut begin, mut left) = (first, keys);
+    let shape = [1, tensor.shape()[2], keys, tensor.shape()[3]];
+    let strides = [tensor.strides()[0], tensor.strides()[2], 0, tensor.strides()[3]];
+    let info = TensorInfo::new(tensor.device().id(), tensor.dtype(), shape, strides, tensor.address())?;
+    Ok(Tensor::seen_through(info, tensor.owner()))
+}
+
+/// A copy of the keys or values of several pages, `[1, heads_kv, seqlen_k, head_dim]`, made through the host.
+pub(super) fn gathered<T: Element>(tensor: &Tensor<T>, pages: &Pages, keys: usize) -> Result<Tensor<T>, Error> {
+    let (heads, head_dim) = (tensor.shape()[2], tensor.shape()[3]);
+    let mut elements = reserved(keys * heads * head_dim)?;
+    let (mut begin, mut left) = (pages.place(0).1, keys);
     for &number in pages.table() {
         let len = left.min(pages.page_size() - begin);
-        gathered.extend(page(number)?.narrow(0, begin, len)?.to_vec()?);
+        let page = tensor.select(0, number as usize)?;
+        elements.extend(page.narrow(0, begin, len)?.to_vec()?);
         (begin, left) = (0, left - len);
     }
-    let gathered = Tensor::from_slice(tensor.device(), [keys, heads, head_dim], &gathered)?;
-    rows(&gathered, &(0..keys))
+    let copy = Tensor::from_slice(tensor.device(), [keys, heads, head_dim], &elements)?;
+    rows(&copy, &(0..keys))
+}
+
+/// The layout of what [`gathered`] makes in place of a view of [`keys_of`], at an address that is not known yet.
+pub(super) fn layout_of_gathered<T: Element>(view: &Tensor<T>) -> Result<TensorInfo, Error> {
+    let [_, heads, keys, head_dim] = *view.shape() else {
+        unreachable!("a view of keys has four axes");
+    };
+    let row = heads * head_dim;
+    let strides = [keys.saturating_mul(row), head_dim, row, 1];
+    TensorInfo::new(view.device().id(), view.dtype(), view.shape(), strides, 0)
 }

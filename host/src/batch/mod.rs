@@ -3,7 +3,7 @@
 //!
 //! The CPU runs the problems of a batch in one pass over their tasks, longest first. It reads pages, and reads and writes lse,
 //! row_max and row_sum, in place. GPUs launch kernels a sequence. They take keys and numbers of queries contiguous a sequence: the
-//! keys of several pages, and lse, row_max and row_sum of packed queries, pass through the host there.
+//! keys of several pages, and lse, row_max and row_sum of packed queries, pass through the host there, once a call.
 
 mod append;
 mod cached;
@@ -13,6 +13,7 @@ pub use append::NewKeys;
 
 use std::ops::Range;
 
+use self::cached::{gathered, layout_of_gathered};
 use crate::call::forward_batch;
 use crate::device::DeviceKind;
 use crate::element::{Element, Scalar};
@@ -33,23 +34,47 @@ struct Call<T: Element> {
     q: Tensor<T>,
     k: Tensor<T>,
     v: Tensor<T>,
-    /// Pages of k and v with their strides, for a device that reads them in place.
-    pages: Option<(Pages, [[usize; 2]; 2])>,
+    /// The pages of the sequence and the k and v that have them, `[pages, page_size, heads_kv, head_dim]`; `None` if all keys are
+    /// in one page.
+    pages: Option<(Pages, [Tensor<T>; 2])>,
 }
 
 impl<T: Element> Call<T> {
-    /// The plan for new contiguous results, or for those of `output`.
+    /// The plan for new contiguous results, or for those of `output`. Pages are not read.
     fn plan(&self, output: Option<&Output<T>>) -> Result<Plan, Error> {
         let outputs = output.map(|output| Outputs {
             statistics: output.statistics.as_ref().map(Statistics::infos),
             ..Outputs::new(output.out.info(), output.lse.info())
         });
-        let [q, k, v] = [&self.q, &self.k, &self.v].map(Tensor::info);
-        let mut problem = Problem::new(&self.attention, q, k, v, outputs)?;
-        if let Some((pages, strides)) = &self.pages {
-            problem = problem.with_pages(pages.clone(), *strides);
-        }
-        Plan::new(&problem, &self.q.device().info())
+        let (attention, q, device) = (&self.attention, self.q.info(), self.q.device().info());
+        let problem = match &self.pages {
+            Some(_) if !is_cpu(&self.q) => {
+                let [k, v] = [layout_of_gathered(&self.k)?, layout_of_gathered(&self.v)?];
+                Problem::new(attention, q, &k, &v, outputs)?
+            }
+            pages => {
+                let problem = Problem::new(attention, q, self.k.info(), self.v.info(), outputs)?;
+                match pages {
+                    Some((pages, tensors)) => {
+                        let strides = tensors
+                            .each_ref()
+                            .map(|tensor| [tensor.strides()[0], tensor.strides()[1]]);
+                        problem.with_pages(pages.clone(), strides)
+                    }
+                    None => problem,
+                }
+            }
+        };
+        Plan::new(&problem, &device)
+    }
+
+    /// k and v for a device that reads no pages: those of several pages are copied through the host.
+    fn without_pages(&self) -> Result<[Tensor<T>; 2], Error> {
+        let Some((pages, [k, v])) = &self.pages else {
+            return Ok([self.k.clone(), self.v.clone()]);
+        };
+        let keys = self.k.shape()[2];
+        Ok([gathered(k, pages, keys)?, gathered(v, pages, keys)?])
     }
 }
 
@@ -130,8 +155,8 @@ fn forward_one_by_one<T: Element>(q: &Tensor<T>, calls: &[Call<T>], output: Outp
             true => Ok(view),
             false => Tensor::empty(view.device(), view.shape()),
         })?;
-        call.attention
-            .forward_into_output(&call.q, &call.k, &call.v, &mut part)?;
+        let [k, v] = call.without_pages()?;
+        call.attention.forward_into_output(&call.q, &k, &v, &mut part)?;
         parts.push(part);
     }
     if in_place {

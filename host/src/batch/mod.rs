@@ -18,12 +18,14 @@ use crate::call::forward_batch;
 use crate::device::DeviceKind;
 use crate::element::{Element, Scalar};
 use crate::error::Error;
+use crate::layout::TensorInfo;
 use crate::options::Attention;
 use crate::output::{Output, Statistics};
 use crate::plan::Plan;
 use crate::problem::{Outputs, Problem};
 use crate::sequences::Pages;
 use crate::tensor::Tensor;
+use flash_attention_kernels::entries::Dtype;
 
 /// The call with one sequence of a batch.
 struct Call<T: Element> {
@@ -102,13 +104,28 @@ impl Queries {
         }
     }
 
-    /// The numbers of these queries, `[1, heads, seqlen_q]`.
-    fn numbers(&self, tensor: &Tensor<f32>) -> Result<Tensor<f32>, Error> {
-        match self {
-            Self::Packed(range) => tensor.narrow(1, range.start, range.len())?.unsqueeze(0),
-            Self::Entry(index) => tensor.narrow(0, *index, 1),
+    /// The numbers of these queries, `[1, heads, seqlen_q]`, in a tensor of this order.
+    fn numbers(&self, tensor: &Tensor<f32>, order: Order) -> Result<Tensor<f32>, Error> {
+        match (self, order) {
+            (Self::Packed(range), Order::ByHead) => tensor.narrow(1, range.start, range.len())?.unsqueeze(0),
+            (Self::Packed(range), Order::BySequence) => {
+                let heads = tensor.shape()[0];
+                let address = tensor.address() + (heads * range.start * size_of::<f32>()) as u64;
+                let info = TensorInfo::contiguous(tensor.device().id(), Dtype::F32, [1, heads, range.len()], address)?;
+                Ok(Tensor::seen_through(info, tensor.owner()))
+            }
+            (Self::Entry(index), _) => tensor.narrow(0, *index, 1),
         }
     }
+}
+
+/// Orders of the numbers of packed queries in a tensor `[heads, total_q]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// The order of the axes.
+    ByHead,
+    /// Sequence after sequence, each `[heads, seqlen_q]`, as kernels take them; the tensor is contiguous.
+    BySequence,
 }
 
 /// Runs the forward pass of each call. q holds the queries of all of them, packed or as a batch; the results have its layout, and
@@ -131,7 +148,7 @@ fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Res
     if is_cpu(q) {
         let parts: Vec<_> = calls
             .iter()
-            .map(|call| part(&output, &call.queries, Ok))
+            .map(|call| part(&output, &call.queries, Order::ByHead))
             .collect::<Result<_, _>>()?;
         let plan = |(call, part): (&'_ Call<T>, &'_ Output<T>)| Ok(call.plan(Some(part))?.in_batch(calls.len()));
         let plans = calls.iter().zip(&parts).map(plan).collect::<Result<Vec<_>, Error>>()?;
@@ -148,32 +165,15 @@ fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Res
 /// Runs the forward pass of each call on a device whose kernels take one sequence.
 fn forward_one_by_one<T: Element>(q: &Tensor<T>, calls: &[Call<T>], output: Output<T>) -> Result<Output<T>, Error> {
     plans(calls)?;
-    let in_place = q.shape().len() == 4;
-    let mut parts = Vec::new();
     for call in calls {
-        let mut part = part(&output, &call.queries, |view| match in_place {
-            true => Ok(view),
-            false => Tensor::empty(view.device(), view.shape()),
-        })?;
+        let mut part = part(&output, &call.queries, Order::BySequence)?;
         let [k, v] = call.without_pages()?;
         call.attention.forward_into_output(&call.q, &k, &v, &mut part)?;
-        parts.push(part);
     }
-    if in_place {
-        return Ok(output);
+    match q.shape().len() {
+        3 => reordered(&output, calls, Order::ByHead),
+        _ => Ok(output),
     }
-    let packed = |numbers: fn(&Output<T>) -> Option<&Tensor<f32>>| {
-        let queries = calls.iter().map(|call| &call.queries);
-        packed_rows(&output.lse, queries.zip(parts.iter().filter_map(numbers)))
-    };
-    Ok(Output {
-        lse: packed(|part| Some(&part.lse))?,
-        statistics: Some(Statistics {
-            row_max: packed(|part| Some(&part.statistics.as_ref()?.row_max))?,
-            row_sum: packed(|part| Some(&part.statistics.as_ref()?.row_sum))?,
-        }),
-        out: output.out,
-    })
 }
 
 /// Rows of a packed `[total, heads, head_dim]` tensor as `[1, heads, seqlen, head_dim]`.
@@ -186,42 +186,55 @@ fn is_cpu<T: Element>(tensor: &Tensor<T>) -> bool {
     tensor.device().kind() == DeviceKind::Cpu
 }
 
-/// The results of these queries, as those of a call of their own. `place` makes lse, row_max and row_sum, `[1, heads, seqlen_q]`,
-/// from views of the batch's.
-fn part<T: Element>(
+/// The results of these queries, as those of a call of their own, in the results of a batch with numbers in this order.
+fn part<T: Element>(output: &Output<T>, queries: &Queries, order: Order) -> Result<Output<T>, Error> {
+    output_of(queries.vectors(&output.out)?, output, |tensor| {
+        queries.numbers(tensor, order)
+    })
+}
+
+/// Results with the numbers of packed queries in the other order, copied through the host.
+fn reordered<T: Element>(output: &Output<T>, calls: &[Call<T>], to: Order) -> Result<Output<T>, Error> {
+    output_of(output.out.clone(), output, |tensor| {
+        let (heads, total) = (tensor.shape()[0], tensor.shape()[1]);
+        let numbers = tensor.to_vec()?;
+        let mut reordered = vec![0.0; numbers.len()];
+        for call in calls {
+            let Queries::Packed(range) = &call.queries else {
+                continue;
+            };
+            for head in 0..heads {
+                let by_head = head * total + range.start;
+                let by_sequence = heads * range.start + head * range.len();
+                let (from, to) = match to {
+                    Order::ByHead => (by_sequence, by_head),
+                    Order::BySequence => (by_head, by_sequence),
+                };
+                reordered[to..][..range.len()].copy_from_slice(&numbers[from..][..range.len()]);
+            }
+        }
+        Tensor::from_slice(tensor.device(), tensor.shape(), &reordered)
+    })
+}
+
+/// Results of this out, with lse, row_max and row_sum made of those of `output`.
+fn output_of<T: Element>(
+    out: Tensor<T>,
     output: &Output<T>,
-    queries: &Queries,
-    place: impl Fn(Tensor<f32>) -> Result<Tensor<f32>, Error>,
+    numbers: impl Fn(&Tensor<f32>) -> Result<Tensor<f32>, Error>,
 ) -> Result<Output<T>, Error> {
-    let of_rows = |tensor: &Tensor<f32>| place(queries.numbers(tensor)?);
     let statistics = match &output.statistics {
         Some(Statistics { row_max, row_sum }) => Some(Statistics {
-            row_max: of_rows(row_max)?,
-            row_sum: of_rows(row_sum)?,
+            row_max: numbers(row_max)?,
+            row_sum: numbers(row_sum)?,
         }),
         None => None,
     };
     Ok(Output {
-        out: queries.vectors(&output.out)?,
-        lse: of_rows(&output.lse)?,
+        out,
+        lse: numbers(&output.lse)?,
         statistics,
     })
-}
-
-/// A tensor like `model`, `[heads, total_q]`, of the numbers of packed queries, `[1, heads, seqlen_q]` each.
-fn packed_rows<'a>(
-    model: &Tensor<f32>,
-    parts: impl Iterator<Item = (&'a Queries, &'a Tensor<f32>)>,
-) -> Result<Tensor<f32>, Error> {
-    let (heads, total) = (model.shape()[0], model.shape()[1]);
-    let mut numbers = vec![0.0; heads * total];
-    for (queries, tensor) in parts {
-        let Queries::Packed(range) = queries else { continue };
-        for (head, row) in tensor.to_vec()?.chunks(range.len().max(1)).enumerate() {
-            numbers[head * total..][range.clone()].copy_from_slice(row);
-        }
-    }
-    Tensor::from_slice(model.device(), model.shape(), &numbers)
 }
 
 /// Axes of q, k, v, out and dout of packed sequences.

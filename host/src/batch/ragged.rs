@@ -1,13 +1,14 @@
 //! Calls over ragged batches: a [`Sequences`] says where each sequence lies in packed tensors.
 
-use super::{Call, PACKED, Queries, check_rank, check_shape, forward, is_cpu, packed, part, plans, rows};
-use crate::call::{Backward, backward_batch, check_lse};
+use super::{
+    Call, Order, PACKED, Queries, check_rank, check_shape, forward, is_cpu, packed, part, plans, reordered, rows,
+};
+use crate::call::{Backward, backward_batch, check_lse, plan_backward};
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs};
 use crate::program::TableSource;
 use crate::sequences::{Piece, Sequences};
 use crate::tensor::Tensor;
@@ -74,51 +75,43 @@ impl Attention {
     ) -> Result<Gradients<T>, Error> {
         let (pieces, calls) = self.pieces(q, k, v, sequences)?;
         check_output(output, dout, [q, v])?;
-        let in_place = is_cpu(q);
-        let mut parts = Vec::new();
-        for call in &calls {
-            let part = part(output, &call.queries, |view| match in_place {
-                true => Ok(view),
-                false => view.contiguous(),
-            })?;
-            let dout = call.queries.vectors(dout)?;
-            call.attention.plan_backward(&call.q, &call.k, &call.v, &part, &dout)?;
-            parts.push((part, dout));
-        }
+        let by_sequence;
+        let (output, order) = if is_cpu(q) {
+            (output, Order::ByHead)
+        } else {
+            by_sequence = reordered(output, &calls, Order::BySequence)?;
+            (&by_sequence, Order::BySequence)
+        };
         let mut gradients = Gradients::new(
             Tensor::empty(q.device(), q.shape())?,
             Tensor::empty(k.device(), k.shape())?,
             Tensor::empty(v.device(), v.shape())?,
         );
-        let mut of_tables: Vec<(TableSource, Vec<f32>)> = Vec::new();
-        let gradients_of = |piece: &Piece| {
-            Ok::<_, Error>(Gradients::new(
+        let (mut parts, mut plans): (Vec<Part<T>>, _) = (Vec::new(), Vec::new());
+        for (piece, call) in pieces.iter().zip(&calls) {
+            let of_piece = Gradients::new(
                 rows(&gradients.dq, &piece.queries)?,
                 rows(&gradients.dk, &piece.keys)?,
                 rows(&gradients.dv, &piece.keys)?,
-            ))
-        };
+            );
+            let (output, dout) = (part(output, &call.queries, order)?, call.queries.vectors(dout)?);
+            let inputs = [&call.q, &call.k, &call.v];
+            plans.push(plan_backward(&call.attention, inputs, &output, &dout, Some(&of_piece))?);
+            parts.push((output, dout, of_piece));
+        }
         if is_cpu(q) && !self.has_table_gradients() {
             check_lse(&output.lse)?;
-            let of_pieces: Vec<_> = pieces.iter().map(gradients_of).collect::<Result<_, _>>()?;
-            let mut runs: Vec<Backward<'_, T>> = Vec::new();
-            for ((call, (part, dout)), gradients) in calls.iter().zip(&parts).zip(&of_pieces) {
-                let plan = plan_backward(call, part, dout, gradients)?;
-                runs.push((plan, [&call.q, &call.k, &call.v, &part.out, dout], part, gradients));
-            }
+            let runs = plans.into_iter().zip(&calls).zip(&parts);
+            let runs: Vec<Backward<'_, T>> = runs
+                .map(|((plan, call), (output, dout, gradients))| {
+                    let inputs = [&call.q, &call.k, &call.v, &output.out, dout];
+                    (plan, inputs, output, gradients)
+                })
+                .collect();
             backward_batch(q.device(), &runs)?;
             return Ok(gradients);
         }
-        for ((piece, call), (output, dout)) in pieces.iter().zip(&calls).zip(&parts) {
-            let Call { attention, q, k, v, .. } = call;
-            let mut of_piece = gradients_of(piece)?;
-            attention.backward_into(q, k, v, output, dout, &mut of_piece)?;
-            add_up(&mut of_tables, &of_piece)?;
-        }
-        for (table, sums) in of_tables {
-            let gradient = Tensor::from_slice(q.device(), &table.shape, &sums)?;
-            gradients.tables.push((table, gradient));
-        }
+        gradients.tables = backward_one_by_one(&calls, &mut parts)?;
         if let Some(program) = self.program()? {
             gradients.name_tables(program);
         }
@@ -168,23 +161,29 @@ impl Attention {
     }
 }
 
-/// The plan of a call's backward pass with these results.
-fn plan_backward<T: Element>(
-    call: &Call<T>,
-    output: &Output<T>,
-    dout: &Tensor<T>,
-    gradients: &Gradients<T>,
-) -> Result<Plan, Error> {
-    let [q, k, v] = [&call.q, &call.k, &call.v].map(Tensor::info);
-    let above = BackwardInputs {
-        out: output.out.info(),
-        lse: output.lse.info(),
-        statistics: output.statistics.as_ref().map(Statistics::infos),
-        dout: dout.info(),
+/// The results, the gradient of out, and the gradients of one call.
+type Part<T> = (Output<T>, Tensor<T>, Gradients<T>);
+
+/// Runs the backward pass of each call, and returns the gradients of tables: sums over the calls, made on the host.
+fn backward_one_by_one<T: Element>(
+    calls: &[Call<T>],
+    parts: &mut [Part<T>],
+) -> Result<Vec<(TableSource, Tensor<f32>)>, Error> {
+    let mut sums: Vec<(TableSource, Vec<f32>)> = Vec::new();
+    for (call, (output, dout, gradients)) in calls.iter().zip(&mut *parts) {
+        let Call { attention, q, k, v, .. } = call;
+        attention.backward_into(q, k, v, output, dout, gradients)?;
+        add_up(&mut sums, gradients)?;
+    }
+    let Some(Call { q, .. }) = calls.first() else {
+        return Ok(Vec::new());
     };
-    let outputs = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
-    let problem = BackwardProblem::new(&call.attention, q, k, v, above, Some(outputs))?;
-    Plan::backward(&problem, &call.q.device().info())
+    sums.into_iter()
+        .map(|(table, sums)| {
+            let gradient = Tensor::from_slice(q.device(), &table.shape, &sums)?;
+            Ok((table, gradient))
+        })
+        .collect()
 }
 
 /// Adds the gradients of tables that one sequence gave to the sums.

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{BackwardInputs, BackwardProblem, Problem};
+use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs, Problem};
 use crate::progress::Progress;
 use crate::tensor::Tensor;
 
@@ -202,9 +202,7 @@ impl Attention {
         output: &Output<T>,
         dout: &Tensor<T>,
     ) -> Result<Plan, Error> {
-        let above = above(output, dout);
-        let problem = BackwardProblem::new(self, q.info(), k.info(), v.info(), above, None)?;
-        Plan::backward(&problem, &q.device().info())
+        plan_backward(self, [q, k, v], output, dout, None)
     }
 
     /// Returns this attention with calls that do not report.
@@ -216,12 +214,22 @@ impl Attention {
     }
 }
 
-/// Collects out, lse, statistics and dout for validation.
-fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> BackwardInputs<'a> {
-    BackwardInputs {
+/// The plan of a backward pass for new contiguous gradients, or for these.
+pub(crate) fn plan_backward<T: Element>(
+    attention: &Attention,
+    inputs: [&Tensor<T>; 3],
+    output: &Output<T>,
+    dout: &Tensor<T>,
+    gradients: Option<&Gradients<T>>,
+) -> Result<Plan, Error> {
+    let above = BackwardInputs {
         out: output.out.info(),
         lse: output.lse.info(),
         statistics: output.statistics.as_ref().map(Statistics::infos),
         dout: dout.info(),
-    }
+    };
+    let outputs = gradients.map(|Gradients { dq, dk, dv, .. }| GradientOutputs::new(dq.info(), dk.info(), dv.info()));
+    let [q, k, v] = inputs.map(Tensor::info);
+    let problem = BackwardProblem::new(attention, q, k, v, above, outputs)?;
+    Plan::backward(&problem, &inputs[0].device().info())
 }

@@ -1,13 +1,13 @@
 //! [`Reporting`]: calls that report progress.
 
-use super::above;
+use super::plan_backward;
 use super::run::{backward, check_lse, check_workspace, forward};
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{BackwardProblem, GradientOutputs, Outputs, Problem, out_shape};
+use crate::problem::{Outputs, Problem, out_shape};
 use crate::progress::{Progress, Reporter};
 use crate::tensor::Tensor;
 
@@ -125,7 +125,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         dout: &Tensor<T>,
         gradients: &mut Gradients<T>,
     ) -> Result<(), Error> {
-        let plan = self.plan_backward_into(q, k, v, output, dout, gradients)?;
+        let plan = plan_backward(&self.attention, [q, k, v], output, dout, Some(gradients))?;
         check_lse(&output.lse)?;
         let inputs = [q, k, v, &output.out, dout];
         backward(&plan, inputs, output, gradients, None, self.reporter())
@@ -146,7 +146,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         gradients: &mut Gradients<T>,
         workspace: &mut Tensor<f32>,
     ) -> Result<(), Error> {
-        let plan = self.plan_backward_into(q, k, v, output, dout, gradients)?;
+        let plan = plan_backward(&self.attention, [q, k, v], output, dout, Some(gradients))?;
         let others = [
             ("q", q.info()),
             ("k", k.info()),
@@ -161,21 +161,6 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         check_workspace(workspace.info(), plan.workspace_bytes(), &others)?;
         let inputs = [q, k, v, &output.out, dout];
         backward(&plan, inputs, output, gradients, Some(workspace), self.reporter())
-    }
-
-    fn plan_backward_into<T: Element>(
-        &self,
-        q: &Tensor<T>,
-        k: &Tensor<T>,
-        v: &Tensor<T>,
-        output: &Output<T>,
-        dout: &Tensor<T>,
-        gradients: &Gradients<T>,
-    ) -> Result<Plan, Error> {
-        let outputs = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
-        let above = above(output, dout);
-        let problem = BackwardProblem::new(&self.attention, q.info(), k.info(), v.info(), above, Some(outputs))?;
-        Plan::backward(&problem, &q.device().info())
     }
 
     fn reporter(&self) -> Reporter<'_> {

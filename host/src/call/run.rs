@@ -71,18 +71,9 @@ pub(super) fn forward<T: Element>(
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let _span = trace::enter(plan, inputs[0].device());
-    let statistics = statistics.map(|Statistics { row_max, row_sum }| [&*row_max, row_sum]);
-    let written: Vec<&Storage> = [out.storage(), lse.storage()]
-        .into_iter()
-        .chain(statistics.into_iter().flatten().map(Tensor::storage))
-        .collect();
-    let read: Vec<&Storage> = inputs.map(Tensor::storage).into_iter().chain(tables_of(plan)).collect();
-    let guards = Guards::lock(&read, &written);
-    let results = Results::Forward {
-        out: out.address(),
-        lse: lse.address(),
-        statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
-    };
+    let mut memory = Memory::default();
+    let results = memory.of_forward(plan, inputs, out, lse, statistics.as_deref());
+    let guards = memory.lock();
     // SAFETY: the plan's problem was proven from the descriptions of the inputs, and of the outputs or, for new
     // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
     // device, the outputs overlap nothing, and the guards keep out other threads.
@@ -96,22 +87,12 @@ pub(crate) type Forward<'a, T> = (Plan, [&'a Tensor<T>; 3], &'a Output<T>);
 
 /// Runs forward plans of one batch, each of which was made for exactly its tensors. No two results share memory.
 pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>]) -> Result<(), Error> {
-    let (mut read, mut written, mut runs) = (Vec::new(), Vec::new(), Vec::new());
-    for (plan, inputs, output) in calls {
-        let statistics = output.statistics.as_ref();
-        let statistics = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
-        read.extend(inputs.map(Tensor::storage).into_iter().chain(tables_of(plan)));
-        written.extend([output.out.storage(), output.lse.storage()]);
-        written.extend(statistics.into_iter().flatten().map(Tensor::storage));
-        let results = Results::Forward {
-            out: output.out.address(),
-            lse: output.lse.address(),
-            statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
-        };
-        runs.push((plan, results));
+    let (mut memory, mut runs) = (Memory::default(), Vec::new());
+    for (plan, inputs, Output { out, lse, statistics }) in calls {
+        runs.push((plan, memory.of_forward(plan, *inputs, out, lse, statistics.as_ref())));
     }
     let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
-    let guards = Guards::lock(&read, &written);
+    let guards = memory.lock();
     // SAFETY: the reasons given in `forward`, of each call; the results are views of different parts of the batch's.
     let result = unsafe { device.backend().run_batch(&runs, &Reporter::silent()) };
     drop(guards);
@@ -121,35 +102,24 @@ pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>
 /// A backward plan of a batch, its inputs q, k, v, out and dout, the results of forward, and its gradients.
 pub(crate) type Backward<'a, T> = (Plan, [&'a Tensor<T>; 5], &'a Output<T>, &'a Gradients<T>);
 
-/// Runs backward plans of one batch without gradients of tables, each of which was made for exactly its tensors. No two results
-/// share memory.
+/// Runs backward plans of one batch without gradients of tables, each of which was made for exactly its tensors. No two
+/// results share memory.
 pub(crate) fn backward_batch<T: Element>(device: &Device, calls: &[Backward<'_, T>]) -> Result<(), Error> {
     let aligned = |plan: &Plan| plan.workspace_bytes().next_multiple_of(WORKSPACE_ALIGN as u64);
     let bytes: u64 = calls.iter().map(|(plan, ..)| aligned(plan)).sum();
     let workspace = Tensor::<f32>::empty(device, [bytes as usize / size_of::<f32>()])?;
-    let (mut read, mut runs) = (Vec::new(), Vec::new());
-    let (mut written, mut place) = (vec![workspace.storage()], workspace.address());
-    for (plan, inputs, output, Gradients { dq, dk, dv, .. }) in calls {
-        let statistics = output.statistics.as_ref();
-        let of_rows = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
-        read.extend(inputs.map(Tensor::storage).into_iter().chain(tables_of(plan)));
-        read.push(output.lse.storage());
-        read.extend(of_rows.into_iter().flatten().map(Tensor::storage));
-        written.extend([dq, dk, dv].map(Tensor::storage));
-        let results = Results::Backward {
-            dq: dq.address(),
-            dk: dk.address(),
-            dv: dv.address(),
-            workspace: place,
-            tables: TableGradients::default(),
-        };
-        runs.push((plan, results));
+    let (mut memory, mut runs) = (Memory::default(), Vec::new());
+    memory.written.push(workspace.storage());
+    let mut place = workspace.address();
+    for (plan, inputs, output, gradients) in calls {
+        let own = (place, TableGradients::default());
+        runs.push((plan, memory.of_backward(plan, *inputs, output, gradients, own)));
         place += aligned(plan);
     }
     let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
-    let guards = Guards::lock(&read, &written);
-    // SAFETY: the reasons given in `backward`, of each call; the results are views of different parts of the batch's, and each
-    // plan has its own part of the workspace.
+    let guards = memory.lock();
+    // SAFETY: the reasons given in `backward`, of each call; the results are views of different parts of the batch's, and
+    // each plan has its own part of the workspace.
     let result = unsafe { device.backend().run_batch(&runs, &Reporter::silent()) };
     drop(guards);
     result
@@ -175,48 +145,20 @@ pub(super) fn backward<T: Element>(
             &ours
         }
     };
-    let [q, k, v, out, dout] = inputs.map(Tensor::storage);
     let program = plan.problem().program();
     let tables = match program {
         Some(program) if plan.table_gradients() => gradients.make_tables(program)?,
         _ => TableGradients::default(),
     };
-    let Gradients { dq, dk, dv, .. } = &*gradients;
-    let statistics = output.statistics.as_ref();
-    let of_rows = statistics
-        .into_iter()
-        .flat_map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
-    let read: Vec<&Storage> = [q, k, v, out, dout, output.lse.storage()]
-        .into_iter()
-        .chain(of_rows.map(Tensor::storage))
-        .chain(tables_of(plan))
-        .collect();
-    let of_tables = gradients.tables.iter().map(|(_, gradient)| gradient.storage());
-    let written: Vec<&Storage> = [dq.storage(), dk.storage(), dv.storage(), workspace.storage()]
-        .into_iter()
-        .chain(of_tables)
-        .collect();
-    let guards = Guards::lock(&read, &written);
-    let results = Results::Backward {
-        dq: dq.address(),
-        dk: dk.address(),
-        dv: dv.address(),
-        workspace: workspace.address(),
-        tables,
-    };
+    let mut memory = Memory::default();
+    memory.written.push(workspace.storage());
+    let results = memory.of_backward(plan, inputs, output, gradients, (workspace.address(), tables));
+    let guards = memory.lock();
     // SAFETY: the reasons given in `forward`; the workspace has the plan's size. A workspace of ours is freed when
     // the call returns, and a device frees memory only after the work launched before has finished.
     let result = unsafe { device.backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
-}
-
-/// The memory of the tables that a plan's program reads.
-fn tables_of(plan: &Plan) -> impl Iterator<Item = &Storage> {
-    let program = plan.problem().program().into_iter();
-    program
-        .flat_map(|program| program.tables().iter().chain(program.sinks()))
-        .map(features::storage)
 }
 
 /// Reports the end of a call, after its tensors were unlocked.
@@ -228,27 +170,73 @@ fn ended(result: Result<(), Error>, reporter: Reporter<'_>) -> Result<(), Error>
     result
 }
 
-/// Guards that keep other threads from writing storages, or from reading storages that are being written.
-struct Guards<'a> {
-    _read: Vec<RwLockReadGuard<'a, ()>>,
-    _write: Vec<RwLockWriteGuard<'a, ()>>,
+/// Memory that calls read and write.
+#[derive(Default)]
+struct Memory<'a> {
+    read: Vec<&'a Storage>,
+    written: Vec<&'a Storage>,
 }
 
-impl<'a> Guards<'a> {
+impl<'a> Memory<'a> {
+    /// Adds the memory of a forward pass, and returns the addresses of its results.
+    fn of_forward<T: Element>(
+        &mut self,
+        plan: &'a Plan,
+        inputs: [&'a Tensor<T>; 3],
+        out: &'a Tensor<T>,
+        lse: &'a Tensor<f32>,
+        statistics: Option<&'a Statistics>,
+    ) -> Results {
+        let statistics = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
+        self.read.extend(inputs.map(Tensor::storage));
+        self.read.extend(tables_of(plan));
+        self.written.extend([out.storage(), lse.storage()]);
+        self.written
+            .extend(statistics.into_iter().flatten().map(Tensor::storage));
+        Results::Forward {
+            out: out.address(),
+            lse: lse.address(),
+            statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
+        }
+    }
+
+    /// Adds the memory of a backward pass but for its workspace, and returns the addresses of its results.
+    fn of_backward<T: Element>(
+        &mut self,
+        plan: &'a Plan,
+        inputs: [&'a Tensor<T>; 5],
+        output: &'a Output<T>,
+        gradients: &'a Gradients<T>,
+        (workspace, tables): (u64, TableGradients),
+    ) -> Results {
+        self.read.extend(inputs.map(Tensor::storage));
+        self.read.push(output.lse.storage());
+        if let Some(Statistics { row_max, row_sum }) = &output.statistics {
+            self.read.extend([row_max, row_sum].map(Tensor::storage));
+        }
+        self.read.extend(tables_of(plan));
+        let Gradients { dq, dk, dv, .. } = gradients;
+        self.written.extend([dq, dk, dv].map(Tensor::storage));
+        let of_tables = gradients.tables.iter().map(|(_, gradient)| gradient.storage());
+        self.written.extend(of_tables);
+        Results::Backward {
+            dq: dq.address(),
+            dk: dk.address(),
+            dv: dv.address(),
+            workspace,
+            tables,
+        }
+    }
+
     /// Locks each storage once, for writing if it belongs to an output. It locks in the order of addresses, so that
     /// two calls cannot wait for each other.
-    fn lock(inputs: &[&'a Storage], outputs: &[&'a Storage]) -> Self {
-        let mut storages: Vec<(&Storage, bool)> = outputs
-            .iter()
-            .map(|&s| (s, true))
-            .chain(inputs.iter().map(|&s| (s, false)))
-            .collect();
+    fn lock(&self) -> Guards<'a> {
+        let written = self.written.iter().map(|&storage| (storage, true));
+        let read = self.read.iter().map(|&storage| (storage, false));
+        let mut storages: Vec<(&Storage, bool)> = written.chain(read).collect();
         storages.sort_by_key(|&(storage, written)| (std::ptr::from_ref(storage).addr(), !written));
         storages.dedup_by(|(later, _), (earlier, _)| std::ptr::eq(*later, *earlier));
-        let mut guards = Self {
-            _read: Vec::new(),
-            _write: Vec::new(),
-        };
+        let mut guards = Guards::default();
         for (storage, written) in storages {
             if written {
                 guards._write.push(storage.write());
@@ -258,4 +246,19 @@ impl<'a> Guards<'a> {
         }
         guards
     }
+}
+
+/// The memory of the tables that a plan's program reads.
+fn tables_of(plan: &Plan) -> impl Iterator<Item = &Storage> {
+    let program = plan.problem().program().into_iter();
+    program
+        .flat_map(|program| program.tables().iter().chain(program.sinks()))
+        .map(features::storage)
+}
+
+/// Guards that keep other threads from writing storages, or from reading storages that are being written.
+#[derive(Default)]
+struct Guards<'a> {
+    _read: Vec<RwLockReadGuard<'a, ()>>,
+    _write: Vec<RwLockWriteGuard<'a, ()>>,
 }

@@ -4,9 +4,9 @@ use super::cached::check_pages;
 use super::{check_rank, check_shape};
 use crate::element::Element;
 use crate::error::Error;
-use crate::layout::Sharing;
 use crate::options::Attention;
 use crate::output::Output;
+use crate::problem::{check_last_axis, check_written};
 use crate::rotary::Rotary;
 use crate::sequences::KvCache;
 use crate::tensor::Tensor;
@@ -84,7 +84,7 @@ impl KvCache {
     /// memory; [`Error::LastAxisStride`]; [`Error::DeviceMismatch`]; and the errors of [`Rotary::forward`]. Nothing has been written
     /// then, unless the device failed.
     pub fn write<T: Element>(&self, new: &NewKeys<'_, T>, k: &mut Tensor<T>, v: &mut Tensor<T>) -> Result<(), Error> {
-        check_apart(k, v)?;
+        check_written(&[], &[("k", k.info()), ("v", v.info())])?;
         let of_keys = rows_of_new("k_new", new.k, ("k", k), self)?;
         let of_values = rows_of_new("v_new", new.v, ("v", v), self)?;
         let keys = match new.rotary {
@@ -187,25 +187,6 @@ fn positions(first: &[i32], counts: impl Iterator<Item = usize>) -> Result<Vec<i
     Ok(positions)
 }
 
-/// Refuses pages of which two keys share memory.
-fn check_apart<T: Element>(k: &Tensor<T>, v: &Tensor<T>) -> Result<(), Error> {
-    for (argument, tensor) in [("k", k), ("v", v)] {
-        if tensor.info().overlaps_itself() {
-            return Err(Error::OverlappingStrides {
-                argument,
-                shape: tensor.shape().to_vec(),
-                strides: tensor.strides().to_vec(),
-            });
-        }
-    }
-    let (argument, other) = ("v", "k");
-    match v.info().sharing(k.info()) {
-        Sharing::Apart => Ok(()),
-        Sharing::Shared => Err(Error::Aliased { argument, other }),
-        Sharing::Unproven => Err(Error::Interleaved { argument, other }),
-    }
-}
-
 /// Checks new keys or values against the pages they are written to, and returns the rows of each sequence.
 fn rows_of_new<T: Element>(
     argument: &'static str,
@@ -214,13 +195,7 @@ fn rows_of_new<T: Element>(
     cache: &KvCache,
 ) -> Result<Vec<NewRows>, Error> {
     check_pages(other, pages, cache)?;
-    if pages.strides()[3] != 1 {
-        return Err(Error::LastAxisStride {
-            argument: other,
-            stride: pages.strides()[3],
-            strides: pages.strides().to_vec(),
-        });
-    }
+    check_last_axis((other, pages.info()))?;
     if new.device() != pages.device() {
         return Err(Error::DeviceMismatch {
             argument,

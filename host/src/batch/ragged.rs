@@ -27,8 +27,8 @@ impl Attention {
     /// The forward pass over a ragged batch: `out` is `[total_q, heads_q, head_dim_v]`, `lse` is `[heads_q, total_q]`.
     ///
     /// q is `[total_q, heads_q, head_dim]`, k is `[total_k, heads_kv, head_dim]`, v is `[total_k, heads_kv, head_dim_v]`.
-    /// Masks, programs and causal alignment see each sequence by itself; `at.batch` is its number, and dropout draws with a seed that is larger by it. Rows of q
-    /// that belong to no sequence have `out = 0` and `lse = -inf`.
+    /// Masks, programs and causal alignment see each sequence by itself; `at.batch` is its number, and dropout draws with a seed
+    /// that is larger by it. Rows of q that belong to no sequence have `out = 0` and `lse = -inf`.
     ///
     /// ```
     /// use flash_attention::{Attention, Device, Sequences, Tensor};

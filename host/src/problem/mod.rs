@@ -3,6 +3,7 @@
 //! Everything after [`Problem::new`] relies on it: plans compute without overflow, and devices index without checks.
 
 mod backward;
+mod check;
 mod scale;
 
 use std::sync::Arc;
@@ -14,10 +15,12 @@ use flash_attention_kernels::entries::{Arch, Dtype};
 pub use flash_attention_kernels::mask::MAX_SEQLEN;
 pub use scale::Scale;
 
+use self::check::*;
+pub(crate) use self::check::{check_last_axis, check_written};
 pub use crate::element::DataType;
 use crate::error::Error;
 pub use crate::layout::TensorInfo;
-use crate::layout::{Sharing, contiguous_strides};
+use crate::layout::contiguous_strides;
 use crate::options::Attention;
 use crate::program::interval::Ranges;
 use crate::program::{Coordinate, Program};
@@ -32,9 +35,6 @@ pub const LATENT_HEAD_DIMS: [usize; 2] = [576, 512];
 
 /// Number that head_dim must be a multiple of: 16 bytes of f16, one copy instruction.
 pub const HEAD_DIM_MULTIPLE: usize = 8;
-
-/// Names of the axes of q, k, v and out; lse has the first three.
-const AXES: [&str; 4] = ["batch", "heads", "seqlen", "head_dim"];
 
 /// A valid attention problem: sizes, options, and the location of its tensors.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,12 +83,6 @@ impl<'a> Outputs<'a> {
     }
 }
 
-/// Names of the tensors of [`Statistics`](crate::Statistics) in error messages.
-const STATISTICS: [&str; 2] = ["row_max", "row_sum"];
-
-/// A tensor with its name in error messages.
-type Named<'a> = (&'static str, &'a TensorInfo);
-
 impl Problem {
     /// Checks a forward problem; `outputs` are the caller's tensors, or `None` for new contiguous ones.
     ///
@@ -99,8 +93,8 @@ impl Problem {
     /// In this order: [`Error::Rank`]; [`Error::ShapeMismatch`]; [`Error::DtypeMismatch`];
     /// [`Error::DeviceMismatch`]; [`Error::HeadsNotDivisible`]; [`Error::HeadDim`]; [`Error::LastAxisStride`];
     /// [`Error::SequenceTooLong`]; [`Error::OverlappingStrides`] and
-    /// [`Error::Aliased`] or [`Error::Interleaved`] for outputs; [`Error::SoftmaxScale`]; [`Error::Program`]. Sizes that overflow are refused earlier, where a
-    /// [`TensorInfo`] or a tensor is made.
+    /// [`Error::Aliased`] or [`Error::Interleaved`] for outputs; [`Error::SoftmaxScale`]; [`Error::Program`]. Sizes that
+    /// overflow are refused earlier, where a [`TensorInfo`] or a tensor is made.
     pub fn new(
         attention: &Attention,
         q: &TensorInfo,
@@ -335,183 +329,14 @@ fn all_pairs(q: &TensorInfo, k: &TensorInfo) -> Ranges {
     })
 }
 
-/// Lists the tensors that hold one f32 per query, with their names.
-fn of_rows<'a>(lse: &'a TensorInfo, statistics: Option<[&'a TensorInfo; 2]>) -> Vec<Named<'a>> {
-    let statistics = statistics
-        .into_iter()
-        .flat_map(|tensors| STATISTICS.into_iter().zip(tensors));
-    [("lse", lse)].into_iter().chain(statistics).collect()
-}
-
-/// Returns true if the tensor of this name holds one f32 per query.
-fn is_of_rows(argument: &str) -> bool {
-    argument == "lse" || STATISTICS.contains(&argument)
-}
-
-fn check_rank(tensors: &[Named<'_>]) -> Result<(), Error> {
-    for &(argument, tensor) in tensors {
-        let (rank, expected) = (tensor.shape().len(), if is_of_rows(argument) { 3 } else { 4 });
-        if rank != expected {
-            return Err(Error::Rank {
-                argument,
-                shape: tensor.shape().to_vec(),
-                rank,
-                expected,
-            });
-        }
-    }
-    Ok(())
-}
-
-fn check_shapes_agree(&[q, k, v]: &[Named<'_>; 3], out: Option<Named<'_>>, of_rows: &[Named<'_>]) -> Result<(), Error> {
-    agree(k, q, &[0, 3])?; // heads and seqlen are k's own
-    agree(v, k, &[0, 1, 2])?; // head_dim is v's own
-    out.map_or(Ok(()), |out| agree_with_out(out, q, v))?;
-    of_rows.iter().try_for_each(|&tensor| agree(tensor, q, &[0, 1, 2]))
-}
-
-/// Checks that a tensor has the shape of out: rows as q, head_dim as v.
-fn agree_with_out(tensor: Named<'_>, q: Named<'_>, v: Named<'_>) -> Result<(), Error> {
-    agree(tensor, q, &[0, 1, 2])?;
-    agree(tensor, v, &[3])
-}
-
 /// Returns the shape of the output for q and v of these shapes.
 pub(crate) fn out_shape(q: &[usize], v: &[usize]) -> Vec<usize> {
     let rows = q.iter().take(q.len().saturating_sub(1));
     rows.chain(v.last()).copied().collect()
 }
 
-/// Checks that `argument` has the size of `model` along these axes.
-fn agree((argument, tensor): Named<'_>, (other, model): Named<'_>, axes: &[usize]) -> Result<(), Error> {
-    for &axis in axes {
-        let (got, expected) = (tensor.shape()[axis], model.shape()[axis]);
-        if got != expected {
-            return Err(Error::ShapeMismatch {
-                argument,
-                axis: AXES[axis],
-                got,
-                other,
-                expected,
-            });
-        }
-    }
-    Ok(())
-}
-
-fn check_dtypes_and_devices(tensors: &[Named<'_>]) -> Result<(), Error> {
-    let q = tensors[0].1;
-    for &(argument, tensor) in tensors {
-        let expected = match q.dtype().of_attention() {
-            Some(dtype) if !is_of_rows(argument) => dtype,
-            _ => Dtype::F32,
-        };
-        if tensor.dtype() != expected {
-            return Err(Error::DtypeMismatch {
-                argument,
-                got: tensor.dtype(),
-                expected: expected.into(),
-            });
-        }
-    }
-    for &(argument, tensor) in tensors {
-        if tensor.device() != q.device() {
-            let (got, expected) = (tensor.device().to_string(), q.device().to_string());
-            return Err(Error::DeviceMismatch {
-                argument,
-                got,
-                expected,
-            });
-        }
-    }
-    Ok(())
-}
-
-fn check_heads(q: &TensorInfo, k: &TensorInfo) -> Result<(), Error> {
-    let (heads_q, heads_kv) = (q.shape()[1], k.shape()[1]);
-    if heads_q.is_multiple_of(heads_kv) {
-        Ok(())
-    } else {
-        Err(Error::HeadsNotDivisible { heads_q, heads_kv })
-    }
-}
-
-fn check_head_dims(q: Named<'_>, v: Named<'_>) -> Result<(), Error> {
-    let head_dim = |(_, tensor): Named<'_>| tensor.shape()[3];
-    let is_latent = head_dim(q) > MAX_HEAD_DIM && head_dim(v) < head_dim(q);
-    let limits = if is_latent && q.1.device().is_cpu() {
-        LATENT_HEAD_DIMS
-    } else {
-        [MAX_HEAD_DIM; 2]
-    };
-    for (tensor, max) in [q, v].into_iter().zip(limits) {
-        let head_dim = head_dim(tensor);
-        if !(1..=max).contains(&head_dim) || !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
-            return Err(Error::HeadDim {
-                argument: tensor.0,
-                head_dim,
-                multiple_of: HEAD_DIM_MULTIPLE,
-                max,
-            });
-        }
-    }
-    Ok(())
-}
-
-fn check_last_axis((argument, tensor): Named<'_>) -> Result<(), Error> {
-    match tensor.strides()[3] {
-        1 => Ok(()),
-        stride => Err(Error::LastAxisStride {
-            argument,
-            stride,
-            strides: tensor.strides().to_vec(),
-        }),
-    }
-}
-
-fn check_seqlen((argument, tensor): Named<'_>) -> Result<(), Error> {
-    let (seqlen, max) = (tensor.shape()[2], MAX_SEQLEN as usize);
-    if seqlen <= max {
-        Ok(())
-    } else {
-        Err(Error::SequenceTooLong { argument, seqlen, max })
-    }
-}
-
-/// Nothing that is written is memory of a table.
-fn check_tables_apart(program: &Program, outputs: &[Named<'_>]) -> Result<(), Error> {
-    for table in program.tables().iter().chain(program.sinks()) {
-        check_written(&[(table.name, &table.info())], outputs)?;
-    }
-    Ok(())
-}
-
-/// Checks that every element that is written has memory of its own.
-fn check_written(inputs: &[Named<'_>], outputs: &[Named<'_>]) -> Result<(), Error> {
-    for &(argument, output) in outputs {
-        if output.overlaps_itself() {
-            return Err(Error::OverlappingStrides {
-                argument,
-                shape: output.shape().to_vec(),
-                strides: output.strides().to_vec(),
-            });
-        }
-    }
-    for (index, &(argument, output)) in outputs.iter().enumerate() {
-        let others = inputs.iter().chain(&outputs[..index]);
-        for &(other, tensor) in others {
-            match output.sharing(tensor) {
-                Sharing::Apart => {}
-                Sharing::Shared => return Err(Error::Aliased { argument, other }),
-                Sharing::Unproven => return Err(Error::Interleaved { argument, other }),
-            }
-        }
-    }
-    Ok(())
-}
-
-/// A `[batch, heads, seqlen, head_dim]` or `[batch, heads, seqlen]` tensor as kernels take it. Strides of an axis of one entry, or of a tensor of none, are
-/// never used, and are set to 0 so that they cannot spoil the alignment.
+/// A `[batch, heads, seqlen, head_dim]` or `[batch, heads, seqlen]` tensor as kernels take it. Strides of an axis of one
+/// entry, or of a tensor of none, are never used, and are set to 0 so that they cannot spoil the alignment.
 fn strided(tensor: &TensorInfo) -> StridedTensor {
     let stride = |axis: usize| {
         if tensor.shape()[axis] == 1 || tensor.is_empty() {

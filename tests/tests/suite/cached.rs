@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::reference::Dims;
-use flash_attention::{Attention, Device, Dtype, Element, KvCache, Output, Tensor};
+use flash_attention::{Arch, Attention, Device, Dtype, Element, KvCache, Output, Tensor};
 use flash_attention_tests::{Inputs, compare, devices, drawn, files, for_dtype};
 use proptest::prelude::*;
 use rand::SeedableRng as _;
@@ -426,5 +426,29 @@ fn values_of_another_head_dim() {
                 "sequence {sequence} on {device}"
             );
         }
+    }
+}
+
+/// Emulated GPUs read keys of one address range, so that pages are copied for a call; a plan makes no copy.
+#[test]
+fn plans_of_a_cache_allocate_nothing() {
+    for &arch in Arch::ALL {
+        let device = Device::emulator(arch);
+        let pages = Tensor::<f32>::zeros(&device, [4, 8, 1, 8]).expect("it fits");
+        let q = Tensor::<f32>::zeros(&device, [1, 1, 1, 8]).expect("it fits");
+        let cache = KvCache::paged([4, 8], &[2, 0, 1], &[20]).expect("pages");
+        device.reset_peak_memory();
+        let before = device.memory();
+        let plans = Attention::new().plan_cached(&q, &pages, &pages, &cache).expect("valid");
+        assert_eq!((plans.len(), device.memory()), (1, before), "{device}");
+        // One copy of 20 keys each of k and v, out, lse, row_max and row_sum.
+        Attention::new()
+            .forward_cached(&q, &pages, &pages, &cache)
+            .expect("valid");
+        assert_eq!(
+            device.memory().peak - before.in_use,
+            (2 * 20 * 8 + 8 + 3) * 4,
+            "{device}"
+        );
     }
 }

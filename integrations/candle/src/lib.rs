@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod append;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dense;
@@ -16,7 +17,7 @@ pub use dense::{
     flash_attn_windowed,
 };
 pub use error::Error;
-pub use flash_attention::{self, Attention};
+pub use flash_attention::{self, Attention, KvCache, Rotary};
 pub use sdpa::{FlashAttention, sdpa};
 pub use varlen::{
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,

@@ -1,5 +1,6 @@
 //! flash-attention-candle against candle's own plain attention, on the CPU.
 
+mod append;
 mod dense;
 mod plain;
 mod readme;

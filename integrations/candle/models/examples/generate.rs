@@ -46,7 +46,7 @@ struct Options {
     /// Seed of the choice
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Tokens of a page of the cache
+    /// Tokens of a page of the cache, a multiple of 8
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     page_size: u32,
     /// Tokens of the prompts that are read at once

@@ -12,16 +12,16 @@ mod reference;
 use std::io::{Read, Seek};
 
 use candle_core::quantized::{QMatMul, QTensor, gguf_file};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Error, Result, Tensor};
 use candle_nn::attention::{AttnMask, flash_attn as candles_flash_attn};
 use candle_nn::loss::cross_entropy;
 use candle_nn::rotary_emb::rope_i;
 use candle_nn::{Embedding, Module, RmsNorm};
 use candle_transformers::utils::{build_causal_mask, repeat_kv};
-use flash_attention_candle::flash_attn;
+use flash_attention_candle::{KvCache, Rotary, flash_attn};
 
 pub use batch::Batch;
-pub use cache::{PagedCache, Step};
+pub use cache::PagedCache;
 pub use chat::Chat;
 pub use dequantize::dequantized;
 pub use random::random;
@@ -118,6 +118,7 @@ pub enum Attention {
 #[derive(Debug)]
 pub struct Llama {
     config: Config,
+    rotation: Rotation,
     embedding: Embedding,
     layers: Vec<Layer>,
     norm: RmsNorm,
@@ -174,6 +175,7 @@ impl Llama {
             });
         }
         Ok(Self {
+            rotation: Rotation::new(&config)?,
             config,
             embedding,
             layers,
@@ -191,21 +193,26 @@ impl Llama {
     /// and values are in the cache afterwards.
     ///
     /// # Errors
-    /// Another number of tokens than the step has room for; a token that is not in the vocabulary; candle's errors.
-    pub fn step(&self, cache: &PagedCache, step: &Step, tokens: &[u32]) -> Result<Tensor> {
-        self.encode(tokens, step.positions(), |layer, q, k, v| {
-            cache.append_and_attend(step, layer, [q, k, v], self.softmax_scale())
+    /// Another number of tokens than the step has room for; a position past the model's context; a token that is not in the
+    /// vocabulary; candle's errors.
+    pub fn step(&self, cache: &PagedCache, step: &KvCache, tokens: &[u32]) -> Result<Tensor> {
+        self.encode(tokens, |layer, q, k, v| {
+            cache.append_and_attend(step, layer, [q, k, v], &self.rotation.rotary)
         })
     }
 
     /// Last hidden states, `[tokens, embedding_length]`, of one sequence from its beginning, without a cache.
     ///
     /// # Errors
-    /// A token that is not in the vocabulary; candle's errors.
+    /// More tokens than the model's context; a token that is not in the vocabulary; candle's errors.
     pub fn states(&self, tokens: &[u32], attention: Attention) -> Result<Tensor> {
-        let positions: Vec<u32> = (0..tokens.len() as u32).collect();
-        let scale = self.softmax_scale();
-        self.encode(tokens, &positions, |_, q, k, v| {
+        let context = self.config.context_length;
+        if tokens.len() > context {
+            candle_core::bail!("there are {} tokens; the model's context has {context}", tokens.len())
+        }
+        let scale = 1.0 / (self.config.head_dim() as f32).sqrt();
+        self.encode(tokens, |_, q, k, v| {
+            let (q, k) = (self.rotation.turn(q)?, self.rotation.turn(k)?);
             let [q, k, v] = [q.unsqueeze(0)?, k.unsqueeze(0)?, v.unsqueeze(0)?];
             match attention {
                 Attention::Ours => flash_attn(&q, &k, &v, scale, true),
@@ -248,29 +255,20 @@ impl Llama {
         Ok(total / read.len() as f64)
     }
 
-    fn softmax_scale(&self) -> f32 {
-        1.0 / (self.config.head_dim() as f32).sqrt()
-    }
-
     /// The layers over tokens of any sequences, where `attend` takes the index of the layer and q, k and v,
-    /// `[tokens, heads, head_dim]`.
+    /// `[tokens, heads, head_dim]`, before q and k are turned by their positions.
     fn encode(
         &self,
         tokens: &[u32],
-        positions: &[u32],
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if tokens.len() != positions.len() {
-            candle_core::bail!("there are {} tokens for {} positions", tokens.len(), positions.len())
-        }
         let shape = (tokens.len(), self.config.embedding_length);
         let by_head = (tokens.len(), (), self.config.head_dim());
-        let rotation = Rotation::at(positions, &self.config)?;
         let mut x = self.embedding.forward(&Tensor::new(tokens, &Device::Cpu)?)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = layer.attention_norm.forward(&x)?;
-            let q = rotation.turn(&layer.query.forward(&normed)?.reshape(by_head)?)?;
-            let k = rotation.turn(&layer.key.forward(&normed)?.reshape(by_head)?)?;
+            let q = layer.query.forward(&normed)?.reshape(by_head)?;
+            let k = layer.key.forward(&normed)?.reshape(by_head)?;
             let v = layer.value.forward(&normed)?.reshape(by_head)?;
             let attended = attend(index, &q, &k, &v)?.reshape(shape)?;
             x = (layer.mixed.forward(&attended)? + x)?;
@@ -283,30 +281,40 @@ impl Llama {
     }
 }
 
-/// Rotary angles of tokens: cosines and sines, `[tokens, 1, head_dim / 2]`.
+/// Rotary embedding of neighbouring pairs, for all positions of a model's context.
+#[derive(Debug)]
 struct Rotation {
+    /// Cosines and sines of the angles, `[positions, 1, head_dim / 2]`.
     cos: Tensor,
     sin: Tensor,
+    /// The embedding with these tables, for tokens at any positions.
+    rotary: Rotary,
 }
 
 impl Rotation {
-    fn at(positions: &[u32], config: &Config) -> Result<Self> {
+    fn new(config: &Config) -> Result<Self> {
         let head_dim = config.head_dim();
         let frequency = |pair: usize| 1.0 / config.freq_base.powf((2 * pair) as f32 / head_dim as f32);
         let frequencies: Vec<f32> = (0..head_dim / 2).map(frequency).collect();
-        let positions = Tensor::new(positions, &Device::Cpu)?.to_dtype(DType::F32)?;
+        let positions = Tensor::arange(0.0, config.context_length as f32, &Device::Cpu)?;
         let angles = positions
             .reshape(((), 1, 1))?
             .broadcast_mul(&Tensor::new(frequencies, &Device::Cpu)?)?;
+        let (cos, sin) = (angles.cos()?, angles.sin()?);
+        let table = |tensor: &Tensor| tensor.flatten_all()?.to_vec1();
+        let rotary = Rotary::of_tables(head_dim, &table(&cos)?, &table(&sin)?).map_err(Error::wrap)?;
         Ok(Self {
-            cos: angles.cos()?,
-            sin: angles.sin()?,
+            cos,
+            sin,
+            rotary: rotary.interleaved(),
         })
     }
 
-    /// Turns neighbouring pairs of each head, `[tokens, heads, head_dim]`, by the angles of its token.
+    /// Turns the heads of one sequence from its beginning, `[tokens, heads, head_dim]`.
     fn turn(&self, x: &Tensor) -> Result<Tensor> {
-        rope_i(&x.unsqueeze(2)?, &self.cos, &self.sin)?.squeeze(2)
+        let tokens = x.dim(0)?;
+        let [cos, sin] = [self.cos.narrow(0, 0, tokens)?, self.sin.narrow(0, 0, tokens)?];
+        rope_i(&x.unsqueeze(2)?, &cos, &sin)?.squeeze(2)
     }
 }
 

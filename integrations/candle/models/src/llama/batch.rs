@@ -17,7 +17,7 @@ impl<'a> Batch<'a> {
     /// A batch of prompts that grow by at most `most_new` tokens each, over a cache with pages of `page_size` tokens.
     ///
     /// # Errors
-    /// An empty prompt, or one that with its new tokens is longer than the model's context; candle's errors.
+    /// An empty prompt, or one that with its new tokens is longer than the model's context; the errors of [`PagedCache::new`].
     pub fn new(model: &'a Llama, prompts: &[Vec<u32>], most_new: usize, page_size: usize) -> Result<Self> {
         let context = model.config().context_length;
         for (index, prompt) in prompts.iter().enumerate() {

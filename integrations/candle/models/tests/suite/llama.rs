@@ -141,6 +141,8 @@ fn a_prompt_that_cannot_be_answered_is_refused() -> Result<()> {
     assert!(refused(Vec::new()).is_some_and(|error| error.contains("prompt 0 has 0 tokens")));
     assert!(refused(vec![1; 1013]).is_some_and(|error| error.contains("1013 tokens")));
     assert!(refused(vec![1; 1012]).is_none());
+    let pages_of_12 = Batch::new(&model, &[vec![1]], 12, 12).err();
+    assert!(pages_of_12.is_some_and(|error| error.to_string().contains("12")));
     Ok(())
 }
 

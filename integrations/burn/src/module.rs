@@ -8,7 +8,8 @@ use flash_attention::Attention;
 
 use crate::attention::{Error, attention};
 
-/// Attention as a module: an [`Attention`] with all of the library's options, for burn's tensors. It has no parameters.
+/// Attention as a module: an [`Attention`] with all of the library's options, for burn's tensors. It has no parameters, and a record
+/// that is loaded leaves its options as they are.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -21,8 +22,9 @@ use crate::attention::{Error, attention};
 /// assert_eq!(out.dims(), [2, 8, 100, 64]);
 /// # Ok::<(), flash_attention_burn::Error>(())
 /// ```
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Module, Debug, Default, PartialEq)]
 pub struct FlashAttention {
+    #[module(skip)]
     attention: Attention,
 }
 

@@ -1,9 +1,12 @@
 //! flash-attention-burn against burn's own attention, which keeps a score for each pair.
 
+use burn::module::Module;
 use burn::tensor::module::attention as plain_attention;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
-use flash_attention_burn::{Attention, Error, FlashAttention, FlashMultiHeadAttentionConfig, attention};
+use flash_attention_burn::{
+    Attention, Error, FlashAttention, FlashMultiHeadAttention, FlashMultiHeadAttentionConfig, attention,
+};
 
 struct Case {
     heads: [usize; 2], // of q, of k and v
@@ -190,6 +193,38 @@ fn multi_head_attention_is_burns_with_the_same_weights() {
         .forward(burn::nn::attention::MhaInput::new(x, y.clone(), y))
         .context;
     assert!(distance(out.unsqueeze(), expected.unsqueeze()) < 1e-5);
+}
+
+#[derive(Module, Debug)]
+struct Model {
+    mixer: FlashMultiHeadAttention,
+    attention: FlashAttention,
+}
+
+#[test]
+fn fields_of_a_module_keep_their_options_when_a_record_is_loaded() {
+    let device = Device::flex().autodiff();
+    let model = |causal| Model {
+        mixer: FlashMultiHeadAttentionConfig::new(64, 4)
+            .with_n_kv_heads(Some(2))
+            .with_causal(causal)
+            .init(&device),
+        attention: FlashAttention::new(if causal {
+            Attention::new().causal()
+        } else {
+            Attention::new()
+        }),
+    };
+    let [causal, full] = [true, false].map(model);
+    assert_eq!(causal.attention.num_params(), 0);
+    assert_eq!(causal.num_params(), causal.mixer.num_params());
+    let loaded = model(true).load_record(full.clone().into_record()).valid();
+    assert_eq!(loaded.attention, causal.attention);
+    assert_ne!(loaded.attention, full.attention);
+    let weights = |model: &Model| model.mixer.key.weight.val().into_data();
+    assert_eq!(weights(&loaded), weights(&full));
+    assert_ne!(weights(&loaded), weights(&causal));
+    assert!(loaded.mixer.causal);
 }
 
 #[test]

@@ -172,6 +172,72 @@ fn new_keys_of_a_batch_are_written_in_any_strides() {
     }
 }
 
+/// Tests positions of a caller's: queries and new keys, of a batch and packed, are turned at them, as by calls of [`Rotary::forward`].
+#[test]
+fn positions_may_be_given() {
+    let rotary = Rotary::new(8, 100.0).expect("an even number");
+    let first = [40, 3];
+    for device in devices().all() {
+        let normal = |shape: &[usize], seed| {
+            let data = files::normal(shape.iter().product(), 1.0, seed);
+            Tensor::from_slice(device, shape, &data).expect("it fits")
+        };
+        let pages = |seed| normal(&[4, 8, 2, 8], seed);
+        let (q, new_k, new_v) = (
+            normal(&[2, 4, 3, 8], 1),
+            normal(&[2, 2, 3, 8], 2),
+            normal(&[2, 2, 3, 8], 3),
+        );
+        let step = KvCache::paged([4, 8], &[3, 0, 1, 2], &[6, 0]).and_then(|cache| cache.append(&[3, 3]));
+        let step = step.expect("room");
+        let read = |tensors: [&Tensor<f32>; 3]| tensors.map(|tensor| tensor.to_vec().expect("read"));
+
+        let attention = Attention::new().causal();
+        let new = NewKeys::new(&new_k, &new_v);
+        let (mut k, mut v) = (pages(4), pages(5));
+        let output = attention.forward_append(
+            &q,
+            &new.clone().rotary(&rotary).positions(&first),
+            &mut k,
+            &mut v,
+            &step,
+        );
+        let got = read([&output.expect("it fits").out, &k, &v]);
+        let turned = |x: &Tensor<f32>| rotary.forward(x, &[40, 41, 42, 3, 4, 5]).expect("positions");
+        let (turned_q, turned_k) = (turned(&q), turned(&new_k));
+        let (mut k, mut v) = (pages(4), pages(5));
+        let output = attention.forward_append(&turned_q, &NewKeys::new(&turned_k, &new_v), &mut k, &mut v, &step);
+        assert_eq!(got, read([&output.expect("it fits").out, &k, &v]), "{device}");
+
+        let refused = |first: &[i32]| {
+            let new = new.clone().rotary(&rotary).positions(first);
+            let error = step.write(&new, &mut pages(4), &mut pages(5)).expect_err("bad");
+            let of_step = attention.forward_append(&q, &new, &mut pages(4), &mut pages(5), &step);
+            assert_eq!(of_step.expect_err("bad").to_string(), error.to_string());
+            error
+        };
+        let count = refused(&[40]);
+        assert!(
+            matches!(
+                count,
+                Error::SequenceCount {
+                    argument: "positions",
+                    len: 1,
+                    expected: 2
+                }
+            ),
+            "{count:?}"
+        );
+        for bad in [-1, i32::MAX - 2] {
+            let outside = refused(&[40, bad]);
+            assert!(
+                matches!(outside, Error::Sequence { argument: "positions", sequence: 1, value, .. } if value == i64::from(bad)),
+                "{outside:?}"
+            );
+        }
+    }
+}
+
 #[test]
 fn new_keys_that_do_not_fit_are_refused_and_nothing_is_written() {
     for device in devices().all() {

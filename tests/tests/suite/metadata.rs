@@ -1,6 +1,7 @@
 //! Tables, offsets and lengths that say anything: each batch is refused with a typed error, exactly if it would read or write
 //! outside of its tensors, or has the right answer.
 
+use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::{Attention, Device, KvCache, NewKeys, Sequences, Tensor};
 use flash_attention_tests::{devices, files};
@@ -154,26 +155,24 @@ impl Drawn {
             let new = tensor(&[total, 1, HEAD_DIM], &of_new);
             let new = NewKeys::new(&new, &new);
             let output = Attention::new().forward_append(&q, &new, &mut k, &mut v, &cache)?;
-            Ok((cache, of_new, output.out.to_vec()?))
+            Ok((of_new, output.out.to_vec()?))
         };
         let mut step = step;
         match step() {
-            Ok((cache, of_new, out)) => {
+            Ok((of_new, out)) => {
                 assert!(self.is_right(), "{device}: {self:?} was done");
                 let mut next_new = of_new.chunks(HEAD_DIM);
                 for sequence in 0..self.batch {
-                    let new = cache.new_keys(sequence);
-                    let key = |key: usize| {
-                        let (page, place) = cache.slot(sequence, key);
-                        let row = (page * self.page_size + place) * HEAD_DIM;
+                    let [used, pad, new] = [&self.used, &self.pads, &self.new].map(|of| of[sequence] as usize);
+                    let key = |place: usize| {
+                        let page = self.table[sequence * self.max_pages + place / self.page_size] as usize;
+                        let row = (page * self.page_size + place % self.page_size) * HEAD_DIM;
                         (of_k[row..row + HEAD_DIM].to_vec(), of_v[row..row + HEAD_DIM].to_vec())
                     };
-                    let mut keys: Vec<_> = (0..new.start).map(key).collect();
-                    keys.extend(
-                        new.map(|_| next_new.next().expect("a new key"))
-                            .map(|row| (row.to_vec(), row.to_vec())),
-                    );
-                    for row in cache.queries(sequence).expect("packed") {
+                    let mut keys: Vec<_> = (pad..used).map(key).collect();
+                    let new = next_new.by_ref().take(new);
+                    keys.extend(new.map(|row| (row.to_vec(), row.to_vec())));
+                    for row in self.queries[sequence] as usize..self.queries[sequence + 1] as usize {
                         let place = row * HEAD_DIM..(row + 1) * HEAD_DIM;
                         check_row(device, &out[place.clone()], &average(&of_q[place], &keys), self);
                     }
@@ -194,14 +193,19 @@ impl Drawn {
     }
 }
 
+/// Number of batches that a device is tested with.
+fn runs(device: &Device) -> u64 {
+    if device.kind() == DeviceKind::Emulator {
+        150
+    } else {
+        10_000
+    }
+}
+
 #[test]
 fn any_table_is_refused_or_read_within_the_cache() {
     for device in devices().all() {
-        let runs = if devices().native().any(|native| native == device) {
-            10_000
-        } else {
-            150
-        };
+        let runs = runs(device);
         let done = (0..runs)
             .filter(|&seed| Drawn::new(&mut StdRng::seed_from_u64(seed)).check(device, seed))
             .count();
@@ -216,11 +220,7 @@ fn any_table_is_refused_or_read_within_the_cache() {
 #[test]
 fn any_offsets_are_refused_or_read_within_the_tensors() {
     for device in devices().all() {
-        let runs = if devices().native().any(|native| native == device) {
-            10_000
-        } else {
-            150
-        };
+        let runs = runs(device);
         let mut done = 0;
         for seed in 0..runs {
             let rng = &mut StdRng::seed_from_u64(seed);
@@ -262,16 +262,18 @@ fn any_offsets_are_refused_or_read_within_the_tensors() {
             let run = || -> Result<_, Error> {
                 let sequences = Sequences::new(&cu_q, &cu_k)?.seqused_k(&used)?;
                 let output = Attention::new().forward_ragged(&q, &k, &k, &sequences)?;
-                Ok((sequences, output.out.to_vec()?))
+                output.out.to_vec()
             };
             match run() {
-                Ok((sequences, out)) => {
+                Ok(out) => {
                     assert!(is_right, "{device}: {case:?} was done");
                     done += 1;
                     for sequence in 0..batch {
                         let row = |row: usize| of_k[row * HEAD_DIM..][..HEAD_DIM].to_vec();
-                        let keys: Vec<_> = sequences.keys(sequence).map(|key| (row(key), row(key))).collect();
-                        for query in sequences.queries(sequence) {
+                        let first = cu_k[sequence];
+                        let keys = first as usize..(first + used[sequence]) as usize;
+                        let keys: Vec<_> = keys.map(|key| (row(key), row(key))).collect();
+                        for query in cu_q[sequence] as usize..cu_q[sequence + 1] as usize {
                             let place = query * HEAD_DIM..(query + 1) * HEAD_DIM;
                             check_row(device, &out[place.clone()], &average(&of_q[place], &keys), &case);
                         }

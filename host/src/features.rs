@@ -116,10 +116,12 @@ impl Attention {
             .iter()
             .map(|&tile| i32::from(tile != Coverage::Empty))
             .collect();
-        let table = source(
-            "block_mask",
-            &Tensor::from_slice(device, [batch, heads, rows, columns], &visible)?,
-        );
+        let shape = [batch, heads, rows, columns];
+        let mut table = source("block_mask", &Tensor::from_slice(device, shape, &visible)?);
+        table.content = Some(Arc::new(HostTable {
+            shape: shape.to_vec(),
+            values: visible.into_iter().map(f64::from).collect(),
+        }));
         let size = |positions: usize| i32::try_from(positions).unwrap_or(i32::MAX);
         let [block_m, block_n] = blocks.block().map(size);
         let fragment = Fragment::mask(|at| {

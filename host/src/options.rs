@@ -19,6 +19,7 @@ pub struct Attention {
     causal: bool,
     softmax_scale: Option<f32>,
     deterministic: bool,
+    batch_invariant: bool,
     arch: Option<Arch>,
     table_gradients: bool,
     parts: Arc<Parts>,
@@ -32,6 +33,7 @@ impl Default for Attention {
             causal: false,
             softmax_scale: None,
             deterministic: false,
+            batch_invariant: false,
             arch: None,
             table_gradients: false,
             parts: Arc::default(),
@@ -208,6 +210,23 @@ impl Attention {
             deterministic: true,
             ..self
         }
+    }
+
+    /// Makes the results of a sequence of a ragged batch or a cache independent of what else is in the batch, to the bit.
+    ///
+    /// By default a GPU splits long sequences over blocks such that the whole batch fills the card, and the number of splits moves the
+    /// last bits. With this a split has a fixed number of keys. Backward, and the CPU, are batch invariant anyway.
+    #[must_use]
+    pub fn batch_invariant(self) -> Self {
+        Self {
+            batch_invariant: true,
+            ..self
+        }
+    }
+
+    /// Returns true if results of a sequence must not depend on the rest of the batch.
+    pub fn is_batch_invariant(&self) -> bool {
+        self.batch_invariant
     }
 
     /// Returns the architecture whose kernels are forced, or `None`.

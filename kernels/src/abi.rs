@@ -6,6 +6,8 @@
 
 use core::num::NonZeroU32;
 
+use crate::work::{Divisor, SequenceRows, TileRun, TileWork};
+
 /// A `[batch, heads, seqlen, head_dim]` tensor in device memory, its last axis contiguous.
 ///
 /// Strides count elements and have 64 bits: a tensor may have more than 2^31 elements.
@@ -62,6 +64,76 @@ pub struct ForwardParams {
     pub scale: f32,
 }
 
+/// Lists of [`work`](crate::work), as device addresses, 4-byte aligned.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct WorkLists {
+    /// A [`TileWork`] for every `heads` blocks: block `b` takes number `b / heads`, and of its heads number
+    /// `b % heads`. 0 if there is no list: the grid is tiles, heads and batch entries, fastest first.
+    pub tiles: u64,
+    /// The [`SequenceRows`] of each sequence.
+    pub sequences: u64,
+    /// The [`TileRun`]s of all work.
+    pub runs: u64,
+    /// Number of neighbouring heads that share an entry of `tiles`: all of them, or 1 where heads have runs of their own.
+    pub heads: NonZeroU32,
+    /// Pads the struct to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+
+impl WorkLists {
+    /// No list.
+    pub const NONE: Self = Self {
+        tiles: 0,
+        sequences: 0,
+        runs: 0,
+        heads: NonZeroU32::MIN,
+        reserved: 0,
+    };
+}
+
+/// Pages of a cache: key `n` of an entry is row `n % size` of page `table[entry * entries + n / size]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct PageTable {
+    /// Device address of the block table, i32 `[batch, entries]`; 0 if the cache has no pages.
+    pub table: u64,
+    /// Number of pages of a sequence's row in the table.
+    pub entries: u32,
+    /// Number of rows of a page.
+    pub size: Divisor,
+}
+
+/// Parameters of the forward kernels that take score programs and listed work, and of the kernel that combines their partial
+/// results.
+///
+/// With a list, q and the results are `[entries, heads_q, rows, head_dim]` and [`seqlen_q`](ForwardParams::seqlen_q) is their number
+/// of rows, so that lse of ragged batches is `[heads_q, total_q]`. k and v are `[entries, heads_kv, rows, head_dim]`, or
+/// `[pages, heads_kv, page_size, head_dim]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ListedForwardParams {
+    /// Tensors and sizes; v and out have a head_dim of their own.
+    pub forward: ForwardParams,
+    /// head_dim and alignment of v and out.
+    pub values: Layout,
+    /// Work of the blocks.
+    pub work: WorkLists,
+    /// Pages of k and v.
+    pub pages: PageTable,
+    /// Device address of partial results: for each place and head `block_m` rows of f32 outputs, then `block_m` row_max and
+    /// `block_m` row_sum, of this split's keys.
+    pub partial: u64,
+    /// Rows of a place of partial results, at most those of a tile.
+    pub block_m: u32,
+    /// Number of query heads packed into the rows of a tile, all with the same keys; a head of the work is that many.
+    pub packed: Divisor,
+    /// 1 for a causal mask that no score program has, else 0.
+    pub causal: u32,
+    /// 1 if no score program changes or hides scores, so that a row of visible scores that are all minus infinity is NaN.
+    pub plain: u32,
+}
+
 /// Parameters of every backward kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -70,11 +142,11 @@ pub struct BackwardParams {
     pub q: StridedTensor,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
     pub k: StridedTensor,
-    /// Values, `[batch, heads_kv, seqlen_k, head_dim]`.
+    /// Values, `[batch, heads_kv, seqlen_k, head_dim_v]`.
     pub v: StridedTensor,
-    /// Forward output, with the shape of q.
+    /// Forward output, `[batch, heads_q, seqlen_q, head_dim_v]`.
     pub out: StridedTensor,
-    /// Gradient of the output, with the shape of q.
+    /// Gradient of the output, with the shape of out.
     pub dout: StridedTensor,
     /// Gradient of q, with the shape of q.
     pub dq: StridedTensor,
@@ -104,6 +176,27 @@ pub struct BackwardParams {
     pub scale_log2: f32,
     /// head_dim and alignment of all tensors.
     pub layout: Layout,
+}
+
+/// Parameters of the backward kernels that take score programs and listed work.
+///
+/// Tensors are `[entries, heads, rows, head_dim]`: [`seqlen_q`](BackwardParams::seqlen_q) and
+/// [`seqlen_k`](BackwardParams::seqlen_k) are the rows of an entry, of one sequence or of several end to end, and statistics are
+/// `[entries, heads_q, rows]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ListedBackwardParams {
+    /// Tensors and sizes; v, out and their gradients have a head_dim of their own.
+    pub backward: BackwardParams,
+    /// head_dim and alignment of v, out and their gradients.
+    pub values: Layout,
+    /// Work of the blocks. Its heads are those of keys where a block owns keys.
+    pub work: WorkLists,
+    /// Number of entries of the list that a block has: 1, or one for each of the query heads that share its keys where these
+    /// have runs of their own.
+    pub lists_of_block: u32,
+    /// Pads the struct to a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 /// Statistics of each query, from forward: device addresses of f32, contiguous `[batch, heads_q, seqlen_q]`.
@@ -155,9 +248,9 @@ pub struct HopperForwardParams {
     pub q: TensorMap,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`, in boxes of `block_n` rows.
     pub k: TensorMap,
-    /// Values, with the shape and boxes of k.
+    /// Values, `[batch, heads_kv, seqlen_k, head_dim_v]`, in the boxes of k.
     pub v: TensorMap,
-    /// Output, with the shape and boxes of q.
+    /// Output, `[batch, heads_q, seqlen_q, head_dim_v]`, in the boxes of q.
     pub out: TensorMap,
     /// Device address of the log-sum-exp, f32, contiguous `[batch, heads_q, seqlen_q]`, natural logarithm.
     pub lse: u64,
@@ -168,7 +261,7 @@ pub struct HopperForwardParams {
     pub row_sum: u64,
     /// Values as a strided tensor, for the few elements that are read one by one.
     pub values: StridedTensor,
-    /// head_dim and alignment of all tensors.
+    /// head_dim of v and out, and alignment.
     pub layout: Layout,
     /// Number of heads of a batch entry, counting packed heads as one.
     pub heads: NonZeroU32,
@@ -209,15 +302,15 @@ pub struct HopperBackwardParams {
     pub q: TensorMap,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`.
     pub k: TensorMap,
-    /// Values, with the shape of k.
+    /// Values, `[batch, heads_kv, seqlen_k, head_dim_v]`.
     pub v: TensorMap,
-    /// Gradient of the output, with the shape of q.
+    /// Gradient of the output, `[batch, heads_q, seqlen_q, head_dim_v]`.
     pub dout: TensorMap,
     /// Gradient of q, with the shape of q.
     pub dq: TensorMap,
     /// Gradient of k, with the shape of k.
     pub dk: TensorMap,
-    /// Gradient of v, with the shape of k.
+    /// Gradient of v, with the shape of v.
     pub dv: TensorMap,
     /// Workspace filled by the preprocess kernel.
     pub sums: QuerySums,
@@ -239,7 +332,7 @@ pub struct HopperBackwardParams {
     pub work: WorkList,
     /// Gradient of the output as a strided tensor, for the few elements that are read one by one.
     pub dout_rows: StridedTensor,
-    /// head_dim and alignment of all tensors.
+    /// head_dim of v and dout, and alignment.
     pub layout: Layout,
     /// Pads the struct to a multiple of 64 bytes.
     pub reserved: [u32; 14],
@@ -268,11 +361,11 @@ pub struct QuerySums {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct QuerySumsParams {
-    /// Forward output, `[batch, heads_q, seqlen_q, head_dim]`.
+    /// Forward output, `[batch, heads_q, seqlen_q, head_dim_v]`.
     pub out: StridedTensor,
     /// Gradient of the output, with the shape of out.
     pub dout: StridedTensor,
-    /// Gradient of q, with the shape of out.
+    /// Gradient of q, `[batch, heads_q, seqlen_q, head_dim]`.
     pub dq: StridedTensor,
     /// Statistics of each query, from forward.
     pub rows: ForwardRows,
@@ -288,13 +381,13 @@ pub struct QuerySumsParams {
     pub softmax_scale: f32,
     /// `softmax_scale * log2(e)`.
     pub scale_log2: f32,
-    /// head_dim and alignment of all tensors.
+    /// Alignment of all tensors, and head_dim: of dq for the kernel that finishes it, of out for the others.
     pub layout: Layout,
     /// Pads the struct to a multiple of 8 bytes.
     pub reserved: u32,
 }
 
-/// Properties that all tensors of a call share.
+/// Properties that tensors of a call share.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
@@ -305,7 +398,7 @@ pub struct Layout {
     pub aligned: u32,
 }
 
-/// A parameter struct, as bytes for a launch.
+/// A parameter struct or an entry of a list, as bytes for a launch.
 ///
 /// # Safety of implementors
 /// `repr(C)`, no padding, no pointers that the host must keep alive; `const` assertions below check the first two.
@@ -329,7 +422,12 @@ macro_rules! params {
 pub(crate) use params;
 
 params!(ForwardParams);
+params!(ListedForwardParams);
 params!(BackwardParams);
+params!(ListedBackwardParams);
+params!(TileWork);
+params!(SequenceRows);
+params!(TileRun);
 params!(HopperForwardParams);
 params!(HopperBackwardParams);
 params!(QuerySumsParams);
@@ -337,9 +435,11 @@ params!(QuerySumsParams);
 const _: () = {
     assert!(size_of::<StridedTensor>() == 4 * 8);
     assert!(size_of::<ForwardParams>() == 4 * 32 + 3 * 8 + 10 * 4);
+    assert!(size_of::<ListedForwardParams>() == 192 + 8 + 32 + 24 + 8 + 6 * 4);
     assert!(size_of::<HopperForwardParams>() == 4 * 128 + 3 * 8 + 32 + 18 * 4);
     assert!(size_of::<QuerySums>() == 7 * 8);
     assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 56 + 32 + 26 * 4);
     assert!(size_of::<QuerySumsParams>() == 3 * 32 + 24 + 56 + 8 * 4);
     assert!(size_of::<BackwardParams>() == 8 * 32 + 7 * 8 + 10 * 4);
+    assert!(size_of::<ListedBackwardParams>() == 352 + 8 + 32 + 8);
 };

@@ -11,6 +11,13 @@
 //! computed: it computes dK and dV, summed over the query heads that share the keys. Scores are computed twice (seven
 //! products instead of five). In return every gradient is written once, by its owner, in a fixed order: no atomics,
 //! no f32 copy of dQ, and bitwise reproducible results at every head_dim.
+//!
+//! v, out and their gradients have the head_dim of q and k here. The pass over listed work, with the markers of a score program, or
+//! with two head_dims, is [`listed`].
+
+mod listed;
+
+pub use listed::{listed_keys, listed_queries};
 
 use crate::abi::{BackwardParams, Exponents};
 use crate::block::{RowBlock, owned_tile, split};
@@ -34,22 +41,6 @@ use crate::tile::{
 /// [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
-    // SAFETY: the caller's contract.
-    unsafe { queries_with::<S, CAUSAL, false>(p) }
-}
-
-/// [`queries`] with the markers of a score program, whose mask applies to every tile.
-///
-/// # Safety
-/// The contract of [`queries`].
-#[inline(always)]
-pub unsafe fn program_queries<S: TileShape>(p: &BackwardParams) {
-    // SAFETY: the caller's contract.
-    unsafe { queries_with::<S, false, true>(p) }
-}
-
-#[inline(always)]
-unsafe fn queries_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &BackwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_q, CAUSAL);
     let kv_head = block.head / p.heads_q_per_kv;
@@ -79,9 +70,6 @@ unsafe fn queries_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
         let rows = p.seqlen_q.saturating_sub(first_row);
         let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts);
 
-        if PROGRAM {
-            program::head(block.head, block.batch);
-        }
         let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
         let span = |row| mask.keys_of(first_row + row);
         for_blocks!(blocks, |n, MASKED| {
@@ -91,9 +79,10 @@ unsafe fn queries_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
                 first_column: n * S::COLUMNS,
                 span,
                 is_far,
+                hides: MASKED && CAUSAL,
                 is_of_keys: true,
             };
-            add::<S, program::OfQueries<MASKED>, MASKED, CAUSAL, PROGRAM, true, false>(
+            add::<S, program::OfQueries<MASKED>, MASKED, false, true, false>(
                 p, owned, stage, queries, tile, &mut dq, &mut none,
             );
         });
@@ -114,22 +103,6 @@ unsafe fn queries_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
 /// [`delta`](crate::delta::delta).
 #[inline(always)]
 pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
-    // SAFETY: the caller's contract.
-    unsafe { keys_with::<S, CAUSAL, false>(p) }
-}
-
-/// [`keys`] with the markers of a score program, whose mask applies to every tile.
-///
-/// # Safety
-/// The contract of [`keys`].
-#[inline(always)]
-pub unsafe fn program_keys<S: TileShape>(p: &BackwardParams) {
-    // SAFETY: the caller's contract.
-    unsafe { keys_with::<S, false, true>(p) }
-}
-
-#[inline(always)]
-unsafe fn keys_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &BackwardParams) {
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     // SAFETY (whole body): as in `queries`.
     unsafe {
@@ -154,16 +127,16 @@ unsafe fn keys_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &B
             memory::st_shared_word(cleaned::<S>(), 0);
         }
         if S::TWO_WALKS {
-            walk_queries::<S, CAUSAL, PROGRAM, true, false>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, true, false>(p, owned, &mut dk, &mut dv);
             // V is not needed any more: dV asks for Q, K and dO only.
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
-            walk_queries::<S, CAUSAL, PROGRAM, false, true>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, false, true>(p, owned, &mut dk, &mut dv);
         } else {
-            walk_queries::<S, CAUSAL, PROGRAM, true, true>(p, owned, &mut dk, &mut dv);
+            walk_queries::<S, CAUSAL, true, true>(p, owned, &mut dk, &mut dv);
             store_gradient::<S>(dk, p.softmax_scale, owned.second, target(&p.dk));
         }
-        if (CAUSAL || PROGRAM && program::hides()) && memory::ld_shared_u32(cleaned::<S>()) != 0 {
-            restore_values::<S, CAUSAL, PROGRAM>(p, &mut dv);
+        if CAUSAL && memory::ld_shared_u32(cleaned::<S>()) != 0 {
+            restore_values::<S, CAUSAL>(p, &mut dv);
         }
         store_gradient::<S>(dv, 1.0, owned.first, target(&p.dv));
     }
@@ -171,7 +144,7 @@ unsafe fn keys_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &B
 
 /// Streams every query that sees the block's keys, head by head of those that share them.
 #[inline(always)]
-unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, const DK: bool, const DV: bool>(
+unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const DV: bool>(
     p: &BackwardParams,
     owned: Owned,
     dk: &mut S::Output,
@@ -180,16 +153,9 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, co
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
-    let mut blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
-    if PROGRAM {
-        // The program's values for queries that do not exist are arbitrary.
-        blocks.whole_end = p.seqlen_q / S::COLUMNS;
-    }
+    let blocks = mask.query_blocks(block.first_row, block.rows(p.seqlen_k), S::COLUMNS);
     for shared in 0..p.heads_q_per_kv.get() {
         let head = block.head * p.heads_q_per_kv.get() + shared;
-        if PROGRAM {
-            program::head(head, block.batch);
-        }
         let row_of_head = (block.batch as u64 * p.heads_q.get() as u64 + head as u64) * p.seqlen_q as u64;
         let Exponents {
             lse_log2, delta, shift, ..
@@ -197,6 +163,9 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, co
         let statistics = StreamedRows {
             lines: [lse_log2, delta, shift].map(|line| line + row_of_head * 4),
             rows: p.seqlen_q,
+            head: 0,
+            rows_of_head: 0,
+            begin: 0,
         };
         let window = |tensor| {
             block
@@ -213,10 +182,7 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, co
                 Some(statistics),
             );
             let is_far = S::ELEMENT_BYTES == 2 && any_far::<S>(p, block.batch * p.heads_q.get() + head, blocks);
-            let span = |row| Span {
-                end: if PROGRAM { p.seqlen_q } else { Span::OPEN },
-                ..mask.queries_of(first_row + row)
-            };
+            let span = |row| mask.queries_of(first_row + row);
             for_blocks!(blocks, |m, MASKED| {
                 let stage = ring.acquire(m);
                 let tile = Tile {
@@ -224,25 +190,13 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, co
                     first_column: m * S::COLUMNS,
                     span,
                     is_far,
+                    hides: MASKED && CAUSAL,
                     is_of_keys: false,
                 };
-                // Of queries that are not finite neither are the sums of weights, so that whatever sees them is NaN without them.
-                if MASKED && CAUSAL || PROGRAM && program::hides() {
-                    stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
-                    let any = stage.second.clean::<S::Element>(split::<S>(), S::COLUMNS);
-                    if any && sreg::thread_idx_x() == 0 {
-                        memory::st_shared_word(cleaned::<S>(), 1);
-                    }
+                if tile.hides {
+                    clean_queries::<S>(&stage);
                 }
-                add::<S, program::OfKeys<MASKED>, MASKED, CAUSAL, PROGRAM, DK, DV>(
-                    p,
-                    owned,
-                    stage,
-                    stage.queries,
-                    tile,
-                    dk,
-                    dv,
-                );
+                add::<S, program::OfKeys<MASKED>, MASKED, false, DK, DV>(p, owned, stage, stage.queries, tile, dk, dv);
             });
             ring.drain();
         }
@@ -251,10 +205,7 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const PROGRAM: bool, co
 
 /// Adds to dV what was zeroed in tiles of dO.
 #[inline(always)]
-unsafe fn restore_values<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(
-    p: &BackwardParams,
-    dv: &mut S::Output,
-) {
+unsafe fn restore_values<S: TileShape, const CAUSAL: bool>(p: &BackwardParams, dv: &mut S::Output) {
     let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), optimizer::renew(p.seqlen_k));
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
     let first_row = block.first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
@@ -264,14 +215,23 @@ unsafe fn restore_values<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(
         let head = block.head * p.heads_q_per_kv.get() + shared;
         let douts = block.window(&p.dout, head, p.seqlen_q, &p.layout);
         // SAFETY: the window clips what does not exist.
-        unsafe {
-            if PROGRAM {
-                program::head(head, block.batch);
-                let sees = |row, query| program::visible(query, first_row + row, head);
-                nonfinite::restore::<S::Element, _>(dv, &douts, blocks.all_masked(), S::COLUMNS, sees);
-            } else {
-                nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, sees);
-            }
+        unsafe { nonfinite::restore::<S::Element, _>(dv, &douts, blocks, S::COLUMNS, sees) }
+    }
+}
+
+/// Zeroes what is not finite in a stage of queries and their dO, and notes in shared memory if there was any of dO. Of queries that are
+/// not finite neither are the sums of weights, so that whatever sees them is NaN without them.
+///
+/// # Safety
+/// The stage was acquired. Every thread of the block calls this together.
+#[inline(always)]
+unsafe fn clean_queries<S: TileShape>(stage: &Stage) {
+    // SAFETY (whole body): the caller's contract; all threads that write the flag write 1.
+    unsafe {
+        stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
+        let any = stage.second.clean::<S::Element>(split::<S>(), S::COLUMNS);
+        if any && sreg::thread_idx_x() == 0 {
+            memory::st_shared_word(cleaned::<S>(), 1);
         }
     }
 }
@@ -298,6 +258,8 @@ struct Tile<F> {
     span: F,
     /// True if a query may be far.
     is_far: bool,
+    /// True if pairs that exist may be hidden.
+    hides: bool,
     /// True if keys are streamed. They are [cleaned](nonfinite) only after their scores, which may be minus infinity.
     is_of_keys: bool,
 }
@@ -308,7 +270,6 @@ unsafe fn add<
     S: TileShape,
     T: program::Tile,
     const MASKED: bool,
-    const HIDES: bool,
     const PROGRAM: bool,
     const DS: bool,
     const P: bool,
@@ -338,8 +299,7 @@ unsafe fn add<
             p.scale_log2,
             S::ELEMENT_BYTES == 4 || tile.is_far,
         );
-        let hides = MASKED && HIDES || PROGRAM && program::hides();
-        if PROGRAM {
+        if PROGRAM && MASKED {
             probabilities.splice::<program::Hidden, T>();
         }
         if MASKED {
@@ -358,11 +318,11 @@ unsafe fn add<
             if PROGRAM {
                 ds.splice::<program::Weights, T>();
             }
-            scores::score_gradients(&mut ds, &probabilities, queries, hides);
+            scores::score_gradients(&mut ds, &probabilities, queries, tile.hides);
             if PROGRAM {
                 ds.splice::<program::Gradients, T>();
             }
-            if hides && tile.is_of_keys {
+            if tile.hides && tile.is_of_keys {
                 stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
             }
             ds_first.add_ab(&ds.operand(), stage.first);

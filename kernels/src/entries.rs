@@ -61,6 +61,8 @@ impl Dtype {
 pub enum Pass {
     /// out and lse from q, k, v.
     Forward,
+    /// out and lse from the partial results of splits over keys.
+    Combine,
     /// Preprocess: delta = rowsum(dO * O), which the other backward kernels need. For Hopper also lse in base 2,
     /// padded, and a cleared dQ accumulator.
     BackwardDelta,
@@ -217,6 +219,16 @@ const fn delta_entry(name: &'static str, dtype: Dtype) -> Entry {
     }
 }
 
+/// A row of the table for the kernel that combines partial results.
+const fn combine_entry(name: &'static str, dtype: Dtype) -> Entry {
+    Entry {
+        pass: Pass::Combine,
+        block_m: 0,
+        threads: COMBINE_WARPS * 32,
+        ..delta_entry(name, dtype)
+    }
+}
+
 /// A row of the table for Hopper.
 macro_rules! hopper_entry {
     ($name:expr, $pass:ident $dtype:ident, $shape:ty, $causal:literal) => {
@@ -282,6 +294,7 @@ macro_rules! entries {
         tiles { $($name:literal: $pass:ident $arch:ident $dtype:ident, $shape:ty, $shared:ident,
                   $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
         delta { $($delta:literal: $delta_dtype:ident;)* }
+        combine { $($combine:literal: $combine_dtype:ident;)* }
         hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty $(| $causal_shape:ty)?,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
         sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
@@ -294,6 +307,7 @@ macro_rules! entries {
                 entry!(concat!($name, "_causal"), $arch $pass $dtype, $shape, $shared, $min, true),
             )*
             $(delta_entry($delta, Dtype::$delta_dtype),)*
+            $(combine_entry($combine, Dtype::$combine_dtype),)*
             $(
                 hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
                 hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, causal_shape!($hopper_shape $(| $causal_shape)?), true),
@@ -333,6 +347,10 @@ macro_rules! entries {
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
             kernel!($delta, delta::delta, crate::abi::BackwardParams, crate::element::$delta_dtype);
+        )*
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
+            kernel!($combine, listed::combine, crate::abi::ListedForwardParams, crate::element::$combine_dtype);
         )*
     };
 }
@@ -399,6 +417,11 @@ entries! {
         "backward_delta_f16": F16;
         "backward_delta_bf16": Bf16;
     }
+    combine {
+        "combine_f32": F32;
+        "combine_f16": F16;
+        "combine_bf16": Bf16;
+    }
     hopper {
         "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward::forward(HopperForwardParams);
         "hopper_forward_f16_d96": Forward F16, HopperD96<F16>, hopper::forward::forward(HopperForwardParams);
@@ -464,60 +487,60 @@ macro_rules! program_entries {
 
 program_entries! {
     tiles {
-        "score_forward_f32_d32": Forward F32, ForwardF32D32, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f32_d64": Forward F32, ForwardF32D64, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f32_d96": Forward F32, ForwardF32D96, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f32_d128": Forward F32, ForwardF32D128, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f32_d192": Forward F32, ForwardF32D192, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
-        "score_forward_f32_d256": Forward F32, ForwardF32D256, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f16_d32": Forward F16, ForwardD32<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f16_d64": Forward F16, ForwardD64<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f16_d96": Forward F16, ForwardD96<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_f16_d128": Forward F16, ForwardD128<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 0;
-        "score_forward_f16_d192": Forward F16, ForwardD192<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
-        "score_forward_f16_d256": Forward F16, ForwardD256<F16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
-        "score_forward_bf16_d32": Forward Bf16, ForwardD32<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_bf16_d64": Forward Bf16, ForwardD64<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_bf16_d96": Forward Bf16, ForwardD96<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 2;
-        "score_forward_bf16_d128": Forward Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 0;
-        "score_forward_bf16_d192": Forward Bf16, ForwardD192<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
-        "score_forward_bf16_d256": Forward Bf16, ForwardD256<Bf16>, FORWARD_BYTES, forward::program(ForwardParams), min_blocks 1;
-        "score_backward_queries_f32_d32": BackwardQueries F32, BackwardF32D32, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 2;
-        "score_backward_queries_f32_d64": BackwardQueries F32, BackwardF32D64, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 2;
-        "score_backward_queries_f32_d96": BackwardQueries F32, BackwardF32D96, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f32_d128": BackwardQueries F32, BackwardF32D128, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f32_d192": BackwardQueries F32, BackwardF32D192, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f32_d256": BackwardQueries F32, BackwardF32D256, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_keys_f32_d32": BackwardKeys F32, BackwardF32D32, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f32_d64": BackwardKeys F32, BackwardF32D64, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f32_d96": BackwardKeys F32, BackwardF32D96, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f32_d128": BackwardKeys F32, BackwardF32D128, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f32_d192": BackwardKeys F32, BackwardF32D192, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f32_d256": BackwardKeys F32, BackwardF32D256, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_queries_f16_d32": BackwardQueries F16, BackwardD32<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f16_d64": BackwardQueries F16, BackwardD64<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f16_d96": BackwardQueries F16, BackwardD96<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f16_d128": BackwardQueries F16, BackwardD128<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f16_d192": BackwardQueries F16, BackwardD192<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_f16_d256": BackwardQueries F16, BackwardD256<F16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 0;
-        "score_backward_keys_f16_d32": BackwardKeys F16, BackwardD32<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f16_d64": BackwardKeys F16, BackwardD64<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f16_d96": BackwardKeys F16, BackwardD96<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f16_d128": BackwardKeys F16, BackwardD128<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f16_d192": BackwardKeys F16, BackwardD192<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_f16_d256": BackwardKeys F16, BackwardD256<F16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_queries_bf16_d32": BackwardQueries Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_bf16_d64": BackwardQueries Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_bf16_d96": BackwardQueries Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_bf16_d128": BackwardQueries Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_bf16_d192": BackwardQueries Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 1;
-        "score_backward_queries_bf16_d256": BackwardQueries Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::program_queries(BackwardParams), min_blocks 0;
-        "score_backward_keys_bf16_d32": BackwardKeys Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_bf16_d64": BackwardKeys Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_bf16_d96": BackwardKeys Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_bf16_d128": BackwardKeys Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_bf16_d192": BackwardKeys Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
-        "score_backward_keys_bf16_d256": BackwardKeys Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::program_keys(BackwardParams), min_blocks 1;
+        "score_forward_f32_d32": Forward F32, ForwardF32D32, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f32_d64": Forward F32, ForwardF32D64, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f32_d96": Forward F32, ForwardF32D96, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f32_d128": Forward F32, ForwardF32D128, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f32_d192": Forward F32, ForwardF32D192, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 1;
+        "score_forward_f32_d256": Forward F32, ForwardF32D256, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f16_d32": Forward F16, ForwardD32<F16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f16_d64": Forward F16, ForwardD64<F16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f16_d96": Forward F16, ForwardD96<F16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_f16_d128": Forward F16, ForwardD128<F16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 0;
+        "score_forward_f16_d192": Forward F16, ForwardD192<F16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 1;
+        "score_forward_f16_d256": Forward F16, ForwardD256<F16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 1;
+        "score_forward_bf16_d32": Forward Bf16, ForwardD32<Bf16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_bf16_d64": Forward Bf16, ForwardD64<Bf16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_bf16_d96": Forward Bf16, ForwardD96<Bf16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 2;
+        "score_forward_bf16_d128": Forward Bf16, ForwardD128<Bf16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 0;
+        "score_forward_bf16_d192": Forward Bf16, ForwardD192<Bf16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 1;
+        "score_forward_bf16_d256": Forward Bf16, ForwardD256<Bf16>, FORWARD_BYTES, listed::forward(ListedForwardParams), min_blocks 1;
+        "score_backward_queries_f32_d32": BackwardQueries F32, BackwardF32D32, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d64": BackwardQueries F32, BackwardF32D64, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d96": BackwardQueries F32, BackwardF32D96, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d128": BackwardQueries F32, BackwardF32D128, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d192": BackwardQueries F32, BackwardF32D192, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f32_d256": BackwardQueries F32, BackwardF32D256, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d32": BackwardKeys F32, BackwardF32D32, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d64": BackwardKeys F32, BackwardF32D64, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d96": BackwardKeys F32, BackwardF32D96, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d128": BackwardKeys F32, BackwardF32D128, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d192": BackwardKeys F32, BackwardF32D192, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f32_d256": BackwardKeys F32, BackwardF32D256, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d32": BackwardQueries F16, BackwardD32<F16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d64": BackwardQueries F16, BackwardD64<F16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d96": BackwardQueries F16, BackwardD96<F16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d128": BackwardQueries F16, BackwardD128<F16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d192": BackwardQueries F16, BackwardD192<F16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_f16_d256": BackwardQueries F16, BackwardD256<F16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 0;
+        "score_backward_keys_f16_d32": BackwardKeys F16, BackwardD32<F16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d64": BackwardKeys F16, BackwardD64<F16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d96": BackwardKeys F16, BackwardD96<F16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d128": BackwardKeys F16, BackwardD128<F16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d192": BackwardKeys F16, BackwardD192<F16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_f16_d256": BackwardKeys F16, BackwardD256<F16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d32": BackwardQueries Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d64": BackwardQueries Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d96": BackwardQueries Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d128": BackwardQueries Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d192": BackwardQueries Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 1;
+        "score_backward_queries_bf16_d256": BackwardQueries Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::listed_queries(ListedBackwardParams), min_blocks 0;
+        "score_backward_keys_bf16_d32": BackwardKeys Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d64": BackwardKeys Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d96": BackwardKeys Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d128": BackwardKeys Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d192": BackwardKeys Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+        "score_backward_keys_bf16_d256": BackwardKeys Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
     }
     delta {
         "score_backward_delta_f32": F32;

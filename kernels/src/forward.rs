@@ -1,13 +1,14 @@
 //! The forward pass: one fused kernel, `out` and `lse` from q, k, v. FlashAttention-2, Algorithm 1.
 //!
 //! One source compiles for the tensor cores (f16 and bf16, `mma.sync`) and for plain FMA (f32); the tile types of
-//! a shape determine which.
+//! a shape determine which. v and out have the head_dim of q and k here. The forward pass over listed work, with score programs, or
+//! with two head_dims, is [`listed`](crate::listed).
 
 use crate::abi::ForwardParams;
 use crate::block::{RowBlock, owned_tile, split};
-use crate::mask::{Mask, for_blocks};
+use crate::mask::{Mask, Span, for_blocks};
 use crate::nonfinite;
-use crate::pipeline::KeyValueRing;
+use crate::pipeline::{KeyValueRing, Order};
 use crate::ptx::{optimizer, program, sreg, sync};
 use crate::shape::TileShape;
 use crate::softmax::{Finished, OnlineSoftmax};
@@ -20,22 +21,6 @@ use crate::tile::{element::Element, global::Walk, shared::SharedTile};
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
 #[inline(always)]
 pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
-    // SAFETY: the caller's contract.
-    unsafe { forward_with::<S, CAUSAL, false>(p) }
-}
-
-/// [`forward`] with the markers of a score program, whose mask applies to every tile.
-///
-/// # Safety
-/// The contract of [`forward`].
-#[inline(always)]
-pub unsafe fn program<S: TileShape>(p: &ForwardParams) {
-    // SAFETY: the caller's contract.
-    unsafe { forward_with::<S, false, true>(p) }
-}
-
-#[inline(always)]
-unsafe fn forward_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p: &ForwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     // Recomputed after each walk: kept, addresses would occupy registers during the whole loop.
     let block = || RowBlock::<S>::of_this_thread_block(p.query_tiles, p.heads_q, CAUSAL);
@@ -44,24 +29,14 @@ unsafe fn forward_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
     // SAFETY (whole body): the query tile and the ring are disjoint parts of this block's dynamic shared memory, every
     // thread takes every step that holds a barrier, and windows clip what does not exist.
     unsafe {
-        let (mut softmax, mut output, mut cleaned);
-        if PROGRAM {
-            // The scores of a program have no bounds.
+        let (mut softmax, mut output) = (OnlineSoftmax::near(p.scale_log2), S::Output::zero());
+        let mut cleaned = walk::<S, CAUSAL, false>(p, block(), &mut softmax, &mut output);
+        let first = first_row(&block());
+        let span = |row| mask.keys_of(first + row);
+        if sync::sync_threads_or(softmax.left_bounds(|row| !span(row).is_empty())) {
+            core::hint::cold_path();
             (softmax, output) = (OnlineSoftmax::exact(p.scale_log2), S::Output::zero());
-            let RowBlock { head, batch, .. } = block();
-            program::head(head, batch);
-            softmax.start_program();
-            cleaned = walk::<S, CAUSAL, false, true>(p, block(), &mut softmax, &mut output);
-        } else {
-            (softmax, output) = (OnlineSoftmax::near(p.scale_log2), S::Output::zero());
-            cleaned = walk::<S, CAUSAL, false, false>(p, block(), &mut softmax, &mut output);
-            let first = first_row(&block());
-            let span = |row| mask.keys_of(first + row);
-            if sync::sync_threads_or(softmax.left_bounds(|row| !span(row).is_empty())) {
-                core::hint::cold_path();
-                (softmax, output) = (OnlineSoftmax::exact(p.scale_log2), S::Output::zero());
-                cleaned = walk::<S, CAUSAL, true, false>(p, block(), &mut softmax, &mut output);
-            }
+            cleaned = walk::<S, CAUSAL, true>(p, block(), &mut softmax, &mut output);
         }
 
         let block = block();
@@ -72,18 +47,13 @@ unsafe fn forward_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
             lse,
             row_max,
             row_sum,
-        } = softmax.finish(|row| !PROGRAM && !span(row).is_empty());
+        } = softmax.finish(|row| !span(row).is_empty());
         output.map_rows(inverse, |inverse, o| S::Element::mean(o * inverse));
         if cleaned {
             let values = block.window(&p.v, block.head / p.heads_q_per_kv, p.seqlen_k, &p.layout);
             let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
-            if PROGRAM {
-                let sees = |row, key| program::visible(first_row + row, key, block.head);
-                nonfinite::restore::<S::Element, _>(&mut output, &values, blocks.all_masked(), S::COLUMNS, sees);
-            } else {
-                let sees = |row, key| span(row).contains(key);
-                nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::COLUMNS, sees);
-            }
+            let sees = |row, key| span(row).contains(key);
+            nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::COLUMNS, sees);
         }
         output.store(
             owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS),
@@ -104,7 +74,7 @@ unsafe fn forward_with<S: TileShape, const CAUSAL: bool, const PROGRAM: bool>(p:
 
 /// Returns the q.k of a score before Q was multiplied by `sign`; minus infinity (no key seen) is kept.
 #[inline(always)]
-fn unsigned(score: f32, sign: f32) -> f32 {
+pub fn unsigned(score: f32, sign: f32) -> f32 {
     if score == f32::NEG_INFINITY {
         score
     } else {
@@ -115,7 +85,7 @@ fn unsigned(score: f32, sign: f32) -> f32 {
 /// Walks every key block that the queries see, first to last. A walk `AGAIN` finds Q as the walk before left it, and subtracts
 /// the maximum before it multiplies in every row. Returns true if values were [cleaned](nonfinite).
 #[inline(always)]
-unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool, const PROGRAM: bool>(
+unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool>(
     p: &ForwardParams,
     block: RowBlock<S>,
     softmax: &mut OnlineSoftmax<S::Scores>,
@@ -138,62 +108,90 @@ unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool, const PROGRA
         let v = block.window(&p.v, kv_head, keys, &p.layout);
         let base = optimizer::renew(sreg::dynamic_shared_mem()) + S::OWNED_BYTES;
         let mut ring = KeyValueRing::<S>::start(base, k, v);
-        let query = owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS);
-        if !AGAIN && p.scale_sign != 1.0 {
-            // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
-            ring.drain();
-            query.map(S::WARP_ROWS, |words| S::Element::scale(words, p.scale_sign));
-        }
+        let query = owned_query::<S>(&ring, if AGAIN { 1.0 } else { p.scale_sign });
+        // Worked out where it is asked for: kept, it would occupy a register during the whole loop.
+        let first_row = || block.first_row + sreg::warp_id() * S::WARP_ROWS;
+        let span = |row| mask.keys_of(first_row() + row);
         for_blocks!(blocks, |n, MASKED| {
-            cleaned |= attend::<S, CAUSAL, MASKED, AGAIN, PROGRAM>(&block, mask, query, &mut ring, n, softmax, output)
+            let tile = Streamed {
+                index: n,
+                first_key: n * S::COLUMNS,
+                hides_pairs: MASKED && Mask::<CAUSAL>::HIDES_PAIRS,
+            };
+            cleaned |= attend::<S, _, MASKED, AGAIN, false>(tile, first_row, span, query, &mut ring, softmax, output)
         });
         ring.drain();
     }
     cleaned
 }
 
-/// One key block: scores, online softmax, and their product with the values. Scores never leave the registers. Returns whether
-/// values were [cleaned](nonfinite).
+/// Returns this warp's queries, multiplied by `sign`. They were loaded before the ring's first tiles.
+///
+/// # Safety
+/// Every thread of the block calls this together.
 #[inline(always)]
-unsafe fn attend<S: TileShape, const CAUSAL: bool, const MASKED: bool, const AGAIN: bool, const PROGRAM: bool>(
-    block: &RowBlock<S>,
-    mask: Mask<CAUSAL>,
+pub unsafe fn owned_query<S: TileShape>(ring: &KeyValueRing<S, impl Order>, sign: f32) -> SharedTile {
+    let query = owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS);
+    if sign != 1.0 {
+        // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
+        ring.drain();
+        // SAFETY: the queries have landed, and only this warp reads its rows.
+        unsafe { query.map(S::WARP_ROWS, |words| S::Element::scale(words, sign)) }
+    }
+    query
+}
+
+/// A tile of keys and values in the order of the walk.
+#[derive(Clone, Copy)]
+pub struct Streamed {
+    /// Number of the tile among those of the ring.
+    pub index: u32,
+    /// Position of the first key.
+    pub first_key: u32,
+    /// True if pairs that exist may be hidden, but for those that a score program hides.
+    pub hides_pairs: bool,
+}
+
+/// One key block: scores, online softmax, and their product with the values. Scores never leave the registers. Returns whether
+/// values were [cleaned](nonfinite). `first_row` is the position of the warp's first row, and `span` says what a row of the warp sees.
+///
+/// # Safety
+/// Every thread of the block calls this together, in the order of the ring's tiles, after [`owned_query`].
+#[inline(always)]
+pub unsafe fn attend<S: TileShape, O: Order, const MASKED: bool, const EXACT: bool, const PROGRAM: bool>(
+    tile: Streamed,
+    first_row: impl Fn() -> u32,
+    span: impl Fn(u32) -> Span,
     query: SharedTile,
-    ring: &mut KeyValueRing<S>,
-    n: u32,
+    ring: &mut KeyValueRing<S, O>,
     softmax: &mut OnlineSoftmax<S::Scores>,
     output: &mut S::Output,
 ) -> bool {
-    // SAFETY (whole body): the reasons given in `forward`; acquired tiles are initialised and visible until the next
-    // acquire.
+    // SAFETY (whole body): the caller's contract; acquired tiles are initialised and visible until the next acquire.
     unsafe {
         let mut scores = S::Scores::zero();
-        let key = ring.acquire_key(n);
+        let key = ring.acquire_key(tile.index);
         if PROGRAM {
-            let first_row = block.first_row + sreg::warp_id() * S::WARP_ROWS;
-            S::Scores::announce::<program::OfQueries<MASKED>>(first_row, n * S::COLUMNS);
+            S::Scores::announce::<program::OfQueries<MASKED>>(first_row(), tile.first_key);
         }
         scores.add_abt(query, key);
         if PROGRAM {
             scores.splice::<program::Scores, program::OfQueries<MASKED>>();
+        }
+        if PROGRAM && MASKED {
             scores.splice::<program::Masked, program::OfQueries<MASKED>>();
         }
         if MASKED {
-            let (first_row, first_key) = (block.first_row + sreg::warp_id() * S::WARP_ROWS, n * S::COLUMNS);
-            scores.hide(first_key, |row| mask.keys_of(first_row + row), f32::NEG_INFINITY);
+            scores.hide(tile.first_key, span, f32::NEG_INFINITY);
         }
-        let rescale = if AGAIN || PROGRAM {
-            softmax.update::<true>(&mut scores)
-        } else {
-            softmax.update::<false>(&mut scores)
-        };
+        let rescale = softmax.update::<EXACT>(&mut scores);
         output.map_rows(rescale, |rescale, o| o * rescale);
         if PROGRAM {
             scores.splice::<program::Weights, program::OfQueries<MASKED>>();
         }
         let probabilities = scores.operand();
-        let value = ring.acquire_value(n);
-        let hides_pairs = MASKED && Mask::<CAUSAL>::HIDES_PAIRS || PROGRAM && program::hides();
+        let value = ring.acquire_value(tile.index);
+        let hides_pairs = tile.hides_pairs || PROGRAM && MASKED && program::hides();
         let cleaned = hides_pairs && value.clean::<S::Element>(split::<S>(), S::COLUMNS);
         output.add_ab(&probabilities, value);
         cleaned

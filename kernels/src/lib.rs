@@ -30,7 +30,8 @@
 //! # The rooms
 //!
 //! `asm!` lives in `ptx`, a lane's coordinates in `tile::fragment`, bank conflicts in `tile::swizzle`, minus infinity in
-//! `softmax`, sequence lengths in [`mask`], who works on what in [`deal`], waiting in `pipeline`; `forward` and `backward` read like the paper.
+//! `softmax`, sequence lengths in [`mask`], who works on what in [`deal`] and [`work`], waiting in `pipeline`; `forward` and `backward` read like the paper, and `listed` is
+//! forward for whatever is no rectangle.
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -52,6 +53,7 @@ pub mod shape;
 #[cfg(feature = "study")]
 pub mod study;
 pub mod tile;
+pub mod work;
 
 #[cfg(target_arch = "nvptx64")]
 mod backward;
@@ -63,6 +65,10 @@ mod delta;
 mod forward;
 #[cfg(target_arch = "nvptx64")]
 mod hopper;
+#[cfg(target_arch = "nvptx64")]
+mod listed;
+#[cfg(target_arch = "nvptx64")]
+mod lists;
 #[cfg(target_arch = "nvptx64")]
 mod nonfinite;
 #[cfg(target_arch = "nvptx64")]

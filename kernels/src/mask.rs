@@ -56,6 +56,17 @@ pub struct Blocks {
 }
 
 impl Blocks {
+    /// Returns a range of blocks that all need the mask.
+    #[inline(always)]
+    pub const fn masked(range: core::ops::Range<u32>) -> Self {
+        Self {
+            begin: range.start,
+            whole_begin: range.end,
+            whole_end: range.end,
+            end: range.end,
+        }
+    }
+
     /// Returns true if no block has a visible pair.
     #[inline(always)]
     pub const fn is_empty(self) -> bool {

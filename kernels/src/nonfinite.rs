@@ -8,7 +8,10 @@
 use crate::mask::Blocks;
 use crate::ptx::optimizer;
 use crate::tile::element::Element;
-use crate::tile::{global::GlobalTile, register::Accumulator};
+use crate::tile::{
+    global::{GlobalTile, Places},
+    register::Accumulator,
+};
 
 /// Adds what was zeroed in the masked blocks of `block` rows of `source` to the rows of `sum` that see it: `sees` of a row of the
 /// sum and a position of the source.
@@ -21,7 +24,7 @@ use crate::tile::{global::GlobalTile, register::Accumulator};
 #[inline(always)]
 pub unsafe fn restore<E: Element, A: Accumulator>(
     sum: &mut A,
-    source: &GlobalTile,
+    source: &GlobalTile<impl Places>,
     blocks: Blocks,
     block: u32,
     sees: impl Fn(u32, u32) -> bool,

@@ -6,20 +6,99 @@
 pub mod bulk;
 
 use crate::block::split;
-use crate::ptx::{copy, sreg, sync};
+use crate::lists::Runs;
+use crate::ptx::{copy, optimizer, sreg, sync};
 use crate::scores::OfColumns;
 use crate::shape::TileShape;
 use crate::tile::{
-    global::{GlobalTile, Walk},
+    global::{Even, GlobalTile, Paged, Places, Walk},
     shared::SharedTile,
 };
 use core::marker::PhantomData;
 
+/// Order of the tiles of a window.
+pub trait Order {
+    /// Places of the window's rows.
+    type Places: Places;
+
+    /// Moves both walks, at the end of a tile, to the next tile.
+    ///
+    /// # Safety
+    /// What the order reads is readable.
+    unsafe fn next(&mut self, k: &mut Walk<Self::Places>, v: &mut Walk<Self::Places>);
+}
+
+/// First to last.
+pub struct InOrder;
+
+impl Order for InOrder {
+    type Places = Even;
+
+    #[inline(always)]
+    unsafe fn next(&mut self, _: &mut Walk, _: &mut Walk) {}
+}
+
+/// The tiles of listed runs.
+pub struct InRuns<S> {
+    runs: Runs,
+    /// Next run.
+    run: u32,
+    /// Tiles that are left of this one.
+    left: u32,
+    shape: PhantomData<S>,
+}
+
+impl<S: TileShape> InRuns<S> {
+    /// Moves the walks to the first tile.
+    ///
+    /// # Safety
+    /// The runs are readable.
+    #[inline(always)]
+    unsafe fn start(runs: Runs, k: &mut Walk<Paged>, v: &mut Walk<Paged>) -> Self {
+        let mut order = Self {
+            runs,
+            run: 0,
+            left: 1,
+            shape: PhantomData,
+        };
+        // SAFETY: the caller's contract.
+        unsafe { order.next(k, v) }
+        order
+    }
+}
+
+impl<S: TileShape> Order for InRuns<S> {
+    type Places = Paged;
+
+    /// Past the last run, moves to the end of the windows, where nothing is read.
+    #[inline(always)]
+    unsafe fn next(&mut self, k: &mut Walk<Paged>, v: &mut Walk<Paged>) {
+        self.left -= 1;
+        if self.left > 0 {
+            return;
+        }
+        let mut row = k.rows();
+        self.left = u32::MAX;
+        while self.run < self.runs.count {
+            // SAFETY: the caller's contract.
+            let run = unsafe { self.runs.get(self.run) };
+            self.run += 1;
+            if run.begin < run.end {
+                (row, self.left) = (run.begin * S::COLUMNS, run.end - run.begin);
+                break;
+            }
+        }
+        k.seek(row);
+        v.seek(row);
+    }
+}
+
 /// Pipeline of the tiles K0 V0 K1 V1 … with `STAGES` slots.
-pub struct KeyValueRing<S> {
+pub struct KeyValueRing<S, O: Order = InOrder> {
     base: u32,
-    k: Walk,
-    v: Walk,
+    k: Walk<O::Places>,
+    v: Walk<O::Places>,
+    order: O,
     shape: PhantomData<S>,
 }
 
@@ -37,6 +116,7 @@ impl<S: TileShape> KeyValueRing<S> {
             base,
             k: walk(k),
             v: walk(v),
+            order: InOrder,
             shape: PhantomData,
         };
         for tile in 0..S::STAGES - 1 {
@@ -45,15 +125,50 @@ impl<S: TileShape> KeyValueRing<S> {
         }
         ring
     }
+}
 
+impl<S: TileShape> KeyValueRing<S, InRuns<S>> {
+    /// Starts to load the first tiles of `runs` like [`KeyValueRing::start`]; tile `n` is the n-th of all runs.
+    ///
+    /// # Safety
+    /// The contract of [`KeyValueRing::start`]; the runs are readable, and lie in the windows but for the end of their last tile.
+    #[inline(always)]
+    pub unsafe fn start_runs(base: u32, k: GlobalTile<Paged>, v: GlobalTile<Paged>, runs: Runs) -> Self {
+        let (mut k, mut v) = (Walk::new(k, split::<S>()), Walk::new(v, split::<S>()));
+        // SAFETY: the caller's contract.
+        unsafe {
+            let order = InRuns::start(runs, &mut k, &mut v);
+            let mut ring = Self {
+                base,
+                k,
+                v,
+                order,
+                shape: PhantomData,
+            };
+            for tile in 0..S::STAGES - 1 {
+                ring.fetch(tile, tile % 2 == 0);
+                if tile % 2 == 1 {
+                    ring.order.next(&mut ring.k, &mut ring.v);
+                }
+            }
+            ring
+        }
+    }
+}
+
+impl<S: TileShape, O: Order> KeyValueRing<S, O> {
     /// Waits for key tile `n`. It is valid until the next `acquire`.
     ///
     /// # Safety
     /// Called in the order K0 V0 K1 V1 … by every thread of the block.
     #[inline(always)]
     pub unsafe fn acquire_key(&mut self, n: u32) -> SharedTile {
-        // SAFETY: the caller's contract.
-        unsafe { self.acquire(n * 2, false) }
+        // SAFETY: the caller's contract. Of the next tiles that of values is fetched last, here.
+        unsafe {
+            let key = self.acquire(n * 2, false);
+            self.order.next(&mut self.k, &mut self.v);
+            key
+        }
     }
 
     /// Waits for value tile `n`. It is valid until the next `acquire`.
@@ -120,10 +235,26 @@ pub struct Stage {
 /// Statistics of streamed queries.
 #[derive(Clone, Copy)]
 pub struct StreamedRows {
-    /// Device addresses of lse_log2, delta and shift of row 0.
+    /// Device addresses of lse_log2, delta and shift of row 0, or of all heads for `acquire_listed`.
     pub lines: [u64; 3],
     /// Number of rows that exist.
     pub rows: u32,
+    /// Number of heads before the rows, for [`PairRing::acquire_listed`]. It works out addresses from the number for each pair: kept, they
+    /// would occupy registers during the whole loop.
+    pub head: u32,
+    /// Number of rows of a head.
+    pub rows_of_head: u32,
+    /// Number of rows of the head before row 0.
+    pub begin: u32,
+}
+
+impl StreamedRows {
+    /// Returns the addresses of row 0.
+    #[inline(always)]
+    fn renewed_lines(&self) -> [u64; 3] {
+        let first = optimizer::renew(self.head) as u64 * self.rows_of_head as u64 + self.begin as u64;
+        self.lines.map(|line| line + first * 4)
+    }
 }
 
 /// Pipeline of pairs of tiles with two alternating stages.
@@ -153,17 +284,40 @@ impl<S: TileShape> PairRing<S> {
         second: GlobalTile,
         statistics: Option<StreamedRows>,
     ) -> Self {
+        let mut ring = Self::new(base, first, second, statistics);
+        // SAFETY: the stages are fresh.
+        unsafe { ring.fetch(n, n * S::COLUMNS, ring.lines()) }
+        ring
+    }
+
+    /// Starts to load pair 0 from row `row` of the windows, for [`acquire_listed`](Self::acquire_listed).
+    ///
+    /// # Safety
+    /// The contract of [`start`](Self::start).
+    #[inline(always)]
+    pub unsafe fn start_at(
+        base: u32,
+        row: u32,
+        first: GlobalTile,
+        second: GlobalTile,
+        statistics: Option<StreamedRows>,
+    ) -> Self {
+        let mut ring = Self::new(base, first, second, statistics);
+        // SAFETY: the stages are fresh.
+        unsafe { ring.fetch_from(0, row) }
+        ring
+    }
+
+    #[inline(always)]
+    fn new(base: u32, first: GlobalTile, second: GlobalTile, statistics: Option<StreamedRows>) -> Self {
         let walk = |window| Walk::new(window, split::<S>());
-        let mut ring = Self {
+        Self {
             base,
             first: walk(first),
             second: walk(second),
             statistics,
             shape: PhantomData,
-        };
-        // SAFETY: the stages are fresh.
-        unsafe { ring.fetch(n) }
-        ring
+        }
     }
 
     /// Waits for pair `n` and starts to load the next. It is valid until the next `acquire`.
@@ -172,13 +326,32 @@ impl<S: TileShape> PairRing<S> {
     /// Called in order, from `start`'s `n` on, by every thread of the block.
     #[inline(always)]
     pub unsafe fn acquire(&mut self, n: u32) -> Stage {
+        Self::wait();
+        // SAFETY: the barrier in `wait`.
+        unsafe { self.fetch(n + 1, (n + 1) * S::COLUMNS, self.lines()) }
+        self.stage(n)
+    }
+
+    /// Waits for pair `n`, and starts to load pair `n + 1` from row `next` of the windows, where nothing is read if they have fewer
+    /// rows. It is valid until the next `acquire_listed`.
+    ///
+    /// # Safety
+    /// Called in order, from 0 on, by every thread of the block.
+    #[inline(always)]
+    pub unsafe fn acquire_listed(&mut self, n: u32, next: u32) -> Stage {
+        Self::wait();
+        // SAFETY: the barrier in `wait`.
+        unsafe { self.fetch_from(n + 1, next) }
+        self.stage(n)
+    }
+
+    /// Waits for the pair that is in flight.
+    #[inline(always)]
+    fn wait() {
         copy::cp_async_wait::<0>();
         // This barrier closes two hazards: the other threads' parts of pair `n` have landed, and they no longer read
         // pair `n - 1`, whose stage pair `n + 1` will fill.
         sync::sync_threads();
-        // SAFETY: the barrier above.
-        unsafe { self.fetch(n + 1) }
-        self.stage(n)
     }
 
     /// Waits until no copy is in flight and every warp has finished: shared memory is then free for other uses.
@@ -187,10 +360,26 @@ impl<S: TileShape> PairRing<S> {
         drain();
     }
 
-    /// Starts to load pair `n` and commits its group. Past the end nothing is read, and the stage is filled with
+    /// [`fetch`](Self::fetch) from row `row` of the windows.
+    #[inline(always)]
+    unsafe fn fetch_from(&mut self, n: u32, row: u32) {
+        self.first.seek(row);
+        self.second.seek(row);
+        let lines = (self.statistics.as_ref()).map_or([0; 3], StreamedRows::renewed_lines);
+        // SAFETY: the caller's contract.
+        unsafe { self.fetch(n, row, lines) }
+    }
+
+    /// Returns the addresses of the statistics of row 0, if there are any.
+    #[inline(always)]
+    fn lines(&self) -> [u64; 3] {
+        self.statistics.map_or([0; 3], |statistics| statistics.lines)
+    }
+
+    /// Starts to load pair `n`, whose statistics start at row `first_row` of `lines`, and commits its group. Past the end nothing is read, and the stage is filled with
     /// zeros.
     #[inline(always)]
-    unsafe fn fetch(&mut self, n: u32) {
+    unsafe fn fetch(&mut self, n: u32, first_row: u32, lines: [u64; 3]) {
         let stage = self.stage(n);
         // SAFETY: the contracts of `start` and `acquire`; statistics are read only of rows that exist.
         unsafe {
@@ -199,12 +388,12 @@ impl<S: TileShape> PairRing<S> {
             if let Some(statistics) = self.statistics {
                 let thread = sreg::thread_idx_x();
                 if thread < S::COLUMNS {
-                    let row = n * S::COLUMNS + thread;
+                    let row = first_row + thread;
                     let bytes = if row < statistics.rows { 4 } else { 0 };
                     let OfColumns { lse_log2, delta, shift } = stage.queries;
                     let targets = [lse_log2, delta, shift];
                     for i in 0..3 {
-                        copy::cp_async_4(targets[i] + thread * 4, statistics.lines[i] + row as u64 * 4, bytes);
+                        copy::cp_async_4(targets[i] + thread * 4, lines[i] + row as u64 * 4, bytes);
                     }
                 }
             }

@@ -6,7 +6,7 @@
 //!
 //! | marker | where | operands |
 //! | --- | --- | --- |
-//! | `head` | once a head that a block works on | `HEAD BATCH` |
+//! | `head` | once a head that a block works on | `HEAD BATCH SEQLEN_Q SEQLEN_K` |
 //! | `start` | before the first scores of a head's rows | `ROW_MAX ROW_SUM`, which the program may change |
 //! | `tile` | once for the rows of a [layout](Layout) in a streamed tile, before its scores are there | `LAYOUT EDGE ROW COLUMN M` |
 //! | `score` | products of queries and keys, before the softmax | `LAYOUT EDGE S0 S1 … M N` |
@@ -86,8 +86,12 @@ pub enum Marker<'a> {
     Head {
         /// Query head.
         head: &'a str,
-        /// Batch entry.
+        /// Batch entry, or number of the sequence.
         batch: &'a str,
+        /// Length of the query sequence.
+        seqlen_q: &'a str,
+        /// Length of the key sequence.
+        seqlen_k: &'a str,
     },
     /// Start of each row's softmax.
     Start {
@@ -157,6 +161,8 @@ impl<'a> Marker<'a> {
             "head" => Self::Head {
                 head: words.next()?,
                 batch: words.next()?,
+                seqlen_q: words.next()?,
+                seqlen_k: words.next()?,
             },
             "start" => Self::Start {
                 row_max: words.next()?,
@@ -270,16 +276,19 @@ mod tests {
             }))
         );
         assert_eq!(
-            Marker::read("//@head %r1 %r2"),
+            Marker::read("//@head %r1 %r2 %r3 %r4"),
             Some(Ok(Marker::Head {
                 head: "%r1",
-                batch: "%r2"
+                batch: "%r2",
+                seqlen_q: "%r3",
+                seqlen_k: "%r4"
             }))
         );
         assert_eq!(Marker::read("// a remark"), None);
         for line in [
             "//@head %r1",
             "//@head %r1 %r2 %r3",
+            "//@head %r1 %r2 %r3 %r4 %r5",
             "//@score lanes edge %r1 0 16",
             "//@tile lanes left %r1 %r2 0",
             "//@x",

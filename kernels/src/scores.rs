@@ -4,7 +4,7 @@
 
 use crate::abi::Exponents;
 use crate::ptx::math::{ex2, fma, min_nan};
-use crate::ptx::{memory, sync};
+use crate::ptx::{memory, sreg, sync};
 use crate::softmax::FAR;
 use crate::tile::register::{Accumulator, RowValues};
 
@@ -92,6 +92,26 @@ pub struct OfColumns {
     pub delta: u32,
     /// Shared address of each column's shift.
     pub shift: u32,
+}
+
+impl OfColumns {
+    /// Returns true if any of the first `columns` queries is far. A query that sees nothing of a score program is not.
+    ///
+    /// # Safety
+    /// The statistics are initialised and readable. The whole warp calls this together.
+    #[inline(always)]
+    pub unsafe fn any_far(self, columns: u32) -> bool {
+        let mut is_far = false;
+        let mut column = sreg::lane_id();
+        while column < columns {
+            // SAFETY: the caller's contract.
+            let [lse_log2, shift] =
+                [self.lse_log2, self.shift].map(|line| unsafe { memory::ld_shared(line + column * 4) });
+            is_far |= shift != 0.0 || lse_log2.abs() > FAR && lse_log2 != f32::INFINITY;
+            column += 32;
+        }
+        sync::any(is_far)
+    }
 }
 
 impl<A: Accumulator> QueryValues<A> for OfColumns {

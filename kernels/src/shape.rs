@@ -27,6 +27,9 @@ const REGISTERS: u32 = 65536;
 /// Number of queries of a block of the delta kernel, with 8 threads each.
 pub const DELTA_ROWS: u32 = 16;
 
+/// Number of warps of a block of the kernel that combines partial results; they take the rows of a tile in turn.
+pub const COMBINE_WARPS: u32 = 4;
+
 /// A compiled tile shape.
 pub trait TileShape {
     /// Largest head_dim of the tile; the loader masks a narrower head.

@@ -87,11 +87,12 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         }
     }
 
-    /// Lets a score program start each row, which has seen nothing yet, with a sink.
+    /// Lets a score program start each row, which has seen nothing yet, with a sink. Of the splits of a row only the first has it.
     #[inline(always)]
-    pub fn start_program(&mut self) {
+    pub fn start_program(&mut self, is_first: bool) {
         let nothing = if self.is_exact { -f32::MAX } else { f32::NEG_INFINITY };
-        let (row_max, row_sum) = program::start(nothing, 0.0);
+        let started = program::start(nothing, 0.0);
+        let (row_max, row_sum) = if is_first { started } else { (nothing, 0.0) };
         (self.row_max, self.row_sum) = (A::Rows::splat(row_max), A::Rows::splat(row_sum));
     }
 
@@ -202,6 +203,12 @@ impl<A: Accumulator> OnlineSoftmax<A> {
                 })
             }),
         }
+    }
+
+    /// Returns the largest score of the keys so far, and the sum of weights relative to it.
+    #[inline(always)]
+    pub fn partial(&self) -> (A::Rows, A::Rows) {
+        (self.row_max, A::reduce_rows(self.row_sum, |a, b| a + b))
     }
 
     /// Returns the results of the rows. `sees_keys(row)` is true if a row may see a key.

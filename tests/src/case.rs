@@ -2,9 +2,8 @@
 
 use std::fmt::Debug;
 
-use flash_attention::device::DeviceKind;
 use flash_attention::reference::{self, Dims};
-use flash_attention::{Attention, Device, Dtype, Element, Error, Output, Tensor};
+use flash_attention::{Attention, Device, Dtype, Element};
 
 use crate::layout::{Input, Layout, Poisoned};
 use crate::{Allowances, compare, devices, files, largest_error};
@@ -165,42 +164,6 @@ impl Case {
         for_dtype!(self.dtype, T => self.check_as::<T>(devices.into_iter()));
     }
 
-    /// Returns true if a device serves the case. Portable kernels of GPUs refuse a v of another head_dim than q, and nothing else.
-    ///
-    /// # Panics
-    /// If the device refuses the case for another reason.
-    pub fn is_served<T: Element>(&self, device: &Device, backward: bool) -> bool {
-        if self.head_dim_v == self.kv[3] || device.kind() == DeviceKind::Cpu {
-            return true;
-        }
-        let inputs = self.inputs::<T>();
-        let place = |layout: Layout, shape: [usize; 4], elements: &[T]| {
-            layout.input(device, shape, elements).expect("it fits").tensor
-        };
-        let q = place(self.layouts[0], self.q, &inputs.q);
-        let k = place(self.layouts[1], self.kv, &inputs.k);
-        let v = place(self.layouts[2], self.v_shape(), &inputs.v);
-        let plan = if backward {
-            let dout = place(self.layouts[0], self.out_shape(), &self.dout::<T>());
-            let out = self.layouts[3]
-                .output(device, self.out_shape())
-                .expect("it fits")
-                .tensor;
-            let lse = Tensor::empty(device, &self.q[..3]).expect("it fits");
-            self.attention.plan_backward(&q, &k, &v, &Output::new(out, lse), &dout)
-        } else {
-            self.attention.plan(&q, &k, &v)
-        };
-        match plan {
-            Ok(_) => true,
-            Err(Error::Unsupported {
-                feature: "a v of another head_dim than q",
-                ..
-            }) => false,
-            Err(error) => panic!("{self:?} on {device}: {error}"),
-        }
-    }
-
     fn check_as<'a, T: Element>(&self, devices: impl Iterator<Item = &'a Device>) {
         self.check_of(&self.inputs::<T>(), devices);
     }
@@ -211,7 +174,7 @@ impl Case {
     /// If a device fails, or a result differs by more than the rule allows.
     pub fn check_of<'a, T: Element>(&self, inputs: &Inputs<T>, devices: impl IntoIterator<Item = &'a Device>) {
         let mut expected = None;
-        for device in devices.into_iter().filter(|device| self.is_served::<T>(device, false)) {
+        for device in devices {
             let (placed, outcome) = self.run(device, inputs);
             // Broadcasting repeats some of the drawn elements; it does so equally on all devices.
             let expected = expected.get_or_insert_with(|| Expected::of(self, &placed));

@@ -9,6 +9,7 @@
 //! Every test binary prints the devices that run and the reason for each that does not. No test is skipped silently.
 
 mod allowances;
+mod alone;
 mod case;
 mod compare;
 mod devices;
@@ -23,6 +24,7 @@ pub mod programs;
 pub mod refusals;
 
 pub use allowances::Allowances;
+pub use alone::{backward_alone, forward_alone};
 pub use case::{Case, Inputs, Outcome};
 pub use compare::{Mismatch, compare, largest_error};
 pub use devices::{CHOICE, Devices, devices, emulator};

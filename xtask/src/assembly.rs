@@ -5,10 +5,10 @@ use petgraph::graphmap::DiGraphMap;
 
 /// One function.
 pub struct Function<'a> {
-    /// Its path without the hash, `flash_attention::device::…`.
+    /// Path of the function without the hash, `flash_attention::device::…`.
     pub path: String,
     lines: Vec<Line<'a>>,
-    /// Whether a register holds the address of its frame besides the stack pointer.
+    /// True if a register other than the stack pointer holds the address of the frame.
     has_frame_pointer: bool,
 }
 
@@ -50,7 +50,7 @@ impl Loop<'_> {
     }
 }
 
-/// Whether an instruction multiplies vectors and adds, or multiplies tiles.
+/// Returns true if an instruction multiplies vectors and adds, or multiplies tiles.
 fn is_product(text: &str) -> bool {
     let name = text.split_whitespace().next().unwrap_or_default();
     let of_x86 = name.starts_with("vfmadd") && name.ends_with("ps") || name == "mulps" || name == "vdpbf16ps";
@@ -94,7 +94,7 @@ pub fn functions<'a>(assembly: &'a str, part: &str) -> Vec<Function<'a>> {
     functions
 }
 
-/// Whether an instruction makes a register the address of the frame.
+/// Returns true if an instruction makes a register the address of the frame.
 fn is_frame(text: &str) -> bool {
     let words: Vec<&str> = text.split([' ', '\t', ',']).filter(|word| !word.is_empty()).collect();
     matches!(words[..], ["movq", "%rsp", "%rbp"] | ["mov" | "add", "x29", "sp", ..])
@@ -106,7 +106,7 @@ fn demangled(symbol: &str) -> String {
 }
 
 impl<'a> Function<'a> {
-    /// Its innermost loops, in order.
+    /// Innermost loops of the function, in order.
     pub fn loops(&self) -> Vec<Loop<'a>> {
         let blocks = self.blocks();
         let mut graph = DiGraphMap::<usize, ()>::new();
@@ -168,7 +168,7 @@ impl<'a> Function<'a> {
 struct Branch<'a> {
     /// A label, where it is one.
     target: &'a str,
-    /// Whether the next instruction may follow.
+    /// True if the next instruction may follow.
     goes_on: bool,
 }
 

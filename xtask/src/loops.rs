@@ -9,7 +9,7 @@ use crate::{Outcome, read, workspace};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What is compiled, and the instruction sets that are found there, as modules below `device::cpu`.
+/// A target, and the instruction sets that are found in its library, as modules below `device::cpu`.
 const TARGETS: [(&str, &[&str]); 2] = [
     (
         "x86_64-unknown-linux-gnu",

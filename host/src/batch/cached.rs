@@ -1,13 +1,13 @@
 //! Calls over keys and values that are kept between calls: a [`KvCache`] says where those of each sequence lie.
 
-use super::{Call, Queries, check_rank, forward, plans, rows};
+use super::{Call, Queries, check_rank, forward, forward_placed, plan_placed, plans, rows};
 use crate::element::Element;
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::options::Attention;
 use crate::output::Output;
 use crate::plan::Plan;
-use crate::sequences::{KvCache, Pages};
+use crate::sequences::{KvCache, Pages, Placed};
 use crate::tensor::{Tensor, reserved};
 
 impl KvCache {
@@ -44,10 +44,12 @@ impl Attention {
     ///
     /// Masks, programs and causal alignment see each sequence by itself, as if its keys lay end to end: key 0 is its first key,
     /// wherever that is. `at.batch` is the number of the sequence, and dropout draws with a seed that is larger by it. Rows of q
-    /// that belong to no sequence have `out = 0` and `lse = -inf`.
+    /// that belong to no sequence have `out = 0` and `lse = -inf`, or the logit of their head's sink.
     ///
-    /// The CPU reads pages in place, all sequences in one pass. GPUs gather the keys of several pages through the host and launch a
-    /// kernel a sequence.
+    /// The CPU reads pages in place, all sequences in one pass. GPUs read them in place in one launch for all sequences, and a second
+    /// one where long sequences are split over their keys. Without a score program, heads that share keys read them once where
+    /// there are few queries. Only where kernels for Hopper are forced are the keys of several pages gathered through the host, for
+    /// a launch a sequence.
     ///
     /// ```
     /// use flash_attention::{Attention, Device, KvCache, Tensor};
@@ -73,10 +75,15 @@ impl Attention {
         v: &Tensor<T>,
         cache: &KvCache,
     ) -> Result<Output<T>, Error> {
+        if self.takes_placed(q) {
+            let placed = check_all(q, k, v, cache)?;
+            return forward_placed(self, q, [k.transpose(1, 2)?, v.transpose(1, 2)?], placed);
+        }
         forward(q, v.shape().last().copied().unwrap_or(0), &self.cached(q, k, v, cache)?)
     }
 
-    /// Plans of [`forward_cached`](Self::forward_cached), one a sequence, in the order in which they run. Reads no keys.
+    /// Plans of [`forward_cached`](Self::forward_cached), one a sequence, in the order in which they run; on a GPU one for all. Reads no
+    /// keys.
     ///
     /// # Errors
     /// The errors of [`forward_cached`](Self::forward_cached).
@@ -87,6 +94,10 @@ impl Attention {
         v: &Tensor<T>,
         cache: &KvCache,
     ) -> Result<Vec<Plan>, Error> {
+        if self.takes_placed(q) {
+            let placed = check_all(q, k, v, cache)?;
+            return plan_placed(self, q, [k.transpose(1, 2)?, v.transpose(1, 2)?], placed);
+        }
         plans(&self.cached(q, k, v, cache)?)
     }
 
@@ -109,7 +120,7 @@ impl Attention {
         let work = |(sequence, queries): &(Option<usize>, Queries)| {
             let rows = match queries {
                 Queries::Packed(range) => range.len(),
-                Queries::Entry(_) => 1,
+                Queries::Entry(_) | Queries::Entries => 1,
             };
             std::cmp::Reverse(rows * sequence.map_or(0, |sequence| cache.keys(sequence)))
         };
@@ -135,7 +146,19 @@ impl Attention {
     }
 }
 
-/// The queries of each sequence and, of packed ones, those of none.
+/// Refuses tensors that a cache does not fit, and returns the places of its sequences in them.
+fn check_all<T: Element>(q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>, cache: &KvCache) -> Result<Placed, Error> {
+    check_pages("k", k, cache)?;
+    check_pages("v", v, cache)?;
+    queries_of(q, cache)?;
+    Ok(match *q.shape() {
+        [total_q, _, _] => cache.placed(total_q, 0),
+        [_, _, seqlen_q, _] => cache.placed(0, seqlen_q),
+        _ => unreachable!("q has three or four axes"),
+    })
+}
+
+/// The queries of each sequence; of packed ones those that are not empty, at least one, and those of no sequence.
 fn queries_of<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<Vec<(Option<usize>, Queries)>, Error> {
     let batch = cache.batch();
     let Some(used) = cache.total_q() else {
@@ -163,9 +186,14 @@ fn queries_of<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<Vec<(Option<
             expected: format!("at most {total_q}, the rows of q"),
         });
     }
-    let sequences = (0..batch).map(|sequence| (Some(sequence), Queries::Packed(of(sequence))));
-    let rest = (None, Queries::Packed(used..total_q));
-    Ok(sequences.chain([rest]).collect())
+    let sequences = (0..batch).map(|sequence| (Some(sequence), of(sequence)));
+    let mut ranges: Vec<_> = sequences.chain([(None, used..total_q)]).collect();
+    ranges.retain(|(_, range)| !range.is_empty());
+    if ranges.is_empty() {
+        ranges.push((None, 0..0));
+    }
+    let queries = |(sequence, range)| (sequence, Queries::Packed(range));
+    Ok(ranges.into_iter().map(queries).collect())
 }
 
 /// Refuses keys or values without the pages of a cache.

@@ -1,9 +1,10 @@
-//! Calls over batches that are no rectangle. Each sequence is a problem of its own over views of the tensors that hold all of
-//! them, so nothing is padded, and a sequence's results are the same bits whatever else is in the batch.
+//! Calls over batches that are no rectangle. Nothing is padded.
 //!
 //! The CPU runs the problems of a batch in one pass over their tasks, longest first. It reads pages, and reads and writes lse,
-//! row_max and row_sum, in place. GPUs launch kernels a sequence. They take keys and numbers of queries contiguous a sequence: the
-//! keys of several pages, and lse, row_max and row_sum of packed queries, pass through the host there, once a call.
+//! row_max and row_sum, in place. A forward pass on a GPU is one launch over the tiles of all sequences, and a second one if there are
+//! splits; a backward pass is one launch for delta, one for dQ and one for dK and dV. Only where kernels for Hopper are forced do GPUs
+//! launch kernels a sequence. These take keys and numbers of queries contiguous a sequence: the keys of several pages, and lse, row_max
+//! and row_sum of packed queries, pass through the host there, once a call.
 
 mod append;
 mod cached;
@@ -23,7 +24,7 @@ use crate::options::Attention;
 use crate::output::{Output, Statistics};
 use crate::plan::Plan;
 use crate::problem::{Outputs, Problem};
-use crate::sequences::Pages;
+use crate::sequences::{Pages, Placed};
 use crate::tensor::Tensor;
 use flash_attention_kernels::entries::Dtype;
 
@@ -93,6 +94,8 @@ enum Queries {
     Packed(Range<usize>),
     /// Entry of `[batch, heads, seqlen_q, head_dim]` and `[batch, heads, seqlen_q]`.
     Entry(usize),
+    /// All entries of these.
+    Entries,
 }
 
 impl Queries {
@@ -101,6 +104,7 @@ impl Queries {
         match self {
             Self::Packed(range) => rows(tensor, range),
             Self::Entry(index) => tensor.narrow(0, *index, 1),
+            Self::Entries => Ok(tensor.clone()),
         }
     }
 
@@ -115,6 +119,15 @@ impl Queries {
                 Ok(Tensor::seen_through(info, tensor.owner()))
             }
             (Self::Entry(index), _) => tensor.narrow(0, *index, 1),
+            (Self::Entries, _) => Ok(tensor.clone()),
+        }
+    }
+
+    /// The queries of all sequences in q, packed or as a batch.
+    fn all<T: Element>(q: &Tensor<T>) -> Self {
+        match *q.shape() {
+            [total_q, _, _] => Self::Packed(0..total_q),
+            _ => Self::Entries,
         }
     }
 }
@@ -128,23 +141,54 @@ enum Order {
     BySequence,
 }
 
-/// Runs the forward pass of each call. q holds the queries of all of them, packed or as a batch; the results have its layout, and
-/// `head_dim` elements in a row of out.
-fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Result<Output<T>, Error> {
+/// New results of the queries in q, packed or as a batch, with `head_dim` elements in a row of out.
+fn empty_output<T: Element>(q: &Tensor<T>, head_dim: usize) -> Result<Output<T>, Error> {
     let (out_shape, rows_shape) = match *q.shape() {
         [total_q, heads, _] => (vec![total_q, heads, head_dim], vec![heads, total_q]),
         [batch, heads, seqlen_q, _] => (vec![batch, heads, seqlen_q, head_dim], vec![batch, heads, seqlen_q]),
-        _ => unreachable!("calls are made of q with three or four axes"),
+        _ => unreachable!("q has three or four axes"),
     };
     let of_rows = || Tensor::empty(q.device(), &rows_shape);
-    let output = Output {
+    Ok(Output {
         out: Tensor::empty(q.device(), out_shape)?,
         lse: of_rows()?,
         statistics: Some(Statistics {
             row_max: of_rows()?,
             row_sum: of_rows()?,
         }),
-    };
+    })
+}
+
+/// Runs the forward pass of all sequences at once, on a GPU. q is packed or a batch, and the results have its layout; k and v are
+/// `[entries, heads_kv, rows, head_dim]` or `[pages, heads_kv, page_size, head_dim]`.
+fn forward_placed<T: Element>(
+    attention: &Attention,
+    q: &Tensor<T>,
+    [k, v]: [Tensor<T>; 2],
+    placed: Placed,
+) -> Result<Output<T>, Error> {
+    let output = empty_output(q, v.shape()[3])?;
+    let all = Queries::all(q);
+    let mut views = part(&output, &all, Order::ByHead)?;
+    attention.forward_placed([&all.vectors(q)?, &k, &v], &mut views, placed)?;
+    Ok(output)
+}
+
+/// Plans what [`forward_placed`] runs.
+fn plan_placed<T: Element>(
+    attention: &Attention,
+    q: &Tensor<T>,
+    [k, v]: [Tensor<T>; 2],
+    placed: Placed,
+) -> Result<Vec<Plan>, Error> {
+    let q = Queries::all(q).vectors(q)?;
+    Ok(vec![attention.plan_placed([&q, &k, &v], None, placed)?])
+}
+
+/// Runs the forward pass of each call. q holds the queries of all of them, packed or as a batch; the results have its layout, and
+/// `head_dim` elements in a row of out.
+fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Result<Output<T>, Error> {
+    let output = empty_output(q, head_dim)?;
     if is_cpu(q) {
         let parts: Vec<_> = calls
             .iter()

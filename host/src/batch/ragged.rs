@@ -1,7 +1,8 @@
 //! Calls over ragged batches: a [`Sequences`] says where each sequence lies in packed tensors.
 
 use super::{
-    Call, Order, PACKED, Queries, check_rank, check_shape, forward, is_cpu, packed, part, plans, reordered, rows,
+    Call, Order, PACKED, Queries, check_rank, check_shape, forward, forward_placed, is_cpu, packed, part, plan_placed,
+    plans, reordered, rows,
 };
 use crate::call::{Backward, backward_batch, check_lse, plan_backward};
 use crate::element::Element;
@@ -28,7 +29,8 @@ impl Attention {
     ///
     /// q is `[total_q, heads_q, head_dim]`, k is `[total_k, heads_kv, head_dim]`, v is `[total_k, heads_kv, head_dim_v]`.
     /// Masks, programs and causal alignment see each sequence by itself; `at.batch` is its number, and dropout draws with a seed
-    /// that is larger by it. Rows of q that belong to no sequence have `out = 0` and `lse = -inf`.
+    /// that is larger by it. Rows of q that belong to no sequence have `out = 0` and `lse = -inf`,
+    /// or the logit of their head's sink.
     ///
     /// ```
     /// use flash_attention::{Attention, Device, Sequences, Tensor};
@@ -52,12 +54,17 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Output<T>, Error> {
+        if self.takes_placed(q) {
+            check_ranks(q, k, v)?;
+            let placed = sequences.placed(q.shape()[0], k.shape()[0])?;
+            return forward_placed(self, q, [whole(k)?, whole(v)?], placed);
+        }
         let (_, calls) = self.pieces(q, k, v, sequences)?;
         forward(q, v.shape()[2], &calls)
     }
 
     /// The backward pass over a ragged batch, from what [`forward_ragged`](Self::forward_ragged) gave and the gradient of its
-    /// output, `[total_q, heads_q, head_dim_v]`. Gradients of tables are sums over the sequences, made on the host. Rows that
+    /// output, `[total_q, heads_q, head_dim_v]`. Gradients of tables are sums over the sequences. Rows that
     /// belong to no sequence, and keys that do not count, have zeros.
     ///
     /// # Errors
@@ -73,6 +80,9 @@ impl Attention {
         dout: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Gradients<T>, Error> {
+        if self.takes_placed(q) {
+            return self.backward_in_one(q, [k, v], output, dout, sequences);
+        }
         let (pieces, calls) = self.pieces(q, k, v, sequences)?;
         check_output(output, dout, [q, v])?;
         let by_sequence;
@@ -118,7 +128,40 @@ impl Attention {
         Ok(gradients)
     }
 
-    /// Plans of [`forward_ragged`](Self::forward_ragged), one a sequence, in the order in which they run. Allocates nothing.
+    /// The backward pass over all sequences at once, on a GPU.
+    fn backward_in_one<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        [k, v]: [&Tensor<T>; 2],
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        sequences: &Sequences,
+    ) -> Result<Gradients<T>, Error> {
+        check_ranks(q, k, v)?;
+        check_output(output, dout, [q, v])?;
+        let placed = sequences.placed(q.shape()[0], k.shape()[0])?;
+        let empty = |like: &Tensor<T>| Tensor::empty(like.device(), like.shape());
+        let mut gradients = Gradients::new(empty(q)?, empty(k)?, empty(v)?);
+        let mut views = Gradients::new(whole(&gradients.dq)?, whole(&gradients.dk)?, whole(&gradients.dv)?);
+        let all = Queries::all(q);
+        let inputs = [&whole(q)?, &whole(k)?, &whole(v)?];
+        check_lse(&output.lse)?;
+        self.backward_placed(
+            inputs,
+            &part(output, &all, Order::ByHead)?,
+            &whole(dout)?,
+            &mut views,
+            placed,
+        )?;
+        gradients.tables = views.tables;
+        if let Some(program) = self.program()? {
+            gradients.name_tables(program);
+        }
+        Ok(gradients)
+    }
+
+    /// Plans of [`forward_ragged`](Self::forward_ragged), one a sequence, in the order in which they run; on a GPU one for all.
+    /// Allocates nothing.
     ///
     /// # Errors
     /// The errors of [`forward_ragged`](Self::forward_ragged).
@@ -129,6 +172,11 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Vec<Plan>, Error> {
+        if self.takes_placed(q) {
+            check_ranks(q, k, v)?;
+            let placed = sequences.placed(q.shape()[0], k.shape()[0])?;
+            return plan_placed(self, q, [whole(k)?, whole(v)?], placed);
+        }
         let (_, calls) = self.pieces(q, k, v, sequences)?;
         plans(&calls)
     }
@@ -141,10 +189,7 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<(Vec<Piece>, Vec<Call<T>>), Error> {
-        check_rank("q", q, PACKED.len())?;
-        check_rank("k", k, PACKED.len())?;
-        check_rank("v", v, PACKED.len())?;
-        check_shape("v", v, &packed(("k", k), v))?;
+        check_ranks(q, k, v)?;
         let call = |piece: &Piece| {
             Ok(Call {
                 attention: self.of_sequence(piece.sequence),
@@ -184,6 +229,19 @@ fn backward_one_by_one<T: Element>(
             Ok((table, gradient))
         })
         .collect()
+}
+
+/// Refuses q, k and v that are no packed tensors.
+fn check_ranks<T: Element>(q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<(), Error> {
+    check_rank("q", q, PACKED.len())?;
+    check_rank("k", k, PACKED.len())?;
+    check_rank("v", v, PACKED.len())?;
+    check_shape("v", v, &packed(("k", k), v))
+}
+
+/// All rows of a packed `[total, heads, head_dim]` tensor as `[1, heads, total, head_dim]`.
+fn whole<T: Element>(packed: &Tensor<T>) -> Result<Tensor<T>, Error> {
+    rows(packed, &(0..packed.shape()[0]))
 }
 
 /// Adds the gradients of tables that one sequence gave to the sums.

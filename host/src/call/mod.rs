@@ -1,5 +1,6 @@
 //! Calls of [`Attention`] and of [`Reporting`], which make plans and run them.
 
+mod placed;
 mod reporting;
 mod run;
 
@@ -222,14 +223,18 @@ pub(crate) fn plan_backward<T: Element>(
     dout: &Tensor<T>,
     gradients: Option<&Gradients<T>>,
 ) -> Result<Plan, Error> {
-    let above = BackwardInputs {
+    let outputs = gradients.map(|Gradients { dq, dk, dv, .. }| GradientOutputs::new(dq.info(), dk.info(), dv.info()));
+    let [q, k, v] = inputs.map(Tensor::info);
+    let problem = BackwardProblem::new(attention, q, k, v, above(output, dout), outputs)?;
+    Plan::backward(&problem, &inputs[0].device().info())
+}
+
+/// Collects out, lse, statistics and dout for validation.
+fn above<'a, T: Element>(output: &'a Output<T>, dout: &'a Tensor<T>) -> BackwardInputs<'a> {
+    BackwardInputs {
         out: output.out.info(),
         lse: output.lse.info(),
         statistics: output.statistics.as_ref().map(Statistics::infos),
         dout: dout.info(),
-    };
-    let outputs = gradients.map(|Gradients { dq, dk, dv, .. }| GradientOutputs::new(dq.info(), dk.info(), dv.info()));
-    let [q, k, v] = inputs.map(Tensor::info);
-    let problem = BackwardProblem::new(attention, q, k, v, above, outputs)?;
-    Plan::backward(&problem, &inputs[0].device().info())
+    }
 }

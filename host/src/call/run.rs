@@ -71,12 +71,16 @@ pub(super) fn forward<T: Element>(
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let _span = trace::enter(plan, inputs[0].device());
+    let words = plan.workspace_bytes() / size_of::<f32>() as u64;
+    let workspace = Tensor::<f32>::empty(inputs[0].device(), [words as usize])?;
     let mut memory = Memory::default();
-    let results = memory.of_forward(plan, inputs, out, lse, statistics.as_deref());
+    memory.written.push(workspace.storage());
+    let results = memory.of_forward(plan, inputs, (out, lse, statistics.as_deref()), workspace.address());
     let guards = memory.lock();
     // SAFETY: the plan's problem was proven from the descriptions of the inputs, and of the outputs or, for new
     // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
-    // device, the outputs overlap nothing, and the guards keep out other threads.
+    // device, the outputs overlap nothing, and the guards keep out other threads. The workspace is freed when the call
+    // returns, and a device frees memory only after the work launched before has finished.
     let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
@@ -89,7 +93,10 @@ pub(crate) type Forward<'a, T> = (Plan, [&'a Tensor<T>; 3], &'a Output<T>);
 pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>]) -> Result<(), Error> {
     let (mut memory, mut runs) = (Memory::default(), Vec::new());
     for (plan, inputs, Output { out, lse, statistics }) in calls {
-        runs.push((plan, memory.of_forward(plan, *inputs, out, lse, statistics.as_ref())));
+        runs.push((
+            plan,
+            memory.of_forward(plan, *inputs, (out, lse, statistics.as_ref()), 0),
+        ));
     }
     let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
     let guards = memory.lock();
@@ -178,14 +185,13 @@ struct Memory<'a> {
 }
 
 impl<'a> Memory<'a> {
-    /// Adds the memory of a forward pass, and returns the addresses of its results.
+    /// Adds the memory of a forward pass but for its workspace, and returns the addresses of its results.
     fn of_forward<T: Element>(
         &mut self,
         plan: &'a Plan,
         inputs: [&'a Tensor<T>; 3],
-        out: &'a Tensor<T>,
-        lse: &'a Tensor<f32>,
-        statistics: Option<&'a Statistics>,
+        (out, lse, statistics): (&'a Tensor<T>, &'a Tensor<f32>, Option<&'a Statistics>),
+        workspace: u64,
     ) -> Results {
         let statistics = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
         self.read.extend(inputs.map(Tensor::storage));
@@ -197,6 +203,7 @@ impl<'a> Memory<'a> {
             out: out.address(),
             lse: lse.address(),
             statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
+            workspace,
         }
     }
 

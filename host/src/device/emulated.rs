@@ -11,6 +11,7 @@ use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{self, ElementType, Fill, Interleave, L2Promotion, TensorMapError, Tiled};
 use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
 
+use super::lists::Lists;
 use super::modules::{Loaded, Modules};
 use super::{Backend, Device, DeviceKind};
 use crate::error::Error;
@@ -47,6 +48,7 @@ pub(super) struct Emulated {
     memory: DeviceMemory,
     /// Modules, parsed once.
     modules: Modules<Arc<Module>>,
+    lists: Lists,
     counters: Mutex<Counters>,
 }
 
@@ -65,6 +67,7 @@ impl Device {
         let emulated = Emulated {
             memory: DeviceMemory::with_capacity(options.memory_bytes),
             modules: Modules::new(),
+            lists: Lists::default(),
             counters: Mutex::new(Counters::default()),
             options,
         };
@@ -79,6 +82,11 @@ impl Emulated {
             .params(results, encode)
             .map_err(|error| launch.error(self.spec(), error))?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
+        let lists = launch.lists().map(|lists| self.lists.get(self, lists)).transpose()?;
+        let params = match &lists {
+            Some(lists) => params.with_lists(lists.address),
+            None => params,
+        };
         let parse = |ptx: &str| Module::parse(ptx, &format!("{kernel}.ptx")).map(Arc::new);
         let Loaded { module, slots } = self.modules.get(launch, || self.spec(), parse)?;
         let params = [params.as_bytes(), &launch.numbers(&slots, &results)].concat();
@@ -153,7 +161,12 @@ fn results_of(plan: &Plan, results: Results) -> Vec<Written> {
     };
     let (head_dim, head_dim_v) = (problem.head_dim(), problem.head_dim_v());
     match (results, plan.backward_tensors()) {
-        (Results::Forward { out, lse, statistics }, _) => {
+        (
+            Results::Forward {
+                out, lse, statistics, ..
+            },
+            _,
+        ) => {
             let kept = problem.statistics().zip(statistics);
             let kept = kept
                 .into_iter()
@@ -318,6 +331,7 @@ mod tests {
         let emulated = Emulated {
             memory: DeviceMemory::with_capacity(1 << 30),
             modules: Modules::new(),
+            lists: Lists::default(),
             counters: Mutex::new(Counters::default()),
             options: EmulatorOptions::new(Arch::Sm80),
         };
@@ -335,6 +349,7 @@ mod tests {
             out,
             lse,
             statistics: None,
+            workspace: 0,
         };
         let [of_out, of_lse] = &results_of(&plan, results)[..] else {
             panic!("out and lse")

@@ -9,6 +9,8 @@ mod cuda;
 #[cfg(feature = "emulator")]
 mod emulated;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
+mod lists;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 mod modules;
 
 use std::ffi::c_void;
@@ -254,9 +256,9 @@ impl Device {
         self.0.backend.synchronize()
     }
 
-    /// Loads the kernels of a plan before their first use. On a GPU the driver compiles each kernel once a context,
-    /// which takes milliseconds and cannot be done while a stream is captured in a CUDA graph. On other devices it
-    /// does nothing.
+    /// Loads the kernels of a plan before their first use, and the lists of tiles that the mask of a score program leaves. On a GPU
+    /// the driver compiles each kernel once a context, which takes milliseconds and cannot be done while a stream is captured in a CUDA
+    /// graph. Lists that were loaded here stay in the device's memory as long as the device. On other devices it does nothing.
     ///
     /// # Errors
     /// [`Error::Launch`] if the driver cannot load a kernel.

@@ -75,7 +75,7 @@ pub enum Error {
     SequenceCount {
         /// The list.
         argument: &'static str,
-        /// Its length.
+        /// Length of the argument.
         len: usize,
         /// The length it must have.
         expected: usize,

@@ -4,14 +4,15 @@ use flash_attention_kernels::entries::{Arch, Pass};
 use flash_attention_kernels::mask::{Blocks, Mask};
 use flash_attention_kernels::shape::DELTA_ROWS;
 
+use super::launch::OfSequences;
 use super::{Launch, Tiles};
 use crate::problem::Problem;
 
 /// Cost of a plan. The counts are exact, except for reads of semaphores by blocks that wait for their turn, which
 /// depend on timing and are not counted.
 ///
-/// A score program is left out: plans are made without reading tables, so pairs and tiles that only its mask hides count as
-/// visible, and neither its operations nor its reads of tables count.
+/// Of a score program, tiles that a GPU's plan leaves out of its lists of tiles move no bytes. All else of it is left out: pairs that
+/// only its mask hides count as visible, and neither its operations nor its reads of tables and of the lists count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward reads Q once, and K and V once for every query tile that
@@ -35,7 +36,7 @@ const EXPONENT: u128 = 3 * STATISTIC;
 
 impl Cost {
     /// Counts a forward pass that writes `statistics` f32 per query.
-    pub(super) fn forward(problem: &Problem, tiles: Tiles, statistics: u32) -> Self {
+    pub(super) fn forward(problem: &Problem, tiles: Tiles, launches: &[Launch], statistics: u32) -> Self {
         if !problem.has_queries() {
             return Self::NOTHING;
         }
@@ -45,11 +46,30 @@ impl Cost {
         let seqlen_q = u128::from(problem.seqlen_q());
         let [row, row_v] = row_bytes(problem);
         let [head_dim, head_dim_v] = head_dims(problem);
-        let keys = packs * (walked.keys)(problem, tiles);
+        let listed = launches.first().and_then(Launch::streamed_rows);
+        let keys = listed.unwrap_or_else(|| packs * (walked.keys)(problem, tiles));
         Self {
             bytes_read: heads * seqlen_q * row + keys * (row + row_v),
             bytes_written: heads * seqlen_q * (row_v + u128::from(statistics) * STATISTIC),
             flops: 2 * heads * walked.visible_pairs * (head_dim + head_dim_v),
+        }
+    }
+
+    /// Counts a forward pass over sequences that writes `statistics` f32 per query.
+    pub(super) fn of_sequences(problem: &Problem, sequences: &OfSequences, statistics: u32) -> Self {
+        if !problem.has_queries() {
+            return Self::NOTHING;
+        }
+        let heads = problem.batch() as u128 * problem.heads_q() as u128;
+        let seqlen_q = u128::from(problem.seqlen_q());
+        let [row, row_v] = row_bytes(problem);
+        let [head_dim, head_dim_v] = head_dims(problem);
+        let keys = sequences.launches.first().and_then(Launch::streamed_rows).unwrap_or(0);
+        let partial = u128::from(sequences.partial_bytes);
+        Self {
+            bytes_read: heads * seqlen_q * row + keys * (row + row_v) + partial,
+            bytes_written: heads * seqlen_q * (row_v + u128::from(statistics) * STATISTIC) + partial,
+            flops: 2 * problem.heads_q() as u128 * sequences.pairs * (head_dim + head_dim_v),
         }
     }
 
@@ -97,7 +117,8 @@ impl Cost {
     pub(super) fn backward(problem: &Problem, launches: &[Launch], statistics: u32) -> Self {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
-        let flops = heads * walked.visible_pairs * backward_flops(problem);
+        let pairs = problem.placed().map(|placed| placed.pairs(problem.causal()));
+        let flops = heads * pairs.unwrap_or(walked.visible_pairs) * backward_flops(problem);
         let zero = Self { flops, ..Self::NOTHING };
         launches.iter().fold(zero, |total, launch| {
             let (read, written) = backward_bytes(problem, &walked, launch, statistics.into());
@@ -142,9 +163,15 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistic
             heads_q * (seqlen_q * EXPONENT + seqlen_q.div_ceil(DELTA_ROWS.into()) * STATISTIC),
         ),
         Pass::BackwardQueries => {
-            let keys = (walked.keys)(problem, Tiles::of(entry));
-            let read = heads_q * (seqlen_q * (pair + EXPONENT) + keys * pair);
+            let keys = || heads_q * (walked.keys)(problem, Tiles::of(entry));
+            let read = heads_q * seqlen_q * (pair + EXPONENT) + launch.streamed_rows().unwrap_or_else(keys) * pair;
             (read, heads_q * seqlen_q * row)
+        }
+        // Kernels for score programs read no flags.
+        Pass::BackwardKeys if entry.program => {
+            let walks = if entry.two_walks { 2 } else { 1 };
+            let rows = launch.streamed_rows().unwrap_or_else(|| heads_q * queries());
+            (keys + walks * rows * (pair + EXPONENT), keys)
         }
         Pass::BackwardKeys if entry.arch == Arch::Sm80 => {
             let walks = if entry.two_walks { 2 } else { 1 };
@@ -157,7 +184,7 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistic
             (keys + walks * streamed(whole, whole), keys + heads_q * whole * dq_row)
         }
         Pass::BackwardFinish => (heads_q * padded_q * dq_row, heads_q * seqlen_q * row),
-        Pass::Forward => (0, 0),
+        Pass::Forward | Pass::Combine => (0, 0),
     }
 }
 

@@ -2,25 +2,31 @@
 
 mod backward;
 mod forward;
+mod lists;
 mod program;
+mod sequences;
 mod workspace;
 
 use std::num::NonZeroU32;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use std::sync::Arc;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, Layout, Params, QuerySums,
-    QuerySumsParams, StridedTensor, TensorMap, WorkList,
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, Layout, ListedBackwardParams,
+    ListedForwardParams, Params, QuerySums, QuerySumsParams, StridedTensor, TensorMap, WorkList,
 };
 use flash_attention_kernels::entries::Entry;
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) use program::{ModuleKey, ModuleText};
+pub(super) use sequences::OfSequences;
 pub(super) use workspace::{exponents, portable_exponents, query_sums};
 
 use super::MAX_BLOCKS;
 use super::tile_map::TileMap;
 use crate::error::Error;
 use crate::program::MAX_TABLES;
+use lists::Listed;
 use program::ScoreProgram;
 use workspace::{exponents_at, placed};
 
@@ -43,6 +49,8 @@ pub struct Launch {
         expect(dead_code, reason = "no device loads it")
     )]
     program: Option<ScoreProgram>,
+    /// The work of the blocks, where it is no grid.
+    listed: Option<Listed>,
 }
 
 /// Parameters of a kernel, by the struct that it takes.
@@ -51,8 +59,12 @@ pub struct Launch {
 pub enum Parameters {
     /// Parameters of the portable forward kernel.
     Forward(ForwardParams),
+    /// Parameters of the portable forward kernel for score programs and listed work, and of the one that combines splits.
+    Listed(ListedForwardParams),
     /// Parameters of a portable backward kernel.
     Backward(BackwardParams),
+    /// Parameters of a portable backward kernel for score programs and listed work.
+    ListedBackward(ListedBackwardParams),
     /// Parameters of Hopper's forward kernel, with the descriptions of its tensor maps in their order.
     HopperForward(HopperForwardParams, [TileMap; 4]),
     /// Parameters of Hopper's backward kernels, with the descriptions of their tensor maps in their order.
@@ -66,11 +78,29 @@ impl Parameters {
     pub fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Forward(params) => params.as_bytes(),
+            Self::Listed(params) => params.as_bytes(),
             Self::Backward(params) => params.as_bytes(),
+            Self::ListedBackward(params) => params.as_bytes(),
             Self::HopperForward(params, _) => params.as_bytes(),
             Self::HopperBackward(params, _) => params.as_bytes(),
             Self::QuerySums(params) => params.as_bytes(),
         }
+    }
+
+    /// Returns the parameters with the launch's [lists](Launch::lists) at this address; those of a kernel without lists are the same.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub(crate) fn with_lists(mut self, address: u64) -> Self {
+        match &mut self {
+            Self::Listed(params) => {
+                params.work = lists::placed(params.work, address);
+                if params.pages.entries > 0 {
+                    params.pages.table += address;
+                }
+            }
+            Self::ListedBackward(params) => params.work = lists::placed(params.work, address),
+            _ => {}
+        }
+        self
     }
 }
 
@@ -85,6 +115,8 @@ pub enum Results {
         lse: u64,
         /// Addresses of row_max and row_sum, if they are wanted.
         statistics: Option<[u64; 2]>,
+        /// Address of the workspace, [`Plan::workspace_bytes`](super::Plan::workspace_bytes) large.
+        workspace: u64,
     },
     /// Results of a backward pass.
     Backward {
@@ -120,6 +152,7 @@ impl Launch {
             shared_bytes: entry.shared_bytes,
             params,
             program: None,
+            listed: None,
         }
     }
 
@@ -127,6 +160,7 @@ impl Launch {
     pub(super) fn packed_heads(&self) -> u32 {
         match &self.params {
             Parameters::HopperForward(params, _) => 1 << params.packed_log2,
+            Parameters::Listed(params) => params.packed.value,
             _ => 1,
         }
     }
@@ -154,12 +188,38 @@ impl Launch {
         let aligned = |tensors: &[StridedTensor]| tensors.iter().all(|tensor| is_aligned(tensor, bytes)).into();
         let mut params = self.params;
         match (&mut params, results) {
-            (Parameters::Forward(p), Results::Forward { out, lse, statistics }) => {
+            (
+                Parameters::Forward(p),
+                Results::Forward {
+                    out, lse, statistics, ..
+                },
+            ) => {
                 (p.out.address, p.lse) = (out, lse);
                 [p.row_max, p.row_sum] = statistics.unwrap_or_default();
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out]);
             }
-            (Parameters::HopperForward(p, [q, k, v, o]), Results::Forward { out, lse, statistics }) => {
+            (
+                Parameters::Listed(listed),
+                Results::Forward {
+                    out,
+                    lse,
+                    statistics,
+                    workspace,
+                },
+            ) => {
+                listed.partial = workspace;
+                let p = &mut listed.forward;
+                (p.out.address, p.lse) = (out, lse);
+                [p.row_max, p.row_sum] = statistics.unwrap_or_default();
+                p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out]);
+                listed.values.aligned = p.layout.aligned;
+            }
+            (
+                Parameters::HopperForward(p, [q, k, v, o]),
+                Results::Forward {
+                    out, lse, statistics, ..
+                },
+            ) => {
                 o.address = out;
                 [p.q, p.k, p.v, p.out] = encode_all(&[*q, *k, *v, *o], encode)?;
                 p.lse = lse;
@@ -182,7 +242,7 @@ impl Launch {
                 p.layout.aligned = aligned(&[p.out, p.dout, p.dq]);
             }
             (
-                Parameters::Backward(p),
+                Parameters::Backward(p) | Parameters::ListedBackward(ListedBackwardParams { backward: p, .. }),
                 Results::Backward {
                     dq, dk, dv, workspace, ..
                 },
@@ -190,10 +250,25 @@ impl Launch {
                 (p.dq.address, p.dk.address, p.dv.address) = (dq, dk, dv);
                 p.exponents = exponents_at(p.exponents, workspace);
                 p.layout.aligned = aligned(&[p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv]);
+                if let Parameters::ListedBackward(listed) = &mut params {
+                    listed.values.aligned = listed.backward.layout.aligned;
+                }
             }
             _ => return Ok(None),
         }
         Ok(Some(params))
+    }
+
+    /// Returns the lists of work that the kernel reads, for [`Parameters::with_lists`]; `None` if its blocks find their work by their
+    /// place in the grid.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub(crate) fn lists(&self) -> Option<&Arc<[u8]>> {
+        self.listed.as_ref().map(|listed| &listed.content)
+    }
+
+    /// Returns the number of rows that blocks stream, once for each head that streams them, of a launch with lists.
+    pub(super) fn streamed_rows(&self) -> Option<u128> {
+        self.listed.as_ref().map(|listed| listed.streamed_rows)
     }
 
     /// The error of a launch that a device refused or could not finish.

@@ -1,10 +1,11 @@
-//! How a problem is solved on a device: which kernel, what tiles, how many blocks, and what that costs.
+//! [`Plan`]: the kernel, the tiles, the number of blocks and the cost of a problem on a device.
 //!
 //! A plan is a pure function of a [`Problem`] and a [`DeviceInfo`]: it can be made, printed and tested where there is
 //! no such device. Nothing else chooses anything.
 
 mod cost;
 mod launch;
+mod lists;
 mod tile_map;
 
 use std::fmt;
@@ -14,6 +15,7 @@ pub use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::entries::{self, Arch, Pass};
 
 pub use cost::Cost;
+use launch::OfSequences;
 pub use launch::{Launch, Parameters, Results, TableGradients};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) use launch::{ModuleKey, ModuleText};
@@ -22,6 +24,7 @@ pub use tile_map::TileMap;
 use crate::error::Error;
 use crate::problem::{BackwardProblem, BackwardTensors, Problem};
 use crate::program::Derivative;
+use crate::sequences::Placed;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
 /// Largest number of blocks of one launch along x.
@@ -65,15 +68,26 @@ impl Plan {
             DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
+                if let Some(placed) = problem.placed() {
+                    return Self::of_sequences(problem, placed, device, multiprocessors);
+                }
                 // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
                 let hopper = problem.has_pairs()
                     && (problem.softmax_scale() > 0.0 || problem.program().is_some())
                     && tile_map::fit(problem, &[problem.q(), problem.out()], &[problem.k(), problem.v()]);
-                let entry = choose(problem, Pass::Forward, device, hopper)?;
-                let launches = match entry.arch {
+                let mut entry = choose(problem, Pass::Forward, device, hopper)?;
+                let sparse = match entry.arch {
+                    Arch::Sm90a => sparse_launch(problem, device)?,
+                    Arch::Sm80 => None,
+                };
+                let launches = match (entry.arch, sparse) {
                     _ if !problem.has_queries() => Vec::new(),
-                    Arch::Sm80 => vec![Launch::forward(problem, entry)?],
-                    Arch::Sm90a => vec![Launch::hopper_forward(problem, entry, multiprocessors)?],
+                    (_, Some(launch)) => {
+                        entry = launch.entry;
+                        vec![launch]
+                    }
+                    (Arch::Sm80, None) => vec![Launch::forward(problem, entry)?],
+                    (Arch::Sm90a, None) => vec![Launch::hopper_forward(problem, entry, multiprocessors)?],
                 };
                 let packed_heads = launches.first().map_or(1, Launch::packed_heads);
                 let tiles = Tiles {
@@ -90,7 +104,7 @@ impl Plan {
             table_gradients: false,
             device: *device,
             tiles,
-            cost: Cost::forward(problem, tiles, 1 + 2 * u32::from(problem.keeps_statistics())),
+            cost: Cost::forward(problem, tiles, &launches, 1 + 2 * u32::from(problem.keeps_statistics())),
             launches,
             workspace_bytes: 0,
         })
@@ -102,9 +116,45 @@ impl Plan {
         if let DeviceInfo::Cpu { threads } = self.device {
             self.tiles = cpu_forward_tiles(&self.problem, threads.div_ceil(plans.max(1)));
             let statistics = 1 + 2 * u32::from(self.problem.keeps_statistics());
-            self.cost = Cost::forward(&self.problem, self.tiles, statistics);
+            self.cost = Cost::forward(&self.problem, self.tiles, &self.launches, statistics);
         }
         self
+    }
+
+    /// Plans the forward pass over a batch of placed sequences on a GPU.
+    fn of_sequences(
+        problem: &Problem,
+        placed: &Placed,
+        device: &DeviceInfo,
+        multiprocessors: u32,
+    ) -> Result<Self, Error> {
+        let entry = choose(problem, Pass::Forward, device, false)?;
+        let statistics = 1 + 2 * u32::from(problem.keeps_statistics());
+        let of_sequences = match problem.has_queries() {
+            true => OfSequences::new(problem, placed, entry, multiprocessors)?,
+            false => OfSequences::default(),
+        };
+        let cost = Cost::of_sequences(problem, &of_sequences, statistics);
+        let OfSequences {
+            launches,
+            workspace_bytes,
+            ..
+        } = of_sequences;
+        let packed_heads = launches.first().map_or(1, Launch::packed_heads);
+        Ok(Self {
+            problem: problem.clone(),
+            backward: None,
+            derivative: None,
+            table_gradients: false,
+            device: *device,
+            tiles: Tiles {
+                packed_heads,
+                ..Tiles::of(entry)
+            },
+            launches,
+            workspace_bytes,
+            cost,
+        })
     }
 
     /// Plans a backward pass for a device: first delta, then the gradients, in one of two forms.
@@ -171,10 +221,12 @@ impl Plan {
         self.derivative.as_ref()
     }
 
-    /// Returns the bytes of device memory needed while the plan runs, besides inputs and results. Backward on the CPU
-    /// needs one f32 per query. On a GPU it needs three f32 per query and one u32 per 16 queries. Where dQ is
-    /// accumulated it needs one f32 for each of its elements, with queries in whole tiles of 64 and head_dim in whole
-    /// 64s, and in deterministic mode one u32 for each 64 x 64 square.
+    /// Returns the bytes of device memory needed while the plan runs, besides inputs, results and lists of work.
+    ///
+    /// Forward needs them for the partial results of splits. Backward on the CPU needs one f32 per query. On a GPU it
+    /// needs three f32 per query and one u32 per 16 queries. Where dQ is accumulated it needs one f32 for each of its
+    /// elements, with queries in whole tiles of 64 and head_dim in whole 64s, and in deterministic mode one u32 for each
+    /// 64 x 64 square.
     pub fn workspace_bytes(&self) -> u64 {
         self.workspace_bytes
     }
@@ -198,6 +250,21 @@ impl Plan {
     pub fn cost(&self) -> Cost {
         self.cost
     }
+}
+
+/// Returns the launch of the portable kernel for a score program, in place of Hopper's own, if its mask leaves few tiles and no kernel is
+/// forced.
+///
+/// Hopper's kernel follows no lists and visits every tile. Its `wgmma` has twice the rate of `mma.sync` there, and its softmax overlaps
+/// with products, so the portable kernel is the faster one once it visits less than a third of the tiles.
+fn sparse_launch(problem: &Problem, device: &DeviceInfo) -> Result<Option<Launch>, Error> {
+    if problem.program().is_none() || problem.arch().is_some() || !problem.has_pairs() {
+        return Ok(None);
+    }
+    let launch = Launch::forward(problem, choose(problem, Pass::Forward, device, false)?)?;
+    let tiles = problem.seqlen_q().div_ceil(launch.entry.block_m) as usize * problem.heads_q() * problem.batch();
+    let all = tiles as u128 * u128::from(problem.seqlen_k());
+    Ok(Some(launch).filter(|launch| launch.streamed_rows().is_some_and(|rows| 3 * rows < all)))
 }
 
 /// Refuses a deterministic gradient of a table on a GPU.
@@ -257,7 +324,8 @@ fn backward_launches(
         return launches_without_pairs(problem, device);
     }
     let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
-    let hopper = tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
+    let hopper = forward.placed().is_none()
+        && tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
     let choose = |pass| choose(forward, pass, device, hopper);
     let first = choose(Pass::BackwardDelta)?;
     if first.arch == Arch::Sm80 {
@@ -339,7 +407,14 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
     }
     // Preprocess and postprocess kernels have no causal variant.
     let causal = problem.causal() && !matches!(pass, Pass::BackwardDelta | Pass::BackwardFinish);
+    // Of the portable kernels those that take lists and programs take two head_dims.
+    let has_uneven_dims = problem.head_dim() != problem.head_dim_v();
     let compiled = |arch| match problem.program() {
+        None if pass != Pass::BackwardDelta
+            && (problem.placed().is_some() || arch == Arch::Sm80 && has_uneven_dims) =>
+        {
+            entries::find_program(pass, arch, problem.dtype(), problem.widest_head_dim())
+        }
         Some(_) => entries::find_program(pass, arch, problem.dtype(), problem.widest_head_dim()),
         None => entries::find(pass, arch, problem.dtype(), causal, problem.widest_head_dim()),
     };
@@ -359,15 +434,6 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
         Some(Arch::Sm90a) => compiled(Arch::Sm90a),
         None => compiled(Arch::Sm90a).filter(|_| (major, minor) == (9, 0) && suits_hopper),
     };
-    // Portable kernels have one head_dim for all tensors; those for Hopper take it from tensor maps.
-    let is_one = problem.head_dim() == problem.head_dim_v();
-    if hopper.is_none() && !is_one {
-        return Err(Error::Unsupported {
-            feature: "a v of another head_dim than q",
-            device: format!("a GPU of compute capability {major}.{minor}"),
-            reason: "this problem needs portable kernels, which have one head_dim",
-        });
-    }
     let portable = || compiled(Arch::Sm80).filter(|_| arch != Some(Arch::Sm90a));
     let entry = hopper
         .or_else(portable)
@@ -393,16 +459,18 @@ impl fmt::Display for Plan {
             p.dtype().name(),
             p.softmax_scale()
         )?;
-        writeln!(
-            f,
-            "shape     batch {}, heads {} (kv {}), seqlen {} x {}, head_dim {}",
-            p.batch(),
-            p.heads_q(),
-            p.heads_kv(),
-            p.seqlen_q(),
-            p.seqlen_k(),
-            HeadDims(p)
-        )?;
+        let heads = format!("heads {} (kv {})", p.heads_q(), p.heads_kv());
+        match p.placed() {
+            None => writeln!(
+                f,
+                "shape     batch {}, {heads}, seqlen {} x {}, head_dim {}",
+                p.batch(),
+                p.seqlen_q(),
+                p.seqlen_k(),
+                HeadDims(p)
+            )?,
+            Some(placed) => writeln!(f, "shape     {placed}, {heads}, head_dim {}", HeadDims(p))?,
+        }
         match self.device {
             DeviceInfo::Cpu { threads } => writeln!(f, "kernel    native code on {threads} threads")?,
             DeviceInfo::Gpu { .. } => {

@@ -97,7 +97,34 @@ impl BackwardProblem {
         from_above: BackwardInputs<'_>,
         gradients: Option<GradientOutputs<'_>>,
     ) -> Result<Self, Error> {
-        let forward = Problem::new(attention, q, k, v, None)?;
+        Self::of(attention, [q, k, v], from_above, gradients, None)
+    }
+
+    /// Checks the backward problem of a batch whose sequences lie anywhere in q and in k and v, for GPUs.
+    ///
+    /// # Errors
+    /// The errors of [`new`](Self::new).
+    pub(crate) fn of_sequences(
+        attention: &Attention,
+        inputs: [&TensorInfo; 3],
+        from_above: BackwardInputs<'_>,
+        gradients: GradientOutputs<'_>,
+        placed: Placed,
+    ) -> Result<Self, Error> {
+        Self::of(attention, inputs, from_above, Some(gradients), Some(placed))
+    }
+
+    fn of(
+        attention: &Attention,
+        [q, k, v]: [&TensorInfo; 3],
+        from_above: BackwardInputs<'_>,
+        gradients: Option<GradientOutputs<'_>>,
+        placed: Option<Placed>,
+    ) -> Result<Self, Error> {
+        let forward = match placed {
+            Some(placed) => Problem::of_sequences(attention, [q, k, v], None, placed)?,
+            None => Problem::new(attention, q, k, v, None)?,
+        };
         let BackwardInputs {
             out,
             lse,

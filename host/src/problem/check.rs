@@ -49,8 +49,9 @@ pub(super) fn check_shapes_agree(
     &[q, k, v]: &[Named<'_>; 3],
     out: Option<Named<'_>>,
     of_rows: &[Named<'_>],
+    one_batch: bool,
 ) -> Result<(), Error> {
-    agree(k, q, &[0, 3])?; // heads and seqlen are k's own
+    agree(k, q, if one_batch { &[0, 3] } else { &[3] })?; // heads and seqlen are k's own
     agree(v, k, &[0, 1, 2])?; // head_dim is v's own
     out.map_or(Ok(()), |out| agree_with_out(out, q, v))?;
     of_rows.iter().try_for_each(|&tensor| agree(tensor, q, &[0, 1, 2]))

@@ -5,6 +5,7 @@
 mod backward;
 mod check;
 mod scale;
+mod sequences;
 
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use crate::layout::contiguous_strides;
 use crate::options::Attention;
 use crate::program::interval::Ranges;
 use crate::program::{Coordinate, Program};
-use crate::sequences::Pages;
+use crate::sequences::{Pages, Placed};
 
 /// Largest head_dim that kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -58,6 +59,8 @@ pub struct Problem {
     statistics: Option<[StridedTensor; 2]>,
     program: Option<Arc<Program>>,
     pages: Option<Pages>,
+    placed: Option<Arc<Placed>>,
+    batch_invariant: bool,
 }
 
 /// The caller's memory for the results of a forward pass.
@@ -102,6 +105,31 @@ impl Problem {
         v: &TensorInfo,
         outputs: Option<Outputs<'_>>,
     ) -> Result<Self, Error> {
+        Self::placed_or_not(attention, q, k, v, outputs, None)
+    }
+
+    /// Checks the problem of a batch whose sequences lie anywhere in q and in k and v. Only kernels of GPUs for listed work take it.
+    ///
+    /// # Errors
+    /// The errors of [`new`](Self::new), but for the batch axis of k.
+    pub(crate) fn of_sequences(
+        attention: &Attention,
+        [q, k, v]: [&TensorInfo; 3],
+        outputs: Option<Outputs<'_>>,
+        placed: Placed,
+    ) -> Result<Self, Error> {
+        placed.check()?;
+        Self::placed_or_not(attention, q, k, v, outputs, Some(placed))
+    }
+
+    fn placed_or_not(
+        attention: &Attention,
+        q: &TensorInfo,
+        k: &TensorInfo,
+        v: &TensorInfo,
+        outputs: Option<Outputs<'_>>,
+        placed: Option<Placed>,
+    ) -> Result<Self, Error> {
         let inputs = [("q", q), ("k", k), ("v", v)];
         let out = outputs.map(|outputs| ("out", outputs.out));
         let of_rows = outputs.map_or(Vec::new(), |outputs| of_rows(outputs.lse, outputs.statistics));
@@ -109,7 +137,7 @@ impl Problem {
         let rows: Vec<Named<'_>> = inputs.into_iter().chain(out).collect(); // tensors with a head_dim
 
         check_rank(&all)?;
-        check_shapes_agree(&inputs, out, &of_rows)?;
+        check_shapes_agree(&inputs, out, &of_rows, placed.is_none())?;
         check_dtypes_and_devices(&all)?;
         check_heads(q, k)?;
         check_head_dims(("q", q), ("v", v))?;
@@ -126,7 +154,11 @@ impl Problem {
         }
         let program = attention.program()?.cloned();
         if let Some(program) = &program {
-            program.check(q.device(), &all_pairs(q, k))?;
+            let pairs = match &placed {
+                Some(placed) => placed.pairs_of_each([inputs[0], inputs[1]]),
+                None => vec![all_pairs(q, k)],
+            };
+            pairs.iter().try_for_each(|pairs| program.check(q.device(), pairs))?;
             check_tables_apart(program, &written)?;
         }
 
@@ -152,6 +184,8 @@ impl Problem {
                 .map(|tensors| tensors.map(strided)),
             program,
             pages: None,
+            placed: placed.map(Arc::new),
+            batch_invariant: attention.is_batch_invariant(),
         })
     }
 
@@ -169,6 +203,16 @@ impl Problem {
     /// are then those of pages.
     pub(crate) fn pages(&self) -> Option<&Pages> {
         self.pages.as_ref()
+    }
+
+    /// Returns the places of the sequences of a batch that is no rectangle; `None` of a rectangle.
+    pub(crate) fn placed(&self) -> Option<&Placed> {
+        self.placed.as_deref()
+    }
+
+    /// Returns true if a sequence's results must not depend on the rest of the batch.
+    pub(crate) fn batch_invariant(&self) -> bool {
+        self.batch_invariant
     }
 
     /// Returns the number of independent sequences.

@@ -6,9 +6,10 @@
 
 use std::fmt;
 
+use super::Program;
+use super::cover::Covers;
 use super::evaluate::HostTable;
-use super::interval::{Bounds, Intervals, Ranges};
-use super::{Coordinate, Program, read_as};
+use super::interval::Bounds;
 use crate::error::{Error, ProgramError};
 
 /// Most tiles along an axis of a picture.
@@ -69,44 +70,18 @@ impl BlockMask {
     /// # Errors
     /// [`ProgramError::Argument`] if a size of a tile is 0.
     pub fn of(program: &Program, tables: &[HostTable], sizes: Sizes, block: [usize; 2]) -> Result<Self, Error> {
-        let batch = if program.mask_reads(&[Coordinate::Batch]) {
-            sizes.batch
-        } else {
-            1
-        };
-        let heads = if program.mask_reads(&[Coordinate::Head, Coordinate::KvHead]) {
-            sizes.heads_q
-        } else {
-            1
-        };
+        let [batch, heads] = program.masks_that_differ(sizes);
         let seqlen = [sizes.seqlen_q, sizes.seqlen_k];
         let mut mask = Self::covered(batch, heads, seqlen, block, Coverage::Full)?;
-        let Some(root) = program.mask() else { return Ok(mask) };
-        let mut bounds = Intervals::new(program.expression(), [root]);
+        let contents = (0..program.tables().len()).map(|table| tables.get(table)).collect();
+        let mut covers = Covers::new(program, contents, sizes);
         for place in 0..mask.tiles.len() {
-            let ([batch, head], tile) = mask.place(place);
-            let positions = |axis: usize| {
+            let (of_head, tile) = mask.place(place);
+            let [queries, keys] = [0, 1].map(|axis| {
                 let first = tile[axis] * block[axis];
-                (first as i32, (first + block[axis]).min(seqlen[axis]) as i32 - 1)
-            };
-            let one = |x: usize| (x as i32, x as i32);
-            let ranges: Ranges = Coordinate::ALL.map(|which| match which {
-                Coordinate::Batch => one(batch),
-                Coordinate::Head => one(head),
-                Coordinate::KvHead => one(head / (sizes.heads_q / sizes.heads_kv.max(1)).max(1)),
-                Coordinate::Query => positions(0),
-                Coordinate::Key => positions(1),
-                Coordinate::SeqlenQ => one(sizes.seqlen_q),
-                Coordinate::SeqlenK => one(sizes.seqlen_k),
+                first..(first + block[axis]).min(seqlen[axis])
             });
-            bounds.evaluate(&ranges, program.constants(), |table, indices| {
-                let element = program.tables()[table as usize].element;
-                match tables.get(table as usize) {
-                    Some(table) => bounds_within(table, indices, element.is_float()),
-                    None => Bounds::any(read_as(element)),
-                }
-            });
-            mask.tiles[place] = Coverage::of(bounds.of(root));
+            mask.tiles[place] = covers.of(of_head, queries, keys);
         }
         Ok(mask)
     }
@@ -295,31 +270,6 @@ impl BlockMask {
         let of = |x: usize, size: usize| if size == 1 { 0 } else { x };
         let [rows, columns] = self.counts();
         (of(batch, self.batch) * self.heads + of(head, self.heads)) * rows * columns
-    }
-}
-
-/// Bounds of what a table holds within bounds of its indices, each moved into the table.
-fn bounds_within(table: &HostTable, indices: &[(i32, i32)], is_float: bool) -> Bounds {
-    let mut offsets = vec![0];
-    for (&size, &(first, last)) in table.shape.iter().zip(indices) {
-        let inside = |index: i32| i64::from(index).clamp(0, size as i64 - 1) as usize;
-        let along = |offset: usize| (inside(first)..=inside(last)).map(move |index| offset * size + index);
-        offsets = offsets.into_iter().flat_map(along).collect();
-    }
-    let values = || offsets.iter().map(|&offset| table.values[offset]);
-    let (low, high) = values().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| {
-        (low.min(x), high.max(x))
-    });
-    match is_float {
-        true if values().any(f64::is_nan) => Bounds::AnyScore,
-        true => Bounds::Score(low as f32, high as f32),
-        false => {
-            let index = |x: f64| x as i64 as i32; // the same bits, of a u32 too
-            match index(low) <= index(high) && low >= f64::from(i32::MIN) && high <= f64::from(i32::MAX) {
-                true => Bounds::Index(index(low), index(high)),
-                false => Bounds::Index(i32::MIN, i32::MAX),
-            }
-        }
     }
 }
 

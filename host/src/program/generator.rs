@@ -5,18 +5,20 @@
 
 use flash_attention_kernels::program::{Layout, Tile};
 
-use super::dropout::{FACTORS, ROUNDS};
+use super::dropout::{FACTORS, ROUNDS, WEYL};
 use super::print::{Kept, Printer, real};
 use super::scope::{Class, Scope};
 use super::text::Slot;
 
-/// A word of the generator's counter, or a part of one, as earlier markers leave it.
+/// A word of the generator's counter or key, or a part of one, as earlier markers leave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Word {
     /// The query head.
     Head,
-    /// The batch entry.
+    /// The batch entry; 0 in a batch of sequences.
     Batch,
+    /// Word 0 or 1 of the key of a sequence: the seed plus the number of the sequence.
+    Key(u32),
     /// The group of the tile's first row plus this.
     RowGroup(u32),
     /// The group of the tile's first column.
@@ -38,7 +40,7 @@ impl Word {
 
     /// Tells if no query or key changes it.
     pub fn is_of_head(self) -> bool {
-        matches!(self, Self::Head | Self::Batch)
+        matches!(self, Self::Head | Self::Batch | Self::Key(_))
     }
 
     /// Name of the register that keeps it.
@@ -46,6 +48,7 @@ impl Word {
         match self {
             Self::Head => "%score_head".to_owned(),
             Self::Batch => "%score_batch".to_owned(),
+            Self::Key(word) => format!("%score_key{word}"),
             Self::RowGroup(row) => format!("%score_row_group{row}"),
             Self::ColumnGroup => "%score_column_group".to_owned(),
             Self::RowHalf => "%score_row_half".to_owned(),
@@ -54,7 +57,12 @@ impl Word {
     }
 
     /// Works it out from the coordinates that a marker has.
-    pub fn print(self, [head, batch, first_row, first_column]: [&str; 4], scope: &mut Scope) -> String {
+    pub fn print(
+        self,
+        [head, batch, first_row, first_column]: [&str; 4],
+        printer: &mut Printer<'_>,
+        scope: &mut Scope,
+    ) -> String {
         let group = |position: &str, scope: &mut Scope| {
             let block = scope.result(Class::B32, "and.b32", &[position, "-16"]);
             let block = scope.result(Class::B32, "shr.u32", &[&block, "1"]);
@@ -63,7 +71,18 @@ impl Word {
         };
         match self {
             Self::Head => head.to_owned(),
+            Self::Batch if printer.of_sequences() => "0".to_owned(),
             Self::Batch => batch.to_owned(),
+            Self::Key(word) => {
+                let [low, high] = [0, 1].map(|word| printer.slot(Slot::RoundKey(0, word), Class::B32, scope));
+                let sum = scope.result(Class::B32, "add.u32", &[&low, batch]);
+                if word == 0 {
+                    return sum;
+                }
+                let carries = scope.result(Class::Predicate, "setp.lt.u32", &[&sum, &low]);
+                let next = scope.result(Class::B32, "add.u32", &[&high, "1"]);
+                scope.result(Class::B32, "selp.b32", &[&next, &high, &carries])
+            }
             Self::RowGroup(row) => {
                 let row = scope.result(Class::B32, "add.s32", &[first_row, &row.to_string()]);
                 group(&row, scope)
@@ -127,7 +146,13 @@ fn draw(printer: &mut Printer<'_>, transposed: bool, row: u32, column: u32, scop
         let [low0, high0] = product(&words[0], FACTORS[0], scope);
         let [low2, high2] = product(&words[2], FACTORS[1], scope);
         let mut mixed = |high: &str, word: &str, which| {
-            let key = printer.slot(Slot::RoundKey(round, which), Class::B32, scope);
+            let key = if printer.of_sequences() {
+                let key = printer.keep(Kept::Drawn(Word::Key(which)));
+                let more = round.wrapping_mul(WEYL[which as usize]) as i32;
+                scope.result(Class::B32, "add.s32", &[&key, &more.to_string()])
+            } else {
+                printer.slot(Slot::RoundKey(round, which), Class::B32, scope)
+            };
             let mixed = scope.result(Class::B32, "xor.b32", &[high, word]);
             scope.result(Class::B32, "xor.b32", &[&mixed, &key])
         };

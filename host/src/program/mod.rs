@@ -11,6 +11,7 @@
 mod blocks;
 mod closure;
 mod compose;
+mod cover;
 mod derive;
 pub mod dropout;
 mod evaluate;
@@ -30,6 +31,7 @@ pub use blocks::{BlockMask, Coverage, Sizes};
 pub use closure::{At, Index, Operand, Readable, Score, Truth};
 pub(crate) use compose::{Fragment, Parts};
 pub use compose::{MAX_CONSTANTS, MAX_NODES, MAX_TABLES};
+pub(crate) use cover::Covers;
 pub use derive::{Derivative, LoadDerivative};
 pub use dropout::Dropout;
 pub use evaluate::{Evaluator, HostTable, Pair, Value};
@@ -113,6 +115,15 @@ impl Program {
         let needed = self.expression.needed(self.mask);
         let mut nodes = self.expression.iter().filter(|(id, _)| needed[id.index()]);
         nodes.any(|(_, node)| coordinates.iter().any(|&which| node == Node::Coordinate(which)))
+    }
+
+    /// Returns the numbers of batch entries and query heads whose masks may differ; 1 where all are alike.
+    pub(crate) fn masks_that_differ(&self, sizes: Sizes) -> [usize; 2] {
+        let count = |coordinates: &[Coordinate], all| if self.mask_reads(coordinates) { all } else { 1 };
+        [
+            count(&[Coordinate::Batch], sizes.batch),
+            count(&[Coordinate::Head, Coordinate::KvHead], sizes.heads_q),
+        ]
     }
 
     /// Returns the values of the parameters, by the places in [`Node::Parameter`].

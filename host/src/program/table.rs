@@ -8,6 +8,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::closure::{Index, Readable, Score};
+use super::evaluate::HostTable;
 use super::{MAX_RANK, TableType};
 use crate::element::{DataType, Scalar};
 use crate::layout::{DeviceId, TensorInfo};
@@ -49,6 +50,8 @@ pub struct TableSource {
     pub address: u64,
     /// Owner of the memory, which stays allocated until it is dropped.
     pub owner: Arc<dyn Any + Send + Sync>,
+    /// Content, of a table that the library made and nobody can write; plans read it.
+    pub(crate) content: Option<Arc<HostTable>>,
 }
 
 impl TableSource {
@@ -62,6 +65,7 @@ impl TableSource {
             strides: info.strides().to_vec(),
             address: info.address(),
             owner,
+            content: None,
         }
     }
 

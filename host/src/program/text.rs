@@ -22,6 +22,8 @@ pub struct Code {
     pub(super) axes: Vec<Vec<Axis>>,
     pub(super) sinks: bool,
     pub(super) dropout: bool,
+    /// True if each sequence has lengths of its own.
+    pub(super) of_sequences: bool,
     /// In backward, the derivative of the score by the one that comes in.
     pub(super) derivative: Option<NodeId>,
     /// The reads of tables whose gradients are asked for, with the derivatives by them.
@@ -58,6 +60,7 @@ impl Code {
             axes: axes.collect(),
             sinks: program.sinks().is_some(),
             dropout: program.dropout().is_some(),
+            of_sequences: false,
             derivative: None,
             loads: Vec::new(),
             gradient_axes: Vec::new(),
@@ -80,6 +83,16 @@ impl Code {
             sinks_gradient: table_gradients && program.sinks().is_some(),
             ..Self::new(program, softmax_scale)
         })
+    }
+
+    /// The code for a batch of sequences in one launch. Lengths come with the head, and dropout draws with a seed that is larger by
+    /// the number of the sequence, in batch entry 0, as in a call with that sequence alone.
+    #[must_use]
+    pub fn of_sequences(self) -> Self {
+        Self {
+            of_sequences: true,
+            ..self
+        }
     }
 
     /// Factor of products in the exponent to base 2 after the code ran.

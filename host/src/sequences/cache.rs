@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 
-use super::{Pages, check_count, ranges};
+use flash_attention_kernels::work::SequenceRows;
+
+use super::{BlockTable, Pages, Placed, check_count, ranges};
 use crate::error::Error;
 
 /// Number that the keys of a page are a multiple of: 8 rows, the smallest box that Hopper's tensor maps copy at full rate.
@@ -253,6 +255,44 @@ impl KvCache {
         };
         let row = &self.table[sequence * self.max_pages..][..self.max_pages];
         Pages::new(&row[used], page_size, begin)
+    }
+
+    /// The places of the sequences in k and v, and in q of `total_q` packed rows or of `seqlen_q` queries a sequence. Packed rows that
+    /// belong to none are a sequence without keys.
+    pub(crate) fn placed(&self, total_q: usize, seqlen_q: usize) -> Placed {
+        // A length that does not fit is refused with the problem.
+        let length = |keys: usize| u32::try_from(keys).unwrap_or(u32::MAX);
+        let of = |(number, span): (usize, &Span)| {
+            let (q_entry, queries) = match self.queries(number) {
+                Some(queries) => (0, queries),
+                None => (number, 0..seqlen_q),
+            };
+            SequenceRows {
+                q_entry: q_entry as u32,
+                q_begin: queries.start as u32,
+                seqlen_q: queries.len() as u32,
+                k_entry: match self.kind {
+                    Kind::Paged => number as u32,
+                    Kind::Rectangular => self.table[number] as u32,
+                },
+                k_begin: length(span.begin),
+                seqlen_k: length(span.end - span.begin),
+            }
+        };
+        let of_none = self.total_q().filter(|&used| used < total_q).map(|used| SequenceRows {
+            q_begin: used as u32,
+            seqlen_q: (total_q - used) as u32,
+            ..SequenceRows::default()
+        });
+        let pages = (self.kind == Kind::Paged).then(|| BlockTable {
+            table: self.table.clone(),
+            entries: self.max_pages,
+            page_size: self.shape[1],
+        });
+        Placed {
+            sequences: self.sequences.iter().enumerate().map(of).chain(of_none).collect(),
+            pages,
+        }
     }
 
     /// The sum of a sequence's old end and `value`, if its pages have room.

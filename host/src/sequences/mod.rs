@@ -2,12 +2,16 @@
 
 mod cache;
 mod pages;
+mod placed;
 
 pub use cache::KvCache;
 pub(crate) use pages::Pages;
+pub(crate) use placed::{BlockTable, Placed};
 
 use std::fmt;
 use std::ops::Range;
+
+use flash_attention_kernels::work::SequenceRows;
 
 use crate::error::Error;
 
@@ -114,13 +118,8 @@ impl Sequences {
         self.keys[sequence].clone()
     }
 
-    /// The problems that a ragged batch consists of, longest first: its sequences, and the rows of a tensor that belong to no
-    /// sequence, as queries without keys and keys without queries. A batch without rows is one problem without rows, so that
-    /// its heads and head_dim are validated like any other's.
-    ///
-    /// # Errors
-    /// [`Error::Sequence`] if a sequence ends beyond the rows of q or k.
-    pub(crate) fn pieces(&self, total_q: usize, total_k: usize) -> Result<Vec<Piece>, Error> {
+    /// Refuses sequences that end beyond the rows of q or k.
+    fn check_ends(&self, total_q: usize, total_k: usize) -> Result<(), Error> {
         for (argument, ranges, total, tensor) in [
             ("cu_seqlens_q", &self.queries, total_q, "q"),
             ("cu_seqlens_k", &self.keys, total_k, "k"),
@@ -134,6 +133,24 @@ impl Sequences {
                 });
             }
         }
+        Ok(())
+    }
+
+    /// Keys between those that count of one sequence and the next sequence, and before the first if there is none.
+    fn keys_of_none(&self, total_k: usize) -> impl Iterator<Item = Range<usize>> {
+        let ends = [0].into_iter().chain(self.keys.iter().map(|keys| keys.end));
+        let begins = self.keys.iter().map(|keys| keys.start).chain([total_k]);
+        ends.zip(begins).map(|(end, begin)| end..begin)
+    }
+
+    /// The problems that a ragged batch consists of, longest first: its sequences, and the rows of a tensor that belong to no
+    /// sequence, as queries without keys and keys without queries. A batch without rows is one problem without rows, so that
+    /// its heads and head_dim are validated like any other's.
+    ///
+    /// # Errors
+    /// [`Error::Sequence`] if a sequence ends beyond the rows of q or k.
+    pub(crate) fn pieces(&self, total_q: usize, total_k: usize) -> Result<Vec<Piece>, Error> {
+        self.check_ends(total_q, total_k)?;
         let piece = |sequence, queries, keys| Piece {
             sequence,
             queries,
@@ -142,16 +159,38 @@ impl Sequences {
         let mut pieces: Vec<Piece> = (0..self.batch())
             .map(|sequence| piece(sequence, self.queries(sequence), self.keys(sequence)))
             .collect();
-        // Keys between those that count of one sequence and the next sequence, and before the first if there is none.
-        let ends = [0].into_iter().chain(self.keys.iter().map(|keys| keys.end));
-        let begins = self.keys.iter().map(|keys| keys.start).chain([total_k]);
-        pieces.extend(ends.zip(begins).map(|(end, begin)| piece(0, 0..0, end..begin)));
+        pieces.extend(self.keys_of_none(total_k).map(|keys| piece(0, 0..0, keys)));
         pieces.retain(|piece| !piece.queries.is_empty() || !piece.keys.is_empty());
         if pieces.is_empty() || self.total_q < total_q {
             pieces.push(piece(0, self.total_q..total_q, 0..0));
         }
         pieces.sort_by_key(|piece| std::cmp::Reverse(piece.queries.len() * piece.keys.len()));
         Ok(pieces)
+    }
+
+    /// The places of the sequences in tensors of `total_q` and `total_k` rows. Rows of q that belong to none are one without keys, and
+    /// rows of k that belong to none or do not count are some without queries.
+    ///
+    /// # Errors
+    /// [`Error::Sequence`] if a sequence ends beyond the rows of q or k.
+    pub(crate) fn placed(&self, total_q: usize, total_k: usize) -> Result<Placed, Error> {
+        self.check_ends(total_q, total_k)?;
+        let rows = |queries: &Range<usize>, keys: &Range<usize>| SequenceRows {
+            q_entry: 0,
+            q_begin: queries.start as u32,
+            seqlen_q: queries.len() as u32,
+            k_entry: 0,
+            k_begin: keys.start as u32,
+            seqlen_k: keys.len() as u32,
+        };
+        let of_none = (self.total_q < total_q).then(|| rows(&(self.total_q..total_q), &(0..0)));
+        let keys_of_none = self.keys_of_none(total_k).filter(|keys| !keys.is_empty());
+        let sequences = self.queries.iter().zip(&self.keys).map(|(q, k)| rows(q, k));
+        let of_none = of_none.into_iter().chain(keys_of_none.map(|keys| rows(&(0..0), &keys)));
+        Ok(Placed {
+            sequences: sequences.chain(of_none).collect(),
+            pages: None,
+        })
     }
 }
 

@@ -21,7 +21,7 @@ fn heads_share_keys_and_batches_do_not() {
     check::<f32>(Attention::new().causal(), [2, 4, 70, 24], [2, 1, 70, 24]);
 }
 
-/// As many heads as fit take in the keys together, where queries are few; and as many as leave tasks for the threads.
+/// Tests that with few queries as many heads read the keys together as fit, and no more than leave a task for each thread.
 #[test]
 fn few_queries_of_heads_that_share_keys() {
     for (seqlen_q, heads_q, heads_kv) in [(1, 64, 2), (3, 12, 1), (4, 28, 2), (2, 6, 6)] {

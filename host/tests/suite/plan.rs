@@ -149,6 +149,7 @@ fn forward_params(launch: &Launch, out: u64, lse: u64) -> ForwardParams {
             out,
             lse,
             statistics: None,
+            workspace: 0,
         },
         no_map,
     ) {

@@ -168,8 +168,9 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
                 self.shared.query_slots().acquire(self.queries);
                 let mut softmax = OnlineSoftmax::new(self.p.scale_log2);
                 if PROGRAM {
-                    program::head(work.head % self.p.heads, work.head / self.p.heads);
-                    softmax.start_program();
+                    let (head, batch) = (work.head % self.p.heads, work.head / self.p.heads);
+                    program::head(head, batch, self.p.seqlen_q, self.p.seqlen_k);
+                    softmax.start_program(true);
                 }
                 let mut output = S::Output::zero();
                 self.attend(&work, &mut softmax, &mut output);

@@ -4,6 +4,7 @@
 //! time.
 
 use core::arch::asm;
+use core::mem::MaybeUninit;
 
 /// `ld.shared.v4.f32` — four f32 from 16-byte aligned shared memory.
 ///
@@ -120,6 +121,26 @@ macro_rules! global_access {
 
 global_access!(ld_global_u16, st_global_u16, u16, reg16, "b16");
 global_access!(ld_global_u32, st_global_u32, u32, reg32, "b32");
+
+/// Struct `index` of a list in global memory, by `ld.global.b32`.
+///
+/// # Safety
+/// `T` is `repr(C)` and consists of `u32` alone. `list` is 4-byte aligned, and the struct in it readable.
+#[inline(always)]
+pub unsafe fn ld_global_struct<T: Copy>(list: u64, index: u32) -> T {
+    const { assert!(align_of::<T>() == 4) };
+    let address = list + index as u64 * size_of::<T>() as u64;
+    let mut value = MaybeUninit::<T>::uninit();
+    for i in 0..size_of::<T>() / 4 {
+        // SAFETY: the word lies in the struct, and the caller's contract.
+        unsafe {
+            let word = ld_global_u32(address + i as u64 * 4);
+            value.as_mut_ptr().cast::<u32>().add(i).write(word);
+        }
+    }
+    // SAFETY: every word was written, and any word is a `u32`.
+    unsafe { value.assume_init() }
+}
 
 /// `ld.global.v4.b32` — 16 bytes from 16-byte aligned global memory.
 ///

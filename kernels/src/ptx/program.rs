@@ -140,11 +140,14 @@ shown!(
     /// Gradients of the scores that the program made.
     Gradients, "gradient");
 
-/// Begins a head: the program computes here the values that depend on head and batch entry alone.
+/// Begins a head of a sequence: the program computes here the values that depend on head, batch entry and lengths alone.
 #[inline(always)]
-pub fn head(head: u32, batch: u32) {
+pub fn head(head: u32, batch: u32, seqlen_q: u32, seqlen_k: u32) {
     // SAFETY: a comment, or a program as the module describes it.
-    unsafe { asm!("//@head {h} {b}", h = in(reg32) head, b = in(reg32) batch, options(nomem, nostack)) }
+    unsafe {
+        asm!("//@head {h} {b} {q} {k}", h = in(reg32) head, b = in(reg32) batch, q = in(reg32) seqlen_q,
+            k = in(reg32) seqlen_k, options(nomem, nostack));
+    }
 }
 
 /// Returns the start of each row's softmax: its largest score, and this lane's part of its sum.

@@ -16,6 +16,11 @@ pub trait Element: Copy {
     /// # Safety
     /// The address is readable and aligned to an element.
     unsafe fn load(address: u64) -> f32;
+    /// Stores two neighbouring elements, rounded.
+    ///
+    /// # Safety
+    /// Both are writable and aligned to an element, and no other thread accesses them.
+    unsafe fn store_pair(address: u64, pair: [f32; 2]);
     /// Mask of the exponent fields of a word's elements, which are all ones in NaN and infinity.
     const EXPONENTS: u32;
     /// Lowest bits of those fields.
@@ -76,6 +81,15 @@ impl Element for F32 {
         f32::from_bits(unsafe { memory::ld_global_u32(address) })
     }
 
+    #[inline(always)]
+    unsafe fn store_pair(address: u64, pair: [f32; 2]) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            memory::st_global_u32(address, pair[0].to_bits());
+            memory::st_global_u32(address + 4, pair[1].to_bits());
+        }
+    }
+
     const EXPONENTS: u32 = 0x7f80_0000;
     const LOWEST: u32 = 0x0080_0000;
     const MAX: f32 = f32::MAX;
@@ -104,6 +118,16 @@ impl<T: Half> Element for T {
     unsafe fn load(address: u64) -> f32 {
         // SAFETY: the caller's contract.
         T::unpack(unsafe { memory::ld_global_u16(address) } as u32)[0]
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair(address: u64, pair: [f32; 2]) {
+        let word = T::pack(pair[0], pair[1]);
+        // SAFETY: the caller's contract.
+        unsafe {
+            memory::st_global_u16(address, word as u16);
+            memory::st_global_u16(address + 2, (word >> 16) as u16);
+        }
     }
 
     const EXPONENTS: u32 = T::EXPONENT as u32 * 0x0001_0001;

@@ -1,7 +1,11 @@
 //! Register tiles of the tensor cores: m16n8 accumulators of `mma.sync`.
 
 use super::register::{Accumulator, OutputTile, Part, RowValues, Rows, ScoreTile};
-use super::{fragment, global::GlobalTile, shared::SharedTile};
+use super::{
+    fragment,
+    global::{GlobalTile, Places},
+    shared::SharedTile,
+};
 use crate::mask::Span;
 use crate::ptx::program::{self, Shown};
 use crate::ptx::{matrix::Half, memory, optimizer, sreg, sync};
@@ -96,7 +100,7 @@ impl<T: Half, const M: usize, const N: usize, const K: usize> OutputTile<Packed<
     /// Stores through shared memory, so that global memory is written in whole 16-byte chunks and rows of 64 or 128
     /// bytes.
     #[inline(always)]
-    unsafe fn store(&self, staging: SharedTile, target: &GlobalTile) {
+    unsafe fn store(&self, staging: SharedTile, target: &GlobalTile<impl Places>) {
         let packed = self.operand();
         for m in 0..M {
             for n in 0..N {

@@ -1,19 +1,122 @@
 //! A window of a tensor in global memory: rows of one head that a block reads or writes.
 
 use super::shared::{CHUNK, Split};
-use crate::abi::{Layout, StridedTensor};
+use crate::abi::{Layout, PageTable, StridedTensor};
 use crate::ptx::memory;
+use crate::work::Divisor;
 
-/// Rows of one head.
+/// Rows of one head, or of several whose rows are packed.
 #[derive(Clone, Copy)]
-pub struct GlobalTile {
+pub struct GlobalTile<P = Even> {
     base: u64,
     row_bytes: u64,
+    places: P,
     rows: u32,
     chunks: u32,
     element_bytes: u32,
     /// True if every chunk is 16-byte aligned.
     pub aligned: bool,
+}
+
+/// Places of a window's rows.
+///
+/// They are a type, and no enum: with the other places in its code, the compiler orders a loop over even rows worse.
+pub trait Places: Copy {
+    /// Returns the distance of row `row` from the window's base, in bytes. The row exists, unless rows are even.
+    fn offset(self, row: u32, row_bytes: u64) -> u64;
+
+    /// Returns the places of the rows from `row` on, and the bytes by which the base of their window lies further.
+    fn from(self, row: u32, row_bytes: u64) -> (Self, u64);
+
+    /// Tells if every row lies as far from the row before it as any other.
+    fn is_even(self) -> bool;
+}
+
+/// Rows at even distances.
+#[derive(Clone, Copy)]
+pub struct Even;
+
+impl Places for Even {
+    #[inline(always)]
+    fn offset(self, row: u32, row_bytes: u64) -> u64 {
+        row as u64 * row_bytes
+    }
+
+    #[inline(always)]
+    fn from(self, row: u32, row_bytes: u64) -> (Self, u64) {
+        (self, row as u64 * row_bytes)
+    }
+
+    #[inline(always)]
+    fn is_even(self) -> bool {
+        true
+    }
+}
+
+/// Rows of neighbouring heads: position 0 of all of them, then position 1.
+#[derive(Clone, Copy)]
+pub struct Packed {
+    /// Packed row of row 0.
+    first: u32,
+    heads: Divisor,
+    head_bytes: u64,
+}
+
+impl Places for Packed {
+    #[inline(always)]
+    fn offset(self, row: u32, row_bytes: u64) -> u64 {
+        let (position, head) = self.heads.divide(self.first + row);
+        position as u64 * row_bytes + head as u64 * self.head_bytes
+    }
+
+    #[inline(always)]
+    fn from(self, row: u32, _: u64) -> (Self, u64) {
+        let first = self.first + row;
+        (Self { first, ..self }, 0)
+    }
+
+    #[inline(always)]
+    fn is_even(self) -> bool {
+        false
+    }
+}
+
+/// Rows in pages, or at even distances if the table's address is 0.
+#[derive(Clone, Copy)]
+pub struct Paged {
+    /// Row of row 0 in its entry.
+    first: u32,
+    /// Device address of the entry's pages.
+    table: u64,
+    size: Divisor,
+    page_bytes: u64,
+}
+
+impl Places for Paged {
+    #[inline(always)]
+    fn offset(self, row: u32, row_bytes: u64) -> u64 {
+        if self.table == 0 {
+            return row as u64 * row_bytes;
+        }
+        let (page, at) = self.size.divide(self.first + row);
+        // SAFETY: the table lists the page of every row that exists.
+        let page = unsafe { memory::ld_global_u32(self.table + page as u64 * 4) };
+        page as u64 * self.page_bytes + at as u64 * row_bytes
+    }
+
+    #[inline(always)]
+    fn from(self, row: u32, row_bytes: u64) -> (Self, u64) {
+        if self.table == 0 {
+            return (self, row as u64 * row_bytes);
+        }
+        let first = self.first + row;
+        (Self { first, ..self }, 0)
+    }
+
+    #[inline(always)]
+    fn is_even(self) -> bool {
+        self.table == 0
+    }
 }
 
 impl GlobalTile {
@@ -24,6 +127,7 @@ impl GlobalTile {
         Self {
             base: t.address + offset * element_bytes as u64,
             row_bytes: t.row_stride * element_bytes as u64,
+            places: Even,
             rows,
             chunks: layout.head_dim * element_bytes / CHUNK,
             element_bytes,
@@ -31,11 +135,59 @@ impl GlobalTile {
         }
     }
 
+    /// Returns the window of `heads` heads of t, of which it is the first, with their rows packed.
+    #[inline(always)]
+    pub fn packed(self, t: &StridedTensor, heads: Divisor) -> GlobalTile<Packed> {
+        let places = Packed {
+            first: 0,
+            heads,
+            head_bytes: t.head_stride * self.element_bytes as u64,
+        };
+        self.with_places(self.base, self.rows * heads.value, places)
+    }
+
+    /// Returns the window of the rows from `first` on of entry `entry` of t, of which it is entry 0, or of the pages that hold that
+    /// entry's rows.
+    #[inline(always)]
+    pub fn paged(self, t: &StridedTensor, pages: &PageTable, entry: u32, first: u32) -> GlobalTile<Paged> {
+        let page_bytes = t.batch_stride * self.element_bytes as u64;
+        let (base, table) = if pages.table == 0 {
+            let begin = entry as u64 * page_bytes + first as u64 * self.row_bytes;
+            (self.base + begin, 0)
+        } else {
+            (self.base, pages.table + entry as u64 * pages.entries as u64 * 4)
+        };
+        let places = Paged {
+            first,
+            table,
+            size: pages.size,
+            page_bytes,
+        };
+        self.with_places(base, self.rows, places)
+    }
+
+    #[inline(always)]
+    fn with_places<P: Places>(self, base: u64, rows: u32, places: P) -> GlobalTile<P> {
+        GlobalTile {
+            base,
+            row_bytes: self.row_bytes,
+            places,
+            rows,
+            chunks: self.chunks,
+            element_bytes: self.element_bytes,
+            aligned: self.aligned,
+        }
+    }
+}
+
+impl<P: Places> GlobalTile<P> {
     /// Returns the window that starts `row` rows further down; it is empty if there are fewer rows.
     #[inline(always)]
     pub fn rows_from(&self, row: u32) -> Self {
+        let (places, further) = self.places.from(row, self.row_bytes);
         Self {
-            base: self.base + row as u64 * self.row_bytes,
+            base: self.base + further,
+            places,
             rows: self.rows.saturating_sub(row),
             ..*self
         }
@@ -63,10 +215,10 @@ impl GlobalTile {
         self.rows
     }
 
-    /// Returns the address of an element.
+    /// Returns the address of an element of a row, which exists unless rows are even.
     #[inline(always)]
     pub fn element_address(&self, row: u32, column: u32) -> u64 {
-        self.base + row as u64 * self.row_bytes + (column * self.element_bytes) as u64
+        self.base + self.places.offset(row, self.row_bytes) + (column * self.element_bytes) as u64
     }
 
     /// Returns true if chunk `chunk` of row `row` exists.
@@ -75,10 +227,20 @@ impl GlobalTile {
         row < self.rows && chunk < self.chunks
     }
 
-    /// Returns the address of chunk `chunk` of row `row`.
+    /// Returns the address of chunk `chunk` of row `row`, which exists unless rows are even.
     #[inline(always)]
     pub fn address(&self, row: u32, chunk: u32) -> u64 {
-        self.base + row as u64 * self.row_bytes + (chunk * CHUNK) as u64
+        self.base + self.places.offset(row, self.row_bytes) + (chunk * CHUNK) as u64
+    }
+
+    /// Returns the address of chunk `chunk` of row `row`, or some number if the row does not exist.
+    #[inline(always)]
+    fn address_if_any(&self, row: u32, chunk: u32) -> u64 {
+        if self.places.is_even() || row < self.rows {
+            self.address(row, chunk)
+        } else {
+            0
+        }
     }
 
     /// Reads a chunk, element by element if it may be unaligned.
@@ -149,27 +311,39 @@ impl GlobalTile {
 /// An address that advances takes two registers. Recomputing addresses would take two registers per row, once the
 /// compiler has hoisted the products.
 #[derive(Clone, Copy)]
-pub struct Walk {
+pub struct Walk<P = Even> {
     address: u64,
     step_bytes: u64,
     row: u32,
-    window: GlobalTile,
+    window: GlobalTile<P>,
     /// Division of the tile's chunks among threads.
     pub split: Split,
 }
 
-impl Walk {
+impl<P: Places> Walk<P> {
     /// Starts at the top of `window`.
     #[inline(always)]
-    pub fn new(window: GlobalTile, split: Split) -> Self {
-        let address = window.address(split.row, split.chunk);
+    pub fn new(window: GlobalTile<P>, split: Split) -> Self {
         Self {
-            address,
+            address: window.address_if_any(split.row, split.chunk),
             step_bytes: split.rows as u64 * window.row_bytes,
             row: split.row,
             window,
             split,
         }
+    }
+
+    /// Continues at row `row` of the window, which may lie past its end.
+    #[inline(always)]
+    pub fn seek(&mut self, row: u32) {
+        self.row = row + self.split.row;
+        self.address = self.window.address_if_any(self.row, self.split.chunk);
+    }
+
+    /// Returns the rows of the window.
+    #[inline(always)]
+    pub fn rows(&self) -> u32 {
+        self.window.rows
     }
 
     /// Returns true if 16-byte accesses are allowed.
@@ -183,6 +357,9 @@ impl Walk {
     pub fn advance(&mut self) {
         self.address += self.step_bytes;
         self.row += self.split.rows;
+        if !self.window.places.is_even() {
+            self.address = self.window.address_if_any(self.row, self.split.chunk);
+        }
     }
 
     /// Returns the address of the thread's chunk `j` in its current row, and true if it exists.

@@ -5,7 +5,11 @@
 //! other 15: one shuffle feeds as many FMA as a lane has columns, and no shared memory is spent on it.
 
 use super::register::{Accumulator, OutputTile, Part, RowValues, Rows, ScoreTile};
-use super::{fragment, global::GlobalTile, shared::SharedTile};
+use super::{
+    fragment,
+    global::{GlobalTile, Places},
+    shared::SharedTile,
+};
 use crate::element::F32;
 use crate::ptx::program::{self, Shown};
 use crate::ptx::{math::fma, memory, optimizer, sreg, sync};
@@ -87,7 +91,7 @@ impl<const N: usize, const K: usize> OutputTile<LaneRows<K, 1>> for LaneRows<N, 
 
     /// Stores directly from the registers: 16 lanes write 128 contiguous bytes of a row.
     #[inline(always)]
-    unsafe fn store(&self, _staging: SharedTile, target: &GlobalTile) {
+    unsafe fn store(&self, _staging: SharedTile, target: &GlobalTile<impl Places>) {
         for r in 0..4 {
             for i in 0..N / 2 {
                 let (row, column) = fragment::simt(sreg::lane_id(), r as u32, i as u32 * 2, 2);

@@ -4,7 +4,11 @@
 //! loop has a constant trip count and is unrolled: an index that is not a constant would move the array to local
 //! memory.
 
-use super::{element::Element, global::GlobalTile, shared::SharedTile};
+use super::{
+    element::Element,
+    global::{GlobalTile, Places},
+    shared::SharedTile,
+};
 use crate::mask::Span;
 use crate::ptx::program::{self, Shown};
 use crate::ptx::{memory, sreg, sync};
@@ -227,5 +231,5 @@ pub trait OutputTile<Operand>: Accumulator {
     ///
     /// # Safety
     /// `target` is writable, and no other warp accesses these rows or those of `staging`.
-    unsafe fn store(&self, staging: SharedTile, target: &GlobalTile);
+    unsafe fn store(&self, staging: SharedTile, target: &GlobalTile<impl Places>);
 }

@@ -3,7 +3,7 @@
 use super::{
     element::Element,
     fragment,
-    global::{GlobalTile, Walk},
+    global::{GlobalTile, Places, Walk},
     swizzle::{neighbours, swizzle},
 };
 use crate::ptx::{copy, matrix, memory, optimizer, sreg, sync};
@@ -61,7 +61,7 @@ impl SharedTile {
     ///   (`cp_async_wait`) and a barrier passed.
     /// - `source` describes readable memory.
     #[inline(always)]
-    pub unsafe fn load_async(self, source: &mut Walk, rows: u32) {
+    pub unsafe fn load_async(self, source: &mut Walk<impl Places>, rows: u32) {
         let split = source.split;
         let chunks = self.chunks() / split.chunks;
         let slot = |i, j| self.address(split.row + i * split.rows, split.chunk + j * split.chunks);
@@ -90,7 +90,7 @@ impl SharedTile {
     /// # Safety
     /// This warp wrote the tile and passed a `sync_warp`, and no other warp accesses it; `target` is writable.
     #[inline(always)]
-    pub unsafe fn store(self, target: &GlobalTile, rows: u32) {
+    pub unsafe fn store(self, target: &GlobalTile<impl Places>, rows: u32) {
         let split = Split::new(self.row_bytes, sreg::lane_id(), 32);
         split.for_each(optimizer::opaque(rows / split.rows), self.row_bytes, |row, chunk| {
             if target.contains(row, chunk) {

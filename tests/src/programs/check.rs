@@ -1,54 +1,28 @@
 //! Checks of a program's results and gradients on a device against the oracle.
 
 use flash_attention::reference::{self, AllGradients, Dims};
-use flash_attention::{Device, Dtype, Element, Error, Gradients};
+use flash_attention::{Device, Dtype, Element, Gradients};
 
 use super::tensor;
 use crate::{Case, Mismatch, compare, largest_error};
 
-/// Passes that a device runs of an attention, those that it does not refuse as unsupported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Supported {
-    /// The forward pass.
-    pub forward: bool,
-    /// The backward pass, with the gradients of tables.
-    pub backward: bool,
-}
-
-/// Checks forward and backward of a case on a device, tables' gradients included, as far as the device supports them.
+/// Checks forward and backward of a case on a device, tables' gradients included.
 ///
 /// # Panics
 /// If the device fails in another way, or an error exceeds its bound: twice that of standard attention, plus 1e-5; for gradients
 /// of tables that of [`check_table_gradients`]. In halves, backward is held against the oracle's gradients from the output that
 /// the device gave.
-pub fn check_program<T: Element>(case: &Case, device: &Device) -> Supported {
+pub fn check_program<T: Element>(case: &Case, device: &Device) {
     let inputs = case.inputs::<T>();
     let [q, k, v] = [(case.q, &inputs.q), (case.kv, &inputs.k), (case.v_shape(), &inputs.v)]
         .map(|(shape, elements)| tensor(device, &shape, elements));
     let attention = case.attention.clone().table_gradients();
-    let unsupported = |error: Error| match error {
-        Error::Unsupported { .. } => false,
-        error => panic!("{case:?} on {device}: {error}"),
-    };
-    if !attention.plan(&q, &k, &v).map_or_else(unsupported, |_| true) {
-        return Supported {
-            forward: false,
-            backward: false,
-        };
-    }
     case.check_on([device]);
     let output = attention
         .forward(&q, &k, &v)
         .unwrap_or_else(|error| panic!("{case:?} on {device}: {error}"));
     let dout_elements = case.dout::<T>();
     let dout = tensor(device, &case.out_shape(), &dout_elements);
-    let planned = attention.plan_backward(&q, &k, &v, &output, &dout);
-    if !planned.map_or_else(unsupported, |_| true) {
-        return Supported {
-            forward: true,
-            backward: false,
-        };
-    }
     let gradients = attention.backward(&q, &k, &v, &output, &dout);
     let gradients = gradients.unwrap_or_else(|error| panic!("{case:?} on {device}: {error}"));
     let dims = case.dims();
@@ -68,10 +42,6 @@ pub fn check_program<T: Element>(case: &Case, device: &Device) -> Supported {
     };
     let name = format!("{case:?} on {device}");
     check_all(&name, case, &dims, &gradients, want, &standard);
-    Supported {
-        forward: true,
-        backward: true,
-    }
 }
 
 /// Standard attention's gradients and the exact ones: their distance is what a dtype costs.

@@ -4,7 +4,7 @@ mod check;
 mod slopes;
 mod trees;
 
-pub use check::{Standard, Supported, check_program, check_table_gradients};
+pub use check::{Standard, check_program, check_table_gradients};
 pub use slopes::check_slopes;
 pub use trees::{IndexTree, ScoreTree, Trees, TruthTree, trees};
 

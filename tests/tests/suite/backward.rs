@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use flash_attention::device::DeviceKind;
+use flash_attention::device::{DeviceInfo, DeviceKind};
 use flash_attention::half::f16;
 use flash_attention::{Arch, Attention, Device, Dtype, Element, Tensor};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
@@ -153,7 +153,8 @@ fn values_of_another_head_dim() {
     }
 }
 
-/// Tests that narrow values give the results of values with zeros behind them, to the bit: one kernel serves both.
+/// Tests that narrow values give the results of values with zeros behind them, to the bit, where one kernel serves both: Hopper's own,
+/// and those of score programs.
 #[test]
 fn narrow_values_are_values_with_zeros_behind() {
     fn check<T: Element>(narrow: &Case) {
@@ -174,16 +175,26 @@ fn narrow_values_are_values_with_zeros_behind() {
             v: padded(&inputs.v),
             ..inputs.clone()
         };
-        let is_served = |device: &&Device| narrow.is_served::<T>(device, false) && narrow.is_served::<T>(device, true);
-        let gpus = devices().all().filter(|device| device.kind() != DeviceKind::Cpu);
-        for device in gpus.filter(is_served) {
-            let (_, want) = wide.run_backward(device, &padded_inputs, &padded(&dout));
-            let (_, got) = narrow.run_backward(device, &inputs, &dout);
-            let want = GradientsOutcome {
-                dv: cut(&want.dv),
-                ..want
-            };
-            assert_eq!(got.bits(), want.bits(), "{narrow:?} on {device}");
+        for device in devices().all().filter(|device| device.kind() != DeviceKind::Cpu) {
+            let is_hopper = matches!(
+                device.info(),
+                DeviceInfo::Gpu {
+                    compute_capability: (9, 0),
+                    ..
+                }
+            );
+            let plain = (is_hopper && T::DTYPE != Dtype::F32).then(|| narrow.attention.clone());
+            let program = narrow.attention.clone().score(|score, _| score * 2.0);
+            for attention in plain.into_iter().chain([program]) {
+                let [wide, narrow] = [&wide, narrow].map(|case| case.clone().with(attention.clone()));
+                let (_, want) = wide.run_backward(device, &padded_inputs, &padded(&dout));
+                let (_, got) = narrow.run_backward(device, &inputs, &dout);
+                let want = GradientsOutcome {
+                    dv: cut(&want.dv),
+                    ..want
+                };
+                assert_eq!(got.bits(), want.bits(), "{narrow:?} on {device}");
+            }
         }
     }
     for (i, [head_dim, head_dim_v]) in [[192, 128], [64, 32], [192, 32], [40, 8]].into_iter().enumerate() {
@@ -311,11 +322,15 @@ fn is_sharp(case: &Case) -> bool {
     case.attention.scale_for(case.q[3]).abs() > mild_scale(case)
 }
 
-/// Returns the case with its scale clamped to twice the default.
-fn mild(case: Case) -> Case {
+/// Returns the case with its scale clamped to twice the default, and, where values are narrower than keys, with at least 16 queries: all
+/// elements of the dQ of one query share the errors of its few scores, so that the largest would be a matter of luck.
+fn mild(mut case: Case) -> Case {
     let limit = mild_scale(&case);
     let scale = case.attention.scale_for(case.q[3]).clamp(-limit, limit);
     let causal = case.attention.is_causal();
+    if case.head_dim_v < case.q[3] {
+        case.q[2] = case.q[2].max(16);
+    }
     case.with(Attention::new().softmax_scale(scale)).masked(causal)
 }
 
@@ -503,23 +518,36 @@ fn blocks_that_stay_take_every_tile() {
     }
 }
 
-/// Returns bytes of global memory of a backward pass, predicted and counted: `(read, written)` each.
-fn traffic<T: Element>(case: &Case, arch: Arch) -> [(u128, u128); 2] {
+/// Checks the bytes of global memory that a plan of a backward pass predicts.
+fn check_traffic<T: Element>(case: &Case, arch: Arch) {
     let device = Device::emulator(arch);
     let prepared = case.prepare_backward::<T>(&device, &case.inputs(), &case.dout());
     let [q, k, v] = prepared.inputs.each_ref().map(|input| &input.tensor);
-    let cost = case
+    let plan = case
         .attention
         .plan_backward(q, k, v, &prepared.output, &prepared.dout.tensor)
-        .expect("a plan")
-        .cost();
+        .expect("a plan");
+    let cost = plan.cost();
     device.reset_counters();
     prepared.backward().expect("no finding");
     let counters = device.counters().expect("the emulator counts");
-    [
-        (cost.bytes_read, cost.bytes_written),
-        (counters.global_read_bytes.into(), counters.global_written_bytes.into()),
-    ]
+    assert_eq!(
+        cost.bytes_written,
+        counters.global_written_bytes.into(),
+        "{case:?}: {plan}"
+    );
+    // Kernels with lists read them too, which the plan does not count: each thread its work, 60 bytes, and at most 3 runs of 12
+    // bytes, some times a head.
+    let listed = plan.launches().iter().filter(|launch| launch.entry.program);
+    let threads: u128 = listed
+        .map(|launch| u128::from(launch.grid[0]) * u128::from(launch.threads))
+        .sum();
+    let of_lists = threads * (case.q[1] / case.kv[1].max(1)) as u128 * (4 * 60 + 8 * 3 * 12);
+    let read = u128::from(counters.global_read_bytes);
+    assert!(
+        (cost.bytes_read..=cost.bytes_read + of_lists).contains(&read),
+        "{read} bytes and at most {of_lists} of lists, {case:?}: {plan}"
+    );
 }
 
 proptest! {
@@ -531,13 +559,7 @@ proptest! {
             return Ok(());
         }
         for &arch in Arch::ALL {
-            let device = Device::emulator(arch);
-            for_dtype!(case.dtype, T => {
-                if case.is_served::<T>(&device, false) && case.is_served::<T>(&device, true) {
-                    let [predicted, counted] = traffic::<T>(&case, arch);
-                    prop_assert_eq!(predicted, counted);
-                }
-            });
+            for_dtype!(case.dtype, T => check_traffic::<T>(&case, arch));
         }
     }
 }

@@ -71,7 +71,8 @@ fn the_cases_reach_every_kernel() {
         assert_eq!(kernels[0], entry.name, "{case:?}");
         reached.extend(kernels);
     }
-    for entry in ENTRIES {
+    // Splits, which `cached` tests on every device, are what the combine kernels are for.
+    for entry in ENTRIES.iter().filter(|entry| entry.pass != Pass::Combine) {
         assert!(reached.contains(entry.name), "{} is not reached", entry.name);
     }
 }

@@ -36,13 +36,16 @@ const HOST: &[&[&str]] = &[
 
 /// Rooms of the kernels, lowest floor first.
 const KERNELS: &[&[&str]] = &[
-    &["abi", "element", "mask", "program"],
+    &["element", "mask", "program"],
+    &["work"],
+    &["abi"],
     &["ptx"],
-    &["tile", "deal"],
+    &["tile", "deal", "lists"],
     &["shape", "softmax", "nonfinite"],
     &["block", "scores", "delta", "entries"],
     &["pipeline"],
     &["forward", "backward", "hopper", "study"],
+    &["listed"],
     &["archive"],
 ];
 

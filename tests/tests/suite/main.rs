@@ -5,6 +5,7 @@
 mod append;
 mod backward;
 mod backward_errors;
+mod blocks;
 mod cached;
 mod drawn;
 mod empty;

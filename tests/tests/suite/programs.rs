@@ -210,9 +210,6 @@ fn values_that_a_program_hides_may_be_nan() {
                 .with_head_dim_v(64)
                 .with(attention);
             for_dtype!(dtype, T => {
-                if !case.is_served::<T>(device, false) {
-                    continue;
-                }
                 let mut inputs = case.inputs::<T>();
                 for (place, value) in [(50 * 64 + 3, f32::NAN), (70 * 64 + 60, f32::INFINITY)] {
                     inputs.v[place] = T::from_f32(value);

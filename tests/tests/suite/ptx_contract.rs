@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, QuerySumsParams,
+    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, ListedBackwardParams,
+    ListedForwardParams, QuerySumsParams,
 };
 use flash_attention_kernels::archive::Archive;
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, PROGRAM_ENTRIES, Pass};
@@ -95,7 +96,7 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm80) {
         let products = match (entry.pass, entry.two_walks) {
             (None, _) => 0, // kernels of the study are f32
-            (Some(Pass::BackwardDelta), _) => 0,
+            (Some(Pass::BackwardDelta | Pass::Combine), _) => 0,
             (Some(Pass::Forward), _) => 2,          // Q K^T, P V
             (Some(Pass::BackwardQueries), _) => 3,  // Q K^T, dO V^T, dS K
             (Some(Pass::BackwardKeys), false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
@@ -218,11 +219,14 @@ fn the_header_is_the_table() {
         let bytes = match entry.pass {
             None if entry.name.starts_with("standard_") => size_of::<StandardParams>(),
             Some(Pass::Forward) if hopper => size_of::<HopperForwardParams>(),
+            Some(Pass::Forward) if entry.program => size_of::<ListedForwardParams>(),
+            Some(Pass::Combine) => size_of::<ListedForwardParams>(),
             None | Some(Pass::Forward) => size_of::<ForwardParams>(),
             Some(Pass::BackwardDelta | Pass::BackwardFinish) if hopper => size_of::<QuerySumsParams>(),
             Some(Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardAll) if hopper => {
                 size_of::<HopperBackwardParams>()
             }
+            Some(Pass::BackwardQueries | Pass::BackwardKeys) if entry.program => size_of::<ListedBackwardParams>(),
             Some(_) => size_of::<BackwardParams>(),
         };
         // Tensor maps, which come first on Hopper, are aligned to 64 bytes.
@@ -387,6 +391,13 @@ fn kernels_for_programs_have_their_markers() {
             let tiles = count(&|marker| matches!(marker, Marker::Tile { tile, .. } if *tile == wanted));
             assert_eq!(tiles, rows * walks, "{}: {wanted:?}", entry.name);
             for &(wanted_kind, times) in kinds {
+                // The portable kernels run no mask in tiles that are listed as full.
+                let masks = matches!(wanted_kind, Kind::Mask | Kind::Hide);
+                let times = if masks && !edge && entry.arch == Arch::Sm80 {
+                    0
+                } else {
+                    times
+                };
                 let is = |marker: &Marker<'_>| matches!(marker, Marker::Scores { kind, tile, .. } if (*kind, *tile) == (wanted_kind, wanted));
                 assert_eq!(
                     count(&is),
@@ -397,7 +408,14 @@ fn kernels_for_programs_have_their_markers() {
             }
         }
         let of_scores = |marker: &&Marker<'_>| matches!(marker, Marker::Scores { .. });
-        let total: u32 = kinds.iter().map(|(_, times)| 2 * rows * streamed / 16 * times).sum();
+        let times_of_kind = |&(kind, times): &(Kind, u32)| match kind {
+            Kind::Mask | Kind::Hide if entry.arch == Arch::Sm80 => times,
+            _ => 2 * times,
+        };
+        let total: u32 = kinds
+            .iter()
+            .map(|kind| rows * streamed / 16 * times_of_kind(kind))
+            .sum();
         assert_eq!(found.iter().filter(of_scores).count() as u32, total, "{}", entry.name);
         let starts = found
             .iter()

@@ -1,10 +1,9 @@
 //! Ragged batches: each sequence of a packed batch has the results of a call with that sequence alone, to the bit.
 
-use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::reference::{self, Dims};
 use flash_attention::{Attention, Device, Dtype, Element, Gradients, Output, Sequences, Tensor};
-use flash_attention_tests::{devices, drawn, files, for_dtype};
+use flash_attention_tests::{backward_alone, devices, drawn, files, for_dtype, forward_alone};
 use proptest::prelude::*;
 
 /// A packed batch: lengths of queries, keys and keys that count, a sequence each, with rows that belong to none behind them.
@@ -18,16 +17,39 @@ struct Ragged {
     head_dim_v: usize,
     dtype: Dtype,
     causal: bool,
+    feature: Feature,
     seed: u64,
 }
 
+/// What the attention of a batch has beside its mask.
+#[derive(Clone, Copy, Debug)]
+enum Feature {
+    None,
+    NegativeScale,
+    Softcap,
+    Window,
+    MaskOfHeads,
+    Sinks,
+}
+
 impl Ragged {
-    fn attention(&self) -> Attention {
-        let attention = Attention::new().deterministic();
-        if self.causal { attention.causal() } else { attention }
+    fn attention(&self, device: &Device) -> Attention {
+        let attention = Attention::new().deterministic().batch_invariant();
+        let attention = if self.causal { attention.causal() } else { attention };
+        match self.feature {
+            Feature::None => attention,
+            Feature::NegativeScale => attention.softmax_scale(-0.2),
+            Feature::Softcap => attention.softcap(1.5),
+            Feature::Window => attention.window(20, 3),
+            Feature::MaskOfHeads => attention.mask(|at| at.key.less_than(at.head * 40 + 10)),
+            Feature::Sinks => {
+                let logits: Vec<f32> = (0..self.heads.0).map(|head| head as f32 - 1.0).collect();
+                attention.sinks(&Tensor::from_slice(device, [self.heads.0], &logits).expect("it fits"))
+            }
+        }
     }
 
-    /// Where sequences begin in q and in k, and where the last one ends.
+    /// Offsets of the sequences in q and in k, and the end of the last one.
     fn offsets(&self) -> (Vec<usize>, Vec<usize>) {
         let (mut q, mut k) = (vec![0], vec![0]);
         for &(seqlen_q, seqlen_k, _) in &self.lens {
@@ -45,12 +67,15 @@ impl Ragged {
         sequences.seqused_k(&as_i32(&used)).expect("no more than there are")
     }
 
+    /// Rows of q, and of k.
+    fn totals(&self) -> (usize, usize) {
+        let (q, k) = self.offsets();
+        (q[self.lens.len()] + self.rest.0, k[self.lens.len()] + self.rest.1)
+    }
+
     fn check<T: Element>(&self, device: &Device) {
         let (offsets_q, offsets_k) = self.offsets();
-        let (total_q, total_k) = (
-            offsets_q[self.lens.len()] + self.rest.0,
-            offsets_k[self.lens.len()] + self.rest.1,
-        );
+        let (total_q, total_k) = self.totals();
         let row_q = self.heads.0 * self.head_dim;
         let (row_k, row_v) = (self.heads.1 * self.head_dim, self.heads.1 * self.head_dim_v);
         let data = |len, seed| -> Vec<T> {
@@ -77,7 +102,7 @@ impl Ragged {
             [(&q, head_dim), (&dout, head_dim_v)].map(|(data, width)| packed(total_q, self.heads.0, width, data));
         let [tk, tv] =
             [(&k, head_dim), (&v, head_dim_v)].map(|(data, width)| packed(total_k, self.heads.1, width, data));
-        let (attention, sequences) = (self.attention(), self.sequences());
+        let (attention, sequences) = (self.attention(device), self.sequences());
         let output = attention
             .forward_ragged(&tq, &tk, &tv, &sequences)
             .unwrap_or_else(|error| panic!("{device}: {error}\n{self:?}"));
@@ -105,18 +130,50 @@ impl Ragged {
                 .map(|(data, width)| alone(data, first_q, [self.heads.0, seqlen_q, width]));
             let [k, v] = [(&k, head_dim), (&v, head_dim_v)]
                 .map(|(data, width)| alone(data, first_k, [self.heads.1, used, width]));
-            let output = attention.forward(&q, &k, &v).expect("a call alone");
-            let gradients = attention.backward(&q, &k, &v, &output, &dout).expect("a call alone");
-            self.check_oracle(device, [&q, &k, &v], &output);
+            let output = forward_alone(&attention, &q, &k, &v).expect("a call alone");
+            let gradients = backward_alone(&attention, [&q, &k, &v], &output, &dout).expect("a call alone");
+            if matches!(self.feature, Feature::None | Feature::NegativeScale) {
+                self.check_oracle(device, [&q, &k, &v], &output);
+            }
+            let of_rectangle = attention.forward(&q, &k, &v).expect("a rectangle");
+            let rectangle = attention
+                .backward(&q, &k, &v, &of_rectangle, &dout)
+                .expect("a rectangle");
+            self.check_near(device, (&output, &gradients), (&of_rectangle, &rectangle));
             expected.take(self, (first_q, seqlen_q), (first_k, used), &output, &gradients);
         }
         expected.check(device, self, &output, &gradients);
     }
 
+    /// Compares the results of a sequence with those of a rectangle, which the suite compares with the oracle.
+    fn check_near<T: Element>(
+        &self,
+        device: &Device,
+        (output, gradients): (&Output<T>, &Gradients<T>),
+        (of_rectangle, rectangle): (&Output<T>, &Gradients<T>),
+    ) {
+        let tolerance = if T::DTYPE == Dtype::F32 { 1e-4 } else { 5e-2 };
+        for (name, got, want) in [
+            ("out", &output.out, &of_rectangle.out),
+            ("dq", &gradients.dq, &rectangle.dq),
+            ("dk", &gradients.dk, &rectangle.dk),
+            ("dv", &gradients.dv, &rectangle.dv),
+        ] {
+            let [got, want] = [got, want].map(|tensor| tensor.to_vec().expect("it is there"));
+            let largest = want.iter().map(|x| x.to_f64().abs()).fold(1.0, f64::max);
+            for (got, want) in got.iter().zip(&want) {
+                assert!(
+                    (got.to_f64() - want.to_f64()).abs() <= tolerance * largest,
+                    "{device}: {name} {got:?}, want {want:?}\n{self:?}"
+                );
+            }
+        }
+    }
+
     /// Compares a call alone with the oracle: results that are equal but wrong must not pass.
     fn check_oracle<T: Element>(&self, device: &Device, [q, k, v]: [&Tensor<T>; 3], output: &Output<T>) {
         let shape = |tensor: &Tensor<T>| -> [usize; 4] { tensor.shape().try_into().expect("four axes") };
-        let dims = Dims::new(&self.attention(), shape(q), shape(k)).with_head_dim_v(self.head_dim_v);
+        let dims = Dims::new(&self.attention(device), shape(q), shape(k)).with_head_dim_v(self.head_dim_v);
         let wide = |tensor: &Tensor<T>| -> Vec<f64> {
             let data = tensor.to_vec().expect("it is there");
             data.into_iter().map(Element::to_f64).collect()
@@ -227,6 +284,14 @@ fn ragged(longest: usize) -> impl Strategy<Value = Ragged> {
     });
     let dtype = prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::Bf16)];
     let heads = prop_oneof![Just((1, 1)), Just((4, 2)), Just((3, 1))];
+    let feature = prop_oneof![
+        3 => Just(Feature::None),
+        1 => Just(Feature::NegativeScale),
+        1 => Just(Feature::Softcap),
+        1 => Just(Feature::Window),
+        1 => Just(Feature::MaskOfHeads),
+        1 => Just(Feature::Sinks),
+    ];
     let rest = (prop_oneof![Just(0), 0_usize..9], prop_oneof![Just(0), 0_usize..9]);
     (
         prop::collection::vec(lens, 0..5),
@@ -234,19 +299,23 @@ fn ragged(longest: usize) -> impl Strategy<Value = Ragged> {
         heads,
         prop_oneof![Just(8), Just(40), Just(64), Just(128)],
         prop_oneof![2 => Just(None), 1 => prop_oneof![Just(16), Just(64), Just(96)].prop_map(Some)],
-        dtype,
-        any::<bool>(),
+        (dtype, any::<bool>(), feature),
         0..1000_u64,
     )
         .prop_map(
-            |(lens, rest, heads, head_dim, head_dim_v, dtype, causal, seed)| Ragged {
+            |(lens, rest, heads, head_dim, head_dim_v, (dtype, causal, feature), seed)| Ragged {
                 lens,
-                rest,
+                // The lse of a row that belongs to no sequence is that of its sink, if there is one.
+                rest: match feature {
+                    Feature::Sinks => (0, rest.1),
+                    _ => rest,
+                },
                 heads,
                 head_dim,
                 head_dim_v: head_dim_v.unwrap_or(head_dim),
                 dtype,
                 causal,
+                feature,
                 seed,
             },
         )
@@ -258,10 +327,28 @@ proptest! {
     #[test]
     fn a_sequence_has_the_results_of_a_call_with_it_alone(case in ragged(150)) {
         for device in devices().all() {
-            // Portable kernels of GPUs have one head_dim.
-            let head_dim_v = if device.kind() == DeviceKind::Cpu { case.head_dim_v } else { case.head_dim };
-            let case = Ragged { head_dim_v, ..case.clone() };
             for_dtype!(case.dtype, T => case.check::<T>(device));
+        }
+    }
+}
+
+/// Tests values of another head_dim than that of the keys, with and without a sequence that has no keys.
+#[test]
+fn values_of_another_head_dim() {
+    for (rest, dtype) in [(0, Dtype::F16), (0, Dtype::Bf16), (3, Dtype::F16), (0, Dtype::F32)] {
+        let case = Ragged {
+            lens: vec![(70, 90, 90), (3, 40, 40), (1, 7, 7)],
+            rest: (rest, 0),
+            heads: (4, 2),
+            head_dim: 40,
+            head_dim_v: 24,
+            dtype,
+            causal: true,
+            feature: Feature::None,
+            seed: 1,
+        };
+        for device in devices().all() {
+            for_dtype!(dtype, T => case.check::<T>(device));
         }
     }
 }
@@ -273,6 +360,40 @@ proptest! {
     fn a_long_sequence_has_the_results_of_a_call_with_it_alone(case in ragged(1500)) {
         for device in devices().native() {
             for_dtype!(case.dtype, T => case.check::<T>(device));
+        }
+    }
+}
+
+/// Tests batches without query heads: results are empty, and the gradients of keys are zeros.
+#[test]
+fn batches_without_heads() {
+    for device in devices().all() {
+        for heads_kv in [0, 2] {
+            let tensor = |rows: usize, heads: usize| {
+                Tensor::from_slice(device, [rows, heads, 8], &vec![1.0_f32; rows * heads * 8]).expect("it fits")
+            };
+            let (q, k) = (tensor(3, 0), tensor(4, heads_kv));
+            let sequences = Sequences::new(&[0, 3], &[0, 4]).expect("offsets grow");
+            let name = || format!("{heads_kv} heads on {device}");
+            let attention = Attention::new().causal();
+            let output = attention.forward_ragged(&q, &k, &k, &sequences);
+            let output = output.unwrap_or_else(|error| panic!("{}: {error}", name()));
+            assert_eq!(
+                (output.out.shape(), output.lse.shape()),
+                (&[3, 0, 8][..], &[0, 3][..]),
+                "{}",
+                name()
+            );
+            let gradients = attention.backward_ragged(&q, &k, &k, &output, &output.out, &sequences);
+            let gradients = gradients.unwrap_or_else(|error| panic!("{}: {error}", name()));
+            for gradient in [gradients.dk, gradients.dv] {
+                assert_eq!(
+                    gradient.to_vec().expect("it is there"),
+                    vec![0.0; 4 * heads_kv * 8],
+                    "{}",
+                    name()
+                );
+            }
         }
     }
 }

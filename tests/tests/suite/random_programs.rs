@@ -1,42 +1,15 @@
-//! Score programs on every device that runs them: named features alone, in pairs and all together, and random programs.
+//! Score programs on every device: named features alone, in pairs and all together, and random programs.
 
-use std::collections::BTreeMap;
-
-use flash_attention::device::DeviceKind;
-use flash_attention::{Attention, Dtype};
-use flash_attention_tests::programs::{FEATURES, Supported, Trees, check_program, trees, with_feature};
+use flash_attention::{Attention, Device, Dtype};
+use flash_attention_tests::programs::{FEATURES, Trees, check_program, trees, with_feature};
 use flash_attention_tests::{Case, devices, drawn, for_dtype};
 use proptest::prelude::*;
 
-/// Counts of what each device refused, printed at the end: nothing is left out silently.
-#[derive(Default)]
-struct Refused(BTreeMap<String, [usize; 3]>);
-
-impl Refused {
-    /// Notes a run. The CPU has to run every program.
-    fn note(&mut self, device: &flash_attention::Device, supported: Supported) {
-        assert!(
-            supported.forward || device.kind() != DeviceKind::Cpu,
-            "the CPU runs every program"
-        );
-        let [runs, forward, backward] = self.0.entry(device.to_string()).or_default();
-        *runs += 1;
-        *forward += usize::from(!supported.forward);
-        *backward += usize::from(!supported.backward);
-    }
-
-    fn tell(&self) {
-        for (device, [runs, forward, backward]) in &self.0 {
-            println!("{device}: of {runs} programs, {forward} refused forward and {backward} backward");
-        }
-    }
-}
-
 /// Checks a case whose attention is made for each device.
-fn check(case: &Case, attention: impl Fn(&flash_attention::Device) -> Attention, refused: &mut Refused) {
+fn check(case: &Case, attention: impl Fn(&Device) -> Attention) {
     for device in devices().all() {
         let case = case.clone().with(attention(device));
-        refused.note(device, for_dtype!(case.dtype, T => check_program::<T>(&case, device)));
+        for_dtype!(case.dtype, T => check_program::<T>(&case, device));
     }
 }
 
@@ -46,23 +19,16 @@ fn sizes(dtype: Dtype) -> Case {
 
 #[test]
 fn every_named_feature_alone() {
-    let mut refused = Refused::default();
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
         for name in FEATURES {
             let case = sizes(dtype);
-            check(
-                &case,
-                |device| with_feature(Attention::new(), name, &case, device),
-                &mut refused,
-            );
+            check(&case, |device| with_feature(Attention::new(), name, &case, device));
         }
     }
-    refused.tell();
 }
 
 #[test]
 fn every_pair_of_named_features() {
-    let mut refused = Refused::default();
     let mut dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().cycle();
     for (i, first) in FEATURES.iter().enumerate() {
         for second in &FEATURES[..i] {
@@ -71,15 +37,13 @@ fn every_pair_of_named_features() {
                 let one = with_feature(Attention::new(), first, &case, device);
                 with_feature(one, second, &case, device)
             };
-            check(&case, attention, &mut refused);
+            check(&case, attention);
         }
     }
-    refused.tell();
 }
 
 #[test]
 fn all_named_features_together() {
-    let mut refused = Refused::default();
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
         // A large window and long documents, so that some pairs stay visible.
         let case = Case::new(dtype, [2, 4, 45, 24], [2, 2, 70, 24]);
@@ -87,9 +51,8 @@ fn all_named_features_together() {
             let add = |attention, name: &&str| with_feature(attention, name, &case, device);
             FEATURES.iter().fold(Attention::new(), add)
         };
-        check(&case, attention, &mut refused);
+        check(&case, attention);
     }
-    refused.tell();
 }
 
 fn drawn_case() -> impl Strategy<Value = (Trees, Case)> {
@@ -115,7 +78,7 @@ proptest! {
     #[test]
     fn random_programs_agree_with_the_oracle((trees, case) in drawn_case()) {
         let attention = |device: &_| trees.attention(case.attention.clone(), case.q[1], device);
-        check(&case, attention, &mut Refused::default());
+        check(&case, attention);
     }
 }
 
@@ -129,7 +92,7 @@ proptest! {
             q: [1, case.q[1], case.q[2].min(6), 8],
             kv: [1, case.kv[1], case.kv[2].min(7), 8],
             head_dim_v: case.head_dim_v.min(16),
-            attention: trees.attention(case.attention.clone(), case.q[1], &flash_attention::Device::cpu()),
+            attention: trees.attention(case.attention.clone(), case.q[1], &Device::cpu()),
             ..case
         };
         flash_attention_tests::programs::check_slopes(&case);

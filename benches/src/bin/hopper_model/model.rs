@@ -272,6 +272,7 @@ fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
             out: 0,
             lse: 0,
             statistics: None,
+            workspace: 0,
         },
         _ => Results::Backward {
             dq: 0,

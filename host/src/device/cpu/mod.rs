@@ -299,7 +299,9 @@ unsafe fn run(team: &Team<'_>, calls: &[(&Plan, Results)], reporter: &Reporter<'
     for &(plan, results) in calls {
         let problem = plan.problem();
         match results {
-            Results::Forward { out, lse, statistics } => {
+            Results::Forward {
+                out, lse, statistics, ..
+            } => {
                 let (out, lse) = (at(problem.out(), out), at(problem.lse(), lse));
                 let statistics = (problem.statistics().zip(statistics))
                     .map(|([max, sum], [row_max, row_sum])| [at(max, row_max), at(sum, row_sum)]);

@@ -20,6 +20,7 @@ use cudarc::driver::sys;
 
 use self::calls::{Calls, CudaCalls, Function, Queue};
 use self::driver::{DriverError, Geometry, Gpu, failed};
+use super::lists::Lists;
 use super::modules::{Loaded, Modules};
 use super::{Backend, Device, DeviceKind};
 use crate::error::{CudaUnavailable, Error};
@@ -32,6 +33,7 @@ struct Cuda {
     context: Arc<Context>,
     queue: Queue,
     calls: &'static dyn Calls,
+    lists: Lists,
     /// Owner that keeps a foreign context and stream alive.
     _owner: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -101,10 +103,12 @@ impl Device {
     ///
     /// A stream capture can record a call that neither allocates nor waits:
     /// [`forward_into`](crate::Attention::forward_into) and
-    /// [`backward_into_with`](crate::Attention::backward_into_with). Load the kernels before the capture, with
-    /// [`prepare`](Self::prepare). During the capture, drop no tensor of this device that owns memory or has an
-    /// owner: dropping the first frees memory, dropping the second waits for the device. The graph stores the
-    /// addresses of its tensors, so their memory has to outlive it.
+    /// [`backward_into_with`](crate::Attention::backward_into_with). Before the capture, load the kernels, and the
+    /// lists of tiles that masks of score programs leave, with [`prepare`](Self::prepare). Lists that another call has
+    /// loaded do not suffice: the device may free them before the graph runs. During the capture, drop neither this device
+    /// nor a tensor of it that owns memory or has an owner: dropping a tensor that owns memory frees it, dropping one
+    /// that has an owner waits for the device. The graph stores the addresses of its tensors, so their memory has to
+    /// outlive it.
     ///
     /// # Errors
     /// The errors of [`cuda`](Self::cuda).
@@ -181,6 +185,7 @@ impl Cuda {
             context,
             queue,
             calls,
+            lists: Lists::default(),
             _owner: owner,
         }
     }
@@ -204,6 +209,11 @@ impl Cuda {
             .params(results, |tile| self.calls.encode(tile))
             .map_err(refused)?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
+        let lists = launch.lists().map(|lists| self.lists.get(self, lists)).transpose()?;
+        let params = match &lists {
+            Some(lists) => params.with_lists(lists.address),
+            None => params,
+        };
         let Loaded {
             module: function,
             slots,
@@ -220,6 +230,15 @@ impl Cuda {
         // SAFETY: the parameters are the plan's own, of the struct that the entry takes, and the numbers those that its text
         // reads; the addresses in them are valid, says the caller.
         unsafe { self.calls.launch(self.queue, function, geometry, params) }.map_err(refused)
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        for (address, bytes) in self.lists.take() {
+            // SAFETY: `alloc` made it, and no call of this device comes any more.
+            unsafe { self.free(address, bytes) }
+        }
     }
 }
 
@@ -343,9 +362,12 @@ impl Backend for Cuda {
     }
 
     fn prepare(&self, plan: &Plan) -> Result<(), Error> {
-        plan.launches()
-            .iter()
-            .try_for_each(|launch| self.function(launch).map(drop))
+        plan.launches().iter().try_for_each(|launch| {
+            if let Some(lists) = launch.lists() {
+                self.lists.get(self, lists)?.pin();
+            }
+            self.function(launch).map(drop)
+        })
     }
 
     fn stream(&self) -> Option<*mut c_void> {

@@ -1,7 +1,7 @@
 //! Parameters of the backward kernels.
 
 use flash_attention_kernels::abi::{
-    BackwardParams, Exponents, ForwardRows, HopperBackwardParams, QuerySums, QuerySumsParams,
+    BackwardParams, Exponents, ForwardRows, HopperBackwardParams, ListedBackwardParams, QuerySums, QuerySumsParams,
 };
 use flash_attention_kernels::entries::{Entry, Pass};
 use flash_attention_kernels::shape::HOPPER_ROWS;
@@ -9,6 +9,7 @@ use flash_attention_kernels::shape::HOPPER_ROWS;
 use super::program::ScoreProgram;
 use super::{Launch, Parameters, UNKNOWN_MAP, count, grid, unknown_alignment, work_list};
 use crate::error::Error;
+use crate::plan::lists::Owner;
 use crate::plan::tile_map::{self, TileMap};
 use crate::problem::{BackwardProblem, BackwardTensors};
 
@@ -111,7 +112,10 @@ impl Launch {
         entry: &'static Entry,
         exponents: Exponents,
     ) -> Result<Self, Error> {
-        let program = ScoreProgram::backward(problem)?;
+        let program = match entry.program {
+            true => Some(ScoreProgram::backward(problem)?),
+            false => None,
+        };
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let (grid, tiles) = if entry.pass == Pass::BackwardKeys {
             grid(problem.batch(), problem.heads_kv(), problem.seqlen_k(), entry.block_n)?
@@ -142,17 +146,47 @@ impl Launch {
             seqlen_k: problem.seqlen_k(),
             tiles,
             softmax_scale: problem.softmax_scale(),
-            scale_log2: (program.as_ref()).map_or(problem.scale().log2, ScoreProgram::scale_log2),
-            layout: unknown_alignment(problem.head_dim()),
+            scale_log2: match &program {
+                Some(program) if problem.program().is_some() => program.scale_log2(),
+                _ => problem.scale().log2,
+            },
+            // The kernel for delta reads rows of out and dout.
+            layout: unknown_alignment(match entry.pass {
+                Pass::BackwardDelta => problem.head_dim_v(),
+                _ => problem.head_dim(),
+            }),
         };
+        let owner = match entry.pass {
+            Pass::BackwardQueries => Owner::Queries,
+            Pass::BackwardKeys => Owner::Keys,
+            _ => {
+                return Ok(Self {
+                    program,
+                    ..Self::new(entry, grid, Parameters::Backward(params))
+                });
+            }
+        };
+        let Some(program) = program else {
+            return Ok(Self::new(entry, grid, Parameters::Backward(params)));
+        };
+        let listed = program.listed(problem, owner, entry)?;
+        let params = ListedBackwardParams {
+            backward: params,
+            values: unknown_alignment(problem.head_dim_v()),
+            work: listed.work,
+            lists_of_block: listed.lists_of_block,
+            reserved: 0,
+        };
+        let launch = Self::new(entry, [listed.blocks, 1, 1], Parameters::ListedBackward(params));
         Ok(Self {
-            program,
-            ..Self::new(entry, grid, Parameters::Backward(params))
+            program: Some(program),
+            listed: Some(listed),
+            ..launch
         })
     }
 }
 
-/// Where forward left what it knows of each query.
+/// Returns the addresses of the statistics that forward left for each query.
 fn forward_rows(tensors: &BackwardTensors) -> ForwardRows {
     let [row_max, row_sum] = tensors
         .statistics

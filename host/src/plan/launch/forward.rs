@@ -1,49 +1,44 @@
 //! Parameters of the forward kernels.
 
-use flash_attention_kernels::abi::{ForwardParams, HopperForwardParams};
+use std::num::NonZeroU32;
+
+use flash_attention_kernels::abi::{ForwardParams, HopperForwardParams, ListedForwardParams, PageTable, WorkLists};
 use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::shape::HOPPER_ROWS;
+use flash_attention_kernels::work::Divisor;
 
 use super::program::ScoreProgram;
 use super::{Launch, Parameters, UNKNOWN_MAP, count, grid, unknown_alignment, work_list};
 use crate::error::Error;
+use crate::plan::lists::Owner;
 use crate::plan::tile_map::{self, TileMap};
 use crate::problem::{Problem, Scale};
 
 impl Launch {
     pub(in crate::plan) fn forward(problem: &Problem, entry: &'static Entry) -> Result<Self, Error> {
         let (grid, query_tiles) = grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?;
-        let Scale {
-            magnitude,
-            magnitude_log2,
-            sign,
-            ..
-        } = problem.scale();
-        // A program multiplies by the scale itself.
-        let program = ScoreProgram::forward(problem);
-        let (scale_log2, scale_sign) =
-            (program.as_ref()).map_or((magnitude_log2, sign), |program| (program.scale_log2(), 1.0));
-        let params = ForwardParams {
-            q: problem.q(),
-            k: problem.k(),
-            v: problem.v(),
-            out: problem.out(),
-            lse: 0,
-            row_max: 0,
-            row_sum: 0,
-            heads_q: count(problem.heads_q())?,
-            heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
-            seqlen_q: problem.seqlen_q(),
-            seqlen_k: problem.seqlen_k(),
-            query_tiles,
-            scale_log2,
-            scale_sign,
-            layout: unknown_alignment(problem.head_dim()),
-            scale: magnitude,
+        let program = entry.program.then(|| ScoreProgram::forward_or_identity(problem));
+        let is_plain = problem.program().is_none();
+        let params = forward_params(problem, program.as_ref().filter(|_| !is_plain), query_tiles)?;
+        let Some(program) = program else {
+            return Ok(Self::new(entry, grid, Parameters::Forward(params)));
         };
+        let mut params = ListedForwardParams {
+            causal: (is_plain && problem.causal()).into(),
+            plain: is_plain.into(),
+            ..unlisted(params, problem.head_dim_v())
+        };
+        // Without a mask blocks find all tiles by themselves.
+        let listed = match program.has_mask() {
+            true => Some(program.listed(problem, Owner::Queries, entry)?),
+            false => None,
+        };
+        let grid = listed.as_ref().map_or(grid, |listed| [listed.blocks, 1, 1]);
+        params.work = listed.as_ref().map_or(WorkLists::NONE, |listed| listed.work);
         Ok(Self {
-            program,
-            ..Self::new(entry, grid, Parameters::Forward(params))
+            program: Some(program),
+            listed,
+            ..Self::new(entry, grid, Parameters::Listed(params))
         })
     }
 
@@ -97,6 +92,59 @@ impl Launch {
             program,
             ..Self::new(entry, grid, Parameters::HopperForward(params, maps))
         })
+    }
+}
+
+/// Tensors and sizes of a problem, and its scale unless its program has it.
+pub(super) fn forward_params(
+    problem: &Problem,
+    program: Option<&ScoreProgram>,
+    query_tiles: NonZeroU32,
+) -> Result<ForwardParams, Error> {
+    let Scale {
+        magnitude,
+        magnitude_log2,
+        sign,
+        ..
+    } = problem.scale();
+    // A program multiplies by the scale itself.
+    let (scale_log2, scale_sign) = program.map_or((magnitude_log2, sign), |program| (program.scale_log2(), 1.0));
+    Ok(ForwardParams {
+        q: problem.q(),
+        k: problem.k(),
+        v: problem.v(),
+        out: problem.out(),
+        lse: 0,
+        row_max: 0,
+        row_sum: 0,
+        heads_q: count(problem.heads_q())?,
+        heads_q_per_kv: count(problem.heads_q() / problem.heads_kv())?,
+        seqlen_q: problem.seqlen_q(),
+        seqlen_k: problem.seqlen_k(),
+        query_tiles,
+        scale_log2,
+        scale_sign,
+        layout: unknown_alignment(problem.head_dim()),
+        scale: magnitude,
+    })
+}
+
+/// The parameters of a score program's kernel whose blocks find their work by their place in the grid.
+pub(super) fn unlisted(forward: ForwardParams, head_dim_v: u32) -> ListedForwardParams {
+    ListedForwardParams {
+        forward,
+        values: unknown_alignment(head_dim_v),
+        work: WorkLists::NONE,
+        pages: PageTable {
+            table: 0,
+            entries: 0,
+            size: Divisor::ONE,
+        },
+        partial: 0,
+        block_m: 0,
+        packed: Divisor::ONE,
+        causal: 0,
+        plain: 0,
     }
 }
 

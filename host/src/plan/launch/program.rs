@@ -4,14 +4,19 @@ use std::sync::Arc;
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use flash_attention_kernels::entries::Dtype;
+use flash_attention_kernels::entries::Entry;
+use flash_attention_kernels::work::SequenceRows;
 
+use super::count;
+use super::lists::{Listed, Owned, Sequence};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use super::{Launch, Results, TableGradients};
 use crate::error::Error;
+use crate::plan::lists::{Owner, TileLists};
 use crate::problem::{BackwardProblem, Problem};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use crate::program::{self, Gradients, NotSpliced, Slot};
-use crate::program::{Code, Numbers, Program};
+use crate::program::{Code, Numbers, Program, Sizes};
 
 /// A score program as a launch takes it.
 #[derive(Clone, Debug)]
@@ -28,17 +33,34 @@ impl ScoreProgram {
         Some(Self::new(problem, program, code))
     }
 
-    /// The program of a problem as backward kernels take it.
-    pub(super) fn backward(problem: &BackwardProblem) -> Result<Option<Self>, Error> {
+    /// The program of [`forward`](Self::forward), or without one the program that leaves scores as they are.
+    pub(super) fn forward_or_identity(problem: &Problem) -> Self {
+        Self::forward(problem).unwrap_or_else(|| {
+            let program = identity(problem);
+            // Products come as they are; the kernel has the scale.
+            let code = Code::new(&program, 1.0);
+            Self::new(problem, program, code)
+        })
+    }
+
+    /// The program of a problem, with its causal mask, as backward kernels for programs take it; without one, the program that leaves
+    /// scores as they are.
+    pub(super) fn backward(problem: &BackwardProblem) -> Result<Self, Error> {
         let (forward, table_gradients) = (problem.forward(), problem.table_gradients());
-        let Some(program) = with_mask(forward) else {
-            return Ok(None);
+        // Without a program products come as they are; the kernel has the scale.
+        let (program, scale) = match with_mask(forward) {
+            Some(program) => (program, forward.softmax_scale()),
+            None => (identity(forward), 1.0),
         };
-        let code = Code::backward(&program, forward.softmax_scale(), table_gradients)?;
-        Ok(Some(Self::new(forward, program, code)))
+        let code = Code::backward(&program, scale, table_gradients)?;
+        Ok(Self::new(forward, program, code))
     }
 
     fn new(problem: &Problem, program: Arc<Program>, code: Code) -> Self {
+        let code = match problem.placed() {
+            Some(_) => code.of_sequences(),
+            None => code,
+        };
         Self {
             code: Arc::new(code),
             numbers: Numbers {
@@ -51,10 +73,86 @@ impl ScoreProgram {
         }
     }
 
-    /// The factor of scores in the exponent to base 2.
+    /// Tells if the program may hide pairs.
+    pub(super) fn has_mask(&self) -> bool {
+        self.numbers.program.mask().is_some()
+    }
+
+    /// Returns the lists of a launch whose blocks own tiles of the problem's queries or keys.
+    ///
+    /// # Errors
+    /// [`Error::GridTooLarge`].
+    pub(super) fn listed(&self, problem: &Problem, owner: Owner, entry: &Entry) -> Result<Listed, Error> {
+        let program = &self.numbers.program;
+        // Where there are no queries, not even a head of them, each key head has an empty one.
+        let heads_kv = problem.heads_kv();
+        let heads_q = problem.heads_q().max(heads_kv);
+        let (tiles, heads, sharing) = match owner {
+            Owner::Queries => ([entry.block_m, entry.block_n], heads_q, 1),
+            Owner::Keys => ([entry.block_n, entry.block_m], heads_kv, heads_q / heads_kv),
+        };
+        let owned = Owned {
+            heads: count(heads)?.get(),
+            sharing: count(sharing)?.get(),
+            rows: tiles[0],
+        };
+        let sizes = |batch, rows: &SequenceRows| Sizes {
+            batch,
+            heads_q,
+            heads_kv,
+            seqlen_q: rows.seqlen_q as usize,
+            seqlen_k: rows.seqlen_k as usize,
+        };
+        let queries = |seqlen_q| if problem.has_queries() { seqlen_q } else { 0 };
+        if let Some(placed) = problem.placed() {
+            let rows = |rows: &SequenceRows| SequenceRows {
+                seqlen_q: queries(rows.seqlen_q),
+                ..*rows
+            };
+            let rows: Vec<SequenceRows> = placed.sequences.iter().map(rows).collect();
+            let lists = (rows.iter().enumerate())
+                .map(|(number, rows)| TileLists::new(&program.of_sequence(number), sizes(1, rows), owner, tiles));
+            let lists: Vec<TileLists> = lists.collect();
+            let sequences = rows.into_iter().zip(&lists);
+            let sequences = sequences.map(|(rows, lists)| Sequence { rows, lists, entry: 0 });
+            return Listed::new(&sequences.collect::<Vec<_>>(), owned);
+        }
+        let rows = |entry: usize| SequenceRows {
+            q_entry: entry as u32,
+            q_begin: 0,
+            seqlen_q: queries(problem.seqlen_q()),
+            k_entry: entry as u32,
+            k_begin: 0,
+            seqlen_k: problem.seqlen_k(),
+        };
+        let lists = TileLists::new(program, sizes(problem.batch(), &rows(0)), owner, tiles);
+        let sequences = (0..problem.batch()).map(|entry| Sequence {
+            rows: rows(entry),
+            lists: &lists,
+            entry,
+        });
+        Listed::new(&sequences.collect::<Vec<_>>(), owned)
+    }
+
+    /// The program of one sequence of a batch, for which the batch entry is a parameter.
+    pub(super) fn of_sequence(&self, number: usize) -> Program {
+        self.numbers.program.of_sequence(number)
+    }
+
+    /// The factor of scores in the exponent to base 2, of a problem with a program.
     pub(super) fn scale_log2(&self) -> f32 {
         self.code.scale_log2(self.numbers.softmax_scale)
     }
+}
+
+/// The program that leaves scores as they are, with the problem's causal mask.
+fn identity(problem: &Problem) -> Arc<Program> {
+    let identity = Program::identity();
+    Arc::new(if problem.causal() {
+        identity.with_causal_mask()
+    } else {
+        identity
+    })
 }
 
 /// The program of a problem, with its causal mask.

@@ -16,8 +16,10 @@ pub(in crate::program) enum Kept {
     HeadAddress(NodeId, Memory),
     /// The logit of the head's sink.
     Sink,
-    /// Word of the counter of dropout's generator.
+    /// Word of the counter, or of the key, of dropout's generator.
     Drawn(Word),
+    /// Queries of the sequence.
+    SeqlenQ,
     /// A value of a row.
     Row(NodeId, u32),
     /// Value of a row, or of the tile, at the tile's first column.
@@ -41,13 +43,13 @@ impl Kept {
             Self::Row(_, row) | Self::RowAddress(_, _, row) | Self::Exists(row) => Some(row),
             Self::First(_, row) | Self::FirstReal(_, row) | Self::FirstAddress(_, _, row) => row,
             Self::Drawn(word) => word.row(),
-            Self::Head(_) | Self::HeadAddress(..) | Self::Sink | Self::Pair(..) => None,
+            Self::Head(_) | Self::HeadAddress(..) | Self::Sink | Self::SeqlenQ | Self::Pair(..) => None,
         }
     }
 
     pub(super) fn is_of_head(self) -> bool {
         match self {
-            Self::Head(_) | Self::HeadAddress(..) | Self::Sink => true,
+            Self::Head(_) | Self::HeadAddress(..) | Self::Sink | Self::SeqlenQ => true,
             Self::Drawn(word) => word.is_of_head(),
             _ => false,
         }
@@ -70,6 +72,7 @@ impl Kept {
             Self::Head(node) => of_row('h', node, None),
             Self::HeadAddress(node, memory) => of_row(letter('a', memory), node, None),
             Self::Sink => "%score_sink".to_owned(),
+            Self::SeqlenQ => "%score_seqlen_q".to_owned(),
             Self::Drawn(word) => word.name(),
             Self::Row(node, row) => of_row('r', node, Some(row)),
             Self::Exists(row) => format!("%score_exists{row}"),
@@ -98,10 +101,18 @@ impl Printer<'_> {
             }
             Kept::FirstAddress(load, memory, _) => (self.address(load, memory, point, scope), Class::B64),
             Kept::Sink => (self.sink(point, scope), Class::B32),
-            Kept::Drawn(word) => (drawn(word, point, scope), Class::B32),
+            Kept::Drawn(word) => (self.drawn(word, point, scope), Class::B32),
+            Kept::SeqlenQ => match point.at {
+                At::Head { seqlen_q, .. } => (seqlen_q.to_owned(), Class::B32),
+                at => unreachable!("lengths are not given at {at:?}"),
+            },
             Kept::Exists(_) => {
                 let query = self.coordinate(Coordinate::Query, point, scope);
-                let queries = self.slot(Slot::SeqlenQ, Class::B32, scope);
+                let queries = if self.of_sequences() {
+                    self.keep(Kept::SeqlenQ)
+                } else {
+                    self.slot(Slot::SeqlenQ, Class::B32, scope)
+                };
                 (
                     scope.result(Class::Predicate, "setp.lt.s32", &[&query, &queries]),
                     Class::Predicate,
@@ -124,14 +135,14 @@ impl Printer<'_> {
         let inverse = self.slot(Slot::InverseScale, Class::B32, scope);
         scope.result(Class::B32, "mul.rn.f32", &[&sink, &inverse])
     }
-}
 
-/// A word that the generator counts, from the coordinates of a marker.
-fn drawn(word: Word, point: Point<'_>, scope: &mut Scope) -> String {
-    let coordinates = match point.at {
-        At::Head { head, batch } => [head, batch, "", ""],
-        At::Tile { row, column } => ["", "", row, column],
-        at => unreachable!("{word:?} is not worked out at {at:?}"),
-    };
-    word.print(coordinates, scope)
+    /// A word of the generator, from the coordinates of a marker.
+    fn drawn(&mut self, word: Word, point: Point<'_>, scope: &mut Scope) -> String {
+        let coordinates = match point.at {
+            At::Head { head, batch, .. } => [head, batch, "", ""],
+            At::Tile { row, column } => ["", "", row, column],
+            at => unreachable!("{word:?} is not worked out at {at:?}"),
+        };
+        word.print(coordinates, self, scope)
+    }
 }

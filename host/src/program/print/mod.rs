@@ -57,21 +57,15 @@ enum At<'a> {
     Head {
         head: &'a str,
         batch: &'a str,
+        seqlen_q: &'a str,
+        seqlen_k: &'a str,
     },
     /// The first pair of the lane's part of a tile.
-    Tile {
-        row: &'a str,
-        column: &'a str,
-    },
+    Tile { row: &'a str, column: &'a str },
     /// `edge` if columns may lie past the end.
-    Scores {
-        edge: bool,
-    },
+    Scores { edge: bool },
     /// One pair. Only values of its head are kept for it.
-    Single {
-        query: &'a str,
-        key: &'a str,
-    },
+    Single { query: &'a str, key: &'a str },
 }
 
 /// Prints the code of a program, and remembers what the markers want of each other.
@@ -93,7 +87,7 @@ impl<'a> Printer<'a> {
         let mut stages = Vec::with_capacity(code.expression.nodes().len());
         let mut affine = Vec::with_capacity(stages.capacity());
         for (id, node) in code.expression.iter() {
-            let stage = stage_of(node, &stages, transposed);
+            let stage = stage_of(node, &stages, transposed, code.of_sequences);
             stages.push(stage);
             affine.push(affine_of(
                 node,
@@ -118,6 +112,11 @@ impl<'a> Printer<'a> {
         }
     }
 
+    /// True if each sequence has lengths of its own, which come with the head.
+    pub fn of_sequences(&self) -> bool {
+        self.code.of_sequences
+    }
+
     pub fn slots(&self) -> &[Slot] {
         &self.slots
     }
@@ -132,7 +131,7 @@ impl<'a> Printer<'a> {
             Kept::Head(node) | Kept::Row(node, _) | Kept::First(node, _) | Kept::Pair(node, ..) => {
                 Class::of(self.type_of(node))
             }
-            Kept::FirstReal(..) | Kept::Sink | Kept::Drawn(_) => Class::B32,
+            Kept::FirstReal(..) | Kept::Sink | Kept::Drawn(_) | Kept::SeqlenQ => Class::B32,
             Kept::HeadAddress(..) | Kept::RowAddress(..) | Kept::FirstAddress(..) => Class::B64,
             Kept::Exists(_) => Class::Predicate,
         };
@@ -162,8 +161,18 @@ impl<'a> Printer<'a> {
             Marker::Visible { flag, query, key } => self.print_visible([flag, query, key], &mut scope),
             Marker::Start { row_max, row_sum } if self.code.sinks => self.print_start([row_max, row_sum], &mut scope),
             Marker::Tile { tile, row, column, m } => self.print_tile(tile, [row, column], m, &mut scope),
-            Marker::Head { head, batch } => {
-                let point = Point::first(At::Head { head, batch });
+            Marker::Head {
+                head,
+                batch,
+                seqlen_q,
+                seqlen_k,
+            } => {
+                let point = Point::first(At::Head {
+                    head,
+                    batch,
+                    seqlen_q,
+                    seqlen_k,
+                });
                 for kept in self.kept.clone().into_iter().filter(|kept| kept.is_of_head()) {
                     self.print_kept(kept, point, &mut scope);
                 }

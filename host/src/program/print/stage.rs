@@ -36,18 +36,20 @@ pub(super) struct Affine {
     pub by: Option<NodeId>,
 }
 
+const QUERY: Node = Node::Coordinate(Coordinate::Query);
+
 /// Returns the stage of a node, from the stages of the nodes before it.
-pub(super) fn stage_of(node: Node, stages: &[Stage], transposed: bool) -> Stage {
+pub(super) fn stage_of(node: Node, stages: &[Stage], transposed: bool, of_sequences: bool) -> Stage {
     let operands = node
         .operands()
         .map(|operand| stages[operand.index()])
         .fold(Stage::Call, Stage::with);
     match node {
         Node::Score => Stage::Pair,
-        Node::Coordinate(Coordinate::SeqlenQ | Coordinate::SeqlenK) => Stage::Call,
-        Node::Coordinate(Coordinate::Batch | Coordinate::Head | Coordinate::KvHead) => Stage::Head,
-        Node::Coordinate(which) if (which == Coordinate::Query) != transposed => Stage::Row,
-        Node::Coordinate(_) => Stage::Column,
+        Node::Coordinate(Coordinate::SeqlenQ | Coordinate::SeqlenK) if !of_sequences => Stage::Call,
+        Node::Coordinate(Coordinate::Query | Coordinate::Key) if (node == QUERY) != transposed => Stage::Row,
+        Node::Coordinate(Coordinate::Query | Coordinate::Key) => Stage::Column,
+        Node::Coordinate(_) => Stage::Head,
         Node::Load { .. } => operands.with(Stage::Head),
         _ => operands,
     }

@@ -203,6 +203,8 @@ impl Printer<'_> {
             }
             (Coordinate::Head, At::Head { head, .. }) => head.to_owned(),
             (Coordinate::Batch, At::Head { batch, .. }) => batch.to_owned(),
+            (Coordinate::SeqlenQ, At::Head { seqlen_q, .. }) => seqlen_q.to_owned(),
+            (Coordinate::SeqlenK, At::Head { seqlen_k, .. }) => seqlen_k.to_owned(),
             (Coordinate::KvHead, At::Head { head, .. }) => {
                 let group = self.slot(Slot::HeadsPerKv, Class::B32, scope);
                 scope.result(Class::B32, "div.u32", &[head, &group])

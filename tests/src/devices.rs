@@ -115,8 +115,13 @@ impl Devices {
     pub fn of_every_instruction_set(&self) -> impl Iterator<Item = &Device> {
         static OTHERS: OnceLock<Vec<Device>> = OnceLock::new();
         let others = OTHERS.get_or_init(|| {
-            let texts = ["cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2", "cpu:portable"];
-            texts.into_iter().filter_map(|text| text.parse().ok()).collect()
+            let of_processor: &[&str] = match std::env::consts::ARCH {
+                "x86_64" => &["cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2"],
+                "aarch64" => &["cpu:neonbf16", "cpu:neon"],
+                _ => &[],
+            };
+            let texts = of_processor.iter().chain(&["cpu:portable"]);
+            texts.filter_map(|text| text.parse().ok()).collect()
         });
         let has_cpu = self.all().any(|device| device.kind() == DeviceKind::Cpu);
         self.all().chain(others.iter().filter(move |_| has_cpu))

@@ -75,3 +75,120 @@ impl Lists {
         lists.into_iter().map(|list| (list.address, list.content.len()))
     }
 }
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+    use crate::plan::{Plan, Results};
+    use crate::progress::Reporter;
+    use crate::target::DeviceInfo;
+
+    /// A device that notes which memory it was asked for.
+    #[derive(Default)]
+    struct Recorder {
+        allocated: Mutex<Vec<u64>>,
+        freed: Mutex<Vec<u64>>,
+        refuses_uploads: bool,
+    }
+
+    impl Recorder {
+        fn counts(&self) -> [usize; 2] {
+            [&self.allocated, &self.freed].map(|addresses| addresses.lock().expect("no test panics").len())
+        }
+    }
+
+    impl Backend for Recorder {
+        fn info(&self) -> DeviceInfo {
+            DeviceInfo::Cpu { threads: 1 }
+        }
+
+        fn spec(&self) -> String {
+            String::new()
+        }
+
+        fn name(&self) -> String {
+            String::new()
+        }
+
+        fn alloc(&self, _: usize) -> Result<u64, Error> {
+            let mut allocated = self.allocated.lock().expect("no test panics");
+            let address = 64 * (1 + allocated.len() as u64);
+            allocated.push(address);
+            Ok(address)
+        }
+
+        unsafe fn free(&self, address: u64, _: usize) {
+            self.freed.lock().expect("no test panics").push(address);
+        }
+
+        unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
+            match self.refuses_uploads {
+                true => Err(Error::Address {
+                    address,
+                    align: data.len(),
+                }),
+                false => Ok(()),
+            }
+        }
+
+        unsafe fn download(&self, _: u64, _: &mut [u8]) -> Result<(), Error> {
+            Ok(())
+        }
+
+        unsafe fn zero(&self, _: u64, _: usize) -> Result<(), Error> {
+            Ok(())
+        }
+
+        unsafe fn run(&self, _: &Plan, _: Results, _: &Reporter<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn synchronize(&self) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    fn content(number: usize) -> Arc<[u8]> {
+        number.to_le_bytes().into()
+    }
+
+    #[test]
+    fn equal_contents_are_uploaded_once() {
+        let (device, lists) = (Recorder::default(), Lists::default());
+        let first = lists.get(&device, &content(1)).expect("memory");
+        let again = lists.get(&device, &content(1)).expect("memory");
+        let other = lists.get(&device, &content(2)).expect("memory");
+        assert_eq!((first.address, again.address, other.address), (64, 64, 128));
+        assert_eq!(device.counts(), [2, 0]);
+    }
+
+    #[test]
+    fn the_list_that_was_not_used_for_longest_is_freed() {
+        let (device, lists) = (Recorder::default(), Lists::default());
+        let held = lists.get(&device, &content(0)).expect("memory");
+        lists.get(&device, &content(1)).expect("memory").pin();
+        for number in 2..KEPT + 2 {
+            lists.get(&device, &content(number)).expect("memory");
+        }
+        assert_eq!(device.counts(), [KEPT + 2, 0], "those in use and pinned do not count");
+        lists.get(&device, &content(2)).expect("it is there");
+        lists.get(&device, &content(KEPT + 2)).expect("memory");
+        let of_third = 64 * 4;
+        assert_eq!(*device.freed.lock().expect("no test panics"), [of_third]);
+        assert_eq!(held.address, 64);
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_uploaded_is_freed() {
+        let lists = Lists::default();
+        let device = Recorder {
+            refuses_uploads: true,
+            ..Recorder::default()
+        };
+        assert!(lists.get(&device, &content(1)).is_err());
+        assert_eq!(device.counts(), [1, 1]);
+        let device = Recorder::default();
+        lists.get(&device, &content(1)).expect("memory");
+        assert_eq!(device.counts(), [1, 0], "nothing was kept");
+    }
+}

@@ -4,17 +4,18 @@
 //! no such device. Nothing else chooses anything.
 
 mod cost;
+mod display;
 mod launch;
 mod lists;
 mod tile_map;
 
-use std::fmt;
 use std::sync::Arc;
 
 pub use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::entries::{self, Arch, Pass};
 
 pub use cost::Cost;
+use display::HeadDims;
 use launch::OfSequences;
 pub use launch::{Launch, Parameters, Results, TableGradients};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
@@ -445,92 +446,4 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
         )));
     }
     Ok(entry)
-}
-
-/// Writes a table: the problem, kernels and tiles, and the cost.
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let p = &self.problem;
-        let mask = if p.causal() { "causal" } else { "full" };
-        let pass = if self.backward.is_some() { "backward" } else { "forward" };
-        writeln!(
-            f,
-            "problem   {pass}, {mask}, {}, softmax_scale {}",
-            p.dtype().name(),
-            p.softmax_scale()
-        )?;
-        let heads = format!("heads {} (kv {})", p.heads_q(), p.heads_kv());
-        match p.placed() {
-            None => writeln!(
-                f,
-                "shape     batch {}, {heads}, seqlen {} x {}, head_dim {}",
-                p.batch(),
-                p.seqlen_q(),
-                p.seqlen_k(),
-                HeadDims(p)
-            )?,
-            Some(placed) => writeln!(f, "shape     {placed}, {heads}, head_dim {}", HeadDims(p))?,
-        }
-        match self.device {
-            DeviceInfo::Cpu { threads } => writeln!(f, "kernel    native code on {threads} threads")?,
-            DeviceInfo::Gpu { .. } => {
-                for launch in &self.launches {
-                    let entry = launch.entry;
-                    let (name, arch, head_dim) = (entry.name, entry.arch.name(), entry.head_dim);
-                    writeln!(f, "kernel    {name} ({arch}, head_dim {head_dim})")?;
-                    let [x, y, z] = launch.grid;
-                    writeln!(f, "grid      {x} x {y} x {z} blocks of {} threads", launch.threads)?;
-                    writeln!(f, "SRAM      {} a block", Bytes(launch.shared_bytes.into()))?;
-                }
-            }
-        }
-        write!(
-            f,
-            "tiles     {} queries x {} keys",
-            self.tiles.block_m, self.tiles.block_n
-        )?;
-        match self.tiles.packed_heads {
-            1 => writeln!(f)?,
-            heads => writeln!(f, ", the queries of {heads} heads packed")?,
-        }
-        if self.workspace_bytes > 0 {
-            writeln!(f, "workspace {}", Bytes(self.workspace_bytes.into()))?;
-        }
-        writeln!(f, "HBM read  {}", Bytes(self.cost.bytes_read))?;
-        writeln!(f, "HBM write {}", Bytes(self.cost.bytes_written))?;
-        write!(f, "FLOPs     {:.3} G", self.cost.flops as f64 / 1e9)
-    }
-}
-
-/// The head_dim of a problem, printed as `192`, or `192 (v 128)` where v has another.
-struct HeadDims<'a>(&'a Problem);
-
-impl fmt::Display for HeadDims<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (head_dim, head_dim_v) = (self.0.head_dim(), self.0.head_dim_v());
-        write!(f, "{head_dim}")?;
-        if head_dim_v != head_dim {
-            write!(f, " (v {head_dim_v})")?;
-        }
-        Ok(())
-    }
-}
-
-/// A number of bytes, printed exactly and in a suitable unit.
-struct Bytes(u128);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let units = ["KiB", "MiB", "GiB", "TiB"];
-        let Some(unit) = (1..=units.len()).rev().find(|&power| self.0 >> (10 * power) > 0) else {
-            return write!(f, "{} bytes", self.0);
-        };
-        write!(
-            f,
-            "{:.2} {} ({} bytes)",
-            self.0 as f64 / (1_u128 << (10 * unit)) as f64,
-            units[unit - 1],
-            self.0
-        )
-    }
 }

@@ -22,6 +22,7 @@ mod layout;
 pub mod micro;
 pub mod programs;
 pub mod refusals;
+mod traffic;
 
 pub use allowances::Allowances;
 pub use alone::{backward_alone, forward_alone};
@@ -30,6 +31,7 @@ pub use compare::{Mismatch, compare, largest_error};
 pub use devices::{CHOICE, Devices, devices, emulator};
 pub use gradients::{GradientsOutcome, Prepared};
 pub use layout::{Input, Layout, Order, Poisoned};
+pub use traffic::check_traffic;
 
 /// Compiles and runs the example of the repository's README.
 #[cfg(doctest)]

@@ -6,7 +6,7 @@ use flash_attention::half::{bf16, f16};
 use flash_attention::problem::{Problem, TensorInfo};
 use flash_attention::{Arch, Attention, Device, Dtype, Element, Plan, Tensor};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
-use flash_attention_tests::{Case, Layout, Order, Outcome, devices, drawn, emulator};
+use flash_attention_tests::{Case, Layout, Order, Outcome, check_traffic, devices, drawn, emulator};
 use proptest::prelude::*;
 
 /// Seeds of the orders of warps.
@@ -118,8 +118,8 @@ fn host_threads_do_not_show() {
     }
 }
 
-/// Returns bytes of global memory, predicted and counted: `(read, written)` each.
-fn traffic<T: Element>(arch: Arch, case: &Case) -> [(u128, u128); 2] {
+/// Runs a forward pass on an emulated GPU, and checks the bytes that it moves.
+fn check_bytes<T: Element>(arch: Arch, case: &Case) {
     let device = Device::emulator(arch);
     let inputs = case.inputs::<T>();
     let place = |layout: Layout, shape, elements: &[T]| -> Tensor<T> {
@@ -128,13 +128,9 @@ fn traffic<T: Element>(arch: Arch, case: &Case) -> [(u128, u128); 2] {
     let q = place(case.layouts[0], case.q, &inputs.q);
     let k = place(case.layouts[1], case.kv, &inputs.k);
     let v = place(case.layouts[2], case.v_shape(), &inputs.v);
-    let cost = case.attention.plan(&q, &k, &v).expect("a plan").cost();
+    let plan = case.attention.plan(&q, &k, &v).expect("a plan");
     case.attention.forward(&q, &k, &v).expect("no finding");
-    let counters = device.counters().expect("the emulator counts");
-    [
-        (cost.bytes_read, cost.bytes_written),
-        (counters.global_read_bytes.into(), counters.global_written_bytes.into()),
-    ]
+    check_traffic(case, &plan, &device);
 }
 
 proptest! {
@@ -146,13 +142,12 @@ proptest! {
             return Ok(());
         }
         for &arch in Arch::ALL {
-            let [predicted, counted] = for_dtype(
+            for_dtype(
                 case.dtype,
-                || traffic::<f32>(arch, &case),
-                || traffic::<f16>(arch, &case),
-                || traffic::<bf16>(arch, &case),
+                || check_bytes::<f32>(arch, &case),
+                || check_bytes::<f16>(arch, &case),
+                || check_bytes::<bf16>(arch, &case),
             );
-            prop_assert_eq!(predicted, counted);
         }
     }
 

@@ -150,18 +150,17 @@ impl Attention {
 fn check_all<T: Element>(q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>, cache: &KvCache) -> Result<Placed, Error> {
     check_pages("k", k, cache)?;
     check_pages("v", v, cache)?;
-    queries_of(q, cache)?;
-    Ok(match *q.shape() {
-        [total_q, _, _] => cache.placed(total_q, 0),
-        [_, _, seqlen_q, _] => cache.placed(0, seqlen_q),
-        _ => unreachable!("q has three or four axes"),
+    check_queries(q, cache)?;
+    Ok(match cache.total_q() {
+        Some(_) => cache.placed(q.shape()[0], 0),
+        None => cache.placed(0, q.shape()[2]),
     })
 }
 
-/// The queries of each sequence; of packed ones those that are not empty, at least one, and those of no sequence.
-fn queries_of<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<Vec<(Option<usize>, Queries)>, Error> {
+/// Refuses queries that are not those of the cache's sequences.
+fn check_queries<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<(), Error> {
     let batch = cache.batch();
-    let Some(used) = cache.total_q() else {
+    if cache.total_q().is_none() {
         check_rank("q", q, 4)?;
         let got = q.shape()[0];
         if got != batch {
@@ -173,21 +172,31 @@ fn queries_of<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<Vec<(Option<
                 expected: batch,
             });
         }
-        return Ok((0..batch).map(|index| (Some(index), Queries::Entry(index))).collect());
-    };
+        return Ok(());
+    }
     check_rank("q", q, 3)?;
     let total_q = q.shape()[0];
-    let of = |sequence| cache.queries(sequence).unwrap_or_default();
-    if let Some(sequence) = (0..batch).find(|&sequence| of(sequence).end > total_q) {
-        return Err(Error::Sequence {
+    let end = |sequence| cache.queries(sequence).unwrap_or_default().end;
+    match (0..batch).find(|&sequence| end(sequence) > total_q) {
+        None => Ok(()),
+        Some(sequence) => Err(Error::Sequence {
             argument: "cu_seqlens_q",
             sequence,
-            value: of(sequence).end as i64,
+            value: end(sequence) as i64,
             expected: format!("at most {total_q}, the rows of q"),
-        });
+        }),
     }
-    let sequences = (0..batch).map(|sequence| (Some(sequence), of(sequence)));
-    let mut ranges: Vec<_> = sequences.chain([(None, used..total_q)]).collect();
+}
+
+/// The queries of each sequence; of packed ones those that are not empty, at least one, and those of no sequence.
+fn queries_of<T: Element>(q: &Tensor<T>, cache: &KvCache) -> Result<Vec<(Option<usize>, Queries)>, Error> {
+    check_queries(q, cache)?;
+    let batch = cache.batch();
+    let Some(used) = cache.total_q() else {
+        return Ok((0..batch).map(|index| (Some(index), Queries::Entry(index))).collect());
+    };
+    let sequences = (0..batch).map(|sequence| (Some(sequence), cache.queries(sequence).unwrap_or_default()));
+    let mut ranges: Vec<_> = sequences.chain([(None, used..q.shape()[0])]).collect();
     ranges.retain(|(_, range)| !range.is_empty());
     if ranges.is_empty() {
         ranges.push((None, 0..0));

@@ -38,7 +38,23 @@ impl TileLists {
     /// content is known: a mask that reads another is taken to cut every tile.
     ///
     /// Each list is found by halving: a list of r runs takes `O(r * log(tiles))` evaluations of the mask's bounds.
-    pub fn new(program: &Program, sizes: Sizes, owner: Owner, [owned, streamed]: [u32; 2]) -> Self {
+    pub fn new(program: &Program, sizes: Sizes, owner: Owner, tiles: [u32; 2]) -> Self {
+        Self::from_entry(program, 0, sizes, owner, tiles)
+    }
+
+    /// Makes the lists of one sequence of a batch, which is batch entry `number` for the program. Sizes are those of the sequence alone,
+    /// with a batch of 1.
+    pub fn of_sequence(program: &Program, number: usize, sizes: Sizes, owner: Owner, tiles: [u32; 2]) -> Self {
+        Self::from_entry(program, number, sizes, owner, tiles)
+    }
+
+    fn from_entry(
+        program: &Program,
+        first_entry: usize,
+        sizes: Sizes,
+        owner: Owner,
+        [owned, streamed]: [u32; 2],
+    ) -> Self {
         let tables = program.tables().iter().map(|table| table.content.as_deref()).collect();
         let own = program.masks_that_differ(sizes).map(|own| own.max(1));
         let (owned_rows, streamed_rows) = match owner {
@@ -58,7 +74,8 @@ impl TileLists {
             streamed: lists.streamed,
         };
         let all = 0..streamed_rows.div_ceil(streamed as usize);
-        for of_head in (0..own[0]).flat_map(|batch| (0..own[1]).map(move |head| [batch, head])) {
+        let entries = first_entry..first_entry + own[0];
+        for of_head in entries.flat_map(|batch| (0..own[1]).map(move |head| [batch, head])) {
             for tile in 0..lists.tiles {
                 let begin = tile * owned as usize;
                 let rows = begin..(begin + owned as usize).min(owned_rows);
@@ -278,6 +295,20 @@ mod tests {
         assert_eq!(of([1, 3], 0), [masked(0, 3)]);
         assert_eq!(of([0, 0], 2), [masked(0, 5)]);
         assert_eq!(lists.streamed(lists.places([0, 0], 2)), [5, 203]);
+    }
+
+    #[test]
+    fn a_sequence_has_the_lists_of_its_batch_entry() {
+        let program = program(Attention::new().mask(|at| at.key.less_than(at.head * 60 + at.batch * 16)));
+        let all = TileLists::new(&program, SIZES, Owner::Queries, [32, 16]);
+        let alone = Sizes { batch: 1, ..SIZES };
+        for number in 0..SIZES.batch {
+            let of_sequence = TileLists::of_sequence(&program, number, alone, Owner::Queries, [32, 16]);
+            for head in 0..SIZES.heads_q {
+                let of = |lists: &TileLists, entry| lists.runs()[lists.places([entry, head], 3)].to_vec();
+                assert_eq!(of(&of_sequence, 0), of(&all, number), "sequence {number}, head {head}");
+            }
+        }
     }
 
     #[test]

@@ -65,37 +65,18 @@ impl Plan {
     /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`],
     /// [`Error::NotContiguous`] if lse, row_max or row_sum has gaps or another order, which only the CPU takes.
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
-        let (tiles, launches) = match *device {
-            DeviceInfo::Cpu { threads } => (cpu_forward_tiles(problem, threads), Vec::new()),
+        let (tiles, launches, workspace_bytes, cost) = match *device {
+            DeviceInfo::Cpu { threads } => {
+                let tiles = cpu_forward_tiles(problem, threads);
+                let cost = Cost::forward(problem, tiles, &[], statistics_written(problem));
+                (tiles, Vec::new(), 0, cost)
+            }
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
-                if let Some(placed) = problem.placed() {
-                    return Self::of_sequences(problem, placed, device, multiprocessors);
+                match problem.placed() {
+                    Some(placed) => forward_of_sequences(problem, placed, device, multiprocessors)?,
+                    None => forward_of_rectangle(problem, device, multiprocessors)?,
                 }
-                // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
-                let hopper = problem.has_pairs()
-                    && (problem.softmax_scale() > 0.0 || problem.program().is_some())
-                    && tile_map::fit(problem, &[problem.q(), problem.out()], &[problem.k(), problem.v()]);
-                let mut entry = choose(problem, Pass::Forward, device, hopper)?;
-                let sparse = match entry.arch {
-                    Arch::Sm90a => sparse_launch(problem, device)?,
-                    Arch::Sm80 => None,
-                };
-                let launches = match (entry.arch, sparse) {
-                    _ if !problem.has_queries() => Vec::new(),
-                    (_, Some(launch)) => {
-                        entry = launch.entry;
-                        vec![launch]
-                    }
-                    (Arch::Sm80, None) => vec![Launch::forward(problem, entry)?],
-                    (Arch::Sm90a, None) => vec![Launch::hopper_forward(problem, entry, multiprocessors)?],
-                };
-                let packed_heads = launches.first().map_or(1, Launch::packed_heads);
-                let tiles = Tiles {
-                    packed_heads,
-                    ..Tiles::of(entry)
-                };
-                (tiles, launches)
             }
         };
         Ok(Self {
@@ -105,9 +86,9 @@ impl Plan {
             table_gradients: false,
             device: *device,
             tiles,
-            cost: Cost::forward(problem, tiles, &launches, 1 + 2 * u32::from(problem.keeps_statistics())),
+            cost,
             launches,
-            workspace_bytes: 0,
+            workspace_bytes,
         })
     }
 
@@ -116,46 +97,10 @@ impl Plan {
     pub(crate) fn in_batch(mut self, plans: usize) -> Self {
         if let DeviceInfo::Cpu { threads } = self.device {
             self.tiles = cpu_forward_tiles(&self.problem, threads.div_ceil(plans.max(1)));
-            let statistics = 1 + 2 * u32::from(self.problem.keeps_statistics());
+            let statistics = statistics_written(&self.problem);
             self.cost = Cost::forward(&self.problem, self.tiles, &self.launches, statistics);
         }
         self
-    }
-
-    /// Plans the forward pass over a batch of placed sequences on a GPU.
-    fn of_sequences(
-        problem: &Problem,
-        placed: &Placed,
-        device: &DeviceInfo,
-        multiprocessors: u32,
-    ) -> Result<Self, Error> {
-        let entry = choose(problem, Pass::Forward, device, false)?;
-        let statistics = 1 + 2 * u32::from(problem.keeps_statistics());
-        let of_sequences = match problem.has_queries() {
-            true => OfSequences::new(problem, placed, entry, multiprocessors)?,
-            false => OfSequences::default(),
-        };
-        let cost = Cost::of_sequences(problem, &of_sequences, statistics);
-        let OfSequences {
-            launches,
-            workspace_bytes,
-            ..
-        } = of_sequences;
-        let packed_heads = launches.first().map_or(1, Launch::packed_heads);
-        Ok(Self {
-            problem: problem.clone(),
-            backward: None,
-            derivative: None,
-            table_gradients: false,
-            device: *device,
-            tiles: Tiles {
-                packed_heads,
-                ..Tiles::of(entry)
-            },
-            launches,
-            workspace_bytes,
-            cost,
-        })
     }
 
     /// Plans a backward pass for a device: first delta, then the gradients, in one of two forms.
@@ -251,6 +196,60 @@ impl Plan {
     pub fn cost(&self) -> Cost {
         self.cost
     }
+}
+
+/// Tiles, launches, bytes of workspace and cost of a forward pass on a GPU.
+type Forward = (Tiles, Vec<Launch>, u64, Cost);
+
+/// Plans the forward pass over a rectangular batch on a GPU.
+fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors: u32) -> Result<Forward, Error> {
+    // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
+    let hopper = problem.has_pairs()
+        && (problem.softmax_scale() > 0.0 || problem.program().is_some())
+        && tile_map::fit(problem, &[problem.q(), problem.out()], &[problem.k(), problem.v()]);
+    let mut entry = choose(problem, Pass::Forward, device, hopper)?;
+    let sparse = match entry.arch {
+        Arch::Sm90a => sparse_launch(problem, device)?,
+        Arch::Sm80 => None,
+    };
+    let launches = match (entry.arch, sparse) {
+        _ if !problem.has_queries() => Vec::new(),
+        (_, Some(launch)) => {
+            entry = launch.entry;
+            vec![launch]
+        }
+        (Arch::Sm80, None) => vec![Launch::forward(problem, entry)?],
+        (Arch::Sm90a, None) => vec![Launch::hopper_forward(problem, entry, multiprocessors)?],
+    };
+    let tiles = Tiles::of_launches(entry, &launches);
+    let cost = Cost::forward(problem, tiles, &launches, statistics_written(problem));
+    Ok((tiles, launches, 0, cost))
+}
+
+/// Plans the forward pass over a batch of placed sequences on a GPU.
+fn forward_of_sequences(
+    problem: &Problem,
+    placed: &Placed,
+    device: &DeviceInfo,
+    multiprocessors: u32,
+) -> Result<Forward, Error> {
+    let entry = choose(problem, Pass::Forward, device, false)?;
+    let of_sequences = match problem.has_queries() {
+        true => OfSequences::new(problem, placed, entry, multiprocessors)?,
+        false => OfSequences::default(),
+    };
+    let cost = Cost::of_sequences(problem, &of_sequences, statistics_written(problem));
+    let OfSequences {
+        launches,
+        workspace_bytes,
+        ..
+    } = of_sequences;
+    Ok((Tiles::of_launches(entry, &launches), launches, workspace_bytes, cost))
+}
+
+/// Number of f32 that a forward pass writes for each query: lse, and row_max and row_sum if they are kept.
+fn statistics_written(problem: &Problem) -> u32 {
+    1 + 2 * u32::from(problem.keeps_statistics())
 }
 
 /// Returns the launch of the portable kernel for a score program, in place of Hopper's own, if its mask leaves few tiles and no kernel is
@@ -376,6 +375,14 @@ impl Tiles {
             block_m: entry.block_m,
             block_n: entry.block_n,
             packed_heads: 1,
+        }
+    }
+
+    /// The tiles of a kernel as the first of its launches, if there is one, takes them.
+    fn of_launches(entry: &Entry, launches: &[Launch]) -> Self {
+        Self {
+            packed_heads: launches.first().map_or(1, Launch::packed_heads),
+            ..Self::of(entry)
         }
     }
 }

@@ -111,7 +111,7 @@ impl ScoreProgram {
             };
             let rows: Vec<SequenceRows> = placed.sequences.iter().map(rows).collect();
             let lists = (rows.iter().enumerate())
-                .map(|(number, rows)| TileLists::new(&program.of_sequence(number), sizes(1, rows), owner, tiles));
+                .map(|(number, rows)| TileLists::of_sequence(program, number, sizes(1, rows), owner, tiles));
             let lists: Vec<TileLists> = lists.collect();
             let sequences = rows.into_iter().zip(&lists);
             let sequences = sequences.map(|(rows, lists)| Sequence { rows, lists, entry: 0 });
@@ -134,9 +134,9 @@ impl ScoreProgram {
         Listed::new(&sequences.collect::<Vec<_>>(), owned)
     }
 
-    /// The program of one sequence of a batch, for which the batch entry is a parameter.
-    pub(super) fn of_sequence(&self, number: usize) -> Program {
-        self.numbers.program.of_sequence(number)
+    /// The program, with the problem's causal mask.
+    pub(super) fn program(&self) -> &Program {
+        &self.numbers.program
     }
 
     /// The factor of scores in the exponent to base 2, of a problem with a program.

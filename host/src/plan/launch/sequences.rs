@@ -196,8 +196,13 @@ fn tiles_of_program(problem: &Problem, placed: &Placed, program: &ScoreProgram, 
             seqlen_q: sequence.seqlen_q as usize,
             seqlen_k: sequence.seqlen_k as usize,
         };
-        let program = program.of_sequence(number);
-        TileLists::new(&program, sizes, Owner::Queries, [entry.block_m, entry.block_n])
+        TileLists::of_sequence(
+            program.program(),
+            number,
+            sizes,
+            Owner::Queries,
+            [entry.block_m, entry.block_n],
+        )
     };
     let lists: Vec<TileLists> = placed.sequences.iter().enumerate().map(of_sequence).collect();
     let alike = lists.iter().all(|lists| lists.own()[1] == 1);

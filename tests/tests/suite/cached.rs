@@ -7,7 +7,7 @@ use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::half::f16;
 use flash_attention::reference::Dims;
-use flash_attention::{Arch, Attention, Device, Dtype, Element, KvCache, Output, Tensor};
+use flash_attention::{Attention, Device, Dtype, Element, KvCache, Output, Tensor};
 use flash_attention_tests::{Inputs, compare, devices, drawn, files, for_dtype, forward_alone};
 use proptest::prelude::*;
 use rand::SeedableRng as _;
@@ -318,75 +318,6 @@ fn splits_have_the_results_of_the_oracle() {
     }
 }
 
-/// Decoding reads the cache once, and the plan says how much. Beside what it counts, blocks read their lists and block tables.
-#[test]
-fn decoding_reads_the_cache_once() {
-    if !devices().emulation() {
-        return;
-    }
-    for &arch in Arch::ALL {
-        let device = &Device::emulator(arch); // of its own, whose counters no other test changes
-        let (heads_q, heads_kv, keys, head_dim) = (8, 2, 1536, 128);
-        let zeros = |shape: &[usize]| Tensor::<f16>::zeros(device, shape).expect("it fits");
-        let (q, k) = (
-            zeros(&[2, heads_q, 1, head_dim]),
-            zeros(&[keys / 8, 16, heads_kv, head_dim]),
-        );
-        let pages: Vec<i32> = (0..keys as i32 / 8).rev().collect();
-        let cache = KvCache::paged([keys / 8, 16], &pages, &[keys as i32; 2]).expect("pages that exist");
-        let attention = Attention::new();
-        let plans = attention.plan_cached(&q, &k, &k, &cache).expect("a plan");
-        let [plan] = &plans[..] else {
-            panic!("{} plans", plans.len())
-        };
-        assert_eq!(plan.launches().len(), 2, "{plan}");
-        attention.forward_cached(&q, &k, &k, &cache).expect("it fits");
-        let counters = device.counters().expect("an emulator counts");
-        let (sectors, written) = (
-            u128::from(counters.global_read_sectors),
-            counters.global_written_bytes.into(),
-        );
-        let of_cache = (2 * 2 * keys * heads_kv * head_dim * 2) as u128;
-        let cost = plan.cost();
-        assert!(
-            cost.bytes_read >= of_cache && cost.bytes_read < of_cache * 103 / 100,
-            "{plan}"
-        );
-        assert_eq!(cost.bytes_written, written, "{plan}");
-        // A warp reads a list or a table at one address, so sectors count it once.
-        assert!(
-            (cost.bytes_read..cost.bytes_read * 115 / 100).contains(&(sectors * 32)),
-            "{} of\n{plan}",
-            sectors * 32
-        );
-    }
-}
-
-/// The number of a sequence is its `at.batch`.
-#[test]
-fn programs_see_the_number_of_a_sequence() {
-    let attention = Attention::new().score(|s, at| s * (at.batch + 1));
-    for device in devices().all() {
-        let data = |len, seed| files::normal(len, 1.0, seed);
-        let q = Tensor::from_slice(device, [3, 2, 1, 16], &data(96, 1)).expect("it fits");
-        let k = Tensor::from_slice(device, [3, 8, 2, 16], &data(768, 2)).expect("it fits");
-        let cache = KvCache::paged([3, 8], &[1, 1, 1], &[5, 5, 5]).expect("shared pages");
-        let output = attention.forward_cached(&q, &k, &k, &cache).expect("it fits");
-        for sequence in 0..3 {
-            let scale = (sequence + 1) as f32 / 4.0; // of head_dim 16
-            let alone = Attention::new().softmax_scale(scale);
-            let q = q.narrow(0, sequence, 1).expect("a sequence");
-            let keys = k.narrow(0, 1, 1).and_then(|k| k.narrow(1, 0, 5)?.transpose(1, 2));
-            let keys = keys.expect("a page");
-            let want = alone.forward(&q, &keys, &keys).expect("it fits").out.to_vec();
-            let got = output.out.narrow(0, sequence, 1).and_then(|out| out.to_vec());
-            for (got, want) in got.expect("read").iter().zip(want.expect("read")) {
-                assert!((got - want).abs() < 1e-5, "{device}: {got} {want}");
-            }
-        }
-    }
-}
-
 #[test]
 fn tensors_without_the_pages_of_a_cache_are_refused() {
     for device in devices().all() {
@@ -528,26 +459,5 @@ fn values_of_another_head_dim() {
             check_narrow_values::<f32>(device, packed);
             check_narrow_values::<f16>(device, packed);
         }
-    }
-}
-
-/// GPUs read pages where they are.
-#[test]
-fn a_cached_call_allocates_its_results_and_parts_of_them() {
-    for &arch in Arch::ALL {
-        let device = Device::emulator(arch);
-        let pages = Tensor::<f32>::zeros(&device, [4, 8, 1, 8]).expect("it fits");
-        let q = Tensor::<f32>::zeros(&device, [1, 1, 1, 8]).expect("it fits");
-        let cache = KvCache::paged([4, 8], &[2, 0, 1], &[20]).expect("pages");
-        device.reset_peak_memory();
-        let before = device.memory();
-        let plans = Attention::new().plan_cached(&q, &pages, &pages, &cache).expect("valid");
-        assert_eq!((plans.len(), device.memory()), (1, before), "{device}");
-        Attention::new()
-            .forward_cached(&q, &pages, &pages, &cache)
-            .expect("valid");
-        // out, lse, row_max and row_sum, and the parts of splits.
-        let expected = (8 + 3) * 4 + plans[0].workspace_bytes();
-        assert_eq!(device.memory().peak - before.in_use, expected, "{device}");
     }
 }

@@ -27,3 +27,4 @@ mod ptx_contract;
 mod ragged;
 mod random_programs;
 mod reports;
+mod sequence_programs;

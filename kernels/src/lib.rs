@@ -30,8 +30,8 @@
 //! # The rooms
 //!
 //! `asm!` lives in `ptx`, a lane's coordinates in `tile::fragment`, bank conflicts in `tile::swizzle`, minus infinity in
-//! `softmax`, sequence lengths in [`mask`], who works on what in [`deal`] and [`work`], waiting in `pipeline`; `forward` and `backward` read like the paper, and `listed` is
-//! forward for whatever is no rectangle.
+//! `softmax`, sequence lengths in [`mask`], who works on what in [`deal`] and [`work`], waiting in `pipeline`; `forward` and
+//! `backward` read like the paper, and `listed` is forward for whatever is no rectangle.
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]

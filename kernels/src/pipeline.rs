@@ -376,8 +376,8 @@ impl<S: TileShape> PairRing<S> {
         self.statistics.map_or([0; 3], |statistics| statistics.lines)
     }
 
-    /// Starts to load pair `n`, whose statistics start at row `first_row` of `lines`, and commits its group. Past the end nothing is read, and the stage is filled with
-    /// zeros.
+    /// Starts to load pair `n`, whose statistics start at row `first_row` of `lines`, and commits its group. Past the end nothing is
+    /// read, and the stage is filled with zeros.
     #[inline(always)]
     unsafe fn fetch(&mut self, n: u32, first_row: u32, lines: [u64; 3]) {
         let stage = self.stage(n);

@@ -82,11 +82,9 @@ impl Emulated {
             .params(results, encode)
             .map_err(|error| launch.error(self.spec(), error))?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
-        let lists = launch.lists().map(|lists| self.lists.get(self, lists)).transpose()?;
-        let params = match &lists {
-            Some(lists) => params.with_lists(lists.address),
-            None => params,
-        };
+        // Held until the kernel is launched, so that no other call frees them before.
+        let lists = self.lists.of(self, launch)?;
+        let params = params.with_lists(&lists.iter().map(|list| list.address).collect::<Vec<_>>());
         let parse = |ptx: &str| Module::parse(ptx, &format!("{kernel}.ptx")).map(Arc::new);
         let Loaded { module, slots } = self.modules.get(launch, || self.spec(), parse)?;
         let params = [params.as_bytes(), &launch.numbers(&slots, &results)].concat();

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Backend;
 use crate::error::Error;
+use crate::plan::Launch;
 
 /// Lists that a device keeps besides those in use and those that are pinned.
 const KEPT: usize = 64;
@@ -31,15 +32,24 @@ impl List {
 }
 
 impl Lists {
+    /// Returns the lists of a launch, as [`get`](Self::get) does each.
+    ///
+    /// # Errors
+    /// The errors of [`get`](Self::get).
+    pub(super) fn of(&self, device: &impl Backend, launch: &Launch) -> Result<Vec<Arc<List>>, Error> {
+        launch.lists().map(|content| self.get(device, content)).collect()
+    }
+
     /// Returns the list of this content, which is uploaded if the device does not have it. Lists that were not used for a long
     /// time are freed, after the work launched before.
     ///
     /// # Errors
     /// The errors of [`Backend::alloc`] and [`Backend::upload`].
-    pub(super) fn get(&self, device: &impl Backend, content: &Arc<[u8]>) -> Result<Arc<List>, Error> {
+    fn get(&self, device: &impl Backend, content: &Arc<[u8]>) -> Result<Arc<List>, Error> {
         let mut lists = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = |list: &Arc<List>| Arc::ptr_eq(&list.content, content) || list.content == *content;
-        if let Some(place) = lists.iter().position(known) {
+        let same = |list: &Arc<List>| Arc::ptr_eq(&list.content, content);
+        let equal = |list: &Arc<List>| list.content == *content;
+        if let Some(place) = (lists.iter().position(same)).or_else(|| lists.iter().position(equal)) {
             let list = lists.remove(place);
             lists.push(list.clone());
             return Ok(list);

@@ -87,17 +87,16 @@ impl Parameters {
         }
     }
 
-    /// Returns the parameters with the launch's [lists](Launch::lists) at this address; those of a kernel without lists are the same.
+    /// Returns the parameters with the launch's [lists](Launch::lists) at these addresses; those of a kernel without lists are the
+    /// same.
     #[cfg(any(feature = "cuda", feature = "emulator"))]
-    pub(crate) fn with_lists(mut self, address: u64) -> Self {
-        match &mut self {
-            Self::Listed(params) => {
-                params.work = lists::placed(params.work, address);
-                if params.pages.entries > 0 {
-                    params.pages.table += address;
-                }
+    pub(crate) fn with_lists(mut self, addresses: &[u64]) -> Self {
+        match (&mut self, addresses) {
+            (Self::Listed(params), [lists, block_table @ ..]) => {
+                params.work = lists::placed(params.work, *lists);
+                params.pages.table = block_table.first().copied().unwrap_or(0);
             }
-            Self::ListedBackward(params) => params.work = lists::placed(params.work, address),
+            (Self::ListedBackward(params), [lists, ..]) => params.work = lists::placed(params.work, *lists),
             _ => {}
         }
         self
@@ -259,11 +258,12 @@ impl Launch {
         Ok(Some(params))
     }
 
-    /// Returns the lists of work that the kernel reads, for [`Parameters::with_lists`]; `None` if its blocks find their work by their
-    /// place in the grid.
+    /// Returns the lists that the kernel reads, for [`Parameters::with_lists`]: its work, and the block table of paged keys. There are
+    /// none if its blocks find their work by their place in the grid.
     #[cfg(any(feature = "cuda", feature = "emulator"))]
-    pub(crate) fn lists(&self) -> Option<&Arc<[u8]>> {
-        self.listed.as_ref().map(|listed| &listed.content)
+    pub(crate) fn lists(&self) -> impl Iterator<Item = &Arc<[u8]>> {
+        let listed = self.listed.iter();
+        listed.flat_map(|listed| [&listed.content].into_iter().chain(&listed.block_table))
     }
 
     /// Returns the number of rows that blocks stream, once for each head that streams them, of a launch with lists.

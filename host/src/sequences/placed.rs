@@ -1,6 +1,7 @@
 //! [`Placed`]: where the sequences of a batch that is no rectangle lie in the tensors of a problem.
 
 use std::fmt;
+use std::sync::Arc;
 
 use flash_attention_kernels::mask::Mask;
 use flash_attention_kernels::work::SequenceRows;
@@ -22,8 +23,8 @@ pub(crate) struct Placed {
 /// Pages of the sequences.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct BlockTable {
-    /// Numbers of pages, `[batch, entries]`. Entries that no key needs are not read.
-    pub table: Vec<i32>,
+    /// Numbers of pages, i32 `[batch, entries]`. Entries that no key needs are not read.
+    pub bytes: Arc<[u8]>,
     /// Number of pages of a row.
     pub entries: usize,
     /// Number of keys of a page.

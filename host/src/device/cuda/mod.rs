@@ -209,11 +209,9 @@ impl Cuda {
             .params(results, |tile| self.calls.encode(tile))
             .map_err(refused)?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
-        let lists = launch.lists().map(|lists| self.lists.get(self, lists)).transpose()?;
-        let params = match &lists {
-            Some(lists) => params.with_lists(lists.address),
-            None => params,
-        };
+        // Held until the kernel is launched, so that no other call frees them before.
+        let lists = self.lists.of(self, launch)?;
+        let params = params.with_lists(&lists.iter().map(|list| list.address).collect::<Vec<_>>());
         let Loaded {
             module: function,
             slots,
@@ -363,9 +361,7 @@ impl Backend for Cuda {
 
     fn prepare(&self, plan: &Plan) -> Result<(), Error> {
         plan.launches().iter().try_for_each(|launch| {
-            if let Some(lists) = launch.lists() {
-                self.lists.get(self, lists)?.pin();
-            }
+            self.lists.of(self, launch)?.iter().for_each(|list| list.pin());
             self.function(launch).map(drop)
         })
     }

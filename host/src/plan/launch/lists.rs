@@ -19,6 +19,12 @@ pub(super) struct Listed {
         expect(dead_code, reason = "no device reads it")
     )]
     pub content: Arc<[u8]>,
+    /// Block table of paged keys.
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "emulator")),
+        expect(dead_code, reason = "no device reads it")
+    )]
+    pub block_table: Option<Arc<[u8]>>,
     /// Places of the lists in the content, in bytes.
     pub work: WorkLists,
     /// Entries of the list of tiles that each block has.
@@ -109,6 +115,7 @@ impl Listed {
                         reserved: 0,
                     },
                     content: lists.concat().into(),
+                    block_table: None,
                     lists_of_block,
                     blocks,
                     streamed_rows,
@@ -121,7 +128,9 @@ impl Listed {
 
 /// Returns a list as bytes.
 pub(super) fn bytes<T: Params>(list: &[T]) -> Vec<u8> {
-    list.iter().flat_map(|entry| entry.as_bytes().to_vec()).collect()
+    let mut bytes = Vec::with_capacity(size_of_val(list));
+    list.iter().for_each(|entry| bytes.extend_from_slice(entry.as_bytes()));
+    bytes
 }
 
 /// Returns the lists at this address.

@@ -96,6 +96,9 @@ impl OfSequences {
             })?;
             let listed = Listed {
                 content: content.bytes.clone(),
+                block_table: (placed.pages.as_ref())
+                    .filter(|pages| pages.entries > 0)
+                    .map(|pages| pages.bytes.clone()),
                 work,
                 lists_of_block: 1,
                 blocks,
@@ -346,18 +349,13 @@ impl Splits {
             });
         }
         let combined: Vec<TileWork> = self.combined.iter().map(|(work, _)| *work).collect();
-        let table: Vec<u8> = match &placed.pages {
-            Some(pages) => pages.table.iter().flat_map(|page| page.to_le_bytes()).collect(),
-            None => Vec::new(),
-        };
         let lists = [
             lists::bytes(&tiles),
             lists::bytes(&combined),
             lists::bytes(&placed.sequences),
             lists::bytes(&runs),
-            table,
         ];
-        let mut offsets = [0; 5];
+        let mut offsets = [0; 4];
         for i in 1..lists.len() {
             offsets[i] = offsets[i - 1] + lists[i - 1].len() as u64;
         }
@@ -370,7 +368,7 @@ impl Splits {
         };
         let (entries, page_size) = (placed.pages.as_ref()).map_or((0, 1), |pages| (pages.entries, pages.page_size));
         let pages = PageTable {
-            table: if entries > 0 { offsets[4] } else { 0 },
+            table: 0,
             entries: entries as u32,
             size: Divisor::new(page_size as u32),
         };

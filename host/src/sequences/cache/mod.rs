@@ -4,8 +4,10 @@ mod check;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use flash_attention_kernels::work::SequenceRows;
+use zerocopy::IntoBytes;
 
 use super::{BlockTable, Pages, Placed, check_count, ranges};
 use crate::error::Error;
@@ -48,6 +50,8 @@ pub struct KvCache {
     shape: [usize; 2],
     /// `[batch, max_pages]`.
     table: Vec<i32>,
+    /// The table as GPUs read it. Calls over one cache share it, so that a device has it once.
+    table_bytes: Arc<[u8]>,
     max_pages: usize,
     sequences: Vec<Span>,
     /// Rows of packed queries, if they are packed.
@@ -121,6 +125,7 @@ impl KvCache {
         let mut cache = Self {
             kind,
             shape,
+            table_bytes: table.as_bytes().into(),
             table,
             max_pages,
             sequences: vec![empty; seqused_k.len()],
@@ -286,7 +291,7 @@ impl KvCache {
             ..SequenceRows::default()
         });
         let pages = (self.kind == Kind::Paged).then(|| BlockTable {
-            table: self.table.clone(),
+            bytes: self.table_bytes.clone(),
             entries: self.max_pages,
             page_size: self.shape[1],
         });

@@ -9,13 +9,14 @@ use flash_attention_kernels::abi::{StridedTensor, TensorMap};
 use flash_attention_kernels::entries::{Arch, Dtype};
 use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{self, ElementType, Fill, Interleave, L2Promotion, TensorMapError, Tiled};
-use ptx_emulator::{Counters, DeviceMemory, DevicePtr, MemoryError, Module};
+use ptx_emulator::{Counters, DeviceMemory, DevicePtr, Finding, MemoryError, Module};
 
 use super::lists::Lists;
 use super::modules::{Loaded, Modules};
 use super::{Backend, Device, DeviceKind};
 use crate::error::Error;
 use crate::plan::{Launch, Plan, Results, TileMap};
+use crate::program::NodeId;
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
 
@@ -86,7 +87,7 @@ impl Emulated {
         let lists = self.lists.of(self, launch)?;
         let params = params.with_lists(&lists.iter().map(|list| list.address).collect::<Vec<_>>());
         let parse = |ptx: &str| Module::parse(ptx, &format!("{kernel}.ptx")).map(Arc::new);
-        let Loaded { module, slots } = self.modules.get(launch, || self.spec(), parse)?;
+        let Loaded { module, slots, lines } = self.modules.get(launch, || self.spec(), parse)?;
         let params = [params.as_bytes(), &launch.numbers(&slots, &results)].concat();
         let emulated = ptx_emulator::Launch {
             entry: kernel,
@@ -96,7 +97,7 @@ impl Emulated {
             shared_bytes: launch.shared_bytes,
             params: &params,
         };
-        let report = module
+        let mut report = module
             .launch_watched(&self.memory, &emulated, &self.options.launch, &|blocks| {
                 reporter.add(blocks)
             })
@@ -105,6 +106,10 @@ impl Emulated {
         if report.is_clean() {
             Ok(())
         } else {
+            report
+                .findings
+                .iter_mut()
+                .for_each(|finding| name_node(finding, &lines, launch));
             Err(Error::Findings {
                 device: self.spec(),
                 kernel,
@@ -129,6 +134,18 @@ impl Emulated {
             },
         }
     }
+}
+
+/// Adds to a finding in a launch's score program which node of the program its line works out.
+fn name_node(finding: &mut Finding, lines: &[(usize, Option<NodeId>)], launch: &Launch) {
+    let Ok(place) = lines.binary_search_by_key(&(finding.line as usize), |(line, _)| *line) else {
+        return;
+    };
+    finding.message += match lines[place].1.and_then(|node| launch.formula(node)) {
+        Some(formula) => format!("; this is `{formula}` of the score program"),
+        None => "; this is in the score program".to_owned(),
+    }
+    .as_str();
 }
 
 /// A tensor that a call writes.

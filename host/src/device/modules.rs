@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
 use crate::plan::{Launch, ModuleKey, ModuleText};
-use crate::program::Slot;
+use crate::program::{NodeId, Slot};
 
 /// Modules by their keys, each loaded at its first use and kept.
 pub(super) struct Modules<M>(Mutex<HashMap<ModuleKey, Loaded<M>>>);
@@ -17,6 +17,8 @@ pub(super) struct Loaded<M> {
     pub module: M,
     /// Contents of the kernel's second parameter; empty if it has none.
     pub slots: Arc<[Slot]>,
+    /// Lines of the text that are its score program's, with the nodes that they work out.
+    pub lines: Arc<[(usize, Option<NodeId>)]>,
 }
 
 impl<M: Clone> Modules<M> {
@@ -39,10 +41,11 @@ impl<M: Clone> Modules<M> {
         if let Some(loaded) = modules.get(&key) {
             return Ok(loaded.clone());
         }
-        let ModuleText { ptx, slots } = (launch.module_text()).map_err(|error| launch.error(device(), error))?;
+        let ModuleText { ptx, slots, lines } = (launch.module_text()).map_err(|error| launch.error(device(), error))?;
         let loaded = Loaded {
             module: load(&ptx).map_err(|error| launch.error(device(), error))?,
             slots: slots.into(),
+            lines: lines.into(),
         };
         modules.insert(key, loaded.clone());
         Ok(loaded)

@@ -210,8 +210,8 @@ pub enum Error {
 
     /// The device does not support a feature of the call yet.
     Unsupported {
-        /// Name of the feature.
-        feature: &'static str,
+        /// Name of the feature, with the part of the call that needs it.
+        feature: String,
         /// Device of the call.
         device: String,
         /// Reason, for example what can run it instead.

@@ -2,6 +2,7 @@
 
 mod backward;
 mod forward;
+mod kept;
 mod lists;
 mod program;
 mod sequences;

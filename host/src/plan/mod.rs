@@ -24,7 +24,7 @@ pub use tile_map::TileMap;
 
 use crate::error::Error;
 use crate::problem::{BackwardProblem, BackwardTensors, Problem};
-use crate::program::Derivative;
+use crate::program::{Coordinate, Derivative};
 use crate::sequences::Placed;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
@@ -117,7 +117,8 @@ impl Plan {
     /// registers, and Hopper uses the first form too.
     ///
     /// # Errors
-    /// The errors of [`new`](Self::new), and [`Error::Unsupported`] for a deterministic gradient of a table on a GPU.
+    /// The errors of [`new`](Self::new), and on a GPU [`Error::Unsupported`] for the deterministic gradient of a table that
+    /// several pairs read at one element.
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
         refuse_gradients(problem, device)?;
@@ -267,17 +268,33 @@ fn sparse_launch(problem: &Problem, device: &DeviceInfo) -> Result<Option<Launch
     Ok(Some(launch).filter(|launch| launch.streamed_rows().is_some_and(|rows| 3 * rows < all)))
 }
 
-/// Refuses a deterministic gradient of a table on a GPU.
+/// Refuses the deterministic gradient of a table on a GPU, unless no two pairs add to one element.
 fn refuse_gradients(problem: &BackwardProblem, device: &DeviceInfo) -> Result<(), Error> {
-    let adds_to_tables = problem.forward().program().is_some() && problem.table_gradients();
-    if matches!(device, DeviceInfo::Gpu { .. }) && adds_to_tables && problem.deterministic() {
-        return Err(Error::Unsupported {
-            feature: "a deterministic gradient of a table",
+    let forward = problem.forward();
+    let (Some(program), Some(derivative)) = (forward.program(), problem.derivative()) else {
+        return Ok(());
+    };
+    let asked = matches!(device, DeviceInfo::Gpu { .. }) && problem.table_gradients() && problem.deterministic();
+    let sizes = [
+        (
+            Coordinate::Batch,
+            forward
+                .placed()
+                .map_or(forward.batch(), |placed| placed.sequences.len()),
+        ),
+        (Coordinate::Head, forward.heads_q()),
+        (Coordinate::Query, forward.seqlen_q() as usize),
+        (Coordinate::Key, forward.seqlen_k() as usize),
+    ];
+    match program.shared_gradient(derivative, sizes).filter(|_| asked) {
+        Some(table) => Err(Error::Unsupported {
+            feature: format!("a deterministic gradient of `{table}`"),
             device: "a GPU".to_owned(),
-            reason: "blocks add to it as they finish; leave out `.deterministic()` or `.table_gradients()`",
-        });
+            reason: "several pairs add to one element, in the order in which blocks finish; leave out `.deterministic()` or \
+                     `.table_gradients()`",
+        }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Returns the tiles of a forward pass on the CPU.

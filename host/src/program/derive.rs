@@ -4,7 +4,7 @@
 //! operations are one node. Backward through a [`Node::Select`] the value not taken would be multiplied by 0, and 0
 //! times infinity is NaN. Forward, a value not taken has no influence.
 
-use super::{Binary, Comparison, Expression, Node, NodeId, Program, ProgramError, Type, Unary};
+use super::{Binary, Comparison, Coordinate, Expression, Indices, Node, NodeId, Program, ProgramError, Type, Unary};
 
 /// Derivatives of a program.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,6 +87,37 @@ impl Program {
             score,
             loads,
         })
+    }
+}
+
+impl Program {
+    /// Returns the name of a table, or of the sinks, to whose gradient several pairs of a problem add at one element; `None` if each
+    /// element is the sum of at most one pair. `sizes` are those of the coordinates of a pair.
+    pub(crate) fn shared_gradient(
+        &self,
+        derivative: &Derivative,
+        sizes: [(Coordinate, usize); 4],
+    ) -> Option<&'static str> {
+        let tables = derivative
+            .loads()
+            .iter()
+            .map(|load| match self.expression().node(load.load) {
+                Node::Load { table, indices, .. } => (table, indices),
+                other => unreachable!("{other:?} reads no table"),
+            });
+        let tables: Vec<(u32, Indices)> = tables.collect();
+        let is_shared = |&(table, indices): &(u32, Indices)| {
+            let reads = tables.iter().filter(|(other, _)| *other == table).count();
+            let has = |which| {
+                indices
+                    .iter()
+                    .any(|&index| self.expression().node(index) == Node::Coordinate(which))
+            };
+            reads > 1 || !sizes.iter().all(|&(which, size)| size <= 1 || has(which))
+        };
+        let shared = tables.iter().copied().find(is_shared);
+        let name = shared.map(|(table, _)| self.tables()[table as usize].name);
+        name.or_else(|| self.sinks().map(|sinks| sinks.name))
     }
 }
 

@@ -16,8 +16,10 @@ mod derive;
 pub mod dropout;
 mod evaluate;
 mod expression;
+mod formula;
 mod generator;
 pub mod interval;
+mod mask_key;
 pub(crate) mod named;
 mod node;
 mod print;
@@ -37,6 +39,7 @@ pub use dropout::Dropout;
 pub use evaluate::{Evaluator, HostTable, Pair, Value};
 pub use expression::{Dependence, Expression, TableType, read_as};
 use interval::{Bounds, Intervals, Ranges};
+pub(crate) use mask_key::MaskKey;
 pub use node::{Binary, Comparison, Coordinate, Indices, MAX_RANK, Node, NodeId, Type, Unary};
 pub use table::{Table, TableSource};
 

@@ -19,8 +19,9 @@ pub struct Spliced {
     pub text: String,
     /// Numbers in the kernel's second parameter, 8 bytes each, in order.
     pub slots: Vec<Slot>,
-    /// Lines of the text that are the program's, counted from 1: each with the node that it works out.
-    pub lines: Vec<(usize, NodeId)>,
+    /// Lines of the text that are the program's, counted from 1: each with the node that it works out. Dropout, sinks and sums of
+    /// gradients have none.
+    pub lines: Vec<(usize, Option<NodeId>)>,
 }
 
 /// Why a kernel's text takes no program: it is not one that was compiled for programs, or is of another version.
@@ -118,7 +119,7 @@ fn print_all(printer: &mut Printer<'_>, lines: &[Line<'_>]) -> Vec<Option<Scope>
 struct Writer {
     text: String,
     count: usize,
-    nodes: Vec<(usize, NodeId)>,
+    nodes: Vec<(usize, Option<NodeId>)>,
 }
 
 impl Writer {
@@ -135,7 +136,7 @@ impl Writer {
         }
         for (line, node) in scope.lines {
             self.line(&line);
-            self.nodes.extend(node.map(|node| (self.count, node)));
+            self.nodes.push((self.count, node));
         }
         self.line("\t}");
     }

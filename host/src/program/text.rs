@@ -85,6 +85,11 @@ impl Code {
         })
     }
 
+    /// The operations of the program, and in backward those of its derivatives.
+    pub fn expression(&self) -> &Expression {
+        &self.expression
+    }
+
     /// The code for a batch of sequences in one launch. Lengths come with the head, and dropout draws with a seed that is larger by
     /// the number of the sequence, in batch entry 0, as in a call with that sequence alone.
     #[must_use]

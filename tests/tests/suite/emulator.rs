@@ -329,3 +329,23 @@ fn all_checks_are_on() {
     let options = EmulatorOptions::new(Arch::Sm80);
     assert_eq!(options.launch.checks, flash_attention::ptx_emulator::Checks::all());
 }
+
+/// A finding in a score program names the node: here a bias whose memory is not allocated.
+#[test]
+fn a_finding_in_a_score_program_names_its_node() {
+    if !devices().emulation() {
+        return;
+    }
+    let device = emulator(Arch::Sm80, 1, 1);
+    let q = Tensor::<f16>::zeros(&device, [1, 2, 20, 64]).expect("small");
+    // SAFETY: the emulator refuses to read the memory.
+    let bias = unsafe { Tensor::<f32>::from_raw_parts(&device, 64, [1, 2, 20, 20], [800, 400, 20, 1], None) };
+    let attention = Attention::new().bias(&bias.expect("aligned"));
+    let error = attention.forward(&q, &q, &q).expect_err("there is no bias");
+    let message = error.to_string();
+    assert!(message.contains("out of bounds"), "{message}");
+    assert!(
+        message.contains("; this is `bias[0, head, query, key]` of the score program"),
+        "{message}"
+    );
+}

@@ -187,16 +187,54 @@ fn check_table_gradients<T: Element>(name: &str, case: &Case, device: &Device) {
     programs::check_table_gradients(&format!("{name} on {device}"), case, &dims, &got, &want, &standard);
 }
 
-/// The error of a device that does not give such gradients is typed.
+/// A GPU refuses the deterministic gradient of a table if several pairs add to one element, and names the table.
 #[test]
-fn deterministic_gradients_of_tables_are_refused() {
+fn deterministic_gradients_of_shared_elements_are_refused() {
     for device in gpus() {
-        let sinks: Tensor<f32> = normal(device, &[4], 1);
-        let attention = Attention::new().sinks(&sinks).table_gradients().deterministic();
-        let [q, k]: [Tensor<f32>; 2] = [normal(device, &Q, 2), normal(device, &KV, 3)];
-        let output = attention.forward(&q, &k, &k).expect("an output");
-        let result = attention.backward(&q, &k, &k, &output, &q);
-        assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
+        let new = Attention::new;
+        let [batch, heads, seqlen_q, _] = Q;
+        let whole: Tensor<f32> = normal(device, &[batch, heads, seqlen_q, KV[2]], 4);
+        let of_heads: Tensor<f32> = normal(device, &[1, heads, seqlen_q, KV[2]], 5);
+        let one_per_head: Tensor<f32> = normal(device, &[heads], 6);
+        let table = Table::<f32, 4>::new(&whole).expect("a table");
+        let twice = new().score(|s, at| {
+            let of = |key| table.at_clamped(at.batch, at.head, at.query, key);
+            s + of(at.key) * of(at.query)
+        });
+        for (name, attention) in [
+            ("sinks", new().bias(&whole).sinks(&one_per_head)),
+            ("alibi_slopes", new().bias(&whole).alibi(&one_per_head)),
+            ("bias", new().bias(&of_heads)),
+            ("table", twice),
+        ] {
+            let attention = attention.table_gradients().deterministic();
+            let [q, k]: [Tensor<f32>; 2] = [normal(device, &Q, 2), normal(device, &KV, 3)];
+            let output = attention.forward(&q, &k, &k).expect("an output");
+            let result = attention.backward(&q, &k, &k, &output, &q);
+            let named = format!("a deterministic gradient of `{name}`");
+            assert!(
+                matches!(&result, Err(Error::Unsupported { feature, .. }) if *feature == named),
+                "{result:?}"
+            );
+        }
+    }
+}
+
+/// Where each pair reads an element of its own, gradients are deterministic, and those of the oracle.
+#[test]
+fn deterministic_gradients_of_elements_that_one_pair_reads() {
+    for device in gpus() {
+        for (dtype, [batch, heads_kv]) in DTYPES.into_iter().zip([[2, 2], [1, 1], [2, 1]]) {
+            let (q, kv) = ([batch, 2, 35, 64], [batch, heads_kv, 75, 64]);
+            let bias: Tensor<f32> = normal(device, &[batch, 2, 35, 75], 4);
+            let attention = Attention::new()
+                .bias(&bias)
+                .window(40, 3)
+                .table_gradients()
+                .deterministic();
+            let case = Case::new(dtype, q, kv).with(attention);
+            for_dtype!(dtype, T => check_table_gradients::<T>("bias", &case, device));
+        }
     }
 }
 

@@ -215,6 +215,7 @@ impl Cuda {
         let Loaded {
             module: function,
             slots,
+            ..
         } = self.function(launch)?;
         let numbers = launch.numbers(&slots, &results);
         let geometry = Geometry {

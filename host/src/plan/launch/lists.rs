@@ -14,10 +14,6 @@ use crate::plan::lists::TileLists;
 #[derive(Clone, Debug)]
 pub(super) struct Listed {
     /// Content of the lists: tiles, sequences and runs, one after the other.
-    #[cfg_attr(
-        not(any(feature = "cuda", feature = "emulator")),
-        expect(dead_code, reason = "no device reads it")
-    )]
     pub content: Arc<[u8]>,
     /// Block table of paged keys.
     #[cfg_attr(
@@ -36,7 +32,7 @@ pub(super) struct Listed {
 }
 
 /// Heads of a launch, and the tile that a block owns.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Owned {
     /// Heads of a sequence.
     pub heads: u32,

@@ -8,6 +8,7 @@ use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::work::SequenceRows;
 
 use super::count;
+use super::kept::Key;
 use super::lists::{Listed, Owned, Sequence};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use super::{Launch, Results, TableGradients};
@@ -15,8 +16,8 @@ use crate::error::Error;
 use crate::plan::lists::{Owner, TileLists};
 use crate::problem::{BackwardProblem, Problem};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
-use crate::program::{self, Gradients, NotSpliced, Slot};
-use crate::program::{Code, Numbers, Program, Sizes};
+use crate::program::{self, Gradients, NodeId, NotSpliced, Slot};
+use crate::program::{Code, MaskKey, Numbers, Program, Sizes};
 
 /// A score program as a launch takes it.
 #[derive(Clone, Debug)]
@@ -78,12 +79,12 @@ impl ScoreProgram {
         self.numbers.program.mask().is_some()
     }
 
-    /// Returns the lists of a launch whose blocks own tiles of the problem's queries or keys.
+    /// Returns the lists of a launch whose blocks own tiles of the problem's queries or keys. Launches of equal masks and sizes share
+    /// them for a time.
     ///
     /// # Errors
     /// [`Error::GridTooLarge`].
     pub(super) fn listed(&self, problem: &Problem, owner: Owner, entry: &Entry) -> Result<Listed, Error> {
-        let program = &self.numbers.program;
         // Where there are no queries, not even a head of them, each key head has an empty one.
         let heads_kv = problem.heads_kv();
         let heads_q = problem.heads_q().max(heads_kv);
@@ -91,11 +92,47 @@ impl ScoreProgram {
             Owner::Queries => ([entry.block_m, entry.block_n], heads_q, 1),
             Owner::Keys => ([entry.block_n, entry.block_m], heads_kv, heads_q / heads_kv),
         };
-        let owned = Owned {
-            heads: count(heads)?.get(),
-            sharing: count(sharing)?.get(),
-            rows: tiles[0],
+        let queries = |seqlen_q| if problem.has_queries() { seqlen_q } else { 0 };
+        let sequences = match problem.placed() {
+            Some(placed) => {
+                let rows = placed.sequences.iter();
+                let rows = rows.map(|rows| SequenceRows {
+                    seqlen_q: queries(rows.seqlen_q),
+                    ..*rows
+                });
+                rows.collect()
+            }
+            None => {
+                let rows = (0..problem.batch()).map(|entry| SequenceRows {
+                    q_entry: entry as u32,
+                    q_begin: 0,
+                    seqlen_q: queries(problem.seqlen_q()),
+                    k_entry: entry as u32,
+                    k_begin: 0,
+                    seqlen_k: problem.seqlen_k(),
+                });
+                rows.collect()
+            }
         };
+        let key = Key {
+            owner,
+            tiles,
+            owned: Owned {
+                heads: count(heads)?.get(),
+                sharing: count(sharing)?.get(),
+                rows: tiles[0],
+            },
+            heads: [heads_q, heads_kv],
+            is_placed: problem.placed().is_some(),
+            sequences,
+            mask: MaskKey::new(self.program()),
+        };
+        key.listed(|key| self.make_lists(key))
+    }
+
+    /// Makes the lists of a key with the program's mask.
+    fn make_lists(&self, key: &Key) -> Result<Listed, Error> {
+        let (program, [heads_q, heads_kv]) = (self.program(), key.heads);
         let sizes = |batch, rows: &SequenceRows| Sizes {
             batch,
             heads_q,
@@ -103,35 +140,25 @@ impl ScoreProgram {
             seqlen_q: rows.seqlen_q as usize,
             seqlen_k: rows.seqlen_k as usize,
         };
-        let queries = |seqlen_q| if problem.has_queries() { seqlen_q } else { 0 };
-        if let Some(placed) = problem.placed() {
-            let rows = |rows: &SequenceRows| SequenceRows {
-                seqlen_q: queries(rows.seqlen_q),
-                ..*rows
+        let sequences = key.sequences.iter().enumerate();
+        if key.is_placed {
+            let of_sequence = |(number, rows): (usize, &SequenceRows)| {
+                TileLists::of_sequence(program, number, sizes(1, rows), key.owner, key.tiles)
             };
-            let rows: Vec<SequenceRows> = placed.sequences.iter().map(rows).collect();
-            let lists = (rows.iter().enumerate())
-                .map(|(number, rows)| TileLists::of_sequence(program, number, sizes(1, rows), owner, tiles));
-            let lists: Vec<TileLists> = lists.collect();
-            let sequences = rows.into_iter().zip(&lists);
-            let sequences = sequences.map(|(rows, lists)| Sequence { rows, lists, entry: 0 });
-            return Listed::new(&sequences.collect::<Vec<_>>(), owned);
+            let lists: Vec<TileLists> = sequences.map(of_sequence).collect();
+            let sequences = key.sequences.iter().zip(&lists);
+            let sequences = sequences.map(|(&rows, lists)| Sequence { rows, lists, entry: 0 });
+            return Listed::new(&sequences.collect::<Vec<_>>(), key.owned);
         }
-        let rows = |entry: usize| SequenceRows {
-            q_entry: entry as u32,
-            q_begin: 0,
-            seqlen_q: queries(problem.seqlen_q()),
-            k_entry: entry as u32,
-            k_begin: 0,
-            seqlen_k: problem.seqlen_k(),
-        };
-        let lists = TileLists::new(program, sizes(problem.batch(), &rows(0)), owner, tiles);
-        let sequences = (0..problem.batch()).map(|entry| Sequence {
-            rows: rows(entry),
+        let first = key.sequences.first().copied().unwrap_or_default();
+        let sizes = sizes(key.sequences.len(), &first);
+        let lists = TileLists::new(program, sizes, key.owner, key.tiles);
+        let sequences = sequences.map(|(entry, &rows)| Sequence {
+            rows,
             lists: &lists,
             entry,
         });
-        Listed::new(&sequences.collect::<Vec<_>>(), owned)
+        Listed::new(&sequences.collect::<Vec<_>>(), key.owned)
     }
 
     /// The program, with the problem's causal mask.
@@ -180,6 +207,8 @@ pub(crate) struct ModuleText {
     pub ptx: String,
     /// Contents of the kernel's second parameter; empty if it has none.
     pub slots: Vec<Slot>,
+    /// Lines of the text that are the program's, with the nodes that they work out.
+    pub lines: Vec<(usize, Option<NodeId>)>,
 }
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
@@ -199,13 +228,25 @@ impl Launch {
     pub(crate) fn module_text(&self) -> Result<ModuleText, NotSpliced> {
         let ptx = self.entry.ptx();
         let Some(program) = &self.program else {
-            return Ok(ModuleText { ptx, slots: Vec::new() });
+            return Ok(ModuleText {
+                ptx,
+                slots: Vec::new(),
+                lines: Vec::new(),
+            });
         };
         let spliced = program::splice(&ptx, &program.code, self.entry.dtype == Dtype::F32)?;
         Ok(ModuleText {
             ptx: spliced.text,
             slots: spliced.slots,
+            lines: spliced.lines,
         })
+    }
+
+    /// Describes a node of the launch's score program as a formula.
+    #[cfg(feature = "emulator")]
+    pub(crate) fn formula(&self, node: NodeId) -> Option<String> {
+        let ScoreProgram { code, numbers } = self.program.as_ref()?;
+        Some(numbers.program.formula(code.expression(), node))
     }
 
     /// The kernel's second parameter, which holds the numbers of its score program; empty if it has none.

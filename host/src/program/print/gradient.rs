@@ -38,7 +38,7 @@ impl Printer<'_> {
     pub(super) fn sum_table_gradients(
         &mut self,
         point: Point<'_>,
-        sums: &mut Vec<(String, String)>,
+        sums: &mut Vec<(String, String, NodeId)>,
         scope: &mut Scope,
     ) {
         let code = self.code;
@@ -49,18 +49,20 @@ impl Printer<'_> {
             let exists = self.keep(Kept::Exists(point.row));
             let part = scope.result(Class::B32, "selp.f32", &[&part, &real(0.0), &exists]);
             let address = self.address(load, Memory::Gradient, point, scope);
-            match sums.iter_mut().find(|(known, _)| *known == address) {
-                Some((_, sum)) => *sum = scope.result(Class::B32, "add.rn.f32", &[sum, &part]),
-                None => sums.push((address, part)),
+            match sums.iter_mut().find(|(known, ..)| *known == address) {
+                Some((_, sum, _)) => *sum = scope.result(Class::B32, "add.rn.f32", &[sum, &part]),
+                None => sums.push((address, part, load)),
             }
         }
     }
 
     /// Adds a marker's sums to the gradients of tables.
-    pub(super) fn add_table_gradients(&mut self, sums: Vec<(String, String)>, scope: &mut Scope) {
-        for (address, sum) in sums {
+    pub(super) fn add_table_gradients(&mut self, sums: Vec<(String, String, NodeId)>, scope: &mut Scope) {
+        for (address, sum, load) in sums {
+            scope.node = Some(load);
             let is_some = scope.result(Class::Predicate, "setp.neu.f32", &[&sum, &real(0.0)]);
             scope.put(format!("@{is_some} red.global.add.f32 [{address}], {sum};"));
+            scope.node = None;
         }
     }
 

@@ -16,6 +16,7 @@ mod derive;
 pub mod dropout;
 mod evaluate;
 mod expression;
+#[cfg(feature = "emulator")]
 mod formula;
 mod generator;
 pub mod interval;

@@ -18,6 +18,10 @@ pub(super) struct Loaded<M> {
     /// Contents of the kernel's second parameter; empty if it has none.
     pub slots: Arc<[Slot]>,
     /// Lines of the text that are its score program's, with the nodes that they work out.
+    #[cfg_attr(
+        not(feature = "emulator"),
+        expect(dead_code, reason = "only the emulator has findings")
+    )]
     pub lines: Arc<[(usize, Option<NodeId>)]>,
 }
 

@@ -1,9 +1,15 @@
 //! [`Rotary`]: rotary position embedding, which turns pairs of elements of a head by angles that grow with the position.
 
+use std::f64::consts::TAU;
 use std::sync::Arc;
 
+use flash_attention_kernels::abi::RotaryParams;
+use flash_attention_kernels::work::TokenMove;
+
+use crate::call::move_tokens;
 use crate::element::Element;
 use crate::error::Error;
+use crate::plan::Launch;
 use crate::tensor::Tensor;
 
 /// Rotary position embedding (RoFormer, 2021): pairs (a, b) of the first `rotary_dim` elements of a head become
@@ -33,8 +39,28 @@ pub struct Rotary {
 enum Angles {
     /// Angle of each pair at position 1.
     Frequencies(Arc<[f64]>),
-    /// cos and sin, `[positions, pairs]` each.
-    Tables([Arc<[f32]>; 2]),
+    /// cos and sin as devices read them, f32 `[positions, pairs, 2]`.
+    Tables(Arc<[u8]>),
+}
+
+impl Angles {
+    /// Returns the angles as devices read them: [`RotaryParams::angles`].
+    fn bytes(&self) -> Arc<[u8]> {
+        match self {
+            Self::Frequencies(of) => of
+                .iter()
+                .flat_map(|&frequency| phase(frequency).to_ne_bytes())
+                .collect(),
+            Self::Tables(tables) => tables.clone(),
+        }
+    }
+}
+
+/// Returns an angle in units of 2^-64 turns, without whole turns.
+fn phase(angle: f64) -> u64 {
+    let turns = angle.abs() / TAU % 1.0;
+    let phase = (turns * 2_f64.powi(64)) as u64;
+    if angle < 0.0 { phase.wrapping_neg() } else { phase }
 }
 
 impl Rotary {
@@ -95,7 +121,12 @@ impl Rotary {
         Ok(Self {
             pairs,
             interleaved: false,
-            angles: Angles::Tables([cos.into(), sin.into()]),
+            angles: Angles::Tables(
+                (cos.iter().zip(sin))
+                    .flat_map(|(cos, sin)| [*cos, *sin])
+                    .flat_map(f32::to_ne_bytes)
+                    .collect(),
+            ),
         })
     }
 
@@ -129,7 +160,8 @@ impl Rotary {
     }
 
     /// Turns tokens at their positions. x is `[batch, heads, seqlen, head_dim]` with `batch * seqlen` positions, or packed
-    /// `[total, heads, head_dim]` with `total`; the result is contiguous. Arithmetic is in f32. On a GPU x passes through the host.
+    /// `[total, heads, head_dim]` with `total`; the result is contiguous. Arithmetic is in f32, and results have the same bits on every
+    /// device. A GPU turns x on its own stream.
     ///
     /// # Errors
     /// [`Error::Rank`]; [`Error::SequenceCount`] unless there is a position a token; [`Error::Rotary`] if rotary_dim is above
@@ -148,9 +180,9 @@ impl Rotary {
     }
 
     fn turned<T: Element>(&self, x: &Tensor<T>, positions: &[i32], sign: f32) -> Result<Tensor<T>, Error> {
-        let (heads, tokens, head_dim) = match *x.shape() {
-            [total, heads, head_dim] => (heads, total, head_dim),
-            [batch, heads, seqlen, head_dim] => (heads, batch * seqlen, head_dim),
+        let (tokens, seqlen, head_dim) = match *x.shape() {
+            [total, _, head_dim] => (total, total, head_dim),
+            [batch, _, seqlen, head_dim] => (batch * seqlen, seqlen, head_dim),
             _ => {
                 return Err(Error::Rank {
                     argument: "x",
@@ -168,39 +200,29 @@ impl Rotary {
             });
         }
         self.check(head_dim, positions)?;
-        let mut elements = x.to_vec()?;
-        let mut turns = Turns::new(self, sign);
-        if elements.is_empty() {
-            return Tensor::empty(x.device(), x.shape());
-        }
-        if let [_, _, seqlen, _] = *x.shape() {
-            let entries = elements.chunks_mut(heads * seqlen * head_dim);
-            for (entry, positions) in entries.zip(positions.chunks(seqlen)) {
-                for (token, &position) in positions.iter().enumerate() {
-                    turns.set(position);
-                    let rows = entry.chunks_mut(head_dim).skip(token).step_by(seqlen);
-                    rows.for_each(|row| turns.apply(row));
-                }
+        let turned = Tensor::empty(x.device(), x.shape())?;
+        let moves = positions.iter().enumerate().map(|(token, &position)| {
+            let [entry, row] = [token / seqlen, token % seqlen];
+            Move {
+                from: [entry, row],
+                to: [entry, row],
+                position,
             }
-        } else {
-            for (token, &position) in elements.chunks_mut(heads * head_dim).zip(positions) {
-                turns.set(position);
-                token.chunks_mut(head_dim).for_each(|row| turns.apply(row));
-            }
-        }
-        Tensor::from_slice(x.device(), x.shape(), &elements)
+        });
+        moved(x, &turned, moves, Some((self, sign)))?.run()?;
+        Ok(turned)
     }
 
     /// Checks that heads of this length can be turned at these positions.
-    fn check(&self, head_dim: usize, positions: &[i32]) -> Result<(), Error> {
+    pub(crate) fn check(&self, head_dim: usize, positions: &[i32]) -> Result<(), Error> {
         if self.rotary_dim() > head_dim {
             let expected = format!("at most {head_dim}, the head_dim");
             return Err(refused("rotary_dim", self.rotary_dim() as f64, expected));
         }
         let (rows, expected) = match &self.angles {
             Angles::Frequencies(_) => (usize::MAX, "at least 0".to_owned()),
-            Angles::Tables([cos, _]) => {
-                let rows = cos.len() / self.pairs;
+            Angles::Tables(tables) => {
+                let rows = tables.len() / (self.pairs * size_of::<[f32; 2]>());
                 (rows, format!("at least 0 and below {rows}, the rows of cos and sin"))
             }
         };
@@ -217,51 +239,96 @@ impl Rotary {
     }
 }
 
-/// Cosines and sines of one position.
-struct Turns<'a> {
-    rotary: &'a Rotary,
-    /// -1 to turn back.
-    sign: f32,
-    of_pairs: Vec<[f32; 2]>,
+/// A token that is moved: its entry and row in both tensors, and the position at which it is turned.
+pub(crate) struct Move {
+    pub from: [usize; 2],
+    pub to: [usize; 2],
+    pub position: i32,
 }
 
-impl<'a> Turns<'a> {
-    fn new(rotary: &'a Rotary, sign: f32) -> Self {
-        Self {
-            rotary,
-            sign,
-            of_pairs: vec![[1.0, 0.0]; rotary.pairs],
-        }
-    }
+/// Plans to move tokens from one tensor to another, turned or as they are. Both tensors are `[entries, heads, rows, head_dim]`, or packed
+/// `[rows, heads, head_dim]`, with the same heads and head_dim, and `to` has a contiguous last axis. `turns` has the sign of the angles.
+///
+/// # Errors
+/// [`Error::GridTooLarge`].
+pub(crate) fn moved<'a, T: Element>(
+    from: &'a Tensor<T>,
+    to: &'a Tensor<T>,
+    moves: impl Iterator<Item = Move>,
+    turns: Option<(&Rotary, f32)>,
+) -> Result<Moved<'a, T>, Error> {
+    let row = |tensor: &Tensor<T>, [entry, row]: [usize; 2]| match *tensor.strides() {
+        [of_rows, _, _] => (row * of_rows) as u64,
+        [of_entries, _, of_rows, _] => (entry * of_entries + row * of_rows) as u64,
+        _ => unreachable!("three or four axes"),
+    };
+    let tokens = moves.map(
+        |Move {
+             from: source,
+             to: target,
+             position,
+         }| TokenMove {
+            from: row(from, source),
+            to: row(to, target),
+            position: position as u64,
+        },
+    );
+    let tokens: Vec<TokenMove> = tokens.collect();
+    let size = |axis: usize| {
+        let size = from.shape()[axis];
+        u32::try_from(size).map_err(|_| Error::GridTooLarge {
+            blocks: size as u128,
+            limit: u32::MAX,
+        })
+    };
+    let last = from.shape().len() - 1;
+    let pairs = turns.map_or(0, |(rotary, _)| rotary.pairs as u32);
+    let params = RotaryParams {
+        from: from.address(),
+        from_head_stride: from.strides()[1] as u64,
+        from_column_stride: from.strides()[last] as u64,
+        to: to.address(),
+        to_head_stride: to.strides()[1] as u64,
+        tokens: 0,
+        angles: 0,
+        tables: turns
+            .is_some_and(|(rotary, _)| matches!(rotary.angles, Angles::Tables(_)))
+            .into(),
+        heads: size(1)?,
+        head_dim: size(last)?,
+        pairs,
+        interleaved: turns.is_some_and(|(rotary, _)| rotary.interleaved).into(),
+        sign: turns.map_or(1.0, |(_, sign)| sign),
+    };
+    let is_empty = tokens.is_empty() || params.heads == 0 || params.head_dim == 0;
+    let angles = turns.map(|(rotary, _)| rotary.angles.bytes());
+    Ok(Moved {
+        from,
+        to,
+        launch: match is_empty {
+            true => None,
+            false => Some(Launch::rotary(T::DTYPE, params, &tokens, angles)?),
+        },
+    })
+}
 
-    /// Computes the turns of a position, which [`Rotary::check`] let pass.
-    fn set(&mut self, position: i32) {
-        for (pair, turn) in self.of_pairs.iter_mut().enumerate() {
-            let [cos, sin] = match &self.rotary.angles {
-                Angles::Frequencies(frequencies) => {
-                    let (sin, cos) = (f64::from(position) * frequencies[pair]).sin_cos();
-                    [cos as f32, sin as f32]
-                }
-                Angles::Tables(tables) => {
-                    let place = position as usize * self.rotary.pairs + pair;
-                    tables.each_ref().map(|table| table[place])
-                }
-            };
-            *turn = [cos, self.sign * sin];
-        }
-    }
+/// Tokens on their way from one tensor to another.
+pub(crate) struct Moved<'a, T: Element> {
+    from: &'a Tensor<T>,
+    to: &'a Tensor<T>,
+    /// `None` if there is nothing to move.
+    launch: Option<Launch>,
+}
 
-    /// Turns the pairs of one head.
-    fn apply<T: Element>(&self, row: &mut [T]) {
-        let pairs = self.rotary.pairs;
-        for (pair, [cos, sin]) in self.of_pairs.iter().enumerate() {
-            let (first, second) = match self.rotary.interleaved {
-                true => (2 * pair, 2 * pair + 1),
-                false => (pair, pair + pairs),
-            };
-            let (a, b) = (row[first].to_f32(), row[second].to_f32());
-            row[first] = T::from_f32(a * cos - b * sin);
-            row[second] = T::from_f32(a * sin + b * cos);
+impl<T: Element> Moved<'_, T> {
+    /// Moves the tokens. The tensors share no memory, and rows and positions were checked.
+    ///
+    /// # Errors
+    /// The errors of the launch.
+    pub(crate) fn run(&self) -> Result<(), Error> {
+        match &self.launch {
+            Some(launch) => move_tokens(launch, self.from, self.to),
+            None => Ok(()),
         }
     }
 }

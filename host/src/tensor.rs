@@ -373,30 +373,6 @@ impl<T: Scalar> Tensor<T> {
         Ok(tensor)
     }
 
-    /// Copies elements to this tensor, which is contiguous and has as many.
-    ///
-    /// # Errors
-    /// [`Error::DataLength`] for another number of elements, or an error of the device's driver.
-    pub(crate) fn write(&mut self, elements: &[T]) -> Result<(), Error> {
-        debug_assert!(self.info.is_contiguous(), "strides {:?}", self.strides());
-        if elements.len() != self.info.span() {
-            return Err(Error::DataLength {
-                len: elements.len(),
-                expected: self.info.span(),
-                shape: self.shape().to_vec(),
-            });
-        }
-        if !elements.is_empty() {
-            let _guard = self.storage.write();
-            // SAFETY: every view keeps its span within its storage, and the guard keeps out readers and writers.
-            unsafe {
-                let backend = self.device().backend();
-                backend.upload(self.info.address(), elements.as_bytes())?;
-            }
-        }
-        Ok(())
-    }
-
     fn view(&self, shape: Vec<usize>, strides: Vec<usize>, offset: usize) -> Self {
         Self {
             info: self.info.view(shape, strides, offset),

@@ -6,7 +6,7 @@
 
 use core::num::NonZeroU32;
 
-use crate::work::{Divisor, SequenceRows, TileRun, TileWork};
+use crate::work::{Divisor, SequenceRows, TileRun, TileWork, TokenMove};
 
 /// A `[batch, heads, seqlen, head_dim]` tensor in device memory, its last axis contiguous.
 ///
@@ -387,6 +387,39 @@ pub struct QuerySumsParams {
     pub reserved: u32,
 }
 
+/// Parameters of the kernels that turn and move the rows of tokens, `[heads, head_dim]` each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RotaryParams {
+    /// Device address of the tensor that is read.
+    pub from: u64,
+    /// Stride of its heads, in elements.
+    pub from_head_stride: u64,
+    /// Stride of the elements of a head, in elements.
+    pub from_column_stride: u64,
+    /// Device address of the tensor that is written, with the elements of a head contiguous.
+    pub to: u64,
+    /// Stride of its heads, in elements.
+    pub to_head_stride: u64,
+    /// Device address of a [`TokenMove`] for each block, 8-byte aligned.
+    pub tokens: u64,
+    /// Device address of angles, 8-byte aligned: the phase of each pair at position 1, u64 `[pairs]`, or cosines and sines, f32
+    /// `[positions, pairs, 2]`.
+    pub angles: u64,
+    /// 1 if the angles are cosines and sines, else 0.
+    pub tables: u32,
+    /// Number of heads.
+    pub heads: u32,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Number of pairs of a head that are turned; the elements behind them are copied.
+    pub pairs: u32,
+    /// 1 if pairs are neighbours, 0 if they are halves of the elements that are turned.
+    pub interleaved: u32,
+    /// 1, or -1 to turn back.
+    pub sign: f32,
+}
+
 /// Properties that tensors of a call share.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -431,6 +464,8 @@ params!(TileRun);
 params!(HopperForwardParams);
 params!(HopperBackwardParams);
 params!(QuerySumsParams);
+params!(RotaryParams);
+params!(TokenMove);
 
 const _: () = {
     assert!(size_of::<StridedTensor>() == 4 * 8);
@@ -442,4 +477,6 @@ const _: () = {
     assert!(size_of::<QuerySumsParams>() == 3 * 32 + 24 + 56 + 8 * 4);
     assert!(size_of::<BackwardParams>() == 8 * 32 + 7 * 8 + 10 * 4);
     assert!(size_of::<ListedBackwardParams>() == 352 + 8 + 32 + 8);
+    assert!(size_of::<RotaryParams>() == 7 * 8 + 6 * 4);
+    assert!(size_of::<TokenMove>() == 3 * 8);
 };

@@ -74,6 +74,8 @@ pub enum Pass {
     BackwardAll,
     /// Postprocess: dQ from that accumulator.
     BackwardFinish,
+    /// Rows of q, or of new keys and values, turned by a rotary embedding.
+    Rotary,
 }
 
 /// A compiled kernel. `P` is the type of its result: a [`Pass`], except for kernels of the traffic study.
@@ -229,6 +231,17 @@ const fn combine_entry(name: &'static str, dtype: Dtype) -> Entry {
     }
 }
 
+/// A row of the table for the kernel that turns and moves rows, of any head_dim.
+const fn rotary_entry(name: &'static str, dtype: Dtype) -> Entry {
+    Entry {
+        pass: Pass::Rotary,
+        head_dim: u32::MAX,
+        block_m: 0,
+        threads: ROTARY_WARPS * 32,
+        ..delta_entry(name, dtype)
+    }
+}
+
 /// A row of the table for Hopper.
 macro_rules! hopper_entry {
     ($name:expr, $pass:ident $dtype:ident, $shape:ty, $causal:literal) => {
@@ -295,6 +308,7 @@ macro_rules! entries {
                   $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
         delta { $($delta:literal: $delta_dtype:ident;)* }
         combine { $($combine:literal: $combine_dtype:ident;)* }
+        rotary { $($rotary:literal: $rotary_dtype:ident;)* }
         hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty $(| $causal_shape:ty)?,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
         sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
@@ -308,6 +322,7 @@ macro_rules! entries {
             )*
             $(delta_entry($delta, Dtype::$delta_dtype),)*
             $(combine_entry($combine, Dtype::$combine_dtype),)*
+            $(rotary_entry($rotary, Dtype::$rotary_dtype),)*
             $(
                 hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
                 hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, causal_shape!($hopper_shape $(| $causal_shape)?), true),
@@ -351,6 +366,10 @@ macro_rules! entries {
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
             kernel!($combine, listed::combine, crate::abi::ListedForwardParams, crate::element::$combine_dtype);
+        )*
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
+            kernel!($rotary, rotary::rotary, crate::abi::RotaryParams, crate::element::$rotary_dtype);
         )*
     };
 }
@@ -421,6 +440,11 @@ entries! {
         "combine_f32": F32;
         "combine_f16": F16;
         "combine_bf16": Bf16;
+    }
+    rotary {
+        "rotary_f32": F32;
+        "rotary_f16": F16;
+        "rotary_bf16": Bf16;
     }
     hopper {
         "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward::forward(HopperForwardParams);

@@ -31,7 +31,7 @@
 //!
 //! `asm!` lives in `ptx`, a lane's coordinates in `tile::fragment`, bank conflicts in `tile::swizzle`, minus infinity in
 //! `softmax`, sequence lengths in [`mask`], who works on what in [`deal`] and [`work`], waiting in `pipeline`; `forward` and
-//! `backward` read like the paper, and `listed` is forward for whatever is no rectangle.
+//! `backward` read like the paper, `listed` is forward for whatever is no rectangle, and [`rotary`] moves rows to a cache.
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -49,6 +49,7 @@ pub mod element;
 pub mod entries;
 pub mod mask;
 pub mod program;
+pub mod rotary;
 pub mod shape;
 #[cfg(feature = "study")]
 pub mod study;

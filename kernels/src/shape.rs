@@ -30,6 +30,9 @@ pub const DELTA_ROWS: u32 = 16;
 /// Number of warps of a block of the kernel that combines partial results; they take the rows of a tile in turn.
 pub const COMBINE_WARPS: u32 = 4;
 
+/// Number of warps of a block of the rotary kernel; they take the heads of a token in turn.
+pub const ROTARY_WARPS: u32 = 8;
+
 /// A compiled tile shape.
 pub trait TileShape {
     /// Largest head_dim of the tile; the loader masks a narrower head.

@@ -89,6 +89,18 @@ impl TileRun {
     }
 }
 
+/// Row of a token that is moved: where it comes from, where it goes, and the position at which its pairs are turned.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenMove {
+    /// Element of the first head's row in the tensor that is read.
+    pub from: u64,
+    /// Element of the first head's row in the tensor that is written.
+    pub to: u64,
+    /// Position, below 2^31.
+    pub position: u64,
+}
+
 /// A divisor of numbers below 2^31, with a multiplication in place of the division.
 ///
 /// `n / value = n * multiplier >> (31 + shift)`, where `shift = ceil(log2 value)` and `multiplier = ceil(2^(31 + shift) / value)`.

@@ -4,10 +4,11 @@ use super::cached::check_pages;
 use super::{check_rank, check_shape};
 use crate::element::Element;
 use crate::error::Error;
+use crate::layout::Sharing;
 use crate::options::Attention;
 use crate::output::Output;
 use crate::problem::{check_last_axis, check_written};
-use crate::rotary::Rotary;
+use crate::rotary::{Move, Rotary, moved};
 use crate::sequences::KvCache;
 use crate::tensor::Tensor;
 
@@ -75,7 +76,8 @@ impl KvCache {
     /// Writes the new keys of this cache, those of the last [`append`](Self::append), and their values to k and v, its pages. With a
     /// rotary embedding, keys are turned.
     ///
-    /// The new keys pass through the host on every device: this is made for decoding, not for long prompts on a GPU.
+    /// A GPU moves the new keys and values, and nothing else of the cache, on its own stream. New keys or values that share memory with
+    /// the cache are copied first, through the host.
     ///
     /// # Errors
     /// [`Error::Rank`] and [`Error::ShapeMismatch`] unless k and v are pages of this cache, and the new keys have their heads and
@@ -87,25 +89,36 @@ impl KvCache {
         check_written(&[], &[("k", k.info()), ("v", v.info())])?;
         let of_keys = rows_of_new("k_new", new.k, ("k", k), self)?;
         let of_values = rows_of_new("v_new", new.v, ("v", v), self)?;
-        let keys = match new.rotary {
+        let counts = (0..self.batch()).map(|sequence| self.new_keys(sequence).len());
+        let positions = match new.rotary {
             Some(rotary) => {
-                let first = new.first_positions(self)?;
-                let counts = (0..self.batch()).map(|sequence| self.new_keys(sequence).len());
-                rotary.forward(new.k, &positions(&first, counts)?)?
+                let positions = positions(&new.first_positions(self)?, counts)?;
+                rotary.check(new.k.shape()[new.k.shape().len() - 1], &positions)?;
+                positions
             }
-            None => new.k.clone(),
+            None => vec![0; counts.sum()],
         };
-        let values = new.v.to_vec()?;
-        for (pages, elements, rows) in [(k, keys.to_vec()?, of_keys), (v, values, of_values)] {
-            for (sequence, rows) in rows.iter().enumerate() {
-                for (row, key) in self.new_keys(sequence).enumerate() {
-                    let (page, place) = self.slot(sequence, key);
-                    let token = pages.select(0, page)?.select(0, place)?;
-                    rows.write(&elements, row, token)?;
-                }
-            }
-        }
-        Ok(())
+        let apart = |x: &Tensor<T>| match [&*k, v]
+            .iter()
+            .all(|pages| x.info().sharing(pages.info()) == Sharing::Apart)
+        {
+            true => Ok(x.clone()),
+            false => Tensor::from_slice(x.device(), x.shape(), &x.to_vec()?),
+        };
+        let (keys, values) = (apart(new.k)?, apart(new.v)?);
+        let slots = || {
+            let keys = (0..self.batch()).flat_map(|sequence| self.new_keys(sequence).map(move |key| (sequence, key)));
+            keys.map(|(sequence, key)| <[usize; 2]>::from(self.slot(sequence, key)))
+        };
+        let moves = |rows: Vec<[usize; 2]>| {
+            let moves = rows.into_iter().zip(slots()).zip(positions.clone());
+            moves.map(|((from, to), position)| Move { from, to, position })
+        };
+        let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
+        let keys = moved(&keys, &k, moves(of_keys), new.rotary.map(|rotary| (rotary, 1.0)))?;
+        let values = moved(&values, &v, moves(of_values), None)?;
+        keys.run()?;
+        values.run()
     }
 }
 
@@ -113,7 +126,7 @@ impl Attention {
     /// A step of decoding: writes new keys and values to a cache, and attends to all keys that it then has.
     ///
     /// It is [`KvCache::write`], then [`forward_cached`](Self::forward_cached) with queries that are turned as the new keys are if
-    /// there is a rotary embedding; queries then pass through the host, as new keys do.
+    /// there is a rotary embedding.
     ///
     /// ```
     /// use flash_attention::{Attention, Device, KvCache, NewKeys, Rotary, Tensor};
@@ -187,13 +200,13 @@ fn positions(first: &[i32], counts: impl Iterator<Item = usize>) -> Result<Vec<i
     Ok(positions)
 }
 
-/// Checks new keys or values against the pages they are written to, and returns the rows of each sequence.
+/// Checks new keys or values against the pages they are written to, and returns entry and row of each, sequence after sequence.
 fn rows_of_new<T: Element>(
     argument: &'static str,
     new: &Tensor<T>,
     (other, pages): (&'static str, &Tensor<T>),
     cache: &KvCache,
-) -> Result<Vec<NewRows>, Error> {
+) -> Result<Vec<[usize; 2]>, Error> {
     check_pages(other, pages, cache)?;
     check_last_axis((other, pages.info()))?;
     if new.device() != pages.device() {
@@ -206,19 +219,10 @@ fn rows_of_new<T: Element>(
     let counts = (0..cache.batch()).map(|sequence| cache.new_keys(sequence).len());
     let (heads, head_dim) = (pages.shape()[2], pages.shape()[3]);
     if new.shape().len() == 3 {
-        let total = counts.clone().sum();
+        let total = counts.sum();
         let sizes = [("total", total), ("heads", heads), ("head_dim", head_dim)];
         check_shape(argument, new, &sizes.map(|(axis, size)| (axis, other, size)))?;
-        let mut first = 0;
-        let rows = counts.map(|count| {
-            first += count;
-            NewRows {
-                first: (first - count) * heads * head_dim,
-                row_stride: heads * head_dim,
-                head_stride: head_dim,
-            }
-        });
-        return Ok(rows.collect());
+        return Ok((0..total).map(|row| [0, row]).collect());
     }
     check_rank(argument, new, 4)?;
     let seqlen = new.shape()[2];
@@ -229,40 +233,15 @@ fn rows_of_new<T: Element>(
         ("head_dim", head_dim),
     ];
     check_shape(argument, new, &sizes.map(|(axis, size)| (axis, other, size)))?;
-    let rows = |sequence| NewRows {
-        first: sequence * heads * seqlen * head_dim,
-        row_stride: head_dim,
-        head_stride: seqlen * head_dim,
-    };
     match counts.clone().position(|count| count != seqlen) {
-        None => Ok((0..cache.batch()).map(rows).collect()),
+        None => Ok((0..cache.batch())
+            .flat_map(|sequence| (0..seqlen).map(move |row| [sequence, row]))
+            .collect()),
         Some(sequence) => Err(Error::Sequence {
             argument: "seqlens_new",
             sequence,
             value: cache.new_keys(sequence).len() as i64,
             expected: format!("{seqlen}, the seqlen of {argument}"),
         }),
-    }
-}
-
-/// Places of the rows of one sequence in the elements of new keys, in logical order.
-struct NewRows {
-    /// Element of the first head of the first row; elements from one row to the next, and from one head to the next.
-    first: usize,
-    row_stride: usize,
-    head_stride: usize,
-}
-
-impl NewRows {
-    /// Writes row `row` to a token of a cache, `[heads, head_dim]`.
-    fn write<T: Element>(&self, elements: &[T], row: usize, mut token: Tensor<T>) -> Result<(), Error> {
-        let (heads, head_dim) = (token.shape()[0], token.shape()[1]);
-        let of_head =
-            |head: usize| &elements[self.first + row * self.row_stride + head * self.head_stride..][..head_dim];
-        if token.info().is_contiguous() {
-            let all: Vec<T> = (0..heads).flat_map(of_head).copied().collect();
-            return token.write(&all);
-        }
-        (0..heads).try_for_each(|head| token.select(0, head)?.write(of_head(head)))
     }
 }

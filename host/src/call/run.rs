@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::features;
 use crate::layout::{TensorInfo, contiguous_strides};
 use crate::output::{Gradients, Output, Statistics};
-use crate::plan::{Plan, Results, TableGradients};
+use crate::plan::{Launch, Plan, Results, TableGradients};
 use crate::progress::Reporter;
 use crate::tensor::{Storage, Tensor};
 use crate::trace;
@@ -166,6 +166,17 @@ pub(super) fn backward<T: Element>(
     let result = unsafe { device.backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
+}
+
+/// Moves tokens between two tensors, which share no memory, as a launch that was made for them describes it.
+pub(crate) fn move_tokens<T: Element>(launch: &Launch, from: &Tensor<T>, to: &Tensor<T>) -> Result<(), Error> {
+    let mut memory = Memory::default();
+    memory.read.push(from.storage());
+    memory.written.push(to.storage());
+    let _guards = memory.lock();
+    // SAFETY: whoever made the launch took its rows from the tensors and checked the positions. Both tensors are borrowed for the call
+    // and share no memory, and the guards keep out other threads.
+    unsafe { from.device().backend().move_tokens(launch) }
 }
 
 /// Reports the end of a call, after its tensors were unlocked.

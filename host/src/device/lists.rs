@@ -153,6 +153,10 @@ mod tests {
             Ok(())
         }
 
+        unsafe fn move_tokens(&self, _: &Launch) -> Result<(), Error> {
+            Ok(())
+        }
+
         fn synchronize(&self) -> Result<(), Error> {
             Ok(())
         }

@@ -32,7 +32,7 @@ use ptx_emulator::Counters;
 use crate::error::CudaUnavailable;
 use crate::error::Error;
 pub use crate::layout::DeviceId;
-use crate::plan::{Plan, Results};
+use crate::plan::{Launch, Plan, Results};
 use crate::progress::Reporter;
 pub use crate::target::DeviceInfo;
 
@@ -92,6 +92,13 @@ pub(crate) trait Backend: Send + Sync {
             unsafe { self.run(plan, results, &Reporter::silent()) }
         })
     }
+
+    /// Moves rows of tokens as a launch of [`Launch::rotary`] describes it.
+    ///
+    /// # Safety
+    /// The tensors lie at the addresses of the launch's parameters, hold the rows of its tokens, and share no memory; the angles of its
+    /// pairs exist at the position of each token. Nothing else writes what is read or accesses what is written meanwhile.
+    unsafe fn move_tokens(&self, launch: &Launch) -> Result<(), Error>;
 
     /// Loads the kernels of a plan, on a device that has kernels to load.
     fn prepare(&self, _plan: &Plan) -> Result<(), Error> {

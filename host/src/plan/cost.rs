@@ -184,7 +184,7 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistic
             (keys + walks * streamed(whole, whole), keys + heads_q * whole * dq_row)
         }
         Pass::BackwardFinish => (heads_q * padded_q * dq_row, heads_q * seqlen_q * row),
-        Pass::Forward | Pass::Combine => (0, 0),
+        Pass::Forward | Pass::Combine | Pass::Rotary => (0, 0),
     }
 }
 

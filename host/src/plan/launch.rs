@@ -5,16 +5,16 @@ mod forward;
 mod kept;
 mod lists;
 mod program;
+mod rotary;
 mod sequences;
 mod workspace;
 
 use std::num::NonZeroU32;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
 use std::sync::Arc;
 
 use flash_attention_kernels::abi::{
     BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, Layout, ListedBackwardParams,
-    ListedForwardParams, Params, QuerySums, QuerySumsParams, StridedTensor, TensorMap, WorkList,
+    ListedForwardParams, Params, QuerySums, QuerySumsParams, RotaryParams, StridedTensor, TensorMap, WorkList,
 };
 use flash_attention_kernels::entries::Entry;
 
@@ -72,6 +72,8 @@ pub enum Parameters {
     HopperBackward(HopperBackwardParams, [TileMap; 7]),
     /// Parameters of Hopper's preprocess and postprocess kernels.
     QuerySums(QuerySumsParams),
+    /// Parameters of the kernel that turns and moves rows.
+    Rotary(RotaryParams),
 }
 
 impl Parameters {
@@ -85,6 +87,7 @@ impl Parameters {
             Self::HopperForward(params, _) => params.as_bytes(),
             Self::HopperBackward(params, _) => params.as_bytes(),
             Self::QuerySums(params) => params.as_bytes(),
+            Self::Rotary(params) => params.as_bytes(),
         }
     }
 
@@ -98,6 +101,10 @@ impl Parameters {
                 params.pages.table = block_table.first().copied().unwrap_or(0);
             }
             (Self::ListedBackward(params), [lists, ..]) => params.work = lists::placed(params.work, *lists),
+            (Self::Rotary(params), [tokens, angles @ ..]) => {
+                params.tokens = *tokens;
+                params.angles = angles.first().copied().unwrap_or(0);
+            }
             _ => {}
         }
         self
@@ -107,6 +114,8 @@ impl Parameters {
 /// Device addresses of a call's results and workspace.
 #[derive(Clone, Copy, Debug)]
 pub enum Results {
+    /// Rows that are moved to where the parameters say.
+    Moved,
     /// Results of a forward pass.
     Forward {
         /// Address of the output.
@@ -254,17 +263,17 @@ impl Launch {
                     listed.values.aligned = listed.backward.layout.aligned;
                 }
             }
+            (Parameters::Rotary(_), Results::Moved) => {}
             _ => return Ok(None),
         }
         Ok(Some(params))
     }
 
-    /// Returns the lists that the kernel reads, for [`Parameters::with_lists`]: its work, and the block table of paged keys. There are
-    /// none if its blocks find their work by their place in the grid.
-    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    /// Returns the lists that the kernel reads, for [`Parameters::with_lists`]: its work, and the block table of paged keys or the angles
+    /// of a rotary embedding. There are none if its blocks find their work by their place in the grid.
     pub(crate) fn lists(&self) -> impl Iterator<Item = &Arc<[u8]>> {
         let listed = self.listed.iter();
-        listed.flat_map(|listed| [&listed.content].into_iter().chain(&listed.block_table))
+        listed.flat_map(|listed| [&listed.content].into_iter().chain(&listed.table))
     }
 
     /// Returns the number of rows that blocks stream, once for each head that streams them, of a launch with lists.

@@ -121,6 +121,7 @@ macro_rules! global_access {
 
 global_access!(ld_global_u16, st_global_u16, u16, reg16, "b16");
 global_access!(ld_global_u32, st_global_u32, u32, reg32, "b32");
+global_access!(ld_global_u64, st_global_u64, u64, reg64, "b64");
 
 /// Struct `index` of a list in global memory, by `ld.global.b32`.
 ///

@@ -16,6 +16,16 @@ pub trait Element: Copy {
     /// # Safety
     /// The address is readable and aligned to an element.
     unsafe fn load(address: u64) -> f32;
+    /// Stores an element, rounded.
+    ///
+    /// # Safety
+    /// The address is writable and aligned to an element, and no other thread accesses it.
+    unsafe fn store(address: u64, x: f32);
+    /// Copies the bits of an element.
+    ///
+    /// # Safety
+    /// The contracts of [`load`](Self::load) and [`store`](Self::store).
+    unsafe fn copy(from: u64, to: u64);
     /// Stores two neighbouring elements, rounded.
     ///
     /// # Safety
@@ -82,6 +92,18 @@ impl Element for F32 {
     }
 
     #[inline(always)]
+    unsafe fn store(address: u64, x: f32) {
+        // SAFETY: the caller's contract.
+        unsafe { memory::st_global_u32(address, x.to_bits()) }
+    }
+
+    #[inline(always)]
+    unsafe fn copy(from: u64, to: u64) {
+        // SAFETY: the caller's contract.
+        unsafe { memory::st_global_u32(to, memory::ld_global_u32(from)) }
+    }
+
+    #[inline(always)]
     unsafe fn store_pair(address: u64, pair: [f32; 2]) {
         // SAFETY: the caller's contract.
         unsafe {
@@ -118,6 +140,18 @@ impl<T: Half> Element for T {
     unsafe fn load(address: u64) -> f32 {
         // SAFETY: the caller's contract.
         T::unpack(unsafe { memory::ld_global_u16(address) } as u32)[0]
+    }
+
+    #[inline(always)]
+    unsafe fn store(address: u64, x: f32) {
+        // SAFETY: the caller's contract.
+        unsafe { memory::st_global_u16(address, T::pack(x, x) as u16) }
+    }
+
+    #[inline(always)]
+    unsafe fn copy(from: u64, to: u64) {
+        // SAFETY: the caller's contract.
+        unsafe { memory::st_global_u16(to, memory::ld_global_u16(from)) }
     }
 
     #[inline(always)]

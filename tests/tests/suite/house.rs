@@ -29,8 +29,9 @@ const HOST: &[&[&str]] = &[
     &["plan"],
     &["device"],
     &["tensor"],
-    &["output", "trace", "features", "rotary"],
+    &["output", "trace", "features"],
     &["call"],
+    &["rotary"],
     &["batch"],
 ];
 
@@ -42,7 +43,7 @@ const KERNELS: &[&[&str]] = &[
     &["ptx"],
     &["tile", "deal", "lists"],
     &["shape", "softmax", "nonfinite"],
-    &["block", "scores", "delta", "entries"],
+    &["block", "scores", "delta", "rotary", "entries"],
     &["pipeline"],
     &["forward", "backward", "hopper", "study"],
     &["listed"],

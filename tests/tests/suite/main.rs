@@ -27,4 +27,5 @@ mod ptx_contract;
 mod ragged;
 mod random_programs;
 mod reports;
+mod rotary;
 mod sequence_programs;

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use flash_attention_kernels::abi::{
     BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, ListedBackwardParams,
-    ListedForwardParams, QuerySumsParams,
+    ListedForwardParams, QuerySumsParams, RotaryParams,
 };
 use flash_attention_kernels::archive::Archive;
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, PROGRAM_ENTRIES, Pass};
@@ -96,7 +96,7 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm80) {
         let products = match (entry.pass, entry.two_walks) {
             (None, _) => 0, // kernels of the study are f32
-            (Some(Pass::BackwardDelta | Pass::Combine), _) => 0,
+            (Some(Pass::BackwardDelta | Pass::Combine | Pass::Rotary), _) => 0,
             (Some(Pass::Forward), _) => 2,          // Q K^T, P V
             (Some(Pass::BackwardQueries), _) => 3,  // Q K^T, dO V^T, dS K
             (Some(Pass::BackwardKeys), false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
@@ -180,11 +180,13 @@ fn warpgroup_products_are_those_of_the_tiles() {
     }
 }
 
-/// Tests that f32 kernels compute in f32: fused multiply-adds, and no narrower type.
+/// Tests that f32 kernels compute in f32: fused multiply-adds, and no narrower type. The rotary kernel rounds each product, as the CPU
+/// does.
 #[test]
 fn f32_kernels_compute_in_f32() {
     for entry in KERNELS.iter().filter(|entry| entry.dtype == Dtype::F32) {
-        assert!(entry.ptx.contains("fma.rn.f32"), "{}", entry.name);
+        let fuses = entry.pass != Some(Pass::Rotary);
+        assert_eq!(entry.ptx.contains("fma.rn.f32"), fuses, "{}", entry.name);
         for word in [
             "tf32",
             "f16",
@@ -221,6 +223,7 @@ fn the_header_is_the_table() {
             Some(Pass::Forward) if hopper => size_of::<HopperForwardParams>(),
             Some(Pass::Forward) if entry.program => size_of::<ListedForwardParams>(),
             Some(Pass::Combine) => size_of::<ListedForwardParams>(),
+            Some(Pass::Rotary) => size_of::<RotaryParams>(),
             None | Some(Pass::Forward) => size_of::<ForwardParams>(),
             Some(Pass::BackwardDelta | Pass::BackwardFinish) if hopper => size_of::<QuerySumsParams>(),
             Some(Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardAll) if hopper => {

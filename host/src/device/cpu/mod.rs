@@ -13,6 +13,7 @@ mod empty;
 mod forward;
 mod kernels;
 mod program;
+mod rotary;
 mod team;
 mod tensor;
 mod vector;
@@ -24,11 +25,12 @@ use std::panic::catch_unwind;
 use std::sync::OnceLock;
 
 use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
 use rayon_core::{ThreadPool, ThreadPoolBuilder};
 
 use super::Backend;
 use crate::error::Error;
-use crate::plan::{Cost, Plan, Results};
+use crate::plan::{Cost, Launch, Plan, Results};
 use crate::problem::{BackwardTensors, Problem};
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
@@ -284,6 +286,19 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    unsafe fn move_tokens(&self, launch: &Launch) -> Result<(), Error> {
+        let params = launch.rotary_params().expect("the launch moves tokens");
+        let lists: Vec<_> = launch.lists().collect();
+        let run = match launch.entry.dtype {
+            Dtype::F32 => rotary::move_tokens::<f32>,
+            Dtype::F16 => rotary::move_tokens::<half::f16>,
+            Dtype::Bf16 => rotary::move_tokens::<half::bf16>,
+        };
+        // SAFETY: passed on to the caller.
+        unsafe { run(params, &lists) };
+        Ok(())
+    }
+
     fn synchronize(&self) -> Result<(), Error> {
         Ok(()) // every call has finished when it returns
     }
@@ -299,6 +314,7 @@ unsafe fn run(team: &Team<'_>, calls: &[(&Plan, Results)], reporter: &Reporter<'
     for &(plan, results) in calls {
         let problem = plan.problem();
         match results {
+            Results::Moved => unreachable!("plans write results"),
             Results::Forward {
                 out, lse, statistics, ..
             } => {

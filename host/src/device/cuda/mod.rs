@@ -360,6 +360,11 @@ impl Backend for Cuda {
         plan.launches().iter().try_for_each(launch)
     }
 
+    unsafe fn move_tokens(&self, launch: &Launch) -> Result<(), Error> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.launch(launch, Results::Moved) }
+    }
+
     fn prepare(&self, plan: &Plan) -> Result<(), Error> {
         plan.launches().iter().try_for_each(|launch| {
             self.lists.of(self, launch)?.iter().for_each(|list| list.pin());

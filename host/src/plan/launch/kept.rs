@@ -131,7 +131,7 @@ mod tests {
         };
         let listed = Listed {
             content: vec![0; bytes].into(),
-            block_table: None,
+            table: None,
             work: WorkLists::NONE,
             lists_of_block: 1,
             blocks: rows,

@@ -13,14 +13,10 @@ use crate::plan::lists::TileLists;
 /// Lists of work for the blocks of a launch.
 #[derive(Clone, Debug)]
 pub(super) struct Listed {
-    /// Content of the lists: tiles, sequences and runs, one after the other.
+    /// Content of the lists: tiles, sequences and runs, one after the other; or the tokens that are moved.
     pub content: Arc<[u8]>,
-    /// Block table of paged keys.
-    #[cfg_attr(
-        not(any(feature = "cuda", feature = "emulator")),
-        expect(dead_code, reason = "no device reads it")
-    )]
-    pub block_table: Option<Arc<[u8]>>,
+    /// Block table of paged keys, or angles of a rotary embedding.
+    pub table: Option<Arc<[u8]>>,
     /// Places of the lists in the content, in bytes.
     pub work: WorkLists,
     /// Entries of the list of tiles that each block has.
@@ -111,7 +107,7 @@ impl Listed {
                         reserved: 0,
                     },
                     content: lists.concat().into(),
-                    block_table: None,
+                    table: None,
                     lists_of_block,
                     blocks,
                     streamed_rows,

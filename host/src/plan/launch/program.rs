@@ -252,7 +252,7 @@ impl Launch {
     /// The kernel's second parameter, which holds the numbers of its score program; empty if it has none.
     pub(crate) fn numbers(&self, slots: &[Slot], results: &Results) -> Vec<u8> {
         let tables = match results {
-            Results::Forward { .. } => TableGradients::default(),
+            Results::Moved | Results::Forward { .. } => TableGradients::default(),
             Results::Backward { tables, .. } => *tables,
         };
         let gradients = Gradients {

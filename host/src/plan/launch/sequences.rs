@@ -96,7 +96,7 @@ impl OfSequences {
             })?;
             let listed = Listed {
                 content: content.bytes.clone(),
-                block_table: (placed.pages.as_ref())
+                table: (placed.pages.as_ref())
                     .filter(|pages| pages.entries > 0)
                     .map(|pages| pages.bytes.clone()),
                 work,

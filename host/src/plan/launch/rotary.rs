@@ -1,0 +1,53 @@
+//! Launches that move the rows of tokens from one tensor to another, turned by a rotary embedding or as they are.
+
+use std::sync::Arc;
+
+use flash_attention_kernels::abi::{RotaryParams, WorkLists};
+use flash_attention_kernels::entries::{self, Arch, Dtype, Pass};
+use flash_attention_kernels::work::TokenMove;
+
+use super::lists::{self, Listed};
+use super::{Launch, MAX_BLOCKS, Parameters};
+use crate::error::Error;
+
+impl Launch {
+    /// Makes the launch of a block for each of these tokens, of tensors and pairs that the parameters describe. Angles are those of
+    /// [`RotaryParams::angles`], unless no pair is turned.
+    ///
+    /// # Errors
+    /// [`Error::GridTooLarge`].
+    pub(crate) fn rotary(
+        dtype: Dtype,
+        params: RotaryParams,
+        tokens: &[TokenMove],
+        angles: Option<Arc<[u8]>>,
+    ) -> Result<Self, Error> {
+        let entry = entries::find(Pass::Rotary, Arch::Sm80, dtype, false, params.head_dim);
+        let entry = entry.expect("compiled for every dtype and head_dim");
+        let blocks = u32::try_from(tokens.len()).ok().filter(|&blocks| blocks <= MAX_BLOCKS);
+        let blocks = blocks.ok_or(Error::GridTooLarge {
+            blocks: tokens.len() as u128,
+            limit: MAX_BLOCKS,
+        })?;
+        let listed = Listed {
+            content: lists::bytes(tokens).into(),
+            table: angles,
+            work: WorkLists::NONE,
+            lists_of_block: 1,
+            blocks,
+            streamed_rows: 0,
+        };
+        Ok(Self {
+            listed: Some(listed),
+            ..Self::new(entry, [blocks, 1, 1], Parameters::Rotary(params))
+        })
+    }
+
+    /// The parameters of a launch of [`rotary`](Self::rotary), without the addresses of its lists.
+    pub(crate) fn rotary_params(&self) -> Option<&RotaryParams> {
+        match &self.params {
+            Parameters::Rotary(params) => Some(params),
+            _ => None,
+        }
+    }
+}

@@ -1,12 +1,16 @@
 //! Calls over keys and values that are kept between calls: a [`KvCache`] says where those of each sequence lie.
 
-use super::{Call, Queries, check_rank, forward, forward_placed, plan_placed, plans, rows};
+use super::{
+    Call, Queries, check_rank, check_results, empty_output, forward_on_cpu, forward_one_by_one, forward_placed, is_cpu,
+    plan_placed, plans, refuse_one_by_one, results_of, rows,
+};
 use crate::element::Element;
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::options::Attention;
 use crate::output::Output;
 use crate::plan::Plan;
+use crate::problem::check_written;
 use crate::sequences::{KvCache, Pages, Placed};
 use crate::tensor::{Tensor, reserved};
 
@@ -75,11 +79,50 @@ impl Attention {
         v: &Tensor<T>,
         cache: &KvCache,
     ) -> Result<Output<T>, Error> {
-        if self.takes_placed(q) {
-            let placed = check_all(q, k, v, cache)?;
-            return forward_placed(self, q, [k.transpose(1, 2)?, v.transpose(1, 2)?], placed);
+        check_all(q, k, v, cache)?;
+        let mut output = empty_output(q, v.shape()[3])?;
+        if !self.takes_placed(q) && !is_cpu(q) {
+            return forward_one_by_one(q, &self.cached(q, k, v, cache)?, output);
         }
-        forward(q, v.shape().last().copied().unwrap_or(0), &self.cached(q, k, v, cache)?)
+        self.forward_cached_into(q, k, v, cache, &mut output, None)?;
+        Ok(output)
+    }
+
+    /// Runs [`forward_cached`](Self::forward_cached) and writes the results to tensors of the caller: `out` with a contiguous last axis
+    /// and any other strides that do not overlap, `lse` and, if the output has statistics, `row_max` and `row_sum` contiguous. None may
+    /// share memory with an input.
+    ///
+    /// With a workspace of the caller's, a contiguous f32 tensor of at least [`Plan::workspace_bytes`] of the plan of
+    /// [`plan_cached`](Self::plan_cached) on a GPU, at an address that is a multiple of 64, the call allocates nothing but lists of work,
+    /// which [`Device::prepare`](crate::Device::prepare) loads before, and waits for nothing. Its content is undefined before and after.
+    /// The CPU needs none.
+    ///
+    /// # Errors
+    /// The errors of [`forward_cached`](Self::forward_cached); [`Error::ShapeMismatch`] for results of other shapes;
+    /// [`Error::OverlappingStrides`], [`Error::Aliased`] and [`Error::Interleaved`] for results that may share memory;
+    /// [`Error::Workspace`], [`Error::NotContiguous`], [`Error::DeviceMismatch`] and [`Error::Address`] for a workspace that breaks a
+    /// condition; [`Error::Unsupported`] if Hopper's own kernels are forced.
+    pub fn forward_cached_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        cache: &KvCache,
+        output: &mut Output<T>,
+        workspace: Option<&mut Tensor<f32>>,
+    ) -> Result<(), Error> {
+        let placed = check_all(q, k, v, cache)?;
+        refuse_one_by_one(self, q)?;
+        check_results(q, v.shape()[3], output)?;
+        check_written(
+            &[("q", q.info()), ("k", k.info()), ("v", v.info())],
+            &results_of(output),
+        )?;
+        if self.takes_placed(q) {
+            let pages = [k.transpose(1, 2)?, v.transpose(1, 2)?];
+            return forward_placed(self, q, pages, placed, output, workspace);
+        }
+        forward_on_cpu(q, &self.cached(q, k, v, cache)?, output)
     }
 
     /// Plans of [`forward_cached`](Self::forward_cached), one a sequence, in the order in which they run; on a GPU one for all. Reads no

@@ -23,7 +23,7 @@ use crate::layout::TensorInfo;
 use crate::options::Attention;
 use crate::output::{Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{Outputs, Problem};
+use crate::problem::{Named, Outputs, Problem};
 use crate::sequences::{Pages, Placed};
 use crate::tensor::Tensor;
 use flash_attention_kernels::entries::Dtype;
@@ -159,19 +159,21 @@ fn empty_output<T: Element>(q: &Tensor<T>, head_dim: usize) -> Result<Output<T>,
     })
 }
 
-/// Runs the forward pass of all sequences at once, on a GPU. q is packed or a batch, and the results have its layout; k and v are
-/// `[entries, heads_kv, rows, head_dim]` or `[pages, heads_kv, page_size, head_dim]`.
+/// Runs the forward pass of all sequences at once, on a GPU, in a new workspace or in the caller's. q is packed or a batch, and the
+/// results have its layout; k and v are `[entries, heads_kv, rows, head_dim]` or `[pages, heads_kv, page_size, head_dim]`.
 fn forward_placed<T: Element>(
     attention: &Attention,
     q: &Tensor<T>,
     [k, v]: [Tensor<T>; 2],
     placed: Placed,
-) -> Result<Output<T>, Error> {
-    let output = empty_output(q, v.shape()[3])?;
+    output: &mut Output<T>,
+    workspace: Option<&mut Tensor<f32>>,
+) -> Result<(), Error> {
     let all = Queries::all(q);
-    let mut views = part(&output, &all, Order::ByHead)?;
-    attention.forward_placed([&all.vectors(q)?, &k, &v], &mut views, placed)?;
-    Ok(output)
+    let mut views = part(output, &all, Order::ByHead)?;
+    let mut others = vec![("q", q.info()), ("k", k.info()), ("v", v.info())];
+    others.extend(results_of(output));
+    attention.forward_placed([&all.vectors(q)?, &k, &v], &mut views, placed, (workspace, &others))
 }
 
 /// Plans what [`forward_placed`] runs.
@@ -185,25 +187,20 @@ fn plan_placed<T: Element>(
     Ok(vec![attention.plan_placed([&q, &k, &v], None, placed)?])
 }
 
-/// Runs the forward pass of each call. q holds the queries of all of them, packed or as a batch; the results have its layout, and
-/// `head_dim` elements in a row of out.
-fn forward<T: Element>(q: &Tensor<T>, head_dim: usize, calls: &[Call<T>]) -> Result<Output<T>, Error> {
-    let output = empty_output(q, head_dim)?;
-    if is_cpu(q) {
-        let parts: Vec<_> = calls
-            .iter()
-            .map(|call| part(&output, &call.queries, Order::ByHead))
-            .collect::<Result<_, _>>()?;
-        let plan = |(call, part): (&'_ Call<T>, &'_ Output<T>)| Ok(call.plan(Some(part))?.in_batch(calls.len()));
-        let plans = calls.iter().zip(&parts).map(plan).collect::<Result<Vec<_>, Error>>()?;
-        let runs = plans.into_iter().zip(calls).zip(&parts);
-        let runs: Vec<_> = runs
-            .map(|((plan, call), part)| (plan, [&call.q, &call.k, &call.v], part))
-            .collect();
-        forward_batch(q.device(), &runs)?;
-        return Ok(output);
-    }
-    forward_one_by_one(q, calls, output)
+/// Runs the forward pass of each call on the CPU, which needs no workspace. q holds the queries of all of them, packed or as a batch,
+/// and the results have its layout.
+fn forward_on_cpu<T: Element>(q: &Tensor<T>, calls: &[Call<T>], output: &Output<T>) -> Result<(), Error> {
+    let parts: Vec<_> = calls
+        .iter()
+        .map(|call| part(output, &call.queries, Order::ByHead))
+        .collect::<Result<_, _>>()?;
+    let plan = |(call, part): (&'_ Call<T>, &'_ Output<T>)| Ok(call.plan(Some(part))?.in_batch(calls.len()));
+    let plans = calls.iter().zip(&parts).map(plan).collect::<Result<Vec<_>, Error>>()?;
+    let runs = plans.into_iter().zip(calls).zip(&parts);
+    let runs: Vec<_> = runs
+        .map(|((plan, call), part)| (plan, [&call.q, &call.k, &call.v], part))
+        .collect();
+    forward_batch(q.device(), &runs)
 }
 
 /// Runs the forward pass of each call on a device whose kernels take one sequence.
@@ -278,6 +275,48 @@ fn output_of<T: Element>(
         out,
         lse: numbers(&output.lse)?,
         statistics,
+    })
+}
+
+/// The tensors of results, with their names.
+fn results_of<T: Element>(output: &Output<T>) -> Vec<Named<'_>> {
+    let mut results = vec![("out", output.out.info()), ("lse", output.lse.info())];
+    if let Some(Statistics { row_max, row_sum }) = &output.statistics {
+        results.extend([("row_max", row_max.info()), ("row_sum", row_sum.info())]);
+    }
+    results
+}
+
+/// Refuses results of other shapes than those of queries, packed or as a batch, and values of this head_dim.
+fn check_results<T: Element>(q: &Tensor<T>, head_dim: usize, output: &Output<T>) -> Result<(), Error> {
+    let rows: Vec<Size> = match *q.shape() {
+        [total, heads, _] => vec![("total", "q", total), ("heads", "q", heads)],
+        [batch, heads, seqlen, _] => vec![("batch", "q", batch), ("heads", "q", heads), ("seqlen", "q", seqlen)],
+        _ => unreachable!("q has three or four axes"),
+    };
+    let of_out = [&rows[..], &[("head_dim", "v", head_dim)]].concat();
+    check_shape("out", &output.out, &of_out)?;
+    let of_rows: Vec<Size> = match rows[..] {
+        [total, heads] => vec![heads, total],
+        _ => rows,
+    };
+    check_shape("lse", &output.lse, &of_rows)?;
+    if let Some(Statistics { row_max, row_sum }) = &output.statistics {
+        check_shape("row_max", row_max, &of_rows)?;
+        check_shape("row_sum", row_sum, &of_rows)?;
+    }
+    Ok(())
+}
+
+/// Refuses results in the caller's memory where kernels for Hopper are forced, which take one sequence and lse of an order of its own.
+fn refuse_one_by_one<T: Element>(attention: &Attention, q: &Tensor<T>) -> Result<(), Error> {
+    if is_cpu(q) || attention.takes_placed(q) {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        feature: "a batch with results in the caller's memory".to_owned(),
+        device: q.device().to_string(),
+        reason: "Hopper's own kernels take one sequence; leave out `.arch(Arch::Sm90a)`",
     })
 }
 

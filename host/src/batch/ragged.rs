@@ -1,15 +1,17 @@
 //! Calls over ragged batches: a [`Sequences`] says where each sequence lies in packed tensors.
 
 use super::{
-    Call, Order, PACKED, Queries, check_rank, check_shape, forward, forward_placed, is_cpu, packed, part, plan_placed,
-    plans, reordered, rows,
+    Call, Order, PACKED, Queries, check_rank, check_results, check_shape, empty_output, forward_on_cpu,
+    forward_one_by_one, forward_placed, is_cpu, packed, part, plan_placed, plans, refuse_one_by_one, reordered,
+    results_of, rows,
 };
-use crate::call::{Backward, backward_batch, check_lse, plan_backward};
+use crate::call::{Backward, backward_batch, check_lse, check_workspace_of, plan_backward};
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
-use crate::output::{Gradients, Output, Statistics};
+use crate::output::{Gradients, Output};
 use crate::plan::Plan;
+use crate::problem::{Named, check_written};
 use crate::program::TableSource;
 use crate::sequences::{Piece, Sequences};
 use crate::tensor::Tensor;
@@ -54,13 +56,49 @@ impl Attention {
         v: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Output<T>, Error> {
+        check_ranks(q, k, v)?;
+        let mut output = empty_output(q, v.shape()[2])?;
+        if !self.takes_placed(q) && !is_cpu(q) {
+            let (_, calls) = self.pieces(q, k, v, sequences)?;
+            return forward_one_by_one(q, &calls, output);
+        }
+        self.forward_ragged_into(q, k, v, sequences, &mut output, None)?;
+        Ok(output)
+    }
+
+    /// Runs [`forward_ragged`](Self::forward_ragged) and writes the results to tensors of the caller: `out` with a contiguous last axis
+    /// and any other strides that do not overlap, `lse` and, if the output has statistics, `row_max` and `row_sum` contiguous. None may
+    /// share memory with an input.
+    ///
+    /// With a workspace of the caller's, a contiguous f32 tensor of at least [`Plan::workspace_bytes`] of the plan of
+    /// [`plan_ragged`](Self::plan_ragged) on a GPU, at an address that is a multiple of 64, the call allocates nothing but lists of work,
+    /// which [`Device::prepare`](crate::Device::prepare) loads before, and waits for nothing. Its content is undefined before and after.
+    /// The CPU needs none.
+    ///
+    /// # Errors
+    /// The errors of [`forward_ragged`](Self::forward_ragged); [`Error::ShapeMismatch`] for results of other shapes;
+    /// [`Error::OverlappingStrides`], [`Error::Aliased`] and [`Error::Interleaved`] for results that may share memory;
+    /// [`Error::Workspace`], [`Error::NotContiguous`], [`Error::DeviceMismatch`] and [`Error::Address`] for a workspace that breaks a
+    /// condition; [`Error::Unsupported`] if Hopper's own kernels are forced.
+    pub fn forward_ragged_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        sequences: &Sequences,
+        output: &mut Output<T>,
+        workspace: Option<&mut Tensor<f32>>,
+    ) -> Result<(), Error> {
+        check_ranks(q, k, v)?;
+        refuse_one_by_one(self, q)?;
+        check_results(q, v.shape()[2], output)?;
+        check_written(&named([q, k, v]), &results_of(output))?;
         if self.takes_placed(q) {
-            check_ranks(q, k, v)?;
             let placed = sequences.placed(q.shape()[0], k.shape()[0])?;
-            return forward_placed(self, q, [whole(k)?, whole(v)?], placed);
+            return forward_placed(self, q, [whole(k)?, whole(v)?], placed, output, workspace);
         }
         let (_, calls) = self.pieces(q, k, v, sequences)?;
-        forward(q, v.shape()[2], &calls)
+        forward_on_cpu(q, &calls, output)
     }
 
     /// The backward pass over a ragged batch, from what [`forward_ragged`](Self::forward_ragged) gave and the gradient of its
@@ -80,37 +118,116 @@ impl Attention {
         dout: &Tensor<T>,
         sequences: &Sequences,
     ) -> Result<Gradients<T>, Error> {
+        let empty = |like: &Tensor<T>| Tensor::empty(like.device(), like.shape());
+        let mut gradients = Gradients::new(empty(q)?, empty(k)?, empty(v)?);
+        let batch = BackwardBatch {
+            inputs: [q, k, v],
+            output,
+            dout,
+            sequences,
+        };
+        self.backward_batch(&batch, &mut gradients, None)?;
+        Ok(gradients)
+    }
+
+    /// Runs [`backward_ragged`](Self::backward_ragged) and writes the gradients of q, k and v to tensors of the caller, which have a
+    /// contiguous last axis, any other strides that do not overlap, and no memory shared with an input or with each other.
+    ///
+    /// With a workspace of the caller's, a contiguous f32 tensor at an address that is a multiple of 64, the call allocates nothing but
+    /// lists of work, which [`Device::prepare`](crate::Device::prepare) loads before, and gradients of tables, and on a GPU waits for
+    /// nothing. It has at least the sum of [`Plan::workspace_bytes`] of the plans of
+    /// [`plan_backward_ragged`](Self::plan_backward_ragged), each rounded up to a multiple of 64. Its content is undefined before and
+    /// after. An lse that holds a NaN is not refused then.
+    ///
+    /// # Errors
+    /// The errors of [`backward_ragged`](Self::backward_ragged); [`Error::ShapeMismatch`], [`Error::OverlappingStrides`],
+    /// [`Error::Aliased`] and [`Error::Interleaved`] for gradients of other shapes, or that may share memory; [`Error::Workspace`],
+    /// [`Error::NotContiguous`], [`Error::DeviceMismatch`] and [`Error::Address`] for a workspace that breaks a condition;
+    /// [`Error::Unsupported`] if Hopper's own kernels are forced.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "five inputs, the batch, the results, and the workspace"
+    )]
+    pub fn backward_ragged_into<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        sequences: &Sequences,
+        gradients: &mut Gradients<T>,
+        workspace: Option<&mut Tensor<f32>>,
+    ) -> Result<(), Error> {
+        let batch = BackwardBatch {
+            inputs: [q, k, v],
+            output,
+            dout,
+            sequences,
+        };
+        refuse_one_by_one(self, q)?;
+        batch.check(gradients)?;
+        self.backward_batch(&batch, gradients, workspace)
+    }
+
+    /// Plans of [`backward_ragged_into`](Self::backward_ragged_into), one a sequence, in the order in which they run; on a GPU one for
+    /// all. Allocates nothing.
+    ///
+    /// # Errors
+    /// The errors of [`backward_ragged_into`](Self::backward_ragged_into).
+    #[expect(clippy::too_many_arguments, reason = "five inputs, the batch, and the results")]
+    pub fn plan_backward_ragged<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        sequences: &Sequences,
+        gradients: &Gradients<T>,
+    ) -> Result<Vec<Plan>, Error> {
+        let batch = BackwardBatch {
+            inputs: [q, k, v],
+            output,
+            dout,
+            sequences,
+        };
+        refuse_one_by_one(self, q)?;
+        batch.check(gradients)?;
         if self.takes_placed(q) {
-            return self.backward_in_one(q, [k, v], output, dout, sequences);
+            return Ok(vec![self.plan_in_one(&batch, &batch.views(gradients)?)?]);
         }
         let (pieces, calls) = self.pieces(q, k, v, sequences)?;
-        check_output(output, dout, [q, v])?;
+        let (_, plans) = parts(&batch, (&pieces, &calls), (output, Order::ByHead), gradients)?;
+        Ok(plans)
+    }
+
+    /// The backward pass over a batch, with gradients of its shapes.
+    fn backward_batch<T: Element>(
+        &self,
+        batch: &BackwardBatch<'_, T>,
+        gradients: &mut Gradients<T>,
+        workspace: Option<&mut Tensor<f32>>,
+    ) -> Result<(), Error> {
+        let ([q, k, v], output) = (batch.inputs, batch.output);
+        if self.takes_placed(q) {
+            return self.backward_in_one(batch, gradients, workspace);
+        }
+        let (pieces, calls) = self.pieces(q, k, v, batch.sequences)?;
+        check_output(output, batch.dout, [q, v])?;
         let by_sequence;
-        let (output, order) = if is_cpu(q) {
+        let of_rows = if is_cpu(q) {
             (output, Order::ByHead)
         } else {
             by_sequence = reordered(output, &calls, Order::BySequence)?;
             (&by_sequence, Order::BySequence)
         };
-        let mut gradients = Gradients::new(
-            Tensor::empty(q.device(), q.shape())?,
-            Tensor::empty(k.device(), k.shape())?,
-            Tensor::empty(v.device(), v.shape())?,
-        );
-        let (mut parts, mut plans): (Vec<Part<T>>, _) = (Vec::new(), Vec::new());
-        for (piece, call) in pieces.iter().zip(&calls) {
-            let of_piece = Gradients::new(
-                rows(&gradients.dq, &piece.queries)?,
-                rows(&gradients.dk, &piece.keys)?,
-                rows(&gradients.dv, &piece.keys)?,
-            );
-            let (output, dout) = (part(output, &call.queries, order)?, call.queries.vectors(dout)?);
-            let inputs = [&call.q, &call.k, &call.v];
-            plans.push(plan_backward(&call.attention, inputs, &output, &dout, Some(&of_piece))?);
-            parts.push((output, dout, of_piece));
+        let (mut parts, plans) = parts(batch, (&pieces, &calls), of_rows, gradients)?;
+        check_workspace_of(workspace.as_deref(), &plans, &batch.arguments(gradients))?;
+        if workspace.is_none() {
+            check_lse(&output.lse)?;
         }
         if is_cpu(q) && !self.has_table_gradients() {
-            check_lse(&output.lse)?;
             let runs = plans.into_iter().zip(&calls).zip(&parts);
             let runs: Vec<Backward<'_, T>> = runs
                 .map(|((plan, call), (output, dout, gradients))| {
@@ -118,46 +235,48 @@ impl Attention {
                     (plan, inputs, output, gradients)
                 })
                 .collect();
-            backward_batch(q.device(), &runs)?;
-            return Ok(gradients);
+            return backward_batch(q.device(), &runs, workspace);
         }
-        gradients.tables = backward_one_by_one(&calls, &mut parts)?;
-        if let Some(program) = self.program()? {
-            gradients.name_tables(program);
-        }
-        Ok(gradients)
+        gradients.tables = backward_one_by_one(&calls, &mut parts, workspace)?;
+        self.program()?
+            .iter()
+            .for_each(|program| gradients.name_tables(program));
+        Ok(())
     }
 
     /// The backward pass over all sequences at once, on a GPU.
     fn backward_in_one<T: Element>(
         &self,
-        q: &Tensor<T>,
-        [k, v]: [&Tensor<T>; 2],
-        output: &Output<T>,
-        dout: &Tensor<T>,
-        sequences: &Sequences,
-    ) -> Result<Gradients<T>, Error> {
-        check_ranks(q, k, v)?;
-        check_output(output, dout, [q, v])?;
-        let placed = sequences.placed(q.shape()[0], k.shape()[0])?;
-        let empty = |like: &Tensor<T>| Tensor::empty(like.device(), like.shape());
-        let mut gradients = Gradients::new(empty(q)?, empty(k)?, empty(v)?);
-        let mut views = Gradients::new(whole(&gradients.dq)?, whole(&gradients.dk)?, whole(&gradients.dv)?);
-        let all = Queries::all(q);
-        let inputs = [&whole(q)?, &whole(k)?, &whole(v)?];
-        check_lse(&output.lse)?;
-        self.backward_placed(
-            inputs,
-            &part(output, &all, Order::ByHead)?,
-            &whole(dout)?,
-            &mut views,
-            placed,
-        )?;
-        gradients.tables = views.tables;
-        if let Some(program) = self.program()? {
-            gradients.name_tables(program);
+        batch: &BackwardBatch<'_, T>,
+        gradients: &mut Gradients<T>,
+        workspace: Option<&mut Tensor<f32>>,
+    ) -> Result<(), Error> {
+        let mut views = batch.views(gradients)?;
+        let plan = self.plan_in_one(batch, &views)?;
+        check_workspace_of(workspace.as_deref(), [&plan], &batch.arguments(gradients))?;
+        if workspace.is_none() {
+            check_lse(&batch.output.lse)?;
         }
-        Ok(gradients)
+        let [q, k, v] = batch.inputs.map(whole);
+        let output = part(batch.output, &Queries::all(batch.inputs[0]), Order::ByHead)?;
+        let dout = whole(batch.dout)?;
+        Self::backward_placed(&plan, [&q?, &k?, &v?], &output, &dout, &mut views, workspace)?;
+        gradients.tables = views.tables;
+        self.program()?
+            .iter()
+            .for_each(|program| gradients.name_tables(program));
+        Ok(())
+    }
+
+    /// Plans what [`backward_in_one`](Self::backward_in_one) runs.
+    fn plan_in_one<T: Element>(&self, batch: &BackwardBatch<'_, T>, views: &Gradients<T>) -> Result<Plan, Error> {
+        let [q, k, v] = batch.inputs;
+        check_ranks(q, k, v)?;
+        check_output(batch.output, batch.dout, [q, v])?;
+        let placed = batch.sequences.placed(q.shape()[0], k.shape()[0])?;
+        let output = part(batch.output, &Queries::all(q), Order::ByHead)?;
+        let inputs = [&whole(q)?, &whole(k)?, &whole(v)?];
+        self.plan_backward_placed(inputs, &output, &whole(batch.dout)?, views, placed)
     }
 
     /// Plans of [`forward_ragged`](Self::forward_ragged), one a sequence, in the order in which they run; on a GPU one for all.
@@ -206,18 +325,113 @@ impl Attention {
     }
 }
 
+/// Inputs of a backward pass over packed sequences.
+struct BackwardBatch<'a, T: Element> {
+    inputs: [&'a Tensor<T>; 3],
+    output: &'a Output<T>,
+    dout: &'a Tensor<T>,
+    sequences: &'a Sequences,
+}
+
+impl<T: Element> BackwardBatch<'_, T> {
+    /// All tensors but the workspace, with their names; q comes first.
+    fn arguments<'a>(&'a self, gradients: &'a Gradients<T>) -> Vec<Named<'a>> {
+        let mut arguments = named(self.inputs).to_vec();
+        arguments.extend(results_of(self.output));
+        arguments.push(("dout", self.dout.info()));
+        arguments.extend(named_gradients(gradients));
+        arguments
+    }
+
+    /// Refuses gradients of other shapes, or that may share memory with a tensor.
+    fn check(&self, gradients: &Gradients<T>) -> Result<(), Error> {
+        let [q, k, v] = self.inputs;
+        check_ranks(q, k, v)?;
+        let of = [
+            ("dq", &gradients.dq, "q", q),
+            ("dk", &gradients.dk, "k", k),
+            ("dv", &gradients.dv, "v", v),
+        ];
+        for (argument, gradient, other, tensor) in of {
+            let [total, heads, head_dim] = PACKED;
+            let shape = tensor.shape();
+            let sizes = [
+                (total, other, shape[0]),
+                (heads, other, shape[1]),
+                (head_dim, other, shape[2]),
+            ];
+            check_shape(argument, gradient, &sizes)?;
+        }
+        let arguments = self.arguments(gradients);
+        let (inputs, gradients) = arguments.split_at(arguments.len() - 3);
+        check_written(inputs, gradients)
+    }
+
+    /// The gradients with four axes.
+    fn views(&self, gradients: &Gradients<T>) -> Result<Gradients<T>, Error> {
+        let [q, k, v] = self.inputs;
+        check_ranks(q, k, v)?;
+        Ok(Gradients::new(
+            whole(&gradients.dq)?,
+            whole(&gradients.dk)?,
+            whole(&gradients.dv)?,
+        ))
+    }
+}
+
+/// q, k and v with their names.
+fn named<T: Element>([q, k, v]: [&Tensor<T>; 3]) -> [Named<'_>; 3] {
+    [("q", q.info()), ("k", k.info()), ("v", v.info())]
+}
+
+/// Gradients with their names.
+fn named_gradients<T: Element>(gradients: &Gradients<T>) -> [Named<'_>; 3] {
+    [
+        ("dq", gradients.dq.info()),
+        ("dk", gradients.dk.info()),
+        ("dv", gradients.dv.info()),
+    ]
+}
+
 /// The results, the gradient of out, and the gradients of one call.
 type Part<T> = (Output<T>, Tensor<T>, Gradients<T>);
 
-/// Runs the backward pass of each call, and returns the gradients of tables: sums over the calls, made on the host.
+/// The parts of each call of a backward pass, from results with numbers in this order, and the plans of the calls.
+fn parts<T: Element>(
+    batch: &BackwardBatch<'_, T>,
+    (pieces, calls): (&[Piece], &[Call<T>]),
+    (output, order): (&Output<T>, Order),
+    gradients: &Gradients<T>,
+) -> Result<(Vec<Part<T>>, Vec<Plan>), Error> {
+    let (mut parts, mut plans) = (Vec::new(), Vec::new());
+    for (piece, call) in pieces.iter().zip(calls) {
+        let of_piece = Gradients::new(
+            rows(&gradients.dq, &piece.queries)?,
+            rows(&gradients.dk, &piece.keys)?,
+            rows(&gradients.dv, &piece.keys)?,
+        );
+        let (output, dout) = (part(output, &call.queries, order)?, call.queries.vectors(batch.dout)?);
+        let inputs = [&call.q, &call.k, &call.v];
+        plans.push(plan_backward(&call.attention, inputs, &output, &dout, Some(&of_piece))?);
+        parts.push((output, dout, of_piece));
+    }
+    Ok((parts, plans))
+}
+
+/// Runs the backward pass of each call, in a new workspace or in a checked one, and returns the gradients of tables: sums over the calls,
+/// made on the host.
 fn backward_one_by_one<T: Element>(
     calls: &[Call<T>],
     parts: &mut [Part<T>],
+    mut workspace: Option<&mut Tensor<f32>>,
 ) -> Result<Vec<(TableSource, Tensor<f32>)>, Error> {
     let mut sums: Vec<(TableSource, Vec<f32>)> = Vec::new();
     for (call, (output, dout, gradients)) in calls.iter().zip(&mut *parts) {
         let Call { attention, q, k, v, .. } = call;
-        attention.backward_into(q, k, v, output, dout, gradients)?;
+        match workspace.as_deref_mut() {
+            Some(workspace) => attention.backward_into_with(q, k, v, output, dout, gradients, workspace)?,
+            None => attention.backward_into(q, k, v, output, dout, gradients)?,
+        }
         add_up(&mut sums, gradients)?;
     }
     let Some(Call { q, .. }) = calls.first() else {
@@ -258,16 +472,6 @@ fn add_up<T: Element>(sums: &mut Vec<(TableSource, Vec<f32>)>, gradients: &Gradi
 
 /// Refuses results and a gradient that are not those of a forward pass over q and v.
 fn check_output<T: Element>(output: &Output<T>, dout: &Tensor<T>, [q, v]: [&Tensor<T>; 2]) -> Result<(), Error> {
-    for (argument, tensor) in [("out", &output.out), ("dout", dout)] {
-        check_shape(argument, tensor, &packed(("q", q), v))?;
-    }
-    let [total, heads, _] = packed(("q", q), v);
-    let mut numbers = vec![("lse", &output.lse)];
-    if let Some(Statistics { row_max, row_sum }) = &output.statistics {
-        numbers.extend([("row_max", row_max), ("row_sum", row_sum)]);
-    }
-    for (argument, tensor) in numbers {
-        check_shape(argument, tensor, &[heads, total])?;
-    }
-    Ok(())
+    check_results(q, v.shape()[2], output)?;
+    check_shape("dout", dout, &packed(("q", q), v))
 }

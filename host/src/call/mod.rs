@@ -5,7 +5,7 @@ mod reporting;
 mod run;
 
 pub use reporting::Reporting;
-pub(crate) use run::{Backward, backward_batch, check_lse, forward_batch, move_tokens};
+pub(crate) use run::{Backward, backward_batch, check_lse, check_workspace_of, forward_batch, move_tokens};
 
 use crate::element::Element;
 use crate::error::Error;

@@ -1,14 +1,14 @@
 //! Calls on a GPU over batches that are no rectangle, each of one launch, or of two if there are splits.
 
 use super::above;
-use super::run::{backward, forward};
+use super::run::{backward, check_workspace_of, forward};
 use crate::device::DeviceKind;
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{BackwardProblem, GradientOutputs, Outputs, Problem};
+use crate::problem::{BackwardProblem, GradientOutputs, Named, Outputs, Problem};
 use crate::progress::Reporter;
 use crate::sequences::Placed;
 use crate::tensor::Tensor;
@@ -40,39 +40,57 @@ impl Attention {
         Plan::new(&problem, &q.device().info())
     }
 
-    /// The forward pass over placed sequences.
+    /// The forward pass over placed sequences, in a new workspace or in one beside `others`, the other arguments.
     ///
     /// # Errors
-    /// The errors of [`plan_placed`](Self::plan_placed), and of the launch.
+    /// The errors of [`plan_placed`](Self::plan_placed), of the workspace, and of the launch.
     pub(crate) fn forward_placed<T: Element>(
         &self,
         inputs: [&Tensor<T>; 3],
         output: &mut Output<T>,
         placed: Placed,
+        (workspace, others): (Option<&mut Tensor<f32>>, &[Named<'_>]),
     ) -> Result<(), Error> {
         let plan = self.plan_placed(inputs, Some(output), placed)?;
+        check_workspace_of(workspace.as_deref(), [&plan], others)?;
         let Output { out, lse, statistics } = output;
-        forward(&plan, inputs, out, lse, statistics.as_mut(), Reporter::silent())
+        let results = (out, lse, statistics.as_mut());
+        forward(&plan, inputs, results, workspace, Reporter::silent())
     }
 
-    /// The backward pass over placed sequences, from views like those of [`forward_placed`](Self::forward_placed). It writes the
-    /// gradients of q, k and v, and makes those of tables.
+    /// Plans the backward pass over placed sequences, from views like those of [`forward_placed`](Self::forward_placed), for new
+    /// contiguous gradients or for these.
     ///
     /// # Errors
-    /// The errors of [`BackwardProblem::new`] and [`Plan::backward`], and of the launch.
-    pub(crate) fn backward_placed<T: Element>(
+    /// The errors of [`BackwardProblem::new`] and [`Plan::backward`].
+    pub(crate) fn plan_backward_placed<T: Element>(
         &self,
         [q, k, v]: [&Tensor<T>; 3],
         output: &Output<T>,
         dout: &Tensor<T>,
-        gradients: &mut Gradients<T>,
+        gradients: &Gradients<T>,
         placed: Placed,
-    ) -> Result<(), Error> {
+    ) -> Result<Plan, Error> {
         let inputs = [q, k, v].map(Tensor::info);
         let results = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
         let problem = BackwardProblem::of_sequences(self, inputs, above(output, dout), results, placed)?;
-        let plan = Plan::backward(&problem, &q.device().info())?;
-        let silent = Reporter::silent();
-        backward(&plan, [q, k, v, &output.out, dout], output, gradients, None, silent)
+        Plan::backward(&problem, &q.device().info())
+    }
+
+    /// The backward pass of a plan of [`plan_backward_placed`](Self::plan_backward_placed) for these tensors, in a new workspace or in one
+    /// that was checked. It writes the gradients of q, k and v, and makes those of tables.
+    ///
+    /// # Errors
+    /// The errors of the launch.
+    pub(crate) fn backward_placed<T: Element>(
+        plan: &Plan,
+        [q, k, v]: [&Tensor<T>; 3],
+        output: &Output<T>,
+        dout: &Tensor<T>,
+        gradients: &mut Gradients<T>,
+        workspace: Option<&mut Tensor<f32>>,
+    ) -> Result<(), Error> {
+        let inputs = [q, k, v, &output.out, dout];
+        backward(plan, inputs, output, gradients, workspace, Reporter::silent())
     }
 }

@@ -33,7 +33,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
             row_sum: Tensor::empty(q.device(), &q.shape()[..3])?,
         };
         let of_rows = Some(&mut statistics);
-        forward(&plan, [q, k, v], &mut out, &mut lse, of_rows, self.reporter())?;
+        forward(&plan, [q, k, v], (&mut out, &mut lse, of_rows), None, self.reporter())?;
         Ok(Output {
             out,
             lse,
@@ -85,7 +85,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let [q, k, v] = inputs.map(Tensor::info);
         let problem = Problem::new(&self.attention, q, k, v, Some(outputs))?;
         let plan = Plan::new(&problem, &inputs[0].device().info())?;
-        forward(&plan, inputs, out, lse, statistics, self.reporter())
+        forward(&plan, inputs, (out, lse, statistics), None, self.reporter())
     }
 
     /// Runs [`Attention::backward`] and reports progress.

@@ -61,26 +61,54 @@ pub(super) fn check_workspace(
     }
 }
 
-/// Runs a forward plan that was made for exactly these tensors.
+/// A new workspace of so many bytes.
+fn new_workspace(device: &Device, bytes: u64) -> Result<Tensor<f32>, Error> {
+    Tensor::empty(device, [bytes as usize / size_of::<f32>()])
+}
+
+/// Bytes of a plan's part of a workspace that plans share.
+fn aligned_bytes(plan: &Plan) -> u64 {
+    plan.workspace_bytes().next_multiple_of(WORKSPACE_ALIGN as u64)
+}
+
+/// Refuses memory that cannot be the workspace of these plans beside the other arguments, the first of which is q.
+pub(crate) fn check_workspace_of<'a>(
+    workspace: Option<&Tensor<f32>>,
+    plans: impl IntoIterator<Item = &'a Plan>,
+    others: &[(&'static str, &TensorInfo)],
+) -> Result<(), Error> {
+    let check = |workspace: &Tensor<f32>| {
+        let needed = plans.into_iter().map(aligned_bytes).sum();
+        check_workspace(workspace.info(), needed, others)
+    };
+    workspace.map_or(Ok(()), check)
+}
+
+/// Runs a forward plan that was made for exactly these tensors, in a new workspace or in a checked one.
 pub(super) fn forward<T: Element>(
     plan: &Plan,
     inputs: [&Tensor<T>; 3],
-    out: &mut Tensor<T>,
-    lse: &mut Tensor<f32>,
-    statistics: Option<&mut Statistics>,
+    (out, lse, statistics): (&mut Tensor<T>, &mut Tensor<f32>, Option<&mut Statistics>),
+    workspace: Option<&mut Tensor<f32>>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let _span = trace::enter(plan, inputs[0].device());
-    let words = plan.workspace_bytes() / size_of::<f32>() as u64;
-    let workspace = Tensor::<f32>::empty(inputs[0].device(), [words as usize])?;
+    let ours;
+    let workspace = match workspace {
+        Some(workspace) => &*workspace,
+        None => {
+            ours = new_workspace(inputs[0].device(), plan.workspace_bytes())?;
+            &ours
+        }
+    };
     let mut memory = Memory::default();
     memory.written.push(workspace.storage());
     let results = memory.of_forward(plan, inputs, (out, lse, statistics.as_deref()), workspace.address());
     let guards = memory.lock();
     // SAFETY: the plan's problem was proven from the descriptions of the inputs, and of the outputs or, for new
     // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
-    // device, the outputs overlap nothing, and the guards keep out other threads. The workspace is freed when the call
-    // returns, and a device frees memory only after the work launched before has finished.
+    // device, the outputs overlap nothing, and the guards keep out other threads. The workspace has the plan's size. One of ours
+    // is freed when the call returns, and a device frees memory only after the work launched before has finished.
     let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
@@ -110,18 +138,27 @@ pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>
 pub(crate) type Backward<'a, T> = (Plan, [&'a Tensor<T>; 5], &'a Output<T>, &'a Gradients<T>);
 
 /// Runs backward plans of one batch without gradients of tables, each of which was made for exactly its tensors. No two
-/// results share memory.
-pub(crate) fn backward_batch<T: Element>(device: &Device, calls: &[Backward<'_, T>]) -> Result<(), Error> {
-    let aligned = |plan: &Plan| plan.workspace_bytes().next_multiple_of(WORKSPACE_ALIGN as u64);
-    let bytes: u64 = calls.iter().map(|(plan, ..)| aligned(plan)).sum();
-    let workspace = Tensor::<f32>::empty(device, [bytes as usize / size_of::<f32>()])?;
+/// results share memory. The workspace is new, or one that [`check_workspace_of`] let pass.
+pub(crate) fn backward_batch<T: Element>(
+    device: &Device,
+    calls: &[Backward<'_, T>],
+    workspace: Option<&mut Tensor<f32>>,
+) -> Result<(), Error> {
+    let ours;
+    let workspace = match workspace {
+        Some(workspace) => &*workspace,
+        None => {
+            ours = new_workspace(device, calls.iter().map(|(plan, ..)| aligned_bytes(plan)).sum())?;
+            &ours
+        }
+    };
     let (mut memory, mut runs) = (Memory::default(), Vec::new());
     memory.written.push(workspace.storage());
     let mut place = workspace.address();
     for (plan, inputs, output, gradients) in calls {
         let own = (place, TableGradients::default());
         runs.push((plan, memory.of_backward(plan, *inputs, output, gradients, own)));
-        place += aligned(plan);
+        place += aligned_bytes(plan);
     }
     let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
     let guards = memory.lock();
@@ -147,8 +184,7 @@ pub(super) fn backward<T: Element>(
     let workspace = match workspace {
         Some(workspace) => &*workspace,
         None => {
-            let words = plan.workspace_bytes() / size_of::<f32>() as u64;
-            ours = Tensor::empty(device, [words as usize])?;
+            ours = new_workspace(device, plan.workspace_bytes())?;
             &ours
         }
     };

@@ -17,7 +17,7 @@ pub use flash_attention_kernels::mask::MAX_SEQLEN;
 pub use scale::Scale;
 
 use self::check::*;
-pub(crate) use self::check::{check_last_axis, check_written};
+pub(crate) use self::check::{Named, check_last_axis, check_written};
 pub use crate::element::DataType;
 use crate::error::Error;
 pub use crate::layout::TensorInfo;

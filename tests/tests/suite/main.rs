@@ -14,6 +14,7 @@ mod errors;
 mod forward;
 mod gpus;
 mod house;
+mod into;
 mod making_errors;
 mod metadata;
 mod micro;

@@ -51,9 +51,11 @@ fn check_row(device: &Device, got: &[f32], want: &[f64], case: &dyn std::fmt::De
     }
 }
 
-/// Metadata of a paged cache with a step of new keys.
+/// Metadata of a paged cache, or of one with slots, with a step of new keys.
 #[derive(Debug)]
 struct Drawn {
+    /// True for a block table; else the table is `cache_batch_idx`, with a row for each sequence.
+    is_paged: bool,
     pages: usize,
     page_size: usize,
     batch: usize,
@@ -70,7 +72,9 @@ impl Drawn {
     fn new(rng: &mut StdRng) -> Self {
         let rare = [4, 30, 400][rng.random_range(0..3)];
         let (pages, page_size) = (rng.random_range(1..5), 8 * rng.random_range(1..3));
-        let (batch, max_pages) = (rng.random_range(0..4), rng.random_range(0..4));
+        let is_paged = rng.random_ratio(3, 4);
+        let (batch, most_pages) = (rng.random_range(0..4), rng.random_range(0..4));
+        let max_pages = if is_paged { most_pages } else { 1 };
         let room = (max_pages * page_size) as i32;
         let entries = batch * max_pages;
         let table = (0..entries).map(|_| number(rng, 0, pages as i32, rare)).collect();
@@ -91,6 +95,7 @@ impl Drawn {
         let last = usize::try_from(queries[batch]).unwrap_or(0).min(20);
         let total_q = last + rng.random_range(0..2) - usize::from(last > 0 && rng.random_ratio(1, rare));
         Self {
+            is_paged,
             pages,
             page_size,
             batch,
@@ -115,6 +120,10 @@ impl Drawn {
             if !(0..=room).contains(&used) || !(0..=used).contains(&pad) || new < 0 || used + new > room {
                 return false;
             }
+            // A sequence without keys has a row all the same.
+            if !self.is_paged && !(0..self.pages as i32).contains(&self.table[sequence]) {
+                return false;
+            }
             for key in 0..used + new {
                 let page = self.table[sequence * self.max_pages + key as usize / self.page_size];
                 if !(0..self.pages as i32).contains(&page) {
@@ -134,7 +143,9 @@ impl Drawn {
     }
 
     fn cache(&self) -> Result<KvCache, Error> {
-        let cache = KvCache::paged([self.pages, self.page_size], &self.table, &self.used)?;
+        type Make = fn([usize; 2], &[i32], &[i32]) -> Result<KvCache, Error>;
+        let make: Make = if self.is_paged { KvCache::paged } else { KvCache::slots };
+        let cache = make([self.pages, self.page_size], &self.table, &self.used)?;
         let cache = cache.leftpad_k(&self.pads)?.append(&self.new)?;
         cache.cu_seqlens_q(&self.queries)
     }
@@ -193,13 +204,15 @@ impl Drawn {
     }
 }
 
-/// Number of batches that a device is tested with.
+/// Number of batches that a device is tested with: 10,000, and a sample of them on an emulator, unless `PROPTEST_CASES` says how many.
 fn runs(device: &Device) -> u64 {
-    if device.kind() == DeviceKind::Emulator {
-        150
-    } else {
-        10_000
-    }
+    let chosen = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok());
+    chosen.unwrap_or(match device.kind() {
+        DeviceKind::Emulator => 150,
+        _ => 10_000,
+    })
 }
 
 #[test]

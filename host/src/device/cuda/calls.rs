@@ -88,6 +88,9 @@ pub(super) trait Calls: Send + Sync {
         params: &[&[u8]],
     ) -> Result<(), DriverError>;
 
+    /// Tells if the stream is being captured in a CUDA graph.
+    fn is_capturing(&self, queue: Queue) -> Result<bool, DriverError>;
+
     /// Waits for all work on the stream.
     fn synchronize(&self, queue: Queue) -> Result<(), DriverError>;
 }
@@ -211,6 +214,15 @@ impl Calls for CudaCalls {
         self.inside(queue, || {
             // SAFETY: passed on to the caller.
             unsafe { driver::launch(function.0, geometry, queue.stream, &mut arguments) }
+        })
+    }
+
+    fn is_capturing(&self, queue: Queue) -> Result<bool, DriverError> {
+        self.inside(queue, || {
+            // SAFETY: a device keeps its stream alive, or keeps the owner of a foreign one.
+            let status =
+                unsafe { result::stream::is_capturing(queue.stream) }.map_err(failed("cuStreamIsCapturing"))?;
+            Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
         })
     }
 

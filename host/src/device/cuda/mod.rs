@@ -102,10 +102,13 @@ impl Device {
     /// ## In a CUDA graph
     ///
     /// A stream capture can record a call that neither allocates nor waits:
-    /// [`forward_into`](crate::Attention::forward_into) and
-    /// [`backward_into_with`](crate::Attention::backward_into_with). Before the capture, load the kernels, and the
-    /// lists of tiles that masks of score programs leave, with [`prepare`](Self::prepare). Lists that another call has
-    /// loaded do not suffice: the device may free them before the graph runs. During the capture, drop neither this device
+    /// [`forward_into`](crate::Attention::forward_into),
+    /// [`backward_into_with`](crate::Attention::backward_into_with), and in a workspace of the caller's
+    /// [`forward_ragged_into`](crate::Attention::forward_ragged_into),
+    /// [`backward_ragged_into`](crate::Attention::backward_ragged_into) and
+    /// [`forward_cached_into`](crate::Attention::forward_cached_into). Before the capture, load the kernels and lists of
+    /// work with [`prepare`](Self::prepare), or by the same call. Lists that a captured call reads stay in the device's
+    /// memory as long as the device. During the capture, drop neither this device
     /// nor a tensor of it that owns memory or has an owner: dropping a tensor that owns memory frees it, dropping one
     /// that has an owner waits for the device. The graph stores the addresses of its tensors, so their memory has to
     /// outlive it.
@@ -209,8 +212,16 @@ impl Cuda {
             .params(results, |tile| self.calls.encode(tile))
             .map_err(refused)?
             .ok_or_else(|| launch.wrong_results(self.spec()))?;
-        // Held until the kernel is launched, so that no other call frees them before.
+        // Held until the kernel is launched, so that no other call frees them before. A graph launches it again at any time.
         let lists = self.lists.of(self, launch)?;
+        if !lists.is_empty()
+            && self
+                .calls
+                .is_capturing(self.queue)
+                .map_err(|error| self.failed(error))?
+        {
+            lists.iter().for_each(|list| list.pin());
+        }
         let params = params.with_lists(&lists.iter().map(|list| list.address).collect::<Vec<_>>());
         let Loaded {
             module: function,

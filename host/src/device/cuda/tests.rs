@@ -1,14 +1,17 @@
 //! The CUDA device on a driver that only records its calls: which calls are made, in what order and on what stream.
 //! `tests/tests/suite/gpus.rs` tests on a GPU what the calls do.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use flash_attention_kernels::abi::TensorMap;
 
 use super::*;
+use crate::batch::NewKeys;
 use crate::options::Attention;
 use crate::output::{Gradients, Output};
 use crate::plan::TileMap;
+use crate::rotary::Rotary;
+use crate::sequences::{KvCache, Sequences};
 use crate::tensor::Tensor;
 
 const STREAM: usize = 0xf00;
@@ -21,6 +24,10 @@ struct Recorder {
     allocated: AtomicU64,
     /// Number of allocations that will still fail as out of memory.
     full: AtomicUsize,
+    /// True while the stream is captured.
+    captures: AtomicBool,
+    /// Addresses that were freed.
+    freed: Mutex<Vec<u64>>,
 }
 
 impl Recorder {
@@ -54,7 +61,8 @@ impl Calls for Recorder {
             .fetch_add(bytes.next_multiple_of(256) as u64, Ordering::Relaxed);
         Ok(0x7000_0000 + offset)
     }
-    unsafe fn free(&self, queue: Queue, _address: u64) -> Result<(), DriverError> {
+    unsafe fn free(&self, queue: Queue, address: u64) -> Result<(), DriverError> {
+        lock(&self.freed).push(address);
         self.note(queue, "free");
         Ok(())
     }
@@ -94,6 +102,9 @@ impl Calls for Recorder {
     ) -> Result<(), DriverError> {
         self.note(queue, format_args!("launch {:?}", geometry.grid));
         Ok(())
+    }
+    fn is_capturing(&self, _queue: Queue) -> Result<bool, DriverError> {
+        Ok(self.captures.load(Ordering::Relaxed))
     }
     fn synchronize(&self, queue: Queue) -> Result<(), DriverError> {
         self.note(queue, "synchronize");
@@ -171,6 +182,109 @@ fn calls_in_the_callers_memory_only_launch_and_on_the_foreign_stream() {
                 .expect("valid");
             assert_eq!(recorder.take(), launches(&backward));
         }
+    }
+}
+
+/// Tests that ragged and cached calls with results and workspace of the caller launch once for all sequences, and a second time where
+/// keys are split.
+#[test]
+fn batches_in_the_callers_memory_only_launch() {
+    let (device, recorder) = device(&context((9, 0)), STREAM, None);
+    let at = |index: u64, shape: &[usize]| foreign::<half::f16>(&device, index << 24, shape);
+    let output = |shape: &[usize], rows: &[usize]| Output::new(at(5, shape), foreign(&device, 6 << 24, rows));
+    let workspace = |bytes: u64| foreign::<f32>(&device, 10 << 24, &[bytes as usize / 4]);
+    let attention = Attention::new().causal();
+    let prepare = |plans: &[Plan]| {
+        let [plan] = plans else {
+            panic!("one plan for all sequences")
+        };
+        device.prepare(plan).expect("the recorder loads everything");
+        recorder.take();
+        (launches(plan), plan.workspace_bytes())
+    };
+
+    let packed = [48, 2, 64];
+    let [q, k, v, dout] = [1, 2, 3, 4].map(|index| at(index, &packed));
+    let sequences = Sequences::new(&[0, 30, 48], &[0, 30, 48]).expect("offsets grow");
+    let mut of_packed = output(&packed, &[2, 48]);
+    let plans = attention.plan_ragged(&q, &k, &v, &sequences).expect("valid");
+    let (expected, bytes) = prepare(&plans);
+    attention
+        .forward_ragged_into(&q, &k, &v, &sequences, &mut of_packed, Some(&mut workspace(bytes)))
+        .expect("valid");
+    assert_eq!(recorder.take(), expected);
+    assert_eq!(expected.len(), 1);
+
+    let mut gradients = Gradients::new(at(7, &packed), at(8, &packed), at(9, &packed));
+    let plans = attention.plan_backward_ragged(&q, &k, &v, &of_packed, &dout, &sequences, &gradients);
+    let (expected, bytes) = prepare(&plans.expect("valid"));
+    let (gradients, own) = (&mut gradients, &mut workspace(bytes));
+    attention
+        .backward_ragged_into(&q, &k, &v, &of_packed, &dout, &sequences, gradients, Some(own))
+        .expect("valid");
+    assert_eq!(recorder.take(), expected);
+    assert_eq!(expected.len(), 3);
+
+    let (q, shape) = (at(1, &[2, 2, 1, 64]), [300, 16, 1, 64]);
+    let (k, v, table) = (at(2, &shape), at(3, &shape), (0..300).collect::<Vec<i32>>());
+    let cache = KvCache::paged([300, 16], &table, &[2400, 17]).expect("pages");
+    let plans = attention.plan_cached(&q, &k, &v, &cache).expect("valid");
+    let (expected, bytes) = prepare(&plans);
+    let mut of_cached = output(&[2, 2, 1, 64], &[2, 2, 1]);
+    attention
+        .forward_cached_into(&q, &k, &v, &cache, &mut of_cached, Some(&mut workspace(bytes)))
+        .expect("valid");
+    assert_eq!(recorder.take(), expected);
+    assert_eq!(expected.len(), 2, "a second launch combines splits");
+}
+
+/// Tests that lists of work of a captured call, which another call has loaded, are not freed when later calls need room.
+#[test]
+fn lists_of_a_captured_call_stay() {
+    for is_captured in [true, false] {
+        let (device, recorder) = device(&context((8, 0)), STREAM, None);
+        let at = |index: u64| foreign::<half::f16>(&device, index << 24, &[100, 2, 64]);
+        let [q, k, v] = [1, 2, 3].map(at);
+        let mut output = Output::new(at(4), foreign(&device, 5 << 24, &[2, 100]));
+        let mut workspace = foreign::<f32>(&device, 6 << 24, &[0]);
+        let mut call = |first| {
+            let sequences = Sequences::new(&[0, first, 100], &[0, first, 100]).expect("offsets grow");
+            let workspace = Some(&mut workspace);
+            (Attention::new().forward_ragged_into(&q, &k, &v, &sequences, &mut output, workspace)).expect("valid");
+        };
+        call(0);
+        recorder.captures.store(is_captured, Ordering::Relaxed);
+        call(0);
+        recorder.captures.store(false, Ordering::Relaxed);
+        (1..100).for_each(&mut call);
+        let first = 0x7000_0000;
+        assert_eq!(lock(&recorder.freed).contains(&first), !is_captured);
+    }
+}
+
+/// Tests that a step of new keys launches twice, for keys and for values, and that the next layer uploads nothing.
+#[test]
+fn new_keys_stay_on_the_device() {
+    let (device, recorder) = device(&context((8, 0)), STREAM, None);
+    let at = |index: u64, shape: &[usize]| foreign::<half::f16>(&device, index << 24, shape);
+    let new = at(1, &[2, 2, 1, 64]);
+    let pages = [30, 16, 2, 64];
+    let rotary = Rotary::new(64, 10_000.0).expect("an even number");
+    let cache =
+        KvCache::paged([30, 16], &(0..30).collect::<Vec<_>>(), &[200, 17]).and_then(|cache| cache.append(&[1, 1]));
+    let cache = cache.expect("room");
+    let launches = [
+        format!("launch [2, 1, 1] on {STREAM:#x}"),
+        format!("launch [2, 1, 1] on {STREAM:#x}"),
+    ];
+    for layer in 0..3 {
+        let (mut k, mut v) = (at(2 + 2 * layer, &pages), at(3 + 2 * layer, &pages));
+        (cache.write(&NewKeys::new(&new, &new).rotary(&rotary), &mut k, &mut v)).expect("valid");
+        let mut calls = recorder.take();
+        if layer == 0 {
+            calls.retain(|call| call.starts_with("launch"));
+        }
+        assert_eq!(calls, launches, "layer {layer}");
     }
 }
 

@@ -87,7 +87,7 @@ impl AppendOp<'_> {
         let [k_pages, v_pages] = self.pages;
         let [q, k, v] = on_host::<T, 3>(inputs)?
             // SAFETY: the slices outlive the call, which returns when its work is done, and are only read.
-            .map(|(memory, layout)| unsafe { memory.whole::<T>(&device, layout) });
+            .map(|(memory, layout)| unsafe { memory.tensor::<T>(&device, layout) });
         let (q, k, v) = (q?, k?, v?);
         let new = NewKeys::new(&k, &v);
         let new = match self.rotary {
@@ -99,8 +99,8 @@ impl AppendOp<'_> {
                 // SAFETY: the pages' storages are lent to the two closures alone until the call has returned, when its work is done.
                 let (mut k_pages, mut v_pages) = unsafe {
                     (
-                        k_pages.whole::<T>(&device, k_layout)?,
-                        v_pages.whole::<T>(&device, v_layout)?,
+                        k_pages.tensor::<T>(&device, k_layout)?,
+                        v_pages.tensor::<T>(&device, v_layout)?,
                     )
                 };
                 (self.layer.attention())

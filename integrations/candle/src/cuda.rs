@@ -14,6 +14,7 @@ use candle_core::{CudaStorage, Layout, Result, Shape, Storage};
 use flash_attention::Device;
 
 use crate::op::{FlashOp, Scalar};
+use crate::paged::PagedOp;
 use crate::views::{Memory, wrap};
 
 /// An element type that candle has CUDA slices of.
@@ -34,12 +35,12 @@ impl FlashOp {
         let stream = candle.cuda_stream();
         let device = Device::cuda_on(&stream).map_err(wrap)?;
         let shape = inputs[0].1.shape().clone();
-        let mut out = self.results::<T>(&candle, shape.elem_count())?;
+        let mut out = results::<T>(&candle, shape.elem_count())?;
         {
             let (inputs, _read) = on_device::<T, 3>(inputs, &stream)?;
             let (memory, _written) = written(&mut out, &stream);
             // SAFETY: candle's memory, borrowed for the call; what frees or reuses it later is ordered behind the launches, on
-            // this stream by its order and on others by the guards' events. Every element of out is written or zero.
+            // this stream by its order and on others by the guards' events.
             unsafe { self.forward::<T>(&device, inputs, memory)? };
         }
         Ok((CudaStorage::wrap_cuda_slice(out, candle), shape))
@@ -53,9 +54,9 @@ impl FlashOp {
         let candle = inputs[0].0.device().clone();
         let stream = candle.cuda_stream();
         let [q, k, v] = inputs.map(|(_, layout)| layout.shape().elem_count());
-        let mut dq = self.results::<T>(&candle, q)?;
-        let mut dk = self.results::<T>(&candle, k)?;
-        let mut dv = self.results::<T>(&candle, v)?;
+        let mut dq = results::<T>(&candle, q)?;
+        let mut dk = results::<T>(&candle, k)?;
+        let mut dv = results::<T>(&candle, v)?;
         {
             let (inputs, _read) = on_device::<T, 3>(inputs, &stream)?;
             let (above, _above) = on_device::<T, 2>(above, &stream)?;
@@ -67,15 +68,32 @@ impl FlashOp {
         }
         Ok([dq, dk, dv].map(|gradient| Storage::Cuda(CudaStorage::wrap_cuda_slice(gradient, candle.clone()))))
     }
+}
 
-    /// Memory for results: zeros where calls may leave some of it unwritten.
-    fn results<T: Scalar>(&self, candle: &CudaDevice, elements: usize) -> Result<CudaSlice<T>> {
-        match self.writes_all() {
-            // SAFETY: the calls write every element.
-            true => unsafe { candle.alloc::<T>(elements) },
-            false => candle.alloc_zeros::<T>(elements),
+impl PagedOp {
+    pub(crate) fn forward_on_cuda<T: Scalar>(
+        &self,
+        inputs: [(&CudaStorage, &Layout); 3],
+    ) -> Result<(CudaStorage, Shape)> {
+        let candle = inputs[0].0.device().clone();
+        let stream = candle.cuda_stream();
+        let device = Device::cuda_on(&stream).map_err(wrap)?;
+        let shape = inputs[0].1.shape().clone();
+        let mut out = results::<T>(&candle, shape.elem_count())?;
+        {
+            let (inputs, _read) = on_device::<T, 3>(inputs, &stream)?;
+            let (memory, _written) = written(&mut out, &stream);
+            // SAFETY: as for `FlashOp`.
+            unsafe { self.forward::<T>(&device, inputs, memory)? };
         }
+        Ok((CudaStorage::wrap_cuda_slice(out, candle), shape))
     }
+}
+
+/// Memory for results, of which the calls write every element.
+fn results<T: Scalar>(candle: &CudaDevice, elements: usize) -> Result<CudaSlice<T>> {
+    // SAFETY: the calls write every element.
+    unsafe { candle.alloc::<T>(elements) }
 }
 
 fn on_device<'a, T: Scalar, const N: usize>(

@@ -5,10 +5,9 @@ use std::sync::OnceLock;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor as CandleTensor, WithDType};
 use flash_attention::{Attention, Device, Element, Gradients, Output, Statistics, Tensor};
-use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 
 use crate::options::Recipe;
-use crate::views::{Batch, Call, Memory, wrap};
+use crate::views::{Batch, Memory, wrap};
 
 /// Attention of one op of a graph.
 ///
@@ -21,15 +20,9 @@ pub(crate) struct FlashOp {
     kept: OnceLock<Kept>,
 }
 
-/// The attention of a forward pass, on its device, and the results of each call beside out.
+/// The attention of a forward pass, on its device, and its results for each query and head.
 struct Kept {
     attention: Attention,
-    rows: Vec<Rows>,
-}
-
-/// Results of a call for each query and head.
-#[derive(Clone)]
-struct Rows {
     lse: Tensor<f32>,
     statistics: Statistics,
 }
@@ -82,13 +75,7 @@ impl FlashOp {
         rows(q)?.apply_op3(&rows(k)?, &rows(v)?, self)
     }
 
-    /// True if the calls write every element of the results.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn writes_all(&self) -> bool {
-        !matches!(self.batch, Batch::Ragged { .. })
-    }
-
-    /// Launches the forward pass of all calls and keeps their lse and statistics.
+    /// Launches the forward pass, which writes every element of `out`, and keeps lse and statistics.
     ///
     /// # Safety
     /// The memories are those of storages with these layouts, `out` with a contiguous one of q's shape, and the contract of
@@ -96,82 +83,77 @@ impl FlashOp {
     pub(crate) unsafe fn forward<T: Element>(
         &self,
         device: &Device,
-        inputs: [(Memory, &Layout); 3],
+        [q, k, v]: [(Memory, &Layout); 3],
         out: Memory,
     ) -> Result<()> {
-        let [(q, q_layout), (k, k_layout), (v, v_layout)] = inputs;
-        let out_layout = Layout::contiguous(q_layout.shape());
-        let calls = self.batch.calls([q_layout, &out_layout], [k_layout, v_layout])?;
+        let out_layout = Layout::contiguous(q.1.shape());
         let attention = self.recipe.on(device)?;
-        let rows = on_each(device, &calls, |_, call| {
-            // SAFETY: passed on to the caller; the calls write disjoint parts of out.
-            let (q, k, v, out) = unsafe {
-                (
-                    q.tensor::<T>(device, &call.q[0])?,
-                    k.tensor::<T>(device, &call.k[0])?,
-                    v.tensor::<T>(device, &call.k[1])?,
-                    out.tensor::<T>(device, &call.q[1])?,
-                )
-            };
-            let new = || Tensor::empty(device, &q.shape()[..3]).map_err(wrap);
-            let mut output = Output::new(out, new()?);
-            let (row_max, row_sum) = (new()?, new()?);
-            output.statistics = Some(Statistics { row_max, row_sum });
-            (attention.forward_into_output(&q, &k, &v, &mut output)).map_err(wrap)?;
-            let Output { lse, statistics, .. } = output;
-            Ok(statistics.map(|statistics| Rows { lse, statistics }))
-        })?;
-        let rows = rows.into_iter().flatten().collect();
-        if self.kept.set(Kept { attention, rows }).is_err() {
+        // SAFETY: passed on to the caller.
+        let tensor = |part| unsafe { self.batch.tensor::<T>(device, part) };
+        let (q, k, v, out) = (tensor(q)?, tensor(k)?, tensor(v)?, tensor((out, &out_layout))?);
+        let rows = match (&self.batch, q.shape()) {
+            (Batch::Ragged(_), &[total, heads, _]) => vec![heads, total],
+            (_, shape) => shape[..3].to_vec(),
+        };
+        let new = || Tensor::empty(device, &rows).map_err(wrap);
+        let (lse, statistics) = (
+            new()?,
+            Statistics {
+                row_max: new()?,
+                row_sum: new()?,
+            },
+        );
+        let mut output = Output::new(out, lse.clone());
+        output.statistics = Some(statistics.clone());
+        match &self.batch {
+            Batch::Ragged(sequences) => attention.forward_ragged_into(&q, &k, &v, sequences, &mut output, None),
+            _ => attention.forward_into_output(&q, &k, &v, &mut output),
+        }
+        .map_err(wrap)?;
+        let kept = Kept {
+            attention,
+            lse,
+            statistics,
+        };
+        if self.kept.set(kept).is_err() {
             candle_core::bail!("a flash-attention op is applied once")
         }
         Ok(())
     }
 
-    /// Launches the backward pass of all calls, after their forward pass.
+    /// Launches the backward pass, after the forward pass. It writes every element of the gradients.
     ///
     /// # Safety
     /// The memories are those of storages with these layouts, the gradients with contiguous ones of the shapes of q, k and v,
     /// and the contract of [`Memory::tensor`] holds for each.
     pub(crate) unsafe fn backward<T: Element>(
         &self,
-        inputs: [(Memory, &Layout); 3],
-        [(out, out_layout), (dout, dout_layout)]: [(Memory, &Layout); 2],
+        [q, k, v]: [(Memory, &Layout); 3],
+        [out, dout]: [(Memory, &Layout); 2],
         [dq, dk, dv]: [Memory; 3],
     ) -> Result<()> {
-        let [(q, q_layout), (k, k_layout), (v, v_layout)] = inputs;
-        let like_q = Layout::contiguous(q_layout.shape());
-        let like_k = Layout::contiguous(k_layout.shape());
-        let calls = self.batch.calls(
-            [q_layout, out_layout, dout_layout, &like_q],
-            [k_layout, v_layout, &like_k],
-        )?;
-        let Some(Kept { attention, rows }) = self.kept.get() else {
+        let Some(Kept {
+            attention,
+            lse,
+            statistics,
+        }) = self.kept.get()
+        else {
             candle_core::bail!("the backward pass of a flash-attention op follows its forward pass")
         };
-        let Some(device) = rows.first().map(|rows| rows.lse.device()) else {
-            return Ok(());
-        };
-        on_each(device, &calls, |index, call| {
-            // SAFETY: passed on to the caller; the calls write disjoint parts of the gradients.
-            unsafe {
-                let tensor = |memory: Memory, view| memory.tensor::<T>(device, view);
-                let Rows { lse, statistics } = rows[index].clone();
-                let mut output = Output::new(tensor(out, &call.q[1])?, lse);
-                output.statistics = Some(statistics);
-                let dout = tensor(dout, &call.q[2])?;
-                let mut gradients = Gradients::new(
-                    tensor(dq, &call.q[3])?,
-                    tensor(dk, &call.k[2])?,
-                    tensor(dv, &call.k[2])?,
-                );
-                let (q, k, v) = (tensor(q, &call.q[0])?, tensor(k, &call.k[0])?, tensor(v, &call.k[1])?);
-                attention
-                    .backward_into(&q, &k, &v, &output, &dout, &mut gradients)
-                    .map_err(wrap)
+        let [like_q, like_k, like_v] = [q, k, v].map(|(_, layout)| Layout::contiguous(layout.shape()));
+        // SAFETY: passed on to the caller.
+        let tensor = |part| unsafe { self.batch.tensor::<T>(lse.device(), part) };
+        let mut output = Output::new(tensor(out)?, lse.clone());
+        output.statistics = Some(statistics.clone());
+        let mut gradients = Gradients::new(tensor((dq, &like_q))?, tensor((dk, &like_k))?, tensor((dv, &like_v))?);
+        let (q, k, v, dout) = (tensor(q)?, tensor(k)?, tensor(v)?, tensor(dout)?);
+        match &self.batch {
+            Batch::Ragged(sequences) => {
+                attention.backward_ragged_into(&q, &k, &v, &output, &dout, sequences, &mut gradients, None)
             }
-        })?;
-        Ok(())
+            _ => attention.backward_into(&q, &k, &v, &output, &dout, &mut gradients),
+        }
+        .map_err(wrap)
     }
 
     fn forward_on_cpu<T: Scalar>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<(CpuStorage, Shape)> {
@@ -280,20 +262,4 @@ pub(crate) fn on_host<'a, T: Scalar, const N: usize>(
         memory.0 = Memory::read(storage.as_slice::<T>()?);
     }
     Ok(memories)
-}
-
-/// Runs all calls, on the CPU side by side, on a GPU in the stream's order.
-fn on_each<R: Send, const Q: usize, const K: usize>(
-    device: &Device,
-    calls: &[Call<Q, K>],
-    run: impl Fn(usize, &Call<Q, K>) -> Result<R> + Sync,
-) -> Result<Vec<R>> {
-    let run = |(index, call)| run(index, call);
-    match device.kind() {
-        flash_attention::device::DeviceKind::Cpu => {
-            let calls: Vec<_> = calls.iter().enumerate().collect();
-            calls.par_iter().map(|&call| run(call)).collect()
-        }
-        _ => calls.iter().enumerate().map(run).collect(),
-    }
 }

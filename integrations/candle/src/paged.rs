@@ -1,12 +1,12 @@
-//! The op over keys and values in pages, which it reads in place: on the CPU, without gradients.
+//! The op over keys and values in pages, which it reads in place, without gradients.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
-use flash_attention::{Device, KvCache};
+use flash_attention::{Device, KvCache, Output};
 
 use crate::op::{Scalar, on_host, rows, with_scalar};
 use crate::options::Recipe;
-use crate::views::wrap;
+use crate::views::{Memory, wrap};
 
 /// Attention of packed queries, `[total_q, heads_q, head_dim]`, over k and v in pages, `[pages, page_size, heads_kv, head_dim]`.
 pub(crate) struct PagedOp {
@@ -19,11 +19,9 @@ impl PagedOp {
         Self { recipe, cache }
     }
 
-    /// True if the op takes these tensors: they are on the CPU, and no gradient goes to them.
+    /// True if the op takes these tensors: no gradient goes to them.
     pub(crate) fn takes(tensors: [&Tensor; 3]) -> bool {
-        tensors
-            .iter()
-            .all(|tensor| tensor.device().is_cpu() && !tensor.track_op())
+        !tensors.iter().any(|tensor| tensor.track_op())
     }
 
     /// Applies the op to tensors whose last axis may have any stride.
@@ -34,15 +32,35 @@ impl PagedOp {
         rows(q)?.apply_op3_no_bwd(&rows(k)?, &rows(v)?, self)
     }
 
-    fn forward<T: Scalar>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<(CpuStorage, Shape)> {
-        let device = Device::cpu();
-        let attention = self.recipe.on(&device)?;
-        let [q, k, v] = on_host::<T, 3>(inputs)?
-            // SAFETY: the slices outlive the call, which returns when its work is done, and are only read.
-            .map(|(memory, layout)| unsafe { memory.whole::<T>(&device, layout) });
-        let output = attention.forward_cached(&q?, &k?, &v?, &self.cache).map_err(wrap)?;
-        let out = output.out.to_vec().map_err(wrap)?;
-        Ok((T::to_cpu_storage_owned(out), inputs[0].1.shape().clone()))
+    /// Launches the call, which writes every element of `out`.
+    ///
+    /// # Safety
+    /// The memories are those of storages with these layouts, `out` with a contiguous one of q's shape, and the contract of
+    /// [`Memory::tensor`] holds for each.
+    pub(crate) unsafe fn forward<T: Scalar>(
+        &self,
+        device: &Device,
+        [q, k, v]: [(Memory, &Layout); 3],
+        out: Memory,
+    ) -> Result<()> {
+        let out_layout = Layout::contiguous(q.1.shape());
+        let attention = self.recipe.on(device)?;
+        // SAFETY: passed on to the caller.
+        let tensor = |(memory, layout): (Memory, &Layout)| unsafe { memory.tensor::<T>(device, layout) };
+        let (total, heads, _) = q.1.shape().dims3()?;
+        let lse = flash_attention::Tensor::empty(device, [heads, total]).map_err(wrap)?;
+        let mut output = Output::new(tensor((out, &out_layout))?, lse);
+        let (q, k, v) = (tensor(q)?, tensor(k)?, tensor(v)?);
+        (attention.forward_cached_into(&q, &k, &v, &self.cache, &mut output, None)).map_err(wrap)
+    }
+
+    fn forward_on_cpu<T: Scalar>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<(CpuStorage, Shape)> {
+        let shape = inputs[0].1.shape().clone();
+        let mut out = vec![T::default(); shape.elem_count()];
+        let inputs = on_host::<T, 3>(inputs)?;
+        // SAFETY: the slices outlive the call, which returns when its work is done, and out is this function's own.
+        unsafe { self.forward::<T>(&Device::cpu(), inputs, Memory::written(&mut out))? };
+        Ok((T::to_cpu_storage_owned(out), shape))
     }
 }
 
@@ -61,6 +79,20 @@ impl CustomOp3 for PagedOp {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
-        with_scalar!(q.dtype(), T => self.forward::<T>(inputs))
+        with_scalar!(q.dtype(), T => self.forward_on_cpu::<T>(inputs))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &candle_core::CudaStorage,
+        q_layout: &Layout,
+        k: &candle_core::CudaStorage,
+        k_layout: &Layout,
+        v: &candle_core::CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        with_scalar!(q.dtype(), T => self.forward_on_cuda::<T>(inputs))
     }
 }

@@ -1,12 +1,11 @@
 //! candle-flash-attn's functions over ragged batches: sequences of different lengths, packed end to end without padding.
 //!
-//! Each sequence is one attention call over a view of the batch, without a copy; on the CPU the calls run side by side. Lengths are
-//! read on the host, so on a GPU each function waits for them.
+//! All sequences are one call of the host's, without a copy. Lengths are read on the host, so on a GPU each function waits for them.
 
 use std::ops::Range;
 
 use candle_core::{Result, Tensor};
-use flash_attention::KvCache;
+use flash_attention::{KvCache, Sequences};
 
 use crate::error::Error;
 use crate::op::FlashOp;
@@ -86,11 +85,23 @@ fn attend(
     let [of_q, of_k] = Lengths::of_both(seqlens, max_seqlens);
     let (ranges_q, ranges_k) = (of_q.ranges(q.dim(0)?)?, of_k.ranges(k.dim(0)?)?);
     same_count(of_k.names[0], ranges_k.len(), ranges_q.len())?;
-    let batch = Batch::Ragged {
-        q: ranges_q,
-        k: ranges_k,
-    };
-    FlashOp::new(options.recipe(of_k.max_seqlen), batch).apply(q, k, v)
+    let sequences = sequences(&ranges_q, ranges_k.iter().map(|keys| keys.end))?;
+    FlashOp::new(options.recipe(of_k.max_seqlen), Batch::Ragged(sequences)).apply(q, k, v)
+}
+
+/// The host's form of sequences with these queries, whose keys end there.
+fn sequences(queries: &[Range<usize>], ends_k: impl Iterator<Item = usize>) -> Result<Sequences> {
+    let cu_seqlens_q = offsets(queries.iter().map(|queries| queries.end))?;
+    Sequences::new(&cu_seqlens_q, &offsets(ends_k)?).map_err(wrap)
+}
+
+/// Cumulative lengths, from 0 on.
+fn offsets(ends: impl Iterator<Item = usize>) -> Result<Vec<i32>> {
+    std::iter::once(Ok(0)).chain(ends.map(signed)).collect()
+}
+
+fn signed(number: usize) -> Result<i32> {
+    i32::try_from(number).map_err(candle_core::Error::wrap)
 }
 
 /// Refuses a tensor `argument` that describes another number of sequences than seqlens_q.
@@ -176,8 +187,8 @@ pub fn flash_attn_varlen_windowed(
 /// * mm_prefix_ranges: ranges of keys that no mask hides. Anything but `None` is refused.
 /// * softcap: `None` or `Some(0.0)` is no cap.
 ///
-/// On the CPU pages of a multiple of 8 tokens are read in place, unless a gradient goes to a tensor. Otherwise the pages in use are
-/// gathered into a new tensor first, whose size is that of the keys.
+/// Pages of a multiple of 8 tokens are read in place, unless a gradient goes to a tensor. Otherwise the pages in use are gathered into a
+/// new tensor first, whose size is that of the keys.
 ///
 /// # Errors
 /// The errors of [`flash_attn_varlen_windowed`]; [`Error::PageSize`](crate::Error::PageSize),
@@ -222,7 +233,7 @@ pub fn flash_attn_varlen_paged_windowed(
     same_count("block_table", table.len(), ranges_q.len())?;
 
     let mut pages = Vec::new();
-    let mut ranges_k = Vec::with_capacity(lengths.len());
+    let mut ends_k = Vec::with_capacity(lengths.len());
     for (sequence, (length, row)) in lengths.iter().zip(&table).enumerate() {
         let used = length.len().div_ceil(page_size);
         let Some(row) = row.get(..used) else {
@@ -237,9 +248,8 @@ pub fn flash_attn_varlen_paged_windowed(
             let limit = page_count;
             return Err(Error::Page { sequence, value, limit }.into());
         }
-        let start = pages.len() * page_size;
-        ranges_k.push(start..start + length.len());
         pages.extend_from_slice(row);
+        ends_k.push(pages.len() * page_size);
     }
     let recipe = options.recipe(max_seqlen_k);
     if PagedOp::takes([q, k, v]) && page_size.is_multiple_of(PAGE_SIZE_MULTIPLE) {
@@ -248,24 +258,21 @@ pub fn flash_attn_varlen_paged_windowed(
     }
     let pages = Tensor::new(pages, k.device())?;
     let gathered = |paged: &Tensor| paged.index_select(&pages, 0)?.reshape(((), heads, head_dim));
-    let batch = Batch::Ragged {
-        q: ranges_q,
-        k: ranges_k,
-    };
-    FlashOp::new(recipe, batch).apply(q, &gathered(k)?, &gathered(v)?)
+    let sequences = sequences(&ranges_q, ends_k.into_iter())?;
+    let sequences = sequences.seqused_k(&used_of(&lengths)?).map_err(wrap)?;
+    FlashOp::new(recipe, Batch::Ragged(sequences)).apply(q, &gathered(k)?, &gathered(v)?)
+}
+
+/// The number of keys of each sequence.
+fn used_of(lengths: &[Range<usize>]) -> Result<Vec<i32>> {
+    lengths.iter().map(|length| signed(length.len())).collect()
 }
 
 /// The host's form of a block table whose used entries have been checked, with packed queries.
 fn cache(shape: [usize; 2], table: &[Vec<u32>], lengths: &[Range<usize>], queries: &[Range<usize>]) -> Result<KvCache> {
     let table: Vec<i32> = table.iter().flatten().map(|page| page.cast_signed()).collect();
-    let signed = |number: usize| i32::try_from(number).map_err(candle_core::Error::wrap);
-    let seqused_k = lengths
-        .iter()
-        .map(|length| signed(length.len()))
-        .collect::<Result<Vec<_>>>()?;
-    let ends = queries.iter().map(|queries| signed(queries.end));
-    let cu_seqlens_q = std::iter::once(Ok(0)).chain(ends).collect::<Result<Vec<_>>>()?;
-    KvCache::paged(shape, &table, &seqused_k)
+    let cu_seqlens_q = offsets(queries.iter().map(|queries| queries.end))?;
+    KvCache::paged(shape, &table, &used_of(lengths)?)
         .and_then(|cache| cache.cu_seqlens_q(&cu_seqlens_q))
         .map_err(wrap)
 }

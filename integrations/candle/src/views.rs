@@ -1,9 +1,7 @@
-//! Where in candle's memory the tensors of each attention call lie.
-
-use std::ops::Range;
+//! Where in candle's memory the tensors of an op lie.
 
 use candle_core::{Layout, Result};
-use flash_attention::{Device, Element, Error, Tensor};
+use flash_attention::{Device, Element, Error, Sequences, Tensor};
 
 /// How the tensors of an op hold their sequences.
 #[derive(Clone, Debug)]
@@ -12,110 +10,40 @@ pub(crate) enum Batch {
     SeqlenHeads,
     /// `[batch, heads, seqlen, head_dim]`, candle_nn's order.
     HeadsSeqlen,
-    /// `[total, heads, head_dim]`: sequence i has the queries `q[i]` and the keys `k[i]`.
-    Ragged { q: Vec<Range<usize>>, k: Vec<Range<usize>> },
-}
-
-/// A `[batch, heads, seqlen, head_dim]` tensor inside a storage; offset and strides count elements.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct View {
-    offset: usize,
-    shape: [usize; 4],
-    strides: [usize; 4],
-}
-
-/// The views of one attention call: of q, and of tensors shaped as q; of k, of v, and of tensors shaped as them.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Call<const Q: usize, const K: usize> {
-    pub q: [View; Q],
-    pub k: [View; K],
+    /// `[total, heads, head_dim]`, sequences end to end.
+    Ragged(Sequences),
 }
 
 impl Batch {
-    /// The attention calls of the op, over these layouts. Sequences without queries or without keys have no call: their
-    /// results are zeros.
+    /// The tensor that a layout shows of a memory, with the axes of the host's calls.
     ///
     /// # Errors
-    /// A tensor does not have the axes of the batch.
-    pub(crate) fn calls<const Q: usize, const K: usize>(
+    /// The tensor does not have the axes of the batch, or ends past the memory's end.
+    ///
+    /// # Safety
+    /// The contract of [`Memory::tensor`].
+    pub(crate) unsafe fn tensor<T: Element>(
         &self,
-        like_q: [&Layout; Q],
-        like_k: [&Layout; K],
-    ) -> Result<Vec<Call<Q, K>>> {
-        let (q_ranges, k_ranges) = match self {
-            Self::SeqlenHeads | Self::HeadsSeqlen => {
-                let call = Call {
-                    q: views(like_q, |layout| self.whole(layout))?,
-                    k: views(like_k, |layout| self.whole(layout))?,
-                };
-                return Ok(vec![call]);
+        device: &Device,
+        (memory, layout): (Memory, &Layout),
+    ) -> Result<Tensor<T>> {
+        // SAFETY: passed on to the caller.
+        let tensor = unsafe { memory.tensor(device, layout)? };
+        match self {
+            Self::SeqlenHeads => {
+                layout.shape().dims4()?;
+                tensor.transpose(1, 2).map_err(wrap)
             }
-            Self::Ragged { q, k } => (q, k),
-        };
-        q_ranges
-            .iter()
-            .zip(k_ranges)
-            .filter(|(q, k)| !q.is_empty() && !k.is_empty())
-            .map(|(q, k)| {
-                Ok(Call {
-                    q: views(like_q, |layout| sequence(layout, q))?,
-                    k: views(like_k, |layout| sequence(layout, k))?,
-                })
-            })
-            .collect()
+            Self::HeadsSeqlen => {
+                layout.shape().dims4()?;
+                Ok(tensor)
+            }
+            Self::Ragged(_) => {
+                layout.shape().dims3()?;
+                Ok(tensor)
+            }
+        }
     }
-
-    fn whole(&self, layout: &Layout) -> Result<View> {
-        let (batch, second, third, head_dim) = layout.shape().dims4()?;
-        let &[of_batch, of_second, of_third, of_head_dim] = layout.stride() else {
-            unreachable!("candle's layouts have a stride for each axis")
-        };
-        let (shape, strides) = match self {
-            Self::SeqlenHeads => (
-                [batch, third, second, head_dim],
-                [of_batch, of_third, of_second, of_head_dim],
-            ),
-            _ => (
-                [batch, second, third, head_dim],
-                [of_batch, of_second, of_third, of_head_dim],
-            ),
-        };
-        Ok(View {
-            offset: layout.start_offset(),
-            shape,
-            strides,
-        })
-    }
-}
-
-fn sequence(layout: &Layout, range: &Range<usize>) -> Result<View> {
-    let (total, heads, head_dim) = layout.shape().dims3()?;
-    let &[of_token, of_head, of_head_dim] = layout.stride() else {
-        unreachable!("candle's layouts have a stride for each axis")
-    };
-    if range.end > total {
-        candle_core::bail!(
-            "sequence {range:?} ends past the {total} tokens of {:?}",
-            layout.shape()
-        )
-    }
-    Ok(View {
-        offset: layout.start_offset() + range.start * of_token,
-        shape: [1, heads, range.len(), head_dim],
-        strides: [of_token * total, of_head, of_token, of_head_dim],
-    })
-}
-
-fn views<const N: usize>(layouts: [&Layout; N], view: impl Fn(&Layout) -> Result<View>) -> Result<[View; N]> {
-    let mut views = [View {
-        offset: 0,
-        shape: [0; 4],
-        strides: [0; 4],
-    }; N];
-    for (slot, layout) in views.iter_mut().zip(layouts) {
-        *slot = view(layout)?;
-    }
-    Ok(views)
 }
 
 /// Memory of one storage of candle's.
@@ -148,41 +76,16 @@ impl Memory {
         }
     }
 
-    /// The tensor that a view shows of this memory.
+    /// The tensor that a layout shows of this memory.
     ///
     /// # Errors
-    /// The view ends past the memory's end; then those of [`Tensor::from_raw_parts`].
+    /// The layout ends past the memory's end; then those of [`Tensor::from_raw_parts`].
     ///
     /// # Safety
     /// This is initialised memory of `device` of elements of type `T`, which stays allocated while the tensor and work launched on
     /// it exist, and which nobody else writes, or reads where the tensor is written, meanwhile.
-    pub(crate) unsafe fn tensor<T: Element>(&self, device: &Device, view: &View) -> Result<Tensor<T>> {
-        let View { offset, shape, strides } = view;
-        // SAFETY: passed on to the caller.
-        unsafe { self.at(device, *offset, shape, strides) }
-    }
-
-    /// The tensor that a layout shows of this memory.
-    ///
-    /// # Errors
-    /// The errors of [`tensor`](Self::tensor).
-    ///
-    /// # Safety
-    /// The contract of [`tensor`](Self::tensor).
-    pub(crate) unsafe fn whole<T: Element>(&self, device: &Device, layout: &Layout) -> Result<Tensor<T>> {
-        // SAFETY: passed on to the caller.
-        unsafe { self.at(device, layout.start_offset(), layout.dims(), layout.stride()) }
-    }
-
-    /// # Safety
-    /// The contract of [`tensor`](Self::tensor).
-    unsafe fn at<T: Element>(
-        &self,
-        device: &Device,
-        offset: usize,
-        shape: &[usize],
-        strides: &[usize],
-    ) -> Result<Tensor<T>> {
+    pub(crate) unsafe fn tensor<T: Element>(&self, device: &Device, layout: &Layout) -> Result<Tensor<T>> {
+        let (offset, shape, strides) = (layout.start_offset(), layout.dims(), layout.stride());
         let last: usize = shape
             .iter()
             .zip(strides)

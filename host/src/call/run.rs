@@ -78,7 +78,8 @@ pub(crate) fn check_workspace_of<'a>(
     others: &[(&'static str, &TensorInfo)],
 ) -> Result<(), Error> {
     let check = |workspace: &Tensor<f32>| {
-        let needed = plans.into_iter().map(aligned_bytes).sum();
+        let after = |end: u64, plan: &Plan| end.next_multiple_of(WORKSPACE_ALIGN as u64) + plan.workspace_bytes();
+        let needed = plans.into_iter().fold(0, after);
         check_workspace(workspace.info(), needed, others)
     };
     workspace.map_or(Ok(()), check)

@@ -5,7 +5,7 @@ use std::ops::Range;
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
-use super::kernels::{Kernels, Listed, MAX_LANES, Rows, Strided};
+use super::kernels::{AHEAD, Kernels, Listed, MAX_LANES, Rows, Strided};
 use super::pointer_mut;
 use super::team::Lines;
 use super::vector::prefetch_l2;
@@ -209,8 +209,21 @@ pub(super) struct KeyRows<'a> {
     /// All rows, or the rows of page 0.
     head: Head,
     pages: Option<&'a Pages>,
+    /// Bytes from one head to the next.
+    head_bytes: usize,
     /// Bytes from one page to the next.
     page_bytes: usize,
+}
+
+/// Returns `count` listed rows and as many later ones, which begin `ahead` rows on; the last one stands for those missing.
+fn listed(addresses: &mut Vec<*const u8>, ahead: usize, count: usize) -> Rows {
+    let last = addresses.last().copied().unwrap_or(std::ptr::null());
+    addresses.resize(ahead + count, last);
+    let (rows, later) = (addresses.as_ptr(), addresses[ahead..].as_ptr());
+    Rows::Listed {
+        rows: Listed(rows),
+        later: Listed(later),
+    }
 }
 
 impl<'a> KeyRows<'a> {
@@ -226,6 +239,7 @@ impl<'a> KeyRows<'a> {
             // SAFETY: passed on to the caller.
             head: unsafe { Head::new(tensor, dtype, batch, head, head_dim) },
             pages,
+            head_bytes: tensor.head_stride as usize * dtype.bytes(),
             page_bytes: tensor.batch_stride as usize * dtype.bytes(),
         }
     }
@@ -235,21 +249,64 @@ impl<'a> KeyRows<'a> {
         self.head.head_dim
     }
 
-    /// Returns the places of `rows`, which exist, and of those after them, up to `count`. Unless one page holds `rows`, they are
-    /// listed in `addresses`, and the last one stands for those after it.
-    pub(super) fn locate(&self, rows: Range<usize>, count: usize, addresses: &mut Vec<*const u8>) -> Rows {
-        if let Some((head, place)) = self.run(rows.clone()) {
+    /// Returns the rows of a later head.
+    pub(super) fn later_head(&self, heads: usize) -> Self {
+        Self {
+            head: self.head.later(heads * self.head_bytes),
+            ..*self
+        }
+    }
+
+    /// Returns the places of `rows`, which exist; later ones are those [`AHEAD`] rows on. Unless one page holds `rows`, they are listed
+    /// in `addresses`, and the last one stands for those past `end`.
+    pub(super) fn locate(&self, rows: Range<usize>, end: usize, addresses: &mut Vec<*const u8>) -> Rows {
+        let with_later = rows.start..(rows.end + AHEAD).min(end);
+        if let Some((head, place)) = self.run(with_later.clone()) {
             let (first, stride_bytes) = head.row(place);
-            return Rows::Strided(Strided(first, stride_bytes));
+            return Rows::Strided {
+                rows: Strided(first, stride_bytes),
+                later: Strided(first.wrapping_add(AHEAD * stride_bytes), stride_bytes),
+            };
         }
         addresses.clear();
+        self.list(with_later, 1, addresses);
+        listed(addresses, AHEAD, rows.len())
+    }
+
+    /// Returns the places of `rows`, which exist, of the head `index` heads on, whose later ones are `next`, rows of `heads` heads from
+    /// this one on in the order of memory. Unless one page holds each of `rows` and `next`, and nothing lies between rows of `next`, all
+    /// are listed in `addresses`.
+    pub(super) fn locate_among(
+        &self,
+        [index, heads]: [usize; 2],
+        rows: Range<usize>,
+        next: Range<usize>,
+        addresses: &mut Vec<*const u8>,
+    ) -> Rows {
+        let count = rows.len();
+        let of_head = self.later_head(index);
+        if let (Some((head, place)), Some((first, next_place))) = (of_head.run(rows.clone()), self.run(next.clone())) {
+            let ((from, stride_bytes), (next, _)) = (head.row(place), first.row(next_place));
+            if stride_bytes == heads * self.head_bytes {
+                return Rows::Strided {
+                    rows: Strided(from, stride_bytes),
+                    later: Strided(next, self.head_bytes),
+                };
+            }
+        }
+        addresses.clear();
+        of_head.list(rows, 1, addresses);
+        self.list(next, heads, addresses);
+        listed(addresses, count, count)
+    }
+
+    /// Appends the addresses of rows of `heads` heads.
+    fn list(&self, rows: Range<usize>, heads: usize, addresses: &mut Vec<*const u8>) {
         for (head, place, count) in self.runs(rows) {
             let (first, stride_bytes) = head.row(place);
-            addresses.extend((0..count).map(|row| first.wrapping_add(row * stride_bytes)));
+            let places = (0..count).flat_map(|row| (0..heads).map(move |head| (row, head)));
+            addresses.extend(places.map(|(row, head)| first.wrapping_add(row * stride_bytes + head * self.head_bytes)));
         }
-        let last = addresses.last().copied().unwrap_or(std::ptr::null());
-        addresses.resize(count, last);
-        Rows::Listed(Listed(addresses.as_ptr()))
     }
 
     /// Returns the rows with row `row` among them, and its place.

@@ -96,6 +96,19 @@ pub(super) unsafe trait Vector: Copy {
         lanes[0]
     }
 
+    /// The sums of all lanes of the first `LANES` registers: lane n has that of register n, with the bits of [`sum`](Self::sum).
+    #[inline(always)]
+    unsafe fn sum_each(registers: &[Self; 16]) -> Self {
+        let mut sums = [0.0_f32; 16];
+        // SAFETY: no register is longer.
+        unsafe {
+            for (sum, register) in sums.iter_mut().zip(registers).take(Self::LANES) {
+                *sum = register.sum();
+            }
+            Self::load(sums.as_ptr())
+        }
+    }
+
     /// Rounds to bf16, and writes words whose lower halves are `self`. Ties go away from zero.
     #[inline(always)]
     unsafe fn store_pairs(self, high: Self, to: *mut u32) {

@@ -43,6 +43,9 @@ const MAX_SEGMENTS: u32 = 16;
 /// pairs.
 const KEPT_CELLS: usize = 1 << 20;
 
+/// Bytes within which processors fetch lines ahead of those asked for: a page of memory.
+const RUN_BYTES: usize = 4 << 10;
+
 /// Bytes of half of the L1 cache of the processors that have AMX.
 const HALF_L1: usize = 24 << 10;
 
@@ -57,8 +60,8 @@ struct Forward<'a> {
     /// True for the decode path: queries are computed one by one. Tiles of q then hold rows of `panels.depth`, those of the
     /// output rows of `output_panels.depth`.
     few: bool,
-    /// Number of query heads per tile. It is more than 1 only if queries are few and heads share keys, which are then
-    /// read from memory once for all of them.
+    /// Number of query heads per tile. It is more than 1 only if queries are few, and heads share keys, which are then read from
+    /// memory once for all of them, or memory has the rows of several key heads side by side.
     together: usize,
     panels: Panels,
     output_panels: Panels,
@@ -392,18 +395,51 @@ impl<'a> Forward<'a> {
         (0..blocks.div_ceil(length).max(1)).map(move |i| i * length..((i + 1) * length).min(blocks))
     }
 
-    /// Returns the number of heads per tile: as many as fit, share keys, and leave tasks for every thread beside the
-    /// tasks of other problems.
+    /// Returns the number of heads per tile: as many as fit, share keys or have keys side by side, and leave tasks for every thread
+    /// beside the tasks of other problems.
     fn heads_together(&self, threads: usize, others: usize) -> usize {
         let (problem, queries) = (self.problem, self.problem.seqlen_q() as usize);
         let shared = problem.heads_q() / problem.heads_kv();
         let segments = self.segment_count();
         let suits = |heads: &usize| {
+            let divide = if *heads <= shared {
+                shared.is_multiple_of(*heads)
+            } else {
+                let key_heads = heads / shared;
+                heads.is_multiple_of(shared)
+                    && problem.heads_kv().is_multiple_of(key_heads)
+                    && (self.tiles.block_n as usize).is_multiple_of(key_heads)
+            };
             let tasks = problem.batch() * problem.heads_q() / heads * segments;
-            shared.is_multiple_of(*heads) && heads * queries <= self.lanes() && tasks + others >= 2 * threads
+            divide && heads * queries <= self.lanes() && tasks + others >= 2 * threads
         };
-        let most = if self.few { shared } else { 1 };
+        let most = if self.few {
+            shared * self.heads_side_by_side()
+        } else {
+            1
+        };
         (1..=most).rev().find(suits).unwrap_or(1)
+    }
+
+    /// Returns the number of key heads whose rows lie side by side within [`RUN_BYTES`]; 1 where each head has its rows in a run.
+    fn heads_side_by_side(&self) -> usize {
+        let bytes = self.problem.dtype().bytes();
+        let side_by_side = |tensor: StridedTensor| {
+            let head_bytes = tensor.head_stride as usize * bytes;
+            let is_within_row = tensor.head_stride < tensor.row_stride;
+            if is_within_row && head_bytes > 0 {
+                RUN_BYTES / head_bytes
+            } else {
+                1
+            }
+        };
+        let of_both = side_by_side(self.problem.k()).min(side_by_side(self.problem.v()));
+        of_both.clamp(1, self.problem.heads_kv())
+    }
+
+    /// Returns the number of key heads per tile.
+    fn key_heads(&self) -> usize {
+        (self.together * self.problem.heads_kv() / self.problem.heads_q()).max(1)
     }
 
     /// Returns the position of query `row` of a tile in its sequence.

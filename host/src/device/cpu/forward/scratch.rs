@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::pairs::Words;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::MAX_LANES;
+use crate::device::cpu::kernels::{MAX_LANES, Query, TOGETHER};
 use crate::device::cpu::program::{Machines, ScoreProgram, Walk};
 use crate::device::cpu::team::Lines;
 
@@ -21,7 +21,9 @@ pub(super) struct Scratch {
     pub(super) values: Lines,
     /// Addresses of the rows of a tile of keys, and of values, where several pages hold them, on the decode path.
     pub(super) addresses: [Vec<*const u8>; 2],
-    /// Scores, then exponentials: `block_n x lanes`.
+    /// Queries that see as many keys of a tile, on the decode path.
+    pub(super) queries: Vec<Query>,
+    /// Scores, then exponentials: `block_n x lanes`; on the decode path, scores of [`TOGETHER`] queries in two orders.
     pub(super) scores: Lines,
     /// Number of keys of a tile that each query sees.
     pub(super) visible: Lines,
@@ -43,7 +45,12 @@ impl Scratch {
             keys: Lines::new(block_n * head_dim),
             values: Lines::new(block_n * head_dim_v + MAX_LANES),
             addresses: [Vec::new(), Vec::new()],
-            scores: Lines::new(block_n * forward.panels.lanes),
+            queries: Vec::new(),
+            scores: Lines::new(if forward.few {
+                2 * TOGETHER * block_n.next_multiple_of(MAX_LANES)
+            } else {
+                block_n * forward.panels.lanes
+            }),
             visible: Lines::new(lanes),
             rows: Lines::new(MAX_LANES * head_dim.max(head_dim_v).next_multiple_of(MAX_LANES)),
             machines: (forward.program.as_ref()).map(|program| Machines::new(program, lanes, block_n)),

@@ -55,10 +55,7 @@ impl Scratch {
             end.saturating_sub(first_key).min(block_n) as usize
         };
         if forward.few {
-            let first_key = first_key as usize;
-            let located = self.locate_rows(forward, tile, first_key);
-            return (0..tile.rows)
-                .for_each(|row| self.attend_one(forward, row, located, [first_key, seen(row)], state));
+            return self.attend_few(forward, tile, first_key as usize, seen, state);
         }
         let masked = n >= tile.whole_blocks;
         // The last query of the tile sees the most.

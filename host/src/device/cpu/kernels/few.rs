@@ -1,42 +1,51 @@
-//! Attention of one query, if there are too few for lanes: lanes are elements of a head, and rows of K and V are read
-//! in the order of keys, wherever each lies.
+//! Attention of few queries, too few for lanes: lanes are elements of a head, and rows of K and V are read in the order of keys,
+//! wherever each lies. Up to 4 queries share what is read; the bits of a query's result do not depend on how many do.
 
 use flash_attention_kernels::entries::Dtype;
 
 use super::MAX_LANES;
 use crate::device::cpu::vector::{Vector, prefetch_l2};
 
-/// One tile of keys passing one query, where there are too few queries for lanes: here lanes are elements of a head.
-pub(in crate::device::cpu) struct One {
-    /// Number of keys of the tile that the query sees.
+/// One tile of keys passing some queries, where there are too few of them for lanes: here lanes are elements of a head.
+pub(in crate::device::cpu) struct Few<'a> {
+    /// Number of keys of the tile that each of the queries sees.
     pub keys: usize,
     pub dtype: Dtype,
-    /// Rows of K and of V, and [`AHEAD`] rows after them, which are read soon.
     pub k: Rows,
     pub v: Rows,
     /// Elements of a row of K, and of V.
     pub head_dim: usize,
     pub head_dim_v: usize,
-    /// Query in whole registers, with zeros past head_dim.
-    pub query: *const f32,
-    /// Room for the scores of the keys, in whole registers.
+    pub queries: &'a [Query],
+    /// Room for twice the scores of the keys for [`TOGETHER`] queries, in whole registers.
     pub scores: *mut f32,
     pub scale_log2: f32,
+    /// Position of the tile's first key in the sequence.
+    pub first_key: usize,
+}
+
+/// Places of one query.
+#[derive(Clone, Copy)]
+pub(in crate::device::cpu) struct Query {
+    /// Query in whole registers, with zeros past head_dim.
+    pub query: *const f32,
     pub max: *mut f32,
     pub sum: *mut f32,
     /// Key with the largest score so far, counted from the start of the sequence.
     pub best: *mut u32,
-    /// Position of the tile's first key in the sequence.
-    pub first_key: usize,
     /// Output in whole registers.
     pub output: *mut f32,
 }
 
-/// Rows by their addresses.
+/// Most queries that share what is read.
+pub(in crate::device::cpu) const TOGETHER: usize = 4;
+
+/// Rows of keys or values by their addresses, and for each of them a row that is read later: the processor asks memory for that one
+/// when it reads the first.
 #[derive(Clone, Copy)]
 pub(in crate::device::cpu) enum Rows {
-    Strided(Strided),
-    Listed(Listed),
+    Strided { rows: Strided, later: Strided },
+    Listed { rows: Listed, later: Listed },
 }
 
 /// Rows at equal distances: address of the first one, and bytes from one to the next.
@@ -72,142 +81,280 @@ impl Addresses for Listed {
     }
 }
 
-/// Rows between one that is read and one that is asked for, to be in the L2 cache when its turn comes. Asked for as far as the L1
-/// cache, rows come at three quarters of the rate: measured on Zen 4.
+/// Rows of one head between one that is read and one that is asked for, to be in the L2 cache when its turn comes. Asked for as far
+/// as the L1 cache, rows come at three quarters of the rate: measured on Zen 4.
 pub(in crate::device::cpu) const AHEAD: usize = 8;
 
-/// [`One`], for a dtype: 0 is f32, 1 f16, 2 bf16.
+/// Bytes that the processor reads at a time.
+const LINE: usize = 64;
+
+/// [`exponentiate`] as a function of its own: its constants do not compete for registers with those of the loops around it.
+pub(super) type Exponentiate = unsafe fn(&Few<'_>, &Query, *mut f32) -> f32;
+
+/// [`Few`], for a dtype: 0 is f32, 1 f16, 2 bf16.
 #[inline(always)]
-pub(super) unsafe fn one<V: Vector, const DTYPE: u8>(o: &One) {
+pub(super) unsafe fn few<V: Vector, const DTYPE: u8>(f: &Few<'_>, exponentiate: Exponentiate) {
+    let (fours, rest) = f.queries.as_chunks::<TOGETHER>();
+    let (twos, ones) = rest.as_chunks::<2>();
     // SAFETY: passed on to the caller.
     unsafe {
-        match o.k {
-            Rows::Strided(k) => multiply::<V, DTYPE>(o, k),
-            Rows::Listed(k) => multiply::<V, DTYPE>(o, k),
+        for queries in fours {
+            attend::<V, DTYPE, TOGETHER>(f, queries, exponentiate);
         }
-        for key in o.keys..o.keys.next_multiple_of(V::LANES) {
-            *o.scores.add(key) = f32::NEG_INFINITY;
+        for queries in twos {
+            attend::<V, DTYPE, 2>(f, queries, exponentiate);
         }
-        let old = *o.max;
+        for query in ones {
+            attend::<V, DTYPE, 1>(f, &[*query], exponentiate);
+        }
+    }
+}
+
+/// Attends `R` queries to the keys.
+#[inline(always)]
+unsafe fn attend<V: Vector, const DTYPE: u8, const R: usize>(
+    f: &Few<'_>,
+    queries: &[Query; R],
+    exponentiate: Exponentiate,
+) {
+    let room = f.keys.next_multiple_of(MAX_LANES);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match f.k {
+            Rows::Strided { rows, later } => multiply::<V, DTYPE, R>(f, [rows, later], queries, room),
+            Rows::Listed { rows, later } => multiply::<V, DTYPE, R>(f, [rows, later], queries, room),
+        }
+        let mut rescales = [0.0; R];
+        for (r, query) in queries.iter().enumerate() {
+            rescales[r] = exponentiate(f, query, f.scores.add(r * room));
+        }
+        match f.v {
+            Rows::Strided { rows, later } => add_values::<V, DTYPE, R>(f, [rows, later], queries, room, rescales),
+            Rows::Listed { rows, later } => add_values::<V, DTYPE, R>(f, [rows, later], queries, room, rescales),
+        }
+    }
+}
+
+/// Multiplies queries with each key: scores of query `r` begin at `r * room`.
+#[inline(always)]
+unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
+    f: &Few<'_>,
+    [k, later]: [impl Addresses; 2],
+    queries: &[Query; R],
+    room: usize,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if R == 1 {
+            for key in 0..f.keys {
+                prefetch_row(later.at(key), f.head_dim * bytes::<DTYPE>());
+                let mut sums = [V::splat(0.0); MAX_LANES];
+                multiply_rows::<V, DTYPE, R>(f, &[k.at(key)], queries, &mut sums);
+                *f.scores.add(key) = sums[0].sum();
+            }
+            return;
+        }
+        // Sums of a register's worth of pairs stay in registers, and their lanes are added together.
+        let together = V::LANES / R;
+        let pairs = f.scores.add(R * room);
+        for key in (0..f.keys).step_by(together) {
+            // Past the last key the last one takes their places.
+            let mut rows = [std::ptr::null(); MAX_LANES];
+            for (i, row) in rows.iter_mut().enumerate().take(together) {
+                let place = (key + i).min(f.keys - 1);
+                *row = k.at(place);
+                prefetch_row(later.at(place), f.head_dim * bytes::<DTYPE>());
+            }
+            let mut sums = [V::splat(0.0); MAX_LANES];
+            multiply_rows::<V, DTYPE, R>(f, &rows[..together], queries, &mut sums);
+            V::sum_each(&sums).store(pairs.add(key * R));
+        }
+        for key in (0..f.keys).step_by(together) {
+            for r in 0..R {
+                let of_query = pairs.add(key * R + r * together);
+                f.scores
+                    .add(r * room + key)
+                    .copy_from_nonoverlapping(of_query, together);
+            }
+        }
+    }
+}
+
+/// Multiplies queries with rows of keys: sums of query `r` and row `i` go to register `r * rows.len() + i`.
+#[inline(always)]
+unsafe fn multiply_rows<V: Vector, const DTYPE: u8, const R: usize>(
+    f: &Few<'_>,
+    rows: &[*const u8],
+    queries: &[Query; R],
+    sums: &mut [V; MAX_LANES],
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut d = 0;
+        while d + V::LANES <= f.head_dim {
+            for (i, row) in rows.iter().enumerate() {
+                let k = whole::<V, DTYPE>(row.add(d * bytes::<DTYPE>()));
+                for (r, query) in queries.iter().enumerate() {
+                    let sum = &mut sums[r * rows.len() + i];
+                    *sum = k.fma(V::load(query.query.add(d)), *sum);
+                }
+            }
+            d += V::LANES;
+        }
+        if V::LANES > 8 && d < f.head_dim {
+            for (i, row) in rows.iter().enumerate() {
+                let k = half::<V, DTYPE>(row.add(d * bytes::<DTYPE>()));
+                for (r, query) in queries.iter().enumerate() {
+                    let sum = &mut sums[r * rows.len() + i];
+                    *sum = k.fma(V::load(query.query.add(d)), *sum);
+                }
+            }
+        }
+    }
+}
+
+/// Turns scores of a query into exponentials relative to the largest score so far, adds them to the sum, and returns the factor of
+/// what was there.
+#[inline(always)]
+pub(super) unsafe fn exponentiate<V: Vector>(f: &Few<'_>, query: &Query, scores: *mut f32) -> f32 {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for key in f.keys..f.keys.next_multiple_of(V::LANES) {
+            *scores.add(key) = f32::NEG_INFINITY;
+        }
+        let old = *query.max;
         let mut largest = V::splat(old);
-        for key in (0..o.keys).step_by(V::LANES) {
-            largest = V::load(o.scores.add(key)).max(largest);
+        for key in (0..f.keys).step_by(V::LANES) {
+            largest = V::load(scores.add(key)).max(largest);
         }
         let mut lanes = [0.0_f32; MAX_LANES];
         largest.store(lanes.as_mut_ptr());
         let max = lanes[..V::LANES]
             .iter()
             .fold(old, |max, &x| if x > max { x } else { max });
-        *o.max = max;
+        *query.max = max;
         if max > old {
-            let place = (0..o.keys).find(|&key| *o.scores.add(key) == max);
-            *o.best = (o.first_key + place.unwrap_or(0)) as u32;
+            let place = (0..f.keys).find(|&key| *scores.add(key) == max);
+            *query.best = (f.first_key + place.unwrap_or(0)) as u32;
         }
         let origin = V::splat(if max == f32::NEG_INFINITY { 0.0 } else { max });
-        let scale = V::splat(o.scale_log2);
+        let scale = V::splat(f.scale_log2);
         let mut sums = V::splat(0.0);
-        for key in (0..o.keys).step_by(V::LANES) {
-            let exponential = V::load(o.scores.add(key)).sub(origin).mul(scale).exp2();
+        for key in (0..f.keys).step_by(V::LANES) {
+            let exponential = V::load(scores.add(key)).sub(origin).mul(scale).exp2();
             sums = sums.add(exponential);
-            exponential.store(o.scores.add(key));
+            exponential.store(scores.add(key));
         }
         let rescale = V::splat(old).sub(origin).mul(scale).exp2();
         rescale.store(lanes.as_mut_ptr());
-        *o.sum = *o.sum * lanes[0] + sums.sum();
-        match o.v {
-            Rows::Strided(v) => add_values::<V, DTYPE>(o, v, rescale),
-            Rows::Listed(v) => add_values::<V, DTYPE>(o, v, rescale),
+        *query.sum = *query.sum * lanes[0] + sums.sum();
+        lanes[0]
+    }
+}
+
+/// Adds exponentials times values to the rescaled outputs.
+#[inline(always)]
+unsafe fn add_values<V: Vector, const DTYPE: u8, const R: usize>(
+    f: &Few<'_>,
+    v: [impl Addresses; 2],
+    queries: &[Query; R],
+    room: usize,
+    rescales: [f32; R],
+) {
+    let of = Weighed {
+        f,
+        v,
+        queries,
+        room,
+        rescales,
+    };
+    // SAFETY: passed on to the caller. 8 rows of sums fill 32 registers, 6 fill 16.
+    unsafe {
+        match (R, V::ROWS) {
+            (1, 8) if f.head_dim_v == 16 * V::LANES => of.weigh_in::<V, DTYPE, 16>(),
+            (4, 8) | (2, 6) => of.weigh_in::<V, DTYPE, 4>(),
+            (4, _) => of.weigh_in::<V, DTYPE, 2>(),
+            _ => of.weigh_in::<V, DTYPE, 8>(),
         }
     }
 }
 
-/// Multiplies the query with each key.
-#[inline(always)]
-unsafe fn multiply<V: Vector, const DTYPE: u8>(o: &One, k: impl Addresses) {
-    // SAFETY: passed on to the caller.
-    unsafe {
-        for key in 0..o.keys {
-            let (row, ahead) = (k.at(key), k.at(key + AHEAD));
-            let mut sums = V::splat(0.0);
+/// Values to be added to the outputs of `R` queries.
+struct Weighed<'a, A, const R: usize> {
+    f: &'a Few<'a>,
+    /// The values, and rows that are read later.
+    v: [A; 2],
+    queries: &'a [Query; R],
+    room: usize,
+    rescales: [f32; R],
+}
+
+impl<A: Addresses, const R: usize> Weighed<'_, A, R> {
+    /// Adds exponentials times values, `N` registers of each query at a time, whose sums stay in registers.
+    #[inline(always)]
+    unsafe fn weigh_in<V: Vector, const DTYPE: u8, const N: usize>(&self) {
+        let head_dim = self.f.head_dim_v;
+        // SAFETY: passed on to the caller.
+        unsafe {
             let mut d = 0;
-            while d + V::LANES <= o.head_dim {
-                prefetch_l2(ahead.wrapping_add(d * bytes::<DTYPE>()));
-                let k = whole::<V, DTYPE>(row.add(d * bytes::<DTYPE>()));
-                sums = k.fma(V::load(o.query.add(d)), sums);
+            while d + N * V::LANES <= head_dim {
+                self.weigh::<V, DTYPE, N>(d, |from| whole::<V, DTYPE>(from));
+                d += N * V::LANES;
+            }
+            while d + V::LANES <= head_dim {
+                self.weigh::<V, DTYPE, 1>(d, |from| whole::<V, DTYPE>(from));
                 d += V::LANES;
             }
-            if V::LANES > 8 && d < o.head_dim {
-                let k = half::<V, DTYPE>(row.add(d * bytes::<DTYPE>()));
-                sums = k.fma(V::load(o.query.add(d)), sums);
+            if V::LANES > 8 && d < head_dim {
+                self.weigh::<V, DTYPE, 1>(d, |from| half::<V, DTYPE>(from));
             }
-            *o.scores.add(key) = sums.sum();
+        }
+    }
+
+    /// Adds exponentials times elements `d ..` of the values, `N` registers of them.
+    #[inline(always)]
+    unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(&self, d: usize, load: impl Fn(*const u8) -> V) {
+        let Self { f, queries, room, .. } = self;
+        // SAFETY: passed on to the caller; outputs are whole registers.
+        unsafe {
+            let mut sums = [[V::splat(0.0); N]; R];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let rescale = V::splat(self.rescales[r]);
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    *sum = V::load(queries[r].output.add(d + n * V::LANES)).mul(rescale);
+                }
+            }
+            for key in 0..f.keys {
+                // The first pass over the keys asks for all of their elements.
+                if d == 0 {
+                    prefetch_row(self.v[1].at(key), f.head_dim_v * bytes::<DTYPE>());
+                }
+                let row = self.v[0].at(key).add(d * bytes::<DTYPE>());
+                let mut values = [V::splat(0.0); N];
+                for (n, value) in values.iter_mut().enumerate() {
+                    *value = load(row.add(n * V::LANES * bytes::<DTYPE>()));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let exponential = V::broadcast(f.scores.add(r * room), key);
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum = value.fma(exponential, *sum);
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (n, sum) in sums.iter().enumerate() {
+                    sum.store(queries[r].output.add(d + n * V::LANES));
+                }
+            }
         }
     }
 }
 
-/// Adds exponentials times values to the rescaled output.
+/// Asks for the lines of a row.
 #[inline(always)]
-unsafe fn add_values<V: Vector, const DTYPE: u8>(o: &One, v: impl Addresses, rescale: V) {
-    // SAFETY: passed on to the caller.
-    unsafe {
-        // In one pass over the values, where their sums stay in registers or not: two passes over halves of rows read memory
-        // at two thirds of the rate.
-        match o.head_dim_v / V::LANES {
-            4 if o.head_dim_v.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 4>(o, v, rescale),
-            8 if o.head_dim_v.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 8>(o, v, rescale),
-            16 if V::ROWS == 8 && o.head_dim_v.is_multiple_of(V::LANES) => weigh::<V, DTYPE, 16>(o, v, rescale),
-            _ => weigh_in_memory::<V, DTYPE>(o, v, rescale),
-        }
-    }
-}
-
-/// Adds exponentials times values to an output of `N` registers.
-#[inline(always)]
-unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(o: &One, v: impl Addresses, rescale: V) {
-    // SAFETY: passed on to the caller; a head is `N` registers.
-    unsafe {
-        let mut sums = [rescale; N];
-        for (n, sum) in sums.iter_mut().enumerate() {
-            *sum = V::load(o.output.add(n * V::LANES)).mul(rescale);
-        }
-        for key in 0..o.keys {
-            let (row, ahead) = (v.at(key), v.at(key + AHEAD));
-            let exponential = V::splat(*o.scores.add(key));
-            for (n, sum) in sums.iter_mut().enumerate() {
-                let place = n * V::LANES * bytes::<DTYPE>();
-                prefetch_l2(ahead.wrapping_add(place));
-                *sum = whole::<V, DTYPE>(row.add(place)).fma(exponential, *sum);
-            }
-        }
-        for (n, sum) in sums.iter().enumerate() {
-            sum.store(o.output.add(n * V::LANES));
-        }
-    }
-}
-
-/// Adds exponentials times values to an output of any length, whose sums are in the L1 cache.
-#[inline(always)]
-unsafe fn weigh_in_memory<V: Vector, const DTYPE: u8>(o: &One, v: impl Addresses, rescale: V) {
-    // SAFETY: passed on to the caller; the output has room for whole registers.
-    unsafe {
-        let whole_registers = o.head_dim_v / V::LANES * V::LANES;
-        for d in (0..o.head_dim_v).step_by(V::LANES) {
-            V::load(o.output.add(d)).mul(rescale).store(o.output.add(d));
-        }
-        for key in 0..o.keys {
-            let (row, ahead) = (v.at(key), v.at(key + AHEAD));
-            let exponential = V::splat(*o.scores.add(key));
-            for d in (0..whole_registers).step_by(V::LANES) {
-                prefetch_l2(ahead.wrapping_add(d * bytes::<DTYPE>()));
-                let (value, sum) = (whole::<V, DTYPE>(row.add(d * bytes::<DTYPE>())), o.output.add(d));
-                value.fma(exponential, V::load(sum)).store(sum);
-            }
-            if V::LANES > 8 && whole_registers < o.head_dim_v {
-                let value = half::<V, DTYPE>(row.add(whole_registers * bytes::<DTYPE>()));
-                let sum = o.output.add(whole_registers);
-                value.fma(exponential, V::load(sum)).store(sum);
-            }
-        }
+fn prefetch_row(row: *const u8, bytes: usize) {
+    for place in (0..bytes).step_by(LINE) {
+        prefetch_l2(row.wrapping_add(place));
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::OnceLock;
 use flash_attention_kernels::entries::Dtype;
 
 use super::{
-    Backpropagate, Keep, Kernels, Merge, One, Pairing, Product, Softmax, Strip, backward, convert, dropout, few, parts,
-    product, softmax, strip,
+    Backpropagate, Few, Keep, Kernels, Merge, Pairing, Product, Query, Softmax, Strip, backward, convert, dropout, few,
+    parts, product, softmax, strip,
 };
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 use crate::device::cpu::bf16;
@@ -151,7 +151,7 @@ macro_rules! instruction_set {
                 pair_columns,
                 may_be_split,
                 softmax,
-                one,
+                few,
                 merge,
                 backpropagate,
                 strip_lanes: STRIP_LANES,
@@ -204,13 +204,19 @@ macro_rules! instruction_set {
                 unsafe { softmax::softmax::<$vector>(s) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn one(o: &One) {
+            #[inline(never)]
+            unsafe fn exponentiate(f: &Few<'_>, query: &Query, scores: *mut f32) -> f32 {
+                // SAFETY: as above.
+                unsafe { few::exponentiate::<$vector>(f, query, scores) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn few(f: &Few<'_>) {
                 // SAFETY: as above.
                 unsafe {
-                    match o.dtype {
-                        Dtype::F32 => few::one::<$vector, 0>(o),
-                        Dtype::F16 => few::one::<$vector, 1>(o),
-                        Dtype::Bf16 => few::one::<$vector, 2>(o),
+                    match f.dtype {
+                        Dtype::F32 => few::few::<$vector, 0>(f, exponentiate),
+                        Dtype::F16 => few::few::<$vector, 1>(f, exponentiate),
+                        Dtype::Bf16 => few::few::<$vector, 2>(f, exponentiate),
                     }
                 }
             }

@@ -23,7 +23,7 @@ use flash_attention_kernels::entries::Dtype;
 
 pub(super) use backward::Backpropagate;
 pub(super) use dropout::Keep;
-pub(super) use few::{AHEAD, Listed, One, Rows, Strided};
+pub(super) use few::{AHEAD, Few, Listed, Query, Rows, Strided, TOGETHER};
 pub(super) use isa::Isa;
 pub(super) use parts::Pairing;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
@@ -57,7 +57,7 @@ pub(super) struct Kernels {
     /// Determines if all of these numbers may be split into parts.
     pub may_be_split: unsafe fn(*const f32, usize) -> bool,
     pub softmax: unsafe fn(&Softmax),
-    pub one: unsafe fn(&One),
+    pub few: unsafe fn(&Few<'_>),
     pub merge: unsafe fn(&Merge),
     pub backpropagate: unsafe fn(&Backpropagate),
     /// Number of queries of a strip; it divides the panel.

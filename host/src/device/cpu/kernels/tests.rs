@@ -1,5 +1,6 @@
 //! Tests of the inner loops of every instruction set that the processor has, against their definitions.
 
+mod few;
 mod strip;
 
 use super::*;

@@ -106,6 +106,14 @@ unsafe impl Vector for Neon {
         unsafe { vaddvq_f32(self.0) }
     }
     #[inline(always)]
+    unsafe fn sum_each(registers: &[Self; 16]) -> Self {
+        // Neighbours first, as FADDP and the sum of a register have it.
+        unsafe {
+            let [a, b, c, d, ..] = *registers;
+            Self(vpaddq_f32(vpaddq_f32(a.0, b.0), vpaddq_f32(c.0, d.0)))
+        }
+    }
+    #[inline(always)]
     unsafe fn store_pairs(self, high: Self, to: *mut u32) {
         // The upper half of one, shifted below that of the other.
         unsafe { vst1q_u32(to, vsriq_n_u32::<16>(high.rounded_up(), self.rounded_up())) }

@@ -97,6 +97,28 @@ unsafe impl Vector for Avx2 {
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
     }
+    #[inline(always)]
+    unsafe fn sum_each(registers: &[Self; 16]) -> Self {
+        unsafe {
+            // Halves of two registers side by side, then quarters of four, then lanes of eight.
+            let halves = |a: Self, b: Self| {
+                let (low, high) = (
+                    _mm256_permute2f128_ps::<0x20>(a.0, b.0),
+                    _mm256_permute2f128_ps::<0x31>(a.0, b.0),
+                );
+                _mm256_add_ps(low, high)
+            };
+            let quarters = |a, b| {
+                let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+                let (low, high) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+                _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high))
+            };
+            let lanes = |a, b| _mm256_add_ps(_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
+            let [x0, x1, x2, x3, x4, x5, x6, x7, ..] = *registers;
+            let (x04, x15, x26, x37) = (halves(x0, x4), halves(x1, x5), halves(x2, x6), halves(x3, x7));
+            Self(lanes(quarters(x04, x15), quarters(x26, x37)))
+        }
+    }
 }
 
 /// AVX-512 F.
@@ -203,6 +225,34 @@ unsafe impl Vector for Avx512 {
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn sum_each(registers: &[Self; 16]) -> Self {
+        unsafe {
+            // Halves of two registers side by side, then quarters of four, then eighths of eight, then lanes of sixteen.
+            let halves = |a: Self, b: Self| {
+                let (low, high) = (
+                    _mm512_shuffle_f32x4::<0x44>(a.0, b.0),
+                    _mm512_shuffle_f32x4::<0xee>(a.0, b.0),
+                );
+                _mm512_add_ps(low, high)
+            };
+            let quarters = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            let eighths = |a, b| {
+                let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+                let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+                _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+            };
+            let lanes = |a, b| _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
+            // Register 4 i + j becomes lane j of quarter i.
+            let mut of_four = [_mm512_setzero_ps(); 4];
+            for (j, sums) in of_four.iter_mut().enumerate() {
+                let [a, b, c, d] = [registers[j], registers[4 + j], registers[8 + j], registers[12 + j]];
+                *sums = quarters(halves(a, b), halves(c, d));
+            }
+            let [x0, x1, x2, x3] = of_four;
+            Self(lanes(eighths(x0, x1), eighths(x2, x3)))
+        }
     }
     #[inline(always)]
     unsafe fn store_pairs(self, high: Self, to: *mut u32) {

@@ -10,14 +10,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use candle_core::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Content;
+use candle_core::{Error, Result};
 use clap::{Parser, ValueEnum};
 use cpu_time::ProcessTime;
 use flash_attention_candle_models::llama::{Attention, Chat, Llama, dequantized, random};
 use flash_attention_candle_models::memory::{self, Counting};
 use flash_attention_candle_models::program;
+use flash_attention_candle_models::report::{self, Curves};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -54,6 +55,9 @@ struct Options {
     /// Times that each attention runs; the fastest counts
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
+    /// SVG file for a plot of seconds and memory over tokens
+    #[arg(long)]
+    plot: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -82,6 +86,11 @@ fn run(options: &Options) -> Result<()> {
     let context = model.config().context_length;
     println!("| tokens | attention | perplexity | seconds | CPU seconds | peak MB |");
     println!("| ---: | --- | ---: | ---: | ---: | ---: |");
+    let curves = || options.by.iter().map(|by| (by.name(), Vec::new())).collect();
+    let mut panels = ["seconds", "peak MB"].map(|quantity| Curves {
+        quantity,
+        curves: curves(),
+    });
     for &tokens in &options.tokens {
         let Some(sequence) = text.get(..tokens as usize).filter(|sequence| sequence.len() <= context) else {
             candle_core::bail!(
@@ -95,7 +104,10 @@ fn run(options: &Options) -> Result<()> {
                 measured.add(&model, sequence, by)?;
             }
         }
-        for (Measured { loss, time, cpu, peak }, by) in measured.iter().zip(&options.by) {
+        for (index, (Measured { loss, time, cpu, peak }, by)) in measured.iter().zip(&options.by).enumerate() {
+            for (panel, y) in panels.iter_mut().zip([time.as_secs_f64(), *peak as f64 / 1e6]) {
+                panel.curves[index].1.push((f64::from(tokens), y));
+            }
             println!(
                 "| {tokens} | {} | {:.3} | {:.2} | {:.2} | {:.0} |",
                 by.name(),
@@ -106,7 +118,10 @@ fn run(options: &Options) -> Result<()> {
             );
         }
     }
-    Ok(())
+    match &options.plot {
+        Some(path) => report::log_plot(&panels, "tokens", path).map_err(Error::msg),
+        None => Ok(()),
+    }
 }
 
 impl By {

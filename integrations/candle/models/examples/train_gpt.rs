@@ -184,7 +184,6 @@ fn learn(name: TaskName, options: &Options, interrupted: &AtomicBool) -> Result<
     contestants.iter().try_for_each(|contestant| contestant.save(&folder))?;
     let held_out = task.held_out(options.held_out)?;
     let runs = contestants.iter_mut().map(|contestant| {
-        let attention_share = contestant.attention_share(&settings)?;
         let score = |set: &HeldOut| {
             let score = contestant.score(&set.batches)?;
             Ok((set.name.clone(), score.loss, score.accuracy))
@@ -194,7 +193,7 @@ fn learn(name: TaskName, options: &Options, interrupted: &AtomicBool) -> Result<
             name: contestant.name().to_owned(),
             losses: contestant.losses.clone(),
             tokens_per_second: contestant.tokens_per_second(),
-            attention_share,
+            attention_share: contestant.attention_share(),
             peak: contestant.peak,
         })
     });

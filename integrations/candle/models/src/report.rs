@@ -1,4 +1,4 @@
-//! Results of trainings: a table in Markdown, and a plot of the losses with a panel for each task.
+//! Results of trainings: a table in Markdown, and a plot of the losses with a panel for each task. A plot of quantities over sizes.
 
 use std::path::Path;
 
@@ -154,5 +154,49 @@ fn panel(area: &DrawingArea<SVGBackend<'_>, Shift>, trained: &Trained) -> PlotRe
         .border_style(BLACK)
         .background_style(WHITE)
         .draw()?;
+    Ok(())
+}
+
+/// Curves of one quantity.
+pub struct Curves {
+    /// What the curves show, with its unit.
+    pub quantity: &'static str,
+    /// Name and points of each curve, all of them positive.
+    pub curves: Vec<(&'static str, Vec<(f64, f64)>)>,
+}
+
+/// Draws panels side by side, over one x axis; all axes are logarithmic.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn log_plot(panels: &[Curves], x_desc: &str, path: &Path) -> PlotResult {
+    let root = SVGBackend::new(path, (460 * panels.len() as u32, 320)).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (area, panel) in root.split_evenly((1, panels.len())).iter().zip(panels) {
+        let range = |of: fn(&(f64, f64)) -> f64| {
+            let all = || panel.curves.iter().flat_map(|(_, points)| points).map(of);
+            all().fold(f64::INFINITY, f64::min)..1.2 * all().fold(0.0, f64::max)
+        };
+        let mut chart = ChartBuilder::on(area)
+            .margin(12)
+            .caption(panel.quantity, ("sans-serif", 16))
+            .x_label_area_size(34)
+            .y_label_area_size(52)
+            .build_cartesian_2d(range(|point| point.0).log_scale(), range(|point| point.1).log_scale())?;
+        chart.configure_mesh().x_desc(x_desc).draw()?;
+        for ((name, points), colour) in panel.curves.iter().zip([&BLUE, &RED, &BLACK]) {
+            chart
+                .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?
+                .label(*name)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .border_style(BLACK)
+            .background_style(WHITE)
+            .draw()?;
+    }
+    root.present()?;
     Ok(())
 }

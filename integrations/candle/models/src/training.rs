@@ -15,6 +15,8 @@ use crate::transformer::{Config, Transformer};
 
 /// Steps over which the learning rate rises.
 const WARMUP: usize = 20;
+/// Steps from one measurement of attention alone to the next.
+const ATTENTION_EVERY: usize = 8;
 
 /// Settings of a training that do not depend on who computes attention.
 #[derive(Clone, Debug)]
@@ -52,6 +54,8 @@ pub struct Contestant {
     tokens: usize,
     /// Bytes of the heap that a step needed beside weights and moments, at most.
     pub peak: usize,
+    /// Share of attention in some of the steps.
+    attention_shares: Vec<f64>,
     /// The attention of the last step, with its pattern and length.
     attention: Option<(Pattern, usize, Attention)>,
 }
@@ -129,6 +133,7 @@ impl Contestant {
             times: Vec::new(),
             tokens: 0,
             peak: 0,
+            attention_shares: Vec::new(),
             attention: None,
         })
     }
@@ -188,9 +193,13 @@ impl Contestant {
         self.optimizer.step(&gradients, learning_rate)?;
         self.losses.push(loss.to_scalar()?);
         settings.device.synchronize()?;
-        self.times.push(start.elapsed());
+        let time = start.elapsed();
         self.tokens = batch.tokens.elem_count();
         self.peak = self.peak.max(memory::peak().saturating_sub(before));
+        if self.times.len().is_multiple_of(ATTENTION_EVERY) {
+            self.measure_attention(time, settings)?;
+        }
+        self.times.push(time);
         Ok(())
     }
 
@@ -219,27 +228,29 @@ impl Contestant {
         Some(self.tokens as f64 / self.step_seconds()?)
     }
 
-    /// Share of a step that attention takes, forward and backward of all layers, measured alone: the median of three. None if this run
-    /// made no step.
-    ///
-    /// # Errors
-    /// candle's errors.
-    pub fn attention_share(&self, settings: &Settings) -> Result<Option<f64>> {
-        let (Some((_, len, attention)), Some(step)) = (&self.attention, self.step_seconds()) else {
-            return Ok(None);
+    /// Share of a step that attention takes, forward and backward of all layers: the median of those measured. None if this run made
+    /// no step.
+    pub fn attention_share(&self) -> Option<f64> {
+        let mut shares = self.attention_shares.clone();
+        shares.sort_by(f64::total_cmp);
+        shares.get(shares.len() / 2).copied()
+    }
+
+    /// Measures the share of a step that attention takes: attention alone, right after the step, so that other work on the machine
+    /// slows both.
+    fn measure_attention(&mut self, step: Duration, settings: &Settings) -> Result<()> {
+        let Some((_, len, attention)) = &self.attention else {
+            return Ok(());
         };
         let shape = (self.tokens / len, *len, settings.heads, settings.head_dim);
         let variable = || Var::randn(0f32, 1.0, shape, &settings.device);
         let (q, k, v) = (variable()?, variable()?, variable()?);
-        let mut times = [Duration::ZERO; 3];
-        for time in &mut times {
-            let start = Instant::now();
-            attention.forward(&q, &k, &v)?.sum_all()?.backward()?;
-            settings.device.synchronize()?;
-            *time = start.elapsed();
-        }
-        times.sort();
-        Ok(Some(times[1].as_secs_f64() * settings.layers as f64 / step))
+        let start = Instant::now();
+        attention.forward(&q, &k, &v)?.sum_all()?.backward()?;
+        settings.device.synchronize()?;
+        let of_layers = start.elapsed() * settings.layers as u32;
+        self.attention_shares.push(of_layers.as_secs_f64() / step.as_secs_f64());
+        Ok(())
     }
 
     /// Loss and accuracy on batches.

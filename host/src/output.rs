@@ -4,6 +4,7 @@ use crate::element::{Element, Scalar};
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::plan::TableGradients;
+use crate::problem::Named;
 use crate::program::{Program, Table, TableSource};
 use crate::tensor::Tensor;
 
@@ -30,6 +31,15 @@ impl<T: Element> Output<T> {
             lse,
             statistics: None,
         }
+    }
+
+    /// Descriptions of all tensors with their names.
+    pub(crate) fn named(&self) -> Vec<Named<'_>> {
+        let mut named = vec![("out", self.out.info()), ("lse", self.lse.info())];
+        if let Some(Statistics { row_max, row_sum }) = &self.statistics {
+            named.extend([("row_max", row_max.info()), ("row_sum", row_sum.info())]);
+        }
+        named
     }
 }
 
@@ -88,6 +98,11 @@ impl<T: Element> Gradients<T> {
             alibi_slopes: None,
             tables: Vec::new(),
         }
+    }
+
+    /// Descriptions of dq, dk and dv with their names.
+    pub(crate) fn named(&self) -> [Named<'_>; 3] {
+        [("dq", self.dq.info()), ("dk", self.dk.info()), ("dv", self.dv.info())]
     }
 
     /// Returns the gradient of a table that the score program reads, f32 with the shape of the table, if

@@ -2,8 +2,9 @@
 
 use super::{
     Call, Queries, check_rank, check_results, empty_output, forward_on_cpu, forward_one_by_one, forward_placed, is_cpu,
-    plan_placed, plans, refuse_one_by_one, results_of, rows,
+    plan_placed, plans, refuse_one_by_one, rows,
 };
+use crate::call::named;
 use crate::element::Element;
 use crate::error::Error;
 use crate::layout::TensorInfo;
@@ -114,10 +115,7 @@ impl Attention {
         let placed = check_all(q, k, v, cache)?;
         refuse_one_by_one(self, q)?;
         check_results(q, v.shape()[3], output)?;
-        check_written(
-            &[("q", q.info()), ("k", k.info()), ("v", v.info())],
-            &results_of(output),
-        )?;
+        check_written(&named([q, k, v]), &output.named())?;
         if self.takes_placed(q) {
             let pages = [k.transpose(1, 2)?, v.transpose(1, 2)?];
             return forward_placed(self, q, pages, placed, output, workspace);

@@ -15,7 +15,7 @@ pub use append::NewKeys;
 use std::ops::Range;
 
 use self::cached::{gathered, layout_of_gathered};
-use crate::call::forward_batch;
+use crate::call::{forward_batch, named};
 use crate::device::DeviceKind;
 use crate::element::{Element, Scalar};
 use crate::error::Error;
@@ -23,7 +23,7 @@ use crate::layout::TensorInfo;
 use crate::options::Attention;
 use crate::output::{Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{Named, Outputs, Problem};
+use crate::problem::{Outputs, Problem};
 use crate::sequences::{Pages, Placed};
 use crate::tensor::Tensor;
 use flash_attention_kernels::entries::Dtype;
@@ -171,8 +171,8 @@ fn forward_placed<T: Element>(
 ) -> Result<(), Error> {
     let all = Queries::all(q);
     let mut views = part(output, &all, Order::ByHead)?;
-    let mut others = vec![("q", q.info()), ("k", k.info()), ("v", v.info())];
-    others.extend(results_of(output));
+    let mut others = named([q, &k, &v]).to_vec();
+    others.extend(output.named());
     attention.forward_placed([&all.vectors(q)?, &k, &v], &mut views, placed, (workspace, &others))
 }
 
@@ -276,15 +276,6 @@ fn output_of<T: Element>(
         lse: numbers(&output.lse)?,
         statistics,
     })
-}
-
-/// The tensors of results, with their names.
-fn results_of<T: Element>(output: &Output<T>) -> Vec<Named<'_>> {
-    let mut results = vec![("out", output.out.info()), ("lse", output.lse.info())];
-    if let Some(Statistics { row_max, row_sum }) = &output.statistics {
-        results.extend([("row_max", row_max.info()), ("row_sum", row_sum.info())]);
-    }
-    results
 }
 
 /// Refuses results of other shapes than those of queries, packed or as a batch, and values of this head_dim.

@@ -2,10 +2,9 @@
 
 use super::{
     Call, Order, PACKED, Queries, check_rank, check_results, check_shape, empty_output, forward_on_cpu,
-    forward_one_by_one, forward_placed, is_cpu, packed, part, plan_placed, plans, refuse_one_by_one, reordered,
-    results_of, rows,
+    forward_one_by_one, forward_placed, is_cpu, packed, part, plan_placed, plans, refuse_one_by_one, reordered, rows,
 };
-use crate::call::{Backward, backward_batch, check_lse, check_workspace_of, plan_backward};
+use crate::call::{Backward, backward_arguments, backward_batch, check_lse, check_workspace, named, plan_backward};
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
@@ -92,7 +91,7 @@ impl Attention {
         check_ranks(q, k, v)?;
         refuse_one_by_one(self, q)?;
         check_results(q, v.shape()[2], output)?;
-        check_written(&named([q, k, v]), &results_of(output))?;
+        check_written(&named([q, k, v]), &output.named())?;
         if self.takes_placed(q) {
             let placed = sequences.placed(q.shape()[0], k.shape()[0])?;
             return forward_placed(self, q, [whole(k)?, whole(v)?], placed, output, workspace);
@@ -223,7 +222,7 @@ impl Attention {
             (&by_sequence, Order::BySequence)
         };
         let (mut parts, plans) = parts(batch, (&pieces, &calls), of_rows, gradients)?;
-        check_workspace_of(workspace.as_deref(), &plans, &batch.arguments(gradients))?;
+        check_workspace(workspace.as_deref(), &plans, &batch.arguments(gradients))?;
         if workspace.is_none() {
             check_lse(&output.lse)?;
         }
@@ -253,7 +252,7 @@ impl Attention {
     ) -> Result<(), Error> {
         let mut views = batch.views(gradients)?;
         let plan = self.plan_in_one(batch, &views)?;
-        check_workspace_of(workspace.as_deref(), [&plan], &batch.arguments(gradients))?;
+        check_workspace(workspace.as_deref(), [&plan], &batch.arguments(gradients))?;
         if workspace.is_none() {
             check_lse(&batch.output.lse)?;
         }
@@ -334,13 +333,9 @@ struct BackwardBatch<'a, T: Element> {
 }
 
 impl<T: Element> BackwardBatch<'_, T> {
-    /// All tensors but the workspace, with their names; q comes first.
+    /// All tensors but the workspace, with their names: q first, the gradients last.
     fn arguments<'a>(&'a self, gradients: &'a Gradients<T>) -> Vec<Named<'a>> {
-        let mut arguments = named(self.inputs).to_vec();
-        arguments.extend(results_of(self.output));
-        arguments.push(("dout", self.dout.info()));
-        arguments.extend(named_gradients(gradients));
-        arguments
+        backward_arguments(self.inputs, self.output, self.dout, gradients)
     }
 
     /// Refuses gradients of other shapes, or that may share memory with a tensor.
@@ -377,20 +372,6 @@ impl<T: Element> BackwardBatch<'_, T> {
             whole(&gradients.dv)?,
         ))
     }
-}
-
-/// q, k and v with their names.
-fn named<T: Element>([q, k, v]: [&Tensor<T>; 3]) -> [Named<'_>; 3] {
-    [("q", q.info()), ("k", k.info()), ("v", v.info())]
-}
-
-/// Gradients with their names.
-fn named_gradients<T: Element>(gradients: &Gradients<T>) -> [Named<'_>; 3] {
-    [
-        ("dq", gradients.dq.info()),
-        ("dk", gradients.dk.info()),
-        ("dv", gradients.dv.info()),
-    ]
 }
 
 /// The results, the gradient of out, and the gradients of one call.

@@ -5,7 +5,9 @@ mod reporting;
 mod run;
 
 pub use reporting::Reporting;
-pub(crate) use run::{Backward, backward_batch, check_lse, check_workspace_of, forward_batch, move_tokens};
+pub(crate) use run::{
+    Backward, backward_arguments, backward_batch, check_lse, check_workspace, forward_batch, move_tokens, named,
+};
 
 use crate::element::Element;
 use crate::error::Error;

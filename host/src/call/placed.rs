@@ -1,7 +1,7 @@
 //! Calls on a GPU over batches that are no rectangle, each of one launch, or of two if there are splits.
 
 use super::above;
-use super::run::{backward, check_workspace_of, forward};
+use super::run::{backward, check_workspace, forward};
 use crate::device::DeviceKind;
 use crate::element::Element;
 use crate::error::Error;
@@ -52,7 +52,7 @@ impl Attention {
         (workspace, others): (Option<&mut Tensor<f32>>, &[Named<'_>]),
     ) -> Result<(), Error> {
         let plan = self.plan_placed(inputs, Some(output), placed)?;
-        check_workspace_of(workspace.as_deref(), [&plan], others)?;
+        check_workspace(workspace.as_deref(), [&plan], others)?;
         let Output { out, lse, statistics } = output;
         let results = (out, lse, statistics.as_mut());
         forward(&plan, inputs, results, workspace, Reporter::silent())

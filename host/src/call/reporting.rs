@@ -1,7 +1,7 @@
 //! [`Reporting`]: calls that report progress.
 
 use super::plan_backward;
-use super::run::{backward, check_lse, check_workspace, forward};
+use super::run::{backward, backward_arguments, check_lse, check_workspace, forward};
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
@@ -147,18 +147,8 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         workspace: &mut Tensor<f32>,
     ) -> Result<(), Error> {
         let plan = plan_backward(&self.attention, [q, k, v], output, dout, Some(gradients))?;
-        let others = [
-            ("q", q.info()),
-            ("k", k.info()),
-            ("v", v.info()),
-            ("out", output.out.info()),
-            ("lse", output.lse.info()),
-            ("dout", dout.info()),
-            ("dq", gradients.dq.info()),
-            ("dk", gradients.dk.info()),
-            ("dv", gradients.dv.info()),
-        ];
-        check_workspace(workspace.info(), plan.workspace_bytes(), &others)?;
+        let others = backward_arguments([q, k, v], output, dout, gradients);
+        check_workspace(Some(workspace), [&plan], &others)?;
         let inputs = [q, k, v, &output.out, dout];
         backward(&plan, inputs, output, gradients, Some(workspace), self.reporter())
     }

@@ -6,9 +6,11 @@ use crate::device::Device;
 use crate::element::Element;
 use crate::error::Error;
 use crate::features;
-use crate::layout::{TensorInfo, contiguous_strides};
+use crate::layout::contiguous_strides;
 use crate::output::{Gradients, Output, Statistics};
 use crate::plan::{Launch, Plan, Results, TableGradients};
+use crate::problem::Named;
+use crate::program::TableSource;
 use crate::progress::Reporter;
 use crate::tensor::{Storage, Tensor};
 use crate::trace;
@@ -26,12 +28,35 @@ pub(crate) fn check_lse(lse: &Tensor<f32>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses memory that cannot be a workspace of `needed` bytes beside the other arguments, the first of which is q.
-pub(super) fn check_workspace(
-    workspace: &TensorInfo,
-    needed: u64,
-    others: &[(&'static str, &TensorInfo)],
+/// q, k and v with their names.
+pub(crate) fn named<T: Element>([q, k, v]: [&Tensor<T>; 3]) -> [Named<'_>; 3] {
+    [("q", q.info()), ("k", k.info()), ("v", v.info())]
+}
+
+/// All tensors of a backward pass but its workspace, with their names: q first, the gradients last.
+pub(crate) fn backward_arguments<'a, T: Element>(
+    inputs: [&'a Tensor<T>; 3],
+    output: &'a Output<T>,
+    dout: &'a Tensor<T>,
+    gradients: &'a Gradients<T>,
+) -> Vec<Named<'a>> {
+    let mut arguments = named(inputs).to_vec();
+    arguments.extend(output.named());
+    arguments.push(("dout", dout.info()));
+    arguments.extend(gradients.named());
+    arguments
+}
+
+/// Refuses memory that cannot be the workspace of these plans beside the other arguments, the first of which is q. A new workspace is
+/// always right.
+pub(crate) fn check_workspace<'a>(
+    workspace: Option<&Tensor<f32>>,
+    plans: impl IntoIterator<Item = &'a Plan>,
+    others: &[Named<'_>],
 ) -> Result<(), Error> {
+    let Some(workspace) = workspace.map(Tensor::info) else {
+        return Ok(());
+    };
     let argument = "workspace";
     if workspace.device() != others[0].1.device() {
         return Err(Error::DeviceMismatch {
@@ -47,7 +72,16 @@ pub(super) fn check_workspace(
             expected: contiguous_strides(workspace.shape()),
         });
     }
-    let bytes = workspace.span_bytes() as u64;
+    let (bytes, mut needed) = (workspace.span_bytes() as u64, 0_u64);
+    for plan in plans {
+        needed = needed.next_multiple_of(WORKSPACE_ALIGN as u64) + plan.workspace_bytes();
+        if let Some(table) = tables_of(plan).find(|table| workspace.shares_bytes_with(&table.info())) {
+            return Err(Error::Aliased {
+                argument,
+                other: table.name,
+            });
+        }
+    }
     if bytes < needed {
         return Err(Error::Workspace { bytes, needed });
     }
@@ -61,28 +95,22 @@ pub(super) fn check_workspace(
     }
 }
 
-/// A new workspace of so many bytes.
-fn new_workspace(device: &Device, bytes: u64) -> Result<Tensor<f32>, Error> {
-    Tensor::empty(device, [bytes as usize / size_of::<f32>()])
+/// The caller's workspace, or else a new one of so many bytes, which lives in `ours`.
+fn workspace_of<'a>(
+    theirs: Option<&'a mut Tensor<f32>>,
+    ours: &'a mut Option<Tensor<f32>>,
+    device: &Device,
+    bytes: u64,
+) -> Result<&'a Tensor<f32>, Error> {
+    match theirs {
+        Some(workspace) => Ok(workspace),
+        None => Ok(ours.insert(Tensor::empty(device, [bytes as usize / size_of::<f32>()])?)),
+    }
 }
 
 /// Bytes of a plan's part of a workspace that plans share.
 fn aligned_bytes(plan: &Plan) -> u64 {
     plan.workspace_bytes().next_multiple_of(WORKSPACE_ALIGN as u64)
-}
-
-/// Refuses memory that cannot be the workspace of these plans beside the other arguments, the first of which is q.
-pub(crate) fn check_workspace_of<'a>(
-    workspace: Option<&Tensor<f32>>,
-    plans: impl IntoIterator<Item = &'a Plan>,
-    others: &[(&'static str, &TensorInfo)],
-) -> Result<(), Error> {
-    let check = |workspace: &Tensor<f32>| {
-        let after = |end: u64, plan: &Plan| end.next_multiple_of(WORKSPACE_ALIGN as u64) + plan.workspace_bytes();
-        let needed = plans.into_iter().fold(0, after);
-        check_workspace(workspace.info(), needed, others)
-    };
-    workspace.map_or(Ok(()), check)
 }
 
 /// Runs a forward plan that was made for exactly these tensors, in a new workspace or in a checked one.
@@ -94,14 +122,8 @@ pub(super) fn forward<T: Element>(
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let _span = trace::enter(plan, inputs[0].device());
-    let ours;
-    let workspace = match workspace {
-        Some(workspace) => &*workspace,
-        None => {
-            ours = new_workspace(inputs[0].device(), plan.workspace_bytes())?;
-            &ours
-        }
-    };
+    let mut ours = None;
+    let workspace = workspace_of(workspace, &mut ours, inputs[0].device(), plan.workspace_bytes())?;
     let mut memory = Memory::default();
     memory.written.push(workspace.storage());
     let results = memory.of_forward(plan, inputs, (out, lse, statistics.as_deref()), workspace.address());
@@ -139,20 +161,19 @@ pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>
 pub(crate) type Backward<'a, T> = (Plan, [&'a Tensor<T>; 5], &'a Output<T>, &'a Gradients<T>);
 
 /// Runs backward plans of one batch without gradients of tables, each of which was made for exactly its tensors. No two
-/// results share memory. The workspace is new, or one that [`check_workspace_of`] let pass.
+/// results share memory. The workspace is new, or one that [`check_workspace`] let pass.
 pub(crate) fn backward_batch<T: Element>(
     device: &Device,
     calls: &[Backward<'_, T>],
     workspace: Option<&mut Tensor<f32>>,
 ) -> Result<(), Error> {
-    let ours;
-    let workspace = match workspace {
-        Some(workspace) => &*workspace,
-        None => {
-            ours = new_workspace(device, calls.iter().map(|(plan, ..)| aligned_bytes(plan)).sum())?;
-            &ours
-        }
-    };
+    let mut ours = None;
+    let workspace = workspace_of(
+        workspace,
+        &mut ours,
+        device,
+        calls.iter().map(|(plan, ..)| aligned_bytes(plan)).sum(),
+    )?;
     let (mut memory, mut runs) = (Memory::default(), Vec::new());
     memory.written.push(workspace.storage());
     let mut place = workspace.address();
@@ -181,14 +202,8 @@ pub(super) fn backward<T: Element>(
 ) -> Result<(), Error> {
     let device = inputs[0].device();
     let _span = trace::enter(plan, device);
-    let ours;
-    let workspace = match workspace {
-        Some(workspace) => &*workspace,
-        None => {
-            ours = new_workspace(device, plan.workspace_bytes())?;
-            &ours
-        }
-    };
+    let mut ours = None;
+    let workspace = workspace_of(workspace, &mut ours, device, plan.workspace_bytes())?;
     let program = plan.problem().program();
     let tables = match program {
         Some(program) if plan.table_gradients() => gradients.make_tables(program)?,
@@ -243,7 +258,7 @@ impl<'a> Memory<'a> {
     ) -> Results {
         let statistics = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
         self.read.extend(inputs.map(Tensor::storage));
-        self.read.extend(tables_of(plan));
+        self.read.extend(tables_of(plan).map(features::storage));
         self.written.extend([out.storage(), lse.storage()]);
         self.written
             .extend(statistics.into_iter().flatten().map(Tensor::storage));
@@ -269,7 +284,7 @@ impl<'a> Memory<'a> {
         if let Some(Statistics { row_max, row_sum }) = &output.statistics {
             self.read.extend([row_max, row_sum].map(Tensor::storage));
         }
-        self.read.extend(tables_of(plan));
+        self.read.extend(tables_of(plan).map(features::storage));
         let Gradients { dq, dk, dv, .. } = gradients;
         self.written.extend([dq, dk, dv].map(Tensor::storage));
         let of_tables = gradients.tables.iter().map(|(_, gradient)| gradient.storage());
@@ -303,12 +318,10 @@ impl<'a> Memory<'a> {
     }
 }
 
-/// The memory of the tables that a plan's program reads.
-fn tables_of(plan: &Plan) -> impl Iterator<Item = &Storage> {
+/// The tables that a plan's program reads.
+fn tables_of(plan: &Plan) -> impl Iterator<Item = &TableSource> {
     let program = plan.problem().program().into_iter();
-    program
-        .flat_map(|program| program.tables().iter().chain(program.sinks()))
-        .map(features::storage)
+    program.flat_map(|program| program.tables().iter().chain(program.sinks()))
 }
 
 /// Guards that keep other threads from writing storages, or from reading storages that are being written.

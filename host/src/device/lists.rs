@@ -91,7 +91,7 @@ mod tests {
     use super::*;
     use crate::plan::{Plan, Results};
     use crate::progress::Reporter;
-    use crate::target::DeviceInfo;
+    use crate::target::{DeviceInfo, Instructions};
 
     /// A device that notes which memory it was asked for.
     #[derive(Default)]
@@ -109,7 +109,7 @@ mod tests {
 
     impl Backend for Recorder {
         fn info(&self) -> DeviceInfo {
-            DeviceInfo::Cpu { threads: 1 }
+            DeviceInfo::cpu(1, Instructions::Portable)
         }
 
         fn spec(&self) -> String {

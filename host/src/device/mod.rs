@@ -34,7 +34,7 @@ use crate::error::Error;
 pub use crate::layout::DeviceId;
 use crate::plan::{Launch, Plan, Results};
 use crate::progress::Reporter;
-pub use crate::target::DeviceInfo;
+pub use crate::target::{DeviceInfo, Instructions};
 
 /// Operations of every kind of device. Addresses are the device's own; on the CPU they are pointers.
 pub(crate) trait Backend: Send + Sync {

@@ -31,7 +31,13 @@ impl fmt::Display for Plan {
             Some(placed) => writeln!(f, "shape     {placed}, {heads}, head_dim {}", HeadDims(p))?,
         }
         match self.device {
-            DeviceInfo::Cpu { threads } => writeln!(f, "kernel    native code on {threads} threads")?,
+            DeviceInfo::Cpu { threads, instructions } => {
+                let path = self.cpu_path().expect("a plan for the CPU has one");
+                let lanes = if path.few { ", queries one by one" } else { "" };
+                let products = path.products(p.dtype());
+                writeln!(f, "kernel    native code, {instructions}, {products}{lanes}")?;
+                writeln!(f, "threads   at most {threads}")?;
+            }
             DeviceInfo::Gpu { .. } => {
                 for launch in &self.launches {
                     let entry = launch.entry;
@@ -51,6 +57,10 @@ impl fmt::Display for Plan {
         match self.tiles.packed_heads {
             1 => writeln!(f)?,
             heads => writeln!(f, ", the queries of {heads} heads packed")?,
+        }
+        if let Some(path) = self.cpu_path().filter(|_| self.backward.is_none()) {
+            let keys = path.split_blocks * self.tiles.block_n;
+            writeln!(f, "splits    {} of {keys} keys", p.seqlen_k().div_ceil(keys).max(1))?;
         }
         if self.workspace_bytes > 0 {
             writeln!(f, "workspace {}", Bytes(self.workspace_bytes.into()))?;

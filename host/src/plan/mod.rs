@@ -4,6 +4,7 @@
 //! no such device. Nothing else chooses anything.
 
 mod cost;
+mod cpu;
 mod display;
 mod launch;
 mod lists;
@@ -15,6 +16,7 @@ pub use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::entries::{self, Arch, Pass};
 
 pub use cost::Cost;
+pub use cpu::CpuPath;
 use display::HeadDims;
 use launch::OfSequences;
 pub use launch::{Launch, Parameters, Results, TableGradients};
@@ -39,6 +41,7 @@ pub struct Plan {
     derivative: Option<Arc<Derivative>>,
     table_gradients: bool,
     device: DeviceInfo,
+    cpu: Option<CpuPath>,
     tiles: Tiles,
     launches: Vec<Launch>,
     workspace_bytes: u64,
@@ -65,9 +68,11 @@ impl Plan {
     /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`],
     /// [`Error::NotContiguous`] if lse, row_max or row_sum has gaps or another order, which only the CPU takes.
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
+        let mut cpu = None;
         let (tiles, launches, workspace_bytes, cost) = match *device {
-            DeviceInfo::Cpu { threads } => {
-                let tiles = cpu_forward_tiles(problem, threads);
+            DeviceInfo::Cpu { threads, instructions } => {
+                let (path, tiles) = CpuPath::forward(problem, instructions, threads);
+                cpu = Some(path);
                 let cost = Cost::forward(problem, tiles, &[], statistics_written(problem));
                 (tiles, Vec::new(), 0, cost)
             }
@@ -85,6 +90,7 @@ impl Plan {
             derivative: None,
             table_gradients: false,
             device: *device,
+            cpu,
             tiles,
             cost,
             launches,
@@ -95,8 +101,8 @@ impl Plan {
     /// Returns this plan of a forward pass as one of a batch of so many, which together have more tasks than one: on the CPU each
     /// task then takes more queries.
     pub(crate) fn in_batch(mut self, plans: usize) -> Self {
-        if let DeviceInfo::Cpu { threads } = self.device {
-            self.tiles = cpu_forward_tiles(&self.problem, threads.div_ceil(plans.max(1)));
+        if let DeviceInfo::Cpu { threads, instructions } = self.device {
+            (_, self.tiles) = CpuPath::forward(&self.problem, instructions, threads.div_ceil(plans.max(1)));
             let statistics = statistics_written(&self.problem);
             self.cost = Cost::forward(&self.problem, self.tiles, &self.launches, statistics);
         }
@@ -123,8 +129,13 @@ impl Plan {
         let forward = problem.forward();
         refuse_gradients(problem, device)?;
         let statistics = if problem.tensors().statistics.is_some() { 2 } else { 1 };
+        let mut cpu = None;
         let (tiles, launches, workspace_bytes) = match *device {
-            DeviceInfo::Cpu { .. } => (cpu_backward_tiles(forward), Vec::new(), problem.delta_bytes()),
+            DeviceInfo::Cpu { instructions, .. } => {
+                let (path, tiles) = CpuPath::backward(forward, instructions);
+                cpu = Some(path);
+                (tiles, Vec::new(), problem.delta_bytes())
+            }
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 let tensors = problem.tensors();
                 forward.check_contiguous_rows(tensors.lse, tensors.statistics)?;
@@ -137,6 +148,7 @@ impl Plan {
             derivative: problem.derivative().cloned(),
             table_gradients: problem.table_gradients(),
             device: *device,
+            cpu,
             tiles,
             cost: match device {
                 DeviceInfo::Cpu { .. } => Cost::cpu_backward(forward, tiles, statistics),
@@ -181,6 +193,11 @@ impl Plan {
     /// Returns the device that this plan was made for.
     pub fn device(&self) -> &DeviceInfo {
         &self.device
+    }
+
+    /// Returns what the CPU computes the plan with; `None` on a GPU, which has [`launches`](Self::launches).
+    pub fn cpu_path(&self) -> Option<&CpuPath> {
+        self.cpu.as_ref()
     }
 
     /// Returns the tile sizes.
@@ -294,39 +311,6 @@ fn refuse_gradients(problem: &BackwardProblem, device: &DeviceInfo) -> Result<()
                      `.table_gradients()`",
         }),
         None => Ok(()),
-    }
-}
-
-/// Returns the tiles of a forward pass on the CPU.
-///
-/// A panel of queries (48 on AVX-512, 16 on AVX2, 8 in portable code; `block_m` is a multiple of each) with its part
-/// of the output and the scores, and a tile of 64 keys and values, stay in the L1 and L2 caches of a core. Each tile
-/// of keys is loaded and widened once for all queries of a task. A task has 384 queries if there are enough tasks to
-/// keep every thread busy to the end, fewer if not, and not twice those of the sequence. Results do not depend on this number.
-fn cpu_forward_tiles(problem: &Problem, threads: usize) -> Tiles {
-    let heads = problem.batch() * problem.heads_q();
-    let enough = |block_m: &u32| {
-        let tasks = heads * problem.seqlen_q().div_ceil(*block_m) as usize;
-        tasks >= 16 * threads && *block_m < 2 * problem.seqlen_q()
-    };
-    Tiles {
-        block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
-        block_n: 64,
-        packed_heads: 1,
-    }
-}
-
-/// Returns the tiles of a backward pass on the CPU, where a task owns keys and streams queries.
-///
-/// The keys of a task and their gradients stay in L2, and each tile of queries is widened and transposed once for all
-/// of them. A long sequence gets more keys per task, a short one fewer, so that it still has tasks for every thread.
-/// Gradients are sums of what tasks add, so this depends on sizes alone, never on threads.
-fn cpu_backward_tiles(problem: &Problem) -> Tiles {
-    let long = problem.seqlen_k() >= 4096 && problem.widest_head_dim() <= 128;
-    Tiles {
-        block_m: 96,
-        block_n: if long { 512 } else { 256 },
-        packed_heads: 1,
     }
 }
 

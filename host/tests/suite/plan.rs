@@ -1,6 +1,6 @@
 //! Tests of plans: bytes and operations against direct counting, and the parameters of the kernel.
 
-use flash_attention::device::DeviceInfo;
+use flash_attention::device::{DeviceInfo, Instructions};
 use flash_attention::plan::{Launch, Parameters, Results, TileMap};
 use flash_attention::problem::{BackwardInputs, BackwardProblem, Problem, TensorInfo};
 use flash_attention::{Attention, Device, Dtype, Error, Plan};
@@ -257,5 +257,44 @@ fn a_plan_reads_as_a_table() {
         "FLOPs",
     ] {
         assert!(table.contains(expected), "{expected:?} is not in\n{table}");
+    }
+}
+
+#[test]
+fn a_plan_for_a_cpu_says_what_computes_it() {
+    let plan = |dtype, seqlen_q, seqlen_k, instructions| {
+        let problem = problem(Attention::new(), dtype, [1, 1, seqlen_q, 128], [1, 1, seqlen_k, 128]);
+        Plan::new(&problem, &DeviceInfo::cpu(2, instructions)).expect("the CPU runs everything")
+    };
+    let parts = |dtype, seqlen_q, instructions| {
+        let plan = plan(dtype, seqlen_q, 64, instructions);
+        plan.cpu_path().expect("it is for a CPU").parts
+    };
+    let many = 64;
+    assert_eq!(parts(Dtype::F32, many, Instructions::Amx), 3);
+    assert_eq!(parts(Dtype::F16, many, Instructions::Amx), 2);
+    assert_eq!(parts(Dtype::Bf16, many, Instructions::Avx512Bf16), 1);
+    assert_eq!(parts(Dtype::F16, many, Instructions::Avx512Bf16), 0);
+    assert_eq!(parts(Dtype::Bf16, many, Instructions::Avx2), 0);
+    // Four queries are computed one by one, in f32.
+    assert_eq!(parts(Dtype::Bf16, 4, Instructions::Amx), 0);
+
+    // Half the L1 cache has room for the parts of 32 keys and values of 64 elements, not for those of 64.
+    let block_n = |head_dim, instructions| {
+        let shape = [1, 1, many, head_dim];
+        let problem = problem(Attention::new(), Dtype::F32, shape, shape);
+        let plan = Plan::new(&problem, &DeviceInfo::cpu(2, instructions)).expect("the CPU runs everything");
+        plan.tiles().block_n
+    };
+    assert_eq!([64, 128].map(|head_dim| block_n(head_dim, Instructions::Amx)), [32, 64]);
+    assert_eq!(block_n(64, Instructions::Avx512), 64);
+
+    let long = plan(Dtype::F32, 1, 40_000, Instructions::Avx2).to_string();
+    for line in [
+        "kernel    native code, AVX2, products of f32, queries one by one",
+        "threads   at most 2",
+        "splits    16 of 2560 keys",
+    ] {
+        assert!(long.lines().any(|got| got == line), "no `{line}` in\n{long}");
     }
 }

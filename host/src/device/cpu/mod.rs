@@ -31,10 +31,10 @@ use rayon_core::{ThreadPool, ThreadPoolBuilder};
 use super::Backend;
 use crate::error::Error;
 use crate::plan::{Cost, Launch, Plan, Results};
-use crate::problem::{BackwardTensors, Problem};
+use crate::problem::BackwardTensors;
 use crate::progress::Reporter;
-use crate::target::DeviceInfo;
-use kernels::{Isa, Kernels, Pairs};
+use crate::target::{DeviceInfo, Instructions};
+use kernels::{available, kernels};
 use team::Team;
 
 /// Alignment of tensors in bytes: a cache line.
@@ -47,10 +47,10 @@ const CHECKED_ALLOCATION: usize = 1 << 30;
 /// The CPU device.
 pub(super) struct Cpu {
     threads: usize,
-    /// Instruction set in use, or the name in `FLASH_ATTENTION_CPU` that the processor does not support, which is an
+    /// Instructions in use, or the name in `FLASH_ATTENTION_CPU` that the processor does not support, which is an
     /// error of every use.
-    isa: Result<Isa, String>,
-    /// True if the instruction set was asked for by name.
+    instructions: Result<Instructions, String>,
+    /// True if the instructions were asked for by name.
     named: bool,
     /// Threads of the device's own. Without them, helpers come from the caller's rayon pool, else from the global
     /// one.
@@ -68,7 +68,7 @@ impl Cpu {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
         Self {
             threads,
-            isa: default_isa(),
+            instructions: default_instructions(),
             named: false,
             pool: None,
         }
@@ -95,24 +95,24 @@ impl Cpu {
             })?;
         Ok(Self {
             threads,
-            isa: default_isa(),
+            instructions: default_instructions(),
             named: false,
             pool: Some(pool),
         })
     }
 
-    /// Makes a device with all cores and the instruction set of this name.
+    /// Makes a device with all cores and the instructions of this name.
     pub(super) fn with_instructions(name: &str) -> Result<Self, Error> {
-        let isa = isa_named(name).ok_or_else(|| no_instructions("device", name))?;
+        let instructions = instructions_named(name).ok_or_else(|| no_instructions("device", name))?;
         Ok(Self {
-            isa: Ok(isa),
+            instructions: Ok(instructions),
             named: true,
             ..Self::all_cores()
         })
     }
 
-    fn isa(&self) -> Result<Isa, Error> {
-        self.isa
+    fn instructions(&self) -> Result<Instructions, Error> {
+        self.instructions
             .as_ref()
             .copied()
             .map_err(|name| no_instructions(VARIABLE, name))
@@ -127,7 +127,7 @@ impl Cpu {
             (None, None) => 1,
         };
         Ok(Team {
-            kernels: self.isa()?.kernels(),
+            kernels: kernels(self.instructions()?),
             threads,
             pool: self.pool.as_ref(),
         })
@@ -174,17 +174,20 @@ fn has_global_pool() -> bool {
     })
 }
 
-/// Returns the instruction set of this name, if the processor supports it.
-fn isa_named(name: &str) -> Option<Isa> {
-    Isa::available().iter().copied().find(|isa| isa.key() == name)
+/// Returns the instructions of this name, if the processor has them.
+fn instructions_named(name: &str) -> Option<Instructions> {
+    available()
+        .iter()
+        .copied()
+        .find(|instructions| instructions.key() == name)
 }
 
-/// Returns the best instruction set of the processor, or the one that `FLASH_ATTENTION_CPU` names. The error is a
-/// name that the processor does not support.
-fn default_isa() -> Result<Isa, String> {
+/// Returns the best instructions of the processor, or those that `FLASH_ATTENTION_CPU` names. The error is a name of instructions that
+/// the processor does not have.
+fn default_instructions() -> Result<Instructions, String> {
     match std::env::var(VARIABLE) {
-        Ok(name) if !name.is_empty() => isa_named(&name).ok_or(name),
-        _ => Ok(Isa::available()[0]),
+        Ok(name) if !name.is_empty() => instructions_named(&name).ok_or(name),
+        _ => Ok(available()[0]),
     }
 }
 
@@ -193,7 +196,7 @@ fn default_isa() -> Result<Isa, String> {
 const VARIABLE: &str = "FLASH_ATTENTION_CPU";
 
 fn no_instructions(argument: &'static str, name: &str) -> Error {
-    let available: Vec<_> = Isa::available().iter().map(|isa| isa.key()).collect();
+    let available: Vec<_> = available().iter().map(|instructions| instructions.key()).collect();
     Error::CpuInstructions {
         argument,
         name: name.to_owned(),
@@ -203,25 +206,27 @@ fn no_instructions(argument: &'static str, name: &str) -> Error {
 
 impl Backend for Cpu {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo::Cpu { threads: self.threads }
+        // Without instructions nothing can be allocated, so nobody plans.
+        let instructions = self.instructions.as_ref().copied();
+        DeviceInfo::cpu(self.threads, instructions.unwrap_or(Instructions::Portable))
     }
 
     fn spec(&self) -> String {
-        match &self.isa {
-            Ok(isa) if self.named => format!("cpu:{}", isa.key()),
+        match &self.instructions {
+            Ok(instructions) if self.named => format!("cpu:{}", instructions.key()),
             _ => "cpu".to_owned(),
         }
     }
 
     fn name(&self) -> String {
-        match &self.isa {
-            Ok(isa) => format!("CPU, {} threads, {}", self.threads, isa.kernels().name),
+        match &self.instructions {
+            Ok(instructions) => format!("CPU, {} threads, {instructions}", self.threads),
             Err(name) => format!("CPU, {} threads, without the instructions `{name}`", self.threads),
         }
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
-        self.isa()?;
+        self.instructions()?;
         let out_of_memory = |free| Error::OutOfMemory {
             device: self.spec(),
             requested: bytes as u64,
@@ -374,24 +379,6 @@ unsafe fn run(team: &Team<'_>, calls: &[(&Plan, Results)], reporter: &Reporter<'
             backward::backward(team, &backwards, reporter);
         }
     }
-}
-
-/// At most this many queries take the decode path in forward, where lanes are elements of a head: as lanes they would
-/// leave most of a register idle.
-const FEW: u32 = 4;
-
-/// Returns true if a problem takes the decode path. With a program it does not.
-fn is_few(problem: &Problem) -> bool {
-    problem.seqlen_q() <= FEW && problem.program().is_none()
-}
-
-/// Pairs of bf16 that make the scores of a problem, and how many parts numbers have; `None` where products are of
-/// f32. Forward and backward agree, so that a score that backward computes again is the same number.
-fn pairs_of(kernels: &Kernels, problem: &Problem) -> Option<(&'static Pairs, usize)> {
-    // Of one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see
-    // `backward/delta.rs`).
-    let of_f32 = is_few(problem) || problem.seqlen_k() == 1;
-    kernels.pairs_of(problem.dtype()).filter(|_| !of_f32)
 }
 
 /// Returns the pointer for an address of this device.

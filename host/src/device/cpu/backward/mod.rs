@@ -33,9 +33,9 @@ use std::ops::Range;
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
+use super::nanoseconds;
 use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
-use super::{nanoseconds, pairs_of};
 use crate::plan::{Plan, TableGradients, Tiles};
 use crate::problem::{BackwardTensors, Problem};
 use crate::progress::Reporter;
@@ -163,7 +163,8 @@ struct Kind {
 impl<'a> Backward<'a> {
     fn new(team: &Team<'_>, call: &'a Call<'_>, reporter: &'a Reporter<'a>) -> Self {
         let (problem, tiles) = (call.plan.problem(), call.plan.tiles());
-        let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
+        let parts = call.plan.cpu_path().expect("the plan is for the CPU").parts;
+        let pairs = team.kernels.pairs.filter(|_| parts > 0);
         let chunks = problem.seqlen_k().div_ceil(tiles.block_n) as usize;
         let derivative = call.plan.derivative().map(AsRef::as_ref);
         let program = BackwardProgram::new(team.kernels, problem, derivative, &call.tables, chunks);
@@ -171,7 +172,7 @@ impl<'a> Backward<'a> {
         Self {
             kernels: team.kernels,
             pairs,
-            parts: parts.unwrap_or(1),
+            parts: parts.max(1),
             problem,
             tensors: &call.tensors,
             tiles,

@@ -9,8 +9,6 @@ use crate::device::cpu::kernels::{PairProduct, Pairs, terms};
 pub(in crate::device::cpu) static NEON_BF16: Pairs = Pairs {
     begin: nothing,
     end: nothing,
-    // Three products of f16 parts take as long as one of f32, mostly for arranging the operands.
-    most_parts: 1,
     product,
 };
 

@@ -9,14 +9,12 @@ use crate::device::cpu::kernels::{PairProduct, Pairs, SIDE, terms};
 pub(in crate::device::cpu) static AVX512_BF16: Pairs = Pairs {
     begin: nothing,
     end: nothing,
-    most_parts: 1,
     product: registers,
 };
 
 pub(in crate::device::cpu) static AMX: Pairs = Pairs {
     begin: configure,
     end: release,
-    most_parts: 3,
     product: tiles,
 };
 

@@ -23,21 +23,15 @@ use std::sync::OnceLock;
 use flash_attention_kernels::abi::StridedTensor;
 
 use super::kernels::{Kernels, Pairs, SIDE};
+use super::nanoseconds;
 use super::program::{ScoreProgram, Walk};
 use super::team::Team;
 use super::tensor::{Head, KeyRows, Panels, QueryRows, Visibility};
-use super::{is_few, nanoseconds, pairs_of};
-use crate::plan::{Plan, Tiles};
+use crate::plan::{CpuPath, Plan, Tiles};
 use crate::problem::Problem;
 use crate::progress::Reporter;
 use scratch::Scratch;
 use state::State;
-
-/// Least number of keys of a segment.
-const SEGMENT: u32 = 2048;
-
-/// Segments of a sequence at most.
-const MAX_SEGMENTS: u32 = 16;
 
 /// Most cells, strips of queries by tiles of keys, whose coverage is kept for all heads: a megabyte, and 32768 x 32768
 /// pairs.
@@ -45,9 +39,6 @@ const KEPT_CELLS: usize = 1 << 20;
 
 /// Bytes within which processors fetch lines ahead of those asked for: a page of memory.
 const RUN_BYTES: usize = 4 << 10;
-
-/// Bytes of half of the L1 cache of the processors that have AMX.
-const HALF_L1: usize = 24 << 10;
 
 /// A forward problem being computed.
 struct Forward<'a> {
@@ -57,9 +48,10 @@ struct Forward<'a> {
     pairs: Option<&'static Pairs>,
     /// Number of bf16 parts that an element is split into for them; 0 if it is not.
     parts: usize,
-    /// True for the decode path: queries are computed one by one. Tiles of q then hold rows of `panels.depth`, those of the
-    /// output rows of `output_panels.depth`.
+    /// True for the decode path: tiles of q then hold rows of `panels.depth`, those of the output rows of `output_panels.depth`.
     few: bool,
+    /// Number of tiles of keys of a segment.
+    segment_blocks: u32,
     /// Number of query heads per tile. It is more than 1 only if queries are few, and heads share keys, which are then read from
     /// memory once for all of them, or memory has the rows of several key heads side by side.
     together: usize,
@@ -287,18 +279,6 @@ fn walks(problem: &Problem, program: Option<&ScoreProgram>, tiles: Tiles) -> Vec
     (0..count).map(|_| OnceLock::new()).collect()
 }
 
-/// Keys of a tile: those of the plan; half of them where they have parts of which, with those of the values, only then half of
-/// the L1 cache is enough. Measured, that is 2 to 7 % faster, and 10 % slower where even then it is not.
-fn block_n(tiles: Tiles, parts: usize, both_head_dims: u32) -> u32 {
-    let fits = |keys: u32| 2 * parts * (keys * both_head_dims) as usize <= HALF_L1;
-    let half = tiles.block_n / 2;
-    if parts > 1 && fits(half) && !fits(tiles.block_n) {
-        half
-    } else {
-        tiles.block_n
-    }
-}
-
 impl<'a> Forward<'a> {
     fn new(team: &Team<'_>, call: &Call<'a>, reporter: &'a Reporter<'a>) -> Self {
         let (problem, tiles) = (call.plan.problem(), call.plan.tiles());
@@ -306,13 +286,13 @@ impl<'a> Forward<'a> {
             let program = ScoreProgram::new(team.kernels, problem, problem.scale().magnitude)?;
             Some(program.with_scores(of.expression(), &[of.score()]))
         });
-        let few = is_few(problem);
-        let (pairs, parts) = pairs_of(team.kernels, problem).unzip();
-        let parts = parts.unwrap_or(0);
-        let tiles = Tiles {
-            block_n: block_n(tiles, parts, problem.head_dim() + problem.head_dim_v()),
-            ..tiles
-        };
+        let &CpuPath {
+            few,
+            parts,
+            split_blocks,
+            ..
+        } = call.plan.cpu_path().expect("the plan is for the CPU");
+        let pairs = team.kernels.pairs.filter(|_| parts > 0);
         let panels = |head_dim: u32| Panels {
             lanes: if pairs.is_some() { 2 * SIDE } else { team.kernels.panel },
             depth: (head_dim as usize).next_multiple_of(SIDE),
@@ -322,6 +302,7 @@ impl<'a> Forward<'a> {
             pairs,
             parts,
             few,
+            segment_blocks: split_blocks,
             together: 1,
             panels: panels(problem.head_dim()),
             output_panels: panels(problem.head_dim_v()),
@@ -387,11 +368,9 @@ impl<'a> Forward<'a> {
         self.problem.head_dim_v() as usize
     }
 
-    /// Returns the segments of the first `blocks` tiles of keys; at least one, which may be empty. Their length
-    /// depends only on seqlen_k.
+    /// Returns the segments of the first `blocks` tiles of keys; at least one, which may be empty.
     fn segments(&self, blocks: u32) -> impl Iterator<Item = Range<u32>> {
-        let longest = self.problem.seqlen_k().div_ceil(MAX_SEGMENTS).max(SEGMENT);
-        let length = longest.div_ceil(self.tiles.block_n);
+        let length = self.segment_blocks;
         (0..blocks.div_ceil(length).max(1)).map(move |i| i * length..((i + 1) * length).min(blocks))
     }
 

@@ -1,12 +1,12 @@
-//! Instruction sets: those known, those of the processor, and the inner loops compiled for each.
+//! The inner loops compiled for each instruction set, and those of the processor.
 
 use std::sync::OnceLock;
 
 use flash_attention_kernels::entries::Dtype;
 
 use super::{
-    Backpropagate, Few, Keep, Kernels, Merge, Pairing, Product, Query, Softmax, Strip, backward, convert, dropout, few,
-    parts, product, softmax, strip,
+    Backpropagate, Few, Keep, Kernels, Merge, Pairing, Pairs, Product, Query, Softmax, Strip, backward, convert,
+    dropout, few, parts, product, softmax, strip,
 };
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 use crate::device::cpu::bf16;
@@ -15,133 +15,79 @@ use crate::device::cpu::vector::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::vector::{Avx2, Avx512};
 use crate::device::cpu::vector::{Portable, Vector};
+use crate::target::Instructions;
 
-/// An instruction set that the library has inner loops for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::device::cpu) enum Isa {
-    #[cfg(target_arch = "x86_64")]
-    Amx,
-    #[cfg(target_arch = "x86_64")]
-    Avx512Bf16,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "aarch64")]
-    NeonBf16,
-    #[cfg(target_arch = "aarch64")]
-    Neon,
-    Portable,
+/// Returns the instructions of this processor, the best first.
+pub(in crate::device::cpu) fn available() -> &'static [Instructions] {
+    static AVAILABLE: OnceLock<Vec<Instructions>> = OnceLock::new();
+    AVAILABLE.get_or_init(|| {
+        let mut available = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            if avx2 && is_x86_feature_detected!("avx512f") {
+                available.push(Instructions::Avx512);
+                // Faster ones first: tiles, if there are any.
+                if bf16::has_avx512_bf16() {
+                    available.insert(usize::from(!bf16::prefers_avx512_bf16()), Instructions::Avx512Bf16);
+                }
+                if bf16::has_amx() {
+                    available.insert(0, Instructions::Amx);
+                }
+            }
+            if avx2 {
+                available.push(Instructions::Avx2);
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            if bf16::has_neon_bf16() {
+                available.push(Instructions::NeonBf16);
+            }
+            available.push(Instructions::Neon);
+        }
+        available.push(Instructions::Portable);
+        available
+    })
 }
 
-impl Isa {
-    /// Returns the instruction sets of this processor, the best first.
-    pub(in crate::device::cpu) fn available() -> &'static [Self] {
-        static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
-        AVAILABLE.get_or_init(|| {
-            let mut available = Vec::new();
-            #[cfg(target_arch = "x86_64")]
-            {
-                let avx2 = is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c");
-                if avx2 && is_x86_feature_detected!("avx512f") {
-                    available.push(Self::Avx512);
-                    // Faster ones first: tiles, if there are any.
-                    if bf16::has_avx512_bf16() {
-                        available.insert(usize::from(!bf16::prefers_avx512_bf16()), Self::Avx512Bf16);
-                    }
-                    if bf16::has_amx() {
-                        available.insert(0, Self::Amx);
-                    }
-                }
-                if avx2 {
-                    available.push(Self::Avx2);
-                }
-            }
-            #[cfg(target_arch = "aarch64")]
-            {
-                if bf16::has_neon_bf16() {
-                    available.push(Self::NeonBf16);
-                }
-                available.push(Self::Neon);
-            }
-            available.push(Self::Portable);
-            available
-        })
+/// Returns the inner loops of instructions that the processor has.
+pub(in crate::device::cpu) fn kernels(instructions: Instructions) -> &'static Kernels {
+    match instructions {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Amx => const { &with_pairs(avx512::KERNELS, &bf16::AMX) },
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512Bf16 => const { &with_pairs(avx512::KERNELS, &bf16::AVX512_BF16) },
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512 => &avx512::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx2 => &avx2::KERNELS,
+        #[cfg(target_arch = "aarch64")]
+        Instructions::NeonBf16 => const { &with_pairs(neon::KERNELS, &bf16::NEON_BF16) },
+        #[cfg(target_arch = "aarch64")]
+        Instructions::Neon => &neon::KERNELS,
+        // Those of other architectures are never available.
+        _ => &portable::KERNELS,
     }
+}
 
-    /// Returns its name in `FLASH_ATTENTION_CPU`.
-    pub(in crate::device::cpu) fn key(self) -> &'static str {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Amx => "amx",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => "avx512bf16",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => "avx512",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => "avx2",
-            #[cfg(target_arch = "aarch64")]
-            Self::NeonBf16 => "neonbf16",
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon => "neon",
-            Self::Portable => "portable",
-        }
-    }
-
-    /// Returns its inner loops.
-    pub(in crate::device::cpu) fn kernels(self) -> &'static Kernels {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Amx => {
-                const {
-                    &Kernels {
-                        name: "AVX-512 and AMX",
-                        pairs: Some(&bf16::AMX),
-                        ..avx512::KERNELS
-                    }
-                }
-            }
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => {
-                const {
-                    &Kernels {
-                        name: "AVX-512 and AVX512-BF16",
-                        pairs: Some(&bf16::AVX512_BF16),
-                        ..avx512::KERNELS
-                    }
-                }
-            }
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => &avx512::KERNELS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => &avx2::KERNELS,
-            #[cfg(target_arch = "aarch64")]
-            Self::NeonBf16 => {
-                const {
-                    &Kernels {
-                        name: "NEON and BF16",
-                        pairs: Some(&bf16::NEON_BF16),
-                        ..neon::KERNELS
-                    }
-                }
-            }
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon => &neon::KERNELS,
-            Self::Portable => &portable::KERNELS,
-        }
+/// Inner loops with products of pairs of bf16.
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+const fn with_pairs(kernels: Kernels, pairs: &'static Pairs) -> Kernels {
+    Kernels {
+        pairs: Some(pairs),
+        ..kernels
     }
 }
 
 /// Compiles the inner loops for one instruction set: each of the functions below, with its features.
 macro_rules! instruction_set {
-    ($module:ident, $vector:ty, $name:literal $(, $features:literal)?) => {
+    ($module:ident, $vector:ty $(, $features:literal)?) => {
         mod $module {
             use super::*;
 
             pub(super) const KERNELS: Kernels = Kernels {
-                name: $name,
                 lanes: <$vector>::LANES,
                 panel: <$vector>::COLUMNS * <$vector>::LANES,
                 fused: <$vector>::FUSED,
@@ -280,9 +226,9 @@ macro_rules! instruction_set {
 }
 
 #[cfg(target_arch = "x86_64")]
-instruction_set!(avx512, Avx512, "AVX-512", "avx512f,avx2,fma,f16c");
+instruction_set!(avx512, Avx512, "avx512f,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-instruction_set!(avx2, Avx2, "AVX2", "avx2,fma,f16c");
+instruction_set!(avx2, Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "aarch64")]
-instruction_set!(neon, Neon, "NEON", "neon");
-instruction_set!(portable, Portable, "portable");
+instruction_set!(neon, Neon, "neon");
+instruction_set!(portable, Portable);

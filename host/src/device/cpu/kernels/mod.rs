@@ -24,7 +24,7 @@ use flash_attention_kernels::entries::Dtype;
 pub(super) use backward::Backpropagate;
 pub(super) use dropout::Keep;
 pub(super) use few::{AHEAD, Few, Listed, Query, Rows, Strided, TOGETHER};
-pub(super) use isa::Isa;
+pub(super) use isa::{available, kernels};
 pub(super) use parts::Pairing;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(super) use parts::terms;
@@ -39,8 +39,6 @@ pub(super) const MAX_LANES: usize = 16;
 /// point to as many elements as the sizes beside them say.
 #[derive(Clone, Copy)]
 pub(super) struct Kernels {
-    /// Name of the instruction set for people.
-    pub name: &'static str,
     /// Number of f32 in a register.
     pub lanes: usize,
     /// Number of queries of a panel.
@@ -82,19 +80,6 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// Returns the products of bf16 pairs for elements of this type, and the number of parts they are split into; `None`
-    /// where products of f32 are faster.
-    pub(super) fn pairs_of(&self, dtype: Dtype) -> Option<(&'static Pairs, usize)> {
-        let parts = match dtype {
-            Dtype::Bf16 => 1,
-            Dtype::F16 => 2,
-            Dtype::F32 => 3,
-        };
-        self.pairs
-            .filter(|pairs| parts <= pairs.most_parts)
-            .map(|pairs| (pairs, parts))
-    }
-
     /// `x * y + sum`, rounded as in the sums of `product`.
     pub(super) fn multiply_add(&self, x: f32, y: f32, sum: f32) -> f32 {
         if self.fused { x.mul_add(y, sum) } else { x * y + sum }

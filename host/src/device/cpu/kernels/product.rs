@@ -64,8 +64,6 @@ pub(in crate::device::cpu) struct Pairs {
     /// Called by a thread before its first product, and after its last.
     pub begin: unsafe fn(),
     pub end: unsafe fn(),
-    /// Largest number of parts for which these products are faster than one of f32.
-    pub most_parts: usize,
     /// Product function; unsafe like the functions of `Kernels`.
     pub product: unsafe fn(&PairProduct),
 }

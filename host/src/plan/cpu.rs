@@ -1,0 +1,120 @@
+//! What the CPU computes a plan with: tiles, products, and the walk over the keys.
+
+use flash_attention_kernels::entries::Dtype;
+
+use super::Tiles;
+use crate::problem::Problem;
+use crate::target::Instructions;
+
+/// At most this many queries take the decode path in forward, where lanes are elements of a head: as lanes they would
+/// leave most of a register idle.
+const FEW: u32 = 4;
+
+/// Least number of keys of a split.
+const SPLIT: u32 = 2048;
+
+/// Splits of a sequence at most.
+const MAX_SPLITS: u32 = 16;
+
+/// Bytes of half of the L1 cache of the processors that have AMX.
+const HALF_L1: usize = 24 << 10;
+
+/// What the CPU computes a plan with, from the problem and the instructions alone. How many threads share the work, and how many
+/// heads of few queries a task takes, is decided for all plans of a batch together; no result depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CpuPath {
+    /// Instructions of the inner loops.
+    pub instructions: Instructions,
+    /// True for the decode path, on which queries are computed one by one, and lanes are elements of a head.
+    pub few: bool,
+    /// Number of bf16 parts of each number in products of pairs of bf16; 0 where products are of f32.
+    pub parts: usize,
+    /// Number of tiles of keys of a split, each of which is summed from nothing and then merged. Backward has no splits.
+    pub split_blocks: u32,
+}
+
+impl CpuPath {
+    /// The path and the tiles of a forward pass.
+    ///
+    /// A panel of queries (48 on AVX-512, 16 on AVX2, 8 in portable code; `block_m` is a multiple of each) with its part
+    /// of the output and the scores, and a tile of 64 keys and values, stay in the L1 and L2 caches of a core. Each tile
+    /// of keys is loaded and widened once for all queries of a task. A task has 384 queries if there are enough tasks to
+    /// keep every thread busy to the end, fewer if not, and not twice those of the sequence. Results do not depend on this number.
+    pub(super) fn forward(problem: &Problem, instructions: Instructions, threads: usize) -> (Self, Tiles) {
+        let few = is_few(problem);
+        let parts = parts(problem, instructions);
+        let heads = problem.batch() * problem.heads_q();
+        let enough = |block_m: &u32| {
+            let tasks = heads * problem.seqlen_q().div_ceil(*block_m) as usize;
+            tasks >= 16 * threads && *block_m < 2 * problem.seqlen_q()
+        };
+        let tiles = Tiles {
+            block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
+            block_n: forward_block_n(parts, problem.head_dim() + problem.head_dim_v()),
+            packed_heads: 1,
+        };
+        let split = problem.seqlen_k().div_ceil(MAX_SPLITS).max(SPLIT);
+        let path = Self {
+            instructions,
+            few,
+            parts,
+            split_blocks: split.div_ceil(tiles.block_n),
+        };
+        (path, tiles)
+    }
+
+    /// The path and the tiles of a backward pass, where a task owns keys and streams queries.
+    ///
+    /// The keys of a task and their gradients stay in L2, and each tile of queries is widened and transposed once for all
+    /// of them. A long sequence gets more keys per task, a short one fewer, so that it still has tasks for every thread.
+    /// Gradients are sums of what tasks add, so this depends on sizes alone, never on threads.
+    pub(super) fn backward(problem: &Problem, instructions: Instructions) -> (Self, Tiles) {
+        let long = problem.seqlen_k() >= 4096 && problem.widest_head_dim() <= 128;
+        let tiles = Tiles {
+            block_m: 96,
+            block_n: if long { 512 } else { 256 },
+            packed_heads: 1,
+        };
+        let path = Self {
+            instructions,
+            few: false,
+            parts: parts(problem, instructions),
+            split_blocks: problem.seqlen_k().div_ceil(tiles.block_n).max(1),
+        };
+        (path, tiles)
+    }
+
+    /// How products are made, for people.
+    pub(super) fn products(&self, dtype: Dtype) -> String {
+        match (self.parts, dtype) {
+            (0, _) => "products of f32".to_owned(),
+            (1, _) => "products of pairs of bf16".to_owned(),
+            (parts, dtype) => format!("products of pairs of bf16, {parts} to each {}", dtype.name()),
+        }
+    }
+}
+
+/// Returns true if a forward pass takes the decode path. With a program it does not.
+fn is_few(problem: &Problem) -> bool {
+    problem.seqlen_q() <= FEW && problem.program().is_none()
+}
+
+/// Number of bf16 parts of the numbers of a problem. Forward and backward agree, so that a score that backward computes again is the
+/// same number.
+fn parts(problem: &Problem, instructions: Instructions) -> usize {
+    // Of one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see
+    // `device/cpu/backward/delta.rs`).
+    if is_few(problem) || problem.seqlen_k() == 1 {
+        0
+    } else {
+        instructions.bf16_parts(problem.dtype())
+    }
+}
+
+/// Keys of a tile: 64; 32 where only then the parts of keys and values take at most half of the L1 cache. Measured, that is 2 to 7 %
+/// faster, and 10 % slower where even then they take more.
+fn forward_block_n(parts: usize, both_head_dims: u32) -> u32 {
+    let fits = |keys: u32| 2 * parts * (keys * both_head_dims) as usize <= HALF_L1;
+    if parts > 1 && fits(32) && !fits(64) { 32 } else { 64 }
+}

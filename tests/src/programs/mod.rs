@@ -8,6 +8,7 @@ pub use check::{Standard, check_program, check_table_gradients};
 pub use slopes::check_slopes;
 pub use trees::{IndexTree, ScoreTree, Trees, TruthTree, trees};
 
+use flash_attention::program::Table;
 use flash_attention::{Attention, Device, Scalar, Tensor};
 
 use crate::{Case, files};
@@ -29,7 +30,10 @@ pub const FEATURES: [&str; 13] = [
     "block_mask",
 ];
 
-/// Returns an attention with one more named feature, for the sizes of a case.
+/// Closures like those of a user, by the names that [`with_feature`] has for them.
+pub const CLOSURES: [&str; 2] = ["score", "mask"];
+
+/// Returns an attention with one more named feature or closure, for the sizes of a case.
 ///
 /// # Panics
 /// If the device fails, or there is no such feature.
@@ -44,7 +48,8 @@ pub fn with_feature(attention: Attention, name: &str, case: &Case, device: &Devi
     };
     match name {
         "causal" => attention.causal(),
-        "window" => attention.window(seqlen_k / 3, seqlen_k / 5),
+        // As far to the left as the alignment of `top_left` is from that of a window, so that the two leave pairs.
+        "window" => attention.window(seqlen_k / 3 + seqlen_k.saturating_sub(seqlen_q), seqlen_k / 5),
         "alibi" => attention.alibi(&floats(&[batch, heads], 21)),
         "softcap" => attention.softcap(2.5),
         "bias" => attention.bias(&floats(&[1, heads, seqlen_q, seqlen_k], 22)),
@@ -64,6 +69,14 @@ pub fn with_feature(attention: Attention, name: &str, case: &Case, device: &Devi
             let blocks = blocks.expect("as many as there are tiles");
             attention.block_mask(&blocks, device).expect("a small table")
         }
+        "score" => {
+            let relative = Table::<f32, 2>::new(&floats(&[heads, 33], 24)).expect("two axes");
+            attention.score(|s, at| {
+                let near = at.distance().max(-16).min(16) + 16;
+                s + (s * 0.5).tanh() + relative.at(at.head, near)
+            })
+        }
+        "mask" => attention.mask(|at| ((at.query * 5 + at.key * 3 + at.head) % 7).differs_from(0)),
         other => panic!("no feature {other}"),
     }
 }

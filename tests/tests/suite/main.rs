@@ -7,6 +7,7 @@ mod backward;
 mod backward_errors;
 mod blocks;
 mod cached;
+mod combinations;
 mod drawn;
 mod empty;
 mod emulator;

@@ -183,6 +183,7 @@ fn check_table_gradients<T: Element>(name: &str, case: &Case, device: &Device) {
     let standard = Standard {
         gradients: &standard,
         exact: &want,
+        from_out: None,
     };
     programs::check_table_gradients(&format!("{name} on {device}"), case, &dims, &got, &want, &standard);
 }

@@ -1,5 +1,5 @@
 //! Build tasks: `cargo xtask ptx [--check | --show NAME | --only TABLE]`, `cargo xtask sass [PART]`, `cargo xtask
-//! programs PART`, `cargo xtask results`, `cargo xtask loops`, `cargo xtask gpu-bundle`, `cargo xtask fetch NAME`.
+//! programs [PART]`, `cargo xtask results`, `cargo xtask loops`, `cargo xtask gpu-bundle`, `cargo xtask fetch NAME`.
 
 mod assembly;
 mod bundle;
@@ -30,11 +30,13 @@ Usage: cargo xtask <TASK>
   ptx --show NAME       print the committed PTX of one kernel
   ptx --only TABLE      compile one archive alone (sm_80, sm_90a, program_sm_80, program_sm_90a, study), while you develop
   sass                  assemble every kernel with ptxas; print registers, spills and what main loops take; fail on a warning,
-                        on a spill or a stack frame that is not listed, on a loop above its limit, and on stale results
-  sass PART             the same for the kernels with PART in their name, without the comparison with results
-  programs PART         splice a fixed set of score programs into the kernels with PART in their name, assemble them, print the
-                        same of them
-  results               assemble every kernel, write benches/results/sass.json and sass.md, then hopper_model.md from them
+                        on a spill or a stack frame that is not listed, on a loop above its limit, and on stale results; then the
+                        same of a fixed set of score programs, spliced into kernels
+  sass PART             the same for the plain kernels with PART in their name, without the comparison with results
+  programs PART         splice every program of that set into the kernels with PART in their name, assemble them, print what main
+                        loops take; fail as `sass` does
+  programs              assemble the set, write benches/results/programs.md
+  results               assemble every kernel, write benches/results/sass.json and sass.md, programs.md, and hopper_model.md
   loops                 compile the CPU device for x86-64 and aarch64; print the loops that multiply, of every instruction set;
                         fail if one of them accesses the stack
   gpu-bundle [--output DIR] [--archive] [--profile PROFILE]
@@ -53,10 +55,11 @@ fn main() -> ExitCode {
         ["ptx", "--check"] => ptx::check(),
         ["ptx", "--show", name] => ptx::show(name),
         ["ptx", "--only", table] => ptx::write_one(table),
-        ["sass"] => sass::check(),
+        ["sass"] => sass::check().and_then(|()| programs::check()),
         ["sass", part] => sass::show(part),
+        ["programs"] => programs::write(),
         ["programs", part] => programs::show(part),
-        ["results"] => sass::write().and_then(|()| predict()),
+        ["results"] => sass::write().and_then(|()| programs::write()).and_then(|()| predict()),
         ["loops"] => loops::check(),
         ["gpu-bundle", "--check", folder] => bundle::check(Path::new(folder)),
         ["gpu-bundle", ref arguments @ ..] => match bundle::Options::parse(arguments) {

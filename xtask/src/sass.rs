@@ -155,6 +155,11 @@ pub struct Tools {
 }
 
 impl Tools {
+    /// Returns the version of ptxas.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
     /// Finds the tools, or fetches them.
     pub fn find() -> Outcome<Self> {
         let (ptxas, nvdisasm) = (tool("ptxas")?, tool("nvdisasm")?);

@@ -5,17 +5,23 @@
 //! ```
 //!
 //! Plain attention and the features are measured in turn, round after round, so that other load on the machine affects
-//! all alike. Times are the best of all rounds. A cost of 1 means that a visible pair takes as long as in plain full
+//! all alike. With `--serve` it answers lines `DTYPE SEQLEN PASS RUNS FEATURE` of standard input instead
+//! (`f32 2048 forward 5 window of 512`), each with a line of JSON that holds the seconds of every run, for
+//! `cpu_program_peers.py`. Times are the best of all rounds. A cost of 1 means that a visible pair takes as long as in plain full
 //! attention. Ratios are of CPU time, the sum over all threads, which leaves out what other processes take.
 
+use std::io::{BufRead as _, Write as _, stdin, stdout};
 use std::time::Instant;
 
 use benches::{Problem as _, Shape, Tensors};
 use flash_attention::half::bf16;
 use flash_attention::program::Table;
-use flash_attention::{Attention, Device, Element, Error, Tensor};
+use flash_attention::{Attention, Device, Dtype, Element, Error, Tensor};
 
 type Failure = Box<dyn std::error::Error>;
+
+/// Batch, heads, seqlen and head_dim of the measurements.
+const SHAPES: [[usize; 4]; 2] = [[1, 12, 2048, 64], [1, 2, 16384, 64]];
 
 /// A feature, and the number of visible (query, key) pairs of one head.
 struct Feature {
@@ -25,7 +31,10 @@ struct Feature {
 }
 
 fn main() -> Result<(), Failure> {
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments = std::env::args().skip(1).peekable();
+    if arguments.next_if_eq("--serve").is_some() {
+        return serve(&Device::cpu());
+    }
     let (mut device, mut rounds, mut only, mut both) = ("cpu".to_owned(), 7, String::new(), true);
     while let Some(argument) = arguments.next() {
         let value = arguments.next().ok_or(format!("{argument} needs a value"))?;
@@ -43,7 +52,7 @@ fn main() -> Result<(), Failure> {
         "| dtype | B, H, N, D | feature | pass | ms | CPU ms | cost of a visible pair | times faster than full | than causal |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
-    for shape in [[1, 12, 2048, 64], [1, 2, 16384, 64]] {
+    for shape in SHAPES {
         let features: Vec<Feature> = features(&device, shape)?
             .into_iter()
             .enumerate()
@@ -100,23 +109,76 @@ fn features(device: &Device, [_, heads, seqlen, _]: [usize; 4]) -> Result<Vec<Fe
     Ok(all)
 }
 
-fn measure<T: Element>(
+/// Answers requests of another program, which alternates these runs with others.
+fn serve(device: &Device) -> Result<(), Failure> {
+    for line in stdin().lock().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.splitn(5, ' ').collect();
+        let [dtype, seqlen, pass, runs, name] = words[..] else {
+            return Err(format!("five words are needed: {line}").into());
+        };
+        let seqlen: usize = seqlen.parse()?;
+        let shape = SHAPES.into_iter().find(|shape| shape[2] == seqlen);
+        let shape = shape.ok_or(format!("no shape has {seqlen} tokens"))?;
+        let features = features(device, shape)?;
+        let feature = features.iter().find(|feature| feature.name == name);
+        let attention = &feature.ok_or(format!("no feature is called {name}"))?.attention;
+        let (both, runs) = (pass == "both", runs.parse()?);
+        let seconds = match dtype {
+            "f32" => timed::<f32>(device, shape, attention, both, runs)?,
+            "bf16" => timed::<bf16>(device, shape, attention, both, runs)?,
+            _ => return Err(format!("f32 or bf16: {dtype}").into()),
+        };
+        println!(
+            r#"{{"device": "{}", "seconds": [{}]}}"#,
+            device.name(),
+            seconds.join(", ")
+        );
+        stdout().flush()?;
+    }
+    Ok(())
+}
+
+/// Seconds of each of several runs.
+fn timed<T: Element>(
     device: &Device,
     shape: [usize; 4],
-    features: &[Feature],
-    (rounds, both): (usize, bool),
-) -> Result<(), Failure> {
-    let [batch, heads, seqlen, head_dim] = shape;
-    let of_full = Shape {
-        dtype: T::DTYPE,
+    attention: &Attention,
+    both: bool,
+    runs: usize,
+) -> Result<Vec<String>, Error> {
+    let mut problem = Tensors::<T>::new(&full(T::DTYPE, shape), device)?;
+    problem.attention = attention.clone();
+    let mut run = || {
+        let mut time = problem.forward()?;
+        if both {
+            time += problem.backward()?;
+        }
+        Ok(format!("{:.9}", time.as_secs_f64()))
+    };
+    (0..runs).map(|_| run()).collect()
+}
+
+/// Plain attention of a shape.
+fn full(dtype: Dtype, [batch, heads, seqlen, head_dim]: [usize; 4]) -> Shape {
+    Shape {
+        dtype,
         causal: false,
         batch,
         heads,
         seqlen_q: seqlen,
         seqlen_k: seqlen,
         head_dim,
-    };
-    let mut problem = Tensors::<T>::new(&of_full, device)?;
+    }
+}
+
+fn measure<T: Element>(
+    device: &Device,
+    shape: [usize; 4],
+    features: &[Feature],
+    (rounds, both): (usize, bool),
+) -> Result<(), Failure> {
+    let mut problem = Tensors::<T>::new(&full(T::DTYPE, shape), device)?;
     // Seconds of each pass, as the clock on the wall has them and in all threads.
     let mut best = vec![[[f64::INFINITY; 2]; 2]; features.len()];
     for round in 0..=rounds {

@@ -27,8 +27,9 @@
 //!
 //! - q is `[batch, heads_q, seqlen_q, head_dim]`, k is `[batch, heads_kv, seqlen_k, head_dim]`, and v is `[batch, heads_kv,
 //!   seqlen_k, head_dim_v]`, where `heads_kv` divides `heads_q` (grouped and multi-query attention). out is `[batch, heads_q,
-//!   seqlen_q, head_dim_v]`. head_dim and head_dim_v are multiples of 8 up to 256. They are equal, or on the CPU and with Hopper's
-//!   own kernels not. On the CPU latent attention has a head_dim up to 576, with a smaller head_dim_v up to 512.
+//!   seqlen_q, head_dim_v]`. head_dim and head_dim_v are multiples of 8 up to 256, and may differ.
+//!   Latent attention has a head_dim up to 576, with a smaller head_dim_v up to 512: on the CPU, and on GPUs in forward
+//!   of f16 and bf16.
 //! - The last axis is contiguous; the other strides are free. Tensors in `[batch, seqlen, heads, head_dim]` order and
 //!   packed QKV are used in place ([`Tensor::transpose`], [`Tensor::select`]).
 //! - Elements are `f32`, [`half::f16`] or [`half::bf16`], accumulated in f32. f32 is multiplied by FMA, or on AMX by

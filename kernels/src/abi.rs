@@ -24,6 +24,15 @@ pub struct StridedTensor {
     pub row_stride: u64,
 }
 
+impl StridedTensor {
+    /// Tells if the rows begin at the elements at which those of `other` do. The values of latent attention have the rows of their keys,
+    /// and their kernel loads both at once.
+    #[inline(always)]
+    pub fn has_rows_of(&self, other: &Self) -> bool {
+        self == other
+    }
+}
+
 /// Parameters of every forward kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

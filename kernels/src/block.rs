@@ -2,7 +2,7 @@
 
 use crate::abi::{Layout, StridedTensor};
 use crate::ptx::{optimizer, sreg};
-use crate::shape::TileShape;
+use crate::shape::TileSizes;
 use crate::tile::{
     global::GlobalTile,
     shared::{SharedTile, Split},
@@ -21,7 +21,7 @@ pub struct RowBlock<S> {
     shape: PhantomData<S>,
 }
 
-impl<S: TileShape> RowBlock<S> {
+impl<S: TileSizes> RowBlock<S> {
     /// Returns the rows of this thread block. Block x is tile, head, batch, fastest first: neighbours read the same
     /// streamed tiles from L2. `last_first` reverses the tiles: where later tiles have more work, starting them first
     /// keeps the last wave short.
@@ -65,12 +65,12 @@ impl<S: TileShape> RowBlock<S> {
 
 /// Returns owned tile `index`. Owned tiles start at the bottom of shared memory; the streamed tiles follow.
 #[inline(always)]
-pub fn owned_tile<S: TileShape>(index: u32) -> SharedTile {
+pub fn owned_tile<S: TileSizes>(index: u32) -> SharedTile {
     SharedTile::new(sreg::dynamic_shared_mem() + index * S::OWNED_BYTES, S::ROW_BYTES)
 }
 
 /// Returns the division of a tile's chunks among this block's threads.
 #[inline(always)]
-pub fn split<S: TileShape>() -> Split {
+pub fn split<S: TileSizes>() -> Split {
     Split::new(S::ROW_BYTES, sreg::thread_idx_x(), S::THREADS)
 }

@@ -111,6 +111,11 @@ pub struct Entry<P = Pass> {
 }
 
 impl<P> Entry<P> {
+    /// Tells if this is a kernel of latent attention, which loads values with their keys where both are the same rows.
+    pub const fn is_latent(&self) -> bool {
+        self.head_dim == LatentD576::<F16>::HEAD_DIM
+    }
+
     /// Marks a kernel as one with the markers of score programs.
     const fn of_programs(mut self) -> Self
     where
@@ -225,6 +230,7 @@ const fn delta_entry(name: &'static str, dtype: Dtype) -> Entry {
 const fn combine_entry(name: &'static str, dtype: Dtype) -> Entry {
     Entry {
         pass: Pass::Combine,
+        head_dim: LatentD576::<F16>::HEAD_DIM_V,
         block_m: 0,
         threads: COMBINE_WARPS * 32,
         ..delta_entry(name, dtype)
@@ -480,10 +486,31 @@ entries! {
     }
 }
 
+/// A row of the table for the kernel of latent attention.
+const fn latent_entry(name: &'static str, dtype: Dtype) -> Entry {
+    type Shape = LatentD576<F16>;
+    Entry {
+        name,
+        pass: Pass::Forward,
+        arch: Arch::Sm80,
+        dtype,
+        causal: false,
+        program: true,
+        head_dim: Shape::HEAD_DIM,
+        block_m: Shape::ROWS,
+        block_n: Shape::COLUMNS,
+        threads: Shape::THREADS,
+        min_blocks: 1,
+        shared_bytes: Shape::SHARED_BYTES,
+        two_walks: false,
+    }
+}
+
 macro_rules! program_entries {
     (
         tiles { $($name:literal: $pass:ident $dtype:ident, $shape:ty, $shared:ident,
                   $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
+        latent { $($latent:literal: $latent_dtype:ident;)* }
         delta { $($delta:literal: $delta_dtype:ident;)* }
         hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
@@ -491,9 +518,14 @@ macro_rules! program_entries {
         /// Every compiled kernel that runs score programs: full attention with [markers](crate::program).
         pub const PROGRAM_ENTRIES: &[Entry] = &[
             $(entry!($name, Sm80 $pass $dtype, $shape, $shared, $min, false).of_programs(),)*
+            $(latent_entry($latent, Dtype::$latent_dtype),)*
             $(delta_entry($delta, Dtype::$delta_dtype).of_programs(),)*
             $(hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false).of_programs(),)*
         ];
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "program_sm_80"))]
+            kernel!($latent, latent::forward, crate::abi::ListedForwardParams, crate::element::$latent_dtype);
+        )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "program_sm_80"))]
             kernel!($delta, delta::program, crate::abi::BackwardParams, crate::element::$delta_dtype);
@@ -565,6 +597,10 @@ program_entries! {
         "score_backward_keys_bf16_d128": BackwardKeys Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
         "score_backward_keys_bf16_d192": BackwardKeys Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
         "score_backward_keys_bf16_d256": BackwardKeys Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::listed_keys(ListedBackwardParams), min_blocks 1;
+    }
+    latent {
+        "score_forward_f16_d576": F16;
+        "score_forward_bf16_d576": Bf16;
     }
     delta {
         "score_backward_delta_f32": F32;

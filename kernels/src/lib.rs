@@ -31,7 +31,8 @@
 //!
 //! `asm!` lives in `ptx`, a lane's coordinates in `tile::fragment`, bank conflicts in `tile::swizzle`, minus infinity in
 //! `softmax`, sequence lengths in [`mask`], who works on what in [`deal`] and [`work`], waiting in `pipeline`; `forward` and
-//! `backward` read like the paper, `listed` is forward for whatever is no rectangle, and [`rotary`] moves rows to a cache.
+//! `backward` read like the paper, `listed` is forward for whatever is no rectangle, `latent` forward for keys too wide for
+//! warps with rows of their own, and [`rotary`] moves rows to a cache.
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -66,6 +67,8 @@ mod delta;
 mod forward;
 #[cfg(target_arch = "nvptx64")]
 mod hopper;
+#[cfg(target_arch = "nvptx64")]
+mod latent;
 #[cfg(target_arch = "nvptx64")]
 mod listed;
 #[cfg(target_arch = "nvptx64")]

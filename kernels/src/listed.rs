@@ -18,7 +18,7 @@ use crate::mask::{Blocks, Mask, Span};
 use crate::nonfinite;
 use crate::pipeline::KeyValueRing;
 use crate::ptx::{math, memory, optimizer, program, sreg, sync};
-use crate::shape::{COMBINE_WARPS, TileShape};
+use crate::shape::{COMBINE_WARPS, TileShape, TileSizes};
 use crate::softmax::{Finished, OnlineSoftmax};
 use crate::tile::element::Element;
 use crate::tile::global::{GlobalTile, Packed, Paged, Walk};
@@ -33,7 +33,7 @@ use crate::work::SequenceRows;
 pub unsafe fn forward<S: TileShape>(p: &ListedForwardParams) {
     // Read again after the walk: kept, it would occupy registers during the whole loop.
     // SAFETY: the caller's contract.
-    let block = || unsafe { Listed { work: work::<S>(p), p } };
+    let block = || unsafe { Listed::of_this_block::<S>(p) };
 
     // SAFETY (whole body): the query tile and the ring are disjoint parts of this block's dynamic shared memory, every
     // thread takes every step that holds a barrier, and windows clip what does not exist.
@@ -45,52 +45,26 @@ pub unsafe fn forward<S: TileShape>(p: &ListedForwardParams) {
         let warp_row = sreg::renewed_warp_id() * S::WARP_ROWS;
         let first_row = block.work.first_row + warp_row;
         let rows = block.rows().saturating_sub(first_row);
+        let values = || block.keys(&p.forward.v, &p.values, S::ELEMENT_BYTES);
         if let Some(place) = block.work.partial {
             if cleaned {
-                block.restore::<S>(&mut output, first_row);
+                block.restore::<S::Element>(&mut output, &values(), S::COLUMNS, first_row);
             }
             let partial = Partial::of(p, place);
-            let (row_max, row_sum) = softmax.partial();
-            output.map_coordinates(|row, column, x| {
-                if row < rows && column < p.values.head_dim {
-                    memory::st_global_u32(partial.element(warp_row + row, column), x.to_bits());
-                }
-                x
-            });
-            S::Scores::store_rows(row_max, partial.row_max(warp_row), rows);
-            S::Scores::store_rows(row_sum, partial.row_sum(warp_row), rows);
+            partial.store_output(&mut output, warp_row, 0, rows);
+            partial.store_statistics(&softmax, warp_row, rows);
             return;
         }
-        let Finished {
-            inverse,
-            lse,
-            row_max,
-            row_sum,
-        } = softmax.finish(|row| p.plain != 0 && !block.span(first_row + row).is_empty());
-        output.map_rows(inverse, |inverse, o| S::Element::mean(o * inverse));
+        let finished = softmax.finish(|row| p.plain != 0 && !block.span(first_row + row).is_empty());
+        output.map_rows(finished.inverse, |inverse, o| S::Element::mean(o * inverse));
         if cleaned {
-            block.restore::<S>(&mut output, first_row);
+            block.restore::<S::Element>(&mut output, &values(), S::COLUMNS, first_row);
         }
         let target = block
             .queries(&p.forward.out, &p.values, S::ELEMENT_BYTES)
             .rows_from(first_row);
         output.store(owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS), &target);
-        let store = |values, address: u64| {
-            S::Scores::for_each_row(values, |row, value: f32| {
-                if row < rows {
-                    memory::st_global_u32(address + block.statistic(first_row + row) * 4, value.to_bits());
-                }
-            });
-        };
-        store(lse, p.forward.lse);
-        if p.forward.row_max != 0 {
-            // The caller's q.k, before its sign was changed.
-            store(
-                row_max.map(|max| unsigned(max, p.forward.scale_sign)),
-                p.forward.row_max,
-            );
-            store(row_sum, p.forward.row_sum);
-        }
+        block.store_statistics::<S::Scores>(&finished, first_row);
     }
 }
 
@@ -99,7 +73,7 @@ pub unsafe fn forward<S: TileShape>(p: &ListedForwardParams) {
 /// # Safety
 /// The contract of [`forward`].
 #[inline(always)]
-unsafe fn work<S: TileShape>(p: &ListedForwardParams) -> Work {
+unsafe fn work<S: TileSizes>(p: &ListedForwardParams) -> Work {
     let block = optimizer::renew(sreg::block_idx_x());
     if p.work.tiles != 0 {
         // SAFETY: the caller's contract.
@@ -192,27 +166,40 @@ unsafe fn walk<S: TileShape>(
 }
 
 /// A block's work and the tensors that it is of.
-struct Listed<'a> {
-    work: Work,
+pub struct Listed<'a> {
+    pub work: Work,
     p: &'a ListedForwardParams,
+}
+
+impl<'a> Listed<'a> {
+    /// Returns the work of this block.
+    ///
+    /// # Safety
+    /// The contract of [`forward`].
+    #[inline(always)]
+    pub unsafe fn of_this_block<S: TileSizes>(p: &'a ListedForwardParams) -> Self {
+        // SAFETY: the caller's contract.
+        let work = unsafe { work::<S>(p) };
+        Self { work, p }
+    }
 }
 
 impl Listed<'_> {
     /// Returns the first query head of the packed ones.
     #[inline(always)]
-    fn first_head(&self) -> u32 {
+    pub fn first_head(&self) -> u32 {
         self.work.head * self.p.packed.value
     }
 
     /// Returns the number of rows that exist in the sequence, packed heads counted.
     #[inline(always)]
-    fn rows(&self) -> u32 {
+    pub fn rows(&self) -> u32 {
         self.work.sequence.seqlen_q * self.p.packed.value
     }
 
     /// Returns the keys that a row of the sequence sees, but for what a score program hides.
     #[inline(always)]
-    fn span(&self, row: u32) -> Span {
+    pub fn span(&self, row: u32) -> Span {
         let SequenceRows { seqlen_q, seqlen_k, .. } = self.work.sequence;
         if self.p.causal != 0 {
             Mask::<true>::new(seqlen_q, seqlen_k).keys_of(self.p.packed.divide(row).0)
@@ -223,7 +210,7 @@ impl Listed<'_> {
 
     /// Returns the rows of the sequence in q or out.
     #[inline(always)]
-    fn queries(&self, tensor: &StridedTensor, layout: &Layout, element_bytes: u32) -> GlobalTile<Packed> {
+    pub fn queries(&self, tensor: &StridedTensor, layout: &Layout, element_bytes: u32) -> GlobalTile<Packed> {
         let SequenceRows {
             q_entry,
             q_begin,
@@ -238,7 +225,7 @@ impl Listed<'_> {
 
     /// Returns the rows of the sequence in k or v.
     #[inline(always)]
-    fn keys(&self, tensor: &StridedTensor, layout: &Layout, element_bytes: u32) -> GlobalTile<Paged> {
+    pub fn keys(&self, tensor: &StridedTensor, layout: &Layout, element_bytes: u32) -> GlobalTile<Paged> {
         let SequenceRows {
             k_entry,
             k_begin,
@@ -258,13 +245,46 @@ impl Listed<'_> {
         head * self.p.forward.seqlen_q as u64 + (q_begin + position) as u64
     }
 
-    /// Adds to the output what was [cleaned](nonfinite) of the values.
+    /// Stores the statistics of a warp's rows from `first_row` on.
     ///
     /// # Safety
     /// The contract of [`forward`].
     #[inline(always)]
-    unsafe fn restore<S: TileShape>(&self, output: &mut S::Output, first_row: u32) {
-        let values = self.keys(&self.p.forward.v, &self.p.values, S::ELEMENT_BYTES);
+    pub unsafe fn store_statistics<A: Accumulator>(&self, finished: &Finished<A::Rows>, first_row: u32) {
+        let (p, rows) = (self.p, self.rows().saturating_sub(first_row));
+        let store = |values, address: u64| {
+            A::for_each_row(values, |row, value: f32| {
+                if row < rows {
+                    // SAFETY: the row exists.
+                    unsafe {
+                        memory::st_global_u32(address + self.statistic(first_row + row) * 4, value.to_bits());
+                    }
+                }
+            });
+        };
+        store(finished.lse, p.forward.lse);
+        if p.forward.row_max != 0 {
+            // The caller's q.k, before its sign was changed.
+            store(
+                finished.row_max.map(|max| unsigned(max, p.forward.scale_sign)),
+                p.forward.row_max,
+            );
+            store(finished.row_sum, p.forward.row_sum);
+        }
+    }
+
+    /// Adds to the output, of rows from `first_row` on, what was [cleaned](nonfinite) of the values in tiles of `columns` keys.
+    ///
+    /// # Safety
+    /// The contract of [`forward`].
+    #[inline(always)]
+    pub unsafe fn restore<E: Element>(
+        &self,
+        output: &mut impl Accumulator,
+        values: &GlobalTile<Paged>,
+        columns: u32,
+        first_row: u32,
+    ) {
         let sees = |row, key| {
             self.span(first_row + row).contains(key) && program::visible(first_row + row, key, self.first_head())
         };
@@ -274,7 +294,7 @@ impl Listed<'_> {
                 let run = self.work.runs.get(run);
                 if run.masked != 0 {
                     let blocks = Blocks::masked(run.begin..run.end);
-                    nonfinite::restore::<S::Element, _>(output, &values, blocks, S::COLUMNS, sees);
+                    nonfinite::restore::<E, _>(output, values, blocks, columns, sees);
                 }
             }
         }
@@ -283,20 +303,52 @@ impl Listed<'_> {
 
 /// Partial results of the rows of one block.
 #[derive(Clone, Copy)]
-struct Partial {
+pub struct Partial {
     base: u64,
     head_dim: u32,
     rows: u32,
 }
 
 impl Partial {
+    /// Returns the partial results at a place.
     #[inline(always)]
-    fn of(p: &ListedForwardParams, place: u32) -> Self {
+    pub fn of(p: &ListedForwardParams, place: u32) -> Self {
         let (head_dim, rows) = (p.values.head_dim, p.block_m);
         Self {
             base: p.partial + place as u64 * (rows * (head_dim + 2) * 4) as u64,
             head_dim,
             rows,
+        }
+    }
+
+    /// Stores an output before the division: `rows` rows from `first_row` on of those of the block, columns from `first_column` on.
+    ///
+    /// # Safety
+    /// The contract of [`forward`].
+    #[inline(always)]
+    pub unsafe fn store_output(self, output: &mut impl Accumulator, first_row: u32, first_column: u32, rows: u32) {
+        output.map_coordinates(|row, column, x| {
+            if row < rows && first_column + column < self.head_dim {
+                // SAFETY: the element exists.
+                unsafe {
+                    memory::st_global_u32(self.element(first_row + row, first_column + column), x.to_bits());
+                }
+            }
+            x
+        });
+    }
+
+    /// Stores the statistics of `rows` rows from `first_row` on of those of the block.
+    ///
+    /// # Safety
+    /// The contract of [`forward`].
+    #[inline(always)]
+    pub unsafe fn store_statistics<A: Accumulator>(self, softmax: &OnlineSoftmax<A>, first_row: u32, rows: u32) {
+        let (row_max, row_sum) = softmax.partial();
+        // SAFETY: the rows exist.
+        unsafe {
+            A::store_rows(row_max, self.row_max(first_row), rows);
+            A::store_rows(row_sum, self.row_sum(first_row), rows);
         }
     }
 

@@ -4,12 +4,13 @@
 //! its content. Forward needs one tile at a time and has a pipeline of single tiles; backward needs two together.
 
 pub mod bulk;
+pub mod latent;
 
 use crate::block::split;
 use crate::lists::Runs;
 use crate::ptx::{copy, optimizer, sreg, sync};
 use crate::scores::OfColumns;
-use crate::shape::TileShape;
+use crate::shape::{TileShape, TileSizes};
 use crate::tile::{
     global::{Even, GlobalTile, Paged, Places, Walk},
     shared::SharedTile,
@@ -48,7 +49,7 @@ pub struct InRuns<S> {
     shape: PhantomData<S>,
 }
 
-impl<S: TileShape> InRuns<S> {
+impl<S: TileSizes> InRuns<S> {
     /// Moves the walks to the first tile.
     ///
     /// # Safety
@@ -67,7 +68,7 @@ impl<S: TileShape> InRuns<S> {
     }
 }
 
-impl<S: TileShape> Order for InRuns<S> {
+impl<S: TileSizes> Order for InRuns<S> {
     type Places = Paged;
 
     /// Past the last run, moves to the end of the windows, where nothing is read.

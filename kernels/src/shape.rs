@@ -10,9 +10,9 @@
 //! has 163 KiB, H100 227 KiB), so that the portable kernels run on all of them.
 
 use crate::element::F16;
-use crate::tile::swizzle;
 #[cfg(target_arch = "nvptx64")]
 use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
+use crate::tile::{fragment, swizzle};
 use core::marker::PhantomData;
 
 /// Largest shared memory of a block on every GPU from sm_80 on, in bytes.
@@ -33,8 +33,8 @@ pub const COMBINE_WARPS: u32 = 4;
 /// Number of warps of a block of the rotary kernel; they take the heads of a token in turn.
 pub const ROTARY_WARPS: u32 = 8;
 
-/// A compiled tile shape.
-pub trait TileShape {
+/// The sizes of a compiled tile shape.
+pub trait TileSizes {
     /// Largest head_dim of the tile; the loader masks a narrower head.
     const HEAD_DIM: u32;
     /// Number of rows of the result that a block owns.
@@ -67,7 +67,10 @@ pub trait TileShape {
     /// three f32 per row, and one f32 for each owned row.
     const BACKWARD_BYTES: u32 =
         2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + 3 * 4 * Self::COLUMNS) + 4 * Self::ROWS;
+}
 
+/// A compiled tile shape whose warps each own rows from load to store.
+pub trait TileShape: TileSizes {
     /// Element type of q, k, v and out.
     #[cfg(target_arch = "nvptx64")]
     type Element: Element;
@@ -80,7 +83,7 @@ pub trait TileShape {
 }
 
 /// Returns true if the threads of a block, side by side along the rows, cover a tile in whole steps.
-pub(crate) const fn loads_evenly<S: TileShape>() -> bool {
+pub(crate) const fn loads_evenly<S: TileSizes>() -> bool {
     let rows = S::THREADS / swizzle::neighbours(S::ROW_BYTES);
     S::ROWS.is_multiple_of(rows) && S::COLUMNS.is_multiple_of(rows)
 }
@@ -93,35 +96,30 @@ macro_rules! ampere_shape {
         #[doc = concat!(stringify!($rows), " x ", stringify!($columns), ", head_dim ", stringify!($d), ", f16 or bf16, mma.sync.")]
         pub struct $name<T>(PhantomData<T>);
 
+        impl<T> TileSizes for $name<T> {
+            const HEAD_DIM: u32 = $d;
+            const ROWS: u32 = $rows;
+            const COLUMNS: u32 = $columns;
+            const WARPS: u32 = $warps;
+            const STAGES: u32 = $stages;
+            const ELEMENT_BYTES: u32 = 2;
+            const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
+        }
+
         #[cfg(target_arch = "nvptx64")]
         impl<T: crate::ptx::matrix::Half> TileShape for $name<T> {
-            ampere_shape!(numbers $rows, $columns, $d, $warps, $stages $(, $two_walks)?);
             type Element = T;
             type Scores = Fragments<T, { $rows / $warps / 16 }, { $columns / 8 }>;
             type Output = Fragments<T, { $rows / $warps / 16 }, { $d / 8 }>;
         }
 
-        #[cfg(not(target_arch = "nvptx64"))]
-        impl<T> TileShape for $name<T> {
-            ampere_shape!(numbers $rows, $columns, $d, $warps, $stages $(, $two_walks)?);
-        }
-
         const _: () = {
             assert!($rows % ($warps * 16) == 0 && $columns % 16 == 0 && $d % 16 == 0);
             // The swizzle and the loader need rows of whole runs of four chunks.
-            assert!(<$name<F16> as TileShape>::ROW_BYTES % 64 == 0);
+            assert!(<$name<F16> as TileSizes>::ROW_BYTES % 64 == 0);
             assert!(matches!($stages, 2 | 4));
-            assert!(loads_evenly::<$name<F16>>() && <$name<F16> as TileShape>::$bytes <= PORTABLE_SHARED_BYTES);
+            assert!(loads_evenly::<$name<F16>>() && <$name<F16> as TileSizes>::$bytes <= PORTABLE_SHARED_BYTES);
         };
-    };
-    (numbers $rows:literal, $columns:literal, $d:literal, $warps:literal, $stages:literal $(, $two_walks:ident)?) => {
-        const HEAD_DIM: u32 = $d;
-        const ROWS: u32 = $rows;
-        const COLUMNS: u32 = $columns;
-        const WARPS: u32 = $warps;
-        const STAGES: u32 = $stages;
-        const ELEMENT_BYTES: u32 = 2;
-        const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
     };
 }
 
@@ -132,7 +130,7 @@ macro_rules! simt_shape {
         #[doc = concat!(stringify!($rows), " x ", stringify!($columns), ", head_dim ", stringify!($d), ", f32, FMA.")]
         pub struct $name;
 
-        impl TileShape for $name {
+        impl TileSizes for $name {
             const HEAD_DIM: u32 = $d;
             const ROWS: u32 = $rows;
             const COLUMNS: u32 = $columns;
@@ -140,6 +138,9 @@ macro_rules! simt_shape {
             const STAGES: u32 = $stages;
             const ELEMENT_BYTES: u32 = 4;
             const TWO_WALKS: bool = false $(|| !stringify!($two_walks).is_empty())?;
+        }
+
+        impl TileShape for $name {
             #[cfg(target_arch = "nvptx64")]
             type Element = crate::element::F32;
             #[cfg(target_arch = "nvptx64")]
@@ -150,9 +151,9 @@ macro_rules! simt_shape {
 
         const _: () = {
             assert!($rows == $warps * 8 && $columns % 16 == 0 && $d % 32 == 0);
-            assert!(<$name as TileShape>::ROW_BYTES % 64 == 0);
+            assert!(<$name as TileSizes>::ROW_BYTES % 64 == 0);
             assert!(matches!($stages, 2 | 4));
-            assert!(loads_evenly::<$name>() && <$name as TileShape>::$bytes <= PORTABLE_SHARED_BYTES);
+            assert!(loads_evenly::<$name>() && <$name as TileSizes>::$bytes <= PORTABLE_SHARED_BYTES);
         };
     };
 }
@@ -177,6 +178,58 @@ simt_shape!(ForwardF32D96, FORWARD_BYTES: 64 x 64, head_dim 96, warps 8, stages 
 simt_shape!(ForwardF32D128, FORWARD_BYTES: 64 x 64, head_dim 128, warps 8, stages 2);
 simt_shape!(ForwardF32D192, FORWARD_BYTES: 64 x 32, head_dim 192, warps 8, stages 2);
 simt_shape!(ForwardF32D256, FORWARD_BYTES: 32 x 32, head_dim 256, warps 4, stages 2);
+
+/// 32 x 32, head_dim 576 and 512 of v, f16 or bf16, mma.sync: forward for [latent attention](crate::latent), whose warps share rows.
+///
+/// 32 rows of 512 outputs are 64 registers a lane of 8 warps, and the block's queries 36 more; they would not fit in shared memory beside
+/// two tiles of keys. 32 keys a tile: the exchange of scores then takes less time than the products.
+pub struct LatentD576<T>(PhantomData<T>);
+
+impl<T> TileSizes for LatentD576<T> {
+    const HEAD_DIM: u32 = 576;
+    const ROWS: u32 = 32;
+    const COLUMNS: u32 = 32;
+    const WARPS: u32 = 8;
+    const STAGES: u32 = 2;
+    const ELEMENT_BYTES: u32 = 2;
+    const TWO_WALKS: bool = false;
+}
+
+impl<T> LatentD576<T> {
+    /// Largest head_dim of v and out.
+    pub const HEAD_DIM_V: u32 = 512;
+    /// Rows of the scores that a warp multiplies.
+    pub const SCORE_ROWS: u32 = 16;
+    /// Parts of head_dim whose products different warps sum up.
+    pub const PARTS: u32 = Self::WARPS * Self::SCORE_ROWS / Self::ROWS;
+    /// Columns of q and k of a part.
+    pub const PART_COLUMNS: u32 = Self::HEAD_DIM / Self::PARTS;
+    /// Columns of v and out that a warp multiplies.
+    pub const WARP_COLUMNS: u32 = Self::HEAD_DIM_V / Self::WARPS;
+    /// Warps that have the softmax of [`SOFTMAX_ROWS`](Self::SOFTMAX_ROWS) rows each.
+    pub const SOFTMAX_WARPS: u32 = Self::ROWS / Self::SOFTMAX_ROWS;
+    /// Rows of the softmax of a warp.
+    pub const SOFTMAX_ROWS: u32 = fragment::SIMT_ROWS.0;
+    /// Size of a part of the scores in f32, in bytes.
+    pub const PART_BYTES: u32 = Self::ROWS * Self::COLUMNS * 4;
+    /// Size of the weights, in bytes.
+    pub const WEIGHT_BYTES: u32 = Self::ROWS * Self::COLUMNS * Self::ELEMENT_BYTES;
+    /// Dynamic shared memory of a block, in bytes: the pipeline, and what warps exchange: parts of the scores, weights and a
+    /// factor for each row.
+    pub const SHARED_BYTES: u32 =
+        Self::STAGES * Self::STREAMED_BYTES + Self::PARTS * Self::PART_BYTES + Self::WEIGHT_BYTES + Self::ROWS * 4;
+}
+
+const _: () = {
+    type Latent = LatentD576<F16>;
+    assert!(Latent::PART_COLUMNS.is_multiple_of(16) && Latent::HEAD_DIM == Latent::PARTS * Latent::PART_COLUMNS);
+    // A warp's columns begin with a run of the swizzle, and its outputs are staged in the pipeline.
+    assert!((Latent::WARP_COLUMNS * 2).is_multiple_of(128) && Latent::ROW_BYTES.is_multiple_of(128));
+    assert!(Latent::ROWS * Latent::HEAD_DIM_V <= Latent::STAGES * Latent::STREAMED_BYTES / 2);
+    // The queries are staged in a slot of the pipeline.
+    assert!(Latent::OWNED_BYTES <= Latent::STREAMED_BYTES);
+    assert!(loads_evenly::<Latent>() && Latent::SHARED_BYTES <= PORTABLE_SHARED_BYTES);
+};
 
 // Backward. A block holds two owned tiles and two stages of two streamed ones, so 99 KiB bind sooner; a lane holds
 // two score tiles beside the gradients, so a warp owns 16 rows (32 spill with ptxas 13.5). One shape serves dQ and,

@@ -7,7 +7,7 @@ mod standard;
 
 use crate::abi::{ForwardParams, Params, params};
 use crate::entries::{Arch, Dtype, Entry};
-use crate::shape::{ForwardF32D64, PORTABLE_SHARED_BYTES, TileShape, loads_evenly, simt_shape};
+use crate::shape::{ForwardF32D64, PORTABLE_SHARED_BYTES, TileShape, TileSizes, loads_evenly, simt_shape};
 #[cfg(target_arch = "nvptx64")]
 use crate::tile::lanes::LaneRows;
 use core::num::NonZeroU32;

@@ -16,7 +16,8 @@ use crate::problem::Problem;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward reads Q once, and K and V once for every query tile that
-    /// sees them. Backward on a GPU does that twice, for tiles of queries and for tiles of keys, or for tiles of keys
+    /// sees them; latent attention on a GPU reads values that are the first columns of their keys with the keys.
+    /// Backward on a GPU does that twice, for tiles of queries and for tiles of keys, or for tiles of keys
     /// alone. Backward on the CPU reads K and V once; Q, dO and their statistics once for every run of keys that sees
     /// them; and the f32 dQ for every such run but the first.
     pub bytes_read: u128,
@@ -46,10 +47,11 @@ impl Cost {
         let seqlen_q = u128::from(problem.seqlen_q());
         let [row, row_v] = row_bytes(problem);
         let [head_dim, head_dim_v] = head_dims(problem);
+        let pair = pair_bytes(problem, launches);
         let listed = launches.first().and_then(Launch::streamed_rows);
         let keys = listed.unwrap_or_else(|| packs * (walked.keys)(problem, tiles));
         Self {
-            bytes_read: heads * seqlen_q * row + keys * (row + row_v),
+            bytes_read: heads * seqlen_q * row + keys * pair,
             bytes_written: heads * seqlen_q * (row_v + u128::from(statistics) * STATISTIC),
             flops: 2 * heads * walked.visible_pairs * (head_dim + head_dim_v),
         }
@@ -64,10 +66,11 @@ impl Cost {
         let seqlen_q = u128::from(problem.seqlen_q());
         let [row, row_v] = row_bytes(problem);
         let [head_dim, head_dim_v] = head_dims(problem);
+        let pair = pair_bytes(problem, &sequences.launches);
         let keys = sequences.launches.first().and_then(Launch::streamed_rows).unwrap_or(0);
         let partial = u128::from(sequences.partial_bytes);
         Self {
-            bytes_read: heads * seqlen_q * row + keys * (row + row_v) + partial,
+            bytes_read: heads * seqlen_q * row + keys * pair + partial,
             bytes_written: heads * seqlen_q * (row_v + u128::from(statistics) * STATISTIC) + partial,
             flops: 2 * problem.heads_q() as u128 * sequences.pairs * (head_dim + head_dim_v),
         }
@@ -196,6 +199,17 @@ fn head_dims(problem: &Problem) -> [u128; 2] {
 /// Returns the bytes of a row of q and k, and of v and out.
 fn row_bytes(problem: &Problem) -> [u128; 2] {
     head_dims(problem).map(|head_dim| head_dim * problem.dtype().bytes() as u128)
+}
+
+/// Returns the bytes that these launches of a forward pass load for a key and its value.
+fn pair_bytes(problem: &Problem, launches: &[Launch]) -> u128 {
+    let [row, row_v] = row_bytes(problem);
+    let is_latent = launches.first().is_some_and(|launch| launch.entry.is_latent());
+    if is_latent && problem.v().has_rows_of(&problem.k()) {
+        row
+    } else {
+        row + row_v
+    }
 }
 
 /// Returns the operations of the five products of backward for a pair: Q K^T, dQ and dK over head_dim of q, dO V^T and

@@ -230,6 +230,11 @@ fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors:
         Arch::Sm90a => sparse_launch(problem, device)?,
         Arch::Sm80 => None,
     };
+    if entry.is_latent() && problem.program().is_none() {
+        // Its rows are those of many heads, packed.
+        let placed = Placed::of_rectangle(problem.batch(), problem.seqlen_q(), problem.seqlen_k());
+        return forward_of_sequences(problem, &placed, device, multiprocessors);
+    }
     let launches = match (entry.arch, sparse) {
         _ if !problem.has_queries() => Vec::new(),
         (_, Some(launch)) => {

@@ -120,7 +120,9 @@ pub(super) fn check_heads(q: &TensorInfo, k: &TensorInfo) -> Result<(), Error> {
 pub(super) fn check_head_dims(q: Named<'_>, v: Named<'_>) -> Result<(), Error> {
     let head_dim = |(_, tensor): Named<'_>| tensor.shape()[3];
     let is_latent = head_dim(q) > MAX_HEAD_DIM && head_dim(v) < head_dim(q);
-    let limits = if is_latent && q.1.device().is_cpu() {
+    // GPUs have kernels of the tensor cores for it.
+    let is_served = q.1.device().is_cpu() || q.1.dtype() != Dtype::F32;
+    let limits = if is_latent && is_served {
         LATENT_HEAD_DIMS
     } else {
         [MAX_HEAD_DIM; 2]

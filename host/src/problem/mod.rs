@@ -27,11 +27,12 @@ use crate::program::interval::Ranges;
 use crate::program::{Coordinate, Program};
 use crate::sequences::{Pages, Placed};
 
-/// Largest head_dim that kernels are compiled for.
+/// Largest head_dim that all kernels are compiled for.
 pub const MAX_HEAD_DIM: usize = 256;
 
-/// Largest head_dim of q and k, and of v, in latent attention on the CPU: its values are a part of its keys, so that head_dim of v
-/// is the smaller one. Absorbed decoding of DeepSeek's models has these sizes.
+/// Largest head_dim of q and k, and of v, in latent attention: its values are a part of its keys, so that head_dim of v is the
+/// smaller one. Absorbed decoding of DeepSeek's models has these sizes. The CPU serves it in every dtype, forward and backward; GPUs
+/// serve the forward pass in f16 and bf16.
 pub const LATENT_HEAD_DIMS: [usize; 2] = [576, 512];
 
 /// Number that head_dim must be a multiple of: 16 bytes of f16, one copy instruction.

@@ -32,6 +32,22 @@ pub(crate) struct BlockTable {
 }
 
 impl Placed {
+    /// Places the sequences of a rectangle, one a batch entry.
+    pub(crate) fn of_rectangle(batch: usize, seqlen_q: u32, seqlen_k: u32) -> Self {
+        let rows = |entry| SequenceRows {
+            q_entry: entry,
+            q_begin: 0,
+            seqlen_q,
+            k_entry: entry,
+            k_begin: 0,
+            seqlen_k,
+        };
+        Self {
+            sequences: (0..batch as u32).map(rows).collect(),
+            pages: None,
+        }
+    }
+
     /// Returns the number of pairs of one head that lengths and a causal mask show.
     pub(crate) fn pairs(&self, causal: bool) -> u128 {
         let of = |&SequenceRows { seqlen_q, seqlen_k, .. }: &SequenceRows| match causal {

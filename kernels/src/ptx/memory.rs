@@ -93,6 +93,29 @@ pub unsafe fn st_shared_word(address: u32, word: u32) {
     unsafe { asm!("st.shared.b32 [{p}], {w};", p = in(reg32) address, w = in(reg32) word, options(nostack)) }
 }
 
+/// `st.shared.v2.f32` — two f32 to 8-byte aligned shared memory.
+///
+/// # Safety
+/// `address` is an 8-byte aligned shared-window address of this block that no other thread accesses meanwhile.
+#[inline(always)]
+pub unsafe fn st_shared_v2(address: u32, values: [f32; 2]) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.shared.v2.f32 [{p}], {{{a}, {b}}};", p = in(reg32) address, a = in(reg32) values[0],
+            b = in(reg32) values[1], options(nostack));
+    }
+}
+
+/// `st.shared.b16` — two bytes to 2-byte aligned shared memory.
+///
+/// # Safety
+/// `address` is a 2-byte aligned shared-window address of this block whose two bytes no other thread accesses meanwhile.
+#[inline(always)]
+pub unsafe fn st_shared_u16(address: u32, value: u16) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("st.shared.b16 [{p}], {v};", p = in(reg32) address, v = in(reg16) value, options(nostack)) }
+}
+
 macro_rules! global_access {
     ($load:ident, $store:ident, $type:ident, $class:ident, $space_type:literal) => {
         #[doc = concat!("`ld.global.", $space_type, "`.\n\n# Safety\n`address` is readable and aligned to the access.")]

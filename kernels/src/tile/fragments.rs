@@ -26,6 +26,68 @@ impl<const M: usize, const N: usize> Packed<M, N> {
         let (left, right) = (self.0[m][k * 2], self.0[m][k * 2 + 1]);
         [left[0], left[1], right[0], right[1]]
     }
+
+    /// Loads an operand from the top of a tile in shared memory, from k block `first` of its rows on.
+    ///
+    /// # Safety
+    /// The tile is initialised and visible to the whole warp, which calls this together.
+    #[inline(always)]
+    pub unsafe fn load(tile: SharedTile, first: u32) -> Self {
+        let mut packed = [[[0; 2]; N]; M];
+        for m in 0..M {
+            for k in 0..N / 2 {
+                // SAFETY: the caller's contract.
+                let [a, b, c, d] = unsafe { tile.operand_a(m as u32 * 16, first + k as u32) };
+                (packed[m][k * 2], packed[m][k * 2 + 1]) = ([a, b], [c, d]);
+            }
+        }
+        Self(packed)
+    }
+
+    /// Multiplies each element by a factor, rounded to nearest even.
+    #[inline(always)]
+    pub fn scale<T: Half>(&mut self, factor: f32) {
+        let factor = T::pack(factor, factor);
+        for m in 0..M {
+            for n in 0..N {
+                self.0[m][n] = self.0[m][n].map(|pair| T::scale(pair, factor));
+            }
+        }
+    }
+}
+
+impl<T: Half, const M: usize, const N: usize> Fragments<T, M, N> {
+    /// Computes `self += a b^T` along a part of the rows of b: as many k blocks as a has, from block `first` on.
+    ///
+    /// # Safety
+    /// `b` is initialised and visible to the whole warp, which calls this together.
+    #[inline(always)]
+    pub unsafe fn add_part_of_abt<const K: usize>(&mut self, a: &Packed<M, K>, b: SharedTile, first: u32) {
+        for k in 0..K / 2 {
+            for n in 0..N / 2 {
+                // SAFETY: the caller's contract.
+                let columns = unsafe { b.operand_b_transposed(n as u32 * 16, first + k as u32) };
+                for m in 0..M {
+                    T::mma(&mut self.0[m][n * 2], a.fragment(m, k), columns[0]);
+                    T::mma(&mut self.0[m][n * 2 + 1], a.fragment(m, k), columns[1]);
+                }
+            }
+        }
+    }
+
+    /// Calls `f(row, column, elements)` for each two neighbouring elements of a row.
+    #[inline(always)]
+    pub fn for_each_pair(&self, f: impl Fn(u32, u32, [f32; 2])) {
+        for m in 0..M {
+            for n in 0..N {
+                for half in 0..2 {
+                    let (row, column) = fragment::accumulator(sreg::lane_id(), half as u32 * 2);
+                    let [x, y] = [0, 1].map(|e| self.0[m][n][half * 2 + e]);
+                    f(m as u32 * 16 + row, n as u32 * 8 + column, [x, y]);
+                }
+            }
+        }
+    }
 }
 
 impl<T: Half, const M: usize, const N: usize> ScoreTile for Fragments<T, M, N> {

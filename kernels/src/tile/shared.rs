@@ -35,6 +35,16 @@ impl SharedTile {
         }
     }
 
+    /// Returns the tile that starts `chunk` chunks further right, in the same rows; `chunk` is a multiple of 8, so that the swizzle
+    /// stays in phase.
+    #[inline(always)]
+    pub fn chunks_from(self, chunk: u32) -> Self {
+        Self {
+            base: self.base + chunk * CHUNK,
+            ..self
+        }
+    }
+
     /// Returns the number of chunks of a row.
     #[inline(always)]
     pub fn chunks(self) -> u32 {

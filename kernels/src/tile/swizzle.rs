@@ -15,6 +15,15 @@ pub const fn swizzle(row: u32, chunk: u32, row_bytes: u32) -> u32 {
     }
 }
 
+/// Returns the place of column `column` of row `row`, in a tile of f32 with 32 columns.
+///
+/// Accumulators of m16n8 are written two columns at a time, four rows by 8 columns in each half warp; [`simt`](super::fragment::simt)
+/// reads 16 columns of row `r` and of row `r + 4` together. Both then take all banks once.
+#[inline(always)]
+pub const fn swizzle_f32(row: u32, column: u32) -> u32 {
+    column ^ (((row & 3) ^ (row >> 1 & 2)) * 8)
+}
+
 /// Returns the number of threads that load neighbouring chunks of a row: 8, a full line of 128 bytes, if rows are
 /// whole lines.
 pub const fn neighbours(row_bytes: u32) -> u32 {
@@ -25,6 +34,7 @@ pub const fn neighbours(row_bytes: u32) -> u32 {
 mod tests {
     extern crate std;
     use super::*;
+    use crate::tile::fragment;
     use std::collections::HashSet;
 
     const ROW_BYTES: [u32; 9] = [64, 128, 192, 256, 384, 512, 640, 768, 1024];
@@ -36,6 +46,27 @@ mod tests {
                 let stored: HashSet<_> = (0..row_bytes / 16).map(|c| swizzle(row, c, row_bytes)).collect();
                 assert_eq!(stored.len() as u32, row_bytes / 16);
                 assert!(stored.iter().all(|&c| c < row_bytes / 16));
+            }
+        }
+    }
+
+    #[test]
+    fn scores_are_exchanged_through_all_banks() {
+        let bank = |(row, column): (u32, u32)| swizzle_f32(row, column) % 32;
+        for row in 0..32 {
+            let places: HashSet<_> = (0..32).map(|column| swizzle_f32(row, column)).collect();
+            assert!(places.len() == 32 && places.iter().all(|&place| place < 32));
+        }
+        for (first_row, first_column) in [(0, 0), (8, 8), (16, 16), (24, 24)] {
+            for half in [0..16, 16..32] {
+                let written = half.flat_map(|lane| [0, 1].map(|e| fragment::accumulator(lane, e)));
+                let banks: HashSet<_> = written.map(|(r, c)| bank((first_row + r, first_column + c))).collect();
+                assert_eq!(banks.len(), 32, "rows {first_row}.., columns {first_column}..");
+            }
+            for index in 0..2 {
+                let read = (0..32).map(|lane| fragment::simt(lane, 1, index, 1));
+                let banks: HashSet<_> = read.map(|(r, c)| bank((first_row + r, c))).collect();
+                assert_eq!(banks.len(), 32, "rows {first_row}.., index {index}");
             }
         }
     }

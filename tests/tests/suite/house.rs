@@ -47,6 +47,7 @@ const KERNELS: &[&[&str]] = &[
     &["pipeline"],
     &["forward", "backward", "hopper", "study"],
     &["listed"],
+    &["latent"],
     &["archive"],
 ];
 

@@ -16,6 +16,7 @@ mod forward;
 mod gpus;
 mod house;
 mod into;
+mod latent;
 mod making_errors;
 mod metadata;
 mod micro;

@@ -65,8 +65,12 @@ fn every_kernel_for_programs() {
     for entry in PROGRAM_ENTRIES {
         let (block_m, block_n) = (entry.block_m as usize, entry.block_n as usize);
         let attention = Attention::new().softcap(2.0).window(block_n, 5);
+        let head_dim = entry.head_dim as usize;
+        let head_dim_v = if entry.is_latent() { 512 } else { head_dim };
         let case = |seqlen_q, seqlen_k| {
-            Case::one_head(entry.dtype, seqlen_q, seqlen_k, entry.head_dim as usize).with(attention.clone())
+            Case::one_head(entry.dtype, seqlen_q, seqlen_k, head_dim)
+                .with_head_dim_v(head_dim_v)
+                .with(attention.clone())
         };
         match entry.pass {
             Pass::Forward => case(18, block_n + 9).check_on(gpus()),

@@ -11,9 +11,10 @@ use flash_attention_kernels::abi::{
     ListedForwardParams, QuerySumsParams, RotaryParams,
 };
 use flash_attention_kernels::archive::Archive;
+use flash_attention_kernels::element::F16;
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, PROGRAM_ENTRIES, Pass};
 use flash_attention_kernels::program::{Kind, Layout, Marker, Tile};
-use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, PORTABLE_SHARED_BYTES};
+use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, LatentD576, PORTABLE_SHARED_BYTES, TileSizes as _};
 use flash_attention_kernels::study::{self, StandardParams};
 use flash_attention_tests::files::workspace;
 
@@ -89,6 +90,14 @@ fn mma_of_one_product(entry: &Kernel) -> u32 {
     (rows / 16) * (streamed / 8) * (entry.head_dim / 16)
 }
 
+/// Returns the `mma.sync` that one warp of the kernel of latent attention issues for a streamed tile: a part of head_dim of the scores of
+/// some rows, and some columns of the output of all rows.
+fn mma_of_latent_tile() -> u32 {
+    type Shape = LatentD576<F16>;
+    let scores = (Shape::SCORE_ROWS / 16) * (Shape::COLUMNS / 8) * (Shape::PART_COLUMNS / 16);
+    scores + (Shape::ROWS / 16) * (Shape::WARP_COLUMNS / 8) * (Shape::COLUMNS / 16)
+}
+
 /// Tests the products of portable kernels: two loops with one body each, masked and unmasked, with all products
 /// unrolled, and in forward a third for far rows. A kernel in which a block owns keys masks nothing in full attention.
 #[test]
@@ -110,6 +119,7 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
         };
         let expected = match entry.dtype {
             Dtype::F32 => 0,
+            Dtype::F16 | Dtype::Bf16 if entry.is_latent() => bodies * mma_of_latent_tile(),
             Dtype::F16 | Dtype::Bf16 => bodies * products * mma_of_one_product(entry),
         };
         let found: Vec<_> = entry.instructions().filter(|line| line.contains("mma.")).collect();
@@ -365,6 +375,8 @@ fn kernels_for_programs_have_their_markers() {
         let warps = entry.threads / 32 - if entry.arch == Arch::Sm90a { 4 } else { 0 };
         let (layout, rows) = match entry.dtype {
             Dtype::F32 => (Layout::Lanes, 1),
+            // Warps pass scores on through shared memory.
+            Dtype::F16 | Dtype::Bf16 if entry.is_latent() => (Layout::Lanes, 1),
             Dtype::F16 | Dtype::Bf16 => (Layout::Fragment, owned / warps / 16),
         };
         // dK and dV may be a walk each; dK alone takes gradients of scores.

@@ -55,7 +55,7 @@ impl Tile {
 }
 
 impl OfSequences {
-    /// Makes the launches of a problem of placed sequences.
+    /// Makes the launches of a problem of placed sequences, or of a rectangle as such.
     ///
     /// # Errors
     /// [`Error::GridTooLarge`].
@@ -71,7 +71,11 @@ impl OfSequences {
             Some(program) => tiles_of_program(problem, placed, program, entry),
             None => (tiles_of_lengths(problem, placed, packed, entry), all_heads),
         };
-        let most = most_tiles(&owned, heads, entry, multiprocessors, problem.batch_invariant());
+        // Without placed sequences this is a call over a rectangle, for whose partial results the caller has no workspace.
+        let most = match problem.placed() {
+            Some(_) => most_tiles(&owned, heads, entry, multiprocessors, problem.batch_invariant()),
+            None => u32::MAX,
+        };
         let split = Splits::new(owned, most, problem.batch_invariant());
 
         let row_bytes = (u64::from(problem.head_dim_v()) + 2) * size_of::<f32>() as u64;

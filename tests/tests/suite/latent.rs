@@ -1,0 +1,390 @@
+//! Latent attention: head_dim up to 576 and up to 512 of v, whose rows may be those of k. Each sequence of a cache has the results
+//! of the oracle and, where the call does not depend on the batch, those of a call alone, to the bit. Memory that belongs to no key
+//! holds NaN and infinities.
+
+use flash_attention::device::DeviceKind;
+use flash_attention::error::Error;
+use flash_attention::half::f16;
+use flash_attention::reference::Dims;
+use flash_attention::{Arch, Attention, Device, Dtype, Element, KvCache, Tensor};
+use flash_attention_tests::{Case, Inputs, Layout, compare, devices, drawn, files, for_dtype, forward_alone};
+use proptest::prelude::*;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
+
+/// A batch over a cache of latent keys.
+#[derive(Clone, Debug)]
+struct Latent {
+    /// Queries and keys, a sequence each.
+    lens: Vec<(usize, usize)>,
+    /// Keys of a page; 0 for a rectangular cache.
+    page_size: usize,
+    heads: (usize, usize),
+    /// head_dim of q and k, and of v.
+    head_dims: [usize; 2],
+    /// True if values are the first columns of keys, else they are a tensor of their own.
+    shared: bool,
+    dtype: Dtype,
+    feature: &'static str,
+    batch_invariant: bool,
+    seed: u64,
+}
+
+/// Masks and scores, by name. All but the first two are score programs.
+const FEATURES: [&str; 5] = ["full", "causal", "window", "softcap", "negative scale"];
+
+impl Latent {
+    fn attention(&self) -> Attention {
+        let attention = match self.batch_invariant {
+            true => Attention::new().batch_invariant(),
+            false => Attention::new(),
+        };
+        match self.feature {
+            "full" => attention,
+            "causal" => attention.causal(),
+            "window" => attention.causal().window(20, None),
+            "softcap" => attention.causal().softcap(3.0),
+            _ => attention.softmax_scale(-0.03).causal(),
+        }
+    }
+
+    fn draw<T: Element>(&self, len: usize, salt: u64) -> Vec<T> {
+        let numbers = files::normal(len, 1.0, self.seed * 5 + salt);
+        numbers.into_iter().map(T::from_f32).collect()
+    }
+
+    /// The cache, with pages in an order of the seed and one that no sequence uses, and the place of each key of each sequence.
+    fn cache(&self) -> (KvCache, Vec<Vec<usize>>) {
+        let longest = self.lens.iter().map(|&(_, keys)| keys).max().unwrap_or(0);
+        let used: Vec<i32> = self.lens.iter().map(|&(_, keys)| keys as i32).collect();
+        let (page_size, pages_of_row) = match self.page_size {
+            0 => (longest + 3, 1),
+            size => (size, longest.div_ceil(size).max(1)),
+        };
+        let mut pages: Vec<i32> = (0..=(self.lens.len() * pages_of_row) as i32).collect();
+        pages.shuffle(&mut StdRng::seed_from_u64(self.seed));
+        pages.pop();
+        let slots = |(row, &(_, keys)): (&[i32], &(usize, usize))| {
+            let place = |key: usize| row[key / page_size] as usize * page_size + key % page_size;
+            (0..keys).map(place).collect()
+        };
+        let slots = pages.chunks(pages_of_row).zip(&self.lens).map(slots).collect();
+        let shape = [pages.len() + 1, page_size];
+        let cache = match self.page_size {
+            0 => KvCache::slots(shape, &pages, &used),
+            _ => KvCache::paged(shape, &pages, &used),
+        };
+        let mut offsets = vec![0];
+        for &(queries, _) in &self.lens {
+            offsets.push(offsets[offsets.len() - 1] + queries as i32);
+        }
+        let cache = cache.and_then(|cache| cache.cu_seqlens_q(&offsets));
+        (cache.expect("pages that exist"), slots)
+    }
+
+    /// Checks the results of each sequence.
+    fn check<T: Element>(&self, device: &Device) {
+        let ((cache, slots), attention) = (self.cache(), self.attention());
+        let ((heads_q, heads_kv), [head_dim, head_dim_v]) = (self.heads, self.head_dims);
+        let [pages, page_size] = cache.shape();
+        let (mut k, mut v) = (
+            vec![T::from_f32(f32::NAN); pages * page_size * heads_kv * head_dim],
+            vec![T::from_f32(f32::INFINITY); pages * page_size * heads_kv * head_dim_v],
+        );
+        for (sequence, slots) in slots.iter().enumerate() {
+            for (to, width, salt) in [(&mut k, head_dim, 1), (&mut v, head_dim_v, 2)] {
+                let row = heads_kv * width;
+                let rows = self.draw::<T>(slots.len() * row, 3 * sequence as u64 + salt);
+                for (slot, from) in slots.iter().zip(rows.chunks(row)) {
+                    to[slot * row..][..row].copy_from_slice(from);
+                }
+            }
+        }
+        let k = tensor(device, [pages, page_size, heads_kv, head_dim], &k);
+        let v = match self.shared {
+            true => k.narrow(3, 0, head_dim_v).expect("a view"),
+            false => tensor(device, [pages, page_size, heads_kv, head_dim_v], &v),
+        };
+        let total: usize = self.lens.iter().map(|&(queries, _)| queries).sum();
+        let elements: Vec<T> = self.draw(total * heads_q * head_dim, 0);
+        let q = tensor(device, [total, heads_q, head_dim], &elements);
+        let output = attention.forward_cached(&q, &k, &v, &cache);
+        let output = output.unwrap_or_else(|error| panic!("{device}: {error}\n{self:?}"));
+        let mut first = 0;
+        for (slots, &(queries, keys)) in slots.iter().zip(&self.lens) {
+            let by_head = |tensor: &Tensor<T>| tensor.transpose(0, 1).and_then(|tensor| tensor.unsqueeze(0));
+            let rows = |tensor: &Tensor<T>| by_head(&tensor.narrow(0, first, queries).expect("rows")).expect("a view");
+            let end_to_end = |tensor: &Tensor<T>| {
+                let (elements, row) = (tensor.to_vec().expect("read"), heads_kv * tensor.shape()[3]);
+                let rows: Vec<T> = (slots.iter())
+                    .flat_map(|slot| elements[slot * row..][..row].iter().copied())
+                    .collect();
+                by_head(&self::tensor(device, [keys, heads_kv, tensor.shape()[3]], &rows)).expect("a view")
+            };
+            let (q, k) = (rows(&q), end_to_end(&k));
+            let v = match self.shared {
+                true => k.narrow(3, 0, head_dim_v).expect("a view"),
+                false => end_to_end(&v),
+            };
+            let out = rows(&output.out).to_vec().expect("read");
+            let lse = output
+                .lse
+                .narrow(1, first, queries)
+                .expect("rows")
+                .to_vec()
+                .expect("read");
+            self.check_oracle(device, [&q, &k, &v], &out, &lse);
+            if self.batch_invariant || device.kind() == DeviceKind::Cpu {
+                let alone = forward_alone(&attention, &q, &k, &v).expect("a call alone");
+                let bits = |numbers: &[f32]| -> Vec<u32> { numbers.iter().map(|x| x.to_bits()).collect() };
+                let of = |numbers: &[T]| -> Vec<f64> { numbers.iter().map(|x| x.to_f64()).collect() };
+                let name = || format!("{queries} queries, {keys} keys of {self:?} on {device}");
+                assert_eq!(of(&out), of(&alone.out.to_vec().expect("read")), "{}", name());
+                assert_eq!(bits(&lse), bits(&alone.lse.to_vec().expect("read")), "{}", name());
+            }
+            first += queries;
+        }
+    }
+
+    /// Compares the results of a sequence, head by head, with the oracle.
+    fn check_oracle<T: Element>(&self, device: &Device, [q, k, v]: [&Tensor<T>; 3], out: &[T], lse: &[f32]) {
+        let shape = |tensor: &Tensor<T>| -> [usize; 4] { tensor.shape().try_into().expect("four axes") };
+        let attention = self.attention();
+        let evaluator = attention.evaluator().expect("a program");
+        let dims = Dims::with_program(&attention, shape(q), shape(k), evaluator).with_head_dim_v(self.head_dims[1]);
+        let shape_of_out = [&shape(q)[..3], &shape(v)[3..]].concat();
+        let [q, k, v] = [q, k, v].map(|tensor| tensor.to_vec().expect("it is there"));
+        let inputs = Inputs { q, k, v };
+        let (want_out, want_lse) = inputs.oracle(&dims);
+        let [out_bound, lse_bound] = inputs.bounds(&dims, &want_out, &want_lse);
+        let out = compare("out", &shape_of_out, out, &want_out, out_bound);
+        let lse = compare("lse", &shape_of_out[..3], lse, &want_lse, lse_bound);
+        if let Some(mismatch) = out.err().or(lse.err()) {
+            panic!("{device}: {self:?}\n{mismatch}");
+        }
+    }
+
+    fn check_on(&self, devices: impl Iterator<Item = &'static Device>) {
+        for device in devices {
+            for_dtype!(self.dtype, T => self.check::<T>(device));
+        }
+    }
+}
+
+/// A new tensor of these elements.
+fn tensor<T: Element, const N: usize>(device: &Device, shape: [usize; N], elements: &[T]) -> Tensor<T> {
+    Tensor::from_slice(device, shape, elements).expect("it fits")
+}
+
+fn latent() -> impl Strategy<Value = Latent> {
+    let seqlen_q = prop_oneof![4 => Just(1), 1 => Just(0), 1 => 2_usize..6];
+    let seqlen_k = prop_oneof![Just(0), Just(1), Just(31), Just(32), Just(33), Just(64), 2_usize..300];
+    let page_size = prop_oneof![Just(0), Just(8), Just(16), Just(40), Just(64)];
+    let heads = prop_oneof![
+        3 => Just((16, 1)),
+        1 => Just((17, 1)),
+        2 => Just((32, 1)),
+        1 => Just((128, 1)),
+        1 => Just((6, 2)),
+        1 => Just((1, 1)),
+    ];
+    let head_dims = prop_oneof![
+        3 => Just([576, 512]),
+        2 => (33_usize..=72, 1_usize..=64).prop_map(|(k, v)| [8 * k, 8 * v.min(k - 1)]),
+    ];
+    let dtype = prop_oneof![Just(Dtype::F16), Just(Dtype::Bf16)];
+    let feature = prop_oneof![6 => 0_usize..2, 2 => 2_usize..FEATURES.len()].prop_map(|i| FEATURES[i]);
+    let choices = (dtype, feature, any::<bool>(), any::<bool>(), 0..u32::MAX as u64);
+    let lens = prop::collection::vec((seqlen_q, seqlen_k), 1..4);
+    (lens, page_size, heads, head_dims, choices).prop_map(
+        |(lens, page_size, heads, head_dims, (dtype, feature, shared, batch_invariant, seed))| Latent {
+            lens,
+            page_size,
+            heads,
+            head_dims,
+            shared,
+            dtype,
+            feature,
+            batch_invariant,
+            seed,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(drawn::config(24))]
+
+    #[test]
+    fn drawn_on_every_device(case in latent()) {
+        case.check_on(devices().all());
+    }
+}
+
+/// The sizes of DeepSeek's models, decoding and a chunk of a prompt in one batch, with splits over keys.
+#[test]
+fn sizes_of_models() {
+    for (dtype, heads, shared, feature, batch_invariant) in [
+        (Dtype::Bf16, 128, true, "causal", false),
+        (Dtype::F16, 16, true, "full", true),
+        (Dtype::F16, 16, false, "causal", false),
+        (Dtype::Bf16, 16, true, "softcap", false),
+    ] {
+        let case = Latent {
+            lens: vec![(1, 1100), (3, 65), (1, 0), (0, 40), (1, 1), (2, 1)],
+            page_size: 64,
+            heads: (heads, 1),
+            head_dims: [576, 512],
+            shared,
+            dtype,
+            feature,
+            batch_invariant,
+            seed: 7,
+        };
+        case.check_on(devices().all());
+    }
+}
+
+/// Calls over rectangles, in memory of any layout.
+#[test]
+fn rectangles() {
+    for (i, layout) in Layout::EVERY.into_iter().enumerate() {
+        let [heads, seqlen_q] = [[16, 1], [4, 21], [40, 2]][i % 3];
+        let dtype = [Dtype::F16, Dtype::Bf16][i % 2];
+        Case::new(dtype, [2, heads, seqlen_q, 576], [2, 1, 70, 576])
+            .with_head_dim_v([512, 264, 8][i % 3])
+            .masked(i % 3 > 0)
+            .laid_out([layout; 4])
+            .check_on(devices().all());
+    }
+    Case::new(Dtype::F16, [1, 2, 40, 320], [1, 2, 70, 320])
+        .with_head_dim_v(128)
+        .with(Attention::new().softcap(2.0))
+        .check_on(devices().all());
+}
+
+/// A key that a causal mask hides from a query may hold anything: the query's results are the same to the bit.
+#[test]
+fn hidden_keys_reach_no_query() {
+    for device in devices().all() {
+        for shared in [true, false] {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let (heads, queries, keys) = (16, 3, 37);
+                let numbers = |shape: &[usize], seed| {
+                    let numbers = files::normal(shape.iter().product(), 1.0, seed);
+                    numbers.into_iter().map(f16::from_f32).collect::<Vec<_>>()
+                };
+                let (q, k) = (numbers(&[heads, queries, 576], 1), numbers(&[keys, 576], 2));
+                let v = numbers(&[keys, 512], 3);
+                let spoilt = |elements: &[f16], width: usize| {
+                    let mut elements = elements.to_vec();
+                    elements[(keys - 1) * width + 5] = f16::from_f32(bad);
+                    elements
+                };
+                let run = |k: &[f16], v: &[f16]| {
+                    let q = tensor(device, [1, heads, queries, 576], &q);
+                    let k = tensor(device, [1, 1, keys, 576], k);
+                    let v = match shared {
+                        true => k.narrow(3, 0, 512).expect("a view"),
+                        false => tensor(device, [1, 1, keys, 512], v),
+                    };
+                    let output = Attention::new().causal().forward(&q, &k, &v).expect("it fits");
+                    (output.out.to_vec().expect("read"), output.lse.to_vec().expect("read"))
+                };
+                let (good_out, good_lse) = run(&k, &v);
+                let spoilt_keys = if shared { spoilt(&k, 576) } else { k.clone() };
+                let (out, lse) = run(&spoilt_keys, &spoilt(&v, 512));
+                for row in 0..heads * queries {
+                    let of_row = row * 512..(row + 1) * 512;
+                    let name = || format!("row {row} on {device}, {bad}, shared {shared}");
+                    if row % queries < queries - 1 {
+                        assert_eq!(out[of_row.clone()], good_out[of_row], "{}", name());
+                        assert_eq!(lse[row].to_bits(), good_lse[row].to_bits(), "{}", name());
+                    } else {
+                        assert!(!out[of_row][5].is_finite(), "{}", name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Decoding reads a cache of latent keys once for all heads of a tile, values included, and the plan says how much. Beside what it
+/// counts, blocks read their lists and block tables. The kernel that combines splits reads statistics again for each piece of a row.
+#[test]
+fn decoding_reads_the_cache_once() {
+    if !devices().emulation() {
+        return;
+    }
+    let cases = [
+        (16, 320, true),
+        (32, 320, true),
+        (128, 320, true),
+        (16, 320, false),
+        (16, 1536, true),
+    ];
+    for &arch in Arch::ALL {
+        for (heads, keys, shared) in cases {
+            let device = &Device::emulator(arch); // of its own, whose counters no other test changes
+            let zeros = |shape: &[usize]| Tensor::<f16>::zeros(device, shape).expect("it fits");
+            let (q, k) = (zeros(&[2, heads, 1, 576]), zeros(&[keys / 16, 32, 1, 576]));
+            let v = match shared {
+                true => k.narrow(3, 0, 512).expect("a view"),
+                false => zeros(&[keys / 16, 32, 1, 512]),
+            };
+            let pages: Vec<i32> = (0..keys as i32 / 16).rev().collect();
+            let cache = KvCache::paged([keys / 16, 32], &pages, &[keys as i32; 2]).expect("pages that exist");
+            let attention = Attention::new();
+            let plans = attention.plan_cached(&q, &k, &v, &cache).expect("a plan");
+            let [plan] = &plans[..] else {
+                panic!("{} plans", plans.len())
+            };
+            assert_eq!(plan.launches().len(), if keys > 1024 { 2 } else { 1 }, "{plan}");
+            attention.forward_cached(&q, &k, &v, &cache).expect("it fits");
+            let counters = device.counters().expect("an emulator counts");
+            let row = if shared { 576 } else { 576 + 512 };
+            let of_cache = (heads.div_ceil(32) * 2 * keys * row * 2) as u128;
+            let of_queries = (2 * heads * 576 * 2) as u128;
+            let (cost, parts) = (plan.cost(), u128::from(plan.workspace_bytes()));
+            assert_eq!(cost.bytes_read, of_cache + of_queries + parts, "{plan}");
+            assert_eq!(cost.bytes_written, counters.global_written_bytes.into(), "{plan}");
+            // A warp reads a list or a table at one address, so sectors count it once.
+            let sectors = u128::from(counters.global_read_sectors) * 32;
+            let most = cost.bytes_read * if parts > 0 { 130 } else { 105 } / 100;
+            assert!((cost.bytes_read..most).contains(&sectors), "{sectors} of\n{plan}");
+        }
+    }
+}
+
+/// GPUs have kernels for it in 16 bits, forward. All else is a typed error.
+#[test]
+fn what_gpus_do_not_serve() {
+    fn inputs<T: Element>(device: &Device) -> [Tensor<T>; 2] {
+        let latent = tensor(device, [1, 1, 4, 576], &[T::from_f32(0.5); 4 * 576]);
+        let values = latent.narrow(3, 0, 512).expect("a view");
+        [latent, values]
+    }
+    let attention = Attention::new();
+    for device in devices().all().filter(|device| device.kind() != DeviceKind::Cpu) {
+        let [latent, values] = inputs::<f32>(device);
+        let refused = attention.forward(&latent, &latent, &values);
+        assert!(
+            matches!(
+                refused,
+                Err(Error::HeadDim {
+                    argument: "q",
+                    head_dim: 576,
+                    max: 256,
+                    ..
+                })
+            ),
+            "{device}: {refused:?}"
+        );
+        let [latent, values] = inputs::<f16>(device);
+        let output = attention.forward(&latent, &latent, &values).expect("it is served");
+        let refused = attention.backward(&latent, &latent, &values, &output, &output.out);
+        assert!(matches!(refused, Err(Error::NoKernel { .. })), "{device}: {refused:?}");
+        let hopper = Attention::new().arch(Arch::Sm90a).forward(&latent, &latent, &values);
+        assert!(matches!(hopper, Err(Error::NoKernel { .. })), "{device}: {hopper:?}");
+    }
+}

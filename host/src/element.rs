@@ -1,6 +1,8 @@
 //! Element types: those that tensors hold, and the three of attention, with their conversions to the f32 that all
 //! arithmetic is done in.
 
+mod float8;
+
 use std::fmt::{Debug, Display};
 
 use flash_attention_kernels::entries::Dtype;
@@ -8,7 +10,9 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// The element types that tensors may have: those of attention, and the integers of tables.
+pub use float8::F8E4M3;
+
+/// The element types that tensors may have: those of attention, of quantised inputs, and the integers of tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DataType {
     /// IEEE single precision.
@@ -17,6 +21,8 @@ pub enum DataType {
     F16,
     /// The upper half of an f32.
     Bf16,
+    /// A float of 8 bits, [`F8E4M3`].
+    F8E4M3,
     /// A signed integer of 32 bits.
     I32,
     /// An unsigned integer of 32 bits.
@@ -29,12 +35,13 @@ impl DataType {
         match self {
             Self::F32 | Self::I32 | Self::U32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::F8E4M3 => 1,
         }
     }
 
     /// Tells if its values are real numbers.
     pub const fn is_float(self) -> bool {
-        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4M3)
     }
 
     /// The name that Rust and PyTorch give it.
@@ -43,6 +50,7 @@ impl DataType {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::F8E4M3 => "f8e4m3",
             Self::I32 => "i32",
             Self::U32 => "u32",
         }
@@ -66,13 +74,13 @@ impl PartialEq<Dtype> for DataType {
 }
 
 impl DataType {
-    /// Returns this type as a dtype of attention, or `None` for an integer.
+    /// Returns this type as a dtype of attention, or `None` for an integer or a quantised number.
     pub(crate) const fn of_attention(self) -> Option<Dtype> {
         match self {
             Self::F32 => Some(Dtype::F32),
             Self::F16 => Some(Dtype::F16),
             Self::Bf16 => Some(Dtype::Bf16),
-            Self::I32 | Self::U32 => None,
+            Self::F8E4M3 | Self::I32 | Self::U32 => None,
         }
     }
 }
@@ -82,11 +90,13 @@ mod sealed {
     impl Sealed for f32 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
+    impl Sealed for super::F8E4M3 {}
     impl Sealed for i32 {}
     impl Sealed for u32 {}
 }
 
-/// A type that tensors hold: an [`Element`] of attention, or `i32` or `u32` for the tables of score programs.
+/// A type that tensors hold: an [`Element`] of attention, [`F8E4M3`] for quantised inputs, or `i32` or `u32` for the tables of
+/// score programs.
 ///
 /// Every bit pattern of such a type is a valid value, so tensors can be copied as bytes.
 pub trait Scalar:
@@ -116,7 +126,7 @@ macro_rules! scalars {
     )*};
 }
 
-scalars! { f32 F32, f16 F16, bf16 Bf16, i32 I32, u32 U32 }
+scalars! { f32 F32, f16 F16, bf16 Bf16, F8E4M3 F8E4M3, i32 I32, u32 U32 }
 
 /// An element type that kernels are compiled for: `f32`, [`half::f16`] or [`half::bf16`].
 pub trait Element: Scalar {
@@ -190,3 +200,9 @@ macro_rules! half_element {
 
 half_element!(f16, F16);
 half_element!(bf16, Bf16);
+
+/// An [`Element`] of 16 bits, [`half::f16`] or [`half::bf16`]: the results of attention over quantised inputs.
+pub trait Half: Element {}
+
+impl Half for f16 {}
+impl Half for bf16 {}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use crate::device::Device;
-use crate::element::{DataType, Element, Scalar};
+use crate::element::{DataType, Element, F8E4M3, Scalar};
 use crate::error::{Error, ProgramError};
 use crate::options::Attention;
 use crate::problem::Problem;
@@ -234,6 +234,7 @@ fn contents(table: &TableSource) -> Result<HostTable, Error> {
         DataType::F32 => elements::<f32>(table)?.into_iter().map(f64::from).collect(),
         DataType::F16 => elements::<f16>(table)?.into_iter().map(f64::from).collect(),
         DataType::Bf16 => elements::<bf16>(table)?.into_iter().map(f64::from).collect(),
+        DataType::F8E4M3 => elements::<F8E4M3>(table)?.into_iter().map(f64::from).collect(),
         DataType::I32 => elements::<i32>(table)?.into_iter().map(f64::from).collect(),
         DataType::U32 => elements::<u32>(table)?.into_iter().map(f64::from).collect(),
     };

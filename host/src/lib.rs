@@ -80,6 +80,7 @@ pub mod plan;
 pub mod problem;
 pub mod program;
 mod progress;
+mod quantized;
 pub mod reference;
 mod rotary;
 mod sequences;
@@ -92,7 +93,7 @@ pub use call::Reporting;
 #[cfg(feature = "cuda")]
 pub use cudarc;
 pub use device::Device;
-pub use element::{Element, Scalar};
+pub use element::{Element, F8E4M3, Half, Scalar};
 pub use error::Error;
 pub use flash_attention_kernels::entries::{Arch, Dtype};
 pub use half;
@@ -102,6 +103,7 @@ pub use plan::Plan;
 pub use progress::Progress;
 #[cfg(feature = "emulator")]
 pub use ptx_emulator;
+pub use quantized::{Hadamard, Quantized};
 pub use rotary::Rotary;
 pub use sequences::{KvCache, Sequences};
 pub use tensor::Tensor;

@@ -1,6 +1,7 @@
 //! Calls of [`Attention`] and of [`Reporting`], which make plans and run them.
 
 mod placed;
+mod quantized;
 mod reporting;
 mod run;
 

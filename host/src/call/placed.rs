@@ -55,6 +55,7 @@ impl Attention {
         check_workspace(workspace.as_deref(), [&plan], others)?;
         let Output { out, lse, statistics } = output;
         let results = (out, lse, statistics.as_mut());
+        let inputs = (inputs[0].device(), &inputs.map(Tensor::storage)[..]);
         forward(&plan, inputs, results, workspace, Reporter::silent())
     }
 

@@ -33,7 +33,8 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
             row_sum: Tensor::empty(q.device(), &q.shape()[..3])?,
         };
         let of_rows = Some(&mut statistics);
-        forward(&plan, [q, k, v], (&mut out, &mut lse, of_rows), None, self.reporter())?;
+        let inputs = (q.device(), &[q, k, v].map(Tensor::storage)[..]);
+        forward(&plan, inputs, (&mut out, &mut lse, of_rows), None, self.reporter())?;
         Ok(Output {
             out,
             lse,
@@ -85,6 +86,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         let [q, k, v] = inputs.map(Tensor::info);
         let problem = Problem::new(&self.attention, q, k, v, Some(outputs))?;
         let plan = Plan::new(&problem, &inputs[0].device().info())?;
+        let inputs = (inputs[0].device(), &inputs.map(Tensor::storage)[..]);
         forward(&plan, inputs, (out, lse, statistics), None, self.reporter())
     }
 
@@ -153,7 +155,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         backward(&plan, inputs, output, gradients, Some(workspace), self.reporter())
     }
 
-    fn reporter(&self) -> Reporter<'_> {
+    pub(super) fn reporter(&self) -> Reporter<'_> {
         self.report
             .as_ref()
             .map_or_else(Reporter::silent, |report| Reporter::new(report))

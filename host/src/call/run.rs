@@ -113,17 +113,17 @@ fn aligned_bytes(plan: &Plan) -> u64 {
     plan.workspace_bytes().next_multiple_of(WORKSPACE_ALIGN as u64)
 }
 
-/// Runs a forward plan that was made for exactly these tensors, in a new workspace or in a checked one.
+/// Runs a forward plan that was made for exactly the tensors of these inputs and results, in a new workspace or in a checked one.
 pub(super) fn forward<T: Element>(
     plan: &Plan,
-    inputs: [&Tensor<T>; 3],
+    (device, inputs): (&Device, &[&Storage]),
     (out, lse, statistics): (&mut Tensor<T>, &mut Tensor<f32>, Option<&mut Statistics>),
     workspace: Option<&mut Tensor<f32>>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
-    let _span = trace::enter(plan, inputs[0].device());
+    let _span = trace::enter(plan, device);
     let mut ours = None;
-    let workspace = workspace_of(workspace, &mut ours, inputs[0].device(), plan.workspace_bytes())?;
+    let workspace = workspace_of(workspace, &mut ours, device, plan.workspace_bytes())?;
     let mut memory = Memory::default();
     memory.written.push(workspace.storage());
     let results = memory.of_forward(plan, inputs, (out, lse, statistics.as_deref()), workspace.address());
@@ -132,7 +132,7 @@ pub(super) fn forward<T: Element>(
     // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
     // device, the outputs overlap nothing, and the guards keep out other threads. The workspace has the plan's size. One of ours
     // is freed when the call returns, and a device frees memory only after the work launched before has finished.
-    let result = unsafe { inputs[0].device().backend().run(plan, results, &reporter) };
+    let result = unsafe { device.backend().run(plan, results, &reporter) };
     drop(guards);
     ended(result, reporter)
 }
@@ -146,7 +146,7 @@ pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>
     for (plan, inputs, Output { out, lse, statistics }) in calls {
         runs.push((
             plan,
-            memory.of_forward(plan, *inputs, (out, lse, statistics.as_ref()), 0),
+            memory.of_forward(plan, &inputs.map(Tensor::storage), (out, lse, statistics.as_ref()), 0),
         ));
     }
     let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
@@ -252,12 +252,12 @@ impl<'a> Memory<'a> {
     fn of_forward<T: Element>(
         &mut self,
         plan: &'a Plan,
-        inputs: [&'a Tensor<T>; 3],
+        inputs: &[&'a Storage],
         (out, lse, statistics): (&'a Tensor<T>, &'a Tensor<f32>, Option<&'a Statistics>),
         workspace: u64,
     ) -> Results {
         let statistics = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
-        self.read.extend(inputs.map(Tensor::storage));
+        self.read.extend(inputs);
         self.read.extend(tables_of(plan).map(features::storage));
         self.written.extend([out.storage(), lse.storage()]);
         self.written

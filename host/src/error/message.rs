@@ -35,7 +35,7 @@ impl fmt::Display for Error {
                 expected,
             } => write!(
                 f,
-                "`{argument}` is on {got}, expected {expected} as `q` (two devices of one name are two memories)"
+                "`{argument}` is on {got}, expected {expected} as the other tensors (two devices of one name are two memories)"
             ),
             Self::HeadsNotDivisible { heads_q, heads_kv } => write!(
                 f,
@@ -116,6 +116,15 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "`{argument}` with shape {shape:?} and {element_bytes}-byte elements spans more than {limit} bytes"
+            ),
+            Self::ScaleBlocks {
+                argument,
+                blocks,
+                expected,
+                seqlen,
+            } => write!(
+                f,
+                "`{argument}` has {blocks} scales a head, expected 1, or {expected} for seqlen = {seqlen}"
             ),
             Self::SoftmaxScale { value } => write!(f, "`softmax_scale` is {value}, expected a finite number"),
             Self::NotANumber { argument, index } => write!(f, "`{argument}` holds a NaN at element {index}"),

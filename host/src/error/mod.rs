@@ -59,7 +59,7 @@ pub enum Error {
         argument: &'static str,
         /// Device of the tensor.
         got: String,
-        /// Device of `q`.
+        /// Device of the other tensors.
         expected: String,
     },
 
@@ -189,6 +189,18 @@ pub enum Error {
         element_bytes: usize,
         /// Largest span allowed, in bytes.
         limit: usize,
+    },
+
+    /// The scales of a quantised tensor are for another number of blocks of rows than it has.
+    ScaleBlocks {
+        /// Name of the scales.
+        argument: &'static str,
+        /// Number of scales of each head.
+        blocks: usize,
+        /// Number of blocks of a head; 1 is allowed too.
+        expected: usize,
+        /// Number of rows of a head.
+        seqlen: usize,
     },
 
     /// The softmax scale is infinite or NaN.

@@ -9,7 +9,7 @@ use super::{Launch, Tiles};
 use crate::problem::Problem;
 
 /// Cost of a plan. The counts are exact, except for reads of semaphores by blocks that wait for their turn, which
-/// depend on timing and are not counted.
+/// depend on timing and are not counted. Scales of quantised inputs are not counted either.
 ///
 /// Of a score program, tiles that a GPU's plan leaves out of its lists of tiles move no bytes. All else of it is left out: pairs that
 /// only its mask hides count as visible, and neither its operations nor its reads of tables and of the lists count.
@@ -45,14 +45,15 @@ impl Cost {
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
         let packs = heads / u128::from(tiles.packed_heads);
         let seqlen_q = u128::from(problem.seqlen_q());
-        let [row, row_v] = row_bytes(problem);
         let [head_dim, head_dim_v] = head_dims(problem);
+        let row = head_dim * problem.input_bytes() as u128;
+        let out_row = head_dim_v * problem.dtype().bytes() as u128;
         let pair = pair_bytes(problem, launches);
         let listed = launches.first().and_then(Launch::streamed_rows);
         let keys = listed.unwrap_or_else(|| packs * (walked.keys)(problem, tiles));
         Self {
             bytes_read: heads * seqlen_q * row + keys * pair,
-            bytes_written: heads * seqlen_q * (row_v + u128::from(statistics) * STATISTIC),
+            bytes_written: heads * seqlen_q * (out_row + u128::from(statistics) * STATISTIC),
             flops: 2 * heads * walked.visible_pairs * (head_dim + head_dim_v),
         }
     }
@@ -198,7 +199,7 @@ fn head_dims(problem: &Problem) -> [u128; 2] {
 
 /// Returns the bytes of a row of q and k, and of v and out.
 fn row_bytes(problem: &Problem) -> [u128; 2] {
-    head_dims(problem).map(|head_dim| head_dim * problem.dtype().bytes() as u128)
+    head_dims(problem).map(|head_dim| head_dim * problem.input_bytes() as u128)
 }
 
 /// Returns the bytes that these launches of a forward pass load for a key and its value.

@@ -95,9 +95,9 @@ impl CpuPath {
     }
 }
 
-/// Returns true if a forward pass takes the decode path. With a program it does not.
+/// Returns true if a forward pass takes the decode path. With a program, and with quantised inputs, it does not.
 fn is_few(problem: &Problem) -> bool {
-    problem.seqlen_q() <= FEW && problem.program().is_none()
+    problem.seqlen_q() <= FEW && problem.program().is_none() && problem.scales().is_none()
 }
 
 /// Number of bf16 parts of the numbers of a problem. Forward and backward agree, so that a score that backward computes again is the
@@ -108,7 +108,9 @@ fn parts(problem: &Problem, instructions: Instructions) -> usize {
     if is_few(problem) || problem.seqlen_k() == 1 {
         0
     } else {
-        instructions.bf16_parts(problem.dtype())
+        // A code times its scale has the bits of an f32.
+        let dtype = problem.scales().map_or(problem.dtype(), |_| Dtype::F32);
+        instructions.bf16_parts(dtype)
     }
 }
 

@@ -14,7 +14,8 @@ impl fmt::Display for Plan {
         let pass = if self.backward.is_some() { "backward" } else { "forward" };
         writeln!(
             f,
-            "problem   {pass}, {mask}, {}, softmax_scale {}",
+            "problem   {pass}, {mask}, {}{}, softmax_scale {}",
+            if p.scales().is_some() { "f8e4m3 to " } else { "" },
             p.dtype().name(),
             p.softmax_scale()
         )?;

@@ -76,6 +76,9 @@ impl Plan {
                 let cost = Cost::forward(problem, tiles, &[], statistics_written(problem));
                 (tiles, Vec::new(), 0, cost)
             }
+            DeviceInfo::Gpu { compute_capability, .. } if problem.scales().is_some() => {
+                return Err(no_fp8_kernel(problem, compute_capability));
+            }
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
                 match problem.placed() {
@@ -247,6 +250,19 @@ fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors:
     let tiles = Tiles::of_launches(entry, &launches);
     let cost = Cost::forward(problem, tiles, &launches, statistics_written(problem));
     Ok((tiles, launches, 0, cost))
+}
+
+/// The error of a GPU without FP8 kernels.
+fn no_fp8_kernel(problem: &Problem, (major, minor): (u32, u32)) -> Error {
+    Error::NoKernel {
+        device: format!("a GPU of compute capability {major}.{minor}"),
+        wanted: format!(
+            "Forward attention, f8e4m3 to {}, head_dim {}",
+            problem.dtype().name(),
+            HeadDims(problem)
+        ),
+        reason: "quantised inputs run on the CPU alone".to_owned(),
+    }
 }
 
 /// Plans the forward pass over a batch of placed sequences on a GPU.

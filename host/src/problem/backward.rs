@@ -154,7 +154,8 @@ impl BackwardProblem {
         of_rows
             .iter()
             .try_for_each(|&tensor| agree(tensor, q_named, &[0, 1, 2]))?;
-        check_dtypes_and_devices(&all)?;
+        check_dtypes(&all)?;
+        check_devices(&all)?;
         named.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
         let read = [q_named, ("k", k), ("v", v), ("out", out), ("dout", dout)];
         let read: Vec<Named<'_>> = read.into_iter().chain(of_rows.iter().copied()).collect();

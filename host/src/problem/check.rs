@@ -3,9 +3,10 @@
 use flash_attention_kernels::entries::Dtype;
 use flash_attention_kernels::mask::MAX_SEQLEN;
 
-use super::{HEAD_DIM_MULTIPLE, LATENT_HEAD_DIMS, MAX_HEAD_DIM};
+use super::quantized::FP8_HEAD_DIM_MULTIPLE;
+use super::{Elements, HEAD_DIM_MULTIPLE, LATENT_HEAD_DIMS, MAX_HEAD_DIM};
 use crate::error::Error;
-use crate::layout::{Sharing, TensorInfo};
+use crate::layout::{Sharing, TensorInfo, contiguous_strides};
 use crate::program::Program;
 
 /// Names of the axes of q, k, v and out; lse has the first three.
@@ -31,18 +32,35 @@ fn is_of_rows(argument: &str) -> bool {
 }
 
 pub(super) fn check_rank(tensors: &[Named<'_>]) -> Result<(), Error> {
-    for &(argument, tensor) in tensors {
-        let (rank, expected) = (tensor.shape().len(), if is_of_rows(argument) { 3 } else { 4 });
-        if rank != expected {
-            return Err(Error::Rank {
-                argument,
-                shape: tensor.shape().to_vec(),
-                rank,
-                expected,
-            });
-        }
+    let rank = |argument| if is_of_rows(argument) { 3 } else { 4 };
+    tensors
+        .iter()
+        .try_for_each(|&tensor| check_rank_of(tensor, rank(tensor.0)))
+}
+
+/// Checks that a tensor has this number of axes.
+pub(super) fn check_rank_of((argument, tensor): Named<'_>, expected: usize) -> Result<(), Error> {
+    match tensor.shape().len() {
+        rank if rank == expected => Ok(()),
+        rank => Err(Error::Rank {
+            argument,
+            shape: tensor.shape().to_vec(),
+            rank,
+            expected,
+        }),
     }
-    Ok(())
+}
+
+/// Checks that the elements of a tensor lie in order without gaps.
+pub(super) fn check_contiguous((argument, tensor): Named<'_>) -> Result<(), Error> {
+    if tensor.is_contiguous() {
+        return Ok(());
+    }
+    Err(Error::NotContiguous {
+        argument,
+        strides: tensor.strides().to_vec(),
+        expected: contiguous_strides(tensor.shape()),
+    })
 }
 
 pub(super) fn check_shapes_agree(
@@ -80,13 +98,16 @@ pub(super) fn agree((argument, tensor): Named<'_>, (other, model): Named<'_>, ax
     Ok(())
 }
 
-pub(super) fn check_dtypes_and_devices(tensors: &[Named<'_>]) -> Result<(), Error> {
-    let q = tensors[0].1;
+/// Checks that tensors have the dtype of the first, which is q, and those of rows f32; returns that dtype.
+pub(super) fn check_dtypes(tensors: &[Named<'_>]) -> Result<Dtype, Error> {
+    let dtype = tensors[0].1.dtype().of_attention().unwrap_or(Dtype::F32);
+    check_dtypes_of(tensors, dtype)
+}
+
+/// Checks that tensors have this dtype, and those of rows f32; returns it.
+pub(super) fn check_dtypes_of(tensors: &[Named<'_>], dtype: Dtype) -> Result<Dtype, Error> {
     for &(argument, tensor) in tensors {
-        let expected = match q.dtype().of_attention() {
-            Some(dtype) if !is_of_rows(argument) => dtype,
-            _ => Dtype::F32,
-        };
+        let expected = if is_of_rows(argument) { Dtype::F32 } else { dtype };
         if tensor.dtype() != expected {
             return Err(Error::DtypeMismatch {
                 argument,
@@ -95,6 +116,12 @@ pub(super) fn check_dtypes_and_devices(tensors: &[Named<'_>]) -> Result<(), Erro
             });
         }
     }
+    Ok(dtype)
+}
+
+/// Checks that tensors lie on the device of the first, which is q.
+pub(super) fn check_devices(tensors: &[Named<'_>]) -> Result<(), Error> {
+    let q = tensors[0].1;
     for &(argument, tensor) in tensors {
         if tensor.device() != q.device() {
             let (got, expected) = (tensor.device().to_string(), q.device().to_string());
@@ -117,23 +144,29 @@ pub(super) fn check_heads(q: &TensorInfo, k: &TensorInfo) -> Result<(), Error> {
     }
 }
 
-pub(super) fn check_head_dims(q: Named<'_>, v: Named<'_>) -> Result<(), Error> {
+pub(super) fn check_head_dims(q: Named<'_>, v: Named<'_>, elements: Elements) -> Result<(), Error> {
+    let (is_quantized, is_cpu) = (matches!(elements, Elements::Quantized(_)), q.1.device().is_cpu());
+    let multiple_of = if is_quantized && !is_cpu {
+        FP8_HEAD_DIM_MULTIPLE
+    } else {
+        HEAD_DIM_MULTIPLE
+    };
     let head_dim = |(_, tensor): Named<'_>| tensor.shape()[3];
     let is_latent = head_dim(q) > MAX_HEAD_DIM && head_dim(v) < head_dim(q);
     // GPUs have kernels of the tensor cores for it.
-    let is_served = q.1.device().is_cpu() || q.1.dtype() != Dtype::F32;
-    let limits = if is_latent && is_served {
+    let is_served = is_cpu || q.1.dtype() != Dtype::F32;
+    let limits = if is_latent && is_served && (is_cpu || !is_quantized) {
         LATENT_HEAD_DIMS
     } else {
         [MAX_HEAD_DIM; 2]
     };
     for (tensor, max) in [q, v].into_iter().zip(limits) {
         let head_dim = head_dim(tensor);
-        if !(1..=max).contains(&head_dim) || !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
+        if !(1..=max).contains(&head_dim) || !head_dim.is_multiple_of(multiple_of) {
             return Err(Error::HeadDim {
                 argument: tensor.0,
                 head_dim,
-                multiple_of: HEAD_DIM_MULTIPLE,
+                multiple_of,
                 max,
             });
         }

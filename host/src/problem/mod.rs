@@ -4,6 +4,7 @@
 
 mod backward;
 mod check;
+mod quantized;
 mod scale;
 mod sequences;
 
@@ -14,6 +15,8 @@ pub use backward::{BackwardInputs, BackwardProblem, GradientOutputs};
 use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::{Arch, Dtype};
 pub use flash_attention_kernels::mask::MAX_SEQLEN;
+pub use quantized::{FP8_SCALE_ROWS, QuantizedInfo, ScaleBlocks};
+pub(crate) use quantized::{check_scales, scale_blocks};
 pub use scale::Scale;
 
 use self::check::*;
@@ -62,6 +65,16 @@ pub struct Problem {
     pages: Option<Pages>,
     placed: Option<Arc<Placed>>,
     batch_invariant: bool,
+    scales: Option<[ScaleBlocks; 3]>,
+}
+
+/// Element types of a problem.
+#[derive(Clone, Copy)]
+enum Elements {
+    /// Inputs and out have the type of q.
+    Plain,
+    /// Inputs are quantised, and out has this type.
+    Quantized(Dtype),
 }
 
 /// The caller's memory for the results of a forward pass.
@@ -106,7 +119,7 @@ impl Problem {
         v: &TensorInfo,
         outputs: Option<Outputs<'_>>,
     ) -> Result<Self, Error> {
-        Self::placed_or_not(attention, q, k, v, outputs, None)
+        Self::placed_or_not(attention, [q, k, v], outputs, None, Elements::Plain)
     }
 
     /// Checks the problem of a batch whose sequences lie anywhere in q and in k and v. Only kernels of GPUs for listed work take it.
@@ -120,16 +133,15 @@ impl Problem {
         placed: Placed,
     ) -> Result<Self, Error> {
         placed.check()?;
-        Self::placed_or_not(attention, q, k, v, outputs, Some(placed))
+        Self::placed_or_not(attention, [q, k, v], outputs, Some(placed), Elements::Plain)
     }
 
     fn placed_or_not(
         attention: &Attention,
-        q: &TensorInfo,
-        k: &TensorInfo,
-        v: &TensorInfo,
+        [q, k, v]: [&TensorInfo; 3],
         outputs: Option<Outputs<'_>>,
         placed: Option<Placed>,
+        elements: Elements,
     ) -> Result<Self, Error> {
         let inputs = [("q", q), ("k", k), ("v", v)];
         let out = outputs.map(|outputs| ("out", outputs.out));
@@ -139,16 +151,19 @@ impl Problem {
 
         check_rank(&all)?;
         check_shapes_agree(&inputs, out, &of_rows, placed.is_none())?;
-        check_dtypes_and_devices(&all)?;
+        let dtype = match elements {
+            Elements::Plain => check_dtypes(&all)?,
+            Elements::Quantized(dtype) => check_dtypes_of(&all[3..], dtype)?,
+        };
+        check_devices(&all)?;
         check_heads(q, k)?;
-        check_head_dims(("q", q), ("v", v))?;
+        check_head_dims(("q", q), ("v", v), elements)?;
         rows.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
         inputs.iter().try_for_each(|&tensor| check_seqlen(tensor))?;
-        let new_out = TensorInfo::contiguous(q.device(), q.dtype(), out_shape(q.shape(), v.shape()), 0)?;
+        let new_out = TensorInfo::contiguous(q.device(), dtype, out_shape(q.shape(), v.shape()), 0)?;
         let new_rows = TensorInfo::contiguous(q.device(), Dtype::F32, &q.shape()[..3], 0)?;
         let written: Vec<Named<'_>> = out.into_iter().chain(of_rows).collect();
         check_written(&inputs, &written)?;
-        let dtype = (q.dtype().of_attention()).expect("checked beside shapes and devices");
         let softmax_scale = attention.scale_for(q.shape()[3]);
         if !softmax_scale.is_finite() {
             return Err(Error::SoftmaxScale { value: softmax_scale });
@@ -187,6 +202,7 @@ impl Problem {
             pages: None,
             placed: placed.map(Arc::new),
             batch_invariant: attention.is_batch_invariant(),
+            scales: None,
         })
     }
 
@@ -256,7 +272,7 @@ impl Problem {
         self.head_dim.max(self.head_dim_v)
     }
 
-    /// Returns the element type of q, k, v and out.
+    /// Returns the element type of q, k, v and out; of out alone if the others are quantised.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }

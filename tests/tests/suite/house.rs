@@ -29,7 +29,7 @@ const HOST: &[&[&str]] = &[
     &["plan"],
     &["device"],
     &["tensor"],
-    &["output", "trace", "features"],
+    &["output", "trace", "features", "quantized"],
     &["call"],
     &["rotary"],
     &["batch"],

@@ -9,14 +9,31 @@ use super::kernels::{AHEAD, Kernels, Listed, MAX_LANES, Rows, Strided};
 use super::pointer_mut;
 use super::team::Lines;
 use super::vector::prefetch_l2;
+use crate::problem::{FP8_SCALE_ROWS, ScaleBlocks};
 use crate::sequences::Pages;
+
+/// What the rows of a head are made of.
+#[derive(Clone, Copy)]
+enum Elements {
+    /// Numbers.
+    Floats(Dtype),
+    /// Codes of e4m3 with scales. They are only read.
+    Codes(Scales),
+}
+
+/// The scales of a head, one for each so many rows.
+#[derive(Clone, Copy)]
+struct Scales {
+    first: *const f32,
+    rows: usize,
+}
 
 /// The rows of one head.
 #[derive(Clone, Copy)]
 pub(super) struct Head {
     first: *mut u8,
     stride_bytes: usize,
-    dtype: Dtype,
+    elements: Elements,
     pub head_dim: usize,
 }
 
@@ -30,13 +47,59 @@ impl Head {
             // SAFETY: the element is one of the tensor's.
             first: unsafe { pointer_mut::<u8>(tensor.address).add(offset * dtype.bytes()) },
             stride_bytes: tensor.row_stride as usize * dtype.bytes(),
-            dtype,
+            elements: Elements::Floats(dtype),
             head_dim,
+        }
+    }
+
+    /// The rows of a head of a quantised tensor with so many heads.
+    ///
+    /// # Safety
+    /// The contract of [`new`](Self::new), for codes of e4m3 and for their scales.
+    pub(super) unsafe fn of_codes(
+        tensor: StridedTensor,
+        scales: ScaleBlocks,
+        [batch, head, heads]: [usize; 3],
+        head_dim: usize,
+    ) -> Self {
+        let offset = batch * tensor.batch_stride as usize + head * tensor.head_stride as usize;
+        let scale = (batch * heads + head) * scales.blocks as usize;
+        Self {
+            // SAFETY: the element is one of the tensor's.
+            first: unsafe { pointer_mut::<u8>(tensor.address).add(offset) },
+            stride_bytes: tensor.row_stride as usize,
+            elements: Elements::Codes(Scales {
+                // SAFETY: the head has scales.
+                first: unsafe { pointer_mut::<f32>(scales.address).add(scale) },
+                rows: match scales.blocks {
+                    1 => usize::MAX,
+                    _ => FP8_SCALE_ROWS as usize,
+                },
+            }),
+            head_dim,
+        }
+    }
+
+    /// Returns the bytes of a row.
+    fn row_bytes(&self) -> usize {
+        self.head_dim
+            * match self.elements {
+                Elements::Floats(dtype) => dtype.bytes(),
+                Elements::Codes(_) => 1,
+            }
+    }
+
+    /// Returns the type of numbers.
+    fn dtype(&self) -> Dtype {
+        match self.elements {
+            Elements::Floats(dtype) => dtype,
+            Elements::Codes(_) => unreachable!("codes are only read, and widened then"),
         }
     }
 
     /// Returns the rows of another head of this tensor, which exists and lies `bytes` bytes later.
     pub(super) fn later(&self, bytes: usize) -> Self {
+        debug_assert!(matches!(self.elements, Elements::Floats(_)), "scales lie elsewhere");
         Self {
             first: self.first.wrapping_add(bytes),
             ..*self
@@ -46,14 +109,31 @@ impl Head {
     /// Widens row `row`, which exists, to the head_dim elements of `to`.
     pub(super) fn load(&self, kernels: &Kernels, row: usize, to: &mut [f32]) {
         assert!(to.len() >= self.head_dim);
-        // SAFETY: the contract of `new`; the problem proved that the last axis is contiguous.
+        // SAFETY: the problem proved that the last axis is contiguous.
+        unsafe { self.widen_run(kernels, row, 1, to.as_mut_ptr()) }
+    }
+
+    /// Widens `count` rows, between which there are no gaps.
+    ///
+    /// # Safety
+    /// The contract of [`new`](Self::new). The rows exist, and `to` has room for them.
+    unsafe fn widen_run(&self, kernels: &Kernels, first: usize, count: usize, to: *mut f32) {
+        let head_dim = self.head_dim;
+        // SAFETY: passed on to the caller; each row has a scale.
         unsafe {
-            (kernels.widen)(
-                self.dtype,
-                self.first.add(row * self.stride_bytes),
-                self.head_dim,
-                to.as_mut_ptr(),
-            )
+            match self.elements {
+                Elements::Floats(dtype) => (kernels.widen)(dtype, self.row(first).0, count * head_dim, to),
+                Elements::Codes(scales) => {
+                    let mut done = 0;
+                    while done < count {
+                        let (block, place) = ((first + done) / scales.rows, (first + done) % scales.rows);
+                        let rows = (count - done).min(scales.rows - place);
+                        let (from, to) = (self.row(first + done).0, to.add(done * head_dim));
+                        (kernels.widen_codes)(from, rows * head_dim, *scales.first.add(block), to);
+                        done += rows;
+                    }
+                }
+            }
         }
     }
 
@@ -67,7 +147,8 @@ impl Head {
     /// Returns the rows from `first` on in place, if they are f32 and contiguous. With other strides a tile is better
     /// copied: rows a power of two apart would share a few sets of L1.
     pub(super) fn in_place(&self, first: usize) -> Option<*const f32> {
-        let is_a_run = self.dtype == Dtype::F32 && self.stride_bytes == self.head_dim * self.dtype.bytes();
+        let is_f32 = matches!(self.elements, Elements::Floats(Dtype::F32));
+        let is_a_run = is_f32 && self.stride_bytes == self.row_bytes();
         is_a_run.then(|| self.row(first).0.cast())
     }
 
@@ -75,7 +156,7 @@ impl Head {
     pub(super) fn prefetch(&self, rows: Range<usize>) {
         for row in rows {
             let (row, _) = self.row(row);
-            for byte in (0..self.head_dim * self.dtype.bytes()).step_by(64) {
+            for byte in (0..self.row_bytes()).step_by(64) {
                 prefetch_l2(row.wrapping_add(byte));
             }
         }
@@ -84,7 +165,7 @@ impl Head {
     /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows
     /// up to `padded`.
     pub(super) fn copy_halves(&self, first: usize, [count, padded]: [usize; 2], words: &mut [f32], stride: usize) {
-        assert!(self.dtype.bytes() == 2 && self.head_dim <= 2 * stride && words.len() >= padded * stride);
+        assert!(self.dtype().bytes() == 2 && self.head_dim <= 2 * stride && words.len() >= padded * stride);
         for row in 0..count {
             // SAFETY: the reasons given in `load`; a row fits in `stride` words, and there are `padded` such rows.
             unsafe {
@@ -104,7 +185,7 @@ impl Head {
         // SAFETY: the reasons given in `load`.
         unsafe {
             (kernels.narrow)(
-                self.dtype,
+                self.dtype(),
                 from.as_ptr(),
                 self.head_dim,
                 self.first.add(row * self.stride_bytes),
@@ -121,13 +202,10 @@ impl Head {
         tile: &mut [f32],
         width: usize,
     ) {
-        if width == self.head_dim && self.stride_bytes == width * self.dtype.bytes() {
+        if width == self.head_dim && self.stride_bytes == self.row_bytes() {
             assert!(tile.len() >= count * width);
             // SAFETY: the reasons given in `load`; the rows are contiguous.
-            unsafe {
-                let from = self.first.add(first * self.stride_bytes);
-                (kernels.widen)(self.dtype, from, count * width, tile.as_mut_ptr());
-            }
+            unsafe { self.widen_run(kernels, first, count, tile.as_mut_ptr()) }
         } else {
             for row in 0..count {
                 self.load(kernels, first + row, &mut tile[row * width..][..width]);
@@ -241,6 +319,16 @@ impl<'a> KeyRows<'a> {
             pages,
             head_bytes: tensor.head_stride as usize * dtype.bytes(),
             page_bytes: tensor.batch_stride as usize * dtype.bytes(),
+        }
+    }
+
+    /// The keys or values of a head that lie in a row.
+    pub(super) fn of_one_run(head: Head) -> Self {
+        Self {
+            head,
+            pages: None,
+            head_bytes: 0,
+            page_bytes: 0,
         }
     }
 

@@ -162,5 +162,6 @@ pub(super) fn load(element: DataType, address: &str, scope: &mut Scope) -> Strin
             let half = scope.result(Class::B32, "ld.global.nc.u16", &[&address]);
             scope.result(Class::B32, "shl.b32", &[&half, "16"])
         }
+        DataType::F8E4M3 => unreachable!("no `Readable` has this type"),
     }
 }

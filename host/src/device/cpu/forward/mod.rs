@@ -448,12 +448,27 @@ impl<'a> Forward<'a> {
             let rows_of = |tensor, head_dim| Head::new(tensor, problem.dtype(), batch, head, head_dim);
             let keys_of =
                 |tensor, head_dim| KeyRows::new(tensor, problem.pages(), problem.dtype(), [batch, kv_head, head_dim]);
+            let codes_of =
+                |tensor, scales, head, heads| Head::of_codes(tensor, scales, [batch, head, heads], self.head_dim());
+            let (q, k, v) = match problem.scales() {
+                None => (
+                    rows_of(problem.q(), self.head_dim()),
+                    keys_of(problem.k(), self.head_dim()),
+                    keys_of(problem.v(), self.head_dim_v()),
+                ),
+                Some([of_q, of_k, of_v]) => {
+                    let keys =
+                        |tensor, scales| KeyRows::of_one_run(codes_of(tensor, scales, kv_head, problem.heads_kv()));
+                    let q = codes_of(problem.q(), of_q, head, problem.heads_q());
+                    (q, keys(problem.k(), of_k), keys(problem.v(), of_v))
+                }
+            };
             Tile {
                 batch,
                 head,
-                q: rows_of(problem.q(), self.head_dim()),
-                k: keys_of(problem.k(), self.head_dim()),
-                v: keys_of(problem.v(), self.head_dim_v()),
+                q,
+                k,
+                v,
                 out: rows_of(self.out, self.head_dim_v()),
                 first,
                 first_row,

@@ -50,6 +50,43 @@ unsafe fn store_half<V: Vector, const BF16: bool>(x: V, to: *mut u16) {
     unsafe { if BF16 { x.store_bf16(to) } else { x.store_f16(to) } }
 }
 
+/// Converts `count` codes of e4m3, and multiplies them by a scale.
+#[inline(always)]
+pub(super) unsafe fn widen_codes<V: Vector>(from: *const u8, count: usize, scale: f32, to: *mut f32) {
+    // SAFETY: as for `widen_halves`.
+    unsafe {
+        let whole = count / V::LANES * V::LANES;
+        for i in (0..whole).step_by(V::LANES) {
+            load_codes::<V>(from.add(i), scale).store(to.add(i));
+        }
+        if whole < count {
+            let (mut narrow, mut wide) = ([0_u8; MAX_LANES], [0.0_f32; MAX_LANES]);
+            std::ptr::copy_nonoverlapping(from.add(whole), narrow.as_mut_ptr(), count - whole);
+            load_codes::<V>(narrow.as_ptr(), scale).store(wide.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(wide.as_ptr(), to.add(whole), count - whole);
+        }
+    }
+}
+
+/// Reads a register of codes. Their fields, moved to the places of those of f16, are numbers with another bias: every code is
+/// one, those of subnormal numbers too.
+#[inline(always)]
+unsafe fn load_codes<V: Vector>(from: *const u8, scale: f32) -> V {
+    const UNBIAS: f32 = 256.0; // 2^(15 - 7)
+    let mut halves = [0_u16; MAX_LANES];
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for (lane, half) in halves.iter_mut().enumerate().take(V::LANES) {
+            let code = u16::from(from.add(lane).read());
+            let magnitude = code & 0x7f;
+            // NaN would be a number of f16.
+            let magnitude = if magnitude == 0x7f { 0x7e00 } else { magnitude << 7 };
+            *half = magnitude | (code & 0x80) << 8;
+        }
+        V::load_f16(halves.as_ptr()).mul(V::splat(UNBIAS)).mul(V::splat(scale))
+    }
+}
+
 /// Rounds `count` elements.
 #[inline(always)]
 pub(super) unsafe fn narrow<V: Vector>(dtype: Dtype, from: *const f32, count: usize, to: *mut u8) {

@@ -104,6 +104,7 @@ macro_rules! instruction_set {
                 strip,
                 keep,
                 widen,
+                widen_codes,
                 narrow,
                 transpose,
                 dot,
@@ -190,6 +191,11 @@ macro_rules! instruction_set {
             unsafe fn widen(dtype: Dtype, from: *const u8, count: usize, to: *mut f32) {
                 // SAFETY: as above.
                 unsafe { convert::widen::<$vector>(dtype, from, count, to) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn widen_codes(from: *const u8, count: usize, scale: f32, to: *mut f32) {
+                // SAFETY: as above.
+                unsafe { convert::widen_codes::<$vector>(from, count, scale, to) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn narrow(dtype: Dtype, from: *const f32, count: usize, to: *mut u8) {

@@ -65,6 +65,8 @@ pub(super) struct Kernels {
     pub keep: unsafe fn(&Keep),
     /// (dtype, elements, how many, widened).
     pub widen: unsafe fn(Dtype, *const u8, usize, *mut f32),
+    /// (codes of e4m3, how many, their scale, widened).
+    pub widen_codes: unsafe fn(*const u8, usize, f32, *mut f32),
     /// (dtype, elements, how many, rounded).
     pub narrow: unsafe fn(Dtype, *const f32, usize, *mut u8),
     /// (from, stride, rows, to, stride, columns): writes the transpose. Whole registers are read, and written: what

@@ -139,6 +139,7 @@ pub(super) unsafe fn run<V: Words, const W: usize>(strip: &Strip<'_>) {
                         DataType::F32 | DataType::I32 | DataType::U32 => load::<V, W, 0>(strip, line, table),
                         DataType::F16 => load::<V, W, 1>(strip, line, table),
                         DataType::Bf16 => load::<V, W, 2>(strip, line, table),
+                        DataType::F8E4M3 => unreachable!("no `Readable` has this type"),
                     }
                 }
             }

@@ -90,10 +90,11 @@ mod sealed {
     impl Sealed for f32 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
-    impl Sealed for super::F8E4M3 {}
     impl Sealed for i32 {}
     impl Sealed for u32 {}
 }
+
+impl sealed::Sealed for F8E4M3 {}
 
 /// A type that tensors hold: an [`Element`] of attention, [`F8E4M3`] for quantised inputs, or `i32` or `u32` for the tables of
 /// score programs.

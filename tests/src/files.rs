@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use flash_attention::half::f16;
-use rand::SeedableRng as _;
 use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 use rand_distr::{Distribution as _, Normal};
 use safetensors::{Dtype, SafeTensors};
 
@@ -15,6 +15,19 @@ use safetensors::{Dtype, SafeTensors};
 pub fn normal(len: usize, deviation: f32, seed: u64) -> Vec<f32> {
     let normal = Normal::new(0.0, deviation).expect("a finite deviation");
     normal.sample_iter(StdRng::seed_from_u64(seed)).take(len).collect()
+}
+
+/// Returns numbers with outliers, as FlashAttention-3's paper draws them: normal with deviation 1, and to one in a thousand, at
+/// random, is added a normal number with deviation 10.
+pub fn with_outliers(len: usize, seed: u64) -> Vec<f32> {
+    let (mut numbers, outliers) = (normal(len, 1.0, seed), normal(len, 10.0, !seed));
+    let mut draws = StdRng::seed_from_u64(seed ^ 1 << 63);
+    for (number, outlier) in numbers.iter_mut().zip(outliers) {
+        if draws.random_bool(0.001) {
+            *number += outlier;
+        }
+    }
+    numbers
 }
 
 /// One attention layer of a pretrained sentence encoder (all-MiniLM-L6-v2) on a real text: the f16 inputs of its

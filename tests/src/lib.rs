@@ -15,6 +15,7 @@ mod compare;
 mod devices;
 pub mod drawn;
 pub mod files;
+pub mod fp8;
 pub mod gpu;
 mod gradients;
 pub mod house;

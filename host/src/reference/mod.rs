@@ -1,12 +1,14 @@
 //! Reference attention, computed by the definition: slow, readable, and with all scores of a query in memory.
 //!
 //! [`forward`] and [`backward`] are the oracle, in f64. [`standard`] and [`standard_backward`] compute as a framework
-//! does in the dtype of its tensors. Their distance from the oracle bounds the error allowed for a kernel of that
+//! does in the dtype of its tensors, and [`standard_fp8`] as a kernel does over quantised inputs. Their distance from the oracle bounds the error allowed for a kernel of that
 //! dtype.
 
+mod quantized;
 mod standard;
 
 use flash_attention_kernels::mask::Mask;
+pub use quantized::{Codes, dequantized, standard_fp8};
 pub use standard::{standard, standard_backward, standard_backward_with_tables};
 
 use crate::options::Attention;

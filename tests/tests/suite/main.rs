@@ -13,6 +13,8 @@ mod empty;
 mod emulator;
 mod errors;
 mod forward;
+mod fp8;
+mod fp8_accuracy;
 mod gpus;
 mod house;
 mod into;

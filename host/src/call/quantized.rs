@@ -17,8 +17,8 @@ impl Attention {
     /// `out` in f16 or bf16.
     ///
     /// Shapes are those of [`forward`](Self::forward), where v has the head_dim of k: any multiple of 8 up to 256, on a GPU any
-    /// multiple of 16. There is no backward pass. The CPU multiplies the dequantised numbers in f32. A GPU multiplies codes, for
-    /// which it rounds the exponentials to e4m3 as well; `docs/numbers.md` has the errors of both.
+    /// multiple of 16. There is no backward pass. The CPU multiplies the dequantised numbers in f32; `docs/numbers.md` has the
+    /// errors. No kernel for GPUs is compiled yet.
     ///
     /// # Errors
     /// The errors of [`Problem::of_quantized`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and

@@ -33,10 +33,13 @@ impl fmt::Display for Error {
                 argument,
                 got,
                 expected,
-            } => write!(
-                f,
-                "`{argument}` is on {got}, expected {expected} as the other tensors (two devices of one name are two memories)"
-            ),
+            } => {
+                let other = if *argument == "scales" { "data" } else { "q" };
+                write!(
+                    f,
+                    "`{argument}` is on {got}, expected {expected} as `{other}` (two devices of one name are two memories)"
+                )
+            }
             Self::HeadsNotDivisible { heads_q, heads_kv } => write!(
                 f,
                 "`q` has {heads_q} heads, expected a multiple of the {heads_kv} heads of `k` and `v`"

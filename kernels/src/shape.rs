@@ -179,7 +179,7 @@ simt_shape!(ForwardF32D128, FORWARD_BYTES: 64 x 64, head_dim 128, warps 8, stage
 simt_shape!(ForwardF32D192, FORWARD_BYTES: 64 x 32, head_dim 192, warps 8, stages 2);
 simt_shape!(ForwardF32D256, FORWARD_BYTES: 32 x 32, head_dim 256, warps 4, stages 2);
 
-/// 32 x 32, head_dim 576 and 512 of v, f16 or bf16, mma.sync: forward for [latent attention](crate::latent), whose warps share rows.
+/// 32 x 32, head_dim 576 and 512 of v, f16 or bf16, mma.sync: forward for latent attention, whose warps share rows (`latent`).
 ///
 /// 32 rows of 512 outputs are 64 registers a lane of 8 warps, and the block's queries 36 more; they would not fit in shared memory beside
 /// two tiles of keys. 32 keys a tile: the exchange of scores then takes less time than the products.

@@ -130,7 +130,7 @@ fn head_dims() {
     }
 }
 
-/// Tests sizes of latent attention: the CPU has larger limits for them, all others the usual ones.
+/// Tests sizes of latent attention in f16, which have larger limits than the usual ones on every device.
 #[test]
 fn head_dims_of_latent_attention() {
     let (latent, wide): (&[usize], &[usize]) = (&[1, 1, 3, 576], &[1, 1, 3, 584]);

@@ -6,8 +6,8 @@ use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::half::f16;
 use flash_attention::reference::Dims;
-use flash_attention::{Arch, Attention, Device, Dtype, Element, KvCache, Tensor};
-use flash_attention_tests::{Case, Inputs, Layout, compare, devices, drawn, files, for_dtype, forward_alone};
+use flash_attention::{Arch, Attention, Device, Dtype, Element, KvCache, Sequences, Tensor};
+use flash_attention_tests::{Case, Inputs, Layout, compare, devices, drawn, files, for_dtype, forward_alone, programs};
 use proptest::prelude::*;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
@@ -127,23 +127,69 @@ impl Latent {
                 true => k.narrow(3, 0, head_dim_v).expect("a view"),
                 false => end_to_end(&v),
             };
-            let out = rows(&output.out).to_vec().expect("read");
-            let lse = output
-                .lse
-                .narrow(1, first, queries)
-                .expect("rows")
-                .to_vec()
-                .expect("read");
-            self.check_oracle(device, [&q, &k, &v], &out, &lse);
-            if self.batch_invariant || device.kind() == DeviceKind::Cpu {
-                let alone = forward_alone(&attention, &q, &k, &v).expect("a call alone");
-                let bits = |numbers: &[f32]| -> Vec<u32> { numbers.iter().map(|x| x.to_bits()).collect() };
-                let of = |numbers: &[T]| -> Vec<f64> { numbers.iter().map(|x| x.to_f64()).collect() };
-                let name = || format!("{queries} queries, {keys} keys of {self:?} on {device}");
-                assert_eq!(of(&out), of(&alone.out.to_vec().expect("read")), "{}", name());
-                assert_eq!(bits(&lse), bits(&alone.lse.to_vec().expect("read")), "{}", name());
-            }
+            let lse = output.lse.narrow(1, first, queries).expect("rows");
+            self.check_sequence(device, [&q, &k, &v], &rows(&output.out), &lse);
             first += queries;
+        }
+    }
+
+    /// Checks the results of each sequence where queries and keys are packed end to end, without a cache.
+    fn check_packed<T: Element>(&self, device: &Device) {
+        let ends = |of: fn(&(usize, usize)) -> usize| -> Vec<usize> {
+            let end = |n| self.lens[..n].iter().map(of).sum();
+            (0..=self.lens.len()).map(end).collect()
+        };
+        let (ends_q, ends_k) = (ends(|len| len.0), ends(|len| len.1));
+        let of_i32 = |ends: &[usize]| -> Vec<i32> { ends.iter().map(|&end| end as i32).collect() };
+        let sequences = Sequences::new(&of_i32(&ends_q), &of_i32(&ends_k)).expect("offsets grow");
+        let ((heads_q, heads_kv), [head_dim, head_dim_v]) = (self.heads, self.head_dims);
+        let drawn = |shape: [usize; 3], salt| tensor(device, shape, &self.draw::<T>(shape.iter().product(), salt));
+        let [total_q, total_k] = [&ends_q, &ends_k].map(|ends| ends[self.lens.len()]);
+        let (q, k) = (
+            drawn([total_q, heads_q, head_dim], 0),
+            drawn([total_k, heads_kv, head_dim], 1),
+        );
+        let v = match self.shared {
+            true => k.narrow(2, 0, head_dim_v).expect("a view"),
+            false => drawn([total_k, heads_kv, head_dim_v], 2),
+        };
+        let attention = self.attention();
+        let output = attention.forward_ragged(&q, &k, &v, &sequences).expect("it fits");
+        for (n, &(queries, keys)) in self.lens.iter().enumerate() {
+            let rows = |tensor: &Tensor<T>, first, count| {
+                let rows = tensor.narrow(0, first, count).and_then(|rows| rows.transpose(0, 1));
+                rows.and_then(|rows| rows.unsqueeze(0)).expect("a view")
+            };
+            let [q, out] = [&q, &output.out].map(|tensor| rows(tensor, ends_q[n], queries));
+            let [k, v] = [&k, &v].map(|tensor| rows(tensor, ends_k[n], keys));
+            let lse = output.lse.narrow(1, ends_q[n], queries).expect("rows");
+            self.check_sequence(device, [&q, &k, &v], &out, &lse);
+        }
+    }
+
+    /// Checks the results of a sequence: those of the oracle and, where the call does not depend on the batch, of a call alone.
+    fn check_sequence<T: Element>(
+        &self,
+        device: &Device,
+        [q, k, v]: [&Tensor<T>; 3],
+        out: &Tensor<T>,
+        lse: &Tensor<f32>,
+    ) {
+        let (out, lse) = (out.to_vec().expect("read"), lse.to_vec().expect("read"));
+        self.check_oracle(device, [q, k, v], &out, &lse);
+        if self.batch_invariant || device.kind() == DeviceKind::Cpu {
+            let alone = forward_alone(&self.attention(), q, k, v).expect("a call alone");
+            let bits = |numbers: &[f32]| -> Vec<u32> { numbers.iter().map(|x| x.to_bits()).collect() };
+            let of = |numbers: &[T]| -> Vec<f64> { numbers.iter().map(|x| x.to_f64()).collect() };
+            let name = || {
+                format!(
+                    "{} queries, {} keys of {self:?} on {device}",
+                    q.shape()[2],
+                    k.shape()[2]
+                )
+            };
+            assert_eq!(of(&out), of(&alone.out.to_vec().expect("read")), "{}", name());
+            assert_eq!(bits(&lse), bits(&alone.lse.to_vec().expect("read")), "{}", name());
         }
     }
 
@@ -261,6 +307,54 @@ fn rectangles() {
         .with_head_dim_v(128)
         .with(Attention::new().softcap(2.0))
         .check_on(devices().all());
+}
+
+/// Score programs: those that read tables, hide pairs or draw, alone and all together.
+#[test]
+fn programs_of_every_feature() {
+    let every = programs::FEATURES;
+    for (i, features) in every.chunks(1).chain([&every[..]]).enumerate() {
+        let dtype = [Dtype::F16, Dtype::Bf16][i % 2];
+        let case = Case::new(dtype, [2, 4, 21, 576], [2, 2, 70, 576]).with_head_dim_v([512, 264][i / 2 % 2]);
+        for device in devices().all() {
+            let add = |attention, name: &&str| programs::with_feature(attention, name, &case, device);
+            let attention = features.iter().fold(Attention::new(), add);
+            case.clone().with(attention).check_on([device]);
+        }
+    }
+}
+
+/// A call over a rectangle has no splits, however long its keys are: its plan has one kernel and needs no workspace.
+#[test]
+fn rectangles_have_no_splits() {
+    for device in devices().all().filter(|device| device.kind() != DeviceKind::Cpu) {
+        let zeros = |shape: [usize; 4]| Tensor::<f16>::zeros(device, shape).expect("it fits");
+        let (q, k) = (zeros([1, 16, 1, 576]), zeros([1, 1, 2100, 576]));
+        let v = k.narrow(3, 0, 512).expect("a view");
+        let plan = Attention::new().plan(&q, &k, &v).expect("a plan");
+        assert_eq!((plan.launches().len(), plan.workspace_bytes()), (1, 0), "{plan}");
+    }
+}
+
+/// Sequences packed end to end: each has the results of the oracle and, to the bit, those of a call alone.
+#[test]
+fn packed_sequences() {
+    for (shared, dtype) in [(true, Dtype::Bf16), (false, Dtype::F16)] {
+        let case = Latent {
+            lens: vec![(40, 70), (3, 0), (0, 9), (1, 33), (33, 1)],
+            page_size: 0,
+            heads: (6, 2),
+            head_dims: [576, 512],
+            shared,
+            dtype,
+            feature: "causal",
+            batch_invariant: true,
+            seed: 3,
+        };
+        for device in devices().all() {
+            for_dtype!(dtype, T => case.check_packed::<T>(device));
+        }
+    }
 }
 
 /// A key that a causal mask hides from a query may hold anything: the query's results are the same to the bit.

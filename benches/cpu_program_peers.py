@@ -38,12 +38,13 @@ def cases():
                     yield dtype, seqlen, which, feature
 
 
-def mask_of(feature):
+def mask_of(feature, seqlen):
     """Returns the feature's mask as `flex_attention` takes one, or None."""
+    tiles = seqlen // 128
     return {
         "causal": lambda b, h, q, k: q >= k,
         "window of 512": lambda b, h, q, k: (q >= k) & (q - k < 512),
-        "one tile in eight": None,
+        "one tile in eight": lambda b, h, q, k: (k // 128 % tiles + 5 * (q // 128)) % 8 == 0,
         "documents of 512": lambda b, h, q, k: q // 512 == k // 512,
     }.get(feature)
 
@@ -53,14 +54,11 @@ def dense_of(feature, seqlen, kind):
     import torch
 
     q, k = torch.arange(seqlen)[:, None], torch.arange(seqlen)[None, :]
-    if feature == "one tile in eight":
-        tiles = seqlen // 128
-        return ((k // 128 % tiles + 5 * (q // 128)) % 8 == 0)[None, None]
     if feature == "ALiBi":
         return (-slopes(seqlen)[None, :, None, None] * (q - k).abs()[None, None]).to(kind)
     if feature == "bias":
         return bias(seqlen)[None, None].to(kind)
-    mask = mask_of(feature)
+    mask = mask_of(feature, seqlen)
     return mask(0, 0, q, k)[None, None] if mask else None
 
 
@@ -108,11 +106,8 @@ class Torch:
         import torch
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        mask, score = mask_of(feature), None
-        if feature == "one tile in eight":
-            tiles = seqlen // 128
-            mask = lambda b, h, q, k: (k // 128 % tiles + 5 * (q // 128)) % 8 == 0
-        elif feature == "ALiBi":
+        mask, score = mask_of(feature, seqlen), None
+        if feature == "ALiBi":
             of_heads = slopes(seqlen)
             score = lambda s, b, h, q, k: s - of_heads[h] * (q - k).abs()
         elif feature == "softcap of 20":

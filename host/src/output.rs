@@ -1,10 +1,11 @@
 //! Results of a call: [`Output`] of a forward pass, [`Gradients`] of a backward pass.
 
+use crate::device::Device;
 use crate::element::{Element, Scalar};
 use crate::error::Error;
 use crate::layout::TensorInfo;
 use crate::plan::TableGradients;
-use crate::problem::Named;
+use crate::problem::{Named, Outputs};
 use crate::program::{Program, Table, TableSource};
 use crate::tensor::Tensor;
 
@@ -30,6 +31,30 @@ impl<T: Element> Output<T> {
             out,
             lse,
             statistics: None,
+        }
+    }
+
+    /// New tensors with statistics: out of one shape, lse, row_max and row_sum of another. Their content is undefined.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or an error of the device's driver.
+    pub(crate) fn empty(device: &Device, out: &[usize], rows: &[usize]) -> Result<Self, Error> {
+        let of_rows = || Tensor::empty(device, rows);
+        Ok(Self {
+            out: Tensor::empty(device, out)?,
+            lse: of_rows()?,
+            statistics: Some(Statistics {
+                row_max: of_rows()?,
+                row_sum: of_rows()?,
+            }),
+        })
+    }
+
+    /// Describes all tensors, for a problem.
+    pub(crate) fn outputs(&self) -> Outputs<'_> {
+        Outputs {
+            statistics: self.statistics.as_ref().map(Statistics::infos),
+            ..Outputs::new(self.out.info(), self.lse.info())
         }
     }
 

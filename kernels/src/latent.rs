@@ -17,6 +17,7 @@ use crate::block::split;
 use crate::element::F16;
 use crate::forward::Streamed;
 use crate::listed::{Listed, Partial};
+use crate::lists::for_tiles;
 use crate::mask::Span;
 use crate::pipeline::latent::LatentRing;
 use crate::ptx::matrix::Half;
@@ -143,36 +144,16 @@ unsafe fn walk<T: Half>(
         let values_are_keys = p.forward.v.has_rows_of(&p.forward.k);
         let mut ring = LatentRing::<Sizes>::start(base, k, v, values_are_keys, work.runs);
         let query = query::<T>(staged, p.forward.scale_sign);
-        let (mut index, mut cleaned) = (0, false);
-        for run in 0..work.runs.count {
-            let run = work.runs.get(run);
-            macro_rules! attend_run {
-                ($masked:literal) => {
-                    for n in run.begin..run.end {
-                        let tile = Streamed {
-                            index,
-                            first_key: n * Sizes::COLUMNS,
-                            hides_pairs: $masked && p.causal != 0,
-                        };
-                        cleaned |= attend::<T, $masked>(
-                            tile,
-                            work.first_row,
-                            |row| block.span(row),
-                            &query,
-                            &mut ring,
-                            softmax,
-                            output,
-                        );
-                        index += 1;
-                    }
-                };
-            }
-            if run.masked != 0 {
-                attend_run!(true);
-            } else {
-                attend_run!(false);
-            }
-        }
+        let mut cleaned = false;
+        for_tiles!(work.runs, |index, n, MASKED| {
+            let tile = Streamed {
+                index,
+                first_key: n * Sizes::COLUMNS,
+                hides_pairs: MASKED && p.causal != 0,
+            };
+            let (first_row, span) = (work.first_row, |row| block.span(row));
+            cleaned |= attend::<T, MASKED>(tile, first_row, span, &query, &mut ring, softmax, output);
+        });
         ring.drain();
         cleaned
     }

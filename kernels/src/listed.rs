@@ -13,7 +13,7 @@ use core::f32::consts::LN_2;
 use crate::abi::{Layout, ListedForwardParams, StridedTensor};
 use crate::block::{RowBlock, owned_tile, split};
 use crate::forward::{Streamed, attend, owned_query, unsigned};
-use crate::lists::{Runs, Work};
+use crate::lists::{Runs, Work, for_tiles};
 use crate::mask::{Blocks, Mask, Span};
 use crate::nonfinite;
 use crate::pipeline::KeyValueRing;
@@ -130,36 +130,15 @@ unsafe fn walk<S: TileShape>(
         let query = owned_query::<S>(&ring, p.forward.scale_sign);
         let first_row = work.first_row + sreg::warp_id() * S::WARP_ROWS;
         let span = |row| block.span(first_row + row);
-        let (mut index, mut cleaned) = (0, false);
-        for run in 0..work.runs.count {
-            let run = work.runs.get(run);
-            macro_rules! attend_run {
-                ($masked:literal) => {
-                    for n in run.begin..run.end {
-                        let tile = Streamed {
-                            index,
-                            first_key: n * S::COLUMNS,
-                            hides_pairs: $masked && p.causal != 0,
-                        };
-                        cleaned |= attend::<S, _, $masked, true, true>(
-                            tile,
-                            || first_row,
-                            span,
-                            query,
-                            &mut ring,
-                            softmax,
-                            output,
-                        );
-                        index += 1;
-                    }
-                };
-            }
-            if run.masked != 0 {
-                attend_run!(true);
-            } else {
-                attend_run!(false);
-            }
-        }
+        let mut cleaned = false;
+        for_tiles!(work.runs, |index, n, MASKED| {
+            let tile = Streamed {
+                index,
+                first_key: n * S::COLUMNS,
+                hides_pairs: MASKED && p.causal != 0,
+            };
+            cleaned |= attend::<S, _, MASKED, true, true>(tile, || first_row, span, query, &mut ring, softmax, output);
+        });
         ring.drain();
         cleaned
     }

@@ -83,6 +83,32 @@ pub struct Runs {
     end: u32,
 }
 
+/// Runs `$body` for each tile of some [`Runs`], in order: with its index among all of them, its place in the sequence, and `$masked` as
+/// a constant, so that the loop of a run without a mask has no code of it. Called in an unsafe block, with readable runs.
+macro_rules! for_tiles {
+    ($runs:expr, |$index:ident, $n:ident, $masked:ident| $body:expr) => {{
+        let runs: $crate::lists::Runs = $runs;
+        let mut $index = 0;
+        for run in 0..runs.count {
+            let run = runs.get(run);
+            if run.masked != 0 {
+                for $n in run.begin..run.end {
+                    const $masked: bool = true;
+                    $body;
+                    $index += 1;
+                }
+            } else {
+                for $n in run.begin..run.end {
+                    const $masked: bool = false;
+                    $body;
+                    $index += 1;
+                }
+            }
+        }
+    }};
+}
+pub(crate) use for_tiles;
+
 impl Runs {
     /// Returns all tiles of `columns` rows of a sequence, all `masked` or else the one that holds its end. There are no lists.
     #[inline(always)]

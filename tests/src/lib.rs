@@ -26,7 +26,7 @@ pub mod refusals;
 mod traffic;
 
 pub use allowances::Allowances;
-pub use alone::{backward_alone, forward_alone};
+pub use alone::{backward_alone, check_sequence, forward_alone};
 pub use case::{Case, Inputs, Outcome};
 pub use compare::{Mismatch, compare, largest_error};
 pub use devices::{CHOICE, Devices, devices, emulator};

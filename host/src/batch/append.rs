@@ -213,6 +213,7 @@ fn rows_of_new<T: Element>(
         return Err(Error::DeviceMismatch {
             argument,
             got: new.device().to_string(),
+            other,
             expected: pages.device().to_string(),
         });
     }

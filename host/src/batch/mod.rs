@@ -23,7 +23,7 @@ use crate::layout::TensorInfo;
 use crate::options::Attention;
 use crate::output::{Output, Statistics};
 use crate::plan::Plan;
-use crate::problem::{Outputs, Problem};
+use crate::problem::Problem;
 use crate::sequences::{Pages, Placed};
 use crate::tensor::Tensor;
 use flash_attention_kernels::entries::Dtype;
@@ -45,10 +45,7 @@ struct Call<T: Element> {
 impl<T: Element> Call<T> {
     /// The plan for new contiguous results, or for those of `output`. Pages are not read.
     fn plan(&self, output: Option<&Output<T>>) -> Result<Plan, Error> {
-        let outputs = output.map(|output| Outputs {
-            statistics: output.statistics.as_ref().map(Statistics::infos),
-            ..Outputs::new(output.out.info(), output.lse.info())
-        });
+        let outputs = output.map(Output::outputs);
         let (attention, q, device) = (&self.attention, self.q.info(), self.q.device().info());
         let problem = match &self.pages {
             Some(_) if !is_cpu(&self.q) => {
@@ -148,15 +145,7 @@ fn empty_output<T: Element>(q: &Tensor<T>, head_dim: usize) -> Result<Output<T>,
         [batch, heads, seqlen_q, _] => (vec![batch, heads, seqlen_q, head_dim], vec![batch, heads, seqlen_q]),
         _ => unreachable!("q has three or four axes"),
     };
-    let of_rows = || Tensor::empty(q.device(), &rows_shape);
-    Ok(Output {
-        out: Tensor::empty(q.device(), out_shape)?,
-        lse: of_rows()?,
-        statistics: Some(Statistics {
-            row_max: of_rows()?,
-            row_sum: of_rows()?,
-        }),
-    })
+    Output::empty(q.device(), &out_shape, &rows_shape)
 }
 
 /// Runs the forward pass of all sequences at once, on a GPU, in a new workspace or in the caller's. q is packed or a batch, and the

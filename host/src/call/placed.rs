@@ -6,9 +6,9 @@ use crate::device::DeviceKind;
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
-use crate::output::{Gradients, Output, Statistics};
+use crate::output::{Gradients, Output};
 use crate::plan::Plan;
-use crate::problem::{BackwardProblem, GradientOutputs, Named, Outputs, Problem};
+use crate::problem::{BackwardProblem, GradientOutputs, Named, Problem};
 use crate::progress::Reporter;
 use crate::sequences::Placed;
 use crate::tensor::Tensor;
@@ -32,10 +32,7 @@ impl Attention {
         output: Option<&Output<T>>,
         placed: Placed,
     ) -> Result<Plan, Error> {
-        let outputs = output.map(|output| Outputs {
-            statistics: output.statistics.as_ref().map(Statistics::infos),
-            ..Outputs::new(output.out.info(), output.lse.info())
-        });
+        let outputs = output.map(Output::outputs);
         let problem = Problem::of_sequences(self, [q.info(), k.info(), v.info()], outputs, placed)?;
         Plan::new(&problem, &q.device().info())
     }
@@ -53,10 +50,8 @@ impl Attention {
     ) -> Result<(), Error> {
         let plan = self.plan_placed(inputs, Some(output), placed)?;
         check_workspace(workspace.as_deref(), [&plan], others)?;
-        let Output { out, lse, statistics } = output;
-        let results = (out, lse, statistics.as_mut());
         let inputs = (inputs[0].device(), &inputs.map(Tensor::storage)[..]);
-        forward(&plan, inputs, results, workspace, Reporter::silent())
+        forward(&plan, inputs, output, workspace, Reporter::silent())
     }
 
     /// Plans the backward pass over placed sequences, from views like those of [`forward_placed`](Self::forward_placed), for new

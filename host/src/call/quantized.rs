@@ -5,12 +5,11 @@ use super::run::forward;
 use crate::element::Half;
 use crate::error::Error;
 use crate::options::Attention;
-use crate::output::{Output, Statistics};
+use crate::output::Output;
 use crate::plan::Plan;
-use crate::problem::{Outputs, Problem};
+use crate::problem::Problem;
 use crate::progress::{Progress, Reporter};
 use crate::quantized::Quantized;
-use crate::tensor::Tensor;
 
 impl Attention {
     /// Runs the forward pass over [`F8E4M3`](crate::F8E4M3) inputs. The results are those of [`forward`](Self::forward), with
@@ -51,10 +50,7 @@ impl Attention {
     }
 
     fn plan_fp8_to<O: Half>(&self, [q, k, v]: [&Quantized; 3], output: Option<&Output<O>>) -> Result<Plan, Error> {
-        let outputs = output.map(|output| Outputs {
-            statistics: output.statistics.as_ref().map(Statistics::infos),
-            ..Outputs::new(output.out.info(), output.lse.info())
-        });
+        let outputs = output.map(Output::outputs);
         let problem = Problem::of_quantized(self, q.info(), k.info(), v.info(), O::DTYPE, outputs)?;
         Plan::new(&problem, &q.device().info())
     }
@@ -67,15 +63,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
     /// The errors of [`Attention::forward_fp8`].
     pub fn forward_fp8<O: Half>(&self, q: &Quantized, k: &Quantized, v: &Quantized) -> Result<Output<O>, Error> {
         let plan = self.attention.plan_fp8::<O>(q, k, v)?;
-        let rows = || Tensor::empty(q.device(), &q.shape()[..3]);
-        let mut output = Output {
-            out: Tensor::empty(q.device(), q.shape())?,
-            lse: rows()?,
-            statistics: Some(Statistics {
-                row_max: rows()?,
-                row_sum: rows()?,
-            }),
-        };
+        let mut output = Output::empty(q.device(), q.shape(), &q.shape()[..3])?;
         run(&plan, [q, k, v], &mut output, self.reporter())?;
         Ok(output)
     }
@@ -104,12 +92,10 @@ fn run<O: Half>(
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
     let storages = inputs.map(|input| [input.data().storage(), input.scales().storage()]);
-    let Output { out, lse, statistics } = output;
-    let results = (out, lse, statistics.as_mut());
     forward(
         plan,
         (inputs[0].device(), storages.as_flattened()),
-        results,
+        output,
         None,
         reporter,
     )

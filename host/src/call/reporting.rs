@@ -5,9 +5,9 @@ use super::run::{backward, backward_arguments, check_lse, check_workspace, forwa
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
-use crate::output::{Gradients, Output, Statistics};
+use crate::output::{Gradients, Output};
 use crate::plan::Plan;
-use crate::problem::{Outputs, Problem, out_shape};
+use crate::problem::{Problem, out_shape};
 use crate::progress::{Progress, Reporter};
 use crate::tensor::Tensor;
 
@@ -26,20 +26,10 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
     /// The errors of [`Attention::forward`].
     pub fn forward<T: Element>(&self, q: &Tensor<T>, k: &Tensor<T>, v: &Tensor<T>) -> Result<Output<T>, Error> {
         let plan = self.attention.plan(q, k, v)?;
-        let mut out = Tensor::empty(q.device(), out_shape(q.shape(), v.shape()))?;
-        let mut lse = Tensor::empty(q.device(), &q.shape()[..3])?;
-        let mut statistics = Statistics {
-            row_max: Tensor::empty(q.device(), &q.shape()[..3])?,
-            row_sum: Tensor::empty(q.device(), &q.shape()[..3])?,
-        };
-        let of_rows = Some(&mut statistics);
+        let mut output = Output::empty(q.device(), &out_shape(q.shape(), v.shape()), &q.shape()[..3])?;
         let inputs = (q.device(), &[q, k, v].map(Tensor::storage)[..]);
-        forward(&plan, inputs, (&mut out, &mut lse, of_rows), None, self.reporter())?;
-        Ok(Output {
-            out,
-            lse,
-            statistics: Some(statistics),
-        })
+        forward(&plan, inputs, &mut output, None, self.reporter())?;
+        Ok(output)
     }
 
     /// Runs [`Attention::forward_into`] and reports progress.
@@ -54,7 +44,7 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         out: &mut Tensor<T>,
         lse: &mut Tensor<f32>,
     ) -> Result<(), Error> {
-        self.forward_to([q, k, v], out, lse, None)
+        self.forward_into_output(q, k, v, &mut Output::new(out.clone(), lse.clone()))
     }
 
     /// Runs [`Attention::forward_into_output`] and reports progress.
@@ -68,26 +58,10 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         v: &Tensor<T>,
         output: &mut Output<T>,
     ) -> Result<(), Error> {
-        let Output { out, lse, statistics } = output;
-        self.forward_to([q, k, v], out, lse, statistics.as_mut())
-    }
-
-    fn forward_to<T: Element>(
-        &self,
-        inputs: [&Tensor<T>; 3],
-        out: &mut Tensor<T>,
-        lse: &mut Tensor<f32>,
-        statistics: Option<&mut Statistics>,
-    ) -> Result<(), Error> {
-        let outputs = Outputs {
-            statistics: statistics.as_deref().map(Statistics::infos),
-            ..Outputs::new(out.info(), lse.info())
-        };
-        let [q, k, v] = inputs.map(Tensor::info);
-        let problem = Problem::new(&self.attention, q, k, v, Some(outputs))?;
-        let plan = Plan::new(&problem, &inputs[0].device().info())?;
-        let inputs = (inputs[0].device(), &inputs.map(Tensor::storage)[..]);
-        forward(&plan, inputs, (out, lse, statistics), None, self.reporter())
+        let problem = Problem::new(&self.attention, q.info(), k.info(), v.info(), Some(output.outputs()))?;
+        let plan = Plan::new(&problem, &q.device().info())?;
+        let inputs = (q.device(), &[q, k, v].map(Tensor::storage)[..]);
+        forward(&plan, inputs, output, None, self.reporter())
     }
 
     /// Runs [`Attention::backward`] and reports progress.

@@ -62,6 +62,7 @@ pub(crate) fn check_workspace<'a>(
         return Err(Error::DeviceMismatch {
             argument,
             got: workspace.device().to_string(),
+            other: others[0].0,
             expected: others[0].1.device().to_string(),
         });
     }
@@ -117,7 +118,7 @@ fn aligned_bytes(plan: &Plan) -> u64 {
 pub(super) fn forward<T: Element>(
     plan: &Plan,
     (device, inputs): (&Device, &[&Storage]),
-    (out, lse, statistics): (&mut Tensor<T>, &mut Tensor<f32>, Option<&mut Statistics>),
+    output: &mut Output<T>,
     workspace: Option<&mut Tensor<f32>>,
     reporter: Reporter<'_>,
 ) -> Result<(), Error> {
@@ -126,7 +127,7 @@ pub(super) fn forward<T: Element>(
     let workspace = workspace_of(workspace, &mut ours, device, plan.workspace_bytes())?;
     let mut memory = Memory::default();
     memory.written.push(workspace.storage());
-    let results = memory.of_forward(plan, inputs, (out, lse, statistics.as_deref()), workspace.address());
+    let results = memory.of_forward(plan, inputs, output, workspace.address());
     let guards = memory.lock();
     // SAFETY: the plan's problem was proven from the descriptions of the inputs, and of the outputs or, for new
     // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
@@ -143,11 +144,9 @@ pub(crate) type Forward<'a, T> = (Plan, [&'a Tensor<T>; 3], &'a Output<T>);
 /// Runs forward plans of one batch, each of which was made for exactly its tensors. No two results share memory.
 pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>]) -> Result<(), Error> {
     let (mut memory, mut runs) = (Memory::default(), Vec::new());
-    for (plan, inputs, Output { out, lse, statistics }) in calls {
-        runs.push((
-            plan,
-            memory.of_forward(plan, &inputs.map(Tensor::storage), (out, lse, statistics.as_ref()), 0),
-        ));
+    for (plan, inputs, output) in calls {
+        let results = memory.of_forward(plan, &inputs.map(Tensor::storage), output, 0);
+        runs.push((plan, results));
     }
     let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
     let guards = memory.lock();
@@ -253,10 +252,12 @@ impl<'a> Memory<'a> {
         &mut self,
         plan: &'a Plan,
         inputs: &[&'a Storage],
-        (out, lse, statistics): (&'a Tensor<T>, &'a Tensor<f32>, Option<&'a Statistics>),
+        Output { out, lse, statistics }: &'a Output<T>,
         workspace: u64,
     ) -> Results {
-        let statistics = statistics.map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
+        let statistics = statistics
+            .as_ref()
+            .map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
         self.read.extend(inputs);
         self.read.extend(tables_of(plan).map(features::storage));
         self.written.extend([out.storage(), lse.storage()]);

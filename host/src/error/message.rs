@@ -32,14 +32,12 @@ impl fmt::Display for Error {
             Self::DeviceMismatch {
                 argument,
                 got,
+                other,
                 expected,
-            } => {
-                let other = if *argument == "scales" { "data" } else { "q" };
-                write!(
-                    f,
-                    "`{argument}` is on {got}, expected {expected} as `{other}` (two devices of one name are two memories)"
-                )
-            }
+            } => write!(
+                f,
+                "`{argument}` is on {got}, expected {expected} as `{other}` (two devices of one name are two memories)"
+            ),
             Self::HeadsNotDivisible { heads_q, heads_kv } => write!(
                 f,
                 "`q` has {heads_q} heads, expected a multiple of the {heads_kv} heads of `k` and `v`"

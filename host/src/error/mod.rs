@@ -59,7 +59,9 @@ pub enum Error {
         argument: &'static str,
         /// Device of the tensor.
         got: String,
-        /// Device of the other tensors.
+        /// Name of the tensor that it has to follow.
+        other: &'static str,
+        /// Device of that tensor.
         expected: String,
     },
 

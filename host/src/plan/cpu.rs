@@ -19,13 +19,11 @@ const MAX_SPLITS: u32 = 16;
 /// Bytes of half of the L1 cache of the processors that have AMX.
 const HALF_L1: usize = 24 << 10;
 
-/// What the CPU computes a plan with, from the problem and the instructions alone. How many threads share the work, and how many
+/// What the CPU computes a plan with, from the problem and the [`Instructions`] of the plan's device alone. How many threads share the work, and how many
 /// heads of few queries a task takes, is decided for all plans of a batch together; no result depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CpuPath {
-    /// Instructions of the inner loops.
-    pub instructions: Instructions,
     /// True for the decode path, on which queries are computed one by one, and lanes are elements of a head.
     pub few: bool,
     /// Number of bf16 parts of each number in products of pairs of bf16; 0 where products are of f32.
@@ -56,7 +54,6 @@ impl CpuPath {
         };
         let split = problem.seqlen_k().div_ceil(MAX_SPLITS).max(SPLIT);
         let path = Self {
-            instructions,
             few,
             parts,
             split_blocks: split.div_ceil(tiles.block_n),
@@ -77,7 +74,6 @@ impl CpuPath {
             packed_heads: 1,
         };
         let path = Self {
-            instructions,
             few: false,
             parts: parts(problem, instructions),
             split_blocks: problem.seqlen_k().div_ceil(tiles.block_n).max(1),

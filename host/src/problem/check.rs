@@ -128,6 +128,7 @@ pub(super) fn check_devices(tensors: &[Named<'_>]) -> Result<(), Error> {
             return Err(Error::DeviceMismatch {
                 argument,
                 got,
+                other: tensors[0].0,
                 expected,
             });
         }
@@ -155,7 +156,7 @@ pub(super) fn check_head_dims(q: Named<'_>, v: Named<'_>, elements: Elements) ->
     let is_latent = head_dim(q) > MAX_HEAD_DIM && head_dim(v) < head_dim(q);
     // GPUs have kernels of the tensor cores for it.
     let is_served = is_cpu || q.1.dtype() != Dtype::F32;
-    let limits = if is_latent && is_served && (is_cpu || !is_quantized) {
+    let limits = if is_latent && is_served {
         LATENT_HEAD_DIMS
     } else {
         [MAX_HEAD_DIM; 2]

@@ -148,6 +148,7 @@ pub(crate) fn check_scales(data: Named<'_>, scales: Named<'_>) -> Result<(), Err
         return Err(Error::DeviceMismatch {
             argument: scales.0,
             got: scales.1.device().to_string(),
+            other: data.0,
             expected: data.1.device().to_string(),
         });
     }

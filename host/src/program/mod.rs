@@ -175,6 +175,7 @@ impl Program {
             return Err(Error::DeviceMismatch {
                 argument: table.name,
                 got: table.device.to_string(),
+                other: "q",
                 expected: device.to_string(),
             });
         }

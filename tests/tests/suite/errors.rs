@@ -240,7 +240,7 @@ fn tensors_on_two_devices() {
     refused(prepare, forward, |device, error| {
         assert_error!(
             device, error,
-            Error::DeviceMismatch { argument: "k", got, expected }
+            Error::DeviceMismatch { argument: "k", got, other: "q", expected }
                 if *got == elsewhere.to_string() && *expected == device.to_string(),
             "`k`", "`q`"
         );

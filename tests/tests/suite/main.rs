@@ -15,6 +15,7 @@ mod errors;
 mod forward;
 mod fp8;
 mod fp8_accuracy;
+mod fp8_errors;
 mod gpus;
 mod house;
 mod into;

@@ -4,6 +4,59 @@ use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
 use crate::device::cpu::kernels::{Few, MAX_LANES, Query, Rows};
+use flash_attention_kernels::abi::StridedTensor;
+
+/// Bytes within which processors fetch lines ahead of those asked for: a page of memory.
+const RUN_BYTES: usize = 4 << 10;
+
+impl Forward<'_> {
+    /// Returns the number of heads per tile: as many as fit, share keys or have keys side by side, and leave tasks for every thread
+    /// beside the tasks of other problems.
+    pub(super) fn heads_together(&self, threads: usize, others: usize) -> usize {
+        let (problem, queries) = (self.problem, self.problem.seqlen_q() as usize);
+        let shared = problem.heads_q() / problem.heads_kv();
+        let segments = self.segment_count();
+        let suits = |heads: &usize| {
+            let divide = if *heads <= shared {
+                shared.is_multiple_of(*heads)
+            } else {
+                let key_heads = heads / shared;
+                heads.is_multiple_of(shared)
+                    && problem.heads_kv().is_multiple_of(key_heads)
+                    && (self.tiles.block_n as usize).is_multiple_of(key_heads)
+            };
+            let tasks = problem.batch() * problem.heads_q() / heads * segments;
+            divide && heads * queries <= self.lanes() && tasks + others >= 2 * threads
+        };
+        let most = if self.few {
+            shared * self.heads_side_by_side()
+        } else {
+            1
+        };
+        (1..=most).rev().find(suits).unwrap_or(1)
+    }
+
+    /// Returns the number of key heads whose rows lie side by side within [`RUN_BYTES`]; 1 where each head has its rows in a run.
+    fn heads_side_by_side(&self) -> usize {
+        let bytes = self.problem.dtype().bytes();
+        let side_by_side = |tensor: StridedTensor| {
+            let head_bytes = tensor.head_stride as usize * bytes;
+            let is_within_row = tensor.head_stride < tensor.row_stride;
+            if is_within_row && head_bytes > 0 {
+                RUN_BYTES / head_bytes
+            } else {
+                1
+            }
+        };
+        let of_both = side_by_side(self.problem.k()).min(side_by_side(self.problem.v()));
+        of_both.clamp(1, self.problem.heads_kv())
+    }
+
+    /// Returns the number of key heads per tile.
+    pub(super) fn key_heads(&self) -> usize {
+        (self.together * self.problem.heads_kv() / self.problem.heads_q()).max(1)
+    }
+}
 
 impl State {
     /// Merges the result of another run of keys for one query: largest scores, sums and outputs.

@@ -1,0 +1,213 @@
+//! The rows of keys or values of one head, in a row or in pages.
+
+use std::ops::Range;
+
+use flash_attention_kernels::abi::StridedTensor;
+use flash_attention_kernels::entries::Dtype;
+
+use super::Head;
+use crate::device::cpu::kernels::{AHEAD, Kernels, Listed, Rows, Strided};
+use crate::sequences::Pages;
+
+/// The keys or values of one head of a sequence, whose rows may lie in pages.
+#[derive(Clone, Copy)]
+pub(in crate::device::cpu) struct KeyRows<'a> {
+    /// All rows, or the rows of page 0.
+    head: Head,
+    pages: Option<&'a Pages>,
+    /// Bytes from one head to the next.
+    head_bytes: usize,
+    /// Bytes from one page to the next.
+    page_bytes: usize,
+}
+
+/// Returns `count` listed rows and as many later ones, which begin `ahead` rows on; the last one stands for those missing.
+fn listed(addresses: &mut Vec<*const u8>, ahead: usize, count: usize) -> Rows {
+    let last = addresses.last().copied().unwrap_or(std::ptr::null());
+    addresses.resize(ahead + count, last);
+    let (rows, later) = (addresses.as_ptr(), addresses[ahead..].as_ptr());
+    Rows::Listed {
+        rows: Listed(rows),
+        later: Listed(later),
+    }
+}
+
+impl<'a> KeyRows<'a> {
+    /// # Safety
+    /// The contract of [`Head::new`] for each page.
+    pub(in crate::device::cpu) unsafe fn new(
+        tensor: StridedTensor,
+        pages: Option<&'a Pages>,
+        dtype: Dtype,
+        [batch, head, head_dim]: [usize; 3],
+    ) -> Self {
+        Self {
+            // SAFETY: passed on to the caller.
+            head: unsafe { Head::new(tensor, dtype, batch, head, head_dim) },
+            pages,
+            head_bytes: tensor.head_stride as usize * dtype.bytes(),
+            page_bytes: tensor.batch_stride as usize * dtype.bytes(),
+        }
+    }
+
+    /// The keys or values of a head that lie in a row.
+    pub(in crate::device::cpu) fn of_one_run(head: Head) -> Self {
+        Self {
+            head,
+            pages: None,
+            head_bytes: 0,
+            page_bytes: 0,
+        }
+    }
+
+    /// Returns the elements of a row.
+    pub(in crate::device::cpu) fn head_dim(&self) -> usize {
+        self.head.head_dim
+    }
+
+    /// Returns the rows of a later head.
+    pub(in crate::device::cpu) fn later_head(&self, heads: usize) -> Self {
+        Self {
+            head: self.head.later(heads * self.head_bytes),
+            ..*self
+        }
+    }
+
+    /// Returns the places of `rows`, which exist; later ones are those [`AHEAD`] rows on. Unless one page holds `rows`, they are listed
+    /// in `addresses`, and the last one stands for those past `end`.
+    pub(in crate::device::cpu) fn locate(
+        &self,
+        rows: Range<usize>,
+        end: usize,
+        addresses: &mut Vec<*const u8>,
+    ) -> Rows {
+        let with_later = rows.start..(rows.end + AHEAD).min(end);
+        if let Some((head, place)) = self.run(with_later.clone()) {
+            let (first, stride_bytes) = head.row(place);
+            return Rows::Strided {
+                rows: Strided(first, stride_bytes),
+                later: Strided(first.wrapping_add(AHEAD * stride_bytes), stride_bytes),
+            };
+        }
+        addresses.clear();
+        self.list(with_later, 1, addresses);
+        listed(addresses, AHEAD, rows.len())
+    }
+
+    /// Returns the places of `rows`, which exist, of the head `index` heads on, whose later ones are `next`, rows of `heads` heads from
+    /// this one on in the order of memory. Unless one page holds each of `rows` and `next`, and nothing lies between rows of `next`, all
+    /// are listed in `addresses`.
+    pub(in crate::device::cpu) fn locate_among(
+        &self,
+        [index, heads]: [usize; 2],
+        rows: Range<usize>,
+        next: Range<usize>,
+        addresses: &mut Vec<*const u8>,
+    ) -> Rows {
+        let count = rows.len();
+        let of_head = self.later_head(index);
+        if let (Some((head, place)), Some((first, next_place))) = (of_head.run(rows.clone()), self.run(next.clone())) {
+            let ((from, stride_bytes), (next, _)) = (head.row(place), first.row(next_place));
+            if stride_bytes == heads * self.head_bytes {
+                return Rows::Strided {
+                    rows: Strided(from, stride_bytes),
+                    later: Strided(next, self.head_bytes),
+                };
+            }
+        }
+        addresses.clear();
+        of_head.list(rows, 1, addresses);
+        self.list(next, heads, addresses);
+        listed(addresses, count, count)
+    }
+
+    /// Appends the addresses of rows of `heads` heads.
+    fn list(&self, rows: Range<usize>, heads: usize, addresses: &mut Vec<*const u8>) {
+        for (head, place, count) in self.runs(rows) {
+            let (first, stride_bytes) = head.row(place);
+            let places = (0..count).flat_map(|row| (0..heads).map(move |head| (row, head)));
+            addresses.extend(places.map(|(row, head)| first.wrapping_add(row * stride_bytes + head * self.head_bytes)));
+        }
+    }
+
+    /// Returns the rows with row `row` among them, and its place.
+    fn place(&self, row: usize) -> (Head, usize) {
+        match self.pages {
+            None => (self.head, row),
+            Some(pages) => {
+                let (page, place) = pages.place(row);
+                (self.head.later(page * self.page_bytes), place)
+            }
+        }
+    }
+
+    /// Iterates over the runs of `rows` that one page holds: its rows, the place of the first one, and how many they are.
+    fn runs(&self, rows: Range<usize>) -> impl Iterator<Item = (Head, usize, usize)> {
+        let mut next = rows.start;
+        std::iter::from_fn(move || {
+            let left = rows.end.checked_sub(next).filter(|&left| left > 0)?;
+            let (head, place) = self.place(next);
+            let count = self.pages.map_or(left, |pages| left.min(pages.page_size() - place));
+            next += count;
+            Some((head, place, count))
+        })
+    }
+
+    /// Returns the rows that hold all of `rows`, and the place of the first one, if one page does.
+    fn run(&self, rows: Range<usize>) -> Option<(Head, usize)> {
+        let (head, place, count) = self.runs(rows.clone()).next()?;
+        (count == rows.len()).then_some((head, place))
+    }
+
+    /// Returns `count` rows from `first` on in place, if they are f32 and contiguous.
+    pub(in crate::device::cpu) fn in_place(&self, first: usize, count: usize) -> Option<*const f32> {
+        let (head, place) = self.run(first..first + count)?;
+        head.in_place(place)
+    }
+
+    /// Widens row `row`, which exists, to the head_dim elements of `to`.
+    pub(in crate::device::cpu) fn load(&self, kernels: &Kernels, row: usize, to: &mut [f32]) {
+        let (head, place) = self.place(row);
+        head.load(kernels, place, to);
+    }
+
+    /// Widens `count` rows to a tile, whose rows are `width` apart, and zeroes the rows up to `padded`.
+    pub(in crate::device::cpu) fn load_tile(
+        &self,
+        kernels: &Kernels,
+        first: usize,
+        [count, padded]: [usize; 2],
+        tile: &mut [f32],
+        width: usize,
+    ) {
+        let mut done = 0;
+        for (head, place, rows) in self.runs(first..first + count) {
+            head.load_tile(kernels, place, [rows, rows], &mut tile[done * width..], width);
+            done += rows;
+        }
+        tile[count * width..padded * width].fill(0.0);
+    }
+
+    /// Copies `count` rows of 16-bit elements to the first halves of words, `stride` words apart, and zeroes the rows
+    /// up to `padded`.
+    pub(in crate::device::cpu) fn copy_halves(
+        &self,
+        first: usize,
+        [count, padded]: [usize; 2],
+        words: &mut [f32],
+        stride: usize,
+    ) {
+        let mut done = 0;
+        for (head, place, rows) in self.runs(first..first + count) {
+            head.copy_halves(place, [rows, rows], &mut words[done * stride..], stride);
+            done += rows;
+        }
+        words[count * stride..padded * stride].fill(0.0);
+    }
+
+    /// Prefetches rows to L2 that will be read soon.
+    pub(in crate::device::cpu) fn prefetch(&self, rows: Range<usize>) {
+        self.runs(rows)
+            .for_each(|(head, place, count)| head.prefetch(place..place + count));
+    }
+}

@@ -53,6 +53,12 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn max(self, other: Self) -> Self;
     /// Returns `x` where `self > other`, else `y`.
     unsafe fn select_greater(self, other: Self, x: Self, y: Self) -> Self;
+    /// Returns `self` where `place < end`, else `other`; neither of the two is NaN or infinite.
+    #[inline(always)]
+    unsafe fn where_less(self, place: Self, end: Self, other: Self) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe { end.select_greater(place, self, other) }
+    }
     /// Returns 2^n, where the low bits hold n + 127, from 1 to 254; 0 where they hold 0.
     unsafe fn power_of_two(self) -> Self;
     /// Loads and widens `LANES` elements of f16.

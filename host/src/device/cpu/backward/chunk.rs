@@ -88,14 +88,16 @@ impl Scratch {
     unsafe fn pass(&mut self, backward: &Backward<'_>, tile: QueryTile, first_key: usize, keys: usize) {
         let pairs = backward.pairs.filter(|_| self.keys_fit && tile.fits);
         for first in (0..keys).step_by(BLOCK) {
-            let count = BLOCK.min(keys - first);
             let seen = |row: usize| {
                 let end = backward.visibility.visible_end((tile.first_row + row) as u32) as usize;
-                end.saturating_sub(first_key + first).min(count)
+                end.saturating_sub(first_key + first).min(BLOCK.min(keys - first))
             };
-            if seen(tile.rows - 1) == 0 {
+            // The last query sees the most. Keys that it does not see are left out.
+            let most = seen(tile.rows - 1);
+            if most == 0 {
                 break; // nor do the blocks after it see anything
             }
+            let count = most.next_multiple_of(backward.padding()).min(BLOCK.min(keys - first));
             let padded = count.next_multiple_of(backward.padding());
             let masked = seen(0) < padded;
             if masked {

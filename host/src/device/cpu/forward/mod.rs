@@ -22,7 +22,7 @@ use std::sync::OnceLock;
 
 use flash_attention_kernels::abi::StridedTensor;
 
-use super::kernels::{Kernels, Pairs, SIDE};
+use super::kernels::{Kernels, Pairs, ROWS, SIDE};
 use super::nanoseconds;
 use super::program::{ScoreProgram, Walk};
 use super::team::Team;
@@ -443,6 +443,11 @@ impl<'a> Forward<'a> {
     /// Returns the words of a row of keys as pairs, in whole tiles.
     fn words(&self) -> usize {
         self.head_dim().next_multiple_of(2 * SIDE) / 2
+    }
+
+    /// Returns a number of keys, rounded up to what products take.
+    fn padded(&self, keys: usize) -> usize {
+        keys.next_multiple_of(if self.pairs.is_some() { 2 * SIDE } else { ROWS })
     }
 
     /// Returns the number of queries of a tile, rounded up to whole panels.

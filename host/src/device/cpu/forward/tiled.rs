@@ -7,7 +7,7 @@ use super::pairs::Fit;
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, ROWS, SIDE, Softmax};
+use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, Softmax};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::{KeyRows, Panels};
 
@@ -29,7 +29,8 @@ impl Lanes {
     }
 }
 
-/// A loaded tile of keys and values.
+/// A loaded tile of keys and values, or the first keys of it.
+#[derive(Clone, Copy)]
 pub(super) struct Block {
     /// Rows of f32: keys only if they may be needed, values only if they are not multiplied as pairs.
     pub(super) keys: *const f32,
@@ -71,6 +72,15 @@ impl Scratch {
             if n + 1 < tile.blocks {
                 forward.prefetch(tile, n + 1, index, panels);
             }
+            // Keys that no query of the panel sees are left out.
+            let keys = seen((panel + count).min(tile.rows) - 1);
+            if keys == 0 {
+                continue;
+            }
+            let block = Block {
+                count: forward.padded(keys),
+                ..block
+            };
             // SAFETY: the panel is one of the tile's, tiles are as large as the plan says, and keys and values are
             // either rows in memory, all of which exist, or the tiles they were loaded to.
             unsafe {
@@ -97,14 +107,11 @@ impl Scratch {
         masked: bool,
     ) -> Block {
         let (kernels, head_dim_v) = (forward.kernels, forward.head_dim_v());
-        let count = seen.next_multiple_of(if forward.pairs.is_some() { 2 * SIDE } else { ROWS });
+        let count = forward.padded(seen);
         let load = |rows: KeyRows<'_>, to: &mut Lines| {
             // Pairs are made of whole registers.
             let is_whole = forward.pairs.is_none() || rows.head_dim().is_multiple_of(MAX_LANES);
-            match rows
-                .in_place(first, count)
-                .filter(|_| !masked && seen == count && is_whole)
-            {
+            match rows.in_place(first, count).filter(|_| seen == count && is_whole) {
                 Some(rows) => rows,
                 None => {
                     rows.load_tile(kernels, first, [seen, count], to.as_mut_slice(), rows.head_dim());
@@ -112,9 +119,15 @@ impl Scratch {
                 }
             }
         };
-        let values = load(tile.v, &mut self.values);
-        let loaded = &self.values.as_slice()[..seen * head_dim_v];
-        let finite = !masked || loaded.iter().fold(true, |all, x| all & x.is_finite());
+        let mut values = load(tile.v, &mut self.values);
+        // SAFETY: the rows exist, in memory or loaded, and nobody writes them.
+        let rows = unsafe { std::slice::from_raw_parts(values, seen * head_dim_v) };
+        let finite = !masked || rows.iter().fold(true, |all, x| all & x.is_finite());
+        if !finite && values != self.values.as_ptr() {
+            let room = self.values.as_mut_slice(); // where `add_values_where` reads them
+            tile.v.load_tile(kernels, first, [seen, count], room, head_dim_v);
+            values = room.as_ptr();
+        }
         let pairs_of_values = match forward.parts {
             0 => Fit::None,
             1 if finite => Fit::All,

@@ -63,7 +63,8 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
                 let visible = V::load(s.visible.add(lane));
                 for key in 0..s.keys {
                     let score = scores.add(key * s.stride);
-                    let seen = visible.select_greater(V::splat(key as f32), V::load(score), minus_infinity);
+                    let place = V::splat(key as i32 as f32);
+                    let seen = V::load(score).where_less(place, visible, minus_infinity);
                     seen.store(score);
                 }
             }

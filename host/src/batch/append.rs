@@ -98,27 +98,62 @@ impl KvCache {
             }
             None => vec![0; counts.sum()],
         };
-        let apart = |x: &Tensor<T>| match [&*k, v]
-            .iter()
-            .all(|pages| x.info().sharing(pages.info()) == Sharing::Apart)
-        {
-            true => Ok(x.clone()),
-            false => Tensor::from_slice(x.device(), x.shape(), &x.to_vec()?),
-        };
-        let (keys, values) = (apart(new.k)?, apart(new.v)?);
-        let slots = || {
-            let keys = (0..self.batch()).flat_map(|sequence| self.new_keys(sequence).map(move |key| (sequence, key)));
-            keys.map(|(sequence, key)| <[usize; 2]>::from(self.slot(sequence, key)))
-        };
-        let moves = |rows: Vec<[usize; 2]>| {
-            let moves = rows.into_iter().zip(slots()).zip(positions.clone());
-            moves.map(|((from, to), position)| Move { from, to, position })
-        };
+        let keys = apart(new.k, &[k, v])?;
+        let values = apart(new.v, &[k, v])?;
         let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
-        let keys = moved(&keys, &k, moves(of_keys), new.rotary.map(|rotary| (rotary, 1.0)))?;
-        let values = moved(&values, &v, moves(of_values), None)?;
+        let rotary = new.rotary.map(|rotary| (rotary, 1.0));
+        let keys = moved(&keys, &k, self.moves(of_keys, &positions), rotary)?;
+        let values = moved(&values, &v, self.moves(of_values, &positions), None)?;
         keys.run()?;
         values.run()
+    }
+
+    /// Writes new keys to a cache of latent attention, whose values are the first elements of its keys: those of the last
+    /// [`append`](Self::append), `[batch, 1, seqlen_new, head_dim]` or packed, `[total_new, 1, head_dim]`, as for [`NewKeys`].
+    ///
+    /// ```
+    /// use flash_attention::{Attention, Device, KvCache, Rotary, Tensor};
+    ///
+    /// let device = Device::cpu();
+    /// let mut latent = Tensor::<f32>::zeros(&device, [4, 8, 1, 576])?; // 4 pages of 8 tokens
+    /// let cache = KvCache::paged([4, 8], &[0, 1, 2, 3], &[0, 0])?.append(&[5, 5])?; // 2 sequences, 5 tokens of each
+    /// let new = Tensor::from_slice(&device, [2, 1, 5, 576], &[0.5; 5760])?;
+    /// cache.write_latent(&new, &mut latent)?;
+    ///
+    /// let q = Tensor::from_slice(&device, [2, 16, 5, 576], &[0.5; 92160])?;
+    /// let values = latent.narrow(3, 0, 512)?;
+    /// let output = Attention::new().causal().forward_cached(&q, &latent, &values, &cache)?;
+    /// assert_eq!(output.out.shape(), [2, 16, 5, 512]);
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// A rotary embedding turns other elements of a key than its values; [`Rotary::forward`] does so before the two are joined.
+    ///
+    /// # Errors
+    /// Those of [`write`](Self::write), with `latent_new` and `latent` as arguments.
+    pub fn write_latent<T: Element>(&self, new: &Tensor<T>, latent: &mut Tensor<T>) -> Result<(), Error> {
+        check_written(&[], &[("latent", latent.info())])?;
+        let rows = rows_of_new("latent_new", new, ("latent", latent), self)?;
+        let new = apart(new, &[latent])?;
+        let positions = vec![0; rows.len()];
+        moved(&new, &latent.transpose(1, 2)?, self.moves(rows, &positions), None)?.run()
+    }
+
+    /// Moves of new rows, given by entry and row, to their slots.
+    fn moves(&self, rows: Vec<[usize; 2]>, positions: &[i32]) -> impl Iterator<Item = Move> {
+        let keys = (0..self.batch()).flat_map(|sequence| self.new_keys(sequence).map(move |key| (sequence, key)));
+        let slots = keys.map(|(sequence, key)| <[usize; 2]>::from(self.slot(sequence, key)));
+        let moves = rows.into_iter().zip(slots).zip(positions);
+        moves.map(|((from, to), &position)| Move { from, to, position })
+    }
+}
+
+/// Returns new rows that share no memory with pages: a copy through the host of those that do.
+fn apart<T: Element>(new: &Tensor<T>, pages: &[&Tensor<T>]) -> Result<Tensor<T>, Error> {
+    let is_apart = |pages: &&Tensor<T>| new.info().sharing(pages.info()) == Sharing::Apart;
+    match pages.iter().all(is_apart) {
+        true => Ok(new.clone()),
+        false => Tensor::from_slice(new.device(), new.shape(), &new.to_vec()?),
     }
 }
 

@@ -5,7 +5,7 @@
 use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::half::f16;
-use flash_attention::{Arch, Attention, Device, Dtype, Element, KvCache, Sequences, Tensor};
+use flash_attention::{Arch, Attention, Device, Dtype, Element, KvCache, Sequences, Statistics, Tensor};
 use flash_attention_tests::{Case, Layout, check_sequence, devices, drawn, files, for_dtype, programs};
 use proptest::prelude::*;
 use rand::SeedableRng as _;
@@ -316,6 +316,110 @@ fn packed_sequences() {
         };
         for device in devices().all() {
             for_dtype!(dtype, T => case.check_packed::<T>(device));
+        }
+    }
+}
+
+/// Steps of decoding write their latent keys where the cache says, with padding before sequences or without, and attend to all
+/// keys written so far.
+#[test]
+fn growing_caches() {
+    const HEADS: usize = 16;
+    let case = Latent {
+        lens: Vec::new(),
+        page_size: 8,
+        heads: (HEADS, 1),
+        head_dims: [576, 512],
+        shared: true,
+        dtype: Dtype::F16,
+        feature: "causal",
+        batch_invariant: true,
+        seed: 11,
+    };
+    let keys: [Vec<f16>; 2] = [1, 2].map(|salt| case.draw(64 * 576, salt));
+    for device in devices().all() {
+        let paged = KvCache::paged([12, 8], &[5, 0, 3, 2, 11, 6, 1, 7, 10, 8], &[0, 0]);
+        let padded = KvCache::slots([3, 45], &[2, 0], &[3, 5]).and_then(|cache| cache.leftpad_k(&[3, 5]));
+        for cache in [paged, padded] {
+            let mut cache = cache.expect("pages");
+            let [pages, page_size] = cache.shape();
+            let poison = vec![f16::NAN; pages * page_size * 576];
+            let mut latent = tensor(device, [pages, page_size, 1, 576], &poison);
+            for (step, counts) in [[9, 0], [1, 33], [1, 1], [25, 0], [2, 4]].into_iter().enumerate() {
+                cache = cache.append(&counts).expect("room");
+                let ends = [0, counts[0], counts[0] + counts[1]];
+                cache = cache.cu_seqlens_q(&ends).expect("offsets grow");
+                let total = ends[2] as usize;
+                let new = (0..2).flat_map(|sequence| {
+                    let range = cache.new_keys(sequence);
+                    &keys[sequence][range.start * 576..range.end * 576]
+                });
+                let new: Vec<f16> = new.copied().collect();
+                let new = tensor(device, [total, 1, 576], &new);
+                cache.write_latent(&new, &mut latent).expect("it fits");
+
+                let q = case.draw::<f16>(total * HEADS * 576, 3 + step as u64);
+                let q = tensor(device, [total, HEADS, 576], &q);
+                let values = latent.narrow(3, 0, 512).expect("a view");
+                let output = case.attention().forward_cached(&q, &latent, &values, &cache);
+                let output = output.expect("it fits");
+                for (sequence, keys) in keys.iter().enumerate() {
+                    let (first, count) = (ends[sequence] as usize, counts[sequence] as usize);
+                    let rows = |tensor: &Tensor<f16>| {
+                        let rows = tensor.narrow(0, first, count).and_then(|rows| rows.transpose(0, 1));
+                        rows.and_then(|rows| rows.unsqueeze(0)).expect("a view")
+                    };
+                    let seqlen_k = cache.new_keys(sequence).end;
+                    let k = tensor(device, [1, 1, seqlen_k, 576], &keys[..seqlen_k * 576]);
+                    let v = k.narrow(3, 0, 512).expect("a view");
+                    let lse = output.lse.narrow(1, first, count).expect("rows");
+                    case.check_sequence(device, [&rows(&q), &k, &v], &rows(&output.out), &lse);
+                }
+            }
+            let wrong = tensor(device, [6, 1, 512], &[f16::ZERO; 6 * 512]);
+            let refused = cache.write_latent(&wrong, &mut latent);
+            let is_named = matches!(
+                &refused,
+                Err(Error::ShapeMismatch {
+                    argument: "latent_new",
+                    ..
+                })
+            );
+            assert!(is_named, "{device}: {refused:?}");
+        }
+    }
+}
+
+/// row_max and row_sum give lse again: `softmax_scale * row_max + ln(row_sum)`.
+#[test]
+fn statistics_are_those_of_lse() {
+    for device in devices().all() {
+        let numbers = |shape: [usize; 4], seed| {
+            let numbers = files::normal(shape.iter().product(), 1.0, seed);
+            tensor(
+                device,
+                shape,
+                &numbers.into_iter().map(f16::from_f32).collect::<Vec<_>>(),
+            )
+        };
+        let (q, k) = (numbers([1, 16, 3, 576], 1), numbers([1, 1, 70, 576], 2));
+        let v = k.narrow(3, 0, 512).expect("a view");
+        let output = Attention::new().softmax_scale(0.25).causal().forward(&q, &k, &v);
+        let output = output.expect("it fits");
+        let Statistics { row_max, row_sum } = output.statistics.expect("always kept");
+        let [lse, row_max, row_sum] = [output.lse, row_max, row_sum].map(|rows| rows.to_vec().expect("read"));
+        for (row, lse) in lse.into_iter().enumerate() {
+            let of_statistics = 0.25 * row_max[row] + row_sum[row].ln();
+            // Scores of about 70 are sums of 576 products, in another order in row_max.
+            assert!(
+                (lse - of_statistics).abs() < 1e-4,
+                "{device}, row {row}: {lse}, {of_statistics}"
+            );
+            assert!(
+                (1.0..=70.0).contains(&row_sum[row]),
+                "{device}, row {row}: {}",
+                row_sum[row]
+            );
         }
     }
 }

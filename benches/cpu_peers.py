@@ -3,12 +3,16 @@
     cargo build --release -p benches
     cargo build --release --manifest-path benches/rust_peers/Cargo.toml
     python benches/cpu_peers.py [--threads N] [--rounds N] [--seconds S] [--only TEXT] [--markdown FILE] [--plot FILE.svg]
+    python benches/cpu_peers.py --standard [--threads N] [--rounds N] [--seconds S]
 
 Needs torch (any wheel; the GPU is not used). Every library runs in a process that waits for a line `DTYPE MASK BATCH
 HEADS SEQLEN_Q SEQLEN_K HEAD_DIM PASS RUNS` and answers with the seconds of every run. Each round measures every shape once
 with each library, one after the other, so that other load on the machine affects all alike. A time is the least of a few
 runs in a round; the median and the least over the rounds are reported. GFLOP/s count 4 B H N^2 D operations forward, half
 of that under a causal mask, and 3.5 times as many forward and backward.
+
+With `--standard`, ours is measured beside standard attention alone: PyTorch's math backend, which writes the scores to memory,
+in f32 from 128 to 4096 tokens.
 
 PyTorch runs twice: unrestricted ("512", on a processor where oneMKL takes its AVX-512 path), and restricted to AVX2
 ("stock", as oneMKL does on AMD's processors), by the settings in AVX2 below.
@@ -39,6 +43,7 @@ DTYPES = ["f32", "f16", "bf16"]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 OURS, FULL, STOCK = "ours", "PyTorch, 512", "PyTorch, stock"
+MATH = "PyTorch, math"
 RUST = ["candle", "candle-flash", "burn"]
 
 # Number of rounds of the Rust peers, and of every library that needs more than SLOW seconds for a case.
@@ -65,6 +70,13 @@ def cases():
         yield dtype, "full", (1, 32, 1, 4096, 128), "forward"
 
 
+def standard_cases():
+    """Yields the rows beside standard attention: the lengths of the first FlashAttention paper, 12 heads of 64 elements."""
+    for which in ["forward", "both"]:
+        for seqlen in [128, 256, 512, 1024, 2048, 4096]:
+            yield "f32", "full", (1, 12, seqlen, seqlen, 64), which
+
+
 def is_for_rust(case):
     """Returns True if the Rust peers are measured too."""
     dtype, _, shape, which = case
@@ -78,14 +90,14 @@ def flops(case):
 
 
 class Torch:
-    """Runs one case in PyTorch."""
+    """Runs one case in a backend of PyTorch's scaled_dot_product_attention."""
 
-    def __init__(self, dtype, mask, shape, which):
+    def __init__(self, backend, dtype, mask, shape, which):
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
-        self.flash = lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        self.backend = lambda: sdpa_kernel(getattr(SDPBackend, backend))
         self.attention = scaled_dot_product_attention
         kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
         batch, heads, seqlen_q, seqlen_k, head_dim = shape
@@ -99,7 +111,7 @@ class Torch:
         for x in self.inputs:
             x.grad = None
         start = time.perf_counter()
-        with self.flash():
+        with self.backend():
             out = self.attention(*self.inputs, is_causal=self.causal)
         if self.grad:
             out.backward(self.dout)
@@ -116,8 +128,8 @@ def matmul(size):
     return time.perf_counter() - start
 
 
-def work(threads):
-    """The process that measures PyTorch."""
+def work(threads, backend):
+    """The process that measures a backend of PyTorch."""
     import torch
 
     torch.set_num_threads(threads)
@@ -129,7 +141,7 @@ def work(threads):
         else:
             dtype, mask, *shape, which = case
             try:
-                problem = Torch(dtype, mask, [int(n) for n in shape], which)
+                problem = Torch(backend, dtype, mask, [int(n) for n in shape], which)
                 seconds = [problem.run() for _ in range(int(runs))]
             except RuntimeError as error:
                 print(json.dumps({"error": str(error).splitlines()[0]}), flush=True)
@@ -250,6 +262,16 @@ def tables(times):
     return lines
 
 
+def standard_table(times):
+    """Returns the rows beside standard attention as lines of Markdown."""
+    lines = ["| dtype | B, H, N, D | pass | ours, median (best) ms | standard attention, ms | standard / ours |", "| --- " * 6 + "|"]
+    milliseconds = lambda seconds: f"{1e3 * statistics.median(seconds):.2f} ({1e3 * min(seconds):.2f})"
+    for (dtype, _, (batch, heads, seqlen, _, head_dim), which), of in times.items():
+        lines.append(f"| {dtype} | {batch}, {heads}, {seqlen}, {head_dim} | {which} | {milliseconds(of[OURS])} "
+                     f"| {milliseconds(of[MATH])} | {ratio(of[MATH], of[OURS])} |")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--program", default="target/release/cpu_times")
@@ -258,25 +280,29 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="of each contestant, each shape, each round")
     parser.add_argument("--only", default="")
+    parser.add_argument("--standard", action="store_true", help="measure ours beside standard attention alone")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return work(options.threads)
-    torch = [sys.executable, __file__, "--worker", "--threads", str(options.threads)]
-    contestants = {
-        OURS: Contestant([options.program], options.threads),
-        FULL: Contestant(torch, options.threads),
-        STOCK: Contestant(torch, options.threads, **AVX2),
-    }
-    if Path(options.rust_peers).exists():
-        for library in RUST:
-            contestants[library] = Contestant([options.rust_peers, library], options.threads)
+        return work(options.threads, options.worker)
+    torch = lambda backend: [sys.executable, __file__, "--worker", backend, "--threads", str(options.threads)]
+    contestants = {OURS: Contestant([options.program], options.threads)}
+    if options.standard:
+        contestants[MATH] = Contestant(torch("MATH"), options.threads)
     else:
-        print(f"{options.rust_peers} is not built: without candle and burn", file=sys.stderr)
-    rows = [case for case in cases() if options.only in f"{case[0]} {case[1]} {case[2]} {case[3]}"]
-    rows.append((MATMUL, "", (), ""))
+        contestants[FULL] = Contestant(torch("FLASH_ATTENTION"), options.threads)
+        contestants[STOCK] = Contestant(torch("FLASH_ATTENTION"), options.threads, **AVX2)
+        if Path(options.rust_peers).exists():
+            for library in RUST:
+                contestants[library] = Contestant([options.rust_peers, library], options.threads)
+        else:
+            print(f"{options.rust_peers} is not built: without candle and burn", file=sys.stderr)
+    all_rows = standard_cases() if options.standard else cases()
+    rows = [case for case in all_rows if options.only in f"{case[0]} {case[1]} {case[2]} {case[3]}"]
+    if not options.standard:
+        rows.append((MATMUL, "", (), ""))
     before = os.getloadavg()[0]
     times = measure(contestants, rows, options)
     devices = "; ".join(f"{name}: {contestant.device}" for name, contestant in contestants.items() if name not in RUST)
@@ -284,7 +310,7 @@ def main():
         f"{processor()}, {options.threads} threads; {devices}; {options.rounds} rounds; load average {before:.1f} at the "
         f"start, {os.getloadavg()[0]:.1f} at the end",
         "",
-        *tables(times),
+        *(standard_table(times) if options.standard else tables(times)),
     ]
     text = "\n".join(lines)
     print(text)

@@ -56,7 +56,7 @@ impl Shape {
 }
 
 /// A problem that can be solved repeatedly in the same memory.
-pub trait Problem {
+pub trait Problem: Send {
     /// Runs the forward pass.
     ///
     /// # Errors

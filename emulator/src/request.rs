@@ -19,14 +19,6 @@ pub struct Launch<'a> {
     pub params: &'a [u8],
 }
 
-impl Launch<'_> {
-    /// Returns the coordinates of block number `linear`.
-    pub(crate) fn block_coordinates(&self, linear: u32) -> [u32; 3] {
-        let [x, y, _] = self.grid;
-        [linear % x, linear / x % y, linear / x / y]
-    }
-}
-
 /// Options of a launch.
 #[derive(Debug, Clone)]
 pub struct Options {

@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::shared_race::Site;
+use super::event::Site;
 use crate::report::{Finding, Findings};
 
 /// Number of guesses that a cluster remembers. Further ones become findings at once.

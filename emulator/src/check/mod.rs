@@ -1,10 +1,15 @@
-//! The checks. They observe memory accesses and synchronisation in the executor.
+//! The checks. The executor publishes memory accesses and synchronisation as events, which the checks for races follow
+//! ([`watch`]). [`definedness`] is no watcher: it is a property of values, and moves with them.
 
 pub(crate) mod clock;
 pub(crate) mod definedness;
+pub(crate) mod event;
 pub(crate) mod global_race;
 pub(crate) mod guess;
-pub(crate) mod shared_race;
+mod races;
+mod reports;
+mod shared_race;
+pub(crate) mod watch;
 
 use crate::report::FindingKind;
 

@@ -15,57 +15,10 @@
 use std::collections::HashMap;
 
 use super::clock::{Agent, Knowledge};
-
-/// Kind of agent. Each warp has one agent of each kind; the last three run asynchronously.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Engine {
-    /// The warp's own instructions.
-    Warp,
-    /// The warp's `cp.async` copies.
-    CpAsync,
-    /// The warp's bulk and tensor copies.
-    Bulk,
-    /// The warp's `wgmma` products.
-    Wgmma,
-}
-
-pub(crate) const ENGINES: usize = 4;
-
-impl Engine {
-    pub fn of(agent: Agent) -> Engine {
-        match agent as usize % ENGINES {
-            0 => Engine::Warp,
-            1 => Engine::CpAsync,
-            2 => Engine::Bulk,
-            _ => Engine::Wgmma,
-        }
-    }
-
-    pub fn agent(self, warp: usize) -> Agent {
-        let engine = match self {
-            Engine::Warp => 0,
-            Engine::CpAsync => 1,
-            Engine::Bulk => 2,
-            Engine::Wgmma => 3,
-        };
-        (warp * ENGINES + engine) as Agent
-    }
-
-    /// Returns true if the engine accesses memory through the async proxy.
-    pub fn is_async_proxy(self) -> bool {
-        matches!(self, Engine::Bulk | Engine::Wgmma)
-    }
-}
+use super::event::{Engine, Site};
 
 /// Number of bits in a read's record that tell which bytes of the cell it covered.
 const MASK_BITS: u32 = 4;
-
-/// Place of an access: function and instruction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub(crate) struct Site {
-    pub function: u32,
-    pub pc: u32,
-}
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Cell {

@@ -1,14 +1,12 @@
 //! Memory accesses: finds the memory of an address and applies the checks that every access must pass.
 
 use super::warp::Warp;
-use super::{Cluster, Write, is_narrow};
-use crate::check::global_race::Who;
-use crate::check::guess::Location;
-use crate::check::shared_race::{Engine, Site};
+use super::{Cluster, is_narrow};
+use crate::check::event::{Actor, Effect, Engine, MemoryAccess, Place, Site};
 use crate::error::Error;
+use crate::isa::Instr;
 use crate::isa::types::{Addr, Order, Space};
 use crate::isa::window;
-use crate::isa::{Instr, Memory, Op};
 use crate::memory::global::Outside;
 use crate::report::FindingKind;
 
@@ -34,6 +32,29 @@ pub(crate) struct Access {
     pub bytes: usize,
     pub align: u64,
     pub write: bool,
+}
+
+/// What an access does beside its address and size, for the checks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Act<'a> {
+    pub engine: Engine,
+    pub effect: Effect,
+    pub order: Order,
+    /// Bytes that a store writes; empty if they are not known yet.
+    pub stored: &'a [u8],
+}
+
+impl Act<'_> {
+    /// Returns an ordinary load or store by the warp itself.
+    #[inline]
+    pub fn of(access: Access) -> Self {
+        Self {
+            engine: Engine::Warp,
+            effect: Effect::of(access.write),
+            order: Order::Weak,
+            stored: &[],
+        }
+    }
 }
 
 /// Adds a lane's base register and the instruction's offset.
@@ -158,107 +179,46 @@ impl<'m> Cluster<'m> {
         Ok(())
     }
 
-    /// Passes an access whose memory was found to the race detectors.
+    /// Publishes an access whose memory was found, by the instruction at `site`, to the checks.
     #[inline]
-    pub fn observe(&mut self, warp: &Warp, instr: &Instr, access: Access, target: Target, order: Order, site: Site) {
-        self.observe_store(warp, instr, access, target, order, site, &[]);
-    }
-
-    /// Passes a store of `bytes` to the race detectors; `bytes` is empty if they are not known yet.
-    #[inline]
-    #[expect(clippy::too_many_arguments, reason = "a store is all of these")]
-    pub fn observe_store(
-        &mut self,
-        warp: &Warp,
-        instr: &Instr,
-        access: Access,
-        target: Target,
-        order: Order,
-        site: Site,
-        bytes: &[u8],
-    ) {
-        match target {
-            Target::Shared { cta, at } if self.ctas[cta].shadow.is_some() => {
-                if order.is_strong() {
-                    self.acquire_shared(warp.id, cta, at as u64);
-                }
-                let agent = Engine::Warp.agent(warp.id);
-                let actor = self.actor(warp);
-                let range = (at, access.bytes);
-                let lane = Some(access.lane);
-                let silent = !bytes.is_empty() && self.ctas[cta].shared.holds(at, bytes);
-                let write = match &instr.op {
-                    Op::Memory(Memory::Atomic { .. }) => Write::Update,
-                    _ if silent => Write::Silent,
-                    _ => access.write.into(),
-                };
-                self.watch_shared(warp.id, agent, actor, site, cta, range, write, lane);
-                if order.is_strong() {
-                    self.release_shared(warp.id, cta, at as u64);
-                }
+    pub fn observe(&mut self, warp: &Warp, instr: &Instr, site: Site, access: Access, target: Target, act: Act<'_>) {
+        let place = match target {
+            Target::Global { allocation, at } => Place::Global {
+                allocation,
+                at,
+                address: access.address,
+            },
+            Target::Shared { cta, at } => {
+                let memory = &self.ctas[cta].shared;
+                Place::Shared { cta, at, memory }
             }
-            Target::Global { allocation, at } if self.ctx.shadow.is_some() => {
-                let range = (allocation, at);
-                self.watch_global(warp, instr, access, range, order, false, bytes);
-            }
-            _ => {}
-        }
-    }
-
-    /// Passes a global access to the race detector.
-    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
-    pub fn watch_global(
-        &mut self,
-        warp: &Warp,
-        instr: &Instr,
-        access: Access,
-        range: (usize, usize),
-        order: Order,
-        atomic: bool,
-        stored: &[u8],
-    ) {
-        let Some(shadow) = &self.ctx.shadow else {
+            Target::Local { .. } | Target::Param { .. } => return,
+        };
+        if !self.watch.watches(&place) {
             return;
-        };
-        let (allocation, at) = range;
-        let cta = &mut self.ctas[warp.cta];
-        let mut epoch = cta.epoch;
-        if order.is_strong() {
-            let release = order == Order::Release;
-            epoch = shadow.synchronize(cta.linear, access.address, release);
-            cta.epoch = epoch + u32::from(release);
         }
-        let who = Who {
-            block: cta.linear,
-            epoch,
+        let Act {
+            engine,
+            effect,
+            order,
+            stored,
+        } = act;
+        self.watch.access(&MemoryAccess {
+            warp: warp.id,
+            engine,
+            actor: Actor {
+                cta: warp.cta,
+                warp: warp.index,
+            },
+            site,
             line: instr.line,
-            strong: atomic || order.is_strong(),
-            update: atomic,
-        };
-        if atomic {
-            self.guesses.updated(who.block, Location::Global(access.address));
-        }
-        let conflict = shadow.access(allocation, at, access.bytes, access.write, who, stored);
-        if let Some(conflict) = conflict {
-            let actor = self.actor(warp);
-            let place = (Some(access.lane), Some(access.address));
-            let [x, y, z] = self.ctx.launch.block_coordinates(conflict.block);
-            let message = move || {
-                format!(
-                    "{} of {} bytes after a {} by block {x},{y},{z} at line {}, which nothing orders before it",
-                    verb(access.write),
-                    access.bytes,
-                    verb(conflict.was_write),
-                    conflict.line
-                )
-            };
-            if conflict.guess {
-                let read = (self.site(warp), who.block, Location::Global(access.address));
-                self.report_guess(FindingKind::GlobalRace, instr.line, actor, place, read, message);
-            } else {
-                self.report(FindingKind::GlobalRace, instr.line, actor, place, message);
-            }
-        }
+            lane: Some(access.lane),
+            place,
+            bytes: access.bytes,
+            effect,
+            order,
+            stored,
+        });
     }
 }
 

@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 
-use super::access::{Access, Target, effective};
+use super::access::{Access, Act, Target, effective};
 use super::bulk::End;
 use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
-use super::{Cluster, Flow, Step, Write};
-use crate::check::shared_race::Engine;
-use crate::isa::types::{Addr, Order, Pred, Slot};
+use super::{Cluster, Flow, Step};
+use crate::check::event::Engine;
+use crate::isa::types::{Addr, Pred, Slot};
 use crate::isa::{AsyncOp, Instr};
 use crate::schedule::Landing;
 
@@ -95,7 +95,7 @@ impl<'m> Cluster<'m> {
 
     fn cp_async(&mut self, warp: &mut Warp, instr: &Instr, mask: u32, args: &CopyArgs) -> Step {
         let site = self.site(warp);
-        let step = self.engine_step(warp.id, Engine::CpAsync);
+        let step = self.watch.issue(warp.id, Engine::CpAsync);
         let landing = self.temper.landing(&mut self.rng, self.tick);
         let ignored = args.ignore.map_or(0, |p| warp.frame().pred(p));
         let bytes = args.size as usize;
@@ -120,8 +120,12 @@ impl<'m> Cluster<'m> {
                 align: bytes as u64,
                 write: true,
             };
-            let Some(Target::Shared { cta, at }) = self.locate(warp, instr, write)? else {
+            let Some(place @ Target::Shared { cta, at }) = self.locate(warp, instr, write)? else {
                 continue;
+            };
+            let act = |access| Act {
+                engine: Engine::CpAsync,
+                ..Act::of(access)
             };
             let mut source = None;
             if wanted > 0 {
@@ -135,15 +139,13 @@ impl<'m> Cluster<'m> {
                 };
                 let target = self.locate(warp, instr, access)?;
                 if let Some(target @ Target::Global { allocation, at }) = target {
-                    self.observe(warp, instr, access, target, Order::Weak, site);
+                    self.observe(warp, instr, site, access, target, act(access));
                     self.counters.global_read_bytes += wanted as u64;
                     read.add(target, access.address);
                     source = Some((allocation, at, wanted));
                 }
             }
-            let agent = Engine::CpAsync.agent(warp.id);
-            let actor = self.actor(warp);
-            self.watch_shared(warp.id, agent, actor, site, cta, (at, bytes), Write::Yes, Some(lane));
+            self.observe(warp, instr, site, write, place, act(write));
             let mut copy = Copy {
                 cta,
                 at,
@@ -210,8 +212,7 @@ impl<'m> Cluster<'m> {
                 self.land(&mut copy);
                 warp.copies.flying -= 1;
             }
-            let agent = Engine::CpAsync.agent(warp.id);
-            self.known[warp.id].generic.set(agent, copy.step);
+            self.watch.complete(warp.id, Engine::CpAsync, copy.step);
         }
     }
 
@@ -242,13 +243,11 @@ impl<'m> Cluster<'m> {
         addr: &Addr,
         no_increment: bool,
     ) -> Step {
-        let before = self.known[warp.id].clone();
+        let before = self.watch.known(warp.id).clone();
         self.wait_all(warp, mask);
-        let known = self.release(warp.id);
+        let known = self.watch.release(warp.id);
         // The thread itself is ordered after its copies only once it has waited on the barrier.
-        let step = self.known[warp.id].generic.get(Engine::Warp.agent(warp.id));
-        self.known[warp.id] = before;
-        self.known[warp.id].generic.set(Engine::Warp.agent(warp.id), step);
+        self.watch.restore(warp.id, before);
         for lane in lanes(mask) {
             let Some(object) = self.object(warp, instr, lane, addr, false)? else {
                 continue;

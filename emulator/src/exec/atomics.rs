@@ -1,9 +1,10 @@
 //! `atom` and `red`: read, combine and write in one step.
 
-use super::access::{Access, Target, effective};
+use super::access::{Access, Act, Target, effective};
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::isa::types::{FloatTy, IntTy, Order};
+use crate::check::event::Effect;
+use crate::isa::types::{FloatTy, IntTy};
 use crate::isa::{AtomicOp, AtomicTy, Instr, Memory};
 use crate::numeric::Rounding;
 use crate::numeric::float16::{self, Half, HalfMode};
@@ -147,7 +148,14 @@ impl<'m> Cluster<'m> {
                     });
                 }
             }
-            self.observe_atomic(warp, instr, access, target, dsts.is_some(), *order, site);
+            let returns = dsts.is_some();
+            let act = Act {
+                effect: Effect::Update { returns },
+                order: *order,
+                ..Act::of(access)
+            };
+            self.observe(warp, instr, site, access, target, act);
+            self.count_atomic(access, target, returns);
             self.counters.atomics += 1;
             if let Target::Param { .. } = target {
                 continue;
@@ -172,30 +180,14 @@ impl<'m> Cluster<'m> {
         Ok(Flow::Next)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "an access is all of these")]
-    fn observe_atomic(
-        &mut self,
-        warp: &mut Warp,
-        instr: &Instr,
-        access: Access,
-        target: Target,
-        returns: bool,
-        order: Order,
-        site: crate::check::shared_race::Site,
-    ) {
+    /// Counts the bytes of an atomic operation on global memory, and marks them as written.
+    fn count_atomic(&mut self, access: Access, target: Target, returns: bool) {
         if let Target::Global { allocation, at } = target {
             self.counters.global_read_bytes += access.bytes as u64 * u64::from(returns);
             self.counters.global_written_bytes += access.bytes as u64;
             self.counters.global_written_sectors += 1;
-            // A plain `red` passes on nothing but the sum; an `atom` may be a lock or a ticket.
-            let synchronizes = returns || order == Order::Release || self.ctas[warp.cta].fenced;
-            let order = if synchronizes { order } else { Order::Weak };
-            self.watch_global(warp, instr, access, (allocation, at), order, true, &[]);
-            let memory = &self.ctx.view.allocations[allocation];
-            memory.mark(at, access.bytes);
-            return;
+            self.ctx.view.allocations[allocation].mark(at, access.bytes);
         }
-        self.observe(warp, instr, access, target, order, site);
     }
 
     /// Replaces up to 8 bytes by `f` applied to them; returns the old value.

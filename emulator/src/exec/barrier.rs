@@ -73,7 +73,7 @@ impl<'m> Cluster<'m> {
                 src,
             } => self.barrier_reduce(warp, instr, mask, (*op, *id, *count, *aligned), *dst, *src),
             BarrierOp::ClusterArrive { .. } => {
-                let known = self.release(warp.id);
+                let known = self.watch.release(warp.id);
                 warp.cluster_arrival = self.barrier.generation;
                 self.barrier.arrived += mask.count_ones();
                 self.barrier.arriving.join(&known);
@@ -84,8 +84,7 @@ impl<'m> Cluster<'m> {
             }
             BarrierOp::ClusterWait { .. } => {
                 if self.barrier.generation > warp.cluster_arrival {
-                    let left = self.barrier.left.clone();
-                    self.acquire(warp.id, &left);
+                    self.watch.acquire(warp.id, &self.barrier.left);
                     return Ok(Flow::Next);
                 }
                 let generation = warp.cluster_arrival;
@@ -141,7 +140,7 @@ impl<'m> Cluster<'m> {
 
     /// Arrives; returns true if this completed the phase.
     fn arrive_at(&mut self, warp: &Warp, instr: &Instr, arrival: &Arrival) -> bool {
-        let known = self.release(warp.id);
+        let known = self.watch.release(warp.id);
         let barrier = &mut self.ctas[warp.cta].barriers[arrival.id as usize];
         let clash = barrier.arrived > 0 && barrier.expected != arrival.expected;
         if barrier.arrived == 0 {

@@ -3,11 +3,11 @@
 //! A phase completes when no arrival and no transaction byte is pending. The object is opaque to the program, so its
 //! state is kept beside shared memory, by address.
 
-use super::access::{Access, Target, effective};
+use super::access::{Access, Act, Target, effective};
 use super::warp::{Wait, Warp, lanes};
-use super::{Actor, Cluster, Flow, Step};
+use super::{Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
-use crate::check::shared_race::{Engine, Site};
+use crate::check::event::Actor;
 use crate::isa::types::{Addr, Slot};
 use crate::isa::{Instr, MbarrierOp, Phase};
 use crate::report::FindingKind;
@@ -81,7 +81,7 @@ impl<'m> Cluster<'m> {
                 for lane in lanes(mask) {
                     let bytes = warp.frame().row(*bytes)[lane] as u32;
                     if let Some(object) = self.object(warp, instr, lane, addr, false)? {
-                        let known = self.release(warp.id);
+                        let known = self.watch.release(warp.id);
                         self.complete_tx(self.actor(warp), instr.line, object, bytes, &known);
                     }
                 }
@@ -119,14 +119,8 @@ impl<'m> Cluster<'m> {
             return Err(self.fault(warp, instr.line, message));
         };
         let site = self.site(warp);
-        self.watch_object(warp, cta, at, write, lane, site);
+        self.observe(warp, instr, site, access, target, Act::of(access));
         Ok(Some((cta, at as u32)))
-    }
-
-    fn watch_object(&mut self, warp: &Warp, cta: usize, at: usize, write: bool, lane: usize, site: Site) {
-        let agent = Engine::Warp.agent(warp.id);
-        let actor = self.actor(warp);
-        self.watch_shared(warp.id, agent, actor, site, cta, (at, 8), write.into(), Some(lane));
     }
 
     fn misuse(&mut self, actor: Actor, line: u32, at: u32, message: impl FnOnce() -> String) {
@@ -180,7 +174,7 @@ impl<'m> Cluster<'m> {
         else {
             return Ok(Flow::Next);
         };
-        let known = self.release(warp.id);
+        let known = self.watch.release(warp.id);
         for lane in lanes(mask) {
             let value = |slot: &Slot| warp.frame().row(*slot)[lane] as u32;
             let n = count.as_ref().map_or(1, value);
@@ -282,8 +276,7 @@ impl<'m> Cluster<'m> {
             };
             if now >= waited {
                 answer |= 1 << lane;
-                let left = barrier.left.clone();
-                self.acquire(warp.id, &left);
+                self.watch.acquire(warp.id, &barrier.left);
             } else {
                 wait = Some(Wait::Mbarrier {
                     cta: cta as u32,

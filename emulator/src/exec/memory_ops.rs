@@ -1,9 +1,10 @@
 //! Loads, stores and fences.
 
-use super::access::{Access, Target, effective};
+use super::access::{Access, Act, Target, effective};
 use super::alu::truncate;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
+use crate::check::event::Fence;
 use crate::counters::{sectors, wavefronts};
 use crate::isa::types::{Addr, Order, Slot, Space};
 use crate::isa::{Instr, Memory};
@@ -52,15 +53,12 @@ impl<'m> Cluster<'m> {
             } => self.store(warp, instr, mask, addr, *order, *bytes, srcs),
             Memory::Atomic { .. } => self.atomic(warp, instr, op, mask),
             Memory::Fence { async_proxy, device } => {
-                if *device && let Some(shadow) = &self.ctx.shadow {
-                    let cta = &mut self.ctas[warp.cta];
-                    cta.epoch = shadow.fence(cta.linear);
-                    cta.fenced = true;
-                }
-                if *async_proxy {
-                    let known = self.known[warp.id].generic.clone();
-                    self.known[warp.id].fenced.join(&known);
-                }
+                self.watch.fence(Fence {
+                    warp: warp.id,
+                    cta: warp.cta,
+                    async_proxy: *async_proxy,
+                    device: *device,
+                });
                 Ok(Flow::Next)
             }
         }
@@ -98,7 +96,11 @@ impl<'m> Cluster<'m> {
                 }
                 continue;
             };
-            self.observe(warp, instr, access, target, order, site);
+            let act = Act {
+                order,
+                ..Act::of(access)
+            };
+            self.observe(warp, instr, site, access, target, act);
             touched.add(target, access.address);
             let extended = |value: u64| match extend {
                 Some(bits) => {
@@ -184,7 +186,12 @@ impl<'m> Cluster<'m> {
                 let value = warp.frame().row(*src)[lane].to_le_bytes();
                 stored[index * size..][..size].copy_from_slice(&value[..size]);
             }
-            self.observe_store(warp, instr, access, target, order, site, &stored[..total]);
+            let act = Act {
+                order,
+                stored: &stored[..total],
+                ..Act::of(access)
+            };
+            self.observe(warp, instr, site, access, target, act);
             touched.add(target, access.address);
             for (index, src) in srcs.iter().enumerate() {
                 let value = warp.frame().row(*src)[lane];

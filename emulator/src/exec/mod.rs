@@ -13,7 +13,6 @@ mod control;
 mod float;
 mod mbarrier;
 mod memory_ops;
-mod races;
 mod run;
 pub(crate) mod tensor;
 mod tensor_maps;
@@ -27,19 +26,18 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::check::Checks;
-use crate::check::clock::{Clock, Knowledge};
+use crate::check::event::{Actor, Site};
 use crate::check::global_race::GlobalShadow;
-use crate::check::guess::{Guesses, Location};
-use crate::check::shared_race::{ENGINES, Engine, SharedShadow, Site};
+use crate::check::watch::Watchers;
 use crate::counters::Counters;
 use crate::error::Error;
 use crate::isa::types::Space;
 use crate::isa::window;
-use crate::isa::{Alu, Counter, Instr, Memory, Op};
+use crate::isa::{Alu, Counter, Instr, Op};
 use crate::memory::global::View;
 use crate::memory::shared::SharedMemory;
-use crate::program::{Program, Source};
-use crate::report::{Finding, FindingKind, Findings};
+use crate::program::Program;
+use crate::report::FindingKind;
 use crate::request::Launch;
 use crate::schedule::{Rng, Temper};
 
@@ -83,17 +81,12 @@ pub(crate) struct Cta {
     /// Number of the block within the grid.
     pub linear: u32,
     pub shared: SharedMemory,
-    pub shadow: Option<SharedShadow>,
     pub barriers: Vec<BlockBarrier>,
     pub mbarriers: HashMap<u32, Mbarrier>,
     /// Registers returned by `setmaxnreg.dec`.
     pub pool: u32,
     pub threads: u32,
     pub live_threads: u32,
-    /// Epoch of the block, for races between blocks.
-    pub epoch: u32,
-    /// True once a thread has executed a fence that other blocks may rely on.
-    pub fenced: bool,
 }
 
 /// Blocks of a cluster, with all state that their warps share.
@@ -103,17 +96,11 @@ pub(crate) struct Cluster<'m> {
     pub rng: Rng,
     pub temper: Temper,
     pub tick: u64,
-    pub findings: Findings,
+    /// The checks that follow events.
+    pub watch: Watchers<'m>,
     pub counters: Counters,
     /// Executions by function and instruction: issued by warps, executed by lanes.
     pub counts: Vec<Vec<[u64; 2]>>,
-    pub known: Vec<Knowledge>,
-    /// Current step of every agent.
-    pub steps: Vec<u32>,
-    /// Knowledge that strong operations left at shared addresses.
-    pub released: HashMap<(usize, u64), Knowledge>,
-    /// Reads that are races unless they prove to be guesses.
-    pub guesses: Guesses,
     pub barrier: ClusterBarrier,
     pub bulk: BulkQueue,
     pub warps_per_cta: usize,
@@ -133,32 +120,6 @@ pub(crate) enum Flow {
 }
 
 pub(crate) type Step = Result<Flow, Error>;
-
-/// Effect of an access on the bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Write {
-    /// The access reads.
-    No,
-    /// The access writes, and may change the bytes.
-    Yes,
-    /// The access writes the bytes that were already there.
-    Silent,
-    /// The access updates the bytes atomically.
-    Update,
-}
-
-impl From<bool> for Write {
-    fn from(write: bool) -> Self {
-        if write { Write::Yes } else { Write::No }
-    }
-}
-
-/// Block and warp that made an access, for messages.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Actor {
-    pub cta: usize,
-    pub warp: u32,
-}
 
 impl<'m> Cluster<'m> {
     /// Executes one instruction of the warp's current group.
@@ -297,7 +258,7 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    /// Returns the current place, for the race detector and for messages.
+    /// Returns the current place, for checks and for messages.
     pub fn site(&self, warp: &Warp) -> Site {
         Site {
             function: warp.frame().function,
@@ -305,10 +266,14 @@ impl<'m> Cluster<'m> {
         }
     }
 
+    /// Returns the line of an instruction.
     pub fn line_at(&self, site: Site) -> u32 {
-        let function = self.ctx.program.functions.get(site.function as usize);
-        let instr = function.and_then(|f| f.code.get(site.pc as usize));
-        instr.map_or(0, |i| i.line)
+        self.watch.reports.line_at(site)
+    }
+
+    /// Returns the coordinates of a block of the cluster as text.
+    pub fn block_name(&self, cta: usize) -> String {
+        self.watch.reports.block_name(cta)
     }
 
     /// Adds a finding made by `actor` at `line`; returns false if the check for such findings is off.
@@ -320,38 +285,7 @@ impl<'m> Cluster<'m> {
         at: (Option<usize>, Option<u64>),
         message: impl FnOnce() -> String,
     ) -> bool {
-        if !self.ctx.checks.covers(kind) {
-            return false;
-        }
-        self.findings.add(kind, line, || {
-            let block = self.ctas[actor.cta].coordinates;
-            finding(&self.ctx.program.source, block, kind, line, actor, at, message())
-        });
-        true
-    }
-
-    /// Reports a race of `reader`, which read at `site`. It becomes a finding unless the read proves to be the first
-    /// guess of a compare-and-swap loop.
-    pub fn report_guess(
-        &mut self,
-        kind: FindingKind,
-        line: u32,
-        actor: Actor,
-        at: (Option<usize>, Option<u64>),
-        read: (Site, u32, Location),
-        message: impl FnOnce() -> String,
-    ) {
-        let (site, reader, location) = read;
-        let function = self.ctx.program.functions.get(site.function as usize);
-        let instr = function.and_then(|f| f.code.get(site.pc as usize));
-        if matches!(instr.map(|i| &i.op), Some(Op::Memory(Memory::Load { guess: true, .. }))) {
-            return;
-        }
-        let block = self.ctas[actor.cta].coordinates;
-        let found = finding(&self.ctx.program.source, block, kind, line, actor, at, message());
-        if let Some(found) = self.guesses.add(site, reader, location, found) {
-            self.findings.add(kind, line, || found);
-        }
+        self.watch.reports.report(kind, line, actor, at, message)
     }
 
     pub fn actor(&self, warp: &Warp) -> Actor {
@@ -370,11 +304,6 @@ impl<'m> Cluster<'m> {
             block: self.block_name(warp.cta),
             warp: warp.index,
         }
-    }
-
-    pub fn block_name(&self, cta: usize) -> String {
-        let [x, y, z] = self.ctas[cta].coordinates;
-        format!("{x},{y},{z}")
     }
 
     /// Adds the instructions since the last call to the launch's total and checks the limit.
@@ -397,42 +326,6 @@ impl<'m> Cluster<'m> {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Returns the knowledge and steps of a cluster at its start: each agent knows its own first step.
-    pub fn initial_knowledge(warps: usize) -> (Vec<Knowledge>, Vec<u32>) {
-        let agents = warps * ENGINES;
-        let known = (0..warps).map(|id| {
-            let mut generic = Clock::new(agents);
-            generic.set(Engine::Warp.agent(id), 1);
-            Knowledge {
-                generic,
-                fenced: Clock::new(agents),
-            }
-        });
-        (known.collect(), vec![1; agents])
-    }
-}
-
-fn finding(
-    source: &Source,
-    block: [u32; 3],
-    kind: FindingKind,
-    line: u32,
-    actor: Actor,
-    at: (Option<usize>, Option<u64>),
-    message: String,
-) -> Finding {
-    Finding {
-        kind,
-        file: source.file.clone(),
-        line,
-        text: source.line(line),
-        block,
-        warp: actor.warp,
-        lane: at.0.map(|lane| lane as u32),
-        address: at.1,
-        message,
     }
 }
 

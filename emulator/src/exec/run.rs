@@ -1,9 +1,9 @@
 //! Running a cluster: the choice of the next warp, the end of waits, and deadlocks.
 
+use super::Cluster;
 use super::control::place;
 use super::warp::{Group, LocalState, Wait, Warp};
-use super::{Actor, Cluster};
-use crate::check::shared_race::Site;
+use crate::check::event::{Actor, Site};
 use crate::error::Error;
 use crate::report::FindingKind;
 
@@ -137,16 +137,14 @@ impl<'m> Cluster<'m> {
                     let barrier = &self.ctas[warp.cta].barriers[id as usize];
                     let over = barrier.generation > generation;
                     if over {
-                        let left = barrier.left.clone();
-                        self.acquire(warp.id, &left);
+                        self.watch.acquire(warp.id, &barrier.left);
                     }
                     over
                 }
                 Wait::ClusterBarrier { generation } => {
                     let over = self.barrier.generation > generation;
                     if over {
-                        let left = self.barrier.left.clone();
-                        self.acquire(warp.id, &left);
+                        self.watch.acquire(warp.id, &self.barrier.left);
                     }
                     over
                 }

@@ -1,11 +1,11 @@
 //! `mma.sync`, `ldmatrix` and the other matrix instructions of a whole warp.
 
-use super::access::{Access, Target, effective};
+use super::access::{Access, Act, Target, effective};
 use super::memory_ops::Touched;
 use super::warp::{FULL, Warp, lanes};
 use super::wmma::gather;
 use super::{Cluster, Flow, Step, warp_ops};
-use crate::isa::types::{Addr, Order, Slot};
+use crate::isa::types::{Addr, Slot};
 use crate::isa::{AsyncOp, BarrierOp, Instr, Op, TensorOp, WarpOp};
 use crate::memory::origin::Origin;
 use crate::report::FindingKind;
@@ -61,7 +61,7 @@ impl<'m> Cluster<'m> {
             let place = elsewhere.map(|g| {
                 let function = warp.frame_at(g.frame).function;
                 let pc = g.pc;
-                self.line_at(crate::check::shared_race::Site { function, pc })
+                self.line_at(crate::check::event::Site { function, pc })
             });
             self.report(
                 FindingKind::BarrierDivergence,
@@ -127,7 +127,11 @@ impl<'m> Cluster<'m> {
         let target = self.locate(warp, instr, access)?;
         if let Some(target) = target {
             let bytes = stored.map_or(&[][..], |s| s);
-            self.observe_store(warp, instr, access, target, Order::Weak, site, bytes);
+            let act = Act {
+                stored: bytes,
+                ..Act::of(access)
+            };
+            self.observe(warp, instr, site, access, target, act);
             touched.add(target, access.address);
         }
         Ok(target)

@@ -2,12 +2,12 @@
 //! with which a kernel makes its own maps.
 
 use super::Cluster;
-use super::access::{Access, Target, effective};
+use super::access::{Access, Act, Target, effective};
 use super::bulk::access_of;
 use super::warp::Warp;
 use crate::error::Error;
 use crate::isa::Instr;
-use crate::isa::types::{Addr, Order, Slot};
+use crate::isa::types::{Addr, Slot};
 use crate::report::FindingKind;
 use crate::tensor::tensor_map::{Field, TENSOR_MAP_BYTES, TensorMap};
 
@@ -76,7 +76,7 @@ impl<'m> Cluster<'m> {
                 self.map_is_defined(warp, instr, access.lane, target);
             }
             let site = self.site(warp);
-            self.observe(warp, instr, access, target, Order::Weak, site);
+            self.observe(warp, instr, site, access, target, Act::of(access));
         }
         Ok(target)
     }

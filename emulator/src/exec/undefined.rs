@@ -1,11 +1,12 @@
 //! Undefined values on their way between memory and registers. [`definedness`](crate::check::definedness) determines
 //! the effect of instructions on them and the findings.
 
+use super::Cluster;
 use super::access::Target;
 use super::bulk::End;
 use super::warp::{Frame, Lanes, Warp};
-use super::{Actor, Cluster};
 use crate::check::definedness::{Registers, Shadow};
+use crate::check::event::Actor;
 use crate::isa::Instr;
 use crate::isa::types::{Pred, Slot};
 use crate::memory::origin::{Origin, bits_of_bytes, bytes_of_bits};

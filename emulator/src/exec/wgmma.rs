@@ -9,10 +9,10 @@ use std::collections::VecDeque;
 
 use self::registers::{Owned, Role};
 use super::warp::{Frame, Warp};
-use super::{Cluster, Flow, Step, Write};
-use crate::check::shared_race::{Engine, Site};
+use super::{Cluster, Flow, Step};
+use crate::check::event::{Effect, Engine, MemoryAccess, Place};
 use crate::error::Error;
-use crate::isa::types::{Slot, Ty};
+use crate::isa::types::{Order, Slot, Ty};
 use crate::isa::window;
 use crate::isa::{Instr, Wgmma, WgmmaA, WgmmaOp};
 use crate::numeric::float32::canonical;
@@ -108,7 +108,7 @@ impl<'m> Cluster<'m> {
                 }
                 warp.wgmma.owned.retain(|o| o.step > done);
                 if done > 0 {
-                    self.known[warp.id].generic.set(Engine::Wgmma.agent(warp.id), done);
+                    self.watch.complete(warp.id, Engine::Wgmma, done);
                 }
                 Ok(Flow::Next)
             }
@@ -119,7 +119,7 @@ impl<'m> Cluster<'m> {
     fn issue(&mut self, warp: &mut Warp, instr: &Instr, op: &Wgmma, mask: u32) -> Step {
         let lane = mask.trailing_zeros() as usize;
         self.check_fence(warp, instr, op);
-        let step = self.engine_step(warp.id, Engine::Wgmma);
+        let step = self.watch.issue(warp.id, Engine::Wgmma);
         let frame = warp.frame();
         let b = Descriptor::decode(frame.row(op.b)[lane]);
         let accumulate = frame.pred(op.scale_d) >> lane & 1 != 0;
@@ -179,11 +179,7 @@ impl<'m> Cluster<'m> {
             );
         }
         self.counters.shared_read_bytes += (chunks.len() * CHUNK_BYTES) as u64;
-        let site = Site {
-            function: warp.frame().function,
-            pc: warp.groups[warp.current].pc,
-        };
-        let agent = Engine::Wgmma.agent(warp.id);
+        let site = self.site(warp);
         let actor = self.actor(warp);
         for address in chunks {
             let at = address as usize;
@@ -205,16 +201,21 @@ impl<'m> Cluster<'m> {
                     || "wgmma reads shared memory that was never written".to_owned(),
                 );
             }
-            self.watch_shared(
-                warp.id,
-                agent,
+            let cta = warp.cta;
+            let memory = &self.ctas[cta].shared;
+            self.watch.access(&MemoryAccess {
+                warp: warp.id,
+                engine: Engine::Wgmma,
                 actor,
                 site,
-                warp.cta,
-                (at, CHUNK_BYTES),
-                Write::No,
-                None,
-            );
+                line: instr.line,
+                lane: None,
+                place: Place::Shared { cta, at, memory },
+                bytes: CHUNK_BYTES,
+                effect: Effect::Read,
+                order: Order::Weak,
+                stored: &[],
+            });
         }
         Ok(())
     }

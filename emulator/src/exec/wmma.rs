@@ -1,10 +1,10 @@
 //! `wmma`: the older matrix instructions, whose fragments have a layout that only they define.
 
-use super::access::{Access, effective};
+use super::access::{Access, Act, effective};
 use super::memory_ops::Touched;
 use super::warp::{Warp, lanes};
 use super::{Cluster, Flow, Step};
-use crate::isa::types::{Order, Slot};
+use crate::isa::types::Slot;
 use crate::isa::{Instr, WmmaOp};
 use crate::memory::origin::Origin;
 use crate::tensor::mma::{Fragment, MAX_REGISTERS};
@@ -72,7 +72,7 @@ impl<'m> Cluster<'m> {
                     let Some(target) = self.locate(warp, instr, access)? else {
                         continue;
                     };
-                    self.observe(warp, instr, access, target, Order::Weak, site);
+                    self.observe(warp, instr, site, access, target, Act::of(access));
                     touched.add(target, access.address);
                     let shift = part * bytes * 8;
                     if *store {

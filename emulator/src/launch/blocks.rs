@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::check::event::ENGINES;
 use crate::check::guess::{AllGuesses, Guesses};
-use crate::check::shared_race::SharedShadow;
+use crate::check::watch::{Setting, Watchers};
 use crate::counters::Counters;
 use crate::error::Error;
 use crate::exec::warp::Warp;
@@ -166,7 +167,7 @@ fn cluster_bytes(context: &Context<'_>) -> usize {
     let launch = context.launch;
     let blocks: u32 = launch.cluster.iter().product();
     let warps = launch.block.iter().product::<u32>().div_ceil(32) * blocks;
-    let agents = warps as usize * crate::check::shared_race::ENGINES;
+    let agents = warps as usize * ENGINES;
     context.shared_end as usize * blocks as usize * (8 + agents)
 }
 
@@ -194,8 +195,8 @@ impl<'m> Resident<'m> {
 
     fn end(self, result: Result<(), Error>) -> (usize, Outcome) {
         let outcome = Outcome {
-            findings: self.cluster.findings,
-            guesses: self.cluster.guesses,
+            findings: self.cluster.watch.reports.findings,
+            guesses: self.cluster.watch.reports.guesses,
             counters: self.cluster.counters,
             counts: self.cluster.counts,
             result,
@@ -209,7 +210,6 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
     let threads: u32 = launch.block.iter().product();
     let warps_per_cta = threads.div_ceil(32) as usize;
     let size: u32 = launch.cluster.iter().product();
-    let agents = size as usize * warps_per_cta * crate::check::shared_race::ENGINES;
     let mut rng = Rng::new(context.seed, u64::from(index));
     let temper = Temper::draw(&mut rng);
     let ctas = (0..size).map(|rank| {
@@ -217,38 +217,37 @@ fn new_cluster<'m>(context: &'m Context<'m>, index: u32) -> Cluster<'m> {
         let [gx, gy, _] = launch.grid;
         let linear = coordinates[0] + gx * (coordinates[1] + gy * coordinates[2]);
         let shared = SharedMemory::new(context.shared_end as usize);
-        let shadow = context
-            .checks
-            .shared_races
-            .then(|| SharedShadow::new(shared.len(), agents));
         Cta {
             coordinates,
             linear,
             shared,
-            shadow,
             barriers: (0..crate::exec::BARRIERS).map(|_| Default::default()).collect(),
             mbarriers: HashMap::new(),
             pool: 0,
             threads,
             live_threads: threads,
-            epoch: 0,
-            fenced: false,
         }
     });
-    let (known, steps) = Cluster::initial_knowledge(size as usize * warps_per_cta);
+    let ctas: Vec<Cta> = ctas.collect();
+    let watch = Watchers::new(Setting {
+        program: context.program,
+        checks: context.checks,
+        max_findings: context.max_findings,
+        grid: launch.grid,
+        blocks: ctas.iter().map(|cta| cta.coordinates).collect(),
+        warps_per_block: warps_per_cta,
+        shared_bytes: context.shared_end as usize,
+        global: context.shadow.as_ref(),
+    });
     Cluster {
         ctx: context,
-        ctas: ctas.collect(),
+        ctas,
         rng,
         temper,
         tick: 0,
-        findings: Findings::new(context.max_findings),
+        watch,
         counters: Counters::default(),
         counts: blank_counts(context.program),
-        known,
-        steps,
-        released: HashMap::new(),
-        guesses: Guesses::default(),
         barrier: Default::default(),
         bulk: Default::default(),
         warps_per_cta,

@@ -2,12 +2,12 @@
 
 use super::{End, Pending, Piece};
 use crate::check::clock::Knowledge;
-use crate::check::shared_race::{Engine, Site};
+use crate::check::event::{Effect, Engine, Site};
 use crate::error::Error;
 use crate::exec::Cluster;
-use crate::exec::access::{Access, Target, effective};
+use crate::exec::access::{Access, Act, Target, effective};
 use crate::exec::warp::Warp;
-use crate::isa::types::{Addr, FloatTy, IntTy, Order, Slot, Space};
+use crate::isa::types::{Addr, FloatTy, IntTy, Slot, Space};
 use crate::isa::window;
 use crate::isa::{AsyncOp, AtomicTy, Completion, Instr, Op, Reduction};
 use crate::report::FindingKind;
@@ -16,26 +16,22 @@ use crate::tensor::tensor_map::{ElementType, TILE_ALIGNMENT};
 
 impl<'m> Cluster<'m> {
     /// Finds and checks the range at one end of a copy.
-    fn end(
-        &mut self,
-        warp: &mut Warp,
-        instr: &Instr,
-        access: Access,
-        step_site: (u32, Site),
-    ) -> Result<Option<End>, Error> {
+    fn end(&mut self, warp: &mut Warp, instr: &Instr, access: Access, site: Site) -> Result<Option<End>, Error> {
         let Some(target) = self.locate(warp, instr, access)? else {
             return Ok(None);
         };
-        let (_, site) = step_site;
+        let mut act = Act {
+            engine: Engine::Bulk,
+            ..Act::of(access)
+        };
         match target {
             Target::Global { allocation, at } => {
                 let reduces = matches!(&instr.op, Op::Async(op) if op.reduces());
-                if !(access.write && reduces) {
-                    self.observe(warp, instr, access, target, Order::Weak, site);
-                } else {
+                if access.write && reduces {
                     // Each element is updated atomically.
-                    self.watch_global(warp, instr, access, (allocation, at), Order::Weak, true, &[]);
+                    act.effect = Effect::Update { returns: false };
                 }
+                self.observe(warp, instr, site, access, target, act);
                 let n = access.bytes as u64;
                 let sectors = (access.address + n - 1) / 32 - access.address / 32 + 1;
                 if access.write {
@@ -48,7 +44,12 @@ impl<'m> Cluster<'m> {
                 Ok(Some(End::Global(allocation, at)))
             }
             Target::Shared { cta, at } => {
-                self.watch_bulk(warp, access, cta, at, site);
+                if access.write {
+                    self.counters.shared_written_bytes += access.bytes as u64;
+                } else {
+                    self.counters.shared_read_bytes += access.bytes as u64;
+                }
+                self.observe(warp, instr, site, access, target, act);
                 Ok(Some(End::Shared(cta, at)))
             }
             Target::Local { .. } | Target::Param { .. } => {
@@ -58,31 +59,9 @@ impl<'m> Cluster<'m> {
         }
     }
 
-    fn watch_bulk(&mut self, warp: &Warp, access: Access, cta: usize, at: usize, site: Site) {
-        if access.write {
-            self.counters.shared_written_bytes += access.bytes as u64;
-        } else {
-            self.counters.shared_read_bytes += access.bytes as u64;
-        }
-        let agent = Engine::Bulk.agent(warp.id);
-        let actor = self.actor(warp);
-        let range = (at, access.bytes);
-        self.watch_shared(
-            warp.id,
-            agent,
-            actor,
-            site,
-            cta,
-            range,
-            access.write.into(),
-            Some(access.lane),
-        );
-    }
-
     /// Queues an operation, or lands it at once.
     fn enqueue(&mut self, warp: &Warp, lane: usize, step: u32, mut pending: Pending, grouped: bool) {
-        pending.known = self.known[warp.id].clone();
-        pending.known.generic.set(Engine::Bulk.agent(warp.id), step);
+        pending.known = self.watch.completion(warp.id, Engine::Bulk, step);
         pending.landing = self.temper.landing(&mut self.rng, self.tick);
         if grouped {
             let groups = self.bulk.groups.entry((warp.id, lane)).or_default();
@@ -153,8 +132,8 @@ impl<'m> Cluster<'m> {
             );
             return Ok(());
         }
-        let step = self.engine_step(warp.id, Engine::Bulk);
-        let place = (step, self.site(warp));
+        let step = self.watch.issue(warp.id, Engine::Bulk);
+        let place = self.site(warp);
         let mut pending = self.blank(warp, instr);
         pending.reduction = *reduction;
         if bytes > 0 {
@@ -240,8 +219,8 @@ impl<'m> Cluster<'m> {
             AsyncOp::TensorLoad { multicast, barrier, .. } => (*multicast, Some(barrier)),
             _ => (None, None),
         };
-        let step = self.engine_step(warp.id, Engine::Bulk);
-        let place = (step, self.site(warp));
+        let step = self.watch.issue(warp.id, Engine::Bulk);
+        let place = self.site(warp);
         let mut pending = self.blank(warp, instr);
         pending.element = load.then_some(map.element());
         if let AsyncOp::TensorStore {
@@ -317,8 +296,8 @@ impl<'m> Cluster<'m> {
             } => (addr, ty.bits() as usize / 8, std::slice::from_ref(src), barrier),
             _ => return Ok(()),
         };
-        let step = self.engine_step(warp.id, Engine::CpAsync);
-        let place = (step, self.site(warp));
+        let step = self.watch.issue(warp.id, Engine::CpAsync);
+        let place = self.site(warp);
         let address = effective(addr, warp.frame().row(addr.base)[lane]);
         let mut pending = self.blank(warp, instr);
         if let AsyncOp::Reduce { op, ty, .. } = op {

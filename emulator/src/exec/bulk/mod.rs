@@ -12,9 +12,9 @@ use std::collections::VecDeque;
 
 use super::atomics::{combine, element_bytes};
 use super::warp::{Warp, lanes};
-use super::{Actor, Cluster, Flow, Step};
+use super::{Cluster, Flow, Step};
 use crate::check::clock::Knowledge;
-use crate::check::shared_race::Engine;
+use crate::check::event::{Actor, Engine};
 use crate::isa::{AsyncOp, AtomicOp, AtomicTy, Instr, Reduction};
 use crate::memory::origin::Origin;
 use crate::report::FindingKind;
@@ -168,7 +168,7 @@ impl<'m> Cluster<'m> {
                 pending.landing = landing;
             }
         }
-        self.known[warp.id].generic.set(Engine::Bulk.agent(warp.id), step);
+        self.watch.complete(warp.id, Engine::Bulk, step);
     }
 
     /// Waits until at most `left` bulk groups of the lane are pending.
@@ -194,8 +194,7 @@ impl<'m> Cluster<'m> {
             finish -= 1;
         }
         if step > 0 {
-            let agent = Engine::Bulk.agent(warp.id);
-            self.known[warp.id].generic.set(agent, step);
+            self.watch.complete(warp.id, Engine::Bulk, step);
         }
     }
 

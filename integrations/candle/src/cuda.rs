@@ -1,4 +1,4 @@
-//! The op on a GPU: on candle's stream, in candle's memory.
+//! The ops on a GPU: on candle's stream, in candle's memory.
 //!
 //! Nothing here waits. lse and the workspace of a backward pass come from the library's own pool, by allocations in the order of the
 //! same stream.
@@ -13,8 +13,8 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{CudaStorage, Layout, Result, Shape, Storage};
 use flash_attention::Device;
 
+use crate::forward::Forward;
 use crate::op::{FlashOp, Scalar};
-use crate::paged::PagedOp;
 use crate::views::{Memory, wrap};
 
 /// An element type that candle has CUDA slices of.
@@ -26,26 +26,30 @@ impl OnCuda for half::bf16 {}
 /// Memories of storages on candle's stream, with the guards that order other streams behind the launches.
 type Guarded<'a, const N: usize> = ([(Memory, &'a Layout); N], Vec<SyncOnDrop<'a>>);
 
-impl FlashOp {
-    pub(crate) fn forward_on_cuda<T: Scalar>(
-        &self,
-        inputs: [(&CudaStorage, &Layout); 3],
-    ) -> Result<(CudaStorage, Shape)> {
-        let candle = inputs[0].0.device().clone();
-        let stream = candle.cuda_stream();
-        let device = Device::cuda_on(&stream).map_err(wrap)?;
-        let shape = inputs[0].1.shape().clone();
-        let mut out = results::<T>(&candle, shape.elem_count())?;
-        {
-            let (inputs, _read) = on_device::<T, 3>(inputs, &stream)?;
-            let (memory, _written) = written(&mut out, &stream);
-            // SAFETY: candle's memory, borrowed for the call; what frees or reuses it later is ordered behind the launches, on
-            // this stream by its order and on others by the guards' events.
-            unsafe { self.forward::<T>(&device, inputs, memory)? };
-        }
-        Ok((CudaStorage::wrap_cuda_slice(out, candle), shape))
+/// Computes the forward pass of an op in candle's memory, on candle's stream.
+///
+/// # Errors
+/// The host's errors, as candle's.
+pub(crate) fn forward<T: Scalar>(
+    op: &impl Forward,
+    inputs: [(&CudaStorage, &Layout); 3],
+) -> Result<(CudaStorage, Shape)> {
+    let candle = inputs[0].0.device().clone();
+    let stream = candle.cuda_stream();
+    let device = Device::cuda_on(&stream).map_err(wrap)?;
+    let shape = inputs[0].1.shape().clone();
+    let mut out = results::<T>(&candle, shape.elem_count())?;
+    {
+        let (inputs, _read) = on_device::<T, 3>(inputs, &stream)?;
+        let (memory, _written) = written(&mut out, &stream);
+        // SAFETY: candle's memory, borrowed for the call; what frees or reuses it later is ordered behind the launches, on
+        // this stream by its order and on others by the guards' events.
+        unsafe { op.forward::<T>(&device, inputs, memory)? };
     }
+    Ok((CudaStorage::wrap_cuda_slice(out, candle), shape))
+}
 
+impl FlashOp {
     pub(crate) fn backward_on_cuda<T: Scalar>(
         &self,
         inputs: [(&CudaStorage, &Layout); 3],
@@ -67,26 +71,6 @@ impl FlashOp {
             unsafe { self.backward::<T>(inputs, above, [dq, dk, dv])? };
         }
         Ok([dq, dk, dv].map(|gradient| Storage::Cuda(CudaStorage::wrap_cuda_slice(gradient, candle.clone()))))
-    }
-}
-
-impl PagedOp {
-    pub(crate) fn forward_on_cuda<T: Scalar>(
-        &self,
-        inputs: [(&CudaStorage, &Layout); 3],
-    ) -> Result<(CudaStorage, Shape)> {
-        let candle = inputs[0].0.device().clone();
-        let stream = candle.cuda_stream();
-        let device = Device::cuda_on(&stream).map_err(wrap)?;
-        let shape = inputs[0].1.shape().clone();
-        let mut out = results::<T>(&candle, shape.elem_count())?;
-        {
-            let (inputs, _read) = on_device::<T, 3>(inputs, &stream)?;
-            let (memory, _written) = written(&mut out, &stream);
-            // SAFETY: as for `FlashOp`.
-            unsafe { self.forward::<T>(&device, inputs, memory)? };
-        }
-        Ok((CudaStorage::wrap_cuda_slice(out, candle), shape))
     }
 }
 

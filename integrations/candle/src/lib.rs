@@ -5,6 +5,7 @@ mod append;
 mod cuda;
 mod dense;
 mod error;
+mod forward;
 mod op;
 mod options;
 mod paged;

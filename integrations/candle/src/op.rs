@@ -6,6 +6,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor as CandleTensor, WithDType};
 use flash_attention::{Attention, Device, Element, Gradients, Output, Statistics, Tensor};
 
+use crate::forward::Forward;
 use crate::options::Recipe;
 use crate::views::{Batch, Memory, wrap};
 
@@ -75,52 +76,6 @@ impl FlashOp {
         rows(q)?.apply_op3(&rows(k)?, &rows(v)?, self)
     }
 
-    /// Launches the forward pass, which writes every element of `out`, and keeps lse and statistics.
-    ///
-    /// # Safety
-    /// The memories are those of storages with these layouts, `out` with a contiguous one of q's shape, and the contract of
-    /// [`Memory::tensor`] holds for each.
-    pub(crate) unsafe fn forward<T: Element>(
-        &self,
-        device: &Device,
-        [q, k, v]: [(Memory, &Layout); 3],
-        out: Memory,
-    ) -> Result<()> {
-        let out_layout = Layout::contiguous(q.1.shape());
-        let attention = self.recipe.on(device)?;
-        // SAFETY: passed on to the caller.
-        let tensor = |part| unsafe { self.batch.tensor::<T>(device, part) };
-        let (q, k, v, out) = (tensor(q)?, tensor(k)?, tensor(v)?, tensor((out, &out_layout))?);
-        let rows = match (&self.batch, q.shape()) {
-            (Batch::Ragged(_), &[total, heads, _]) => vec![heads, total],
-            (_, shape) => shape[..3].to_vec(),
-        };
-        let new = || Tensor::empty(device, &rows).map_err(wrap);
-        let (lse, statistics) = (
-            new()?,
-            Statistics {
-                row_max: new()?,
-                row_sum: new()?,
-            },
-        );
-        let mut output = Output::new(out, lse.clone());
-        output.statistics = Some(statistics.clone());
-        match &self.batch {
-            Batch::Ragged(sequences) => attention.forward_ragged_into(&q, &k, &v, sequences, &mut output, None),
-            _ => attention.forward_into_output(&q, &k, &v, &mut output),
-        }
-        .map_err(wrap)?;
-        let kept = Kept {
-            attention,
-            lse,
-            statistics,
-        };
-        if self.kept.set(kept).is_err() {
-            candle_core::bail!("a flash-attention op is applied once")
-        }
-        Ok(())
-    }
-
     /// Launches the backward pass, after the forward pass. It writes every element of the gradients.
     ///
     /// # Safety
@@ -156,15 +111,6 @@ impl FlashOp {
         .map_err(wrap)
     }
 
-    fn forward_on_cpu<T: Scalar>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<(CpuStorage, Shape)> {
-        let shape = inputs[0].1.shape().clone();
-        let mut out = vec![T::default(); shape.elem_count()];
-        let inputs = on_host::<T, 3>(inputs)?;
-        // SAFETY: the slices outlive the call, which returns when its work is done, and out is this function's own.
-        unsafe { self.forward::<T>(&Device::cpu(), inputs, Memory::written(&mut out))? };
-        Ok((T::to_cpu_storage_owned(out), shape))
-    }
-
     fn backward_on_cpu<T: Scalar>(
         &self,
         inputs: [(&CpuStorage, &Layout); 3],
@@ -176,6 +122,45 @@ impl FlashOp {
         // SAFETY: the slices outlive the call, which returns when its work is done, and the gradients are this function's own.
         unsafe { self.backward::<T>(inputs, above, memories)? };
         Ok(gradients.map(|gradient| Storage::Cpu(T::to_cpu_storage_owned(gradient))))
+    }
+}
+
+impl Forward for FlashOp {
+    /// It keeps lse and statistics.
+    unsafe fn forward<T: Scalar>(&self, device: &Device, [q, k, v]: [(Memory, &Layout); 3], out: Memory) -> Result<()> {
+        let out_layout = Layout::contiguous(q.1.shape());
+        let attention = self.recipe.on(device)?;
+        // SAFETY: passed on to the caller.
+        let tensor = |part| unsafe { self.batch.tensor::<T>(device, part) };
+        let (q, k, v, out) = (tensor(q)?, tensor(k)?, tensor(v)?, tensor((out, &out_layout))?);
+        let rows = match (&self.batch, q.shape()) {
+            (Batch::Ragged(_), &[total, heads, _]) => vec![heads, total],
+            (_, shape) => shape[..3].to_vec(),
+        };
+        let new = || Tensor::empty(device, &rows).map_err(wrap);
+        let (lse, statistics) = (
+            new()?,
+            Statistics {
+                row_max: new()?,
+                row_sum: new()?,
+            },
+        );
+        let mut output = Output::new(out, lse.clone());
+        output.statistics = Some(statistics.clone());
+        match &self.batch {
+            Batch::Ragged(sequences) => attention.forward_ragged_into(&q, &k, &v, sequences, &mut output, None),
+            _ => attention.forward_into_output(&q, &k, &v, &mut output),
+        }
+        .map_err(wrap)?;
+        let kept = Kept {
+            attention,
+            lse,
+            statistics,
+        };
+        if self.kept.set(kept).is_err() {
+            candle_core::bail!("a flash-attention op is applied once")
+        }
+        Ok(())
     }
 }
 
@@ -208,7 +193,7 @@ impl CustomOp3 for FlashOp {
         v_layout: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
-        with_scalar!(candle_core::backend::BackendStorage::dtype(q), T => self.forward_on_cuda::<T>(inputs))
+        with_scalar!(candle_core::backend::BackendStorage::dtype(q), T => crate::cuda::forward::<T>(self, inputs))
     }
 
     fn bwd(

@@ -4,7 +4,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use flash_attention::{Device, KvCache, Output};
 
-use crate::op::{Scalar, on_host, rows, with_scalar};
+use crate::forward::Forward;
+use crate::op::{Scalar, rows, with_scalar};
 use crate::options::Recipe;
 use crate::views::{Memory, wrap};
 
@@ -31,18 +32,10 @@ impl PagedOp {
     pub(crate) fn apply(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         rows(q)?.apply_op3_no_bwd(&rows(k)?, &rows(v)?, self)
     }
+}
 
-    /// Launches the call, which writes every element of `out`.
-    ///
-    /// # Safety
-    /// The memories are those of storages with these layouts, `out` with a contiguous one of q's shape, and the contract of
-    /// [`Memory::tensor`] holds for each.
-    pub(crate) unsafe fn forward<T: Scalar>(
-        &self,
-        device: &Device,
-        [q, k, v]: [(Memory, &Layout); 3],
-        out: Memory,
-    ) -> Result<()> {
+impl Forward for PagedOp {
+    unsafe fn forward<T: Scalar>(&self, device: &Device, [q, k, v]: [(Memory, &Layout); 3], out: Memory) -> Result<()> {
         let out_layout = Layout::contiguous(q.1.shape());
         let attention = self.recipe.on(device)?;
         // SAFETY: passed on to the caller.
@@ -52,15 +45,6 @@ impl PagedOp {
         let mut output = Output::new(tensor((out, &out_layout))?, lse);
         let (q, k, v) = (tensor(q)?, tensor(k)?, tensor(v)?);
         (attention.forward_cached_into(&q, &k, &v, &self.cache, &mut output, None)).map_err(wrap)
-    }
-
-    fn forward_on_cpu<T: Scalar>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<(CpuStorage, Shape)> {
-        let shape = inputs[0].1.shape().clone();
-        let mut out = vec![T::default(); shape.elem_count()];
-        let inputs = on_host::<T, 3>(inputs)?;
-        // SAFETY: the slices outlive the call, which returns when its work is done, and out is this function's own.
-        unsafe { self.forward::<T>(&Device::cpu(), inputs, Memory::written(&mut out))? };
-        Ok((T::to_cpu_storage_owned(out), shape))
     }
 }
 
@@ -93,6 +77,6 @@ impl CustomOp3 for PagedOp {
         v_layout: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
-        with_scalar!(q.dtype(), T => self.forward_on_cuda::<T>(inputs))
+        with_scalar!(q.dtype(), T => crate::cuda::forward::<T>(self, inputs))
     }
 }

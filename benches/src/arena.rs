@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Plan, Tensor};
+use flash_attention::plan::AnyPlan;
+use flash_attention::{Attention, Device, Element, Error, Gradients, Output, Tensor};
 
 use crate::Failure;
 use crate::row::{Pass, Row};
@@ -138,16 +139,19 @@ impl<T: Element> Bound<T> {
         }
     }
 
-    /// Returns the plan of the row's pass.
+    /// Returns the names of the kernels that the row's pass launches, in order.
     ///
     /// # Errors
     /// The error of planning.
-    pub fn plan(&self) -> Result<Plan, Failure> {
+    pub fn kernels(&self) -> Result<Vec<&'static str>, Failure> {
         let ([q, k, v, dout], output) = &self.sets[0];
-        Ok(match self.pass {
-            Pass::Forward => self.attention.plan(q, k, v)?,
-            Pass::Backward | Pass::Deterministic => self.attention.plan_backward(q, k, v, output, dout)?,
-        })
+        let entries = match self.pass {
+            Pass::Forward => AnyPlan::from(&self.attention.plan(q, k, v)?).entries(),
+            Pass::Backward | Pass::Deterministic => {
+                AnyPlan::from(&self.attention.plan_backward(q, k, v, output, dout)?).entries()
+            }
+        };
+        Ok(entries.iter().map(|entry| entry.name).collect())
     }
 
     /// Returns the softmax scale.

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use flash_attention::device::DeviceKind;
+use flash_attention::plan::PassType;
 use flash_attention::{Device, Error, Plan, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -15,7 +16,7 @@ use crate::Failure;
 /// The error of the call, or of printing.
 pub fn measured<R>(
     device: &Device,
-    plan: &Plan,
+    plan: &Plan<impl PassType>,
     print: &mut impl Write,
     call: impl Fn(&Bar) -> Result<R, Error>,
 ) -> Result<R, Failure> {

@@ -60,7 +60,7 @@
 //! | attention: the options of a call, and the calls | [`Attention`] | returns when the results are there | returns when the work is launched; [`Tensor::to_vec`] waits |
 //! | score program: changes scores, hides pairs | [`program::Program`] | vector code over strips of scores | PTX in a compiled kernel; [`Error::Unsupported`] for deterministic gradients of tables that several pairs read at one element |
 //! | problem: sizes and layouts, proven valid | [`problem::Problem`] | the same | the same |
-//! | plan: what is chosen, and its cost | [`Plan`] | tiles; instruction set and splits are chosen by the call | kernels, grids, shared memory |
+//! | plan: what is chosen, and its cost; its pass is in its type | [`Plan`], `Plan<Backward>` | tiles, instruction set, products, splits | kernels, grids, shared memory |
 //! | progress of a call | [`Progress`] | a unit is a tile of queries against a tile of keys | emulated: a block; a GPU does not report |
 //!
 //! A problem takes [`problem::TensorInfo`]s, which describe tensors without memory. A plan takes a

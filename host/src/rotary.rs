@@ -9,7 +9,7 @@ use flash_attention_kernels::work::TokenMove;
 use crate::call::move_tokens;
 use crate::element::Element;
 use crate::error::Error;
-use crate::plan::Launch;
+use crate::plan::{Launch, Rotary as Moves};
 use crate::tensor::Tensor;
 
 /// Rotary position embedding (RoFormer, 2021): pairs (a, b) of the first `rotary_dim` elements of a head become
@@ -317,7 +317,7 @@ pub(crate) struct Moved<'a, T: Element> {
     from: &'a Tensor<T>,
     to: &'a Tensor<T>,
     /// `None` if there is nothing to move.
-    launch: Option<Launch>,
+    launch: Option<Launch<Moves>>,
 }
 
 impl<T: Element> Moved<'_, T> {

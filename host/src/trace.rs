@@ -1,12 +1,14 @@
 //! A `tracing` span for each call; nothing without the feature.
 
 use crate::device::Device;
-use crate::plan::Plan;
+#[cfg(feature = "tracing")]
+use crate::plan::Backward;
+use crate::plan::{PassType, Plan};
 
 /// Begins the span of a call, which ends when the value is dropped. Its fields come from the plan and are computed
 /// only if a subscriber takes the span.
 #[cfg(feature = "tracing")]
-pub(crate) fn enter(plan: &Plan, device: &Device) -> tracing::span::EnteredSpan {
+pub(crate) fn enter<P: PassType>(plan: &Plan<P>, device: &Device) -> tracing::span::EnteredSpan {
     macro_rules! span {
         ($name:literal) => {
             tracing::info_span!(
@@ -24,9 +26,10 @@ pub(crate) fn enter(plan: &Plan, device: &Device) -> tracing::span::EnteredSpan 
             )
         };
     }
-    let span = match plan.backward_tensors() {
-        None => span!("flash_attention.forward"),
-        Some(_) => span!("flash_attention.backward"),
+    let span = if P::NAME == Backward::NAME {
+        span!("flash_attention.backward")
+    } else {
+        span!("flash_attention.forward")
     };
     span.entered()
 }
@@ -37,13 +40,13 @@ pub(crate) struct NoSpan;
 
 /// Does nothing in a build without the feature.
 #[cfg(not(feature = "tracing"))]
-pub(crate) fn enter(_plan: &Plan, _device: &Device) -> NoSpan {
+pub(crate) fn enter(_plan: &Plan<impl PassType>, _device: &Device) -> NoSpan {
     NoSpan
 }
 
 /// Lists the names of the launched kernels in order; `native` on the CPU.
 #[cfg(feature = "tracing")]
-fn kernels(plan: &Plan) -> String {
+fn kernels(plan: &Plan<impl PassType>) -> String {
     let names: Vec<_> = plan.launches().iter().map(|launch| launch.entry.name).collect();
     if names.is_empty() {
         "native".to_owned()
@@ -53,7 +56,7 @@ fn kernels(plan: &Plan) -> String {
 }
 
 #[cfg(feature = "tracing")]
-fn shape(plan: &Plan, heads: usize, seqlen: u32) -> [usize; 4] {
+fn shape(plan: &Plan<impl PassType>, heads: usize, seqlen: u32) -> [usize; 4] {
     let problem = plan.problem();
     [problem.batch(), heads, seqlen as usize, problem.head_dim() as usize]
 }

@@ -1,7 +1,7 @@
 //! Bytes of global memory that a call on the emulator moves, beside those that its plan predicts.
 
 use flash_attention::Device;
-use flash_attention::plan::Plan;
+use flash_attention::plan::{PassType, Plan};
 
 use crate::Case;
 
@@ -11,7 +11,7 @@ use crate::Case;
 ///
 /// # Panics
 /// If the numbers differ, or the device does not count.
-pub fn check_traffic(case: &Case, plan: &Plan, device: &Device) {
+pub fn check_traffic(case: &Case, plan: &Plan<impl PassType>, device: &Device) {
     let counters = device.counters().expect("the emulator counts");
     let cost = plan.cost();
     assert_eq!(

@@ -259,8 +259,7 @@ impl Bench {
         let start = Instant::now();
         let shape = row.shape(&self.sizes);
         let mut bound = arena.bind(row, shape, self.attention.clone())?;
-        let plan = bound.plan()?;
-        let kernels: Vec<&str> = plan.launches().iter().map(|launch| launch.entry.name).collect();
+        let kernels = bound.kernels()?;
         let flops = row.flops(&self.sizes);
         let on_gpu = self.device.cuda_stream().is_some();
         let warm_up = if on_gpu {

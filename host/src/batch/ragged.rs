@@ -9,7 +9,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output};
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 use crate::problem::{Named, check_written};
 use crate::program::TableSource;
 use crate::sequences::{Piece, Sequences};
@@ -184,7 +184,7 @@ impl Attention {
         dout: &Tensor<T>,
         sequences: &Sequences,
         gradients: &Gradients<T>,
-    ) -> Result<Vec<Plan>, Error> {
+    ) -> Result<Vec<Plan<plan::Backward>>, Error> {
         let batch = BackwardBatch {
             inputs: [q, k, v],
             output,
@@ -268,7 +268,11 @@ impl Attention {
     }
 
     /// Plans what [`backward_in_one`](Self::backward_in_one) runs.
-    fn plan_in_one<T: Element>(&self, batch: &BackwardBatch<'_, T>, views: &Gradients<T>) -> Result<Plan, Error> {
+    fn plan_in_one<T: Element>(
+        &self,
+        batch: &BackwardBatch<'_, T>,
+        views: &Gradients<T>,
+    ) -> Result<Plan<plan::Backward>, Error> {
         let [q, k, v] = batch.inputs;
         check_ranks(q, k, v)?;
         check_output(batch.output, batch.dout, [q, v])?;
@@ -383,7 +387,7 @@ fn parts<T: Element>(
     (pieces, calls): (&[Piece], &[Call<T>]),
     (output, order): (&Output<T>, Order),
     gradients: &Gradients<T>,
-) -> Result<(Vec<Part<T>>, Vec<Plan>), Error> {
+) -> Result<(Vec<Part<T>>, Vec<Plan<plan::Backward>>), Error> {
     let (mut parts, mut plans) = (Vec::new(), Vec::new());
     for (piece, call) in pieces.iter().zip(calls) {
         let of_piece = Gradients::new(

@@ -14,7 +14,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output, Statistics};
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 use crate::problem::{BackwardInputs, BackwardProblem, GradientOutputs, Problem};
 use crate::progress::Progress;
 use crate::tensor::Tensor;
@@ -205,7 +205,7 @@ impl Attention {
         v: &Tensor<T>,
         output: &Output<T>,
         dout: &Tensor<T>,
-    ) -> Result<Plan, Error> {
+    ) -> Result<Plan<plan::Backward>, Error> {
         plan_backward(self, [q, k, v], output, dout, None)
     }
 
@@ -225,7 +225,7 @@ pub(crate) fn plan_backward<T: Element>(
     output: &Output<T>,
     dout: &Tensor<T>,
     gradients: Option<&Gradients<T>>,
-) -> Result<Plan, Error> {
+) -> Result<Plan<plan::Backward>, Error> {
     let outputs = gradients.map(|Gradients { dq, dk, dv, .. }| GradientOutputs::new(dq.info(), dk.info(), dv.info()));
     let [q, k, v] = inputs.map(Tensor::info);
     let problem = BackwardProblem::new(attention, q, k, v, above(output, dout), outputs)?;

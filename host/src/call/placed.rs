@@ -7,7 +7,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
 use crate::output::{Gradients, Output};
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 use crate::problem::{BackwardProblem, GradientOutputs, Named, Problem};
 use crate::progress::Reporter;
 use crate::sequences::Placed;
@@ -66,7 +66,7 @@ impl Attention {
         dout: &Tensor<T>,
         gradients: &Gradients<T>,
         placed: Placed,
-    ) -> Result<Plan, Error> {
+    ) -> Result<Plan<plan::Backward>, Error> {
         let inputs = [q, k, v].map(Tensor::info);
         let results = GradientOutputs::new(gradients.dq.info(), gradients.dk.info(), gradients.dv.info());
         let problem = BackwardProblem::of_sequences(self, inputs, above(output, dout), results, placed)?;
@@ -79,7 +79,7 @@ impl Attention {
     /// # Errors
     /// The errors of the launch.
     pub(crate) fn backward_placed<T: Element>(
-        plan: &Plan,
+        plan: &Plan<plan::Backward>,
         [q, k, v]: [&Tensor<T>; 3],
         output: &Output<T>,
         dout: &Tensor<T>,

@@ -2,13 +2,13 @@
 
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
-use crate::device::Device;
+use crate::device::{Device, Run};
 use crate::element::Element;
 use crate::error::Error;
 use crate::features;
 use crate::layout::contiguous_strides;
 use crate::output::{Gradients, Output, Statistics};
-use crate::plan::{Launch, Plan, Results, TableGradients};
+use crate::plan::{self, BackwardResults, ForwardResults, Launch, PassType, Plan, Rotary, TableGradients};
 use crate::problem::Named;
 use crate::program::TableSource;
 use crate::progress::Reporter;
@@ -49,9 +49,9 @@ pub(crate) fn backward_arguments<'a, T: Element>(
 
 /// Refuses memory that cannot be the workspace of these plans beside the other arguments, the first of which is q. A new workspace is
 /// always right.
-pub(crate) fn check_workspace<'a>(
+pub(crate) fn check_workspace<'a, P: PassType + 'a>(
     workspace: Option<&Tensor<f32>>,
-    plans: impl IntoIterator<Item = &'a Plan>,
+    plans: impl IntoIterator<Item = &'a Plan<P>>,
     others: &[Named<'_>],
 ) -> Result<(), Error> {
     let Some(workspace) = workspace.map(Tensor::info) else {
@@ -110,7 +110,7 @@ fn workspace_of<'a>(
 }
 
 /// Bytes of a plan's part of a workspace that plans share.
-fn aligned_bytes(plan: &Plan) -> u64 {
+fn aligned_bytes(plan: &Plan<impl PassType>) -> u64 {
     plan.workspace_bytes().next_multiple_of(WORKSPACE_ALIGN as u64)
 }
 
@@ -133,7 +133,7 @@ pub(super) fn forward<T: Element>(
     // outputs, from the contiguous layout with which they were allocated. All are borrowed for the call and on one
     // device, the outputs overlap nothing, and the guards keep out other threads. The workspace has the plan's size. One of ours
     // is freed when the call returns, and a device frees memory only after the work launched before has finished.
-    let result = unsafe { device.backend().run(plan, results, &reporter) };
+    let result = unsafe { device.backend().run(Run::Forward(plan, results), &reporter) };
     drop(guards);
     ended(result, reporter)
 }
@@ -146,9 +146,9 @@ pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>
     let (mut memory, mut runs) = (Memory::default(), Vec::new());
     for (plan, inputs, output) in calls {
         let results = memory.of_forward(plan, &inputs.map(Tensor::storage), output, 0);
-        runs.push((plan, results));
+        runs.push(Run::Forward(plan, results));
     }
-    let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
+    let _spans: Vec<_> = calls.iter().map(|(plan, ..)| trace::enter(plan, device)).collect();
     let guards = memory.lock();
     // SAFETY: the reasons given in `forward`, of each call; the results are views of different parts of the batch's.
     let result = unsafe { device.backend().run_batch(&runs, &Reporter::silent()) };
@@ -157,7 +157,12 @@ pub(crate) fn forward_batch<T: Element>(device: &Device, calls: &[Forward<'_, T>
 }
 
 /// A backward plan of a batch, its inputs q, k, v, out and dout, the results of forward, and its gradients.
-pub(crate) type Backward<'a, T> = (Plan, [&'a Tensor<T>; 5], &'a Output<T>, &'a Gradients<T>);
+pub(crate) type Backward<'a, T> = (
+    Plan<plan::Backward>,
+    [&'a Tensor<T>; 5],
+    &'a Output<T>,
+    &'a Gradients<T>,
+);
 
 /// Runs backward plans of one batch without gradients of tables, each of which was made for exactly its tensors. No two
 /// results share memory. The workspace is new, or one that [`check_workspace`] let pass.
@@ -178,10 +183,11 @@ pub(crate) fn backward_batch<T: Element>(
     let mut place = workspace.address();
     for (plan, inputs, output, gradients) in calls {
         let own = (place, TableGradients::default());
-        runs.push((plan, memory.of_backward(plan, *inputs, output, gradients, own)));
+        let results = memory.of_backward(plan, *inputs, output, gradients, own);
+        runs.push(Run::Backward(plan, results));
         place += aligned_bytes(plan);
     }
-    let _spans: Vec<_> = runs.iter().map(|(plan, _)| trace::enter(plan, device)).collect();
+    let _spans: Vec<_> = calls.iter().map(|(plan, ..)| trace::enter(plan, device)).collect();
     let guards = memory.lock();
     // SAFETY: the reasons given in `backward`, of each call; the results are views of different parts of the batch's, and
     // each plan has its own part of the workspace.
@@ -192,7 +198,7 @@ pub(crate) fn backward_batch<T: Element>(
 
 /// Runs a backward plan that was made for exactly these tensors, in a new workspace or in a checked one.
 pub(super) fn backward<T: Element>(
-    plan: &Plan,
+    plan: &Plan<plan::Backward>,
     inputs: [&Tensor<T>; 5],
     output: &Output<T>,
     gradients: &mut Gradients<T>,
@@ -214,13 +220,13 @@ pub(super) fn backward<T: Element>(
     let guards = memory.lock();
     // SAFETY: the reasons given in `forward`; the workspace has the plan's size. A workspace of ours is freed when
     // the call returns, and a device frees memory only after the work launched before has finished.
-    let result = unsafe { device.backend().run(plan, results, &reporter) };
+    let result = unsafe { device.backend().run(Run::Backward(plan, results), &reporter) };
     drop(guards);
     ended(result, reporter)
 }
 
 /// Moves tokens between two tensors, which share no memory, as a launch that was made for them describes it.
-pub(crate) fn move_tokens<T: Element>(launch: &Launch, from: &Tensor<T>, to: &Tensor<T>) -> Result<(), Error> {
+pub(crate) fn move_tokens<T: Element>(launch: &Launch<Rotary>, from: &Tensor<T>, to: &Tensor<T>) -> Result<(), Error> {
     let mut memory = Memory::default();
     memory.read.push(from.storage());
     memory.written.push(to.storage());
@@ -254,7 +260,7 @@ impl<'a> Memory<'a> {
         inputs: &[&'a Storage],
         Output { out, lse, statistics }: &'a Output<T>,
         workspace: u64,
-    ) -> Results {
+    ) -> ForwardResults {
         let statistics = statistics
             .as_ref()
             .map(|Statistics { row_max, row_sum }| [row_max, row_sum]);
@@ -263,7 +269,7 @@ impl<'a> Memory<'a> {
         self.written.extend([out.storage(), lse.storage()]);
         self.written
             .extend(statistics.into_iter().flatten().map(Tensor::storage));
-        Results::Forward {
+        ForwardResults {
             out: out.address(),
             lse: lse.address(),
             statistics: statistics.map(|tensors| tensors.map(Tensor::address)),
@@ -274,12 +280,12 @@ impl<'a> Memory<'a> {
     /// Adds the memory of a backward pass but for its workspace, and returns the addresses of its results.
     fn of_backward<T: Element>(
         &mut self,
-        plan: &'a Plan,
+        plan: &'a Plan<plan::Backward>,
         inputs: [&'a Tensor<T>; 5],
         output: &'a Output<T>,
         gradients: &'a Gradients<T>,
         (workspace, tables): (u64, TableGradients),
-    ) -> Results {
+    ) -> BackwardResults {
         self.read.extend(inputs.map(Tensor::storage));
         self.read.push(output.lse.storage());
         if let Some(Statistics { row_max, row_sum }) = &output.statistics {
@@ -290,7 +296,7 @@ impl<'a> Memory<'a> {
         self.written.extend([dq, dk, dv].map(Tensor::storage));
         let of_tables = gradients.tables.iter().map(|(_, gradient)| gradient.storage());
         self.written.extend(of_tables);
-        Results::Backward {
+        BackwardResults {
             dq: dq.address(),
             dk: dk.address(),
             dv: dv.address(),
@@ -320,7 +326,7 @@ impl<'a> Memory<'a> {
 }
 
 /// The tables that a plan's program reads.
-fn tables_of(plan: &Plan) -> impl Iterator<Item = &TableSource> {
+fn tables_of(plan: &Plan<impl PassType>) -> impl Iterator<Item = &TableSource> {
     let program = plan.problem().program().into_iter();
     program.flat_map(|program| program.tables().iter().chain(program.sinks()))
 }

@@ -13,9 +13,10 @@ use ptx_emulator::{Counters, DeviceMemory, DevicePtr, Finding, MemoryError, Modu
 
 use super::lists::Lists;
 use super::modules::{Loaded, Modules};
-use super::{Backend, Device, DeviceKind};
+use super::{Backend, Device, DeviceKind, Run};
 use crate::error::Error;
-use crate::plan::{Launch, Plan, Results, TileMap};
+use crate::plan::{Backward, BackwardResults, ForwardResults, Launch, PassType, Plan, Rotary, Template, TileMap};
+use crate::problem::Problem;
 use crate::program::NodeId;
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
@@ -77,18 +78,22 @@ impl Device {
 }
 
 impl Emulated {
-    fn launch(&self, launch: &Launch, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
+    fn launch<P: PassType>(
+        &self,
+        launch: &Launch<P>,
+        results: P::Results,
+        reporter: &Reporter<'_>,
+    ) -> Result<(), Error> {
         let kernel = launch.entry.name;
         let params = launch
             .params(results, encode)
-            .map_err(|error| launch.error(self.spec(), error))?
-            .ok_or_else(|| launch.wrong_results(self.spec()))?;
+            .map_err(|error| launch.error(self.spec(), error))?;
         // Held until the kernel is launched, so that no other call frees them before.
         let lists = self.lists.of(self, launch)?;
         let params = params.with_lists(&lists.iter().map(|list| list.address).collect::<Vec<_>>());
         let parse = |ptx: &str| Module::parse(ptx, &format!("{kernel}.ptx")).map(Arc::new);
         let Loaded { module, slots, lines } = self.modules.get(launch, || self.spec(), parse)?;
-        let params = [params.as_bytes(), &launch.numbers(&slots, &results)].concat();
+        let params = [params.bytes(), &launch.numbers(&slots, &results)].concat();
         let emulated = ptx_emulator::Launch {
             entry: kernel,
             grid: launch.grid,
@@ -137,7 +142,7 @@ impl Emulated {
 }
 
 /// Adds to a finding in a launch's score program which node of the program its line works out.
-fn name_node(finding: &mut Finding, lines: &[(usize, Option<NodeId>)], launch: &Launch) {
+fn name_node(finding: &mut Finding, lines: &[(usize, Option<NodeId>)], launch: &Launch<impl PassType>) {
     let Ok(place) = lines.binary_search_by_key(&(finding.line as usize), |(line, _)| *line) else {
         return;
     };
@@ -159,58 +164,61 @@ struct Written {
     dtype: Dtype,
 }
 
-/// The results of a plan at these addresses.
-fn results_of(plan: &Plan, results: Results) -> Vec<Written> {
-    let problem = plan.problem();
-    let (of_queries, of_keys) = (
-        (problem.heads_q(), problem.seqlen_q()),
-        (problem.heads_kv(), problem.seqlen_k()),
-    );
-    let new = |name, tensor, address, (heads, seqlen), head_dim: u32| Written {
-        name,
-        tensor: StridedTensor { address, ..tensor },
-        heads,
-        seqlen,
-        row: head_dim as usize,
-        dtype: problem.dtype(),
-    };
-    let (head_dim, head_dim_v) = (problem.head_dim(), problem.head_dim_v());
-    match (results, plan.backward_tensors()) {
-        (
-            Results::Forward {
-                out, lse, statistics, ..
-            },
-            _,
-        ) => {
-            let kept = problem.statistics().zip(statistics);
-            let kept = kept
-                .into_iter()
-                .flat_map(|(tensors, addresses)| tensors.into_iter().zip(addresses));
-            let rows = [(problem.lse(), lse)]
-                .into_iter()
-                .chain(kept)
-                .zip(["lse", "row_max", "row_sum"]);
-            let rows = rows.map(|((tensor, address), name)| Written {
-                dtype: Dtype::F32,
-                ..new(name, tensor, address, of_queries, 1)
-            });
-            [new("out", problem.out(), out, of_queries, head_dim_v)]
-                .into_iter()
-                .chain(rows)
-                .collect()
+impl Written {
+    /// A result of a row of `row` elements of the problem's dtype for each query.
+    fn of_queries(name: &'static str, problem: &Problem, tensor: StridedTensor, address: u64, row: u32) -> Self {
+        Self {
+            name,
+            tensor: StridedTensor { address, ..tensor },
+            heads: problem.heads_q(),
+            seqlen: problem.seqlen_q(),
+            row: row as usize,
+            dtype: problem.dtype(),
         }
-        (Results::Backward { dq, dk, dv, .. }, Some(tensors)) => vec![
-            new("dq", tensors.dq, dq, of_queries, head_dim),
-            new("dk", tensors.dk, dk, of_keys, head_dim),
-            new("dv", tensors.dv, dv, of_keys, head_dim_v),
-        ],
-        (Results::Backward { .. }, None) | (Results::Moved, _) => Vec::new(),
     }
+
+    /// A result of a row of `row` elements of the problem's dtype for each key.
+    fn of_keys(name: &'static str, problem: &Problem, tensor: StridedTensor, address: u64, row: u32) -> Self {
+        Self {
+            heads: problem.heads_kv(),
+            seqlen: problem.seqlen_k(),
+            ..Self::of_queries(name, problem, tensor, address, row)
+        }
+    }
+}
+
+/// The results of a forward plan at these addresses.
+fn written_by_forward(problem: &Problem, results: &ForwardResults) -> Vec<Written> {
+    let kept = problem.statistics().zip(results.statistics);
+    let kept = kept
+        .into_iter()
+        .flat_map(|(tensors, addresses)| tensors.into_iter().zip(addresses));
+    let rows = [(problem.lse(), results.lse)]
+        .into_iter()
+        .chain(kept)
+        .zip(["lse", "row_max", "row_sum"]);
+    let rows = rows.map(|((tensor, address), name)| Written {
+        dtype: Dtype::F32,
+        ..Written::of_queries(name, problem, tensor, address, 1)
+    });
+    let out = Written::of_queries("out", problem, problem.out(), results.out, problem.head_dim_v());
+    [out].into_iter().chain(rows).collect()
+}
+
+/// The results of a backward plan at these addresses.
+fn written_by_backward(plan: &Plan<Backward>, results: &BackwardResults) -> Vec<Written> {
+    let (problem, tensors) = (plan.problem(), plan.tensors());
+    let (head_dim, head_dim_v) = (problem.head_dim(), problem.head_dim_v());
+    vec![
+        Written::of_queries("dq", problem, tensors.dq, results.dq, head_dim),
+        Written::of_keys("dk", problem, tensors.dk, results.dk, head_dim),
+        Written::of_keys("dv", problem, tensors.dv, results.dv, head_dim_v),
+    ]
 }
 
 impl Emulated {
     /// Refuses a result of which the kernels left an element unwritten, where the memory was new.
-    fn check_written(&self, plan: &Plan, result: &Written) -> Result<(), Error> {
+    fn check_written(&self, plan: &Plan<impl PassType>, result: &Written) -> Result<(), Error> {
         let Written {
             tensor, heads, seqlen, ..
         } = result;
@@ -232,6 +240,29 @@ impl Emulated {
             }
         }
         Ok(())
+    }
+}
+
+impl Emulated {
+    /// Launches the kernels of a plan, which write these results.
+    fn carry_out<P: PassType>(
+        &self,
+        plan: &Plan<P>,
+        results: P::Results,
+        written: &[Written],
+        reporter: &Reporter<'_>,
+    ) -> Result<(), Error> {
+        let blocks = |launch: &Launch<P>| launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
+        if plan.launches().is_empty() {
+            reporter.begin(|| 1);
+            reporter.add(1);
+            return Ok(()); // there is nothing to write
+        }
+        reporter.begin(|| plan.launches().iter().map(blocks).sum());
+        plan.launches()
+            .iter()
+            .try_for_each(|launch| self.launch(launch, results, reporter))?;
+        written.iter().try_for_each(|result| self.check_written(plan, result))
     }
 }
 
@@ -279,24 +310,20 @@ impl Backend for Emulated {
             .map_err(self.failed("write"))
     }
 
-    unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
-        let blocks = |launch: &Launch| launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
-        if plan.launches().is_empty() {
-            reporter.begin(|| 1);
-            reporter.add(1);
-            return Ok(()); // there is nothing to write
+    unsafe fn run(&self, run: Run<'_>, reporter: &Reporter<'_>) -> Result<(), Error> {
+        match run {
+            Run::Forward(plan, results) => {
+                let written = written_by_forward(plan.problem(), &results);
+                self.carry_out(plan, results, &written, reporter)
+            }
+            Run::Backward(plan, results) => {
+                self.carry_out(plan, results, &written_by_backward(plan, &results), reporter)
+            }
         }
-        reporter.begin(|| plan.launches().iter().map(blocks).sum());
-        plan.launches()
-            .iter()
-            .try_for_each(|launch| self.launch(launch, results, reporter))?;
-        results_of(plan, results)
-            .iter()
-            .try_for_each(|result| self.check_written(plan, result))
     }
 
-    unsafe fn move_tokens(&self, launch: &Launch) -> Result<(), Error> {
-        self.launch(launch, Results::Moved, &Reporter::silent())
+    unsafe fn move_tokens(&self, launch: &Launch<Rotary>) -> Result<(), Error> {
+        self.launch(launch, (), &Reporter::silent())
     }
 
     fn synchronize(&self) -> Result<(), Error> {
@@ -342,7 +369,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::options::Attention;
-    use crate::problem::{Outputs, Problem};
+    use crate::problem::Outputs;
     use crate::tensor::Tensor;
 
     #[test]
@@ -364,13 +391,13 @@ mod tests {
         let plan = Plan::new(&problem, &emulated.info()).expect("a kernel");
         let out = emulated.alloc(2 * 3 * 8 * 4).expect("small");
         let lse = emulated.alloc(2 * 3 * 4).expect("small");
-        let results = Results::Forward {
+        let results = ForwardResults {
             out,
             lse,
             statistics: None,
             workspace: 0,
         };
-        let [of_out, of_lse] = &results_of(&plan, results)[..] else {
+        let [of_out, of_lse] = &written_by_forward(plan.problem(), &results)[..] else {
             panic!("out and lse")
         };
         // SAFETY: the allocations are as long.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Backend;
 use crate::error::Error;
-use crate::plan::Launch;
+use crate::plan::{Launch, PassType};
 
 /// Lists that a device keeps besides those in use and those that are pinned.
 const KEPT: usize = 64;
@@ -36,7 +36,7 @@ impl Lists {
     ///
     /// # Errors
     /// The errors of [`get`](Self::get).
-    pub(super) fn of(&self, device: &impl Backend, launch: &Launch) -> Result<Vec<Arc<List>>, Error> {
+    pub(super) fn of(&self, device: &impl Backend, launch: &Launch<impl PassType>) -> Result<Vec<Arc<List>>, Error> {
         launch.lists().map(|content| self.get(device, content)).collect()
     }
 
@@ -89,7 +89,8 @@ impl Lists {
 #[cfg(all(test, feature = "cuda"))]
 mod tests {
     use super::*;
-    use crate::plan::{Plan, Results};
+    use crate::device::Run;
+    use crate::plan::Rotary;
     use crate::progress::Reporter;
     use crate::target::{DeviceInfo, Instructions};
 
@@ -149,11 +150,11 @@ mod tests {
             Ok(())
         }
 
-        unsafe fn run(&self, _: &Plan, _: Results, _: &Reporter<'_>) -> Result<(), Error> {
+        unsafe fn run(&self, _: Run<'_>, _: &Reporter<'_>) -> Result<(), Error> {
             Ok(())
         }
 
-        unsafe fn move_tokens(&self, _: &Launch) -> Result<(), Error> {
+        unsafe fn move_tokens(&self, _: &Launch<Rotary>) -> Result<(), Error> {
             Ok(())
         }
 

@@ -32,9 +32,16 @@ use ptx_emulator::Counters;
 use crate::error::CudaUnavailable;
 use crate::error::Error;
 pub use crate::layout::DeviceId;
-use crate::plan::{Launch, Plan, Results};
+use crate::plan::{AnyPlan, Backward, BackwardResults, ForwardResults, Launch, Plan, Rotary};
 use crate::progress::Reporter;
 pub use crate::target::{DeviceInfo, Instructions};
+
+/// A plan to carry out, and the addresses of its results.
+#[derive(Clone, Copy)]
+pub(crate) enum Run<'a> {
+    Forward(&'a Plan, ForwardResults),
+    Backward(&'a Plan<Backward>, BackwardResults),
+}
 
 /// Operations of every kind of device. Addresses are the device's own; on the CPU they are pointers.
 pub(crate) trait Backend: Send + Sync {
@@ -77,19 +84,19 @@ pub(crate) trait Backend: Send + Sync {
     /// Carries out a plan. A GPU launches the work and returns. A device that waits for its work reports progress.
     ///
     /// # Safety
-    /// The tensors lie where the plan says. `results` are those of the plan's pass, and their addresses are memory of
-    /// this device, laid out as the plan says. Nothing else writes the inputs or accesses the results meanwhile.
-    unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error>;
+    /// The tensors lie where the plan says. The addresses of the results are memory of this device, laid out as the plan
+    /// says. Nothing else writes the inputs or accesses the results meanwhile.
+    unsafe fn run(&self, run: Run<'_>, reporter: &Reporter<'_>) -> Result<(), Error>;
 
     /// Carries out plans of one batch, none of which reads what another writes. Only a device that computes them in one pass
     /// reports progress.
     ///
     /// # Safety
     /// The contract of [`run`](Self::run) for each plan; no two write the same memory.
-    unsafe fn run_batch(&self, calls: &[(&Plan, Results)], _reporter: &Reporter<'_>) -> Result<(), Error> {
-        calls.iter().try_for_each(|&(plan, results)| {
+    unsafe fn run_batch(&self, runs: &[Run<'_>], _reporter: &Reporter<'_>) -> Result<(), Error> {
+        runs.iter().try_for_each(|&run| {
             // SAFETY: passed on to the caller.
-            unsafe { self.run(plan, results, &Reporter::silent()) }
+            unsafe { self.run(run, &Reporter::silent()) }
         })
     }
 
@@ -98,10 +105,10 @@ pub(crate) trait Backend: Send + Sync {
     /// # Safety
     /// The tensors lie at the addresses of the launch's parameters, hold the rows of its tokens, and share no memory; the angles of its
     /// pairs exist at the position of each token. Nothing else writes what is read or accesses what is written meanwhile.
-    unsafe fn move_tokens(&self, launch: &Launch) -> Result<(), Error>;
+    unsafe fn move_tokens(&self, launch: &Launch<Rotary>) -> Result<(), Error>;
 
     /// Loads the kernels of a plan, on a device that has kernels to load.
-    fn prepare(&self, _plan: &Plan) -> Result<(), Error> {
+    fn prepare(&self, _plan: AnyPlan<'_>) -> Result<(), Error> {
         Ok(())
     }
 
@@ -269,8 +276,8 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::Launch`] if the driver cannot load a kernel.
-    pub fn prepare(&self, plan: &Plan) -> Result<(), Error> {
-        self.0.backend.prepare(plan)
+    pub fn prepare<'a>(&self, plan: impl Into<AnyPlan<'a>>) -> Result<(), Error> {
+        self.0.backend.prepare(plan.into())
     }
 
     /// Returns the stream that a GPU's work is launched on, a `CUstream`, or `None` on other devices. The stream of

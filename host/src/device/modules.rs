@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
-use crate::plan::{Launch, ModuleKey, ModuleText};
+use crate::plan::{Launch, ModuleKey, ModuleText, PassType};
 use crate::program::{NodeId, Slot};
 
 /// Modules by their keys, each loaded at its first use and kept.
@@ -36,7 +36,7 @@ impl<M: Clone> Modules<M> {
     /// [`Error::Launch`] if the kernel takes no score program, and in place of the errors of `load`.
     pub(super) fn get<E: Display>(
         &self,
-        launch: &Launch,
+        launch: &Launch<impl PassType>,
         device: impl Fn() -> String,
         load: impl FnOnce(&str) -> Result<M, E>,
     ) -> Result<Loaded<M>, Error> {

@@ -5,6 +5,7 @@ use flash_attention_kernels::mask::{Blocks, Mask};
 use flash_attention_kernels::shape::DELTA_ROWS;
 
 use super::launch::OfSequences;
+use super::pass::Backward;
 use super::{Launch, Tiles};
 use crate::problem::Problem;
 
@@ -118,7 +119,7 @@ impl Cost {
     }
 
     /// Counts a backward pass on a GPU that reads `statistics` f32 per query from forward.
-    pub(super) fn backward(problem: &Problem, launches: &[Launch], statistics: u32) -> Self {
+    pub(super) fn backward(problem: &Problem, launches: &[Launch<Backward>], statistics: u32) -> Self {
         let walked = Walked::new(problem);
         let heads = problem.batch() as u128 * problem.heads_q() as u128;
         let pairs = problem.placed().map(|placed| placed.pairs(problem.causal()));
@@ -136,7 +137,7 @@ impl Cost {
 }
 
 /// Returns (bytes read, bytes written) of one kernel of the backward pass.
-fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch, statistics: u128) -> (u128, u128) {
+fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch<Backward>, statistics: u128) -> (u128, u128) {
     let entry = launch.entry;
     let batch = problem.batch() as u128;
     let (heads_q, heads_kv) = (batch * problem.heads_q() as u128, batch * problem.heads_kv() as u128);

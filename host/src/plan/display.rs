@@ -3,15 +3,16 @@
 use std::fmt;
 
 use super::Plan;
+use super::pass::{Forward, PassType};
 use crate::problem::Problem;
 use crate::target::DeviceInfo;
 
 /// Writes a table: the problem, kernels and tiles, and the cost.
-impl fmt::Display for Plan {
+impl<P: PassType> fmt::Display for Plan<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let p = &self.problem;
         let mask = if p.causal() { "causal" } else { "full" };
-        let pass = if self.backward.is_some() { "backward" } else { "forward" };
+        let pass = P::NAME;
         writeln!(
             f,
             "problem   {pass}, {mask}, {}{}, softmax_scale {}",
@@ -59,7 +60,7 @@ impl fmt::Display for Plan {
             1 => writeln!(f)?,
             heads => writeln!(f, ", the queries of {heads} heads packed")?,
         }
-        if let Some(path) = self.cpu_path().filter(|_| self.backward.is_none()) {
+        if let Some(path) = self.cpu_path().filter(|_| P::NAME == Forward::NAME) {
             let keys = path.split_blocks * self.tiles.block_n;
             writeln!(f, "splits    {} of {keys} keys", p.seqlen_k().div_ceil(keys).max(1))?;
         }

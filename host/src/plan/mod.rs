@@ -1,13 +1,14 @@
 //! [`Plan`]: the kernel, the tiles, the number of blocks and the cost of a problem on a device.
 //!
 //! A plan is a pure function of a [`Problem`] and a [`DeviceInfo`]: it can be made, printed and tested where there is
-//! no such device. Nothing else chooses anything.
+//! no such device. Nothing else chooses anything. Its pass, [`Forward`] or [`Backward`], is in its type.
 
 mod cost;
 mod cpu;
 mod display;
 mod launch;
 mod lists;
+mod pass;
 mod tile_map;
 
 use std::sync::Arc;
@@ -19,9 +20,11 @@ pub use cost::Cost;
 pub use cpu::CpuPath;
 use display::HeadDims;
 use launch::OfSequences;
-pub use launch::{Launch, Parameters, Results, TableGradients};
+pub(crate) use launch::Rotary;
+pub use launch::{BackwardMaps, BackwardParameters, ForwardMaps, ForwardParameters, Launch, TableGradients};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
-pub(crate) use launch::{ModuleKey, ModuleText};
+pub(crate) use launch::{ModuleKey, ModuleText, Template};
+pub use pass::{AnyPlan, Backward, BackwardResults, Forward, ForwardResults, PassType};
 pub use tile_map::TileMap;
 
 use crate::error::Error;
@@ -33,17 +36,15 @@ use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 /// Largest number of blocks of one launch along x.
 pub const MAX_BLOCKS: u32 = i32::MAX as u32;
 
-/// The plan of one problem on one device.
+/// The plan of one problem on one device, for a forward pass or, as `Plan<Backward>`, for a backward pass.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct Plan<P: PassType = Forward> {
     problem: Problem,
-    backward: Option<BackwardTensors>,
-    derivative: Option<Arc<Derivative>>,
-    table_gradients: bool,
+    pass: P,
     device: DeviceInfo,
     cpu: Option<CpuPath>,
     tiles: Tiles,
-    launches: Vec<Launch>,
+    launches: Vec<Launch<P>>,
     workspace_bytes: u64,
     cost: Cost,
 }
@@ -89,9 +90,7 @@ impl Plan {
         };
         Ok(Self {
             problem: problem.clone(),
-            backward: None,
-            derivative: None,
-            table_gradients: false,
+            pass: Forward,
             device: *device,
             cpu,
             tiles,
@@ -111,7 +110,9 @@ impl Plan {
         }
         self
     }
+}
 
+impl Plan<Backward> {
     /// Plans a backward pass for a device: first delta, then the gradients, in one of two forms.
     ///
     /// In the first form, on the CPU and with the portable kernels, each gradient is written once, by the block that
@@ -126,7 +127,7 @@ impl Plan {
     /// registers, and Hopper uses the first form too.
     ///
     /// # Errors
-    /// The errors of [`new`](Self::new), and on a GPU [`Error::Unsupported`] for the deterministic gradient of a table that
+    /// The errors of [`Plan::new`], and on a GPU [`Error::Unsupported`] for the deterministic gradient of a table that
     /// several pairs read at one element.
     pub fn backward(problem: &BackwardProblem, device: &DeviceInfo) -> Result<Self, Error> {
         let forward = problem.forward();
@@ -147,9 +148,11 @@ impl Plan {
         };
         Ok(Self {
             problem: forward.clone(),
-            backward: Some(*problem.tensors()),
-            derivative: problem.derivative().cloned(),
-            table_gradients: problem.table_gradients(),
+            pass: Backward {
+                tensors: *problem.tensors(),
+                derivative: problem.derivative().cloned(),
+                table_gradients: problem.table_gradients(),
+            },
             device: *device,
             cpu,
             tiles,
@@ -162,25 +165,27 @@ impl Plan {
         })
     }
 
+    /// Returns the tensors of the backward pass.
+    pub(crate) fn tensors(&self) -> &BackwardTensors {
+        &self.pass.tensors
+    }
+
+    /// True if the backward pass gives the gradients of the score program's tables.
+    pub fn table_gradients(&self) -> bool {
+        self.pass.table_gradients
+    }
+
+    /// The derivatives of the score program, if there is one. Those by tables are there if their gradients are asked
+    /// for.
+    pub fn derivative(&self) -> Option<&Arc<Derivative>> {
+        self.pass.derivative.as_ref()
+    }
+}
+
+impl<P: PassType> Plan<P> {
     /// Returns the problem that this plan was made for.
     pub fn problem(&self) -> &Problem {
         &self.problem
-    }
-
-    /// Returns the tensors of a backward pass, or `None` if the plan is for a forward pass.
-    pub(crate) fn backward_tensors(&self) -> Option<&BackwardTensors> {
-        self.backward.as_ref()
-    }
-
-    /// True if a backward pass gives the gradients of the score program's tables.
-    pub fn table_gradients(&self) -> bool {
-        self.table_gradients
-    }
-
-    /// The derivatives of the score program, of a backward pass that has one. Those by tables are there if their
-    /// gradients are asked for.
-    pub fn derivative(&self) -> Option<&Arc<Derivative>> {
-        self.derivative.as_ref()
     }
 
     /// Returns the bytes of device memory needed while the plan runs, besides inputs, results and lists of work.
@@ -209,8 +214,13 @@ impl Plan {
     }
 
     /// Returns the kernels to launch, in order; none on the CPU.
-    pub fn launches(&self) -> &[Launch] {
+    pub fn launches(&self) -> &[Launch<P>] {
         &self.launches
+    }
+
+    /// Returns the kernels, in the order of their launches; none on the CPU.
+    pub fn entries(&self) -> impl Iterator<Item = &'static Entry> {
+        self.launches.iter().map(|launch| launch.entry)
     }
 
     /// Returns the bytes and operations.
@@ -220,10 +230,10 @@ impl Plan {
 }
 
 /// Tiles, launches, bytes of workspace and cost of a forward pass on a GPU.
-type Forward = (Tiles, Vec<Launch>, u64, Cost);
+type ForwardChoice = (Tiles, Vec<Launch>, u64, Cost);
 
 /// Plans the forward pass over a rectangular batch on a GPU.
-fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors: u32) -> Result<Forward, Error> {
+fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors: u32) -> Result<ForwardChoice, Error> {
     // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
     let hopper = problem.has_pairs()
         && (problem.softmax_scale() > 0.0 || problem.program().is_some())
@@ -271,7 +281,7 @@ fn forward_of_sequences(
     placed: &Placed,
     device: &DeviceInfo,
     multiprocessors: u32,
-) -> Result<Forward, Error> {
+) -> Result<ForwardChoice, Error> {
     let entry = choose(problem, Pass::Forward, device, false)?;
     let of_sequences = match problem.has_queries() {
         true => OfSequences::new(problem, placed, entry, multiprocessors)?,
@@ -335,12 +345,15 @@ fn refuse_gradients(problem: &BackwardProblem, device: &DeviceInfo) -> Result<()
     }
 }
 
+/// Tiles, launches and bytes of workspace of a backward pass on a GPU.
+type BackwardChoice = (Tiles, Vec<Launch<Backward>>, u64);
+
 /// Makes the launches of a backward pass on a GPU, in order, and the bytes of their workspace.
 fn backward_launches(
     problem: &BackwardProblem,
     device: &DeviceInfo,
     multiprocessors: u32,
-) -> Result<(Tiles, Vec<Launch>, u64), Error> {
+) -> Result<BackwardChoice, Error> {
     let forward = problem.forward();
     if !forward.has_pairs() {
         return launches_without_pairs(problem, device);
@@ -374,7 +387,7 @@ fn backward_launches(
 }
 
 /// The portable kernels that write zeros where there are only queries, or only keys.
-fn launches_without_pairs(problem: &BackwardProblem, device: &DeviceInfo) -> Result<(Tiles, Vec<Launch>, u64), Error> {
+fn launches_without_pairs(problem: &BackwardProblem, device: &DeviceInfo) -> Result<BackwardChoice, Error> {
     let forward = problem.forward();
     let choose = |pass| choose(forward, pass, device, false);
     let (passes, (exponents, workspace_bytes)) = if forward.has_queries() {

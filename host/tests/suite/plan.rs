@@ -1,7 +1,7 @@
 //! Tests of plans: bytes and operations against direct counting, and the parameters of the kernel.
 
 use flash_attention::device::{DeviceInfo, Instructions};
-use flash_attention::plan::{Launch, Parameters, Results, TileMap};
+use flash_attention::plan::{ForwardParameters, ForwardResults, Launch, TileMap};
 use flash_attention::problem::{BackwardInputs, BackwardProblem, Problem, TensorInfo};
 use flash_attention::{Attention, Device, Dtype, Error, Plan};
 use flash_attention_kernels::abi::ForwardParams;
@@ -145,7 +145,7 @@ fn the_grid_has_a_block_for_every_tile_of_every_head() {
 fn forward_params(launch: &Launch, out: u64, lse: u64) -> ForwardParams {
     let no_map = |map: &TileMap| Err(format!("a tensor map of {map:?}"));
     match launch.params(
-        Results::Forward {
+        ForwardResults {
             out,
             lse,
             statistics: None,
@@ -153,7 +153,7 @@ fn forward_params(launch: &Launch, out: u64, lse: u64) -> ForwardParams {
         },
         no_map,
     ) {
-        Ok(Some(Parameters::Forward(params))) => params,
+        Ok(ForwardParameters::Portable(params)) => params,
         other => panic!("{other:?}"),
     }
 }

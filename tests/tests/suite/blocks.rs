@@ -2,10 +2,9 @@
 
 use flash_attention::device::DeviceKind;
 use flash_attention::half::f16;
-use flash_attention::plan::Plan;
 use flash_attention::program::BlockMask;
 use flash_attention::{Attention, Device, Element, Tensor};
-use flash_attention_kernels::entries::Arch;
+use flash_attention_kernels::entries::{Arch, Entry};
 use flash_attention_tests::{devices, files};
 
 /// Queries, keys and head_dim of the cases, whole tiles of every kernel.
@@ -48,11 +47,10 @@ fn traffic<T: Element>(device: &Device, every: usize) -> Traffic {
     device.reset_counters();
     attention.backward(&q, &k, &v, &output, &dout).expect("no finding");
     let backward = device.counters().expect("the emulator counts");
-    let plans = [
-        attention.plan(&q, &k, &v).expect("a plan"),
-        attention.plan_backward(&q, &k, &v, &output, &dout).expect("a plan"),
-    ];
-    let costs = plans.each_ref().map(Plan::cost);
+    let plan = attention.plan(&q, &k, &v).expect("a plan");
+    let of_backward = attention.plan_backward(&q, &k, &v, &output, &dout).expect("a plan");
+    let costs = [plan.cost(), of_backward.cost()];
+    let is_portable = |entry: &'static Entry| entry.arch == Arch::Sm80;
     let counted = [forward, backward];
     Traffic {
         predicted: costs.map(|cost| cost.bytes_read as u64),
@@ -61,9 +59,7 @@ fn traffic<T: Element>(device: &Device, every: usize) -> Traffic {
         products: counted
             .each_ref()
             .map(|counters| counters.tensor_flops + counters.flops),
-        follows_lists: plans
-            .each_ref()
-            .map(|plan| plan.launches().iter().all(|launch| launch.entry.arch == Arch::Sm80)),
+        follows_lists: [plan.entries().all(is_portable), of_backward.entries().all(is_portable)],
     }
 }
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use flash_attention::device::DeviceInfo;
-use flash_attention::{Device, Dtype, Element, Output, Tensor};
+use flash_attention::{Device, Dtype, Element, Output, Plan, Tensor};
 use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, Pass};
 use flash_attention_tests::gpu::loads_arch;
 use flash_attention_tests::{Case, devices, for_dtype};
@@ -53,14 +53,14 @@ fn kernels<T: Element>(case: &Case) -> Vec<&'static str> {
     let (q, k, v, dout) = (empty(case.q), empty(case.kv), empty(case.kv), empty(case.q));
     let output = Output::new(empty(case.q), Tensor::empty(&device, &case.q[..3]).expect("it fits"));
     let attention = case.attention.clone();
-    let plans = [
-        attention.plan(&q, &k, &v),
+    let forward = attention.plan(&q, &k, &v).expect("a plan");
+    let backward = [
         attention.plan_backward(&q, &k, &v, &output, &dout),
         attention.deterministic().plan_backward(&q, &k, &v, &output, &dout),
     ];
-    let plans = plans.map(|plan| plan.expect("a plan"));
-    let launches = plans.iter().flat_map(|plan| plan.launches());
-    launches.map(|launch| launch.entry.name).collect()
+    let backward = backward.map(|plan| plan.expect("a plan"));
+    let entries = forward.entries().chain(backward.iter().flat_map(Plan::entries));
+    entries.map(|entry| entry.name).collect()
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use flash_attention::device::DeviceKind;
 use flash_attention::error::Error;
 use flash_attention::half::bf16;
+use flash_attention::plan::{PassType, Plan};
 use flash_attention::{Arch, Attention, Device, Element, Gradients, KvCache, Output, Sequences, Statistics, Tensor};
 use flash_attention_tests::{devices, files};
 
@@ -62,7 +63,7 @@ fn check_same_numbers<T: Element>(device: &Device, got: &Output<T>, want: &Outpu
 }
 
 /// A workspace that is exactly as large as plans say, full of NaN.
-fn workspace(device: &Device, plans: &[flash_attention::Plan]) -> Tensor<f32> {
+fn workspace(device: &Device, plans: &[Plan<impl PassType>]) -> Tensor<f32> {
     let bytes: u64 = plans
         .iter()
         .map(|plan| plan.workspace_bytes().next_multiple_of(64))

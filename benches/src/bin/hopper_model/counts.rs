@@ -5,7 +5,7 @@ use flash_attention::device::EmulatorOptions;
 use flash_attention::half::f16;
 use flash_attention::plan::Entry;
 use flash_attention::ptx_emulator::{Checks, Counters};
-use flash_attention::{Arch, Attention, Device, Gradients, Plan, Tensor};
+use flash_attention::{Arch, Attention, Device, Gradients, Tensor};
 use flash_attention_kernels::entries;
 
 use crate::Failure;
@@ -108,13 +108,8 @@ fn issued_for_pair(entry: &Entry) -> Result<[f64; 2], Failure> {
 /// # Errors
 /// If the emulator's products differ from those of the tiles.
 pub fn measure(pass: Pass, head_dim: usize) -> Result<Counts, Failure> {
-    let plan = run(pass, head_dim, 1, 1)?.1;
-    let main = || {
-        plan.launches()
-            .iter()
-            .map(|launch| launch.entry)
-            .filter(|entry| !products(entry).is_empty())
-    };
+    let entries = run(pass, head_dim, 1, 1)?.1;
+    let main = || entries.iter().copied().filter(|entry| !products(entry).is_empty());
     let whole = |a: usize, b: u32| a / gcd(a, b as usize) * b as usize;
     let q = main().fold(1, |length, entry| whole(length, entry.block_m));
     let k = main().fold(1, |length, entry| whole(length, entry.block_n));
@@ -156,8 +151,13 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Returns the counters of one call for a single head without a mask, and its plan.
-fn run(pass: Pass, head_dim: usize, seqlen_q: usize, seqlen_k: usize) -> Result<(Counters, Plan), Failure> {
+/// Returns the counters of one call for a single head without a mask, and the kernels of its plan.
+fn run(
+    pass: Pass,
+    head_dim: usize,
+    seqlen_q: usize,
+    seqlen_k: usize,
+) -> Result<(Counters, Vec<&'static Entry>), Failure> {
     let mut options = EmulatorOptions::new(Arch::Sm90a);
     options.launch.checks = Checks::none();
     let device = Device::emulator_with(options);
@@ -169,14 +169,14 @@ fn run(pass: Pass, head_dim: usize, seqlen_q: usize, seqlen_k: usize) -> Result<
         _ => Attention::new(),
     };
     let output = attention.forward(&q, &k, &v)?;
-    let plan = if pass == Pass::Forward {
-        attention.plan(&q, &k, &v)?
+    let entries = if pass == Pass::Forward {
+        attention.plan(&q, &k, &v)?.entries().collect()
     } else {
         device.reset_counters();
         let _: Gradients<f16> = attention.backward(&q, &k, &v, &output, &q)?;
-        attention.plan_backward(&q, &k, &v, &output, &q)?
+        attention.plan_backward(&q, &k, &v, &output, &q)?.entries().collect()
     };
-    Ok((device.counters().ok_or("the emulator counts")?, plan))
+    Ok((device.counters().ok_or("the emulator counts")?, entries))
 }
 
 #[cfg(test)]

@@ -1,14 +1,18 @@
 //! Converts counts to seconds: the time of each resource, the part that the schedule exposes, and the distribution of
 //! work over multiprocessors.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
 
 use benches::row::Pass;
 use flash_attention::device::DeviceInfo;
 use flash_attention::half::f16;
-use flash_attention::plan::{Entry, Launch, Parameters, Results, TableGradients};
+use flash_attention::plan::{
+    Backward, BackwardParameters, BackwardResults, Cost, Entry, ForwardParameters, ForwardResults, Launch, PassType,
+    Plan, TableGradients, TileMap,
+};
 use flash_attention::problem::{BackwardInputs, BackwardProblem, Problem, TensorInfo};
-use flash_attention::{Attention, Device, Dtype, Element, Plan};
+use flash_attention::{Attention, Device, Dtype, Element};
 use flash_attention_kernels::abi::{TensorMap, WorkList};
 use flash_attention_kernels::deal::Deal;
 use flash_attention_kernels::entries;
@@ -141,13 +145,8 @@ pub struct Prediction {
 /// If the library has no plan for it.
 pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     let plan = plan(shape)?;
-    let main: Vec<&Launch> = plan
-        .launches()
-        .iter()
-        .filter(|launch| !products(launch.entry).is_empty())
-        .collect();
     let hertz = PEAK.1 * 1e12 / (MULTIPROCESSORS.1 * TENSOR.1);
-    let weights: Vec<f64> = main.iter().map(|launch| weight(launch.entry)).collect();
+    let weights: Vec<f64> = plan.main.iter().map(|kernel| weight(kernel.entry)).collect();
     let mut imbalance = 1.0_f64;
     let (mut seconds, mut replayed, mut limits) = (
         0.0,
@@ -159,17 +158,17 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
             ("L2", 0.0),
         ],
     );
-    for (launch, weight) in main.iter().zip(&weights) {
-        let pairs = f64::from(launch.entry.block_m * launch.entry.block_n);
+    for (kernel, weight) in plan.main.iter().zip(&weights) {
+        let MainKernel { entry, list } = kernel;
+        let pairs = f64::from(entry.block_m * entry.block_n);
         let step = step_cycles(counts, pairs * weight / weights.iter().sum::<f64>());
-        let adds = launch.entry.pass == entries::Pass::BackwardAll;
+        let adds = entry.pass == entries::Pass::BackwardAll;
         let wait = if adds { wait() } else { 0.0 };
         let takes_turns = adds && shape.pass == Pass::Deterministic;
-        let list = work_list(launch)?;
-        let (longest, mean) = steps_of_blocks(launch, &list, shape);
+        let (longest, mean) = steps_of_blocks(kernel, shape);
         // The first scores, the last products and the store of a tile do not overlap: one more step.
         seconds += longest * (whole_step(step) + wait) / hertz;
-        replayed += longest * calibration::step_cycles(launch.entry)? / hertz;
+        replayed += longest * calibration::step_cycles(entry)? / hertz;
         if takes_turns {
             let tiles = list.tiles_per_head.get();
             let following = if shape.causal { tiles.div_ceil(2) } else { tiles };
@@ -182,13 +181,13 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
             limit.1 += mean * cycles / hertz;
         }
     }
-    let cost = plan.cost();
+    let cost = plan.cost;
     limits[3].1 = (cost.bytes_read + cost.bytes_written) as f64 / (L2.1 * 1e12);
     // The kernels before and after read and write the workspace and three tensors once.
     let tensor = (shape.batch * shape.heads * shape.seqlen * shape.head_dim * 2) as f64;
     let around = match shape.pass {
         Pass::Forward => 0.0,
-        _ => (2.0 * plan.workspace_bytes() as f64 + 3.0 * tensor) / (HBM.1 * 1e12) + 2.0 * LAUNCH.1 * 1e-6,
+        _ => (2.0 * plan.workspace_bytes as f64 + 3.0 * tensor) / (HBM.1 * 1e12) + 2.0 * LAUNCH.1 * 1e-6,
     };
     let busiest = limits
         .into_iter()
@@ -231,15 +230,12 @@ fn weight(entry: &Entry) -> f64 {
 
 /// Returns the steps of the longest block, with one more for each of its tiles, and the mean of all blocks without
 /// these.
-fn steps_of_blocks(launch: &Launch, list: &WorkList, shape: &Shape) -> (f64, f64) {
-    let owns_keys = !matches!(
-        launch.entry.pass,
-        entries::Pass::Forward | entries::Pass::BackwardQueries
-    );
+fn steps_of_blocks(MainKernel { entry, list }: &MainKernel, shape: &Shape) -> (f64, f64) {
+    let owns_keys = !matches!(entry.pass, entries::Pass::Forward | entries::Pass::BackwardQueries);
     let (own, streamed) = if owns_keys {
-        (launch.entry.block_n, launch.entry.block_m)
+        (entry.block_n, entry.block_m)
     } else {
-        (launch.entry.block_m, launch.entry.block_n)
+        (entry.block_m, entry.block_n)
     };
     let length = shape.seqlen as u32;
     let steps = |tile: u32| {
@@ -266,31 +262,78 @@ fn steps_of_blocks(launch: &Launch, list: &WorkList, shape: &Shape) -> (f64, f64
     (busy.into_iter().fold(0.0, f64::max), all / MULTIPROCESSORS.1)
 }
 
-fn work_list(launch: &Launch) -> Result<WorkList, Failure> {
-    let results = match launch.entry.pass {
-        entries::Pass::Forward => Results::Forward {
-            out: 0,
-            lse: 0,
-            statistics: None,
-            workspace: 0,
-        },
-        _ => Results::Backward {
-            dq: 0,
-            dk: 0,
-            dv: 0,
-            workspace: 0,
-            tables: TableGradients::default(),
-        },
+/// A kernel with products, and the tiles that its blocks share.
+struct MainKernel {
+    entry: &'static Entry,
+    list: WorkList,
+}
+
+/// What the model needs of a plan.
+struct Planned {
+    main: Vec<MainKernel>,
+    cost: Cost,
+    workspace_bytes: u64,
+}
+
+impl Planned {
+    fn new<P: PassType>(
+        plan: &Plan<P>,
+        work_list: impl Fn(&Launch<P>) -> Result<WorkList, Failure>,
+    ) -> Result<Self, Failure> {
+        let main = plan
+            .launches()
+            .iter()
+            .filter(|launch| !products(launch.entry).is_empty());
+        let main = main.map(|launch| {
+            let (entry, list) = (launch.entry, work_list(launch)?);
+            Ok(MainKernel { entry, list })
+        });
+        Ok(Self {
+            main: main.collect::<Result<_, Failure>>()?,
+            cost: plan.cost(),
+            workspace_bytes: plan.workspace_bytes(),
+        })
+    }
+}
+
+/// Stands for a tensor map, which the model does not read.
+fn no_map(_: &TileMap) -> Result<TensorMap, Infallible> {
+    Ok(TensorMap([0; 16]))
+}
+
+fn not_hoppers(entry: &Entry) -> Failure {
+    format!("{} is no kernel for Hopper", entry.name).into()
+}
+
+fn forward_work(launch: &Launch) -> Result<WorkList, Failure> {
+    let results = ForwardResults {
+        out: 0,
+        lse: 0,
+        statistics: None,
+        workspace: 0,
     };
-    match launch.params(results, |_| Ok::<_, std::convert::Infallible>(TensorMap([0; 16])))? {
-        Some(Parameters::HopperForward(params, _)) => Ok(params.work),
-        Some(Parameters::HopperBackward(params, _)) => Ok(params.work),
-        _ => Err(format!("{} is no kernel for Hopper", launch.entry.name).into()),
+    match launch.params(results, no_map)? {
+        ForwardParameters::Hopper(params, _) => Ok(params.work),
+        _ => Err(not_hoppers(launch.entry)),
+    }
+}
+
+fn backward_work(launch: &Launch<Backward>) -> Result<WorkList, Failure> {
+    let results = BackwardResults {
+        dq: 0,
+        dk: 0,
+        dv: 0,
+        workspace: 0,
+        tables: TableGradients::default(),
+    };
+    match launch.params(results, no_map)? {
+        BackwardParameters::Hopper(params, _) => Ok(params.work),
+        _ => Err(not_hoppers(launch.entry)),
     }
 }
 
 /// Makes the library's plan for a row on a Hopper GPU, over tensors without memory.
-fn plan(shape: &Shape) -> Result<Plan, Failure> {
+fn plan(shape: &Shape) -> Result<Planned, Failure> {
     let hopper = DeviceInfo::gpu((9, 0), MULTIPROCESSORS.1 as u32, 227 * 1024);
     let device = Device::cpu();
     let tensor =
@@ -308,8 +351,11 @@ fn plan(shape: &Shape) -> Result<Plan, Failure> {
     } else {
         Attention::new()
     };
-    Ok(match shape.pass {
-        Pass::Forward => Plan::new(&Problem::new(&attention, q, k, v, None)?, &hopper)?,
+    match shape.pass {
+        Pass::Forward => {
+            let problem = Problem::new(&attention, q, k, v, None)?;
+            Planned::new(&Plan::new(&problem, &hopper)?, forward_work)
+        }
         Pass::Backward | Pass::Deterministic => {
             let attention = if shape.pass == Pass::Backward {
                 attention
@@ -317,9 +363,10 @@ fn plan(shape: &Shape) -> Result<Plan, Failure> {
                 attention.deterministic()
             };
             let above = BackwardInputs::new(out, &lse, dout);
-            Plan::backward(&BackwardProblem::new(&attention, q, k, v, above, None)?, &hopper)?
+            let problem = BackwardProblem::new(&attention, q, k, v, above, None)?;
+            Planned::new(&Plan::backward(&problem, &hopper)?, backward_work)
         }
-    })
+    }
 }
 
 /// Describes the constants and the quality of the fit.
@@ -378,8 +425,7 @@ mod tests {
         };
         let steps = |causal| {
             let plan = plan(&shape(causal)).expect("planned");
-            let launch = &plan.launches()[0];
-            steps_of_blocks(launch, &work_list(launch).expect("Hopper's"), &shape(causal))
+            steps_of_blocks(&plan.main[0], &shape(causal))
         };
         // 8 tiles of 128 queries, one a block of threads; 6 blocks of 176 keys, or under a causal mask 8 of 128.
         assert_eq!(steps(false), (7.0, 48.0 / 132.0));

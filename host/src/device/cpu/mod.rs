@@ -28,9 +28,9 @@ use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 use rayon_core::{ThreadPool, ThreadPoolBuilder};
 
-use super::Backend;
+use super::{Backend, Run};
 use crate::error::Error;
-use crate::plan::{Cost, Launch, Plan, Results};
+use crate::plan::{BackwardResults, Cost, ForwardResults, Launch, Rotary};
 use crate::problem::BackwardTensors;
 use crate::progress::Reporter;
 use crate::target::{DeviceInfo, Instructions};
@@ -274,25 +274,31 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    unsafe fn run(&self, plan: &Plan, results: Results, reporter: &Reporter<'_>) -> Result<(), Error> {
+    unsafe fn run(&self, run: Run<'_>, reporter: &Reporter<'_>) -> Result<(), Error> {
         // SAFETY: passed on to the caller.
-        unsafe { self.run_batch(&[(plan, results)], reporter) }
+        unsafe { self.run_batch(&[run], reporter) }
     }
 
-    unsafe fn run_batch(&self, calls: &[(&Plan, Results)], reporter: &Reporter<'_>) -> Result<(), Error> {
+    unsafe fn run_batch(&self, runs: &[Run<'_>], reporter: &Reporter<'_>) -> Result<(), Error> {
         let mut team = self.team()?;
+        let plans = || {
+            runs.iter().map(|run| match run {
+                Run::Forward(plan, _) => (plan.problem(), plan.cost()),
+                Run::Backward(plan, _) => (plan.problem(), plan.cost()),
+            })
+        };
         // The cost leaves out the operations of a score program, so a call with one uses every thread.
-        if calls.iter().all(|(plan, _)| plan.problem().program().is_none()) {
-            let time = calls.iter().map(|(plan, _)| nanoseconds(&plan.cost())).sum();
+        if plans().all(|(problem, _)| problem.program().is_none()) {
+            let time = plans().map(|(_, cost)| nanoseconds(&cost)).sum();
             team.threads = worthwhile_threads(time, team.threads);
         }
         // SAFETY: passed on to the caller.
-        unsafe { run(&team, calls, reporter) };
+        unsafe { run_all(&team, runs, reporter) };
         Ok(())
     }
 
-    unsafe fn move_tokens(&self, launch: &Launch) -> Result<(), Error> {
-        let params = launch.rotary_params().expect("the launch moves tokens");
+    unsafe fn move_tokens(&self, launch: &Launch<Rotary>) -> Result<(), Error> {
+        let params = launch.rotary_params();
         let lists: Vec<_> = launch.lists().collect();
         let run = match launch.entry.dtype {
             Dtype::F32 => rotary::move_tokens::<f32>,
@@ -313,16 +319,16 @@ impl Backend for Cpu {
 ///
 /// # Safety
 /// The contract of [`Backend::run_batch`].
-unsafe fn run(team: &Team<'_>, calls: &[(&Plan, Results)], reporter: &Reporter<'_>) {
+unsafe fn run_all(team: &Team<'_>, runs: &[Run<'_>], reporter: &Reporter<'_>) {
     let at = |tensor, address| StridedTensor { address, ..tensor };
     let (mut forwards, mut backwards) = (Vec::new(), Vec::new());
-    for &(plan, results) in calls {
-        let problem = plan.problem();
-        match results {
-            Results::Moved => unreachable!("plans write results"),
-            Results::Forward {
-                out, lse, statistics, ..
-            } => {
+    for run in runs {
+        match *run {
+            Run::Forward(plan, results) => {
+                let ForwardResults {
+                    out, lse, statistics, ..
+                } = results;
+                let problem = plan.problem();
                 let (out, lse) = (at(problem.out(), out), at(problem.lse(), lse));
                 let statistics = (problem.statistics().zip(statistics))
                     .map(|([max, sum], [row_max, row_sum])| [at(max, row_max), at(sum, row_sum)]);
@@ -338,14 +344,9 @@ unsafe fn run(team: &Team<'_>, calls: &[(&Plan, Results)], reporter: &Reporter<'
                     unsafe { empty::forward(team.kernels, problem, out, lse, statistics) };
                 }
             }
-            Results::Backward {
-                dq,
-                dk,
-                dv,
-                workspace: delta,
-                tables,
-            } => {
-                let tensors = plan.backward_tensors().expect("results are of the plan's own pass");
+            Run::Backward(plan, results) => {
+                let BackwardResults { dq, dk, dv, .. } = results;
+                let (problem, tensors) = (plan.problem(), plan.tensors());
                 let tensors = BackwardTensors {
                     dq: at(tensors.dq, dq),
                     dk: at(tensors.dk, dk),
@@ -356,8 +357,8 @@ unsafe fn run(team: &Team<'_>, calls: &[(&Plan, Results)], reporter: &Reporter<'
                     backwards.push(backward::Call {
                         plan,
                         tensors,
-                        delta,
-                        tables,
+                        delta: results.workspace,
+                        tables: results.tables,
                     });
                 } else {
                     // SAFETY: passed on to the caller.

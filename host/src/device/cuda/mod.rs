@@ -22,9 +22,9 @@ use self::calls::{Calls, CudaCalls, Function, Queue};
 use self::driver::{DriverError, Geometry, Gpu, failed};
 use super::lists::Lists;
 use super::modules::{Loaded, Modules};
-use super::{Backend, Device, DeviceKind};
+use super::{Backend, Device, DeviceKind, Run};
 use crate::error::{CudaUnavailable, Error};
-use crate::plan::{Launch, Plan, Results};
+use crate::plan::{AnyPlan, Launch, PassType, Rotary, Template};
 use crate::progress::Reporter;
 use crate::target::{DeviceInfo, MIN_COMPUTE_CAPABILITY};
 
@@ -198,20 +198,35 @@ impl Cuda {
     }
 
     /// Returns the function of a kernel, which is loaded at its first use.
-    fn function(&self, launch: &Launch) -> Result<Loaded<Function>, Error> {
+    fn function(&self, launch: &Launch<impl PassType>) -> Result<Loaded<Function>, Error> {
         let entry = launch.entry;
         let load = |ptx: &str| self.calls.load(self.queue, ptx, entry.name, entry.shared_bytes);
         self.context.functions.get(launch, || self.spec(), load)
     }
 
+    /// Loads the kernels of launches, and the lists that they read.
+    fn load(&self, launches: &[Launch<impl PassType>]) -> Result<(), Error> {
+        launches.iter().try_for_each(|launch| {
+            self.lists.of(self, launch)?.iter().for_each(|list| list.pin());
+            self.function(launch).map(drop)
+        })
+    }
+
     /// # Safety
     /// The contract of [`Backend::run`].
-    unsafe fn launch(&self, launch: &Launch, results: Results) -> Result<(), Error> {
+    unsafe fn launch_all<P: PassType>(&self, launches: &[Launch<P>], results: P::Results) -> Result<(), Error> {
+        // SAFETY: passed on to the caller.
+        let launch = |launch| unsafe { self.launch(launch, results) };
+        launches.iter().try_for_each(launch)
+    }
+
+    /// # Safety
+    /// The contract of [`Backend::run`].
+    unsafe fn launch<P: PassType>(&self, launch: &Launch<P>, results: P::Results) -> Result<(), Error> {
         let refused = |error| launch.error(self.spec(), error);
         let params = launch
             .params(results, |tile| self.calls.encode(tile))
-            .map_err(refused)?
-            .ok_or_else(|| launch.wrong_results(self.spec()))?;
+            .map_err(refused)?;
         // Held until the kernel is launched, so that no other call frees them before. A graph launches it again at any time.
         let lists = self.lists.of(self, launch)?;
         if !lists.is_empty()
@@ -235,7 +250,7 @@ impl Cuda {
             shared_bytes: launch.shared_bytes,
             cluster: 1,
         };
-        let params = [params.as_bytes(), &numbers];
+        let params = [params.bytes(), &numbers];
         let params = if numbers.is_empty() { &params[..1] } else { &params[..] };
         // SAFETY: the parameters are the plan's own, of the struct that the entry takes, and the numbers those that its text
         // reads; the addresses in them are valid, says the caller.
@@ -365,22 +380,26 @@ impl Backend for Cuda {
         unsafe { self.calls.zero(self.queue, address, bytes) }.map_err(|error| self.failed(error))
     }
 
-    unsafe fn run(&self, plan: &Plan, results: Results, _reporter: &Reporter<'_>) -> Result<(), Error> {
+    unsafe fn run(&self, run: Run<'_>, _reporter: &Reporter<'_>) -> Result<(), Error> {
         // SAFETY: passed on to the caller.
-        let launch = |launch| unsafe { self.launch(launch, results) };
-        plan.launches().iter().try_for_each(launch)
+        unsafe {
+            match run {
+                Run::Forward(plan, results) => self.launch_all(plan.launches(), results),
+                Run::Backward(plan, results) => self.launch_all(plan.launches(), results),
+            }
+        }
     }
 
-    unsafe fn move_tokens(&self, launch: &Launch) -> Result<(), Error> {
+    unsafe fn move_tokens(&self, launch: &Launch<Rotary>) -> Result<(), Error> {
         // SAFETY: passed on to the caller.
-        unsafe { self.launch(launch, Results::Moved) }
+        unsafe { self.launch(launch, ()) }
     }
 
-    fn prepare(&self, plan: &Plan) -> Result<(), Error> {
-        plan.launches().iter().try_for_each(|launch| {
-            self.lists.of(self, launch)?.iter().for_each(|list| list.pin());
-            self.function(launch).map(drop)
-        })
+    fn prepare(&self, plan: AnyPlan<'_>) -> Result<(), Error> {
+        match plan {
+            AnyPlan::Forward(plan) => self.load(plan.launches()),
+            AnyPlan::Backward(plan) => self.load(plan.launches()),
+        }
     }
 
     fn stream(&self) -> Option<*mut c_void> {

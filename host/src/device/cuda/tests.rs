@@ -9,7 +9,7 @@ use super::*;
 use crate::batch::NewKeys;
 use crate::options::Attention;
 use crate::output::{Gradients, Output};
-use crate::plan::TileMap;
+use crate::plan::{Plan, TileMap};
 use crate::rotary::Rotary;
 use crate::sequences::{KvCache, Sequences};
 use crate::tensor::Tensor;
@@ -150,8 +150,8 @@ fn tensors(device: &Device) -> ([Tensor<half::f16>; 4], Output<half::f16>, Gradi
     ([at(1), at(2), at(3), at(4)], output, gradients)
 }
 
-fn launches(plan: &Plan) -> Vec<String> {
-    let note = |launch: &Launch| format!("launch {:?} on {STREAM:#x}", launch.grid);
+fn launches<P: PassType>(plan: &Plan<P>) -> Vec<String> {
+    let note = |launch: &Launch<P>| format!("launch {:?} on {STREAM:#x}", launch.grid);
     plan.launches().iter().map(note).collect()
 }
 
@@ -164,7 +164,7 @@ fn calls_in_the_callers_memory_only_launch_and_on_the_foreign_stream() {
         for attention in [Attention::new().causal(), Attention::new().deterministic()] {
             let plan = attention.plan(&q, &k, &v).expect("valid");
             let backward = attention.plan_backward(&q, &k, &v, &output, &dout).expect("valid");
-            for plan in [&plan, &backward] {
+            for plan in [AnyPlan::from(&plan), AnyPlan::from(&backward)] {
                 device.prepare(plan).expect("the recorder loads everything");
             }
             let loaded = recorder.take();
@@ -194,13 +194,13 @@ fn batches_in_the_callers_memory_only_launch() {
     let output = |shape: &[usize], rows: &[usize]| Output::new(at(5, shape), foreign(&device, 6 << 24, rows));
     let workspace = |bytes: u64| foreign::<f32>(&device, 10 << 24, &[bytes as usize / 4]);
     let attention = Attention::new().causal();
-    let prepare = |plans: &[Plan]| {
-        let [plan] = plans else {
-            panic!("one plan for all sequences")
-        };
+    let prepared = |plan: AnyPlan<'_>| {
         device.prepare(plan).expect("the recorder loads everything");
         recorder.take();
-        (launches(plan), plan.workspace_bytes())
+        match plan {
+            AnyPlan::Forward(plan) => (launches(plan), plan.workspace_bytes()),
+            AnyPlan::Backward(plan) => (launches(plan), plan.workspace_bytes()),
+        }
     };
 
     let packed = [48, 2, 64];
@@ -208,7 +208,10 @@ fn batches_in_the_callers_memory_only_launch() {
     let sequences = Sequences::new(&[0, 30, 48], &[0, 30, 48]).expect("offsets grow");
     let mut of_packed = output(&packed, &[2, 48]);
     let plans = attention.plan_ragged(&q, &k, &v, &sequences).expect("valid");
-    let (expected, bytes) = prepare(&plans);
+    let [plan] = &plans[..] else {
+        panic!("one plan for all sequences")
+    };
+    let (expected, bytes) = prepared(plan.into());
     attention
         .forward_ragged_into(&q, &k, &v, &sequences, &mut of_packed, Some(&mut workspace(bytes)))
         .expect("valid");
@@ -217,7 +220,11 @@ fn batches_in_the_callers_memory_only_launch() {
 
     let mut gradients = Gradients::new(at(7, &packed), at(8, &packed), at(9, &packed));
     let plans = attention.plan_backward_ragged(&q, &k, &v, &of_packed, &dout, &sequences, &gradients);
-    let (expected, bytes) = prepare(&plans.expect("valid"));
+    let plans = plans.expect("valid");
+    let [plan] = &plans[..] else {
+        panic!("one plan for all sequences")
+    };
+    let (expected, bytes) = prepared(plan.into());
     let (gradients, own) = (&mut gradients, &mut workspace(bytes));
     attention
         .backward_ragged_into(&q, &k, &v, &of_packed, &dout, &sequences, gradients, Some(own))
@@ -229,7 +236,10 @@ fn batches_in_the_callers_memory_only_launch() {
     let (k, v, table) = (at(2, &shape), at(3, &shape), (0..300).collect::<Vec<i32>>());
     let cache = KvCache::paged([300, 16], &table, &[2400, 17]).expect("pages");
     let plans = attention.plan_cached(&q, &k, &v, &cache).expect("valid");
-    let (expected, bytes) = prepare(&plans);
+    let [plan] = &plans[..] else {
+        panic!("one plan for all sequences")
+    };
+    let (expected, bytes) = prepared(plan.into());
     let mut of_cached = output(&[2, 2, 1, 64], &[2, 2, 1]);
     attention
         .forward_cached_into(&q, &k, &v, &cache, &mut of_cached, Some(&mut workspace(bytes)))

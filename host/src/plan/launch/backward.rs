@@ -1,19 +1,150 @@
 //! Parameters of the backward kernels.
 
 use flash_attention_kernels::abi::{
-    BackwardParams, Exponents, ForwardRows, HopperBackwardParams, ListedBackwardParams, QuerySums, QuerySumsParams,
+    BackwardParams, Exponents, ForwardRows, HopperBackwardParams, ListedBackwardParams, Params, QuerySums,
+    QuerySumsParams, TensorMap,
 };
 use flash_attention_kernels::entries::{Entry, Pass};
 use flash_attention_kernels::shape::HOPPER_ROWS;
 
 use super::program::ScoreProgram;
-use super::{Launch, Parameters, UNKNOWN_MAP, count, grid, unknown_alignment, work_list};
+use super::workspace::{exponents_at, placed};
+use super::{Launch, Template, UNKNOWN_MAP, aligned, count, grid, unknown_alignment, work_list};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use super::{TableGradients, lists};
 use crate::error::Error;
 use crate::plan::lists::Owner;
+use crate::plan::pass::{Backward, BackwardResults};
 use crate::plan::tile_map::{self, TileMap};
 use crate::problem::{BackwardProblem, BackwardTensors};
 
-impl Launch {
+/// Parameters of a backward kernel, by the struct that it takes.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a launch holds one, and copies it once")]
+pub enum BackwardParameters {
+    /// Parameters of a portable kernel.
+    Portable(BackwardParams),
+    /// Parameters of a portable kernel for score programs and listed work.
+    Listed(ListedBackwardParams),
+    /// Parameters of Hopper's kernels, with the descriptions of their tensor maps.
+    Hopper(HopperBackwardParams, BackwardMaps),
+    /// Parameters of Hopper's preprocess and postprocess kernels.
+    QuerySums(QuerySumsParams),
+}
+
+/// Descriptions of the tensor maps of Hopper's backward kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardMaps {
+    /// Map of q.
+    pub q: TileMap,
+    /// Map of k.
+    pub k: TileMap,
+    /// Map of v.
+    pub v: TileMap,
+    /// Map of the gradient of the output.
+    pub dout: TileMap,
+    /// Map of the gradient of q.
+    pub dq: TileMap,
+    /// Map of the gradient of k.
+    pub dk: TileMap,
+    /// Map of the gradient of v.
+    pub dv: TileMap,
+}
+
+impl BackwardParameters {
+    /// Returns the parameter buffer.
+    pub fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Portable(params) => params.as_bytes(),
+            Self::Listed(params) => params.as_bytes(),
+            Self::Hopper(params, _) => params.as_bytes(),
+            Self::QuerySums(params) => params.as_bytes(),
+        }
+    }
+}
+
+impl Template<BackwardResults> for BackwardParameters {
+    fn placed<E>(
+        mut self,
+        results: &BackwardResults,
+        element_bytes: u64,
+        encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
+    ) -> Result<Self, E> {
+        match &mut self {
+            Self::Portable(params) => place_portable(params, results, element_bytes),
+            Self::Listed(params) => {
+                place_portable(&mut params.backward, results, element_bytes);
+                params.values.aligned = params.backward.layout.aligned;
+            }
+            Self::Hopper(params, maps) => place_hopper(params, maps, results, encode)?,
+            Self::QuerySums(params) => {
+                params.dq.address = results.dq;
+                params.sums = placed(params.sums, results.workspace);
+                params.layout.aligned = aligned(&[params.out, params.dout, params.dq], element_bytes);
+            }
+        }
+        Ok(self)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn bytes(&self) -> &[u8] {
+        self.as_bytes()
+    }
+
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn with_lists(mut self, addresses: &[u64]) -> Self {
+        if let (Self::Listed(params), [lists, ..]) = (&mut self, addresses) {
+            params.work = lists::placed(params.work, *lists);
+        }
+        self
+    }
+
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn tables(results: &BackwardResults) -> TableGradients {
+        results.tables
+    }
+}
+
+fn place_portable(params: &mut BackwardParams, results: &BackwardResults, element_bytes: u64) {
+    params.dq.address = results.dq;
+    params.dk.address = results.dk;
+    params.dv.address = results.dv;
+    params.exponents = exponents_at(params.exponents, results.workspace);
+    let inputs = [params.q, params.k, params.v, params.out, params.dout];
+    let gradients = [params.dq, params.dk, params.dv];
+    params.layout.aligned = aligned(&inputs, element_bytes) & aligned(&gradients, element_bytes);
+}
+
+fn place_hopper<E>(
+    params: &mut HopperBackwardParams,
+    maps: &mut BackwardMaps,
+    results: &BackwardResults,
+    encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
+) -> Result<(), E> {
+    maps.dq.address = results.dq;
+    maps.dk.address = results.dk;
+    maps.dv.address = results.dv;
+    params.q = encode(&maps.q)?;
+    params.k = encode(&maps.k)?;
+    params.v = encode(&maps.v)?;
+    params.dout = encode(&maps.dout)?;
+    params.dq = encode(&maps.dq)?;
+    params.dk = encode(&maps.dk)?;
+    params.dv = encode(&maps.dv)?;
+    params.sums = placed(params.sums, results.workspace);
+    Ok(())
+}
+
+impl Launch<Backward> {
+    /// Returns the workspace of the backward kernels for Hopper, as offsets.
+    pub(in crate::plan) fn kept_sums(&self) -> Option<&QuerySums> {
+        match &self.params {
+            BackwardParameters::Hopper(params, _) => Some(&params.sums),
+            BackwardParameters::QuerySums(params) => Some(&params.sums),
+            BackwardParameters::Portable(_) | BackwardParameters::Listed(_) => None,
+        }
+    }
+
     /// Makes a persistent launch like [`hopper_forward`](Self::hopper_forward) for a backward kernel between
     /// preprocess and postprocess.
     pub(in crate::plan) fn hopper_backward(
@@ -60,17 +191,17 @@ impl Launch {
         };
         let query = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), q_rows);
         let key = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), k_rows);
-        let maps = [
-            query(&problem.q(), q),
-            key(&problem.k(), k),
-            key(&problem.v(), v),
-            query(&tensors.dout, out),
-            query(&tensors.dq, q),
-            key(&tensors.dk, k),
-            key(&tensors.dv, v),
-        ];
+        let maps = BackwardMaps {
+            q: query(&problem.q(), q),
+            k: key(&problem.k(), k),
+            v: key(&problem.v(), v),
+            dout: query(&tensors.dout, out),
+            dq: query(&tensors.dq, q),
+            dk: key(&tensors.dk, k),
+            dv: key(&tensors.dv, v),
+        };
         let grid = [work.blocks, 1, 1];
-        Ok(Self::new(entry, grid, Parameters::HopperBackward(params, maps)))
+        Ok(Self::new(entry, grid, BackwardParameters::Hopper(params, maps)))
     }
 
     /// Makes the launch of Hopper's preprocess or postprocess kernel.
@@ -103,7 +234,7 @@ impl Launch {
             }),
             reserved: 0,
         };
-        Ok(Self::new(entry, grid, Parameters::QuerySums(params)))
+        Ok(Self::new(entry, grid, BackwardParameters::QuerySums(params)))
     }
 
     /// Makes the launch of a portable backward kernel.
@@ -162,12 +293,12 @@ impl Launch {
             _ => {
                 return Ok(Self {
                     program,
-                    ..Self::new(entry, grid, Parameters::Backward(params))
+                    ..Self::new(entry, grid, BackwardParameters::Portable(params))
                 });
             }
         };
         let Some(program) = program else {
-            return Ok(Self::new(entry, grid, Parameters::Backward(params)));
+            return Ok(Self::new(entry, grid, BackwardParameters::Portable(params)));
         };
         let listed = program.listed(problem, owner, entry)?;
         let params = ListedBackwardParams {
@@ -177,7 +308,7 @@ impl Launch {
             lists_of_block: listed.lists_of_block,
             reserved: 0,
         };
-        let launch = Self::new(entry, [listed.blocks, 1, 1], Parameters::ListedBackward(params));
+        let launch = Self::new(entry, [listed.blocks, 1, 1], BackwardParameters::Listed(params));
         Ok(Self {
             program: Some(program),
             listed: Some(listed),

@@ -2,26 +2,134 @@
 
 use std::num::NonZeroU32;
 
-use flash_attention_kernels::abi::{ForwardParams, HopperForwardParams, ListedForwardParams, PageTable, WorkLists};
+use flash_attention_kernels::abi::{
+    ForwardParams, HopperForwardParams, ListedForwardParams, PageTable, Params, TensorMap, WorkLists,
+};
 use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::shape::HOPPER_ROWS;
 use flash_attention_kernels::work::Divisor;
 
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use super::lists;
 use super::program::ScoreProgram;
-use super::{Launch, Parameters, UNKNOWN_MAP, count, grid, unknown_alignment, work_list};
+use super::{Launch, Template, UNKNOWN_MAP, aligned, count, grid, unknown_alignment, work_list};
 use crate::error::Error;
 use crate::plan::lists::Owner;
+use crate::plan::pass::ForwardResults;
 use crate::plan::tile_map::{self, TileMap};
 use crate::problem::{Problem, Scale};
 
+/// Parameters of a forward kernel, by the struct that it takes.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a launch holds one, and copies it once")]
+pub enum ForwardParameters {
+    /// Parameters of the portable kernel.
+    Portable(ForwardParams),
+    /// Parameters of the portable kernel for score programs and listed work, and of the one that combines splits.
+    Listed(ListedForwardParams),
+    /// Parameters of Hopper's kernel, with the descriptions of its tensor maps.
+    Hopper(HopperForwardParams, ForwardMaps),
+}
+
+/// Descriptions of the tensor maps of Hopper's forward kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardMaps {
+    /// Map of q.
+    pub q: TileMap,
+    /// Map of k.
+    pub k: TileMap,
+    /// Map of v.
+    pub v: TileMap,
+    /// Map of the output.
+    pub out: TileMap,
+}
+
+impl ForwardParameters {
+    /// Returns the parameter buffer.
+    pub fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Portable(params) => params.as_bytes(),
+            Self::Listed(params) => params.as_bytes(),
+            Self::Hopper(params, _) => params.as_bytes(),
+        }
+    }
+}
+
+impl Template<ForwardResults> for ForwardParameters {
+    fn placed<E>(
+        mut self,
+        results: &ForwardResults,
+        element_bytes: u64,
+        encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
+    ) -> Result<Self, E> {
+        match &mut self {
+            Self::Portable(params) => place_portable(params, results, element_bytes),
+            Self::Listed(params) => {
+                place_portable(&mut params.forward, results, element_bytes);
+                params.values.aligned = params.forward.layout.aligned;
+                params.partial = results.workspace;
+            }
+            Self::Hopper(params, maps) => place_hopper(params, maps, results, encode)?,
+        }
+        Ok(self)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn bytes(&self) -> &[u8] {
+        self.as_bytes()
+    }
+
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn with_lists(mut self, addresses: &[u64]) -> Self {
+        if let (Self::Listed(params), [lists, block_table @ ..]) = (&mut self, addresses) {
+            params.work = lists::placed(params.work, *lists);
+            params.pages.table = block_table.first().copied().unwrap_or(0);
+        }
+        self
+    }
+}
+
+fn place_portable(params: &mut ForwardParams, results: &ForwardResults, element_bytes: u64) {
+    params.out.address = results.out;
+    params.lse = results.lse;
+    [params.row_max, params.row_sum] = results.statistics.unwrap_or_default();
+    params.layout.aligned = aligned(&[params.q, params.k, params.v, params.out], element_bytes);
+}
+
+fn place_hopper<E>(
+    params: &mut HopperForwardParams,
+    maps: &mut ForwardMaps,
+    results: &ForwardResults,
+    encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
+) -> Result<(), E> {
+    maps.out.address = results.out;
+    params.q = encode(&maps.q)?;
+    params.k = encode(&maps.k)?;
+    params.v = encode(&maps.v)?;
+    params.out = encode(&maps.out)?;
+    params.lse = results.lse;
+    [params.row_max, params.row_sum] = results.statistics.unwrap_or_default();
+    Ok(())
+}
+
 impl Launch {
+    /// Returns the number of query heads that share a tile.
+    pub(in crate::plan) fn packed_heads(&self) -> u32 {
+        match &self.params {
+            ForwardParameters::Hopper(params, _) => 1 << params.packed_log2,
+            ForwardParameters::Listed(params) => params.packed.value,
+            ForwardParameters::Portable(_) => 1,
+        }
+    }
+
+    /// Makes the launch of a portable forward kernel.
     pub(in crate::plan) fn forward(problem: &Problem, entry: &'static Entry) -> Result<Self, Error> {
         let (grid, query_tiles) = grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?;
         let program = entry.program.then(|| ScoreProgram::forward_or_identity(problem));
         let is_plain = problem.program().is_none();
         let params = forward_params(problem, program.as_ref().filter(|_| !is_plain), query_tiles)?;
         let Some(program) = program else {
-            return Ok(Self::new(entry, grid, Parameters::Forward(params)));
+            return Ok(Self::new(entry, grid, ForwardParameters::Portable(params)));
         };
         let mut params = ListedForwardParams {
             causal: (is_plain && problem.causal()).into(),
@@ -38,7 +146,7 @@ impl Launch {
         Ok(Self {
             program: Some(program),
             listed,
-            ..Self::new(entry, grid, Parameters::Listed(params))
+            ..Self::new(entry, grid, ForwardParameters::Listed(params))
         })
     }
 
@@ -81,16 +189,16 @@ impl Launch {
         let [q, k, v, out] = tile_map::dims(problem);
         let query = |tensor, dims| TileMap::packed(tensor, dims, problem.dtype(), HOPPER_ROWS, packed);
         let key = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), entry.block_n);
-        let maps = [
-            query(&problem.q(), q),
-            key(&problem.k(), k),
-            key(&problem.v(), v),
-            query(&problem.out(), out),
-        ];
+        let maps = ForwardMaps {
+            q: query(&problem.q(), q),
+            k: key(&problem.k(), k),
+            v: key(&problem.v(), v),
+            out: query(&problem.out(), out),
+        };
         let grid = [work.blocks, 1, 1];
         Ok(Self {
             program,
-            ..Self::new(entry, grid, Parameters::HopperForward(params, maps))
+            ..Self::new(entry, grid, ForwardParameters::Hopper(params, maps))
         })
     }
 }

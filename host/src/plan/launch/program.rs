@@ -11,9 +11,11 @@ use super::count;
 use super::kept::Key;
 use super::lists::{Listed, Owned, Sequence};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
-use super::{Launch, Results, TableGradients};
+use super::{Launch, Template};
 use crate::error::Error;
 use crate::plan::lists::{Owner, TileLists};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use crate::plan::pass::PassType;
 use crate::problem::{BackwardProblem, Problem};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use crate::program::{self, Gradients, NodeId, NotSpliced, Slot};
@@ -212,7 +214,7 @@ pub(crate) struct ModuleText {
 }
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
-impl Launch {
+impl<P: PassType> Launch<P> {
     /// The key of the launch's module.
     pub(crate) fn module_key(&self) -> ModuleKey {
         ModuleKey {
@@ -250,11 +252,8 @@ impl Launch {
     }
 
     /// The kernel's second parameter, which holds the numbers of its score program; empty if it has none.
-    pub(crate) fn numbers(&self, slots: &[Slot], results: &Results) -> Vec<u8> {
-        let tables = match results {
-            Results::Moved | Results::Forward { .. } => TableGradients::default(),
-            Results::Backward { tables, .. } => *tables,
-        };
+    pub(crate) fn numbers(&self, slots: &[Slot], results: &P::Results) -> Vec<u8> {
+        let tables = P::Parameters::tables(results);
         let gradients = Gradients {
             tables: &tables.tables,
             sinks: tables.sinks,

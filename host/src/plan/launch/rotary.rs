@@ -2,15 +2,49 @@
 
 use std::sync::Arc;
 
-use flash_attention_kernels::abi::{RotaryParams, WorkLists};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use flash_attention_kernels::abi::Params;
+use flash_attention_kernels::abi::{RotaryParams, TensorMap, WorkLists};
 use flash_attention_kernels::entries::{self, Arch, Dtype, Pass};
 use flash_attention_kernels::work::TokenMove;
 
 use super::lists::{self, Listed};
-use super::{Launch, MAX_BLOCKS, Parameters};
+use super::{Launch, MAX_BLOCKS, Template};
 use crate::error::Error;
+use crate::plan::pass::PassType;
+use crate::plan::tile_map::TileMap;
 
-impl Launch {
+/// The moves of rows from one tensor to another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rotary;
+
+impl PassType for Rotary {
+    type Parameters = RotaryParams;
+    type Results = ();
+    const NAME: &'static str = "rotary";
+}
+
+impl Template<()> for RotaryParams {
+    fn placed<E>(self, _: &(), _: u64, _: impl Fn(&TileMap) -> Result<TensorMap, E>) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn bytes(&self) -> &[u8] {
+        self.as_bytes()
+    }
+
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn with_lists(mut self, addresses: &[u64]) -> Self {
+        if let [tokens, angles @ ..] = addresses {
+            self.tokens = *tokens;
+            self.angles = angles.first().copied().unwrap_or(0);
+        }
+        self
+    }
+}
+
+impl Launch<Rotary> {
     /// Makes the launch of a block for each of these tokens, of tensors and pairs that the parameters describe. Angles are those of
     /// [`RotaryParams::angles`], unless no pair is turned.
     ///
@@ -39,15 +73,12 @@ impl Launch {
         };
         Ok(Self {
             listed: Some(listed),
-            ..Self::new(entry, [blocks, 1, 1], Parameters::Rotary(params))
+            ..Self::new(entry, [blocks, 1, 1], params)
         })
     }
 
     /// The parameters of a launch of [`rotary`](Self::rotary), without the addresses of its lists.
-    pub(crate) fn rotary_params(&self) -> Option<&RotaryParams> {
-        match &self.params {
-            Parameters::Rotary(params) => Some(params),
-            _ => None,
-        }
+    pub(crate) fn rotary_params(&self) -> &RotaryParams {
+        &self.params
     }
 }

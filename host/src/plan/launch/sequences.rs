@@ -15,7 +15,7 @@ use flash_attention_kernels::work::{Divisor, SequenceRows, TileRun, TileWork};
 use super::forward::{forward_params, unlisted};
 use super::lists::{self, Listed};
 use super::program::ScoreProgram;
-use super::{Launch, MAX_BLOCKS, Parameters, count};
+use super::{ForwardParameters, Launch, MAX_BLOCKS, count};
 use crate::error::Error;
 use crate::plan::lists::{Owner, TileLists};
 use crate::problem::Problem;
@@ -108,7 +108,7 @@ impl OfSequences {
                 blocks,
                 streamed_rows,
             };
-            let params = Parameters::Listed(ListedForwardParams {
+            let params = ForwardParameters::Listed(ListedForwardParams {
                 work,
                 pages: content.pages,
                 ..params
@@ -116,7 +116,7 @@ impl OfSequences {
             Ok::<_, Error>(Launch {
                 program,
                 listed: Some(listed),
-                ..Launch::new(entry, [blocks, 1, 1], params)
+                ..<Launch>::new(entry, [blocks, 1, 1], params)
             })
         };
         let mut launches = vec![launch(

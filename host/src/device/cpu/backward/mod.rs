@@ -36,7 +36,7 @@ use super::kernels::{Kernels, MAX_LANES, Pairs, ROWS, SIDE};
 use super::nanoseconds;
 use super::team::{Lines, Team};
 use super::tensor::{Head, Visibility};
-use crate::plan::{Plan, TableGradients, Tiles};
+use crate::plan::{self, Plan, TableGradients, Tiles};
 use crate::problem::{BackwardTensors, Problem};
 use crate::progress::Reporter;
 use delta::make_deltas;
@@ -70,7 +70,7 @@ struct Backward<'a> {
 /// A backward pass to carry out: a plan, and where its results and its workspace are.
 #[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
-    pub(super) plan: &'a Plan,
+    pub(super) plan: &'a Plan<plan::Backward>,
     pub(super) tensors: BackwardTensors,
     /// Address of delta, f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub(super) delta: u64,

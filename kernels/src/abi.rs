@@ -463,6 +463,10 @@ macro_rules! params {
 #[cfg(feature = "study")]
 pub(crate) use params;
 
+mod fp8;
+
+pub use fp8::{FP8_SCALE_ROWS, Fp8ForwardParams, Scales};
+
 params!(ForwardParams);
 params!(ListedForwardParams);
 params!(BackwardParams);

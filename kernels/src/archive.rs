@@ -1,5 +1,5 @@
 //! The door through which compiled kernels are read: two compressed archives for each target in `kernels/ptx`, plain kernels and
-//! those for score programs, and one for the study.
+//! those for score programs, one for kernels over e4m3 inputs, and one for the study.
 //!
 //! An archive starts with a manifest in text, so that `head` shows it:
 //!
@@ -160,6 +160,7 @@ impl crate::entries::Entry {
     pub fn ptx(&self) -> String {
         use crate::entries::Arch;
         let archive: &[u8] = match (self.arch, self.program) {
+            _ if self.quantized => include_bytes!("../ptx/fp8_sm_90a.lzma"),
             (Arch::Sm80, false) => include_bytes!("../ptx/sm_80.lzma"),
             (Arch::Sm90a, false) => include_bytes!("../ptx/sm_90a.lzma"),
             (Arch::Sm80, true) => include_bytes!("../ptx/program_sm_80.lzma"),

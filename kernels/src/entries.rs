@@ -93,6 +93,8 @@ pub struct Entry<P = Pass> {
     pub causal: bool,
     /// True if it has the markers of score programs. The program has the mask then.
     pub program: bool,
+    /// True if q, k and v are e4m3 with scales; the dtype is that of out.
+    pub quantized: bool,
     /// Widest head it serves.
     pub head_dim: u32,
     /// Number of queries of a tile. A block owns one such tile, or in `BackwardKeys` streams them.
@@ -134,6 +136,7 @@ impl<P> Entry<P> {
             dtype: self.dtype,
             causal: self.causal,
             program: self.program,
+            quantized: self.quantized,
             head_dim: self.head_dim,
             block_m: self.block_m,
             block_n: self.block_n,
@@ -178,6 +181,7 @@ macro_rules! entry {
             dtype: Dtype::$dtype,
             causal: $causal,
             program: false,
+            quantized: false,
             head_dim: <$shape>::HEAD_DIM,
             block_m: if matches!(Pass::$pass, Pass::BackwardKeys) {
                 <$shape>::COLUMNS
@@ -216,6 +220,7 @@ const fn delta_entry(name: &'static str, dtype: Dtype) -> Entry {
         dtype,
         causal: false,
         program: false,
+        quantized: false,
         head_dim: 256,
         block_m: DELTA_ROWS,
         block_n: 0,
@@ -258,6 +263,7 @@ macro_rules! hopper_entry {
             dtype: Dtype::$dtype,
             causal: $causal,
             program: false,
+            quantized: false,
             head_dim: <$shape>::HEAD_DIM,
             block_m: hopper_entry!(m $pass $shape),
             block_n: hopper_entry!(n $pass $shape),
@@ -278,7 +284,10 @@ macro_rules! hopper_entry {
 }
 
 /// Compiles one kernel of the table for Hopper, whose parameters hold tensor maps: copies want their address.
-#[cfg(all(target_arch = "nvptx64", any(feature = "sm_90a", feature = "program_sm_90a")))]
+#[cfg(all(
+    target_arch = "nvptx64",
+    any(feature = "sm_90a", feature = "program_sm_90a", feature = "fp8_sm_90a")
+))]
 macro_rules! hopper_kernel {
     ($name:expr, $module:ident::$kind:ident::$function:ident, $params:ident, $($argument:tt)*) => {
         const _: () = {
@@ -334,19 +343,12 @@ macro_rules! entries {
                 hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, causal_shape!($hopper_shape $(| $causal_shape)?), true),
             )*
             $(Entry {
-                name: $sums,
                 pass: Pass::$sums_pass,
                 arch: Arch::Sm90a,
-                dtype: Dtype::$sums_dtype,
-                causal: false,
-                program: false,
-                head_dim: 256,
                 block_m: if $sums_bytes == 0 { DELTA_ROWS } else { HOPPER_ROWS },
-                block_n: 0,
                 threads: 128,
-                min_blocks: 8,
                 shared_bytes: $sums_bytes,
-                two_walks: false,
+                ..delta_entry($sums, Dtype::$sums_dtype)
             },)*
         ];
         $(
@@ -486,6 +488,8 @@ entries! {
     }
 }
 
+mod fp8;
 mod programs;
 
+pub use fp8::{FP8_ENTRIES, find_fp8};
 pub use programs::PROGRAM_ENTRIES;

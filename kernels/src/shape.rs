@@ -9,6 +9,7 @@
 //! Shared memory per block stays within 99 KiB, the least of all GPUs from sm_80 on (sm_86, sm_89 and sm_120; A100
 //! has 163 KiB, H100 227 KiB), so that the portable kernels run on all of them.
 
+mod fp8;
 mod latent;
 
 use crate::element::F16;
@@ -16,6 +17,7 @@ use crate::tile::swizzle;
 #[cfg(target_arch = "nvptx64")]
 use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
+pub use fp8::*;
 pub use latent::LatentD576;
 
 /// Largest shared memory of a block on every GPU from sm_80 on, in bytes.

@@ -46,12 +46,23 @@ const LIMITS: &[Limit] = &[
     Limit(Arch::Sm80, Pass::BackwardKeys, 256, [9716, 2336]),
 ];
 
+/// Limits of the forward kernels over e4m3 inputs, by head_dim.
+#[rustfmt::skip]
+const FP8_LIMITS: &[(u32, [u32; 2])] = &[
+    (64, [455, 220]),
+    (96, [444, 227]),
+    (128, [452, 236]),
+    (192, [479, 206]),
+    (256, [587, 265]),
+];
+
 /// Returns the products of one warpgroup's step that a Hopper kernel must have, computed from its tiles, in units of
-/// 64 rows and depth 16. There is one number for each main loop, and none for a kernel without products.
+/// 64 rows and depth 16, or 32 of e4m3. There is one number for each main loop, and none for a kernel without products.
 ///
 /// ptxas 13 neither rotates nor unrolls these loops, so each appears in the code as one loop with exactly its step.
 fn products_of_step(entry: &Row) -> Vec<u32> {
-    let (head_dim, queries, keys) = (entry.head_dim / 16, entry.block_m / 16, entry.block_n / 16);
+    let depth = if entry.quantized { 32 } else { 16 };
+    let (head_dim, queries, keys) = (entry.head_dim / depth, entry.block_m / depth, entry.block_n / depth);
     match entry.pass {
         // Q K^T along head_dim, P V along keys.
         Some(Pass::Forward) => vec![head_dim + keys],
@@ -121,9 +132,12 @@ pub fn fault(entry: &Row, loops: &[Loop]) -> Option<String> {
         return None;
     }
     let key = (entry.arch, entry.pass?, entry.head_dim);
-    let limit = LIMITS.iter().find(|limit| (limit.0, limit.1, limit.2) == key);
+    let limit = match entry.quantized {
+        true => FP8_LIMITS.iter().find(|limit| limit.0 == key.2).map(|limit| limit.1),
+        false => (LIMITS.iter().find(|limit| (limit.0, limit.1, limit.2) == key)).map(|limit| limit.3),
+    };
     match limit {
-        Some(limit) => over(for_scores(entry, &steps), limit.3),
+        Some(limit) => over(for_scores(entry, &steps), limit),
         None => Some("has no limit in xtask/src/limits.rs".to_owned()),
     }
 }
@@ -177,6 +191,7 @@ mod tests {
         assert_eq!(steps("hopper_backward_queries_f16_d256"), (vec![16], vec![24]));
         assert_eq!(steps("hopper_backward_keys_f16_d256"), (vec![12, 8], vec![20, 12]));
         assert_eq!(steps("hopper_backward_all_f16_d64"), (vec![24], vec![32]));
+        assert_eq!(steps("hopper_forward_fp8_f16_d64"), (vec![6], vec![8]));
     }
 
     #[test]

@@ -28,7 +28,7 @@ Usage: cargo xtask <TASK>
   ptx                   compile kernels/ to kernels/ptx, one compressed archive for each target and for the study
   ptx --check           compile afresh and fail if a committed kernel differs
   ptx --show NAME       print the committed PTX of one kernel
-  ptx --only TABLE      compile one archive alone (sm_80, sm_90a, program_sm_80, program_sm_90a, study), while you develop
+  ptx --only TABLE      compile one archive alone (sm_80, sm_90a, program_sm_80, program_sm_90a, fp8_sm_90a, study), while you develop
   sass                  assemble every kernel with ptxas; print registers, spills and what main loops take; fail on a warning,
                         on a spill or a stack frame that is not listed, on a loop above its limit, and on stale results; then the
                         same of a fixed set of score programs, spliced into kernels

@@ -30,8 +30,8 @@ struct Kernel {
 impl Kernel {
     fn of(kernel: &Assembled) -> Self {
         let entry = &kernel.entry;
-        // bf16 kernels have the same loops as f16 kernels.
-        let replayed = entry.arch == Arch::Sm90a && entry.dtype == Dtype::F16;
+        // bf16 kernels have the same loops as f16 kernels. Nothing replays those over e4m3 inputs.
+        let replayed = entry.arch == Arch::Sm90a && entry.dtype == Dtype::F16 && !entry.quantized;
         let loops = Loops::of(&kernel.loops);
         let record = |loops: Vec<_>| loops.into_iter().map(|found| Recorded::of(found, replayed)).collect();
         Self {
@@ -89,7 +89,7 @@ fn against_peers(assembled: &[Assembled], target: &str) -> String {
     let of = |pass: Pass, head_dim: u32, causal: bool| {
         assembled.iter().find(|kernel| {
             let entry = &kernel.entry;
-            (kernel.target, entry.dtype) == (target, Dtype::F16)
+            (kernel.target, entry.dtype, entry.quantized) == (target, Dtype::F16, false)
                 && (entry.pass, entry.head_dim, entry.causal) == (Some(pass), head_dim, causal)
         })
     };

@@ -1,6 +1,6 @@
 //! Tables of the kernels to compile: one for each archive, with one target each.
 
-use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, PROGRAM_ENTRIES, Pass};
+use flash_attention_kernels::entries::{Arch, ENTRIES, Entry, FP8_ENTRIES, PROGRAM_ENTRIES, Pass};
 use flash_attention_kernels::study::KERNELS;
 
 /// A compiled kernel of any table; kernels of the traffic study have no pass.
@@ -16,8 +16,8 @@ pub struct Table {
     pub rows: Vec<Row>,
 }
 
-/// Returns the tables: for each target its plain kernels and its kernels for score programs, and that of the traffic
-/// study.
+/// Returns the tables: for each target its plain kernels and its kernels for score programs, those over e4m3 inputs, and that of the
+/// traffic study.
 pub fn tables() -> Vec<Table> {
     let of_arch = |name, entries: &[Entry], arch| Table {
         name,
@@ -41,5 +41,6 @@ pub fn tables() -> Vec<Table> {
         arch: Arch::Sm80,
         rows: KERNELS.iter().map(|kernel| kernel.with_pass(None)).collect(),
     };
-    product.chain([study]).collect()
+    let fp8 = of_arch("fp8_sm_90a", FP8_ENTRIES, Arch::Sm90a);
+    product.chain([fp8, study]).collect()
 }

@@ -16,8 +16,9 @@ impl Attention {
     /// `out` in f16 or bf16.
     ///
     /// Shapes are those of [`forward`](Self::forward), where v has the head_dim of k: any multiple of 8 up to 256, on a GPU any
-    /// multiple of 16. There is no backward pass. The CPU multiplies the dequantised numbers in f32; `docs/numbers.md` has the
-    /// errors. No kernel for GPUs is compiled yet.
+    /// multiple of 16. There is no backward pass. The CPU multiplies the dequantised numbers in f32. Hopper (compute capability
+    /// 9.0) multiplies codes, for which it rounds weights to e4m3 too; it takes a positive scale, and rows at multiples of 16
+    /// bytes. `docs/numbers.md` has the errors.
     ///
     /// # Errors
     /// The errors of [`Problem::of_quantized`] and [`Plan::new`], before anything is allocated; then [`Error::OutOfMemory`] and

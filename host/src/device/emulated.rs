@@ -14,6 +14,7 @@ use ptx_emulator::{Counters, DeviceMemory, DevicePtr, Finding, MemoryError, Modu
 use super::lists::Lists;
 use super::modules::{Loaded, Modules};
 use super::{Backend, Device, DeviceKind, Run};
+use crate::element::DataType;
 use crate::error::Error;
 use crate::plan::{Backward, BackwardResults, ForwardResults, Launch, PassType, Plan, Rotary, Template, TileMap};
 use crate::problem::Problem;
@@ -342,9 +343,12 @@ impl Backend for Emulated {
 /// Encodes a tensor map as the emulator reads it.
 fn encode(tile: &TileMap) -> Result<TensorMap, TensorMapError> {
     let element = match tile.dtype {
-        Dtype::F32 => ElementType::F32,
-        Dtype::F16 => ElementType::F16,
-        Dtype::Bf16 => ElementType::Bf16,
+        DataType::F32 => ElementType::F32,
+        DataType::F16 => ElementType::F16,
+        DataType::Bf16 => ElementType::Bf16,
+        DataType::F8E4M3 => ElementType::U8,
+        DataType::I32 => ElementType::S32,
+        DataType::U32 => ElementType::U32,
     };
     let map = tensor_map::TensorMap::tiled(&Tiled {
         element,

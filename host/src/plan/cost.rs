@@ -47,7 +47,7 @@ impl Cost {
         let packs = heads / u128::from(tiles.packed_heads);
         let seqlen_q = u128::from(problem.seqlen_q());
         let [head_dim, head_dim_v] = head_dims(problem);
-        let row = head_dim * problem.input_bytes() as u128;
+        let row = head_dim * problem.input_type().bytes() as u128;
         let out_row = head_dim_v * problem.dtype().bytes() as u128;
         let pair = pair_bytes(problem, launches);
         let listed = launches.first().and_then(Launch::streamed_rows);
@@ -200,7 +200,7 @@ fn head_dims(problem: &Problem) -> [u128; 2] {
 
 /// Returns the bytes of a row of q and k, and of v and out.
 fn row_bytes(problem: &Problem) -> [u128; 2] {
-    head_dims(problem).map(|head_dim| head_dim * problem.input_bytes() as u128)
+    head_dims(problem).map(|head_dim| head_dim * problem.input_type().bytes() as u128)
 }
 
 /// Returns the bytes that these launches of a forward pass load for a key and its value.

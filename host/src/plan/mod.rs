@@ -9,6 +9,7 @@ mod display;
 mod launch;
 mod lists;
 mod pass;
+mod quantized;
 mod tile_map;
 
 use std::sync::Arc;
@@ -77,14 +78,12 @@ impl Plan {
                 let cost = Cost::forward(problem, tiles, &[], statistics_written(problem));
                 (tiles, Vec::new(), 0, cost)
             }
-            DeviceInfo::Gpu { compute_capability, .. } if problem.scales().is_some() => {
-                return Err(no_fp8_kernel(problem, compute_capability));
-            }
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
-                match problem.placed() {
-                    Some(placed) => forward_of_sequences(problem, placed, device, multiprocessors)?,
-                    None => forward_of_rectangle(problem, device, multiprocessors)?,
+                match (problem.placed(), problem.scales()) {
+                    (_, Some(scales)) => quantized::forward(problem, scales, device, multiprocessors)?,
+                    (Some(placed), None) => forward_of_sequences(problem, placed, device, multiprocessors)?,
+                    (None, None) => forward_of_rectangle(problem, device, multiprocessors)?,
                 }
             }
         };
@@ -237,7 +236,12 @@ fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors:
     // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
     let hopper = problem.has_pairs()
         && (problem.softmax_scale() > 0.0 || problem.program().is_some())
-        && tile_map::fit(problem, &[problem.q(), problem.out()], &[problem.k(), problem.v()]);
+        && tile_map::fit(
+            problem,
+            problem.input_type(),
+            &[problem.q(), problem.out()],
+            &[problem.k(), problem.v()],
+        );
     let mut entry = choose(problem, Pass::Forward, device, hopper)?;
     let sparse = match entry.arch {
         Arch::Sm90a => sparse_launch(problem, device)?,
@@ -260,19 +264,6 @@ fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors:
     let tiles = Tiles::of_launches(entry, &launches);
     let cost = Cost::forward(problem, tiles, &launches, statistics_written(problem));
     Ok((tiles, launches, 0, cost))
-}
-
-/// The error of a GPU without FP8 kernels.
-fn no_fp8_kernel(problem: &Problem, (major, minor): (u32, u32)) -> Error {
-    Error::NoKernel {
-        device: format!("a GPU of compute capability {major}.{minor}"),
-        wanted: format!(
-            "Forward attention, f8e4m3 to {}, head_dim {}",
-            problem.dtype().name(),
-            HeadDims(problem)
-        ),
-        reason: "quantised inputs run on the CPU alone".to_owned(),
-    }
 }
 
 /// Plans the forward pass over a batch of placed sequences on a GPU.
@@ -360,7 +351,12 @@ fn backward_launches(
     }
     let BackwardTensors { dout, dq, dk, dv, .. } = *problem.tensors();
     let hopper = forward.placed().is_none()
-        && tile_map::fit(forward, &[forward.q(), dout, dq], &[forward.k(), forward.v(), dk, dv]);
+        && tile_map::fit(
+            forward,
+            forward.input_type(),
+            &[forward.q(), dout, dq],
+            &[forward.k(), forward.v(), dk, dv],
+        );
     let choose = |pass| choose(forward, pass, device, hopper);
     let first = choose(Pass::BackwardDelta)?;
     if first.arch == Arch::Sm80 {
@@ -427,21 +423,12 @@ impl Tiles {
 fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool) -> Result<&'static Entry, Error> {
     let DeviceInfo::Gpu {
         compute_capability: (major, minor),
-        shared_bytes_per_block,
         ..
     } = *device
     else {
         unreachable!("the CPU runs native code, which is not chosen")
     };
-    let refuse = |reason: String| Error::NoKernel {
-        device: format!("a GPU of compute capability {major}.{minor}"),
-        wanted: format!(
-            "{pass:?} attention, {}, head_dim {}",
-            problem.dtype().name(),
-            HeadDims(problem)
-        ),
-        reason,
-    };
+    let refuse = |reason| no_kernel(problem, pass, device, reason);
     if (major, minor) < MIN_COMPUTE_CAPABILITY {
         let (major, minor) = MIN_COMPUTE_CAPABILITY;
         return Err(refuse(format!(
@@ -481,11 +468,41 @@ fn choose(problem: &Problem, pass: Pass, device: &DeviceInfo, suits_hopper: bool
     let entry = hopper
         .or_else(portable)
         .ok_or_else(|| refuse("none is compiled for this dtype and head_dim".to_owned()))?;
-    if entry.shared_bytes > shared_bytes_per_block {
-        let needed = entry.shared_bytes;
-        return Err(refuse(format!(
-            "a block needs {needed} bytes of shared memory, the device grants {shared_bytes_per_block}"
-        )));
+    fits_device(problem, entry, device)
+}
+
+/// Returns a chosen kernel, if a block's shared memory is granted.
+fn fits_device(problem: &Problem, entry: &'static Entry, device: &DeviceInfo) -> Result<&'static Entry, Error> {
+    match *device {
+        DeviceInfo::Gpu {
+            shared_bytes_per_block: granted,
+            ..
+        } if entry.shared_bytes > granted => {
+            let needed = entry.shared_bytes;
+            let reason = format!("a block needs {needed} bytes of shared memory, the device grants {granted}");
+            Err(no_kernel(problem, entry.pass, device, reason))
+        }
+        _ => Ok(entry),
     }
-    Ok(entry)
+}
+
+/// The error of a problem that no kernel of a device serves.
+fn no_kernel(problem: &Problem, pass: Pass, device: &DeviceInfo, reason: String) -> Error {
+    let device = match *device {
+        DeviceInfo::Gpu {
+            compute_capability: (major, minor),
+            ..
+        } => format!("a GPU of compute capability {major}.{minor}"),
+        DeviceInfo::Cpu { .. } => "the CPU".to_owned(),
+    };
+    let quantized = if problem.scales().is_some() { "f8e4m3 to " } else { "" };
+    Error::NoKernel {
+        device,
+        wanted: format!(
+            "{pass:?} attention, {quantized}{}, head_dim {}",
+            problem.dtype().name(),
+            HeadDims(problem)
+        ),
+        reason,
+    }
 }

@@ -3,8 +3,7 @@
 use super::check::{Named, agree, check_contiguous, check_rank_of};
 use super::*;
 
-/// Number of rows of q, k or v that share a scale if each head has more than one.
-pub const FP8_SCALE_ROWS: u32 = 64;
+pub use flash_attention_kernels::abi::FP8_SCALE_ROWS;
 
 /// Number that head_dim of quantised inputs must be a multiple of on a GPU: 16 bytes, one copy instruction.
 pub(super) const FP8_HEAD_DIM_MULTIPLE: usize = 16;
@@ -106,11 +105,11 @@ impl Problem {
         self.scales
     }
 
-    /// Returns the bytes of an element of q, k and v.
-    pub fn input_bytes(&self) -> usize {
+    /// Returns the element type of q, k and v.
+    pub fn input_type(&self) -> DataType {
         match self.scales {
-            Some(_) => DataType::F8E4M3.bytes(),
-            None => self.dtype.bytes(),
+            Some(_) => DataType::F8E4M3,
+            None => self.dtype.into(),
         }
     }
 }

@@ -12,6 +12,7 @@ const fn latent_entry(name: &'static str, dtype: Dtype) -> Entry {
         dtype,
         causal: false,
         program: true,
+        quantized: false,
         head_dim: Shape::HEAD_DIM,
         block_m: Shape::ROWS,
         block_n: Shape::COLUMNS,

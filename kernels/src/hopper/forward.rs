@@ -114,7 +114,11 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
 
 /// Returns the blocks of keys that a tile's queries see.
 #[inline(always)]
-fn key_blocks<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, mask: &Mask<CAUSAL>, work: &Work) -> Blocks {
+pub(super) fn key_blocks<S: HopperShape, const CAUSAL: bool>(
+    p: &HopperForwardParams,
+    mask: &Mask<CAUSAL>,
+    work: &Work,
+) -> Blocks {
     let first = work.first_row >> p.packed_log2;
     let last = (work.first_row + work.rows(p.seqlen_q << p.packed_log2) - 1) >> p.packed_log2;
     mask.key_blocks(first, last - first + 1, S::BLOCK_N)
@@ -122,7 +126,7 @@ fn key_blocks<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, mask:
 
 /// Returns the corner of the queries of warpgroup `group`, and of their output.
 #[inline(always)]
-fn corner(p: &HopperForwardParams, work: &Work, group: u32) -> Corner {
+pub(super) fn corner(p: &HopperForwardParams, work: &Work, group: u32) -> Corner {
     let corner = work.corner(p.heads, group);
     Corner {
         row: corner.row >> p.packed_log2,
@@ -131,20 +135,20 @@ fn corner(p: &HopperForwardParams, work: &Work, group: u32) -> Corner {
 }
 
 /// One warpgroup that computes.
-struct Consumer<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> {
+pub(super) struct Consumer<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> {
     p: &'a HopperForwardParams,
-    mask: Mask<CAUSAL>,
-    shared: Shared<S>,
+    pub(super) mask: Mask<CAUSAL>,
+    pub(super) shared: Shared<S>,
     /// Index of this consumer.
-    group: u32,
-    queries: Cursor<1>,
-    keys: Cursor<HOPPER_SLOTS>,
-    values: Cursor<HOPPER_SLOTS>,
+    pub(super) group: u32,
+    pub(super) queries: Cursor<1>,
+    pub(super) keys: Cursor<HOPPER_SLOTS>,
+    pub(super) values: Cursor<HOPPER_SLOTS>,
 }
 
 impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S, CAUSAL, PROGRAM> {
     #[inline(always)]
-    fn new(p: &'a HopperForwardParams, shared: Shared<S>) -> Self {
+    pub(super) fn new(p: &'a HopperForwardParams, shared: Shared<S>) -> Self {
         Self {
             p,
             mask: Mask::new(p.seqlen_q, p.seqlen_k),
@@ -349,7 +353,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
 
     /// Minus infinity for the keys of block `n` that a query does not see.
     #[inline(always)]
-    fn hide(&self, work: &Work, n: u32, scores: &mut S::Scores) {
+    pub(super) fn hide(&self, work: &Work, n: u32, scores: &mut S::Scores) {
         let (first_row, first_key) = (self.first_row(work), n * S::BLOCK_N);
         let span = |row| self.mask.keys_of(self.query(first_row + row));
         scores.hide(first_key, span, f32::NEG_INFINITY);
@@ -392,6 +396,26 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
                 }
             }
         }
+        // SAFETY: the caller's contract.
+        unsafe {
+            let out = maps + offset_of!(HopperForwardParams, out) as u64;
+            self.store(work, output, [lse, row_max, row_sum], out, cleaned);
+        }
+    }
+
+    /// Stores the output, by the map `out` through the shared memory that held the queries, and statistics: lse, row_max and row_sum.
+    ///
+    /// # Safety
+    /// Each warp awaited the warpgroup's products with these queries. If values were `cleaned`, the warpgroup has read its flag.
+    #[inline(always)]
+    pub(super) unsafe fn store(
+        &self,
+        work: &Work,
+        output: S::Output,
+        [lse, row_max, row_sum]: [<S::Scores as Accumulator>::Rows; 3],
+        out: u64,
+        cleaned: bool,
+    ) {
         let staging = self.shared.query(self.group);
         // SAFETY (whole body): each warp awaited the warpgroup's products with these queries before it arrives at the
         // first barrier; lse holds an f32 for each query.
@@ -401,10 +425,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
             tma::fence_async();
             self.sync_group();
             if sreg::thread_idx_x() % WARPGROUP == 0 {
-                staging.store(
-                    maps + offset_of!(HopperForwardParams, out) as u64,
-                    corner(self.p, work, self.group),
-                );
+                staging.store(out, corner(self.p, work, self.group));
                 if cleaned {
                     memory::st_shared_word(self.shared.cleaned(self.group), 0);
                 }
@@ -439,19 +460,19 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
 
     /// Returns the query of row `row` of a head.
     #[inline(always)]
-    fn query(&self, row: u32) -> u32 {
+    pub(super) fn query(&self, row: u32) -> u32 {
         row >> self.p.packed_log2
     }
 
     /// Returns the first row of this warp.
     #[inline(always)]
-    fn first_row(&self, work: &Work) -> u32 {
+    pub(super) fn first_row(&self, work: &Work) -> u32 {
         work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
     }
 
     /// Releases the tile of keys and advances to the next.
     #[inline(always)]
-    unsafe fn release_key(&mut self) {
+    pub(super) unsafe fn release_key(&mut self) {
         // SAFETY: the reasons given in `consume`.
         unsafe { self.release(self.shared.key_slots(), self.keys.slot) };
         self.keys.advance();
@@ -459,7 +480,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
 
     /// Releases the tile of values and advances to the next.
     #[inline(always)]
-    unsafe fn release_value(&mut self) {
+    pub(super) unsafe fn release_value(&mut self) {
         // SAFETY: the reasons given in `consume`.
         unsafe { self.release(self.shared.value_slots(), self.values.slot) };
         self.values.advance();
@@ -476,7 +497,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
 
     /// Waits until the warpgroup before this one has issued its products.
     #[inline(always)]
-    fn take_turn(&self) {
+    pub(super) fn take_turn(&self) {
         if S::TAKES_TURNS {
             // SAFETY: a whole warpgroup waits and a whole warpgroup arrives; the ring is started by `consume`, which also
             // takes the last turn that was passed.
@@ -486,7 +507,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
 
     /// Lets the next warpgroup issue its products.
     #[inline(always)]
-    fn pass_turn(&self) {
+    pub(super) fn pass_turn(&self) {
         let next = if self.group + 1 == S::CONSUMERS {
             0
         } else {
@@ -510,7 +531,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
 impl<S: HopperShape> Shared<S> {
     /// Returns the queries of warpgroup `group`, which its output replaces later.
     #[inline(always)]
-    fn query(self, group: u32) -> Panels {
+    pub(super) fn query(self, group: u32) -> Panels {
         Panels::new(self.base + group * S::QUERY_BYTES, HOPPER_ROWS, S::HEAD_DIM)
     }
 
@@ -534,13 +555,13 @@ impl<S: HopperShape> Shared<S> {
 
     /// Returns the pipeline of the queries.
     #[inline(always)]
-    fn query_slots(self) -> Slots {
+    pub(super) fn query_slots(self) -> Slots {
         Slots::new(self.base + S::TILES_BYTES)
     }
 
     /// Returns the pipeline of the keys.
     #[inline(always)]
-    fn key_slots(self) -> Slots {
+    pub(super) fn key_slots(self) -> Slots {
         Slots::new(self.base + S::TILES_BYTES + Slots::BYTES)
     }
 
@@ -552,7 +573,7 @@ impl<S: HopperShape> Shared<S> {
 
     /// Returns the pipeline of the values.
     #[inline(always)]
-    fn value_slots(self) -> Slots {
+    pub(super) fn value_slots(self) -> Slots {
         Slots::new(self.base + S::TILES_BYTES + (1 + HOPPER_SLOTS) * Slots::BYTES)
     }
 }

@@ -8,6 +8,7 @@
 
 pub mod backward;
 pub mod forward;
+pub mod fp8;
 mod work;
 
 use crate::ptx::{sreg, sync};

@@ -148,6 +148,15 @@ impl<const SLOTS: u32> Cursor<SLOTS> {
 }
 
 impl Cursor<2> {
+    /// Returns the state after this many advances.
+    #[inline(always)]
+    pub fn after(advances: u32) -> Self {
+        Self {
+            slot: advances & 1,
+            parity: advances >> 1 & 1,
+        }
+    }
+
     /// Returns the state of a one-slot pipeline that advances in step with this one.
     #[inline(always)]
     pub fn of_single(self) -> Cursor<1> {

@@ -116,6 +116,20 @@ pub unsafe fn st_shared_u16(address: u32, value: u16) {
     unsafe { asm!("st.shared.b16 [{p}], {v};", p = in(reg32) address, v = in(reg16) value, options(nostack)) }
 }
 
+/// `ld.global.u8` — one byte.
+///
+/// # Safety
+/// `address` is readable.
+#[inline(always)]
+pub unsafe fn ld_global_u8(address: u64) -> u32 {
+    let value;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.global.u8 {v}, [{p}];", v = out(reg32) value, p = in(reg64) address, options(nostack, readonly));
+    }
+    value
+}
+
 macro_rules! global_access {
     ($load:ident, $store:ident, $type:ident, $class:ident, $space_type:literal) => {
         #[doc = concat!("`ld.global.", $space_type, "`.\n\n# Safety\n`address` is readable and aligned to the access.")]

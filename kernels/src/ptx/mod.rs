@@ -5,6 +5,7 @@
 //! never `pure`: rustc does not mark inline assembly `convergent`, so a pure one could be sunk into a divergent
 //! branch.
 
+pub mod codes;
 pub mod copy;
 pub mod math;
 pub mod matrix;

@@ -6,6 +6,7 @@
 
 use crate::element::{Bf16, F16};
 use core::arch::asm;
+pub use e4m3::CodeMma;
 
 /// Accumulators of m64nNk16 as a lane holds them: four for each 8 columns, as in m16n8.
 pub trait WarpgroupMma<T>: Sized {
@@ -52,6 +53,8 @@ macro_rules! four {
         ", {}, {}, {}, {}"
     };
 }
+
+mod e4m3;
 
 macro_rules! wgmma {
     ($columns:literal: $($j:literal)*) => {

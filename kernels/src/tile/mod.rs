@@ -2,12 +2,14 @@
 //!
 //! [`fragment`] maps lanes to elements, and [`swizzle`] maps chunks to their place in shared memory; both are plain
 //! arithmetic, compiled and tested on the host. `global` and `shared` are tiles in memory. `register` defines the
-//! operations on a tile in registers, `fragments` implements them on the tensor cores, `lanes` by plain FMA. `panels`
-//! and `warpgroup` are for Hopper, whose warpgroups multiply from shared memory.
+//! operations on a tile in registers, `fragments` implements them on the tensor cores, `lanes` by plain FMA. `panels`,
+//! `warpgroup` and `codes` are for Hopper, whose warpgroups multiply from shared memory.
 
 pub mod fragment;
 pub mod swizzle;
 
+#[cfg(target_arch = "nvptx64")]
+pub mod codes;
 #[cfg(target_arch = "nvptx64")]
 pub mod element;
 #[cfg(target_arch = "nvptx64")]

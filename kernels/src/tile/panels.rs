@@ -155,6 +155,22 @@ impl Panels {
         }
     }
 
+    /// Starts to fill a tile of bytes, whose columns are pairs of them, from `corner` on; `barrier` counts the bytes of all panels.
+    ///
+    /// # Safety
+    /// The box of `map` is `rows` x 128 bytes; the contract of [`tma::load`]. One thread calls it.
+    #[inline(always)]
+    pub unsafe fn load_bytes(self, map: u64, corner: Corner, barrier: u32) {
+        for index in 0..self.panels() {
+            let corner = Corner {
+                column: corner.column + index * ROW_BYTES,
+                ..corner
+            };
+            // SAFETY: the caller's contract.
+            unsafe { tma::load(self.panel(index).base, map, corner, barrier) }
+        }
+    }
+
     /// Starts to store the tile from `corner` on.
     ///
     /// # Safety

@@ -11,7 +11,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use flash_attention_kernels::entries::ENTRIES;
+use flash_attention_kernels::entries::{ENTRIES, FP8_ENTRIES};
 use flash_attention_tests::files::workspace;
 use flash_attention_tests::gpu::{Gpu, loads, loads_arch};
 use flash_attention_tests::micro::Micro;
@@ -51,7 +51,7 @@ fn compile(part: usize, parts: usize) -> Result<(), String> {
     let gpu = Gpu::open(0)?;
     let (mut compiled, mut left, mut failures, start) = (0, 0, Vec::new(), Instant::now());
     let mut slowest = (Duration::ZERO, "");
-    for entry in ENTRIES.iter().skip(part).step_by(parts) {
+    for entry in ENTRIES.iter().chain(FP8_ENTRIES).skip(part).step_by(parts) {
         if !loads_arch(entry.arch, gpu.capability) {
             left += 1;
             continue;

@@ -230,3 +230,32 @@ fn portable_kernels_have_no_fp8() {
         assert_error!(device, error, Error::NoKernel { .. }, "f8e4m3", "f16", "head_dim 64");
     }
 }
+
+#[test]
+fn what_the_kernels_for_hopper_refuse() {
+    for device in devices().all().filter(|device| device.kind() != DeviceKind::Cpu) {
+        let x = quantized(device, SHAPE);
+        let refused = |attention: Attention, x: &Quantized, reason: &str| {
+            let error = attention.plan_fp8::<f16>(x, x, x).expect_err("no such kernel");
+            assert_error!(device, error, Error::NoKernel { .. }, "f8e4m3", "f16", reason);
+        };
+        if !fp8_devices().any(|other| other.to_string() == device.to_string()) {
+            refused(Attention::new(), &x, "sm_90a");
+            continue;
+        }
+        for scale in [0.0, -0.5] {
+            refused(Attention::new().softmax_scale(scale), &x, "positive softmax_scale");
+        }
+        let ones = Codes::new(SHAPE, &vec![1.0; SHAPE.iter().product()], true);
+        for gap in [2, 8, 30] {
+            refused(
+                Attention::new(),
+                &ones.place(device, false, gap),
+                "16-byte aligned rows",
+            );
+        }
+        assert!(Attention::new().plan_fp8::<f16>(&x, &x, &x).is_ok());
+        let forced = Attention::new().arch(Arch::Sm90a).plan_fp8::<f16>(&x, &x, &x);
+        assert!(forced.is_ok(), "{device}");
+    }
+}

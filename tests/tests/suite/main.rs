@@ -16,6 +16,7 @@ mod forward;
 mod fp8;
 mod fp8_accuracy;
 mod fp8_errors;
+mod fp8_kernels;
 mod gpus;
 mod house;
 mod into;

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use flash_attention_kernels::abi::{
-    BackwardParams, ForwardParams, HopperBackwardParams, HopperForwardParams, ListedBackwardParams,
+    BackwardParams, ForwardParams, Fp8ForwardParams, HopperBackwardParams, HopperForwardParams, ListedBackwardParams,
     ListedForwardParams, QuerySumsParams, RotaryParams,
 };
 use flash_attention_kernels::archive::Archive;
 use flash_attention_kernels::element::F16;
-use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, PROGRAM_ENTRIES, Pass};
+use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, FP8_ENTRIES, PROGRAM_ENTRIES, Pass};
 use flash_attention_kernels::program::{Kind, Layout, Marker, Tile};
 use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, LatentD576, PORTABLE_SHARED_BYTES, TileSizes as _};
 use flash_attention_kernels::study::{self, StandardParams};
@@ -42,7 +42,8 @@ impl Kernel {
 
 /// All compiled kernels, including those of the traffic study, inflated once for all tests.
 static KERNELS: LazyLock<Vec<Kernel>> = LazyLock::new(|| {
-    let product = ENTRIES.iter().chain(PROGRAM_ENTRIES).map(|entry| Kernel {
+    let product = ENTRIES.iter().chain(PROGRAM_ENTRIES).chain(FP8_ENTRIES);
+    let product = product.map(|entry| Kernel {
         entry: entry.with_pass(Some(entry.pass)),
         ptx: entry.ptx(),
     });
@@ -137,7 +138,7 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
 }
 
 /// Tests the products of Hopper kernels, by warpgroups. Forward issues Q K^T before the loop, P V after it, and both
-/// in it; a causal mask has a loop of its own.
+/// in it; a causal mask has a loop of its own. Those of e4m3 are twice as deep, and have both operands in rows along k.
 #[test]
 fn warpgroup_products_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm90a) {
@@ -164,12 +165,15 @@ fn warpgroup_products_are_those_of_the_tiles() {
             .instructions()
             .filter(|line| line.contains("wgmma.mma_async"))
             .collect();
-        let dtype = entry.dtype.name();
-        let shape = |n: u32| format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} ");
+        let (k, dtype) = match entry.quantized {
+            true => (32, "e4m3"),
+            false => (16, entry.dtype.name()),
+        };
+        let shape = |n: u32| format!("wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{dtype}.{dtype} ");
         let count = |n: u32| products.iter().filter(|line| line.contains(&shape(n))).count() as u32;
         let expected = [
-            (streamed, loops * along_rows * entry.head_dim / 16),
-            (entry.head_dim, loops * down_rows * streamed / 16),
+            (streamed, loops * along_rows * entry.head_dim / k),
+            (entry.head_dim, loops * down_rows * streamed / k),
             (64, dq),
         ];
         assert_eq!(
@@ -187,6 +191,22 @@ fn warpgroup_products_are_those_of_the_tiles() {
             "{}",
             entry.name
         );
+    }
+}
+
+/// Tests that values of e4m3 are transposed by pairs: as many matrices are read as written, those of a tile of values once for tiles
+/// without hidden pairs and, under a causal mask, once for the others.
+#[test]
+fn values_of_codes_are_transposed_once() {
+    for entry in KERNELS.iter().filter(|entry| entry.quantized) {
+        let count = |words: &str| entry.instructions().filter(|line| line.contains(words)).count() as u32;
+        let of_warp = entry.block_n * entry.head_dim / 4 / (16 * 32);
+        let bodies = 1 + u32::from(entry.causal);
+        let read = count("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16");
+        assert_eq!(read, bodies * of_warp, "{}", entry.name);
+        // The output is stored by the same instruction, 16 columns at a time.
+        let written = count("stmatrix.sync.aligned.m8n8.x4.shared.b16");
+        assert_eq!(written, read + entry.head_dim / 16, "{}", entry.name);
     }
 }
 
@@ -230,6 +250,7 @@ fn the_header_is_the_table() {
         let hopper = entry.arch == Arch::Sm90a;
         let bytes = match entry.pass {
             None if entry.name.starts_with("standard_") => size_of::<StandardParams>(),
+            Some(Pass::Forward) if entry.quantized => size_of::<Fp8ForwardParams>(),
             Some(Pass::Forward) if hopper => size_of::<HopperForwardParams>(),
             Some(Pass::Forward) if entry.program => size_of::<ListedForwardParams>(),
             Some(Pass::Combine) => size_of::<ListedForwardParams>(),
@@ -291,9 +312,11 @@ fn files_and_table_are_the_same_set() {
         Arch::Sm80 => ("program_sm_80", entry.name),
         Arch::Sm90a => ("program_sm_90a", entry.name),
     });
+    let fp8 = FP8_ENTRIES.iter().map(|entry| ("fp8_sm_90a", entry.name));
     let study = study::KERNELS.iter().map(|kernel| ("study", kernel.name));
     let table = product
         .chain(programs)
+        .chain(fp8)
         .chain(study)
         .map(|(archive, name)| (archive.to_owned(), name.to_owned()));
     let table: BTreeSet<_> = table.collect();
@@ -302,7 +325,7 @@ fn files_and_table_are_the_same_set() {
     let names: BTreeSet<_> = table.iter().map(|(_, name)| name).collect();
     assert_eq!(
         names.len(),
-        ENTRIES.len() + PROGRAM_ENTRIES.len() + study::KERNELS.len(),
+        ENTRIES.len() + PROGRAM_ENTRIES.len() + FP8_ENTRIES.len() + study::KERNELS.len(),
         "two entries of one name"
     );
 }

@@ -3,10 +3,10 @@
 
 use std::ffi::c_void;
 
+use crate::element::DataType;
 use cudarc::driver::result::{self, mem_pool};
 use cudarc::driver::sys;
 use flash_attention_kernels::abi::TensorMap;
-use flash_attention_kernels::entries::Dtype;
 
 use super::driver::{self, DriverError, Geometry, Tiled, failed};
 use crate::plan::TileMap;
@@ -186,9 +186,12 @@ impl Calls for CudaCalls {
     fn encode(&self, tile: &TileMap) -> Result<TensorMap, DriverError> {
         driver::encode(&Tiled {
             element: match tile.dtype {
-                Dtype::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                DataType::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                DataType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                DataType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                DataType::F8E4M3 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                DataType::I32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_INT32,
+                DataType::U32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT32,
             },
             address: tile.address,
             dims: &tile.dims,

@@ -189,8 +189,8 @@ impl Launch<Backward> {
         } else {
             (HOPPER_ROWS, entry.block_n)
         };
-        let query = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), q_rows);
-        let key = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), k_rows);
+        let query = |tensor, dims| TileMap::new(tensor, dims, problem.input_type(), q_rows);
+        let key = |tensor, dims| TileMap::new(tensor, dims, problem.input_type(), k_rows);
         let maps = BackwardMaps {
             q: query(&problem.q(), q),
             k: key(&problem.k(), k),

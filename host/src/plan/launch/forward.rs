@@ -3,7 +3,8 @@
 use std::num::NonZeroU32;
 
 use flash_attention_kernels::abi::{
-    ForwardParams, HopperForwardParams, ListedForwardParams, PageTable, Params, TensorMap, WorkLists,
+    ForwardParams, Fp8ForwardParams, HopperForwardParams, ListedForwardParams, PageTable, Params, Scales, TensorMap,
+    WorkLists,
 };
 use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::shape::HOPPER_ROWS;
@@ -17,7 +18,7 @@ use crate::error::Error;
 use crate::plan::lists::Owner;
 use crate::plan::pass::ForwardResults;
 use crate::plan::tile_map::{self, TileMap};
-use crate::problem::{Problem, Scale};
+use crate::problem::{Problem, Scale, ScaleBlocks};
 
 /// Parameters of a forward kernel, by the struct that it takes.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +30,8 @@ pub enum ForwardParameters {
     Listed(ListedForwardParams),
     /// Parameters of Hopper's kernel, with the descriptions of its tensor maps.
     Hopper(HopperForwardParams, ForwardMaps),
+    /// Parameters of Hopper's kernel over e4m3 inputs, with the descriptions of its tensor maps.
+    Fp8(Fp8ForwardParams, ForwardMaps),
 }
 
 /// Descriptions of the tensor maps of Hopper's forward kernel.
@@ -51,6 +54,7 @@ impl ForwardParameters {
             Self::Portable(params) => params.as_bytes(),
             Self::Listed(params) => params.as_bytes(),
             Self::Hopper(params, _) => params.as_bytes(),
+            Self::Fp8(params, _) => params.as_bytes(),
         }
     }
 }
@@ -70,6 +74,7 @@ impl Template<ForwardResults> for ForwardParameters {
                 params.partial = results.workspace;
             }
             Self::Hopper(params, maps) => place_hopper(params, maps, results, encode)?,
+            Self::Fp8(params, maps) => place_hopper(&mut params.forward, maps, results, encode)?,
         }
         Ok(self)
     }
@@ -117,6 +122,7 @@ impl Launch {
     pub(in crate::plan) fn packed_heads(&self) -> u32 {
         match &self.params {
             ForwardParameters::Hopper(params, _) => 1 << params.packed_log2,
+            ForwardParameters::Fp8(params, _) => 1 << params.forward.packed_log2,
             ForwardParameters::Listed(params) => params.packed.value,
             ForwardParameters::Portable(_) => 1,
         }
@@ -158,49 +164,83 @@ impl Launch {
         multiprocessors: u32,
     ) -> Result<Self, Error> {
         let program = ScoreProgram::forward(problem);
-        let packed = if program.is_some() {
-            1
-        } else {
-            packed_heads(problem, entry)
-        };
-        let heads = problem.heads_q() / packed as usize;
-        let rows = problem.seqlen_q() * packed;
-        let work = work_list(grid(problem.batch(), heads, rows, entry.block_m)?, multiprocessors);
-        let heads_per_kv = count(heads / problem.heads_kv())?;
-        let params = HopperForwardParams {
-            q: UNKNOWN_MAP,
-            k: UNKNOWN_MAP,
-            v: UNKNOWN_MAP,
-            out: UNKNOWN_MAP,
-            lse: 0,
-            row_max: 0,
-            row_sum: 0,
-            values: problem.v(),
-            layout: unknown_alignment(problem.head_dim_v()),
-            heads: count(heads)?,
-            heads_per_kv,
-            seqlen_q: problem.seqlen_q(),
-            seqlen_k: problem.seqlen_k(),
-            work,
-            scale_log2: (program.as_ref()).map_or(problem.scale().magnitude_log2, ScoreProgram::scale_log2),
-            packed_log2: packed.ilog2(),
-            reserved: [0; 7],
-        };
-        let [q, k, v, out] = tile_map::dims(problem);
-        let query = |tensor, dims| TileMap::packed(tensor, dims, problem.dtype(), HOPPER_ROWS, packed);
-        let key = |tensor, dims| TileMap::new(tensor, dims, problem.dtype(), entry.block_n);
-        let maps = ForwardMaps {
-            q: query(&problem.q(), q),
-            k: key(&problem.k(), k),
-            v: key(&problem.v(), v),
-            out: query(&problem.out(), out),
-        };
-        let grid = [work.blocks, 1, 1];
+        let (params, maps) = hopper_params(problem, entry, program.as_ref(), multiprocessors)?;
+        let grid = [params.work.blocks, 1, 1];
         Ok(Self {
             program,
             ..Self::new(entry, grid, ForwardParameters::Hopper(params, maps))
         })
     }
+
+    /// Makes the launch of Hopper's forward kernel over e4m3 inputs with these scales of q, k and v.
+    pub(in crate::plan) fn fp8_forward(
+        problem: &Problem,
+        entry: &'static Entry,
+        scales: [ScaleBlocks; 3],
+        multiprocessors: u32,
+    ) -> Result<Self, Error> {
+        let (forward, maps) = hopper_params(problem, entry, None, multiprocessors)?;
+        let grid = [forward.work.blocks, 1, 1];
+        let [q, k, v] = scales.map(|ScaleBlocks { address, blocks }| Scales {
+            address,
+            blocks,
+            reserved: 0,
+        });
+        let params = Fp8ForwardParams {
+            forward,
+            q,
+            k,
+            v,
+            reserved: [0; 4],
+        };
+        Ok(Self::new(entry, grid, ForwardParameters::Fp8(params, maps)))
+    }
+}
+
+/// The parameters of Hopper's forward kernels, and their tensor maps.
+fn hopper_params(
+    problem: &Problem,
+    entry: &Entry,
+    program: Option<&ScoreProgram>,
+    multiprocessors: u32,
+) -> Result<(HopperForwardParams, ForwardMaps), Error> {
+    let packed = match program {
+        Some(_) => 1,
+        None => packed_heads(problem, entry),
+    };
+    let heads = problem.heads_q() / packed as usize;
+    let rows = problem.seqlen_q() * packed;
+    let params = HopperForwardParams {
+        q: UNKNOWN_MAP,
+        k: UNKNOWN_MAP,
+        v: UNKNOWN_MAP,
+        out: UNKNOWN_MAP,
+        lse: 0,
+        row_max: 0,
+        row_sum: 0,
+        values: problem.v(),
+        layout: unknown_alignment(problem.head_dim_v()),
+        heads: count(heads)?,
+        heads_per_kv: count(heads / problem.heads_kv())?,
+        seqlen_q: problem.seqlen_q(),
+        seqlen_k: problem.seqlen_k(),
+        work: work_list(grid(problem.batch(), heads, rows, entry.block_m)?, multiprocessors),
+        scale_log2: program.map_or(problem.scale().magnitude_log2, ScoreProgram::scale_log2),
+        packed_log2: packed.ilog2(),
+        reserved: [0; 7],
+    };
+    let [q, k, v, out] = tile_map::dims(problem);
+    let (inputs, results) = (problem.input_type(), problem.dtype().into());
+    let query = |tensor, dims, dtype| TileMap::packed(&tensor, dims, dtype, HOPPER_ROWS, packed);
+    let key = |tensor, dims| TileMap::new(&tensor, dims, inputs, entry.block_n);
+    let q = query(problem.q(), q, inputs);
+    // Without keys no map of them is used, and none could describe them.
+    let [k, v] = match problem.has_keys() {
+        true => [key(problem.k(), k), key(problem.v(), v)],
+        false => [q; 2],
+    };
+    let out = query(problem.out(), out, results);
+    Ok((params, ForwardMaps { q, k, v, out }))
 }
 
 /// Tensors and sizes of a problem, and its scale unless its program has it.

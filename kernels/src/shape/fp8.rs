@@ -1,0 +1,103 @@
+//! Compiled tile shapes of the forward kernel for Hopper over e4m3 inputs. `T` is the type of out.
+
+use super::*;
+use crate::abi::FP8_SCALE_ROWS;
+#[cfg(target_arch = "nvptx64")]
+use crate::tile::codes::{CodeOutput, CodeScores};
+
+/// Columns of a head's row of codes in shared memory: whole panels of 128 bytes.
+pub const fn code_columns(head_dim: u32) -> u32 {
+    head_dim.next_multiple_of(128)
+}
+
+/// Size of what the kernel keeps beside its tiles, in bytes: the barriers of the slots for loaded values; of each slot for keys their
+/// scales, and of each slot for transposed values a word of each warp of the producer.
+pub const FP8_NOTES_BYTES: u32 = HOPPER_SLOTS * (16 + 16 + 16);
+
+/// A shape of the kernel over codes: its products.
+///
+/// [`QUERY_BYTES`](HopperShape::QUERY_BYTES) is the size of the output of one warpgroup, which replaces its queries.
+#[cfg(target_arch = "nvptx64")]
+pub trait CodeShape:
+    HopperShape<Scores = <Self as CodeShape>::OfCodes, Output = <Self as CodeShape>::OutputOfCodes>
+{
+    /// Size of the queries of one warpgroup, in bytes.
+    const QUERY_CODES_BYTES: u32 = HOPPER_ROWS * code_columns(Self::HEAD_DIM);
+    /// Number of blocks of a tile of keys that have a scale each.
+    const BLOCKS: usize = (Self::BLOCK_N / FP8_SCALE_ROWS) as usize;
+
+    /// [`HopperShape::Scores`].
+    type OfCodes: WarpgroupScores + CodeScores;
+    /// [`HopperShape::Output`].
+    type OutputOfCodes: WarpgroupOutput<<Self::OfCodes as ScoreTile>::Operand, Rows = <Self::OfCodes as Accumulator>::Rows>
+        + CodeOutput<<Self::OfCodes as CodeScores>::Codes>;
+}
+
+macro_rules! code_shape {
+    ($name:ident: $columns:literal keys, head_dim $d:literal, consumers $consumers:literal, registers $few:literal and $many:literal) => {
+        #[doc = concat!($columns, " keys a tile, head_dim ", $d, ", e4m3 to f16 or bf16, wgmma.")]
+        pub struct $name<T>(PhantomData<T>);
+
+        #[cfg(target_arch = "nvptx64")]
+        impl<T: crate::ptx::matrix::Half> HopperShape for $name<T>
+        where
+            [[f32; 4]; $columns / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+            [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+        {
+            code_shape!(numbers $columns, $d, $consumers, $few, $many);
+            type Element = T;
+            type Scores = Fragments<T, 1, { $columns / 8 }>;
+            type Output = Fragments<T, 1, { $d / 8 }>;
+        }
+
+        #[cfg(target_arch = "nvptx64")]
+        impl<T: crate::ptx::matrix::Half> CodeShape for $name<T>
+        where
+            [[f32; 4]; $columns / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+            [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
+        {
+            type OfCodes = Fragments<T, 1, { $columns / 8 }>;
+            type OutputOfCodes = Fragments<T, 1, { $d / 8 }>;
+        }
+
+        #[cfg(not(target_arch = "nvptx64"))]
+        impl<T> HopperShape for $name<T> {
+            code_shape!(numbers $columns, $d, $consumers, $few, $many);
+        }
+
+        const _: () = {
+            type Shape = $name<F16>;
+            // A tile has one block of scales or two; its transposed values fill rows of 128 bytes, alone or with the other slot.
+            assert!($columns == FP8_SCALE_ROWS || $columns == 2 * FP8_SCALE_ROWS);
+            // The producer transposes squares of 16 keys and 32 columns.
+            assert!($d % 32 == 0 && $consumers <= MAX_CONSUMERS);
+            assert!(HOPPER_ROWS * code_columns($d) <= <Shape as HopperShape>::QUERY_BYTES);
+            // Every panel must start at the start of a swizzle pattern.
+            assert!(<Shape as HopperShape>::QUERY_BYTES % 1024 == 0 && $d * 128 % 1024 == 0);
+            assert!(<Shape as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
+            assert!($few + $consumers * $many <= ($consumers + 1) * (REGISTERS / 128 / ($consumers + 1) / 8 * 8));
+            assert!($few % 8 == 0 && $many % 8 == 0);
+        };
+    };
+    (numbers $columns:literal, $d:literal, $consumers:literal, $few:literal, $many:literal) => {
+        const HEAD_DIM: u32 = $d;
+        const BLOCK_N: u32 = $columns;
+        const CONSUMERS: u32 = $consumers;
+        const PRODUCER_REGISTERS: u32 = $few;
+        const CONSUMER_REGISTERS: u32 = $many;
+        /// Size of a tile of keys, or of values as they are loaded, in bytes.
+        const TILE_BYTES: u32 = $columns * code_columns($d);
+        /// The queries; slots of keys, of loaded values, and of transposed values; and notes.
+        const TILES_BYTES: u32 = Self::CONSUMERS * Self::QUERY_BYTES
+            + HOPPER_SLOTS * (2 * Self::TILE_BYTES + $d * $columns)
+            + FP8_NOTES_BYTES;
+    };
+}
+
+// A lane holds scores, their codes and the output: (5/8 block_n + 1/2 head_dim) registers and some 40 more. The transposed values of 128
+// keys have rows of 128 bytes; at 256 those of 64 keys, of which two slots share rows.
+code_shape!(CodesD64: 128 keys, head_dim 64, consumers 3, registers 32 and 160);
+code_shape!(CodesD96: 128 keys, head_dim 96, consumers 2, registers 40 and 232);
+code_shape!(CodesD128: 128 keys, head_dim 128, consumers 2, registers 40 and 232);
+code_shape!(CodesD192: 128 keys, head_dim 192, consumers 2, registers 40 and 232);
+code_shape!(CodesD256: 64 keys, head_dim 256, consumers 2, registers 40 and 232);

@@ -13,7 +13,7 @@ pub enum FindingKind {
     OutOfBounds,
     /// An address that is not a multiple of the alignment that the instruction needs.
     Misaligned,
-    /// An access to memory that was freed.
+    /// An access to memory that was freed, or to the shared memory of a block that has ended.
     UseAfterFree,
     /// A branch, an address, an operand or a stored result that depends on bytes that were never written.
     Uninitialized,

@@ -112,8 +112,12 @@ impl<'m> Cluster<'m> {
                 readable.then_some(Target::Param { at })
             }
         };
-        if found.is_none() {
-            self.outside(warp, instr, access, space, offset)?;
+        match found {
+            None => self.outside(warp, instr, access, space, offset)?,
+            Some(Target::Shared { cta, .. }) if cta != warp.cta && self.ctas[cta].live_threads == 0 => {
+                self.ended(warp, instr, access, cta);
+            }
+            Some(_) => {}
         }
         Ok(found)
     }
@@ -126,6 +130,19 @@ impl<'m> Cluster<'m> {
         let shared = &self.ctas.get(cta)?.shared;
         let inside = at as u64 >= self.ctx.shared_start && at.checked_add(bytes).is_some_and(|end| end <= shared.len());
         inside.then_some(Target::Shared { cta, at })
+    }
+
+    /// Makes a finding of an access to the shared memory of another block, all of whose threads have ended.
+    #[cold]
+    fn ended(&mut self, warp: &Warp, instr: &Instr, access: Access, cta: usize) {
+        let (actor, block) = (self.actor(warp), self.block_name(cta));
+        let place = (Some(access.lane), Some(access.address));
+        self.report(FindingKind::UseAfterFree, instr.line, actor, place, || {
+            format!(
+                "access to {} bytes of the shared memory of block {block} after its threads ended",
+                access.bytes
+            )
+        });
     }
 
     #[cold]

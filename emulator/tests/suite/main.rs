@@ -2,6 +2,7 @@
 
 mod checks;
 mod checks_async;
+mod checks_cluster;
 mod checks_undefined;
 mod common;
 mod launches;

@@ -11,7 +11,7 @@ use std::path::Path;
 use format::{Element, Map, Micro};
 use ptx_emulator::tensor::swizzle::Swizzle;
 use ptx_emulator::tensor::tensor_map::{ElementType, Fill, Interleave, L2Promotion, TensorMap, Tiled};
-use ptx_emulator::{DeviceMemory, Launch, Module, Options};
+use ptx_emulator::{Counters, DeviceMemory, Launch, Module, Options};
 
 /// Converts a tensor map to the emulator's.
 fn tensor_map(map: &Map, address: u64) -> Result<[u8; format::MAP_BYTES], String> {
@@ -42,8 +42,8 @@ fn bytes(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Runs the kernel; an error tells how it differs from the values in its header.
-fn run(micro: &Micro, seed: u64) -> Result<(), String> {
+/// Runs the kernel; returns the words that it wrote, and what the emulator counted.
+fn run(micro: &Micro, seed: u64) -> Result<(Vec<u32>, Counters), String> {
     let module = Module::parse(&micro.text, &micro.name).map_err(|e| e.to_string())?;
     let memory = DeviceMemory::new();
     let input = memory.alloc(4 * micro.input.len()).expect("memory");
@@ -75,19 +75,36 @@ fn run(micro: &Micro, seed: u64) -> Result<(), String> {
     let mut got = vec![0; 4 * micro.output.len()];
     memory.read(output, &mut got).expect("a copy");
     let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-    let got: Vec<u32> = got.chunks_exact(4).map(word).collect();
-    match micro.compare(&got)? {
+    Ok((got.chunks_exact(4).map(word).collect(), report.counters))
+}
+
+/// Runs the kernel; an error tells how it differs from the values in its header.
+fn check(micro: &Micro, seed: u64) -> Result<(), String> {
+    match micro.compare(&run(micro, seed)?.0)? {
         0 => Ok(()),
         near => Err(format!("{near} words are near, not equal")),
     }
 }
 
+fn micros() -> Vec<Micro> {
+    Micro::read_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/ptx")).expect("headers")
+}
+
+/// The tensor copy of 128 bytes goes to both blocks; the other copies are within the cluster.
+#[test]
+fn a_multicast_reads_once() {
+    let micros = micros();
+    let micro = micros.iter().find(|micro| micro.name.contains("cluster_copy"));
+    let (_, counters) = run(micro.expect("in the folder"), 0).expect("clean");
+    assert_eq!(counters.global_read_bytes, 128);
+}
+
 #[test]
 fn every_family_gives_the_expected_words_under_every_seed() {
-    let micros = Micro::read_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/ptx")).expect("headers");
+    let micros = micros();
     assert!(micros.len() >= 68, "only {} kernels", micros.len());
     let failed = |micro: &Micro| {
-        let (seed, error) = (0..16).find_map(|seed| run(micro, seed).err().map(|e| (seed, e)))?;
+        let (seed, error) = (0..16).find_map(|seed| check(micro, seed).err().map(|e| (seed, e)))?;
         Some(format!("{} seed {seed}: {error}", micro.name))
     };
     let failures: Vec<String> = micros.iter().filter_map(failed).collect();

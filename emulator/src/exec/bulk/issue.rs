@@ -230,38 +230,36 @@ impl<'m> Cluster<'m> {
             let ty = reduction_ty(map.element());
             pending.reduction = Some(Reduction { op: *op, ty });
         }
-        for tile in self.receivers(warp, lane, multicast, tile) {
-            let rank = tile & !window::OFFSET_MASK;
-            let start = (tile & window::OFFSET_MASK) as u32;
-            let pieces = match map.pieces(&coordinates, start) {
-                Ok(pieces) => pieces,
-                Err(error) => return Err(self.fault(warp, instr.line, error.to_string())),
-            };
-            for piece in pieces {
-                let bytes = piece.bytes as usize;
-                let at = rank | u64::from(piece.shared);
-                if !load && piece.global.is_none() {
-                    continue;
+        let receivers = self.receivers(warp, lane, multicast, tile);
+        let start = (tile & window::OFFSET_MASK) as u32;
+        let pieces = match map.pieces(&coordinates, start) {
+            Ok(pieces) => pieces,
+            Err(error) => return Err(self.fault(warp, instr.line, error.to_string())),
+        };
+        for piece in pieces.into_iter().filter(|piece| load || piece.global.is_some()) {
+            let bytes = piece.bytes as usize;
+            // A multicast reads once for all receivers.
+            let far = match piece.global {
+                Some(address) => {
+                    let far = Access {
+                        align: 1,
+                        ..access_of(lane, address, Space::Global, bytes, !load)
+                    };
+                    match self.end(warp, instr, far, place)? {
+                        Some(end) => end,
+                        None => return Ok(()),
+                    }
                 }
+                None => End::Fill(map.fill()),
+            };
+            for tile in &receivers {
+                let at = tile & !window::OFFSET_MASK | u64::from(piece.shared);
                 let near = Access {
                     align: 1,
                     ..access_of(lane, at, shared.space, bytes, load)
                 };
                 let Some(near) = self.end(warp, instr, near, place)? else {
                     return Ok(());
-                };
-                let far = match piece.global {
-                    Some(address) => {
-                        let far = Access {
-                            align: 1,
-                            ..access_of(lane, address, Space::Global, bytes, !load)
-                        };
-                        match self.end(warp, instr, far, place)? {
-                            Some(end) => end,
-                            None => return Ok(()),
-                        }
-                    }
-                    None => End::Fill(map.fill()),
                 };
                 let (from, to) = if load { (far, near) } else { (near, far) };
                 pending.pieces.push(Piece { from, to, bytes });

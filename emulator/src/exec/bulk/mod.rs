@@ -236,6 +236,7 @@ impl<'m> Cluster<'m> {
 
     fn land_bulk(&mut self, done: Pending) {
         let mut done = done;
+        self.refuse_ended(&done);
         let mut read = std::mem::take(&mut done.read).into_iter();
         for piece in &done.pieces {
             let bytes = read.next().unwrap_or_else(|| self.fetch(piece.from, piece.bytes));
@@ -245,6 +246,21 @@ impl<'m> Cluster<'m> {
             self.complete_tx(done.actor, done.line, *object, *bytes, &done.known);
         }
         self.progress += 1;
+    }
+
+    /// Makes a finding of an operation that lands in a block all of whose threads have ended.
+    fn refuse_ended(&mut self, done: &Pending) {
+        let ended = done.pieces.iter().find_map(|piece| match piece.to {
+            End::Shared(cta, at) if self.ctas[cta].live_threads == 0 => Some((cta, at)),
+            _ => None,
+        });
+        if let Some((cta, at)) = ended {
+            let block = self.block_name(cta);
+            let place = (None, Some(at as u64));
+            self.report(FindingKind::UseAfterFree, done.line, done.actor, place, || {
+                format!("lands in the shared memory of block {block} after its threads ended")
+            });
+        }
     }
 
     fn fetch(&self, from: End, bytes: usize) -> Fetched {

@@ -13,7 +13,7 @@ pub fn module(target: &str, body: &str) -> Module {
     let text = format!(
         ".version 8.0\n.target {target}\n.address_size 64\n\
          .visible .entry k(.param .u64 data) {{\n\
-         .reg .pred %p<8>;\n.reg .b32 %r<32>;\n.reg .f32 %f<8>;\n.reg .b64 %rd<16>;\n\
+         .reg .pred %p<8>; .reg .b16 %h<2>;\n.reg .b32 %r<32>;\n.reg .f32 %f<8>;\n.reg .b64 %rd<16>;\n\
          .shared .align 128 .b8 tile[2048];\n.shared .align 8 .b64 bar[2];\n\
          ld.param.u64 %rd1, [data];\nmov.u32 %r1, %tid.x;\nmov.u32 %r2, tile;\nmov.u32 %r3, bar;\n\
          {body}\nret;\n}}\n"

@@ -255,7 +255,7 @@ pub struct TensorMap(pub [u64; 16]);
 pub struct HopperForwardParams {
     /// Queries, `[batch, heads_q, seqlen_q, head_dim]`, in boxes of 64 rows.
     pub q: TensorMap,
-    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`, in boxes of `block_n` rows.
+    /// Keys, `[batch, heads_kv, seqlen_k, head_dim]`, in boxes of `block_n` rows; in clusters each block loads its part of them.
     pub k: TensorMap,
     /// Values, `[batch, heads_kv, seqlen_k, head_dim_v]`, in the boxes of k.
     pub v: TensorMap,
@@ -280,7 +280,7 @@ pub struct HopperForwardParams {
     pub seqlen_q: u32,
     /// Length of the key sequence.
     pub seqlen_k: u32,
-    /// Query tiles of all heads.
+    /// Query tiles of all heads, one for each block of a cluster.
     pub work: WorkList,
     /// `softmax_scale * log2(e)`; the scale is positive.
     pub scale_log2: f32,
@@ -294,11 +294,11 @@ pub struct HopperForwardParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct WorkList {
-    /// Number of tiles of a head.
+    /// Number of tiles of a head. In clusters of blocks one counts for all tiles of a cluster.
     pub tiles_per_head: NonZeroU32,
     /// Number of heads of all batch entries.
     pub heads: u32,
-    /// Number of blocks of the launch.
+    /// Number of blocks of the launch, or of its clusters.
     pub blocks: u32,
 }
 

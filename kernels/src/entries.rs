@@ -110,6 +110,9 @@ pub struct Entry<P = Pass> {
     pub shared_bytes: u32,
     /// True if the kernel streams the queries twice, once for dK and once for dV.
     pub two_walks: bool,
+    /// Number of blocks of a cluster, along x. They own neighbouring tiles and load the streamed ones together. 1 without
+    /// clusters.
+    pub cluster: u32,
 }
 
 impl<P> Entry<P> {
@@ -144,13 +147,24 @@ impl<P> Entry<P> {
             min_blocks: self.min_blocks,
             shared_bytes: self.shared_bytes,
             two_walks: self.two_walks,
+            cluster: self.cluster,
         }
     }
 }
 
-/// The kernel of `pass` that serves this head_dim with the least waste.
+impl Entry {
+    /// Returns the kernel that does the same in clusters of blocks, if there is one.
+    pub fn in_clusters(&self) -> Option<&'static Entry> {
+        let key = |e: &Entry| (e.pass, e.arch, e.dtype, e.quantized, e.causal, e.program, e.head_dim);
+        ENTRIES.iter().find(|e| e.cluster > 1 && key(e) == key(self))
+    }
+}
+
+/// The kernel of `pass` that serves this head_dim with the least waste, without clusters.
 pub fn find(pass: Pass, arch: Arch, dtype: Dtype, causal: bool, head_dim: u32) -> Option<&'static Entry> {
-    narrowest(ENTRIES, pass, arch, dtype, head_dim, |e| e.causal == causal)
+    narrowest(ENTRIES, pass, arch, dtype, head_dim, |e| {
+        e.causal == causal && e.cluster == 1
+    })
 }
 
 /// The kernel of `pass` that runs score programs and serves this head_dim with the least waste.
@@ -197,6 +211,7 @@ macro_rules! entry {
             min_blocks: $min_blocks,
             shared_bytes: <$shape>::$shared,
             two_walks: matches!(Pass::$pass, Pass::BackwardKeys) && <$shape>::TWO_WALKS,
+            cluster: 1,
         }
     };
 }
@@ -228,6 +243,7 @@ const fn delta_entry(name: &'static str, dtype: Dtype) -> Entry {
         min_blocks: 8,
         shared_bytes: 0,
         two_walks: false,
+        cluster: 1,
     }
 }
 
@@ -271,6 +287,7 @@ macro_rules! hopper_entry {
             min_blocks: 1,
             shared_bytes: <$shape>::SHARED_BYTES,
             two_walks: hopper_entry!(two_walks $pass $shape),
+            cluster: 1,
         }
     };
     (m Forward $shape:ty) => { <$shape>::BLOCK_M };
@@ -326,10 +343,11 @@ macro_rules! entries {
         rotary { $($rotary:literal: $rotary_dtype:ident;)* }
         hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty $(| $causal_shape:ty)?,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
+        clusters { $($cluster:literal: $cluster_dtype:ident, $cluster_shape:ty;)* }
         sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
     ) => {
-        /// All compiled kernels: each row of tiles below, full and causal, and the preprocess and postprocess kernels
-        /// of backward.
+        /// All compiled kernels: each row of tiles below, full and causal, forward in clusters, and the preprocess and
+        /// postprocess kernels of backward.
         pub const ENTRIES: &[Entry] = &[
             $(
                 entry!($name, $arch $pass $dtype, $shape, $shared, $min, false),
@@ -343,6 +361,10 @@ macro_rules! entries {
                 hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, causal_shape!($hopper_shape $(| $causal_shape)?), true),
             )*
             $(Entry {
+                cluster: CLUSTER,
+                ..hopper_entry!($cluster, Forward $cluster_dtype, $cluster_shape, false)
+            },)*
+            $(Entry {
                 pass: Pass::$sums_pass,
                 arch: Arch::Sm90a,
                 block_m: if $sums_bytes == 0 { DELTA_ROWS } else { HOPPER_ROWS },
@@ -351,6 +373,10 @@ macro_rules! entries {
                 ..delta_entry($sums, Dtype::$sums_dtype)
             },)*
         ];
+        $(
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+            hopper_kernel!($cluster, hopper::forward::in_clusters, HopperForwardParams, $cluster_shape);
+        )*
         $(
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
             kernel!($sums, hopper::backward::sums::$sums_function, crate::abi::QuerySumsParams, $sums_dtype);
@@ -479,6 +505,14 @@ entries! {
         "hopper_backward_all_bf16_d64": BackwardAll Bf16, HopperAllD64<Bf16>, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_all_bf16_d96": BackwardAll Bf16, HopperAllD96<Bf16>, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_all_bf16_d128": BackwardAll Bf16, HopperAllD128<Bf16>, hopper::backward::keys(HopperBackwardParams);
+    }
+    clusters {
+        "hopper_forward_cluster_f16_d128": F16, HopperD128<F16>;
+        "hopper_forward_cluster_f16_d192": F16, HopperD192<F16>;
+        "hopper_forward_cluster_f16_d256": F16, HopperD256<F16>;
+        "hopper_forward_cluster_bf16_d128": Bf16, HopperD128<Bf16>;
+        "hopper_forward_cluster_bf16_d192": Bf16, HopperD192<Bf16>;
+        "hopper_forward_cluster_bf16_d256": Bf16, HopperD256<Bf16>;
     }
     sums {
         "hopper_backward_prepare_f16": BackwardDelta F16, prepare, 0;

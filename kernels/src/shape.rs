@@ -320,6 +320,17 @@ hopper_shape!(HopperNarrowD128: 96 keys, head_dim 128, consumers 2, registers 40
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
 
+/// Number of blocks of a cluster, where a kernel has clusters. The blocks own neighbouring tiles of queries, and each loads a part of
+/// each tile of keys and values for all of them.
+pub const CLUSTER: u32 = 2;
+
+// A block's part of a tile is whole groups of 8 rows, after which the swizzle repeats.
+const _: () = {
+    assert!(<HopperD128<F16> as HopperShape>::BLOCK_N % (8 * CLUSTER) == 0);
+    assert!(<HopperD192<F16> as HopperShape>::BLOCK_N % (8 * CLUSTER) == 0);
+    assert!(<HopperD256<F16> as HopperShape>::BLOCK_N % (8 * CLUSTER) == 0);
+};
+
 /// A compiled tile shape of a backward kernel for Hopper: two consumer warpgroups that each own 64 rows.
 pub trait HopperBackwardShape {
     /// Largest head_dim of the tile; the loader masks a narrower head.

@@ -75,6 +75,7 @@ const fn entry<S: TileShape>(name: &'static str, step: Step, shared_bytes: u32, 
         min_blocks: 1,
         shared_bytes,
         two_walks: false,
+        cluster: 1,
     }
 }
 

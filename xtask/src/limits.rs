@@ -56,6 +56,14 @@ const FP8_LIMITS: &[(u32, [u32; 2])] = &[
     (256, [587, 265]),
 ];
 
+/// Limits of kernels in clusters, of which a warp releases each slot in every block.
+#[rustfmt::skip]
+const CLUSTER_LIMITS: &[Limit] = &[
+    Limit(Arch::Sm90a, Pass::Forward, 128, [484, 213]),
+    Limit(Arch::Sm90a, Pass::Forward, 192, [556, 223]),
+    Limit(Arch::Sm90a, Pass::Forward, 256, [674, 264]),
+];
+
 /// Returns the products of one warpgroup's step that a Hopper kernel must have, computed from its tiles, in units of
 /// 64 rows and depth 16, or 32 of e4m3. There is one number for each main loop, and none for a kernel without products.
 ///
@@ -132,9 +140,14 @@ pub fn fault(entry: &Row, loops: &[Loop]) -> Option<String> {
         return None;
     }
     let key = (entry.arch, entry.pass?, entry.head_dim);
-    let limit = match entry.quantized {
-        true => FP8_LIMITS.iter().find(|limit| limit.0 == key.2).map(|limit| limit.1),
-        false => (LIMITS.iter().find(|limit| (limit.0, limit.1, limit.2) == key)).map(|limit| limit.3),
+    let of = |limits: &[Limit]| {
+        let limit = limits.iter().find(|limit| (limit.0, limit.1, limit.2) == key);
+        limit.map(|limit| limit.3)
+    };
+    let limit = match (entry.quantized, entry.cluster) {
+        (true, _) => FP8_LIMITS.iter().find(|limit| limit.0 == key.2).map(|limit| limit.1),
+        (false, 1) => of(LIMITS),
+        (false, _) => of(CLUSTER_LIMITS),
     };
     match limit {
         Some(limit) => over(for_scores(entry, &steps), limit),
@@ -230,7 +243,9 @@ mod tests {
     #[test]
     fn a_pass_has_one_limit_a_head_dim() {
         let key = |limit: &Limit| (limit.0, limit.1, limit.2);
-        let twice = |(at, limit): (usize, &Limit)| LIMITS[..at].iter().any(|other| key(other) == key(limit));
-        assert!(!LIMITS.iter().enumerate().any(twice));
+        for limits in [LIMITS, CLUSTER_LIMITS] {
+            let twice = |(at, limit): (usize, &Limit)| limits[..at].iter().any(|other| key(other) == key(limit));
+            assert!(!limits.iter().enumerate().any(twice));
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Splits a module of many kernels into modules of one kernel each, with launch bounds.
+//! Splits a module of many kernels into modules of one kernel each, with launch bounds and the size of clusters.
 //!
 //! LLVM cannot express launch bounds. They belong between a kernel's parameters and its body, so they are added there
 //! from the table of entries. Without them ptxas would have to allow for 1024 threads per block.
@@ -31,12 +31,16 @@ pub fn extract(module: &str, entry: &Row) -> Outcome<String> {
         return Err(format!("{name} calls a function, which its file would lack"));
     }
     Ok(format!(
-        "{header}\n\n{shared}\n\n.visible {parameters}\n.maxntid {threads}, 1, 1\n{blocks}{instructions}}}\n",
+        "{header}\n\n{shared}\n\n.visible {parameters}\n.maxntid {threads}, 1, 1\n{blocks}{cluster}{instructions}}}\n",
         parameters = parameters(text[..body].trim_end(), entry.arch),
         threads = entry.threads,
         blocks = match entry.min_blocks {
             0 => String::new(),
             blocks => format!(".minnctapersm {blocks}\n"),
+        },
+        cluster = match entry.cluster {
+            1 => String::new(),
+            blocks => format!(".reqnctapercluster {blocks}, 1, 1\n"),
         },
     ))
 }

@@ -86,13 +86,15 @@ fn against_peers(assembled: &[Assembled], target: &str) -> String {
     let titles = "| pass | head_dim | mask | tile | stall sum | FA3 | against FA3 | other instructions | FA3 | against FA3 | \
                   EX2 between waits for products | spills in the loops | longest step: instructions, stalls | FA3, with mask |\n";
     let mut table = titles.to_owned() + &rule(14);
-    let of = |pass: Pass, head_dim: u32, causal: bool| {
+    let of = |pass: Pass, head_dim: u32, (causal, cluster): (bool, u32)| {
         assembled.iter().find(|kernel| {
             let entry = &kernel.entry;
             (kernel.target, entry.dtype, entry.quantized) == (target, Dtype::F16, false)
-                && (entry.pass, entry.head_dim, entry.causal) == (Some(pass), head_dim, causal)
+                && (entry.pass, entry.head_dim) == (Some(pass), head_dim)
+                && (entry.causal, entry.cluster) == (causal, cluster)
         })
     };
+    let variants = [(false, 1), (false, 2), (true, 1)];
     let passes: [&[Pass]; 3] = [
         &[Pass::Forward],
         &[Pass::BackwardAll],
@@ -100,11 +102,11 @@ fn against_peers(assembled: &[Assembled], target: &str) -> String {
     ];
     let mut above = Vec::new();
     for passes in passes {
-        for (head_dim, causal) in [32, 64, 96, 128, 192, 256]
+        for (head_dim, variant) in [32, 64, 96, 128, 192, 256]
             .into_iter()
-            .flat_map(|head_dim| [(head_dim, false), (head_dim, true)])
+            .flat_map(|head_dim| variants.map(|variant| (head_dim, variant)))
         {
-            let kernels: Vec<&Assembled> = passes.iter().filter_map(|&pass| of(pass, head_dim, causal)).collect();
+            let kernels: Vec<&Assembled> = passes.iter().filter_map(|&pass| of(pass, head_dim, variant)).collect();
             if !kernels.is_empty() {
                 table += &row(&kernels, &mut above);
             }
@@ -124,7 +126,11 @@ fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
         (_, 1) => "backward",
         _ => "backward, two kernels",
     };
-    let mask = if entry.causal { "causal" } else { "full" };
+    let mask = match (entry.causal, entry.cluster) {
+        (true, _) => "causal",
+        (false, 1) => "full",
+        (false, _) => "full, clusters",
+    };
     let peer = entry
         .pass
         .and_then(|pass| Peer::of(entry.arch, pass, entry.head_dim, entry.causal));

@@ -99,7 +99,7 @@ impl Emulated {
             entry: kernel,
             grid: launch.grid,
             block: [launch.threads, 1, 1],
-            cluster: [1, 1, 1],
+            cluster: [launch.cluster, 1, 1],
             shared_bytes: launch.shared_bytes,
             params: &params,
         };

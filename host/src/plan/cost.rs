@@ -17,7 +17,7 @@ use crate::problem::Problem;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward reads Q once, and K and V once for every query tile that
-    /// sees them; latent attention on a GPU reads values that are the first columns of their keys with the keys.
+    /// sees them, or for every [cluster](super::Tiles::cluster) of tiles; latent attention on a GPU reads values that are the first columns of their keys with the keys.
     /// Backward on a GPU does that twice, for tiles of queries and for tiles of keys, or for tiles of keys
     /// alone. Backward on the CPU reads K and V once; Q, dO and their statistics once for every run of keys that sees
     /// them; and the f32 dQ for every such run but the first.
@@ -225,7 +225,7 @@ fn backward_flops(problem: &Problem) -> u128 {
 struct Walked {
     /// Visible pairs of a query and a key, in one head.
     visible_pairs: u128,
-    /// Rows of K that all query tiles of one head, or of packed heads, load.
+    /// Rows of K that all query tiles of one head, or of packed heads, load; tiles of a cluster load them once.
     keys: fn(&Problem, Tiles) -> u128,
     /// Rows of Q that all key tiles of one head load.
     queries: fn(&Problem, u32, u32) -> u128,
@@ -262,11 +262,11 @@ impl Walked {
     }
 }
 
-/// Counts whole blocks of keys for each query tile, up to the end of the sequence.
+/// Counts whole blocks of keys for each query tile, or for the tiles of each cluster, up to the end of the sequence.
 fn keys<const CAUSAL: bool>(problem: &Problem, of: Tiles) -> u128 {
     let packed = of.packed_heads;
     let mask = Mask::<CAUSAL>::new(problem.seqlen_q(), problem.seqlen_k());
-    tiles(problem.seqlen_q() * packed, of.block_m)
+    tiles(problem.seqlen_q() * packed, of.block_m * of.cluster)
         .map(|(first, rows)| (first / packed, (first + rows - 1) / packed))
         .map(|(first, last)| mask.key_blocks(first, last - first + 1, of.block_n))
         .map(|blocks| rows_of(blocks, of.block_n, problem.seqlen_k()))

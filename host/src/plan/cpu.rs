@@ -51,6 +51,7 @@ impl CpuPath {
             block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
             block_n: forward_block_n(parts, problem.head_dim() + problem.head_dim_v()),
             packed_heads: 1,
+            cluster: 1,
         };
         let split = problem.seqlen_k().div_ceil(MAX_SPLITS).max(SPLIT);
         let path = Self {
@@ -72,6 +73,7 @@ impl CpuPath {
             block_m: 96,
             block_n: if long { 512 } else { 256 },
             packed_heads: 1,
+            cluster: 1,
         };
         let path = Self {
             few: false,

@@ -46,7 +46,11 @@ impl<P: PassType> fmt::Display for Plan<P> {
                     let (name, arch, head_dim) = (entry.name, entry.arch.name(), entry.head_dim);
                     writeln!(f, "kernel    {name} ({arch}, head_dim {head_dim})")?;
                     let [x, y, z] = launch.grid;
-                    writeln!(f, "grid      {x} x {y} x {z} blocks of {} threads", launch.threads)?;
+                    write!(f, "grid      {x} x {y} x {z} blocks of {} threads", launch.threads)?;
+                    match launch.cluster {
+                        1 => writeln!(f)?,
+                        blocks => writeln!(f, ", in clusters of {blocks} that load keys together")?,
+                    }
                     writeln!(f, "SRAM      {} a block", Bytes(launch.shared_bytes.into()))?;
                 }
             }

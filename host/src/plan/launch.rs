@@ -42,6 +42,8 @@ pub struct Launch<P: PassType = Forward> {
     pub threads: u32,
     /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, along x; the grid is a multiple. 1 without clusters.
+    pub cluster: u32,
     /// The parameters, but for the addresses of the results, which are unknown until they are allocated.
     params: P::Parameters,
     /// The score program that is written into the kernel.
@@ -102,6 +104,7 @@ impl<P: PassType> Launch<P> {
             grid,
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
+            cluster: entry.cluster,
             params,
             program: None,
             listed: None,

@@ -61,6 +61,9 @@ pub struct Tiles {
     /// Number of query heads packed into a tile: the first query of each, then the second. `block_m` counts all of
     /// them.
     pub packed_heads: u32,
+    /// Number of neighbouring tiles of queries whose blocks, a cluster, load each tile of keys together, so that it is read
+    /// once for all of them. 1 where each block loads its own.
+    pub cluster: u32,
 }
 
 impl Plan {
@@ -259,7 +262,11 @@ fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors:
             vec![launch]
         }
         (Arch::Sm80, None) => vec![Launch::forward(problem, entry)?],
-        (Arch::Sm90a, None) => vec![Launch::hopper_forward(problem, entry, multiprocessors)?],
+        (Arch::Sm90a, None) => {
+            let launch = Launch::hopper_forward(problem, entry, multiprocessors)?;
+            entry = launch.entry;
+            vec![launch]
+        }
     };
     let tiles = Tiles::of_launches(entry, &launches);
     let cost = Cost::forward(problem, tiles, &launches, statistics_written(problem));
@@ -406,6 +413,7 @@ impl Tiles {
             block_m: entry.block_m,
             block_n: entry.block_n,
             packed_heads: 1,
+            cluster: entry.cluster,
         }
     }
 

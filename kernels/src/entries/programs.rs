@@ -20,6 +20,7 @@ const fn latent_entry(name: &'static str, dtype: Dtype) -> Entry {
         min_blocks: 1,
         shared_bytes: Shape::SHARED_BYTES,
         two_walks: false,
+        cluster: 1,
     }
 }
 

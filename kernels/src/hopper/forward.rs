@@ -11,7 +11,9 @@
 //!
 //! Blocks are persistent: each takes several tiles of work. Keys are processed from the last to the first. The few
 //! that need a mask come first, and the loop over the others has no mask.
+//! Those of a [`Cluster`] share the loads of keys and values.
 
+use super::cluster::{Alone, Cluster, Pairs};
 use super::{Barrier, Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperForwardParams;
 use crate::mask::{Blocks, Mask, for_blocks_backwards};
@@ -23,6 +25,7 @@ use crate::softmax::{Finished, OnlineSoftmax};
 use crate::tile::register::{Accumulator, Part, RowValues, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
 use crate::tile::{element::Element, global::GlobalTile, panels::Panels};
+use core::marker::PhantomData;
 use core::mem::offset_of;
 
 /// Computes a block's share of the launch. `maps` is the generic address of `p`, a kernel parameter.
@@ -32,7 +35,7 @@ use core::mem::offset_of;
 #[inline(always)]
 pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, maps: u64) {
     // SAFETY: the caller's contract.
-    unsafe { forward_with::<S, CAUSAL, false>(p, maps) }
+    unsafe { forward_with::<S, Alone, CAUSAL, false>(p, maps) }
 }
 
 /// [`forward`] with the markers of a score program, whose mask applies to every tile. Heads are not packed.
@@ -42,43 +45,62 @@ pub unsafe fn forward<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParam
 #[inline(always)]
 pub unsafe fn program<S: HopperShape>(p: &HopperForwardParams, maps: u64) {
     // SAFETY: the caller's contract.
-    unsafe { forward_with::<S, false, true>(p, maps) }
+    unsafe { forward_with::<S, Alone, false, true>(p, maps) }
+}
+
+/// [`forward`] in clusters, without a mask.
+///
+/// # Safety
+/// The contract of [`forward`].
+#[inline(always)]
+pub unsafe fn in_clusters<S: HopperShape>(p: &HopperForwardParams, maps: u64) {
+    // SAFETY: the caller's contract.
+    unsafe { forward_with::<S, Pairs, false, false>(p, maps) }
 }
 
 #[inline(always)]
-unsafe fn forward_with<S: HopperShape, const CAUSAL: bool, const PROGRAM: bool>(p: &HopperForwardParams, maps: u64) {
+unsafe fn forward_with<S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool>(
+    p: &HopperForwardParams,
+    maps: u64,
+) {
     let shared = Shared::<S>::of_this_block();
     // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
     unsafe {
         if sreg::thread_idx_x() == 0 {
             shared.query_slots().init(1, 1, S::CONSUMERS);
-            shared.key_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
-            shared.value_slots().init(HOPPER_SLOTS, 1, S::CONSUMERS * 4);
+            shared.key_slots().init(HOPPER_SLOTS, 1, C::BLOCKS * S::CONSUMERS * 4);
+            shared.value_slots().init(HOPPER_SLOTS, 1, C::BLOCKS * S::CONSUMERS * 4);
             for group in 0..S::CONSUMERS {
                 memory::st_shared_word(shared.cleaned(group), 0);
             }
             mbarrier::fence_init();
         }
-        sync::sync_threads();
+        C::start();
         if sreg::thread_idx_x() < WARPGROUP {
             wgmma::shrink_registers!(S::PRODUCER_REGISTERS);
             if sreg::thread_idx_x() == 0 {
-                produce::<S, CAUSAL>(p, maps, shared);
+                produce::<S, C, CAUSAL>(p, maps, shared);
             }
         } else {
             wgmma::grow_registers!(S::CONSUMER_REGISTERS);
-            Consumer::<S, CAUSAL, PROGRAM>::new(p, shared).consume(maps);
+            Consumer::<S, C, CAUSAL, PROGRAM>::new(p, shared).consume(maps);
         }
+        C::end();
     }
 }
 
 /// Loads every tile that the block's consumers use, in their order. One thread calls it.
 #[inline(always)]
-unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, maps: u64, shared: Shared<S>) {
+unsafe fn produce<S: HopperShape, C: Cluster, const CAUSAL: bool>(
+    p: &HopperForwardParams,
+    maps: u64,
+    shared: Shared<S>,
+) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut queries, mut tiles) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
     let map = |offset: usize| maps + offset as u64;
-    for work in Work::of_this_block::<CAUSAL>(&p.work, S::BLOCK_M) {
+    for work in Work::of::<CAUSAL>(&p.work, C::place(), C::BLOCKS * S::BLOCK_M) {
+        let work = C::part(work, S::BLOCK_M);
         // SAFETY (whole body): a slot is refilled once it is empty; its barrier counts the bytes of the boxes that
         // follow.
         unsafe {
@@ -99,13 +121,11 @@ unsafe fn produce<S: HopperShape, const CAUSAL: bool>(p: &HopperForwardParams, m
                     column: 0,
                 };
                 let full = shared.key_slots().refill(tiles, S::TILE_BYTES);
-                shared
-                    .key(tiles.slot)
-                    .load(map(offset_of!(HopperForwardParams, k)), corner, full);
+                let k = offset_of!(HopperForwardParams, k);
+                C::load(shared.key(tiles.slot), S::BLOCK_N, map(k), corner, full);
                 let full = shared.value_slots().refill(tiles, S::TILE_BYTES);
-                shared
-                    .value(tiles.slot)
-                    .load(map(offset_of!(HopperForwardParams, v)), corner, full);
+                let v = offset_of!(HopperForwardParams, v);
+                C::load(shared.value(tiles.slot), S::BLOCK_N, map(v), corner, full);
                 tiles.advance();
             }
         }
@@ -135,7 +155,7 @@ pub(super) fn corner(p: &HopperForwardParams, work: &Work, group: u32) -> Corner
 }
 
 /// One warpgroup that computes.
-pub(super) struct Consumer<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> {
+pub(super) struct Consumer<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> {
     p: &'a HopperForwardParams,
     pub(super) mask: Mask<CAUSAL>,
     pub(super) shared: Shared<S>,
@@ -144,9 +164,10 @@ pub(super) struct Consumer<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM
     pub(super) queries: Cursor<1>,
     pub(super) keys: Cursor<HOPPER_SLOTS>,
     pub(super) values: Cursor<HOPPER_SLOTS>,
+    cluster: PhantomData<C>,
 }
 
-impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S, CAUSAL, PROGRAM> {
+impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S, C, CAUSAL, PROGRAM> {
     #[inline(always)]
     pub(super) fn new(p: &'a HopperForwardParams, shared: Shared<S>) -> Self {
         Self {
@@ -157,6 +178,7 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
             queries: Cursor::start(),
             keys: Cursor::start(),
             values: Cursor::start(),
+            cluster: PhantomData,
         }
     }
 
@@ -168,7 +190,8 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
             if S::TAKES_TURNS && self.group == S::CONSUMERS - 1 {
                 self.pass_turn();
             }
-            for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::BLOCK_M) {
+            for work in Work::of::<CAUSAL>(&self.p.work, C::place(), C::BLOCKS * S::BLOCK_M) {
+                let work = C::part(work, S::BLOCK_M);
                 self.shared.query_slots().acquire(self.queries);
                 let mut softmax = OnlineSoftmax::new(self.p.scale_log2);
                 if PROGRAM {
@@ -486,12 +509,12 @@ impl<'a, S: HopperShape, const CAUSAL: bool, const PROGRAM: bool> Consumer<'a, S
         self.values.advance();
     }
 
-    /// Releases a slot, with one arrival per warp: a wait covers only a warp's own part of a product.
+    /// Releases a slot, with one arrival per warp in each block of the cluster: a wait covers only a warp's own part of a product.
     #[inline(always)]
     unsafe fn release(&self, slots: Slots, slot: u32) {
-        if sreg::lane_id() == 0 {
+        if sreg::lane_id() < C::BLOCKS {
             // SAFETY: the reasons given in `consume`.
-            unsafe { slots.release(slot) }
+            unsafe { C::release(slots, slot) }
         }
     }
 

@@ -7,6 +7,7 @@
 //! last one.
 
 pub mod backward;
+mod cluster;
 pub mod forward;
 pub mod fp8;
 mod work;

@@ -22,7 +22,13 @@ impl Work {
     /// Iterates over this block's tiles of `block` rows.
     #[inline(always)]
     pub fn of_this_block<const CAUSAL: bool>(list: &WorkList, block: u32) -> impl Iterator<Item = Self> {
-        let deals = list.deal::<CAUSAL>(sreg::block_idx_x());
+        Self::of::<CAUSAL>(list, sreg::block_idx_x(), block)
+    }
+
+    /// Iterates over the tiles of `block` rows of block number `place`.
+    #[inline(always)]
+    pub fn of<const CAUSAL: bool>(list: &WorkList, place: u32, block: u32) -> impl Iterator<Item = Self> {
+        let deals = list.deal::<CAUSAL>(place);
         deals.map(move |deal| Self {
             head: deal.head,
             first_row: deal.tile * block,
@@ -31,10 +37,20 @@ impl Work {
         })
     }
 
-    /// Returns the number of rows of the tile that exist in a sequence of `seqlen`.
+    /// Returns part number `index` of this tile, `rows` rows.
+    #[inline(always)]
+    pub fn part(self, index: u32, rows: u32) -> Self {
+        Self {
+            first_row: self.first_row + index * rows,
+            block: rows,
+            ..self
+        }
+    }
+
+    /// Returns the number of rows of the tile that exist in a sequence of `seqlen`. A tile past the end counts as whole.
     #[inline(always)]
     pub fn rows(&self, seqlen: u32) -> u32 {
-        (seqlen - self.first_row).min(self.block)
+        seqlen.wrapping_sub(self.first_row).min(self.block)
     }
 
     /// Returns the corner of the rows of warpgroup `group` in a tensor of `heads` heads.

@@ -3,6 +3,10 @@
 //! Each slot has two mbarriers: `full` ends a phase when the bytes of the tile have arrived, `empty` when every
 //! consumer has finished with them. Producer and consumers go through the slots in the same order, each with its own
 //! [`Cursor`], the pipeline state.
+//!
+//! Blocks of a cluster may fill their slots together: each loads a part of a tile into the same slot of all of them. Then a
+//! slot is empty once the consumers of all blocks have finished with it, and each block's `empty` counts the arrivals of all.
+//! Parts that another block loads may come before this one announces the bytes of the tile: only its arrival ends the phase.
 
 use crate::ptx::mbarrier;
 
@@ -119,6 +123,17 @@ impl Slots {
     pub unsafe fn release(self, slot: u32) {
         // SAFETY: the caller's contract.
         unsafe { mbarrier::arrive(self.empty(slot)) }
+    }
+
+    /// Consumer: one of the arrivals that empty slot `slot` of block `rank` of the cluster.
+    ///
+    /// # Safety
+    /// The contract of [`release`](Self::release); the threads for which this one arrives only read; and that block has started
+    /// and does not end before.
+    #[inline(always)]
+    pub unsafe fn release_in(self, slot: u32, rank: u32) {
+        // SAFETY: the caller's contract.
+        unsafe { mbarrier::arrive_in(self.empty(slot), rank) }
     }
 }
 

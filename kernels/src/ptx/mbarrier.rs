@@ -38,6 +38,21 @@ pub unsafe fn arrive(barrier: u32) {
     unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{b}];", b = in(reg32) barrier, options(nostack)) }
 }
 
+/// `mapa` and `mbarrier.arrive.shared::cluster` — one arrival at the barrier that has the place of `barrier` in the shared
+/// memory of block `rank` of the cluster. This thread's earlier reads are over when it arrives. Its earlier writes need not
+/// be visible to another block: `.release.cluster` would see to that, with a fence of the whole GPU.
+///
+/// # Safety
+/// The contract of [`arrive`], for the barrier of that block, which has started and does not end before the arrival.
+#[inline(always)]
+pub unsafe fn arrive_in(barrier: u32, rank: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("{{ .reg .b32 there; mapa.shared::cluster.u32 there, {b}, {r}; mbarrier.arrive.shared::cluster.b64 _, [there]; }}",
+            b = in(reg32) barrier, r = in(reg32) rank, options(nostack));
+    }
+}
+
 /// `mbarrier.arrive.expect_tx` — one arrival, and announces `bytes` that copies bring before the phase ends.
 ///
 /// # Safety

@@ -26,6 +26,12 @@ special_register!(
     /// Index of the block in its grid.
     block_idx_x, "%ctaid.x");
 special_register!(
+    /// Index of the cluster of blocks in its grid. PTX 7.8, sm_90.
+    cluster_idx_x, "%clusterid.x");
+special_register!(
+    /// Index of the block in its cluster. PTX 7.8, sm_90.
+    cluster_rank, "%cluster_ctarank");
+special_register!(
     /// Number of blocks of the grid.
     grid_dim_x, "%nctaid.x");
 special_register!(

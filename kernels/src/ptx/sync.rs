@@ -9,6 +9,19 @@ pub fn sync_threads() {
     unsafe { asm!("bar.sync 0;", options(nostack)) }
 }
 
+/// `barrier.cluster.arrive; barrier.cluster.wait;` — every thread of the cluster's blocks arrives, and sees the earlier
+/// writes of the others, also to the shared memory of other blocks. PTX 8.0, sm_90.
+#[inline(always)]
+pub fn sync_cluster() {
+    // SAFETY: the kernels call it where control is uniform over the cluster; lanes of a warp may come one after another.
+    unsafe {
+        asm!(
+            "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;",
+            options(nostack)
+        )
+    }
+}
+
 /// `bar.sync barrier, threads;` — `threads` threads, including this one, arrive at named barrier `barrier` (1 to 15)
 /// and see the earlier writes of the others.
 ///

@@ -46,6 +46,23 @@ pub unsafe fn load(dst: u32, map: u64, corner: Corner, barrier: u32) {
     }
 }
 
+/// `cp.async.bulk.tensor.5d.shared::cluster.global.multicast::cluster` — [loads](load) into every block of the cluster
+/// whose bit is set in `blocks`, at the place that `dst` has in this one. The barrier at the place of `barrier` in each of
+/// these blocks counts the bytes that the block receives.
+///
+/// # Safety
+/// The contract of [`load`], for each of the blocks. They have started, and none ends before its barrier's phase.
+#[inline(always)]
+pub unsafe fn load_into_blocks(dst: u32, map: u64, corner: Corner, barrier: u32, blocks: u16) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [{d}], [{m}, {{{x}, 0, {y}, {z}, {w}}}], [{b}], {n};",
+            d = in(reg32) dst, m = in(reg64) map, x = in(reg32) corner.column, y = in(reg32) corner.row,
+            z = in(reg32) corner.head, w = in(reg32) corner.batch, b = in(reg32) barrier, n = in(reg16) blocks,
+            options(nostack));
+    }
+}
+
 /// `cp.async.bulk.tensor.5d.global.shared::cta` — starts to copy the box at `corner` back; elements outside of the
 /// tensor are dropped.
 ///

@@ -171,6 +171,20 @@ impl Panels {
         }
     }
 
+    /// Starts to fill rows from `first` on, a multiple of 8, from `corner` on, in every block of the cluster whose bit is set in
+    /// `blocks`; `barrier`, in each of them, counts the bytes of all panels.
+    ///
+    /// # Safety
+    /// The box of `map` is as many rows x 64; the contract of [`tma::load_into_blocks`]. One thread of a block calls it.
+    #[inline(always)]
+    pub unsafe fn load_rows_into_blocks(self, first: u32, map: u64, corner: Corner, barrier: u32, blocks: u16) {
+        for index in 0..self.panels() {
+            let dst = self.panel(index).base + first * ROW_BYTES;
+            // SAFETY: the caller's contract.
+            unsafe { tma::load_into_blocks(dst, map, corner_of(index, corner), barrier, blocks) }
+        }
+    }
+
     /// Starts to store the tile from `corner` on.
     ///
     /// # Safety

@@ -56,7 +56,9 @@ fn check_every_kernel(arch: Arch) {
         .filter(|entry| entry.pass == Pass::Forward && entry.arch == arch);
     for entry in kernels {
         let (m, n) = (entry.block_m as usize, entry.block_n as usize);
-        let case = Case::one_head(entry.dtype, m / 2 + 3, 2 * n + 9, entry.head_dim as usize).masked(entry.causal);
+        // A tile for every block of a cluster, the last one partly filled.
+        let rows = (entry.cluster as usize - 1) * m + m / 2 + 3;
+        let case = Case::one_head(entry.dtype, rows, 2 * n + 9, entry.head_dim as usize).masked(entry.causal);
         assert_eq!(kernel(arch, &case), entry.name);
         for_dtype(
             entry.dtype,
@@ -204,7 +206,7 @@ fn shared_memory_has_no_bank_conflicts() {
         .filter(|e| e.pass == Pass::Forward && e.dtype == Dtype::F16)
     {
         let device = Device::emulator(entry.arch);
-        let (m, n) = (entry.block_m as usize, entry.block_n as usize);
+        let (m, n) = ((entry.block_m * entry.cluster) as usize, entry.block_n as usize);
         let case = Case::one_head(entry.dtype, m, 2 * n, entry.head_dim as usize).masked(entry.causal);
         case.run(&device, &case.inputs::<f16>());
         let counters = device.counters().expect("the emulator counts");

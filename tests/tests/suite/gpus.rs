@@ -23,9 +23,13 @@ fn cases(capability: (u32, u32)) -> impl Iterator<Item = (&'static Entry, Case)>
 }
 
 /// Makes a case for this kernel: several tiles of queries and of keys, the last ones partly filled, and grouped
-/// heads.
+/// heads. The tiles of queries are an odd number, or fill the clusters of a kernel in clusters.
 fn case(entry: &Entry) -> Case {
-    let (long, wide) = (2 * entry.block_m as usize + 5, 3 * entry.block_n as usize + 11);
+    let long = match entry.cluster {
+        1 => 2 * entry.block_m + 5,
+        blocks => blocks * entry.block_m - 5,
+    } as usize;
+    let wide = 3 * entry.block_n as usize + 11;
     let shape = |heads, seqlen| [1, heads, seqlen, entry.head_dim as usize];
     let case = Case::new(entry.dtype, shape(2, long), shape(1, wide)).masked(entry.causal);
     match entry.arch {

@@ -7,6 +7,7 @@ mod backward;
 mod backward_errors;
 mod blocks;
 mod cached;
+mod clusters;
 mod combinations;
 mod drawn;
 mod empty;

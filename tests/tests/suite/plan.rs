@@ -35,7 +35,9 @@ fn problem(case: &Case) -> Problem {
 fn count(case: &Case, plan: &Plan) -> (u128, u128, u128) {
     let ([batch, heads, seqlen_q, head_dim], seqlen_k) = (case.q, case.kv[2]);
     let tiles = plan.tiles();
-    let [block_m, block_n, packed] = [tiles.block_m, tiles.block_n, tiles.packed_heads].map(|n| n as usize);
+    // The tiles of a cluster load keys together.
+    let [block_m, block_n, packed] =
+        [tiles.block_m * tiles.cluster, tiles.block_n, tiles.packed_heads].map(|n| n as usize);
     let [row_bytes, row_bytes_v] = [head_dim, case.head_dim_v].map(|head_dim| head_dim * case.dtype.bytes());
     // Counts all packed heads together.
     let (mut bytes_read, mut pairs) = (0, 0);
@@ -119,8 +121,13 @@ proptest! {
             prop_assert!((head_dim..head_dim.next_multiple_of(32).max(192) + 64).contains(&(entry.head_dim as usize)));
             let packed = plan.tiles().packed_heads as usize;
             let tiles = (case.q[2] * packed).div_ceil(entry.block_m as usize);
-            let blocks = (case.q[0] * case.q[1] / packed * tiles) as u32;
+            let cluster = entry.cluster as usize;
+            let blocks = (case.q[0] * case.q[1] / packed * tiles.next_multiple_of(cluster)) as u32;
             prop_assert_eq!(launch.grid, [resident(entry, &device).map_or(blocks, |most| blocks.min(most)), 1, 1]);
+            prop_assert_eq!(
+                (launch.cluster, plan.tiles().cluster, launch.grid[0] % launch.cluster),
+                (entry.cluster, entry.cluster, 0)
+            );
             prop_assert_eq!((launch.threads, launch.shared_bytes), (entry.threads, entry.shared_bytes));
         }
     }

@@ -210,6 +210,32 @@ fn values_of_codes_are_transposed_once() {
     }
 }
 
+/// Tests how blocks of a cluster share loads: a panel of each tile of keys and of values goes to all of them, those of queries to the
+/// block alone; slots are released in the blocks of the cluster; and the cluster meets at the start and at the end.
+#[test]
+fn clusters_share_loads_of_keys_and_values() {
+    for entry in KERNELS.iter().filter(|entry| entry.cluster > 1) {
+        let count = |words: [&str; 2]| {
+            let has_all = |line: &&str| words.iter().all(|word| line.contains(word));
+            entry.instructions().filter(has_all).count() as u32
+        };
+        let load = "cp.async.bulk.tensor.5d.shared::cluster.global";
+        let panels = entry.head_dim.div_ceil(64);
+        let queries = entry.block_m / 64;
+        assert_eq!(count([load, ".multicast::cluster"]), 2 * panels, "{}", entry.name);
+        assert_eq!(count([load, ""]), (2 + queries) * panels, "{}", entry.name);
+        // Keys and values, in the loop and after it.
+        let arrive = "mbarrier.arrive.shared::cluster.b64";
+        assert_eq!(count([arrive, "mapa.shared::cluster.u32"]), 4, "{}", entry.name);
+        assert_eq!(
+            count(["barrier.cluster.arrive.release", "barrier.cluster.wait.acquire"]),
+            2,
+            "{}",
+            entry.name
+        );
+    }
+}
+
 /// Tests that f32 kernels compute in f32: fused multiply-adds, and no narrower type. The rotary kernel rounds each product, as the CPU
 /// does.
 #[test]
@@ -246,6 +272,14 @@ fn the_header_is_the_table() {
         match entry.min_blocks {
             0 => assert!(!entry.ptx.contains(".minnctapersm"), "{}", entry.name),
             blocks => has(&format!(".minnctapersm {blocks}")),
+        }
+        match entry.cluster {
+            1 => {
+                for word in ["nctapercluster", "multicast", "mapa", "barrier.cluster"] {
+                    assert!(!entry.ptx.contains(word), "{}: {word}", entry.name);
+                }
+            }
+            blocks => has(&format!(".reqnctapercluster {blocks}, 1, 1")),
         }
         let hopper = entry.arch == Arch::Sm90a;
         let bytes = match entry.pass {

@@ -113,11 +113,12 @@ pub fn measure(pass: Pass, head_dim: usize) -> Result<Counts, Failure> {
     let whole = |a: usize, b: u32| a / gcd(a, b as usize) * b as usize;
     let q = main().fold(1, |length, entry| whole(length, entry.block_m));
     let k = main().fold(1, |length, entry| whole(length, entry.block_n));
-    // The first tile of a loop is peeled or waits for nothing, so start from two.
-    let runs = [(2 * q, 2 * k), (q, k), (2 * q, k), (q, 2 * k)].map(|(q, k)| run(pass, head_dim, q, k));
+    // The first tile of a loop is peeled or waits for nothing, so start from two. An odd number of tiles of queries has no clusters,
+    // where blocks receive what others read.
+    let runs = [(3 * q, 2 * k), (q, k), (3 * q, k), (q, 2 * k)].map(|(q, k)| run(pass, head_dim, q, k));
     let [both, neither, queries, keys] = runs.map(|run| run.map(|(counters, _)| counters));
     let (both, neither, queries, keys) = (both?, neither?, queries?, keys?);
-    let pairs = (q * k) as f64;
+    let pairs = (2 * q * k) as f64;
     let bilinear = |f: &dyn Fn(&Counters) -> u64| {
         (f(&both) as f64 + f(&neither) as f64 - f(&queries) as f64 - f(&keys) as f64) / pairs
     };

@@ -239,6 +239,7 @@ fn steps_of_blocks(MainKernel { entry, list }: &MainKernel, shape: &Shape) -> (f
     };
     let length = shape.seqlen as u32;
     let steps = |tile: u32| {
+        let own = own * entry.cluster;
         let (first, rows) = (tile * own, own.min(length - tile * own));
         let blocks = match (owns_keys, shape.causal) {
             (false, false) => Mask::<false>::new(length, length).key_blocks(first, rows, streamed),
@@ -258,7 +259,8 @@ fn steps_of_blocks(MainKernel { entry, list }: &MainKernel, shape: &Shape) -> (f
             }
         })
         .collect();
-    let all: f64 = (0..list.tiles_per_head.get()).map(steps).sum::<f64>() * f64::from(list.heads);
+    // A tile of the list is one for each block of a cluster. Without a mask all have as many steps.
+    let all: f64 = (0..list.tiles_per_head.get()).map(steps).sum::<f64>() * f64::from(list.heads * entry.cluster);
     (busy.into_iter().fold(0.0, f64::max), all / MULTIPROCESSORS.1)
 }
 

@@ -248,7 +248,7 @@ impl Cuda {
             grid: launch.grid,
             threads: launch.threads,
             shared_bytes: launch.shared_bytes,
-            cluster: 1,
+            cluster: launch.cluster,
         };
         let params = [params.bytes(), &numbers];
         let params = if numbers.is_empty() { &params[..1] } else { &params[..] };

@@ -100,7 +100,13 @@ impl Calls for Recorder {
         geometry: Geometry,
         _params: &[&[u8]],
     ) -> Result<(), DriverError> {
-        self.note(queue, format_args!("launch {:?}", geometry.grid));
+        match geometry.cluster {
+            1 => self.note(queue, format_args!("launch {:?}", geometry.grid)),
+            blocks => self.note(
+                queue,
+                format_args!("launch {:?} in clusters of {blocks}", geometry.grid),
+            ),
+        }
         Ok(())
     }
     fn is_capturing(&self, _queue: Queue) -> Result<bool, DriverError> {
@@ -183,6 +189,20 @@ fn calls_in_the_callers_memory_only_launch_and_on_the_foreign_stream() {
             assert_eq!(recorder.take(), launches(&backward));
         }
     }
+}
+
+#[test]
+fn a_kernel_in_clusters_is_launched_with_their_size() {
+    let (device, recorder) = device(&context((9, 0)), STREAM, None);
+    let at = |index: u64| foreign::<half::f16>(&device, index << 20, &[1, 3, 256, 128]);
+    let ([q, k, v, mut out], mut lse) = ([1, 2, 3, 4].map(at), foreign(&device, 5 << 20, &[1, 3, 256]));
+    let attention = Attention::new();
+    let plan = attention.plan(&q, &k, &v).expect("valid");
+    device.prepare(&plan).expect("the recorder loads everything");
+    recorder.take();
+    attention.forward_into(&q, &k, &v, &mut out, &mut lse).expect("valid");
+    let launch = format!("launch [6, 1, 1] in clusters of 2 on {STREAM:#x}");
+    assert_eq!(recorder.take(), [launch]);
 }
 
 /// Tests that ragged and cached calls with results and workspace of the caller launch once for all sequences, and a second time where

@@ -156,16 +156,16 @@ impl Launch {
         })
     }
 
-    /// Makes the launch of Hopper's forward kernel. It is persistent: at most one block per multiprocessor, and the
-    /// blocks share the tiles of work.
+    /// Makes the launch of Hopper's forward kernel `entry`, or of the one that does the same in [clusters](in_clusters). It is
+    /// persistent: at most one block per multiprocessor, and the blocks share the tiles of work.
     pub(in crate::plan) fn hopper_forward(
         problem: &Problem,
         entry: &'static Entry,
         multiprocessors: u32,
     ) -> Result<Self, Error> {
         let program = ScoreProgram::forward(problem);
-        let (params, maps) = hopper_params(problem, entry, program.as_ref(), multiprocessors)?;
-        let grid = [params.work.blocks, 1, 1];
+        let (params, maps, entry) = hopper_params(problem, entry, program.as_ref(), multiprocessors)?;
+        let grid = [params.work.blocks * entry.cluster, 1, 1];
         Ok(Self {
             program,
             ..Self::new(entry, grid, ForwardParameters::Hopper(params, maps))
@@ -179,7 +179,7 @@ impl Launch {
         scales: [ScaleBlocks; 3],
         multiprocessors: u32,
     ) -> Result<Self, Error> {
-        let (forward, maps) = hopper_params(problem, entry, None, multiprocessors)?;
+        let (forward, maps, entry) = hopper_params(problem, entry, None, multiprocessors)?;
         let grid = [forward.work.blocks, 1, 1];
         let [q, k, v] = scales.map(|ScaleBlocks { address, blocks }| Scales {
             address,
@@ -197,19 +197,22 @@ impl Launch {
     }
 }
 
-/// The parameters of Hopper's forward kernels, and their tensor maps.
+/// The parameters of Hopper's forward kernels, their tensor maps, and the kernel: `entry`, or the one that does the same in clusters.
 fn hopper_params(
     problem: &Problem,
-    entry: &Entry,
+    entry: &'static Entry,
     program: Option<&ScoreProgram>,
     multiprocessors: u32,
-) -> Result<(HopperForwardParams, ForwardMaps), Error> {
+) -> Result<(HopperForwardParams, ForwardMaps, &'static Entry), Error> {
     let packed = match program {
         Some(_) => 1,
         None => packed_heads(problem, entry),
     };
     let heads = problem.heads_q() / packed as usize;
     let rows = problem.seqlen_q() * packed;
+    let tiles = grid(problem.batch(), heads, rows, entry.block_m)?;
+    let clusters = in_clusters(entry, tiles.1, multiprocessors).filter(|_| program.is_none());
+    let entry = clusters.unwrap_or(entry);
     let params = HopperForwardParams {
         q: UNKNOWN_MAP,
         k: UNKNOWN_MAP,
@@ -224,7 +227,7 @@ fn hopper_params(
         heads_per_kv: count(heads / problem.heads_kv())?,
         seqlen_q: problem.seqlen_q(),
         seqlen_k: problem.seqlen_k(),
-        work: work_list(grid(problem.batch(), heads, rows, entry.block_m)?, multiprocessors),
+        work: work_list(of_clusters(tiles, entry.cluster), multiprocessors / entry.cluster),
         scale_log2: program.map_or(problem.scale().magnitude_log2, ScoreProgram::scale_log2),
         packed_log2: packed.ilog2(),
         reserved: [0; 7],
@@ -232,7 +235,7 @@ fn hopper_params(
     let [q, k, v, out] = tile_map::dims(problem);
     let (inputs, results) = (problem.input_type(), problem.dtype().into());
     let query = |tensor, dims, dtype| TileMap::packed(&tensor, dims, dtype, HOPPER_ROWS, packed);
-    let key = |tensor, dims| TileMap::new(&tensor, dims, inputs, entry.block_n);
+    let key = |tensor, dims| TileMap::new(&tensor, dims, inputs, entry.block_n / entry.cluster);
     let q = query(problem.q(), q, inputs);
     // Without keys no map of them is used, and none could describe them.
     let [k, v] = match problem.has_keys() {
@@ -240,7 +243,26 @@ fn hopper_params(
         false => [q; 2],
     };
     let out = query(problem.out(), out, results);
-    Ok((params, ForwardMaps { q, k, v, out }))
+    Ok((params, ForwardMaps { q, k, v, out }, entry))
+}
+
+/// Returns the kernel that does what `entry` does in clusters of blocks, if there is one and it serves a head of so many tiles.
+///
+/// Blocks of a cluster load each tile of keys and values once for all of them. That halves the reads from the L2 cache, which limits the
+/// widest heads in `benches/results/hopper_model.md`, and costs nothing where the tiles of every head fill its clusters. Otherwise a
+/// block of each head's last cluster computes a tile that does not exist. Where that adds up to a 32nd to the work the cluster is still
+/// worth it; the reads of a long sequence should not double because it is a few queries longer.
+fn in_clusters(entry: &Entry, tiles_per_head: NonZeroU32, multiprocessors: u32) -> Option<&'static Entry> {
+    let found = entry.in_clusters()?;
+    let wasted = tiles_per_head.get().next_multiple_of(found.cluster) - tiles_per_head.get();
+    (found.cluster <= multiprocessors && 32 * wasted <= tiles_per_head.get()).then_some(found)
+}
+
+/// Returns the grid of clusters of `cluster` blocks, each with a tile for every block, and the number of clusters of a head, for a grid
+/// of tiles.
+fn of_clusters(([tiles, ..], tiles_per_head): ([u32; 3], NonZeroU32), cluster: u32) -> ([u32; 3], NonZeroU32) {
+    let clusters = NonZeroU32::MIN.saturating_add((tiles_per_head.get() - 1) / cluster);
+    ([tiles / tiles_per_head * clusters.get(), 1, 1], clusters)
 }
 
 /// Tensors and sizes of a problem, and its scale unless its program has it.

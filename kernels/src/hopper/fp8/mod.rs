@@ -9,7 +9,7 @@ mod producer;
 mod shared;
 mod softmax;
 
-use super::{Shared, WARPGROUP, forward, work::Work};
+use super::{Shared, WARPGROUP, cluster::Alone, forward, work::Work};
 use crate::abi::Fp8ForwardParams;
 use crate::mask::{Blocks, Mask, for_blocks_backwards};
 use crate::ptx::{mbarrier, memory, optimizer, sreg, sync, wgmma};
@@ -52,7 +52,7 @@ pub unsafe fn forward<S: CodeShape, const CAUSAL: bool>(p: &Fp8ForwardParams, ma
 struct Consumer<'a, S: CodeShape, const CAUSAL: bool> {
     p: &'a Fp8ForwardParams,
     /// Its rows, mask, turns and places in the pipelines.
-    of_rows: forward::Consumer<'a, S, CAUSAL, false>,
+    of_rows: forward::Consumer<'a, S, Alone, CAUSAL, false>,
 }
 
 impl<S: CodeShape, const CAUSAL: bool> Consumer<'_, S, CAUSAL> {

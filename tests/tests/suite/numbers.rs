@@ -1,5 +1,6 @@
 //! Tests of numbers at the ends of f32's range, and of numbers that a mask hides: results follow the definition.
 
+use flash_attention::device::DeviceKind;
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Device, Dtype, Element, Tensor};
 use flash_attention_tests::{Allowances, Case, Inputs, devices, drawn};
@@ -117,6 +118,37 @@ proptest! {
     #[test]
     fn f16_at_any_magnitude(case in small(), extreme in extreme(3.5, 2.0)) {
         extreme.check::<f16>(&case);
+    }
+}
+
+/// One key with all the weight of a query gets no gradient of its score, to the bit: its dP is delta. f32, on the CPU; with dropout and
+/// a score program too, and where queries of several keys are in the same tile.
+#[test]
+fn one_key_with_all_the_weight_has_no_score_gradient() {
+    let attention = || Attention::new().softmax_scale(1e8);
+    for attention in [
+        attention(),
+        attention().causal(),
+        attention().dropout(0.3, 7),
+        attention().softcap(1e9),
+    ] {
+        let case = Case::new(Dtype::F32, [1, 4, 130, 72], [1, 2, 150, 72]).with(attention);
+        let mut inputs = case.inputs::<f32>();
+        let several = 50..60; // queries of the first head whose keys weigh the same
+        inputs.q[several.start * 72..several.end * 72].fill(0.0);
+        for device in devices().of_every_instruction_set() {
+            if device.kind() != DeviceKind::Cpu {
+                continue;
+            }
+            let (_, gradients) = case.run_backward(device, &inputs, &case.dout());
+            let zero = |(row, gradient): (usize, &[f32])| several.contains(&row) || gradient.iter().all(|&x| x == 0.0);
+            assert!(
+                gradients.dq.chunks(72).enumerate().all(zero),
+                "{case:?} on {device}: dq"
+            );
+            // Queries of zeros add nothing to dK.
+            assert!(gradients.dk.iter().all(|&x| x == 0.0), "{case:?} on {device}: dk");
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use super::dq::{GradientRows, SharedHead, wait_for};
 use super::scratch::{QueryTile, Scratch};
+use super::weighed::Goal;
 use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::{Backpropagate, Pairs};
 
@@ -44,18 +45,8 @@ impl Scratch {
                     self.dq_lanes.as_mut_slice().fill(0.0);
                     if turn.sees_any {
                         let tile = self.load_queries(backward, batch, query_head, first_row, rows);
-                        // The processor has the instructions of its kernels.
-                        backward.pairs.inspect(|pairs| (pairs.begin)());
-                        match &backward.program {
-                            None => self.pass(backward, tile, first_key, keys),
-                            Some(program) => {
-                                let ranges = [first_row..first_row + rows, first_key..first_key + keys];
-                                let ranges = ranges.map(|range| range.start as u32..range.end as u32);
-                                self.begin_program(backward, program, (batch, query_head), ranges);
-                                self.pass_scored(backward, program, tile, first_key, keys);
-                            }
-                        }
-                        backward.pairs.inspect(|pairs| (pairs.end)());
+                        let of_head = (batch, query_head);
+                        self.walk_keys(backward, of_head, tile, [first_key, keys], Goal::Gradients);
                     }
                     let added = &shared.added[in_group * backward.query_tiles() + tile];
                     let dq = GradientRows {
@@ -81,11 +72,40 @@ impl Scratch {
         unsafe { self.store_key_gradients(backward, batch, kv_head, first_key, keys) };
     }
 
-    /// A tile of queries passes the keys: adds to all gradients, dQ's in lanes and without its factor.
+    /// A tile of queries of a head passes the loaded keys: adds to all gradients, dQ's in lanes and without its factor, or to the sums
+    /// of delta.
     ///
     /// # Safety
     /// The processor has the kernels' instructions.
-    unsafe fn pass(&mut self, backward: &Backward<'_>, tile: QueryTile, first_key: usize, keys: usize) {
+    pub(super) unsafe fn walk_keys(
+        &mut self,
+        backward: &Backward<'_>,
+        of_head: (usize, usize),
+        tile: QueryTile,
+        [first_key, keys]: [usize; 2],
+        goal: Goal,
+    ) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            backward.pairs.inspect(|pairs| (pairs.begin)());
+            match &backward.program {
+                None => self.pass(backward, tile, [first_key, keys], goal),
+                Some(program) => {
+                    let ranges = [tile.first_row..tile.first_row + tile.rows, first_key..first_key + keys];
+                    let ranges = ranges.map(|range| range.start as u32..range.end as u32);
+                    self.begin_program(backward, program, of_head, ranges);
+                    self.pass_scored(backward, program, tile, [first_key, keys], goal);
+                }
+            }
+            backward.pairs.inspect(|pairs| (pairs.end)());
+        }
+    }
+
+    /// [`walk_keys`](Self::walk_keys) without a program.
+    ///
+    /// # Safety
+    /// The processor has the kernels' instructions.
+    unsafe fn pass(&mut self, backward: &Backward<'_>, tile: QueryTile, [first_key, keys]: [usize; 2], goal: Goal) {
         let pairs = backward.pairs.filter(|_| self.keys_fit && tile.fits);
         for first in (0..keys).step_by(BLOCK) {
             let seen = |row: usize| {
@@ -110,7 +130,9 @@ impl Scratch {
                 self.products(backward, pairs, tile, (first, padded));
                 self.gradients(backward, tile, padded, masked);
             }
-            if !masked || tile.finite && self.keys_are_finite(backward, first, count) {
+            if goal == Goal::Deltas {
+                self.add_weighed(backward, tile, count);
+            } else if !masked || tile.finite && self.keys_are_finite(backward, first, count) {
                 // SAFETY: as above.
                 unsafe {
                     match pairs {
@@ -156,33 +178,33 @@ impl Scratch {
         }
     }
 
-    /// S and dP of so many keys become P and dS.
+    /// S and dP of so many keys become P and dS, in the tile's lanes.
     ///
     /// # Safety
     /// The contract of [`pass`](Self::pass).
     unsafe fn gradients(&mut self, backward: &Backward<'_>, tile: QueryTile, keys: usize, masked: bool) {
-        let stride = backward.tiles.block_m as usize;
-        // SAFETY: passed on to the caller.
+        let (stride, first) = (backward.tiles.block_m as usize, tile.first_lane);
+        // SAFETY: passed on to the caller; the lanes are among those of each line.
         unsafe {
             (backward.kernels.backpropagate)(&Backpropagate {
                 keys,
                 lanes: tile.lanes,
-                scores: self.probabilities.as_mut_ptr(),
-                dp: self.ds.as_mut_ptr(),
+                scores: self.probabilities.as_mut_ptr().add(first),
+                dp: self.ds.as_mut_ptr().add(first),
                 stride,
                 visible: if masked {
-                    self.visible.as_ptr()
+                    self.visible.as_ptr().add(first)
                 } else {
                     std::ptr::null()
                 },
                 scale: backward.problem.softmax_scale(),
                 scale_log2: backward.problem.scale().log2,
-                origin: self.origins.as_ptr(),
+                origin: self.origins.as_ptr().add(first),
                 inverse_sum: match backward.tensors.statistics {
-                    Some(_) => self.inverse_sums.as_ptr(),
+                    Some(_) => self.inverse_sums.as_ptr().add(first),
                     None => std::ptr::null(),
                 },
-                delta: self.delta.as_ptr(),
+                delta: self.delta.as_ptr().add(first),
             });
         }
     }

@@ -15,9 +15,9 @@
 //!
 //! A batch of problems is one pass over the tasks of all of them, in order.
 //!
-//! Here are the problems and their tasks. `delta.rs` comes first; then `chunk.rs` is the walk of a task, with
-//! `scratch.rs` what it works in, `single.rs` and `pairs.rs` its products in f32 and of pairs of bf16, and `dq.rs`
-//! the sums it shares.
+//! Here are the problems and their tasks. `delta.rs` comes first, and `weighed.rs` for queries that few keys share; then `chunk.rs` is
+//! the walk of a task, with `scratch.rs` what it works in, `single.rs` and `pairs.rs` its products in f32 and of pairs of bf16, and
+//! `dq.rs` the sums it shares.
 
 mod chunk;
 mod delta;
@@ -27,6 +27,7 @@ mod program;
 mod scratch;
 mod single;
 mod tables;
+mod weighed;
 
 use std::ops::Range;
 
@@ -43,6 +44,7 @@ use delta::make_deltas;
 use dq::{SharedHead, Turn};
 use program::BackwardProgram;
 use scratch::Scratch;
+use weighed::make_weighed_deltas;
 
 /// Keys whose scores are made at a time: with those of a tile of queries, they stay in the L1 cache.
 const BLOCK: usize = 64;
@@ -106,6 +108,7 @@ pub(super) unsafe fn backward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Re
     // SAFETY: passed on to the caller.
     unsafe {
         make_deltas(team, &problems);
+        make_weighed_deltas(team, &problems, &shared);
         for (problem, call) in problems.iter().zip(calls) {
             if let Some(program) = problem.program.as_ref().filter(|_| call.tables.sinks != 0) {
                 problem.sink_gradients(team, program, call.tables.sinks);
@@ -135,11 +138,7 @@ pub(super) unsafe fn backward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Re
     team.share(tasks.len(), own, |own, index| {
         let Task { problem, head, chunks } = &tasks[index];
         let backward = &problems[*problem];
-        let kind = backward.kind(*problem);
-        if own.as_ref().is_none_or(|(of, _)| *of != kind) {
-            *own = Some((kind, Scratch::new(backward)));
-        }
-        let Some((_, scratch)) = own else { return };
+        let scratch = Scratch::of(own, backward, *problem);
         for chunk in chunks.clone() {
             // SAFETY: passed on to the caller; no other task has these keys.
             unsafe { scratch.chunk(backward, &shared[*problem][*head], *head, chunk, backward.chunks()) };

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::scratch::{QueryTile, Scratch};
 use super::tables::{Read, TableSums};
+use super::weighed::Goal;
 use super::{BLOCK, Backward};
 use crate::device::cpu::kernels::{Backpropagate, Kernels, SIDE};
 use crate::device::cpu::program::{Machines, ScoreProgram};
@@ -91,7 +92,7 @@ impl Scratch {
         self.walk.set(&program.scores, of_head, [queries, keys], sizes);
     }
 
-    /// Passes a tile of queries over the keys that it sees: adds to all gradients.
+    /// Passes a tile of queries over the keys that it sees: adds to all gradients, or to the sums of delta.
     ///
     /// # Safety
     /// The contract of [`pass`](Self::pass), after [`begin_program`](Self::begin_program) for the tile.
@@ -100,8 +101,8 @@ impl Scratch {
         backward: &Backward<'_>,
         program: &BackwardProgram,
         tile: QueryTile,
-        first_key: usize,
-        keys: usize,
+        [first_key, keys]: [usize; 2],
+        goal: Goal,
     ) {
         let group = BackwardProgram::group(backward.kernels);
         let mut machines = self.machines.take().expect("where there is a program");
@@ -112,10 +113,14 @@ impl Scratch {
             let shown = |cell: &Coverage| *cell != Coverage::Empty;
             let begin = cells.iter().position(shown).unwrap_or(0);
             let end = cells.iter().rposition(shown).map_or(0, |last| last + 1);
-            let first_lane = begin * group;
+            let first_lane = (begin * group).max(tile.first_lane);
+            let end_lane = (end * group).min(tile.first_lane + tile.lanes);
+            if first_lane >= end_lane {
+                continue;
+            }
             let tile = QueryTile {
                 first_lane,
-                lanes: (end * group).min(tile.lanes) - first_lane,
+                lanes: end_lane - first_lane,
                 ..tile
             };
             let masked = cells[begin..end].iter().any(|cell| *cell != Coverage::Full);
@@ -123,7 +128,7 @@ impl Scratch {
             // SAFETY: passed on to the caller; the block is one of the keys, padded as they are.
             unsafe {
                 let machines = (program, &mut machines);
-                self.pass_block(backward, machines, tile, [first_key, first, count], masked);
+                self.pass_block(backward, machines, tile, [first_key, first, count], (masked, goal));
             }
         }
         (self.walk, self.machines) = (walk, Some(machines));
@@ -139,7 +144,7 @@ impl Scratch {
         (program, machines): (&BackwardProgram, &mut Machines),
         tile: QueryTile,
         [first_key, first, count]: [usize; 3],
-        masked: bool,
+        (masked, goal): (bool, Goal),
     ) {
         let pairs = backward.pairs.filter(|_| self.keys_fit && tile.fits);
         let padded = count.next_multiple_of(backward.padding());
@@ -153,9 +158,12 @@ impl Scratch {
                     (program, machines),
                     (tile, lane),
                     [first_key + first, count],
-                    masked,
+                    (masked, goal),
                 );
             }
+        }
+        if goal == Goal::Deltas {
+            return self.add_weighed(backward, tile, count);
         }
         self.clear_padding(backward, tile, count..padded);
         if !masked || tile.finite && self.keys_are_finite(backward, first, count) {
@@ -172,7 +180,7 @@ impl Scratch {
         }
     }
 
-    /// Turns S and dP of a strip into P, as it weighs values, and dS.
+    /// Turns S and dP of a strip into P, as it weighs values, and dS; for the sums of delta P is that of the softmax.
     ///
     /// # Safety
     /// The contract of [`pass_scored`](Self::pass_scored).
@@ -182,7 +190,7 @@ impl Scratch {
         (program, machines): (&BackwardProgram, &mut Machines),
         (tile, lane): (QueryTile, usize),
         [first_key, keys]: [usize; 2],
-        masked: bool,
+        (masked, goal): (bool, Goal),
     ) {
         let (kernels, stride) = (backward.kernels, backward.tiles.block_m as usize);
         let scores = (self.probabilities.as_mut_ptr().wrapping_add(lane), stride);
@@ -211,12 +219,15 @@ impl Scratch {
                 },
                 delta: self.delta.as_ptr().wrapping_add(lane),
             });
-            if let Some(dropped) = &mut machines.dropped {
+            if let Some(dropped) = machines.dropped.as_mut().filter(|_| goal == Goal::Gradients) {
                 dropped.apply(kernels, keys, scores, true);
             }
             if masked {
                 machines.clear_hidden(&program.scores, [lane, keys], scores);
                 machines.clear_hidden(&program.scores, [lane, keys], ds);
+            }
+            if goal == Goal::Deltas {
+                return;
             }
             let Some(machine) = machines.of_scores() else { return };
             let lanes = kernels.strip_lanes.min(tile.rows.saturating_sub(lane));

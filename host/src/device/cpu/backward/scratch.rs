@@ -2,7 +2,8 @@
 
 use super::pairs::Words;
 use super::tables::OwnSums;
-use super::{BLOCK, Backward};
+use super::weighed::Weighed;
+use super::{BLOCK, Backward, Kind};
 use crate::device::cpu::kernels::MAX_LANES;
 use crate::device::cpu::pointer_mut;
 use crate::device::cpu::program::{Machines, Walk};
@@ -57,6 +58,8 @@ pub(super) struct Scratch {
     /// `1 / row_sum` of each query.
     pub(super) inverse_sums: Lines,
     pub(super) delta: Lines,
+    /// Sums over the keys, where delta is made of them.
+    pub(super) weighed: Weighed,
     /// Number of keys of a block that each query sees.
     pub(super) visible: Lines,
     /// Machines of the score program, if there is one.
@@ -89,11 +92,20 @@ impl Scratch {
             origins: Lines::new(block_m),
             inverse_sums: Lines::new(block_m),
             delta: Lines::new(block_m),
+            weighed: Weighed::new(block_m),
             visible: Lines::new(block_m),
             machines: program.map(|program| Machines::new(&program.scores, block_m, BLOCK)),
             walk: Walk::default(),
             own_sums: program.map_or(OwnSums::new(), |program| program.sums.own_sums()),
         }
+    }
+
+    /// A thread's tiles for a problem: those that it has if they fit, else new ones.
+    pub(super) fn of<'a>(own: &'a mut Option<(Kind, Self)>, backward: &Backward<'_>, problem: usize) -> &'a mut Self {
+        let kind = backward.kind(problem);
+        let kept = own.take().filter(|(of, _)| *of == kind);
+        let (_, scratch) = own.insert(kept.unwrap_or_else(|| (kind, Self::new(backward))));
+        scratch
     }
 
     /// Loads keys and values of a head, from `first_key` on, and clears their gradients.

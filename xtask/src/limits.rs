@@ -50,10 +50,10 @@ const LIMITS: &[Limit] = &[
 #[rustfmt::skip]
 const FP8_LIMITS: &[(u32, [u32; 2])] = &[
     (64, [455, 220]),
-    (96, [444, 227]),
+    (96, [450, 227]),
     (128, [452, 236]),
-    (192, [479, 206]),
-    (256, [587, 265]),
+    (192, [485, 206]),
+    (256, [637, 265]),
 ];
 
 /// Limits of kernels in clusters, of which a warp releases each slot in every block.

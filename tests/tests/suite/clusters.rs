@@ -5,7 +5,7 @@ use flash_attention::plan::Plan;
 use flash_attention::problem::{Problem, TensorInfo};
 use flash_attention::{Arch, Attention, Device, Dtype, Element};
 use flash_attention_kernels::entries::{ENTRIES, Pass};
-use flash_attention_tests::{Case, Inputs, Layout, Order, check_traffic, devices, emulator, for_dtype};
+use flash_attention_tests::{Case, Inputs, Layout, Order, devices, emulator, for_dtype};
 
 /// Queries of a tile of these kernels.
 const BLOCK_M: usize = 128;
@@ -132,7 +132,8 @@ fn clusters_read_keys_once_for_two_tiles() {
         if devices().emulation() {
             let device = emulator(Arch::Sm90a, 1, 2);
             for_dtype!(dtype, T => drop(case.run(&device, &case.inputs::<T>())));
-            check_traffic(&case, &plan, &device);
+            let read = device.counters().expect("an emulator counts").global_read_bytes;
+            assert_eq!(u128::from(read), plan.cost().bytes_read, "{plan}");
         }
     }
 }
@@ -145,7 +146,7 @@ fn clusters_are_planned_where_they_pay() {
         plan(&case).tiles().cluster
     };
     let full = |tiles, head_dim| cluster(tiles, head_dim, Attention::new());
-    for head_dim in [100, 128, 160, 192, 256] {
+    for head_dim in [104, 128, 160, 192, 256] {
         for tiles in 1..=40 {
             let fills = tiles % 2 == 0 || tiles > 32;
             assert_eq!(full(tiles, head_dim), if fills { 2 } else { 1 }, "{tiles}, {head_dim}");

@@ -222,8 +222,14 @@ fn clusters_share_loads_of_keys_and_values() {
         let load = "cp.async.bulk.tensor.5d.shared::cluster.global";
         let panels = entry.head_dim.div_ceil(64);
         let queries = entry.block_m / 64;
-        assert_eq!(count([load, ".multicast::cluster"]), 2 * panels, "{}", entry.name);
-        assert_eq!(count([load, ""]), (2 + queries) * panels, "{}", entry.name);
+        // The loop over tiles of keys may be unrolled.
+        let shared = count([load, ".multicast::cluster"]);
+        assert!(
+            shared > 0 && shared.is_multiple_of(2 * panels),
+            "{}: {shared}",
+            entry.name
+        );
+        assert_eq!(count([load, ""]) - shared, queries * panels, "{}", entry.name);
         // Keys and values, in the loop and after it.
         let arrive = "mbarrier.arrive.shared::cluster.b64";
         assert_eq!(count([arrive, "mapa.shared::cluster.u32"]), 4, "{}", entry.name);

@@ -184,7 +184,7 @@ impl Attention {
         dout: &Tensor<T>,
         sequences: &Sequences,
         gradients: &Gradients<T>,
-    ) -> Result<Vec<Plan<plan::Backward>>, Error> {
+    ) -> Result<Vec<BackwardPlan>, Error> {
         let batch = BackwardBatch {
             inputs: [q, k, v],
             output,
@@ -272,7 +272,7 @@ impl Attention {
         &self,
         batch: &BackwardBatch<'_, T>,
         views: &Gradients<T>,
-    ) -> Result<Plan<plan::Backward>, Error> {
+    ) -> Result<BackwardPlan, Error> {
         let [q, k, v] = batch.inputs;
         check_ranks(q, k, v)?;
         check_output(batch.output, batch.dout, [q, v])?;
@@ -378,6 +378,9 @@ impl<T: Element> BackwardBatch<'_, T> {
     }
 }
 
+/// The plan of a call's backward pass.
+type BackwardPlan = Plan<plan::Backward>;
+
 /// The results, the gradient of out, and the gradients of one call.
 type Part<T> = (Output<T>, Tensor<T>, Gradients<T>);
 
@@ -387,7 +390,7 @@ fn parts<T: Element>(
     (pieces, calls): (&[Piece], &[Call<T>]),
     (output, order): (&Output<T>, Order),
     gradients: &Gradients<T>,
-) -> Result<(Vec<Part<T>>, Vec<Plan<plan::Backward>>), Error> {
+) -> Result<(Vec<Part<T>>, Vec<BackwardPlan>), Error> {
     let (mut parts, mut plans) = (Vec::new(), Vec::new());
     for (piece, call) in pieces.iter().zip(calls) {
         let of_piece = Gradients::new(

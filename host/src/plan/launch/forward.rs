@@ -22,7 +22,6 @@ use crate::problem::{Problem, Scale, ScaleBlocks};
 
 /// Parameters of a forward kernel, by the struct that it takes.
 #[derive(Clone, Copy, Debug)]
-#[expect(clippy::large_enum_variant, reason = "a launch holds one, and copies it once")]
 pub enum ForwardParameters {
     /// Parameters of the portable kernel.
     Portable(ForwardParams),

@@ -23,9 +23,9 @@ pub(crate) trait Watcher {
     fn fence(&mut self, _fence: Fence) {}
 }
 
-/// What a check may use beside an event.
+/// The state that a check may use beside an event.
 pub(crate) struct Scene<'a, 'm> {
-    /// What each warp knows to be done.
+    /// Knowledge of each warp about what is done.
     pub clocks: &'a mut Clocks,
     /// Receives findings.
     pub reports: &'a mut Reports<'m>,

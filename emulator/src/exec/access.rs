@@ -34,7 +34,7 @@ pub(crate) struct Access {
     pub write: bool,
 }
 
-/// What an access does beside its address and size, for the checks.
+/// Facts about an access beside its address and size, for the checks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Act<'a> {
     pub engine: Engine,

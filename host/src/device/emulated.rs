@@ -242,9 +242,7 @@ impl Emulated {
         }
         Ok(())
     }
-}
 
-impl Emulated {
     /// Launches the kernels of a plan, which write these results.
     fn carry_out<P: PassType>(
         &self,

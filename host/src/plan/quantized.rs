@@ -2,8 +2,9 @@
 
 use flash_attention_kernels::entries::{Arch, Entry, Pass, find_fp8};
 
+use super::choose::{fits_device, no_kernel};
 use super::cost::Cost;
-use super::{ForwardChoice, Launch, Tiles, fits_device, no_kernel, statistics_written, tile_map};
+use super::{ForwardChoice, Launch, Tiles, statistics_written, tile_map};
 use crate::error::Error;
 use crate::problem::{Problem, ScaleBlocks};
 use crate::target::DeviceInfo;

@@ -40,7 +40,7 @@ pub struct Softmax<A: CodeScores> {
     sum: A::Rows,
 }
 
-/// What makes weights of a tile's products.
+/// Factors and addends that make weights of a tile's products.
 #[derive(Clone, Copy)]
 pub struct Weights<R> {
     factor: [R; 2],

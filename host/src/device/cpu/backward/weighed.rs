@@ -1,9 +1,9 @@
 //! delta of queries that few keys share: the sum of P * dP over the keys, from the very numbers that the products of the main pass
 //! have.
 //!
-//! Of one key that has all the weight of a query the gradient of its score, `P * (dP - delta)`, is 0, and of several keys the gradients
-//! sum to 0. rowsum(dO * O) is rounded in another way than dP, and leaves a rest of some roundings of dP. Among many keys it is lost
-//! in their own roundings, which such queries do not have. So P and dP are computed for them beforehand, as they will be once more.
+//! Where one key has all the weight of a query, the gradient of its score, `P * (dP - delta)`, is 0; where several share it, their gradients
+//! sum to 0. rowsum(dO * O) is not rounded as dP is, and leaves a remainder of a few roundings of dP. With many keys it is smaller than their
+//! own roundings, but with few it is not. So P and dP of such queries are computed beforehand, by the same instructions as afterwards.
 
 use flash_attention_kernels::entries::Dtype;
 
@@ -23,7 +23,7 @@ const FEW_KEYS: f32 = 2.0;
 /// Queries that are taken together: whole strips, and whole words of pairs.
 const GROUP: usize = 2 * SIDE;
 
-/// What the walk of a tile of queries over keys is for.
+/// Purpose of a walk of a tile of queries over keys.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Goal {
     Deltas,
@@ -32,9 +32,9 @@ pub(super) enum Goal {
 
 /// Sums of a tile of queries over their keys.
 pub(super) struct Weighed {
-    /// Of P.
+    /// Sums of P.
     weights: Vec<f64>,
-    /// Of P * dP.
+    /// Sums of P * dP.
     products: Vec<f64>,
 }
 
@@ -79,17 +79,16 @@ impl Backward<'_> {
     /// # Safety
     /// The contract of [`backward`](super::backward).
     unsafe fn tiles_of_few(&self) -> Vec<usize> {
-        let Some([_, row_sum]) = self.tensors.statistics.filter(|_| self.problem.dtype() == Dtype::F32) else {
+        if self.problem.dtype() != Dtype::F32 || self.tensors.statistics.is_none() {
             return Vec::new();
-        };
-        let row_sum = QueryRows::new(row_sum, self.problem);
+        }
         let (seqlen, block_m) = (self.problem.seqlen_q() as usize, self.tiles.block_m as usize);
         let heads = 0..self.problem.batch() * self.problem.heads_q();
         let tiles = heads.flat_map(|head| (0..seqlen).step_by(block_m).map(move |first| (head, first)));
         let is_of_few = |(head, first): (usize, usize)| {
             let mut queries = head * seqlen + first..head * seqlen + seqlen.min(first + block_m);
-            // SAFETY: there is a row_sum for each query, and no thread writes it meanwhile.
-            queries.any(|query| has_few(unsafe { row_sum.at(query).read() }))
+            // SAFETY: passed on to the caller.
+            queries.any(|query| unsafe { self.has_few(query) })
         };
         let numbered = tiles.enumerate().filter(|(_, tile)| is_of_few(*tile));
         numbered.map(|(number, _)| number).collect()
@@ -100,12 +99,8 @@ impl Backward<'_> {
     /// # Safety
     /// The contract of [`backward`](super::backward).
     unsafe fn of_few(&self, tile: QueryTile, first: usize) -> QueryTile {
-        let Some([_, row_sum]) = self.tensors.statistics else {
-            return tile;
-        };
-        let row_sum = QueryRows::new(row_sum, self.problem);
-        // SAFETY: as in `tiles_of_few`.
-        let is_of_few = |row: &usize| has_few(unsafe { row_sum.at(first + row).read() });
+        // SAFETY: passed on to the caller.
+        let is_of_few = |row: &usize| unsafe { self.has_few(first + row) };
         let first_lane = (0..tile.rows).find(is_of_few).unwrap_or(0) / GROUP * GROUP;
         let end = (0..tile.rows).rfind(is_of_few).map_or(0, |last| last + 1);
         QueryTile {
@@ -114,11 +109,19 @@ impl Backward<'_> {
             ..tile
         }
     }
-}
 
-/// Tells if few keys share a query with this row_sum; 0 is that of one which sees none.
-fn has_few(row_sum: f32) -> bool {
-    row_sum > 0.0 && row_sum < FEW_KEYS
+    /// Tells if few keys share a query, counted over all heads. Without row_sum no query is known to have few; a row_sum of 0 is that of
+    /// a query that sees none.
+    ///
+    /// # Safety
+    /// The contract of [`backward`](super::backward).
+    unsafe fn has_few(&self, query: usize) -> bool {
+        self.tensors.statistics.is_some_and(|[_, row_sum]| {
+            // SAFETY: there is a row_sum for each query, and no thread writes it meanwhile.
+            let row_sum = unsafe { QueryRows::new(row_sum, self.problem).at(query).read() };
+            row_sum > 0.0 && row_sum < FEW_KEYS
+        })
+    }
 }
 
 impl Weighed {
@@ -190,18 +193,14 @@ impl Scratch {
     /// # Safety
     /// The contract of [`weigh`](Self::weigh).
     unsafe fn store_deltas(&self, backward: &Backward<'_>, first: usize, rows: usize) {
-        let Some([_, row_sum]) = backward.tensors.statistics else {
-            return;
-        };
-        let row_sum = QueryRows::new(row_sum, backward.problem);
         let program = backward.program.as_ref().map(|program| &program.scores.program);
         let has_sinks = program.is_some_and(|program| program.sinks().is_some());
         for row in 0..rows {
             let (weights, product) = (self.weighed.weights[row], self.weighed.products[row]);
             let weights = if has_sinks { 1.0 } else { weights };
-            // SAFETY: there is a number for each query, and nobody else writes delta meanwhile.
+            // SAFETY: there is a delta for each query, and no other task writes it meanwhile.
             unsafe {
-                if has_few(row_sum.at(first + row).read()) && weights != 0.0 {
+                if backward.has_few(first + row) && weights != 0.0 {
                     *pointer_mut::<f32>(backward.delta).add(first + row) = (product / weights) as f32;
                 }
             }

@@ -287,7 +287,7 @@ pub struct HopperForwardParams {
     /// Base-2 logarithm of the number of packed query heads: row `r` of a head is query `r >> packed_log2`.
     pub packed_log2: u32,
     /// Pads the struct to a multiple of 64 bytes.
-    pub reserved: [u32; 7],
+    pub reserved: [u32; 3],
 }
 
 /// Tiles of work that persistent blocks share, as [`deal`](crate::deal) describes.
@@ -300,6 +300,14 @@ pub struct WorkList {
     pub heads: u32,
     /// Number of blocks of the launch, or of its clusters.
     pub blocks: u32,
+    /// Under a causal mask, number of rounds in which every block has a share. Single tiles come after them.
+    pub rounds: u32,
+    /// First head with single tiles.
+    pub head: u32,
+    /// Number of tiles at either end of this head that belong to shares.
+    pub dealt: u32,
+    /// Number of blocks that have no tile in the round of the shortest ones.
+    pub missing: u32,
 }
 
 /// Parameters of the backward kernels for Hopper. Tensors that a block owns have boxes of 64 rows, tensors that it
@@ -344,7 +352,7 @@ pub struct HopperBackwardParams {
     /// head_dim of v and dout, and alignment.
     pub layout: Layout,
     /// Pads the struct to a multiple of 64 bytes.
-    pub reserved: [u32; 14],
+    pub reserved: [u32; 10],
 }
 
 /// Workspace of the backward kernels for Hopper: per-query arrays of `[batch, heads_q, padded_q]`, 16-byte aligned.

@@ -1,164 +1,12 @@
 //! The table of compiled kernels. Kernels are emitted from it, the host chooses from it, tests iterate over it, and
 //! `cargo xtask ptx` reads the launch bounds from it. A shape that is not in it cannot be planned.
 
+mod entry;
+
+pub use entry::{Arch, Dtype, Entry, Pass};
+
 use crate::element::{Bf16, F16};
 use crate::shape::*;
-
-/// Target that a kernel is compiled for, and the least GPU that runs it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Arch {
-    /// sm_80: A100 and every later GPU.
-    Sm80,
-    /// sm_90a: Hopper (H100, H200) and no other.
-    Sm90a,
-}
-
-impl Arch {
-    /// All targets that kernels are compiled for.
-    pub const ALL: &[Self] = &[Self::Sm80, Self::Sm90a];
-
-    /// Returns the target's name as PTX and ptxas spell it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Sm80 => "sm_80",
-            Self::Sm90a => "sm_90a",
-        }
-    }
-}
-
-/// Element type of q, k, v and out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Dtype {
-    /// IEEE binary32, computed in f32 arithmetic (no TF32).
-    F32,
-    /// IEEE binary16, accumulated in f32.
-    F16,
-    /// bfloat16, accumulated in f32.
-    Bf16,
-}
-
-impl Dtype {
-    /// Returns the bytes of one element.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// Returns the name in kernel names and on command lines.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-        }
-    }
-}
-
-/// Result that a kernel computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Pass {
-    /// out and lse from q, k, v.
-    Forward,
-    /// out and lse from the partial results of splits over keys.
-    Combine,
-    /// Preprocess: delta = rowsum(dO * O), which the other backward kernels need. For Hopper also lse in base 2,
-    /// padded, and a cleared dQ accumulator.
-    BackwardDelta,
-    /// dQ.
-    BackwardQueries,
-    /// dK and dV.
-    BackwardKeys,
-    /// dK and dV, and dQ in an f32 accumulator in device memory, to which blocks add.
-    BackwardAll,
-    /// Postprocess: dQ from that accumulator.
-    BackwardFinish,
-    /// Rows of q, or of new keys and values, turned by a rotary embedding.
-    Rotary,
-}
-
-/// A compiled kernel. `P` is the type of its result: a [`Pass`], except for kernels of the traffic study.
-#[derive(Clone, Copy, Debug)]
-pub struct Entry<P = Pass> {
-    /// Name of the `.entry`, and of the kernel in its archive.
-    pub name: &'static str,
-    /// Result that it computes.
-    pub pass: P,
-    /// Target that it is compiled for.
-    pub arch: Arch,
-    /// Element type of its tensors.
-    pub dtype: Dtype,
-    /// True if it masks causally.
-    pub causal: bool,
-    /// True if it has the markers of score programs. The program has the mask then.
-    pub program: bool,
-    /// True if q, k and v are e4m3 with scales; the dtype is that of out.
-    pub quantized: bool,
-    /// Widest head it serves.
-    pub head_dim: u32,
-    /// Number of queries of a tile. A block owns one such tile, or in `BackwardKeys` streams them.
-    pub block_m: u32,
-    /// Number of keys of a tile. A block streams them, or in `BackwardKeys` owns one.
-    pub block_n: u32,
-    /// Threads per block.
-    pub threads: u32,
-    /// Least number of blocks that must fit on a multiprocessor, which bounds the registers that ptxas may use. 0
-    /// leaves this to ptxas, which then spills less than with 1 or 2 where all 255 registers are used.
-    pub min_blocks: u32,
-    /// Dynamic shared memory per block, in bytes.
-    pub shared_bytes: u32,
-    /// True if the kernel streams the queries twice, once for dK and once for dV.
-    pub two_walks: bool,
-    /// Number of blocks of a cluster, along x. They own neighbouring tiles and load the streamed ones together. 1 without
-    /// clusters.
-    pub cluster: u32,
-}
-
-impl<P> Entry<P> {
-    /// Tells if this is a kernel of latent attention, which loads values with their keys where both are the same rows.
-    pub const fn is_latent(&self) -> bool {
-        self.head_dim == LatentD576::<F16>::HEAD_DIM
-    }
-
-    /// Marks a kernel as one with the markers of score programs.
-    const fn of_programs(mut self) -> Self
-    where
-        P: Copy,
-    {
-        self.program = true;
-        self
-    }
-
-    /// Returns the kernel for a table that names passes by another type.
-    pub const fn with_pass<Q: Copy>(&self, pass: Q) -> Entry<Q> {
-        Entry {
-            name: self.name,
-            pass,
-            arch: self.arch,
-            dtype: self.dtype,
-            causal: self.causal,
-            program: self.program,
-            quantized: self.quantized,
-            head_dim: self.head_dim,
-            block_m: self.block_m,
-            block_n: self.block_n,
-            threads: self.threads,
-            min_blocks: self.min_blocks,
-            shared_bytes: self.shared_bytes,
-            two_walks: self.two_walks,
-            cluster: self.cluster,
-        }
-    }
-}
-
-impl Entry {
-    /// Returns the kernel that does the same in clusters of blocks, if there is one.
-    pub fn in_clusters(&self) -> Option<&'static Entry> {
-        let key = |e: &Entry| (e.pass, e.arch, e.dtype, e.quantized, e.causal, e.program, e.head_dim);
-        ENTRIES.iter().find(|e| e.cluster > 1 && key(e) == key(self))
-    }
-}
 
 /// The kernel of `pass` that serves this head_dim with the least waste, without clusters.
 pub fn find(pass: Pass, arch: Arch, dtype: Dtype, causal: bool, head_dim: u32) -> Option<&'static Entry> {
@@ -218,11 +66,11 @@ macro_rules! entry {
 
 /// The shape under a causal mask of a row for Hopper, `full | causal` where they differ.
 macro_rules! causal_shape {
-    ($shape:ty) => {
-        $shape
+    ($dtype:ident, $shape:ident) => {
+        $shape<$dtype>
     };
-    ($shape:ty | $causal:ty) => {
-        $causal
+    ($dtype:ident, $shape:ident | $causal:ident) => {
+        $causal<$dtype>
     };
 }
 
@@ -265,6 +113,18 @@ const fn rotary_entry(name: &'static str, dtype: Dtype) -> Entry {
         head_dim: u32::MAX,
         block_m: 0,
         threads: ROTARY_WARPS * 32,
+        ..delta_entry(name, dtype)
+    }
+}
+
+/// A row of the table for the preprocess and postprocess kernels of Hopper's backward, which need so many bytes of shared memory.
+const fn sums_entry(name: &'static str, pass: Pass, dtype: Dtype, shared_bytes: u32) -> Entry {
+    Entry {
+        pass,
+        arch: Arch::Sm90a,
+        block_m: if shared_bytes == 0 { DELTA_ROWS } else { HOPPER_ROWS },
+        threads: 128,
+        shared_bytes,
         ..delta_entry(name, dtype)
     }
 }
@@ -334,191 +194,135 @@ macro_rules! kernel {
 #[cfg(all(target_arch = "nvptx64", feature = "study"))]
 pub(crate) use kernel;
 
+/// The table. A row has a kernel's name up to its dtype and after it, and stands for the kernels of every dtype.
 macro_rules! entries {
     (
-        tiles { $($name:literal: $pass:ident $arch:ident $dtype:ident, $shape:ty, $shared:ident,
-                  $module:ident::$function:ident($params:ident), min_blocks $min:literal;)* }
-        delta { $($delta:literal: $delta_dtype:ident;)* }
-        combine { $($combine:literal: $combine_dtype:ident;)* }
-        rotary { $($rotary:literal: $rotary_dtype:ident;)* }
-        hopper { $($hopper:literal: $hopper_pass:ident $hopper_dtype:ident, $hopper_shape:ty $(| $causal_shape:ty)?,
+        tiles { $($name:literal $dim:literal: $pass:ident, $module:ident::$function:ident($params:ident), $shared:ident,
+                  $f32:ident min_blocks $f32_min:literal, $half:ident min_blocks $half_min:literal;)* }
+        rows { $($rows:literal: $entry:ident, $rows_module:ident::$rows_function:ident($rows_params:ident);)* }
+        hopper { $($hopper:literal $hopper_dim:literal: $hopper_pass:ident, $hopper_shape:ident $(| $causal_shape:ident)?,
                    $hopper_module:ident::$hopper_kind:ident::$hopper_function:ident($hopper_params:ident);)* }
-        clusters { $($cluster:literal: $cluster_dtype:ident, $cluster_shape:ty;)* }
-        sums { $($sums:literal: $sums_pass:ident $sums_dtype:ident, $sums_function:ident, $sums_bytes:expr;)* }
+        clusters { $($cluster:literal $cluster_dim:literal: $cluster_shape:ident;)* }
+        sums { $($sums:literal: $sums_pass:ident, $sums_function:ident, $sums_bytes:expr;)* }
     ) => {
         /// All compiled kernels: each row of tiles below, full and causal, forward in clusters, and the preprocess and
         /// postprocess kernels of backward.
         pub const ENTRIES: &[Entry] = &[
             $(
-                entry!($name, $arch $pass $dtype, $shape, $shared, $min, false),
-                entry!(concat!($name, "_causal"), $arch $pass $dtype, $shape, $shared, $min, true),
+                entry!(concat!($name, "_f32", $dim), Sm80 $pass F32, $f32, $shared, $f32_min, false),
+                entry!(concat!($name, "_f32", $dim, "_causal"), Sm80 $pass F32, $f32, $shared, $f32_min, true),
+                entry!(concat!($name, "_f16", $dim), Sm80 $pass F16, $half<F16>, $shared, $half_min, false),
+                entry!(concat!($name, "_f16", $dim, "_causal"), Sm80 $pass F16, $half<F16>, $shared, $half_min, true),
+                entry!(concat!($name, "_bf16", $dim), Sm80 $pass Bf16, $half<Bf16>, $shared, $half_min, false),
+                entry!(concat!($name, "_bf16", $dim, "_causal"), Sm80 $pass Bf16, $half<Bf16>, $shared, $half_min, true),
             )*
-            $(delta_entry($delta, Dtype::$delta_dtype),)*
-            $(combine_entry($combine, Dtype::$combine_dtype),)*
-            $(rotary_entry($rotary, Dtype::$rotary_dtype),)*
             $(
-                hopper_entry!($hopper, $hopper_pass $hopper_dtype, $hopper_shape, false),
-                hopper_entry!(concat!($hopper, "_causal"), $hopper_pass $hopper_dtype, causal_shape!($hopper_shape $(| $causal_shape)?), true),
+                $entry(concat!($rows, "_f32"), Dtype::F32),
+                $entry(concat!($rows, "_f16"), Dtype::F16),
+                $entry(concat!($rows, "_bf16"), Dtype::Bf16),
             )*
-            $(Entry {
-                cluster: CLUSTER,
-                ..hopper_entry!($cluster, Forward $cluster_dtype, $cluster_shape, false)
-            },)*
-            $(Entry {
-                pass: Pass::$sums_pass,
-                arch: Arch::Sm90a,
-                block_m: if $sums_bytes == 0 { DELTA_ROWS } else { HOPPER_ROWS },
-                threads: 128,
-                shared_bytes: $sums_bytes,
-                ..delta_entry($sums, Dtype::$sums_dtype)
-            },)*
+            $(
+                hopper_entry!(concat!($hopper, "_f16", $hopper_dim), $hopper_pass F16, $hopper_shape<F16>, false),
+                hopper_entry!(concat!($hopper, "_f16", $hopper_dim, "_causal"), $hopper_pass F16, causal_shape!(F16, $hopper_shape $(| $causal_shape)?), true),
+                hopper_entry!(concat!($hopper, "_bf16", $hopper_dim), $hopper_pass Bf16, $hopper_shape<Bf16>, false),
+                hopper_entry!(concat!($hopper, "_bf16", $hopper_dim, "_causal"), $hopper_pass Bf16, causal_shape!(Bf16, $hopper_shape $(| $causal_shape)?), true),
+            )*
+            $(
+                hopper_entry!(concat!($cluster, "_f16", $cluster_dim), Forward F16, $cluster_shape<F16>, false).of_clusters(),
+                hopper_entry!(concat!($cluster, "_bf16", $cluster_dim), Forward Bf16, $cluster_shape<Bf16>, false).of_clusters(),
+            )*
+            $(
+                sums_entry(concat!($sums, "_f16"), Pass::$sums_pass, Dtype::F16, $sums_bytes),
+                sums_entry(concat!($sums, "_bf16"), Pass::$sums_pass, Dtype::Bf16, $sums_bytes),
+            )*
         ];
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            hopper_kernel!($cluster, hopper::forward::in_clusters, HopperForwardParams, $cluster_shape);
-        )*
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            kernel!($sums, hopper::backward::sums::$sums_function, crate::abi::QuerySumsParams, $sums_dtype);
-        )*
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            hopper_kernel!($hopper, $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape, false);
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
-            hopper_kernel!(concat!($hopper, "_causal"), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, causal_shape!($hopper_shape $(| $causal_shape)?), true);
-        )*
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($name, $module::$function, crate::abi::$params, $shape, false);
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!(concat!($name, "_causal"), $module::$function, crate::abi::$params, $shape, true);
-        )*
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($delta, delta::delta, crate::abi::BackwardParams, crate::element::$delta_dtype);
-        )*
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($combine, listed::combine, crate::abi::ListedForwardParams, crate::element::$combine_dtype);
-        )*
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
-            kernel!($rotary, rotary::rotary, crate::abi::RotaryParams, crate::element::$rotary_dtype);
-        )*
+        #[cfg(all(target_arch = "nvptx64", feature = "sm_80"))]
+        mod sm_80 {
+            use super::*;
+            use crate::element::F32;
+            $(
+                kernel!(concat!($name, "_f32", $dim), $module::$function, crate::abi::$params, $f32, false);
+                kernel!(concat!($name, "_f32", $dim, "_causal"), $module::$function, crate::abi::$params, $f32, true);
+                kernel!(concat!($name, "_f16", $dim), $module::$function, crate::abi::$params, $half<F16>, false);
+                kernel!(concat!($name, "_f16", $dim, "_causal"), $module::$function, crate::abi::$params, $half<F16>, true);
+                kernel!(concat!($name, "_bf16", $dim), $module::$function, crate::abi::$params, $half<Bf16>, false);
+                kernel!(concat!($name, "_bf16", $dim, "_causal"), $module::$function, crate::abi::$params, $half<Bf16>, true);
+            )*
+            $(
+                kernel!(concat!($rows, "_f32"), $rows_module::$rows_function, crate::abi::$rows_params, F32);
+                kernel!(concat!($rows, "_f16"), $rows_module::$rows_function, crate::abi::$rows_params, F16);
+                kernel!(concat!($rows, "_bf16"), $rows_module::$rows_function, crate::abi::$rows_params, Bf16);
+            )*
+        }
+        #[cfg(all(target_arch = "nvptx64", feature = "sm_90a"))]
+        mod sm_90a {
+            use super::*;
+            $(
+                hopper_kernel!(concat!($hopper, "_f16", $hopper_dim), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape<F16>, false);
+                hopper_kernel!(concat!($hopper, "_f16", $hopper_dim, "_causal"), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, causal_shape!(F16, $hopper_shape $(| $causal_shape)?), true);
+                hopper_kernel!(concat!($hopper, "_bf16", $hopper_dim), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, $hopper_shape<Bf16>, false);
+                hopper_kernel!(concat!($hopper, "_bf16", $hopper_dim, "_causal"), $hopper_module::$hopper_kind::$hopper_function, $hopper_params, causal_shape!(Bf16, $hopper_shape $(| $causal_shape)?), true);
+            )*
+            $(
+                hopper_kernel!(concat!($cluster, "_f16", $cluster_dim), hopper::forward::in_clusters, HopperForwardParams, $cluster_shape<F16>);
+                hopper_kernel!(concat!($cluster, "_bf16", $cluster_dim), hopper::forward::in_clusters, HopperForwardParams, $cluster_shape<Bf16>);
+            )*
+            $(
+                kernel!(concat!($sums, "_f16"), hopper::backward::sums::$sums_function, crate::abi::QuerySumsParams, F16);
+                kernel!(concat!($sums, "_bf16"), hopper::backward::sums::$sums_function, crate::abi::QuerySumsParams, Bf16);
+            )*
+        }
     };
 }
 
 entries! {
     tiles {
-        "forward_f32_d32": Forward Sm80 F32, ForwardF32D32, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f32_d64": Forward Sm80 F32, ForwardF32D64, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f32_d96": Forward Sm80 F32, ForwardF32D96, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f32_d128": Forward Sm80 F32, ForwardF32D128, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f32_d192": Forward Sm80 F32, ForwardF32D192, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "forward_f32_d256": Forward Sm80 F32, ForwardF32D256, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f16_d32": Forward Sm80 F16, ForwardD32<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f16_d64": Forward Sm80 F16, ForwardD64<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f16_d96": Forward Sm80 F16, ForwardD96<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_f16_d128": Forward Sm80 F16, ForwardD128<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "forward_f16_d192": Forward Sm80 F16, ForwardD192<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "forward_f16_d256": Forward Sm80 F16, ForwardD256<F16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "forward_bf16_d32": Forward Sm80 Bf16, ForwardD32<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_bf16_d64": Forward Sm80 Bf16, ForwardD64<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_bf16_d96": Forward Sm80 Bf16, ForwardD96<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 2;
-        "forward_bf16_d128": Forward Sm80 Bf16, ForwardD128<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "forward_bf16_d192": Forward Sm80 Bf16, ForwardD192<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "forward_bf16_d256": Forward Sm80 Bf16, ForwardD256<Bf16>, FORWARD_BYTES, forward::forward(ForwardParams), min_blocks 1;
-        "backward_queries_f32_d32": BackwardQueries Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 2;
-        "backward_queries_f32_d64": BackwardQueries Sm80 F32, BackwardF32D64, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 2;
-        "backward_queries_f32_d96": BackwardQueries Sm80 F32, BackwardF32D96, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f32_d128": BackwardQueries Sm80 F32, BackwardF32D128, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f32_d192": BackwardQueries Sm80 F32, BackwardF32D192, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f32_d256": BackwardQueries Sm80 F32, BackwardF32D256, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f16_d32": BackwardQueries Sm80 F16, BackwardD32<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f16_d64": BackwardQueries Sm80 F16, BackwardD64<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f16_d96": BackwardQueries Sm80 F16, BackwardD96<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f16_d128": BackwardQueries Sm80 F16, BackwardD128<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f16_d192": BackwardQueries Sm80 F16, BackwardD192<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_f16_d256": BackwardQueries Sm80 F16, BackwardD256<F16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 0;
-        "backward_queries_bf16_d32": BackwardQueries Sm80 Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_bf16_d64": BackwardQueries Sm80 Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_bf16_d96": BackwardQueries Sm80 Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_bf16_d128": BackwardQueries Sm80 Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_bf16_d192": BackwardQueries Sm80 Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 1;
-        "backward_queries_bf16_d256": BackwardQueries Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::queries(BackwardParams), min_blocks 0;
-        "backward_keys_f32_d32": BackwardKeys Sm80 F32, BackwardF32D32, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f32_d64": BackwardKeys Sm80 F32, BackwardF32D64, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f32_d96": BackwardKeys Sm80 F32, BackwardF32D96, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f32_d128": BackwardKeys Sm80 F32, BackwardF32D128, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f32_d192": BackwardKeys Sm80 F32, BackwardF32D192, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f32_d256": BackwardKeys Sm80 F32, BackwardF32D256, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f16_d32": BackwardKeys Sm80 F16, BackwardD32<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f16_d64": BackwardKeys Sm80 F16, BackwardD64<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f16_d96": BackwardKeys Sm80 F16, BackwardD96<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f16_d128": BackwardKeys Sm80 F16, BackwardD128<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f16_d192": BackwardKeys Sm80 F16, BackwardD192<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_f16_d256": BackwardKeys Sm80 F16, BackwardD256<F16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_bf16_d32": BackwardKeys Sm80 Bf16, BackwardD32<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_bf16_d64": BackwardKeys Sm80 Bf16, BackwardD64<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_bf16_d96": BackwardKeys Sm80 Bf16, BackwardD96<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_bf16_d128": BackwardKeys Sm80 Bf16, BackwardD128<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_bf16_d192": BackwardKeys Sm80 Bf16, BackwardD192<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
-        "backward_keys_bf16_d256": BackwardKeys Sm80 Bf16, BackwardD256<Bf16>, BACKWARD_BYTES, backward::keys(BackwardParams), min_blocks 1;
+        "forward" "_d32": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D32 min_blocks 2, ForwardD32 min_blocks 2;
+        "forward" "_d64": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D64 min_blocks 2, ForwardD64 min_blocks 2;
+        "forward" "_d96": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D96 min_blocks 2, ForwardD96 min_blocks 2;
+        "forward" "_d128": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D128 min_blocks 2, ForwardD128 min_blocks 1;
+        "forward" "_d192": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D192 min_blocks 1, ForwardD192 min_blocks 1;
+        "forward" "_d256": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D256 min_blocks 2, ForwardD256 min_blocks 1;
+        "backward_queries" "_d32": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 2, BackwardD32 min_blocks 1;
+        "backward_queries" "_d64": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 2, BackwardD64 min_blocks 1;
+        "backward_queries" "_d96": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
+        "backward_queries" "_d128": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
+        "backward_queries" "_d192": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
+        "backward_queries" "_d256": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 0;
+        "backward_keys" "_d32": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
+        "backward_keys" "_d64": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
+        "backward_keys" "_d96": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
+        "backward_keys" "_d128": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
+        "backward_keys" "_d192": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
+        "backward_keys" "_d256": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 1;
     }
-    delta {
-        "backward_delta_f32": F32;
-        "backward_delta_f16": F16;
-        "backward_delta_bf16": Bf16;
-    }
-    combine {
-        "combine_f32": F32;
-        "combine_f16": F16;
-        "combine_bf16": Bf16;
-    }
-    rotary {
-        "rotary_f32": F32;
-        "rotary_f16": F16;
-        "rotary_bf16": Bf16;
+    rows {
+        "backward_delta": delta_entry, delta::delta(BackwardParams);
+        "combine": combine_entry, listed::combine(ListedForwardParams);
+        "rotary": rotary_entry, rotary::rotary(RotaryParams);
     }
     hopper {
-        "hopper_forward_f16_d64": Forward F16, HopperD64<F16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_f16_d96": Forward F16, HopperD96<F16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_f16_d128": Forward F16, HopperD128<F16> | HopperD128Causal<F16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_f16_d192": Forward F16, HopperD192<F16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_f16_d256": Forward F16, HopperD256<F16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_bf16_d64": Forward Bf16, HopperD64<Bf16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_bf16_d96": Forward Bf16, HopperD96<Bf16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_bf16_d128": Forward Bf16, HopperD128<Bf16> | HopperD128Causal<Bf16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_bf16_d192": Forward Bf16, HopperD192<Bf16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_forward_bf16_d256": Forward Bf16, HopperD256<Bf16>, hopper::forward::forward(HopperForwardParams);
-        "hopper_backward_queries_f16_d192": BackwardQueries F16, HopperQueriesD192<F16>, hopper::backward::queries(HopperBackwardParams);
-        "hopper_backward_queries_f16_d256": BackwardQueries F16, HopperQueriesD256<F16>, hopper::backward::queries(HopperBackwardParams);
-        "hopper_backward_queries_bf16_d192": BackwardQueries Bf16, HopperQueriesD192<Bf16>, hopper::backward::queries(HopperBackwardParams);
-        "hopper_backward_queries_bf16_d256": BackwardQueries Bf16, HopperQueriesD256<Bf16>, hopper::backward::queries(HopperBackwardParams);
-        "hopper_backward_keys_f16_d192": BackwardKeys F16, HopperKeysD192<F16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_keys_f16_d256": BackwardKeys F16, HopperKeysD256<F16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_keys_bf16_d192": BackwardKeys Bf16, HopperKeysD192<Bf16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_keys_bf16_d256": BackwardKeys Bf16, HopperKeysD256<Bf16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all_f16_d64": BackwardAll F16, HopperAllD64<F16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all_f16_d96": BackwardAll F16, HopperAllD96<F16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all_f16_d128": BackwardAll F16, HopperAllD128<F16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all_bf16_d64": BackwardAll Bf16, HopperAllD64<Bf16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all_bf16_d96": BackwardAll Bf16, HopperAllD96<Bf16>, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all_bf16_d128": BackwardAll Bf16, HopperAllD128<Bf16>, hopper::backward::keys(HopperBackwardParams);
+        "hopper_forward" "_d64": Forward, HopperD64, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward" "_d96": Forward, HopperD96, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward" "_d128": Forward, HopperD128 | HopperD128Causal, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward" "_d192": Forward, HopperD192, hopper::forward::forward(HopperForwardParams);
+        "hopper_forward" "_d256": Forward, HopperD256, hopper::forward::forward(HopperForwardParams);
+        "hopper_backward_queries" "_d192": BackwardQueries, HopperQueriesD192, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_queries" "_d256": BackwardQueries, HopperQueriesD256, hopper::backward::queries(HopperBackwardParams);
+        "hopper_backward_keys" "_d192": BackwardKeys, HopperKeysD192, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_keys" "_d256": BackwardKeys, HopperKeysD256, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all" "_d64": BackwardAll, HopperAllD64, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all" "_d96": BackwardAll, HopperAllD96, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all" "_d128": BackwardAll, HopperAllD128, hopper::backward::keys(HopperBackwardParams);
     }
     clusters {
-        "hopper_forward_cluster_f16_d128": F16, HopperD128<F16>;
-        "hopper_forward_cluster_f16_d192": F16, HopperD192<F16>;
-        "hopper_forward_cluster_f16_d256": F16, HopperD256<F16>;
-        "hopper_forward_cluster_bf16_d128": Bf16, HopperD128<Bf16>;
-        "hopper_forward_cluster_bf16_d192": Bf16, HopperD192<Bf16>;
-        "hopper_forward_cluster_bf16_d256": Bf16, HopperD256<Bf16>;
+        "hopper_forward_cluster" "_d128": HopperD128;
+        "hopper_forward_cluster" "_d192": HopperD192;
+        "hopper_forward_cluster" "_d256": HopperD256;
     }
     sums {
-        "hopper_backward_prepare_f16": BackwardDelta F16, prepare, 0;
-        "hopper_backward_prepare_bf16": BackwardDelta Bf16, prepare, 0;
-        "hopper_backward_finish_f16": BackwardFinish F16, finish, HOPPER_ROWS * 128;
-        "hopper_backward_finish_bf16": BackwardFinish Bf16, finish, HOPPER_ROWS * 128;
+        "hopper_backward_prepare": BackwardDelta, prepare, 0;
+        "hopper_backward_finish": BackwardFinish, finish, HOPPER_ROWS * 128;
     }
 }
 

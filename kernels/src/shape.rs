@@ -9,7 +9,6 @@
 //! Shared memory per block stays within 99 KiB, the least of all GPUs from sm_80 on (sm_86, sm_89 and sm_120; A100
 //! has 163 KiB, H100 227 KiB), so that the portable kernels run on all of them.
 
-mod fp8;
 mod latent;
 
 use crate::element::F16;
@@ -17,7 +16,6 @@ use crate::tile::swizzle;
 #[cfg(target_arch = "nvptx64")]
 use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
-pub use fp8::*;
 pub use latent::LatentD576;
 
 /// Largest shared memory of a block on every GPU from sm_80 on, in bytes.
@@ -269,13 +267,26 @@ macro_rules! hopper_shape {
         #[doc = concat!($columns, " keys a tile, head_dim ", $d, ", f16 or bf16, wgmma.")]
         pub struct $name<T>(PhantomData<T>);
 
+        hopper_shape!(numbers $name: $columns keys, head_dim $d, consumers $consumers, registers $few and $many {});
+
+        const _: () = {
+            assert!($columns % 16 == 0 && $d % 16 == 0);
+            // Every panel must start at the start of a swizzle pattern.
+            assert!(($columns * 128) % 1024 == 0);
+        };
+    };
+    // The numbers and products of a shape, with the constants of its own.
+    (numbers $name:ident: $columns:literal keys, head_dim $d:literal, consumers $consumers:literal, registers $few:literal and $many:literal {
+        $($own:tt)*
+    }) => {
         #[cfg(target_arch = "nvptx64")]
         impl<T: crate::ptx::matrix::Half> HopperShape for $name<T>
         where
             [[f32; 4]; $columns / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
             [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
         {
-            hopper_shape!(numbers $columns, $d, $consumers, $few, $many);
+            hopper_shape!(constants $columns, $d, $consumers, $few, $many);
+            $($own)*
             type Element = T;
             type Scores = Fragments<T, 1, { $columns / 8 }>;
             type Output = Fragments<T, 1, { $d / 8 }>;
@@ -283,21 +294,19 @@ macro_rules! hopper_shape {
 
         #[cfg(not(target_arch = "nvptx64"))]
         impl<T> HopperShape for $name<T> {
-            hopper_shape!(numbers $columns, $d, $consumers, $few, $many);
+            hopper_shape!(constants $columns, $d, $consumers, $few, $many);
+            $($own)*
         }
 
         const _: () = {
-            assert!($columns % 16 == 0 && $d % 16 == 0);
-            // Every panel must start at the start of a swizzle pattern.
-            assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
-            assert!($consumers <= MAX_CONSUMERS);
+            assert!(<$name<F16> as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES && $consumers <= MAX_CONSUMERS);
             // setmaxnreg cannot exceed the pool: the registers of producers and consumers together are at most those
             // of the launch.
             assert!($few + $consumers * $many <= ($consumers + 1) * (REGISTERS / 128 / ($consumers + 1) / 8 * 8));
             assert!($few % 8 == 0 && $many % 8 == 0);
         };
     };
-    (numbers $columns:literal, $d:literal, $consumers:literal, $few:literal, $many:literal) => {
+    (constants $columns:literal, $d:literal, $consumers:literal, $few:literal, $many:literal) => {
         const HEAD_DIM: u32 = $d;
         const BLOCK_N: u32 = $columns;
         const CONSUMERS: u32 = $consumers;
@@ -314,11 +323,14 @@ hopper_shape!(HopperD64: 128 keys, head_dim 64, consumers 3, registers 32 and 16
 hopper_shape!(HopperD96: 160 keys, head_dim 96, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD128: 176 keys, head_dim 128, consumers 2, registers 24 and 240);
 hopper_shape!(HopperD128Causal: 128 keys, head_dim 128, consumers 2, registers 40 and 232);
-// Programs that load or draw want registers: two consumers at 64, fewer keys at 128.
-hopper_shape!(HopperWideD64: 128 keys, head_dim 64, consumers 2, registers 40 and 232);
-hopper_shape!(HopperNarrowD128: 96 keys, head_dim 128, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD192: 112 keys, head_dim 192, consumers 2, registers 40 and 232);
 hopper_shape!(HopperD256: 80 keys, head_dim 256, consumers 2, registers 24 and 240);
+// Programs that load or draw want registers: two consumers at 64, fewer keys beyond.
+hopper_shape!(HopperProgramD64: 128 keys, head_dim 64, consumers 2, registers 40 and 232);
+hopper_shape!(HopperProgramD96: 128 keys, head_dim 96, consumers 2, registers 24 and 240);
+hopper_shape!(HopperProgramD128: 96 keys, head_dim 128, consumers 2, registers 40 and 232);
+hopper_shape!(HopperProgramD192: 80 keys, head_dim 192, consumers 2, registers 24 and 240);
+hopper_shape!(HopperProgramD256: 64 keys, head_dim 256, consumers 2, registers 24 and 240);
 
 /// Number of blocks of a cluster, where a kernel has clusters. The blocks own neighbouring tiles of queries, and each loads a part of
 /// each tile of keys and values for all of them.
@@ -475,3 +487,7 @@ hopper_backward_shape!(HopperKeysD256: KeysTwice, 48 streamed, head_dim 256);
 hopper_backward_shape!(HopperAllD64: All, 128 streamed, head_dim 64);
 hopper_backward_shape!(HopperAllD96: All, 64 streamed, head_dim 96);
 hopper_backward_shape!(HopperAllD128: All, 64 streamed, head_dim 128);
+
+mod fp8;
+
+pub use fp8::*;

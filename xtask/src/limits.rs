@@ -14,7 +14,7 @@ struct Limit(Arch, Pass, u32, [u32; 2]);
 /// FlashAttention-3 beside them.
 #[rustfmt::skip]
 const LIMITS: &[Limit] = &[
-    Limit(Arch::Sm90a, Pass::Forward, 64, [459, 207]),
+    Limit(Arch::Sm90a, Pass::Forward, 64, [456, 207]),
     Limit(Arch::Sm90a, Pass::Forward, 96, [455, 205]),
     Limit(Arch::Sm90a, Pass::Forward, 128, [479, 234]),
     Limit(Arch::Sm90a, Pass::Forward, 192, [549, 218]),

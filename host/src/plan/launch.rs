@@ -163,11 +163,7 @@ const UNKNOWN_MAP: TensorMap = TensorMap([0; 16]);
 
 /// Returns the work that persistent blocks share, in place of a grid with one block per tile.
 fn work_list(([tiles, ..], tiles_per_head): ([u32; 3], NonZeroU32), multiprocessors: u32) -> WorkList {
-    WorkList {
-        tiles_per_head,
-        heads: tiles / tiles_per_head,
-        blocks: tiles.min(multiprocessors),
-    }
+    WorkList::new(tiles_per_head, tiles / tiles_per_head, tiles.min(multiprocessors))
 }
 
 /// Converts a number of heads. It is not 0, and a number beyond the launch limit was refused with the grid.

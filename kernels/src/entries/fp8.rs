@@ -18,32 +18,33 @@ impl Entry {
 }
 
 macro_rules! fp8_entries {
-    ($($name:literal: $dtype:ident, $shape:ty;)*) => {
-        /// Kernels over e4m3 inputs with scales: each row below, full and causal.
+    ($($name:literal $dim:literal: $shape:ident;)*) => {
+        /// Kernels over e4m3 inputs with scales: each row below, full and causal, by the dtype of out.
         pub const FP8_ENTRIES: &[Entry] = &[
             $(
-                hopper_entry!($name, Forward $dtype, $shape, false).of_codes(),
-                hopper_entry!(concat!($name, "_causal"), Forward $dtype, $shape, true).of_codes(),
+                hopper_entry!(concat!($name, "_f16", $dim), Forward F16, $shape<F16>, false).of_codes(),
+                hopper_entry!(concat!($name, "_f16", $dim, "_causal"), Forward F16, $shape<F16>, true).of_codes(),
+                hopper_entry!(concat!($name, "_bf16", $dim), Forward Bf16, $shape<Bf16>, false).of_codes(),
+                hopper_entry!(concat!($name, "_bf16", $dim, "_causal"), Forward Bf16, $shape<Bf16>, true).of_codes(),
             )*
         ];
-        $(
-            #[cfg(all(target_arch = "nvptx64", feature = "fp8_sm_90a"))]
-            hopper_kernel!($name, hopper::fp8::forward, Fp8ForwardParams, $shape, false);
-            #[cfg(all(target_arch = "nvptx64", feature = "fp8_sm_90a"))]
-            hopper_kernel!(concat!($name, "_causal"), hopper::fp8::forward, Fp8ForwardParams, $shape, true);
-        )*
+        #[cfg(all(target_arch = "nvptx64", feature = "fp8_sm_90a"))]
+        mod sm_90a {
+            use super::*;
+            $(
+                hopper_kernel!(concat!($name, "_f16", $dim), hopper::fp8::forward, Fp8ForwardParams, $shape<F16>, false);
+                hopper_kernel!(concat!($name, "_f16", $dim, "_causal"), hopper::fp8::forward, Fp8ForwardParams, $shape<F16>, true);
+                hopper_kernel!(concat!($name, "_bf16", $dim), hopper::fp8::forward, Fp8ForwardParams, $shape<Bf16>, false);
+                hopper_kernel!(concat!($name, "_bf16", $dim, "_causal"), hopper::fp8::forward, Fp8ForwardParams, $shape<Bf16>, true);
+            )*
+        }
     };
 }
 
 fp8_entries! {
-    "hopper_forward_fp8_f16_d64": F16, CodesD64<F16>;
-    "hopper_forward_fp8_f16_d96": F16, CodesD96<F16>;
-    "hopper_forward_fp8_f16_d128": F16, CodesD128<F16>;
-    "hopper_forward_fp8_f16_d192": F16, CodesD192<F16>;
-    "hopper_forward_fp8_f16_d256": F16, CodesD256<F16>;
-    "hopper_forward_fp8_bf16_d64": Bf16, CodesD64<Bf16>;
-    "hopper_forward_fp8_bf16_d96": Bf16, CodesD96<Bf16>;
-    "hopper_forward_fp8_bf16_d128": Bf16, CodesD128<Bf16>;
-    "hopper_forward_fp8_bf16_d192": Bf16, CodesD192<Bf16>;
-    "hopper_forward_fp8_bf16_d256": Bf16, CodesD256<Bf16>;
+    "hopper_forward_fp8" "_d64": CodesD64;
+    "hopper_forward_fp8" "_d96": CodesD96;
+    "hopper_forward_fp8" "_d128": CodesD128;
+    "hopper_forward_fp8" "_d192": CodesD192;
+    "hopper_forward_fp8" "_d256": CodesD256;
 }

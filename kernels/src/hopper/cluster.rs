@@ -35,7 +35,7 @@ pub trait Cluster {
     /// between [`start`](Self::start) and [`end`](Self::end), and tile and `barrier` have the same place in all of them.
     unsafe fn load(tile: Panels, rows: u32, map: u64, corner: Corner, barrier: u32);
 
-    /// Releases a slot in one of the blocks, as one of the first [`BLOCKS`](Self::BLOCKS) lanes of a warp.
+    /// Releases a slot, with one arrival in each block. All lanes of a warp call it.
     ///
     /// # Safety
     /// The contract of [`Slots::release`], for all lanes of the warp, between [`start`](Self::start) and [`end`](Self::end).
@@ -77,8 +77,10 @@ impl Cluster for Alone {
 
     #[inline(always)]
     unsafe fn release(slots: Slots, slot: u32) {
-        // SAFETY: the caller's contract.
-        unsafe { slots.release(slot) }
+        if sreg::lane_id() == 0 {
+            // SAFETY: the caller's contract.
+            unsafe { slots.release(slot) }
+        }
     }
 }
 
@@ -118,7 +120,10 @@ impl Cluster for Pairs {
 
     #[inline(always)]
     unsafe fn release(slots: Slots, slot: u32) {
-        // SAFETY: the caller's contract.
-        unsafe { slots.release_in(slot, sreg::lane_id()) }
+        let block = sreg::lane_id();
+        if block < CLUSTER {
+            // SAFETY: the caller's contract.
+            unsafe { slots.release_in(slot, block) }
+        }
     }
 }

@@ -21,14 +21,21 @@ pub struct Work {
 impl Work {
     /// Iterates over this block's tiles of `block` rows.
     #[inline(always)]
-    pub fn of_this_block<const CAUSAL: bool>(list: &WorkList, block: u32) -> impl Iterator<Item = Self> {
-        Self::of::<CAUSAL>(list, sreg::block_idx_x(), block)
+    pub fn of_this_block<const CAUSAL: bool, const OWNS_KEYS: bool>(
+        list: &WorkList,
+        block: u32,
+    ) -> impl Iterator<Item = Self> {
+        Self::of::<CAUSAL, OWNS_KEYS>(list, sreg::block_idx_x(), block)
     }
 
     /// Iterates over the tiles of `block` rows of block number `place`.
     #[inline(always)]
-    pub fn of<const CAUSAL: bool>(list: &WorkList, place: u32, block: u32) -> impl Iterator<Item = Self> {
-        let deals = list.deal::<CAUSAL>(place);
+    pub fn of<const CAUSAL: bool, const OWNS_KEYS: bool>(
+        list: &WorkList,
+        place: u32,
+        block: u32,
+    ) -> impl Iterator<Item = Self> {
+        let deals = list.deal::<CAUSAL, OWNS_KEYS>(place);
         deals.map(move |deal| Self {
             head: deal.head,
             first_row: deal.tile * block,

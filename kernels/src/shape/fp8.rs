@@ -38,17 +38,14 @@ macro_rules! code_shape {
         #[doc = concat!($columns, " keys a tile, head_dim ", $d, ", e4m3 to f16 or bf16, wgmma.")]
         pub struct $name<T>(PhantomData<T>);
 
-        #[cfg(target_arch = "nvptx64")]
-        impl<T: crate::ptx::matrix::Half> HopperShape for $name<T>
-        where
-            [[f32; 4]; $columns / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
-            [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
-        {
-            code_shape!(numbers $columns, $d, $consumers, $few, $many);
-            type Element = T;
-            type Scores = Fragments<T, 1, { $columns / 8 }>;
-            type Output = Fragments<T, 1, { $d / 8 }>;
-        }
+        hopper_shape!(numbers $name: $columns keys, head_dim $d, consumers $consumers, registers $few and $many {
+            /// Size of a tile of keys, or of values as they are loaded, in bytes.
+            const TILE_BYTES: u32 = $columns * code_columns($d);
+            /// The queries; slots of keys, of loaded values, and of transposed values; and notes.
+            const TILES_BYTES: u32 = Self::CONSUMERS * Self::QUERY_BYTES
+                + HOPPER_SLOTS * (2 * Self::TILE_BYTES + $d * $columns)
+                + FP8_NOTES_BYTES;
+        });
 
         #[cfg(target_arch = "nvptx64")]
         impl<T: crate::ptx::matrix::Half> CodeShape for $name<T>
@@ -60,37 +57,16 @@ macro_rules! code_shape {
             type OutputOfCodes = Fragments<T, 1, { $d / 8 }>;
         }
 
-        #[cfg(not(target_arch = "nvptx64"))]
-        impl<T> HopperShape for $name<T> {
-            code_shape!(numbers $columns, $d, $consumers, $few, $many);
-        }
-
         const _: () = {
             type Shape = $name<F16>;
             // A tile has one block of scales or two; its transposed values fill rows of 128 bytes, alone or with the other slot.
             assert!($columns == FP8_SCALE_ROWS || $columns == 2 * FP8_SCALE_ROWS);
             // The producer transposes squares of 16 keys and 32 columns.
-            assert!($d % 32 == 0 && $consumers <= MAX_CONSUMERS);
+            assert!($d % 32 == 0);
             assert!(HOPPER_ROWS * code_columns($d) <= <Shape as HopperShape>::QUERY_BYTES);
             // Every panel must start at the start of a swizzle pattern.
             assert!(<Shape as HopperShape>::QUERY_BYTES % 1024 == 0 && $d * 128 % 1024 == 0);
-            assert!(<Shape as HopperShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
-            assert!($few + $consumers * $many <= ($consumers + 1) * (REGISTERS / 128 / ($consumers + 1) / 8 * 8));
-            assert!($few % 8 == 0 && $many % 8 == 0);
         };
-    };
-    (numbers $columns:literal, $d:literal, $consumers:literal, $few:literal, $many:literal) => {
-        const HEAD_DIM: u32 = $d;
-        const BLOCK_N: u32 = $columns;
-        const CONSUMERS: u32 = $consumers;
-        const PRODUCER_REGISTERS: u32 = $few;
-        const CONSUMER_REGISTERS: u32 = $many;
-        /// Size of a tile of keys, or of values as they are loaded, in bytes.
-        const TILE_BYTES: u32 = $columns * code_columns($d);
-        /// The queries; slots of keys, of loaded values, and of transposed values; and notes.
-        const TILES_BYTES: u32 = Self::CONSUMERS * Self::QUERY_BYTES
-            + HOPPER_SLOTS * (2 * Self::TILE_BYTES + $d * $columns)
-            + FP8_NOTES_BYTES;
     };
 }
 

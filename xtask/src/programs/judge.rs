@@ -40,8 +40,10 @@ const SPILLS: &[Spill] = &[
     Spill("score_forward_f16_d96", "sm_80", "all", 40),
     Spill("score_forward_f32_d128", "sm_80", "all", 428),
     Spill("score_forward_f32_d64", "sm_80", "all", 204),
-    Spill("score_hopper_forward_f16_d192", "sm_90a", "all", 112),
-    Spill("score_hopper_forward_f16_d256", "sm_90a", "all", 180),
+    Spill("score_hopper_forward_f16_d192", "sm_90a", "all", 40),
+    Spill("score_hopper_forward_f16_d256", "sm_90a", "all", 128),
+    Spill("score_hopper_forward_f16_d256", "sm_90a", "bias", 48),
+    Spill("score_hopper_forward_f16_d256", "sm_90a", "dropout", 60),
 ];
 
 /// Fails with one sentence for each figure that has a fault.

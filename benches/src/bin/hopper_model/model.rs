@@ -252,10 +252,10 @@ fn steps_of_blocks(MainKernel { entry, list }: &MainKernel, shape: &Shape) -> (f
     let busy: Vec<f64> = (0..list.blocks)
         .map(|block| {
             let whole = |deal: Deal| steps(deal.tile) + 1.0;
-            if shape.causal {
-                list.deal::<true>(block).map(whole).sum()
-            } else {
-                list.deal::<false>(block).map(whole).sum()
+            match (shape.causal, owns_keys) {
+                (false, _) => list.deal::<false, false>(block).map(whole).sum(),
+                (true, false) => list.deal::<true, false>(block).map(whole).sum(),
+                (true, true) => list.deal::<true, true>(block).map(whole).sum(),
             }
         })
         .collect();
@@ -270,7 +270,7 @@ struct MainKernel {
     list: WorkList,
 }
 
-/// What the model needs of a plan.
+/// Numbers of a plan that the model needs.
 struct Planned {
     main: Vec<MainKernel>,
     cost: Cost,

@@ -145,7 +145,7 @@ impl Launch<Backward> {
         }
     }
 
-    /// Makes a persistent launch like [`hopper_forward`](Self::hopper_forward) for a backward kernel between
+    /// Makes a persistent launch like [`hopper_forward`](Launch::hopper_forward) for a backward kernel between
     /// preprocess and postprocess.
     pub(in crate::plan) fn hopper_backward(
         problem: &BackwardProblem,
@@ -181,7 +181,7 @@ impl Launch<Backward> {
             work,
             dout_rows: tensors.dout,
             layout: unknown_alignment(problem.head_dim_v()),
-            reserved: [0; 14],
+            reserved: [0; 10],
         };
         let [q, k, v, out] = tile_map::dims(problem);
         let (q_rows, k_rows) = if owns_keys {

@@ -164,7 +164,7 @@ impl Launch {
     ) -> Result<Self, Error> {
         let program = ScoreProgram::forward(problem);
         let (params, maps, entry) = hopper_params(problem, entry, program.as_ref(), multiprocessors)?;
-        let grid = [params.work.blocks * entry.cluster, 1, 1];
+        let grid = hopper_grid(&params, entry);
         Ok(Self {
             program,
             ..Self::new(entry, grid, ForwardParameters::Hopper(params, maps))
@@ -179,7 +179,7 @@ impl Launch {
         multiprocessors: u32,
     ) -> Result<Self, Error> {
         let (forward, maps, entry) = hopper_params(problem, entry, None, multiprocessors)?;
-        let grid = [forward.work.blocks, 1, 1];
+        let grid = hopper_grid(&forward, entry);
         let [q, k, v] = scales.map(|ScaleBlocks { address, blocks }| Scales {
             address,
             blocks,
@@ -194,6 +194,11 @@ impl Launch {
         };
         Ok(Self::new(entry, grid, ForwardParameters::Fp8(params, maps)))
     }
+}
+
+/// Returns the grid of a forward kernel for Hopper, whose clusters, or blocks, share the work.
+fn hopper_grid(params: &HopperForwardParams, entry: &Entry) -> [u32; 3] {
+    [params.work.blocks * entry.cluster, 1, 1]
 }
 
 /// The parameters of Hopper's forward kernels, their tensor maps, and the kernel: `entry`, or the one that does the same in clusters.
@@ -229,7 +234,7 @@ fn hopper_params(
         work: work_list(of_clusters(tiles, entry.cluster), multiprocessors / entry.cluster),
         scale_log2: program.map_or(problem.scale().magnitude_log2, ScoreProgram::scale_log2),
         packed_log2: packed.ilog2(),
-        reserved: [0; 7],
+        reserved: [0; 3],
     };
     let [q, k, v, out] = tile_map::dims(problem);
     let (inputs, results) = (problem.input_type(), problem.dtype().into());

@@ -21,7 +21,7 @@ pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let mut shares = Cursor::<1>::start();
     let slots = shared.dq_slots(group);
-    for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
+    for work in Work::of_this_block::<CAUSAL, true>(&p.work, S::ROWS) {
         let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
         for i in 0..p.heads_q_per_kv.get() {
             let first = (work.head * p.heads_q_per_kv.get() + i) * (p.sums.padded_q.get() / S::COLUMNS);

@@ -17,7 +17,7 @@ pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
 ) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut owned, mut streamed) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
-    for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
+    for work in Work::of_this_block::<CAUSAL, false>(&p.work, S::ROWS) {
         // SAFETY (whole body): a slot is refilled once it is empty; its barrier counts the bytes of the boxes that
         // follow.
         unsafe {
@@ -50,7 +50,7 @@ pub unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let mut owned = Cursor::<1>::start();
     let mut streamed = Cursor::<HOPPER_SLOTS>::start();
-    for work in Work::of_this_block::<CAUSAL>(&p.work, S::ROWS) {
+    for work in Work::of_this_block::<CAUSAL, true>(&p.work, S::ROWS) {
         // SAFETY (whole body): the reasons given in `load_keys`; the per-query arrays are padded to whole tiles.
         unsafe {
             shared.load_owned(&mut owned, [map!(maps, k), map!(maps, v)], |group| {

@@ -142,7 +142,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn queries(&mut self) {
         let mask = self.mask;
-        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS) {
+        for work in Work::of_this_block::<CAUSAL, false>(&self.p.work, S::ROWS) {
             let first_row = self.first_row(&work);
             // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's owned rows are its own; lse
             // and delta hold an f32 for each query.
@@ -205,7 +205,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// Computes dK and dV of this warpgroup's 64 keys, for every tile of work.
     #[inline(always)]
     unsafe fn keys(&mut self) {
-        for work in Work::of_this_block::<CAUSAL>(&self.p.work, S::ROWS) {
+        for work in Work::of_this_block::<CAUSAL, true>(&self.p.work, S::ROWS) {
             let corner = work.corner(self.p.heads_kv, self.group);
             let (dk_map, dv_map) = (map!(self.maps, dk), map!(self.maps, dv));
             // SAFETY (whole body): the reasons given in `queries`.

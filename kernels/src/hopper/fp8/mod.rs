@@ -51,7 +51,7 @@ pub unsafe fn forward<S: CodeShape, const CAUSAL: bool>(p: &Fp8ForwardParams, ma
 /// One warpgroup that computes.
 struct Consumer<'a, S: CodeShape, const CAUSAL: bool> {
     p: &'a Fp8ForwardParams,
-    /// Its rows, mask, turns and places in the pipelines.
+    /// Rows, mask, turns and places in the pipelines.
     of_rows: forward::Consumer<'a, S, Alone, CAUSAL, false>,
 }
 
@@ -65,7 +65,7 @@ impl<S: CodeShape, const CAUSAL: bool> Consumer<'_, S, CAUSAL> {
             if S::TAKES_TURNS && group == S::CONSUMERS - 1 {
                 self.of_rows.pass_turn();
             }
-            for work in Work::of_this_block::<CAUSAL>(&self.p.forward.work, S::BLOCK_M) {
+            for work in Work::of_this_block::<CAUSAL, false>(&self.p.forward.work, S::BLOCK_M) {
                 let mut softmax = Softmax::new(self.row_scales(&work));
                 let mut output = S::Output::zero();
                 self.of_rows.shared.query_slots().acquire(self.of_rows.queries);
@@ -259,12 +259,9 @@ impl<S: CodeShape, const CAUSAL: bool> Consumer<'_, S, CAUSAL> {
             // SAFETY: the blocks are those of keys that exist.
             unsafe { self.restore_nan(work, blocks, &mut output) }
         }
-        let Finished {
-            lse, row_max, row_sum, ..
-        } = finished;
         let out = producer::map!(maps, out);
         // SAFETY: each warp awaited the warpgroup's products with these queries; lse holds an f32 for each query.
-        unsafe { self.of_rows.store(work, output, [lse, row_max, row_sum], out, false) }
+        unsafe { self.of_rows.store(work, output, finished, out, false) }
     }
 
     /// Makes NaN of outputs of which a visible value in a masked block is NaN. Weights are at least 0, so it reaches a sum as it is.

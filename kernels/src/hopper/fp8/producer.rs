@@ -33,7 +33,7 @@ pub unsafe fn produce<S: CodeShape, const CAUSAL: bool>(p: &Fp8ForwardParams, ma
     };
     let mut queries = Cursor::<1>::start();
     let loads = sreg::thread_idx_x() == 0;
-    for work in Work::of_this_block::<CAUSAL>(&of.work, S::BLOCK_M) {
+    for work in Work::of_this_block::<CAUSAL, false>(&of.work, S::BLOCK_M) {
         let blocks = forward::key_blocks::<S, CAUSAL>(of, &mask, &work);
         // SAFETY (whole body): a slot is filled once it is empty. A tile is loaded before the one before it is transposed, for which
         // consumers have to be done with no later one.

@@ -10,21 +10,23 @@
 //! all of them, then the second, and so on.
 //!
 //! Blocks are persistent: each takes several tiles of work. Keys are processed from the last to the first. The few
-//! that need a mask come first, and the loop over the others has no mask.
-//! Those of a [`Cluster`] share the loads of keys and values.
+//! that need a mask come first, and the loop over the others has no mask. The blocks of a [`Cluster`] share the loads of
+//! keys and values.
+
+mod finish;
+mod shared;
 
 use super::cluster::{Alone, Cluster, Pairs};
 use super::{Barrier, Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperForwardParams;
 use crate::mask::{Blocks, Mask, for_blocks_backwards};
-use crate::nonfinite;
 use crate::pipeline::bulk::{Cursor, Slots};
 use crate::ptx::{mbarrier, memory, optimizer, program, sreg, sync, tma, tma::Corner, wgmma};
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperShape};
-use crate::softmax::{Finished, OnlineSoftmax};
+use crate::softmax::OnlineSoftmax;
+use crate::tile::element::Element;
 use crate::tile::register::{Accumulator, Part, RowValues, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
-use crate::tile::{element::Element, global::GlobalTile, panels::Panels};
 use core::marker::PhantomData;
 use core::mem::offset_of;
 
@@ -99,7 +101,7 @@ unsafe fn produce<S: HopperShape, C: Cluster, const CAUSAL: bool>(
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let (mut queries, mut tiles) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
     let map = |offset: usize| maps + offset as u64;
-    for work in Work::of::<CAUSAL>(&p.work, C::place(), C::BLOCKS * S::BLOCK_M) {
+    for work in Work::of::<CAUSAL, false>(&p.work, C::place(), C::BLOCKS * S::BLOCK_M) {
         let work = C::part(work, S::BLOCK_M);
         // SAFETY (whole body): a slot is refilled once it is empty; its barrier counts the bytes of the boxes that
         // follow.
@@ -190,7 +192,7 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
             if S::TAKES_TURNS && self.group == S::CONSUMERS - 1 {
                 self.pass_turn();
             }
-            for work in Work::of::<CAUSAL>(&self.p.work, C::place(), C::BLOCKS * S::BLOCK_M) {
+            for work in Work::of::<CAUSAL, false>(&self.p.work, C::place(), C::BLOCKS * S::BLOCK_M) {
                 let work = C::part(work, S::BLOCK_M);
                 self.shared.query_slots().acquire(self.queries);
                 let mut softmax = OnlineSoftmax::new(self.p.scale_log2);
@@ -382,105 +384,6 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
         scores.hide(first_key, span, f32::NEG_INFINITY);
     }
 
-    /// Normalises and stores the output, through the shared memory that held the queries, and stores lse.
-    #[inline(always)]
-    unsafe fn finish(&mut self, work: &Work, softmax: OnlineSoftmax<S::Scores>, mut output: S::Output, maps: u64) {
-        let first_row = self.first_row(work);
-        let span = |row| self.mask.keys_of(self.query(first_row + row));
-        let Finished {
-            inverse,
-            lse,
-            row_max,
-            row_sum,
-        } = softmax.finish(|row| !PROGRAM && !span(row).is_empty());
-        output.map_rows(inverse, |inverse, o| S::Element::mean(o * inverse));
-        let hides_pairs = Mask::<CAUSAL>::HIDES_PAIRS || PROGRAM && program::hides();
-        // SAFETY: initialised before the block went on, and set before a barrier of all consumers.
-        let cleaned = hides_pairs && unsafe { memory::ld_shared_u32(self.shared.cleaned(self.group)) } != 0;
-        if cleaned {
-            let (batch, head) = (work.head / self.p.heads, work.head % self.p.heads / self.p.heads_per_kv);
-            let values = GlobalTile::new(
-                &self.p.values,
-                batch,
-                head,
-                self.p.seqlen_k,
-                &self.p.layout,
-                S::Element::BYTES,
-            );
-            let blocks = key_blocks::<S, CAUSAL>(self.p, &self.mask, work);
-            // SAFETY: the window clips what does not exist.
-            unsafe {
-                if PROGRAM {
-                    let sees = |row, key| program::visible(first_row + row, key, work.head);
-                    nonfinite::restore::<S::Element, _>(&mut output, &values, blocks.all_masked(), S::BLOCK_N, sees);
-                } else {
-                    let sees = |row, key| span(row).contains(key);
-                    nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::BLOCK_N, sees);
-                }
-            }
-        }
-        // SAFETY: the caller's contract.
-        unsafe {
-            let out = maps + offset_of!(HopperForwardParams, out) as u64;
-            self.store(work, output, [lse, row_max, row_sum], out, cleaned);
-        }
-    }
-
-    /// Stores the output, by the map `out` through the shared memory that held the queries, and statistics: lse, row_max and row_sum.
-    ///
-    /// # Safety
-    /// Each warp awaited the warpgroup's products with these queries. If values were `cleaned`, the warpgroup has read its flag.
-    #[inline(always)]
-    pub(super) unsafe fn store(
-        &self,
-        work: &Work,
-        output: S::Output,
-        [lse, row_max, row_sum]: [<S::Scores as Accumulator>::Rows; 3],
-        out: u64,
-        cleaned: bool,
-    ) {
-        let staging = self.shared.query(self.group);
-        // SAFETY (whole body): each warp awaited the warpgroup's products with these queries before it arrives at the
-        // first barrier; lse holds an f32 for each query.
-        unsafe {
-            self.sync_group();
-            output.write(staging, warp_of_group() * 16, sreg::lane_id());
-            tma::fence_async();
-            self.sync_group();
-            if sreg::thread_idx_x() % WARPGROUP == 0 {
-                staging.store(out, corner(self.p, work, self.group));
-                if cleaned {
-                    memory::st_shared_word(self.shared.cleaned(self.group), 0);
-                }
-                tma::wait_read();
-                self.shared.query_slots().release(self.queries.slot);
-            }
-            self.store_rows(work, lse, self.p.lse);
-            if self.p.row_max != 0 {
-                self.store_rows(work, row_max, self.p.row_max);
-                self.store_rows(work, row_sum, self.p.row_sum);
-            }
-        }
-    }
-
-    /// Stores an f32 for each of the warp's queries to the array at `address`.
-    ///
-    /// # Safety
-    /// The array has an f32 for each query.
-    #[inline(always)]
-    unsafe fn store_rows(&self, work: &Work, values: <S::Scores as Accumulator>::Rows, address: u64) {
-        let first_row = self.first_row(work);
-        S::Scores::for_each_row(values, |row, value| {
-            let query = self.query(first_row + row);
-            if query < self.p.seqlen_q {
-                let head = (work.head << self.p.packed_log2) + (first_row + row - (query << self.p.packed_log2));
-                let index = head as u64 * self.p.seqlen_q as u64 + query as u64;
-                // SAFETY: the caller's contract.
-                unsafe { memory::st_global_u32(address + index * 4, value.to_bits()) }
-            }
-        });
-    }
-
     /// Returns the query of row `row` of a head.
     #[inline(always)]
     pub(super) fn query(&self, row: u32) -> u32 {
@@ -493,11 +396,12 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
         work.first_row + self.group * HOPPER_ROWS + warp_of_group() * 16
     }
 
-    /// Releases the tile of keys and advances to the next.
+    /// Releases the tile of keys, with one arrival per warp in each block of the cluster, and advances to the next: a wait covers only a
+    /// warp's own part of a product.
     #[inline(always)]
     pub(super) unsafe fn release_key(&mut self) {
         // SAFETY: the reasons given in `consume`.
-        unsafe { self.release(self.shared.key_slots(), self.keys.slot) };
+        unsafe { C::release(self.shared.key_slots(), self.keys.slot) };
         self.keys.advance();
     }
 
@@ -505,17 +409,8 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
     #[inline(always)]
     pub(super) unsafe fn release_value(&mut self) {
         // SAFETY: the reasons given in `consume`.
-        unsafe { self.release(self.shared.value_slots(), self.values.slot) };
+        unsafe { C::release(self.shared.value_slots(), self.values.slot) };
         self.values.advance();
-    }
-
-    /// Releases a slot, with one arrival per warp in each block of the cluster: a wait covers only a warp's own part of a product.
-    #[inline(always)]
-    unsafe fn release(&self, slots: Slots, slot: u32) {
-        if sreg::lane_id() < C::BLOCKS {
-            // SAFETY: the reasons given in `consume`.
-            unsafe { C::release(slots, slot) }
-        }
     }
 
     /// Waits until the warpgroup before this one has issued its products.
@@ -547,56 +442,5 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
     fn sync_group(&self) {
         // SAFETY: the barrier is used for nothing else, and control is uniform over the warpgroup.
         unsafe { Barrier::Group(self.group).sync(WARPGROUP) }
-    }
-}
-
-/// Order in memory: queries by warpgroup, slots of keys, slots of values, barriers.
-impl<S: HopperShape> Shared<S> {
-    /// Returns the queries of warpgroup `group`, which its output replaces later.
-    #[inline(always)]
-    pub(super) fn query(self, group: u32) -> Panels {
-        Panels::new(self.base + group * S::QUERY_BYTES, HOPPER_ROWS, S::HEAD_DIM)
-    }
-
-    /// Returns a slot of keys.
-    #[inline(always)]
-    fn key(self, slot: u32) -> Panels {
-        self.tile(slot)
-    }
-
-    /// Returns a slot of values.
-    #[inline(always)]
-    fn value(self, slot: u32) -> Panels {
-        self.tile(HOPPER_SLOTS + slot)
-    }
-
-    #[inline(always)]
-    fn tile(self, slot: u32) -> Panels {
-        let base = self.base + S::CONSUMERS * S::QUERY_BYTES + slot * S::TILE_BYTES;
-        Panels::new(base, S::BLOCK_N, S::HEAD_DIM)
-    }
-
-    /// Returns the pipeline of the queries.
-    #[inline(always)]
-    pub(super) fn query_slots(self) -> Slots {
-        Slots::new(self.base + S::TILES_BYTES)
-    }
-
-    /// Returns the pipeline of the keys.
-    #[inline(always)]
-    pub(super) fn key_slots(self) -> Slots {
-        Slots::new(self.base + S::TILES_BYTES + Slots::BYTES)
-    }
-
-    /// Returns the address of a flag: values that consumer `group` uses were cleaned.
-    #[inline(always)]
-    fn cleaned(self, group: u32) -> u32 {
-        self.base + S::TILES_BYTES + (1 + 2 * HOPPER_SLOTS) * Slots::BYTES + group * 4
-    }
-
-    /// Returns the pipeline of the values.
-    #[inline(always)]
-    pub(super) fn value_slots(self) -> Slots {
-        Slots::new(self.base + S::TILES_BYTES + (1 + HOPPER_SLOTS) * Slots::BYTES)
     }
 }

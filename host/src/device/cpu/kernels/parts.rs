@@ -3,9 +3,9 @@
 //! An f16 number has 11 significant bits and is the exact sum of two bf16 of 8 bits each. An f32 number has 24 bits
 //! and is the exact sum of three. Every part but the last is the bf16 nearest to the rest, and the new rest is exact
 //! in f32, since its last bit is that of the number. A rounded part leaves at most 2^-8 of the number's largest power
-//! of two, of either sign. So the products of parts that are left out (see `terms`) are at most 2^-16 of the product
-//! of two f16 numbers and 2^-24 of that of two f32 numbers, about half a unit in the last place, and do not add up in
-//! one direction.
+//! of two, of either sign. Of two f16 numbers all products of parts are added, so that their product is exact: scores of thousands
+//! need the last of their bits. Of two f32 numbers the products that are left out (see `terms`) are at most 2^-24 of theirs, about half
+//! a unit in the last place, and do not add up in one direction.
 
 use crate::device::cpu::kernels::SIDE;
 use crate::device::cpu::vector::Vector;
@@ -24,7 +24,7 @@ const LIMIT: f32 = (1_u64 << 50) as f32;
 pub(in crate::device::cpu) const fn terms(parts: usize) -> &'static [(usize, usize)] {
     match parts {
         1 => &[(0, 0)],
-        2 => &[(1, 0), (0, 0), (0, 1)],
+        2 => &[(1, 1), (1, 0), (0, 0), (0, 1)],
         _ => &[(2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)],
     }
 }

@@ -185,7 +185,18 @@ pub struct BackwardParams {
     pub scale_log2: f32,
     /// head_dim and alignment of all tensors.
     pub layout: Layout,
+    /// Source of delta of queries that few keys share: rowsum(dO * O) as for others, [`DELTA_OF_KEYS`] or
+    /// [`DELTA_OF_KEYS_AND_SINK`].
+    pub delta: u32,
+    /// Pads the struct to a multiple of 8 bytes.
+    pub reserved: u32,
 }
+
+/// delta is the sum of P * dP over the keys, relative to that of P. In f32, with statistics of each query.
+pub const DELTA_OF_KEYS: u32 = 1;
+
+/// delta is the sum of P * dP over the keys, where a sink has a part of the weight.
+pub const DELTA_OF_KEYS_AND_SINK: u32 = 2;
 
 /// Parameters of the backward kernels that take score programs and listed work.
 ///
@@ -496,8 +507,8 @@ const _: () = {
     assert!(size_of::<QuerySums>() == 7 * 8);
     assert!(size_of::<HopperBackwardParams>() == 7 * 128 + 56 + 32 + 26 * 4);
     assert!(size_of::<QuerySumsParams>() == 3 * 32 + 24 + 56 + 8 * 4);
-    assert!(size_of::<BackwardParams>() == 8 * 32 + 7 * 8 + 10 * 4);
-    assert!(size_of::<ListedBackwardParams>() == 352 + 8 + 32 + 8);
+    assert!(size_of::<BackwardParams>() == 8 * 32 + 7 * 8 + 12 * 4);
+    assert!(size_of::<ListedBackwardParams>() == 360 + 8 + 32 + 8);
     assert!(size_of::<RotaryParams>() == 7 * 8 + 6 * 4);
     assert!(size_of::<TokenMove>() == 3 * 8);
 };

@@ -16,6 +16,7 @@
 //! with two head_dims, is [`listed`].
 
 mod listed;
+mod weighed;
 
 pub use listed::{listed_keys, listed_queries};
 
@@ -64,24 +65,37 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
                 .rows_from(blocks.begin * S::COLUMNS)
         };
         let (k, v) = (window(&p.k), window(&p.v));
-        let mut ring = PairRing::<S>::start(ring_base::<S>(), blocks.begin, k, v, None);
         let first = block.row_of_head(p.heads_q, p.seqlen_q) + first_row as u64;
         let shifts = sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS + sreg::warp_id() * S::WARP_ROWS * 4;
         let rows = p.seqlen_q.saturating_sub(first_row);
+        let span = |row| mask.keys_of(first_row + row);
+        let tile = |n, is_far, is_masked| Tile {
+            first_row,
+            first_column: n * S::COLUMNS,
+            span,
+            is_far,
+            hides: is_masked && CAUSAL,
+            is_of_keys: true,
+        };
+        if weighed::applies::<S>(p) {
+            let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts);
+            if weighed::any_of_few::<S>(p, queries, rows) {
+                let mut ring = PairRing::<S>::start(ring_base::<S>(), blocks.begin, k, v, None);
+                let mut sums = weighed::Sums::<S>::zero();
+                for_blocks!(blocks, |n, MASKED| {
+                    let (stage, tile) = (ring.acquire(n), tile(n, is_far, MASKED));
+                    sums.add::<program::OfQueries<MASKED>, MASKED, false>(p, owned, stage, queries, tile);
+                });
+                ring.drain();
+                sums.store(p, queries, first, rows);
+            }
+        }
+        let mut ring = PairRing::<S>::start(ring_base::<S>(), blocks.begin, k, v, None);
         let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts);
 
         let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
-        let span = |row| mask.keys_of(first_row + row);
         for_blocks!(blocks, |n, MASKED| {
-            let stage = ring.acquire(n);
-            let tile = Tile {
-                first_row,
-                first_column: n * S::COLUMNS,
-                span,
-                is_far,
-                hides: MASKED && CAUSAL,
-                is_of_keys: true,
-            };
+            let (stage, tile) = (ring.acquire(n), tile(n, is_far, MASKED));
             add::<S, program::OfQueries<MASKED>, MASKED, false, true, false>(
                 p, owned, stage, queries, tile, &mut dq, &mut none,
             );
@@ -285,6 +299,42 @@ unsafe fn add<
     // SAFETY (whole body): the caller acquired the stage; keys are cleaned after the products that need them
     // unchanged.
     unsafe {
+        let probabilities = probabilities::<S, T, MASKED, PROGRAM>(p, owned, stage, queries, &tile);
+        if P {
+            let mut weights = probabilities;
+            if PROGRAM {
+                weights.splice::<program::Weights, T>();
+            }
+            p_second.add_ab(&weights.operand(), stage.second);
+        }
+        if DS {
+            let mut ds = weight_gradients::<S, T, PROGRAM>(owned, stage);
+            scores::score_gradients(&mut ds, &probabilities, queries, tile.hides);
+            if PROGRAM {
+                ds.splice::<program::Gradients, T>();
+            }
+            if tile.hides && tile.is_of_keys {
+                stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
+            }
+            ds_first.add_ab(&ds.operand(), stage.first);
+        }
+    }
+}
+
+/// P of a streamed tile: 0 where a pair is hidden.
+///
+/// # Safety
+/// The contract of [`add`].
+#[inline(always)]
+unsafe fn probabilities<S: TileShape, T: program::Tile, const MASKED: bool, const PROGRAM: bool>(
+    p: &BackwardParams,
+    owned: Owned,
+    stage: Stage,
+    queries: impl QueryValues<S::Scores>,
+    tile: &Tile<impl Fn(u32) -> Span>,
+) -> S::Scores {
+    // SAFETY (whole body): the caller's contract.
+    unsafe {
         let mut probabilities = S::Scores::zero();
         if PROGRAM {
             S::Scores::announce::<T>(tile.first_row, tile.first_column);
@@ -305,29 +355,26 @@ unsafe fn add<
         if MASKED {
             probabilities.hide(tile.first_column, &tile.span, 0.0);
         }
-        if P {
-            let mut weights = probabilities;
-            if PROGRAM {
-                weights.splice::<program::Weights, T>();
-            }
-            p_second.add_ab(&weights.operand(), stage.second);
-        }
-        if DS {
-            let mut ds = S::Scores::zero();
-            ds.add_abt(owned.second, stage.second);
-            if PROGRAM {
-                ds.splice::<program::Weights, T>();
-            }
-            scores::score_gradients(&mut ds, &probabilities, queries, tile.hides);
-            if PROGRAM {
-                ds.splice::<program::Gradients, T>();
-            }
-            if tile.hides && tile.is_of_keys {
-                stage.first.clean::<S::Element>(split::<S>(), S::COLUMNS);
-            }
-            ds_first.add_ab(&ds.operand(), stage.first);
-        }
+        probabilities
     }
+}
+
+/// dP of a streamed tile.
+///
+/// # Safety
+/// The contract of [`add`].
+#[inline(always)]
+unsafe fn weight_gradients<S: TileShape, T: program::Tile, const PROGRAM: bool>(
+    owned: Owned,
+    stage: Stage,
+) -> S::Scores {
+    let mut dp = S::Scores::zero();
+    // SAFETY: the caller's contract.
+    unsafe { dp.add_abt(owned.second, stage.second) };
+    if PROGRAM {
+        dp.splice::<program::Weights, T>();
+    }
+    dp
 }
 
 /// Rows of this warp in the two tiles that a block owns: Q and dO, or K and V.

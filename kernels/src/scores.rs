@@ -8,6 +8,12 @@ use crate::ptx::{memory, sreg, sync};
 use crate::softmax::FAR;
 use crate::tile::register::{Accumulator, RowValues};
 
+/// Base-2 logarithm of a sum of weights, relative to the largest, of which one key has more than half.
+const FEW_KEYS_LOG2: f32 = 1.0;
+
+/// A scaled score beyond those of ordinary inputs, as an exponent of 2.
+const LARGE_SCORE: f32 = 32.0;
+
 /// Statistics of the queries of a tile that backward reads, whether queries are its rows or its columns.
 pub trait QueryValues<A: Accumulator>: Copy {
     /// Subtracts the shift of each query: `x -= shift`, before scores are scaled.
@@ -61,6 +67,36 @@ impl<R: RowValues> OfRows<R> {
             let is_far = sync::any(shifts.any(|x| x != 0.0) || lse_log2.any(|x| x.abs() > FAR));
             (Self { lse_log2, delta, shift }, is_far)
         }
+    }
+}
+
+impl<R: RowValues> OfRows<R> {
+    /// Returns 1 for each of the first `rows` queries of f32 that few keys share, and 0 for others: those of which one key has more than
+    /// half of the weight, and those with a large score, which several keys may have.
+    ///
+    /// # Safety
+    /// The statistics are readable.
+    #[inline(always)]
+    pub unsafe fn of_few<A: Accumulator<Rows = R>>(self, scale_log2: f32, rows: u32) -> R {
+        let most = A::rows_from(|row| {
+            // SAFETY: written when the queries were loaded.
+            let score = unsafe { memory::ld_shared(self.shift + row * 4) } * scale_log2;
+            match (row < rows, score.abs() > LARGE_SCORE) {
+                (false, _) => f32::NEG_INFINITY,
+                (true, false) => FEW_KEYS_LOG2,
+                (true, true) => f32::INFINITY,
+            }
+        });
+        most.zip(self.lse_log2, |most, lse| if lse < most { 1.0 } else { 0.0 })
+    }
+
+    /// Returns the deltas with those of `others` that are numbers in their places. A delta that is NaN stays NaN.
+    #[inline(always)]
+    pub fn deltas_with(self, others: R) -> R {
+        self.delta.zip(
+            others,
+            |delta, other| if delta.is_nan() || other.is_nan() { delta } else { other },
+        )
     }
 }
 

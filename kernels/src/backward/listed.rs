@@ -5,7 +5,7 @@
 
 use core::ops::Range;
 
-use super::{Owned, Tile, add, clean_queries, cleaned, load_owned, ring_base, store_gradient};
+use super::{Owned, Tile, add, clean_queries, cleaned, load_owned, ring_base, store_gradient, weighed};
 use crate::abi::{Exponents, Layout, ListedBackwardParams, StridedTensor};
 use crate::lists::Work;
 use crate::mask::{Blocks, Span};
@@ -79,36 +79,49 @@ pub unsafe fn listed_queries<S: TileShape>(p: &ListedBackwardParams) {
             block.keys::<S>(&p.backward.v, of_values, kv_head),
         );
         let seqlen_k = block.work.sequence.seqlen_k;
-        let first_tile = block.first_tile::<S>(block.work.runs.listed(), seqlen_k);
-        let mut ring = PairRing::<S>::start_at(ring_base::<S>(), first_tile * S::COLUMNS, k, v, None);
         let warp_row = sreg::warp_id() * S::WARP_ROWS;
         let first_row = first_row + warp_row;
         let shifts = sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS + warp_row * 4;
         let rows = block.work.sequence.seqlen_q.saturating_sub(first_row);
         let statistics = block.statistic(head, first_row);
-        let (queries, is_far) = OfRows::load::<S::Scores>(&p.backward.exponents, statistics, rows, shifts);
-
-        block.begin_head(head);
-        let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
         let span = |_| Span {
             begin: 0,
             end: seqlen_k,
         };
+        let tile = |n, is_far, is_masked| Tile {
+            first_row,
+            first_column: n * S::COLUMNS,
+            span,
+            is_far,
+            hides: is_masked && program::hides(),
+            is_of_keys: true,
+        };
+        let first_key = block.first_tile::<S>(block.work.runs.listed(), seqlen_k) * S::COLUMNS;
+        if weighed::applies::<S>(&p.backward) {
+            let (queries, is_far) = OfRows::load::<S::Scores>(&p.backward.exponents, statistics, rows, shifts);
+            if weighed::any_of_few::<S>(&p.backward, queries, rows) {
+                let mut ring = PairRing::<S>::start_at(ring_base::<S>(), first_key, k, v, None);
+                block.begin_head(head);
+                let mut sums = weighed::Sums::<S>::zero();
+                for_runs!(block, seqlen_k, ring, |n, stage, MASKED| {
+                    let tile = tile(n, is_far, MASKED);
+                    sums.add::<program::OfQueries<MASKED>, MASKED, true>(&p.backward, owned, stage, queries, tile)
+                });
+                sums.store(&p.backward, queries, statistics, rows);
+            }
+        }
+        let mut ring = PairRing::<S>::start_at(ring_base::<S>(), first_key, k, v, None);
+        let (queries, is_far) = OfRows::load::<S::Scores>(&p.backward.exponents, statistics, rows, shifts);
+
+        block.begin_head(head);
+        let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
         for_runs!(block, seqlen_k, ring, |n, stage, MASKED| {
-            let tile = Tile {
-                first_row,
-                first_column: n * S::COLUMNS,
-                span,
-                is_far,
-                hides: MASKED && program::hides(),
-                is_of_keys: true,
-            };
             add::<S, program::OfQueries<MASKED>, MASKED, true, true, false>(
                 &p.backward,
                 owned,
                 stage,
                 queries,
-                tile,
+                tile(n, is_far, MASKED),
                 &mut dq,
                 &mut none,
             )

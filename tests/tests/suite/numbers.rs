@@ -50,7 +50,8 @@ impl Extreme {
         let attention = Attention::new().softmax_scale(sign * 10.0_f32.powf(self.scale));
         let allowances = Allowances {
             orders: true,
-            delta: true,
+            // In f32 such queries have delta from the keys.
+            delta: T::DTYPE != Dtype::F32,
             overflow: T::DTYPE == Dtype::F16,
         };
         let case = (case.clone().with(attention))
@@ -137,9 +138,6 @@ fn one_key_with_all_the_weight_has_no_score_gradient() {
         let several = 50..60; // queries of the first head whose keys weigh the same
         inputs.q[several.start * 72..several.end * 72].fill(0.0);
         for device in devices().of_every_instruction_set() {
-            if device.kind() != DeviceKind::Cpu {
-                continue;
-            }
             let (_, gradients) = case.run_backward(device, &inputs, &case.dout());
             let zero = |(row, gradient): (usize, &[f32])| several.contains(&row) || gradient.iter().all(|&x| x == 0.0);
             assert!(

@@ -1,10 +1,10 @@
 //! Parameters of the backward kernels.
 
 use flash_attention_kernels::abi::{
-    BackwardParams, Exponents, ForwardRows, HopperBackwardParams, ListedBackwardParams, Params, QuerySums,
-    QuerySumsParams, TensorMap,
+    BackwardParams, DELTA_OF_KEYS, DELTA_OF_KEYS_AND_SINK, Exponents, ForwardRows, HopperBackwardParams,
+    ListedBackwardParams, Params, QuerySums, QuerySumsParams, TensorMap,
 };
-use flash_attention_kernels::entries::{Entry, Pass};
+use flash_attention_kernels::entries::{Dtype, Entry, Pass};
 use flash_attention_kernels::shape::HOPPER_ROWS;
 
 use super::program::ScoreProgram;
@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::plan::lists::Owner;
 use crate::plan::pass::{Backward, BackwardResults};
 use crate::plan::tile_map::{self, TileMap};
-use crate::problem::{BackwardProblem, BackwardTensors};
+use crate::problem::{BackwardProblem, BackwardTensors, Problem};
 
 /// Parameters of a backward kernel, by the struct that it takes.
 #[derive(Clone, Copy, Debug)]
@@ -286,6 +286,8 @@ impl Launch<Backward> {
                 Pass::BackwardDelta => problem.head_dim_v(),
                 _ => problem.head_dim(),
             }),
+            delta: delta_of_few(problem, tensors),
+            reserved: 0,
         };
         let owner = match entry.pass {
             Pass::BackwardQueries => Owner::Queries,
@@ -314,6 +316,17 @@ impl Launch<Backward> {
             listed: Some(listed),
             ..launch
         })
+    }
+}
+
+/// Returns the source of delta of queries that few keys share. In 16 bits `out` has lost more than delta, and from lse alone no query is
+/// known to be one.
+fn delta_of_few(problem: &Problem, tensors: &BackwardTensors) -> u32 {
+    let has_sinks = problem.program().is_some_and(|program| program.sinks().is_some());
+    match (problem.dtype(), tensors.statistics) {
+        (Dtype::F32, Some(_)) if has_sinks => DELTA_OF_KEYS_AND_SINK,
+        (Dtype::F32, Some(_)) => DELTA_OF_KEYS,
+        _ => 0,
     }
 }
 

@@ -5,6 +5,7 @@
 mod append;
 mod backward;
 mod backward_errors;
+mod backward_runs;
 mod blocks;
 mod cached;
 mod clusters;

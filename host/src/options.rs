@@ -212,7 +212,8 @@ impl Attention {
         }
     }
 
-    /// Makes the results of a sequence of a ragged batch or a cache independent of what else is in the batch, to the bit.
+    /// Makes the results of a batch entry, or of a sequence of a ragged batch or a cache, independent of what else is in the batch, to
+    /// the bit.
     ///
     /// By default a GPU splits long sequences over blocks such that the whole batch fills the card, and the number of splits moves the
     /// last bits. With this a split has a fixed number of keys. Backward, and the CPU, are batch invariant anyway.

@@ -12,6 +12,9 @@ use crate::error::Error;
 use crate::plan::{Launch, Rotary as Moves};
 use crate::tensor::Tensor;
 
+/// Largest rotary_dim of [`Rotary::new`], far above any head_dim.
+const MAX_ROTARY_DIM: usize = 1 << 16;
+
 /// Rotary position embedding (RoFormer, 2021): pairs (a, b) of the first `rotary_dim` elements of a head become
 /// `(a cos - b sin, a sin + b cos)` of an angle that is the position times the frequency of the pair.
 ///
@@ -67,10 +70,12 @@ impl Rotary {
     /// Makes an embedding whose pair i of `rotary_dim / 2` has the frequency `base^(-2i / rotary_dim)`.
     ///
     /// # Errors
-    /// [`Error::Rotary`] unless rotary_dim is even and not 0, and base is a finite number above 0.
+    /// [`Error::Rotary`] unless rotary_dim is an even number from 2 to 65536, base is a finite number above 0, and so are the
+    /// frequencies.
     pub fn new(rotary_dim: usize, base: f64) -> Result<Self, Error> {
-        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
-            return Err(refused("rotary_dim", rotary_dim as f64, "an even number, and not 0"));
+        if !(2..=MAX_ROTARY_DIM).contains(&rotary_dim) || !rotary_dim.is_multiple_of(2) {
+            let expected = format!("an even number from 2 to {MAX_ROTARY_DIM}");
+            return Err(refused("rotary_dim", rotary_dim as f64, expected));
         }
         if !(base.is_finite() && base > 0.0) {
             return Err(refused("base", base, "a finite number above 0"));
@@ -142,13 +147,19 @@ impl Rotary {
     /// Returns this embedding with positions divided by `factor`: linear interpolation to longer contexts. Tables stay as they are.
     ///
     /// # Errors
-    /// [`Error::Rotary`] unless the factor is a finite number above 0.
+    /// [`Error::Rotary`] unless the factor is a finite number above 0, and frequencies divided by it are finite.
     pub fn scaled(self, factor: f64) -> Result<Self, Error> {
         if !(factor.is_finite() && factor > 0.0) {
             return Err(refused("factor", factor, "a finite number above 0"));
         }
         let angles = match &self.angles {
-            Angles::Frequencies(of) => Angles::Frequencies(of.iter().map(|frequency| frequency / factor).collect()),
+            Angles::Frequencies(of) => {
+                let of: Arc<[f64]> = of.iter().map(|frequency| frequency / factor).collect();
+                if !of.iter().all(|frequency| frequency.is_finite()) {
+                    return Err(refused("factor", factor, "a number that leaves frequencies finite"));
+                }
+                Angles::Frequencies(of)
+            }
             Angles::Tables(_) => self.angles,
         };
         Ok(Self { angles, ..self })

@@ -82,7 +82,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::Rank`] and [`Error::ShapeMismatch`] unless k and v are pages of this cache, and the new keys have their heads and
     /// head_dim; [`Error::Sequence`] for another number of new keys than the cache has room for, and for a position outside of a
-    /// rotary embedding's tables; [`Error::OverlappingStrides`], [`Error::Aliased`] and [`Error::Interleaved`] if two keys may share
+    /// rotary embedding's tables; [`Error::SequenceCount`] unless there is a first position a sequence, where positions are given; [`Error::OverlappingStrides`], [`Error::Aliased`] and [`Error::Interleaved`] if two keys may share
     /// memory; [`Error::LastAxisStride`]; [`Error::DeviceMismatch`]; and the errors of [`Rotary::forward`]. Nothing has been written
     /// then, unless the device failed.
     pub fn write<T: Element>(&self, new: &NewKeys<'_, T>, k: &mut Tensor<T>, v: &mut Tensor<T>) -> Result<(), Error> {
@@ -90,9 +90,10 @@ impl KvCache {
         let of_keys = rows_of_new("k_new", new.k, ("k", k), self)?;
         let of_values = rows_of_new("v_new", new.v, ("v", v), self)?;
         let counts = (0..self.batch()).map(|sequence| self.new_keys(sequence).len());
+        let first = new.first_positions(self)?;
         let positions = match new.rotary {
             Some(rotary) => {
-                let positions = positions(&new.first_positions(self)?, counts)?;
+                let positions = positions(&first, counts)?;
                 rotary.check(new.k.shape()[new.k.shape().len() - 1], &positions)?;
                 positions
             }

@@ -19,8 +19,10 @@ impl Sequences {
     /// Reads offsets from tensors, `[batch + 1]` each, in any strides. Waits for the work that produces them.
     ///
     /// # Errors
-    /// The errors of [`new`](Self::new) and [`Tensor::to_vec`].
+    /// The errors of [`new`](Self::new) and [`Tensor::to_vec`]; [`Error::Rank`] for tensors of other axes.
     pub fn of_tensors(cu_seqlens_q: &Tensor<i32>, cu_seqlens_k: &Tensor<i32>) -> Result<Self, Error> {
+        check_rank("cu_seqlens_q", cu_seqlens_q, 1)?;
+        check_rank("cu_seqlens_k", cu_seqlens_k, 1)?;
         Self::new(&cu_seqlens_q.to_vec()?, &cu_seqlens_k.to_vec()?)
     }
 }

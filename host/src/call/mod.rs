@@ -74,6 +74,9 @@ impl Attention {
     /// Runs the forward pass and writes the results to the caller's tensors: `out` with a contiguous last axis and
     /// any other strides that do not overlap, `lse` contiguous. Neither may share memory with an input.
     ///
+    /// It allocates nothing, but where a GPU splits the keys of few queries, for the time of the call:
+    /// [`Plan::workspace_bytes`], and lists of work. [`forward_into_with`](Self::forward_into_with) takes memory of the caller's.
+    ///
     /// # Errors
     /// The errors of [`forward`](Self::forward). Nothing has been written then, unless the device failed.
     pub fn forward_into<T: Element>(
@@ -101,6 +104,44 @@ impl Attention {
         output: &mut Output<T>,
     ) -> Result<(), Error> {
         self.silent().forward_into_output(q, k, v, output)
+    }
+
+    /// Runs [`forward_into_output`](Self::forward_into_output) in a workspace of the caller: any contiguous f32 tensor of at least
+    /// [`Plan::workspace_bytes`] of the [`plan`](Self::plan), at an address that is a multiple of 64, which shares no memory with
+    /// another argument. Its content is undefined before and after. Plans whose keys are not split, and those of the CPU, need none.
+    ///
+    /// The call allocates nothing but lists of work, which [`Device::prepare`](crate::Device::prepare) loads before, and, on a GPU,
+    /// waits for nothing, so that a stream it works on can be captured in a CUDA graph.
+    ///
+    /// ```
+    /// # use flash_attention::{Attention, Device, Output, Tensor};
+    /// # let device = Device::cpu();
+    /// # let q = Tensor::from_slice(&device, [1, 1, 1, 8], &[0.5_f32; 8])?;
+    /// # let k = Tensor::from_slice(&device, [1, 1, 64, 8], &[0.5_f32; 512])?;
+    /// # let v = k.clone();
+    /// let attention = Attention::new();
+    /// let bytes = attention.plan(&q, &k, &v)?.workspace_bytes();
+    /// let mut workspace = Tensor::empty(&device, [bytes as usize / 4])?;
+    /// let mut output = Output::new(Tensor::empty(&device, [1, 1, 1, 8])?, Tensor::empty(&device, [1, 1, 1])?);
+    /// for _ in 0..3 {
+    ///     attention.forward_into_with(&q, &k, &v, &mut output, &mut workspace)?;
+    /// }
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The errors of [`forward_into`](Self::forward_into). [`Error::Workspace`] if the workspace is too small.
+    /// [`Error::NotContiguous`], [`Error::DeviceMismatch`], [`Error::Address`] or [`Error::Aliased`] if it breaks
+    /// another of these conditions.
+    pub fn forward_into_with<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &mut Output<T>,
+        workspace: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        self.silent().forward_into_with(q, k, v, output, workspace)
     }
 
     /// Returns the plan of [`forward`](Self::forward): kernel, tiles, grid and cost. Allocates nothing.

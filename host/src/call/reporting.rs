@@ -1,7 +1,7 @@
 //! [`Reporting`]: calls that report progress.
 
 use super::plan_backward;
-use super::run::{backward, backward_arguments, check_lse, check_workspace, forward};
+use super::run::{backward, backward_arguments, check_lse, check_workspace, forward, named};
 use crate::element::Element;
 use crate::error::Error;
 use crate::options::Attention;
@@ -58,10 +58,40 @@ impl<F: Fn(Progress) + Sync> Reporting<F> {
         v: &Tensor<T>,
         output: &mut Output<T>,
     ) -> Result<(), Error> {
-        let problem = Problem::new(&self.attention, q.info(), k.info(), v.info(), Some(output.outputs()))?;
-        let plan = Plan::new(&problem, &q.device().info())?;
-        let inputs = (q.device(), &[q, k, v].map(Tensor::storage)[..]);
-        forward(&plan, inputs, output, None, self.reporter())
+        self.forward_in([q, k, v], output, None)
+    }
+
+    /// Runs [`Attention::forward_into_with`] and reports progress.
+    ///
+    /// # Errors
+    /// The errors of [`Attention::forward_into_with`].
+    pub fn forward_into_with<T: Element>(
+        &self,
+        q: &Tensor<T>,
+        k: &Tensor<T>,
+        v: &Tensor<T>,
+        output: &mut Output<T>,
+        workspace: &mut Tensor<f32>,
+    ) -> Result<(), Error> {
+        self.forward_in([q, k, v], output, Some(workspace))
+    }
+
+    /// The forward pass with results in the caller's memory, in a new workspace or in the caller's.
+    fn forward_in<T: Element>(
+        &self,
+        inputs: [&Tensor<T>; 3],
+        output: &mut Output<T>,
+        workspace: Option<&mut Tensor<f32>>,
+    ) -> Result<(), Error> {
+        let [q, k, v] = inputs.map(Tensor::info);
+        let problem = Problem::new(&self.attention, q, k, v, Some(output.outputs()))?;
+        let device = inputs[0].device();
+        let plan = Plan::new(&problem, &device.info())?;
+        let mut others = named(inputs).to_vec();
+        others.extend(output.named());
+        check_workspace(workspace.as_deref(), [&plan], &others)?;
+        let inputs = (device, &inputs.map(Tensor::storage)[..]);
+        forward(&plan, inputs, output, workspace, self.reporter())
     }
 
     /// Runs [`Attention::backward`] and reports progress.

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::Plan;
+use super::launch::KeySplits;
 use super::pass::{Forward, PassType};
 use crate::problem::Problem;
 use crate::target::DeviceInfo;
@@ -67,6 +68,9 @@ impl<P: PassType> fmt::Display for Plan<P> {
         if let Some(path) = self.cpu_path().filter(|_| P::NAME == Forward::NAME) {
             let keys = path.split_blocks * self.tiles.block_n;
             writeln!(f, "splits    {} of {keys} keys", p.seqlen_k().div_ceil(keys).max(1))?;
+        }
+        if let Some(KeySplits { parts, most_keys }) = self.splits {
+            writeln!(f, "splits    {parts} of at most {most_keys} keys")?;
         }
         if self.workspace_bytes > 0 {
             writeln!(f, "workspace {}", Bytes(self.workspace_bytes.into()))?;

@@ -20,7 +20,7 @@ pub use forward::{ForwardMaps, ForwardParameters};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) use program::{ModuleKey, ModuleText};
 pub(crate) use rotary::Rotary;
-pub(super) use sequences::OfSequences;
+pub(super) use sequences::{KeySplits, LEAST_KEYS, OfSequences};
 pub(super) use workspace::{exponents, portable_exponents, query_sums};
 
 use super::MAX_BLOCKS;

@@ -7,6 +7,7 @@ mod choose;
 mod cost;
 mod cpu;
 mod display;
+mod forward;
 mod launch;
 mod lists;
 mod pass;
@@ -21,7 +22,8 @@ use flash_attention_kernels::entries::{self, Arch, Pass};
 use choose::choose;
 pub use cost::Cost;
 pub use cpu::CpuPath;
-use launch::OfSequences;
+use forward::{Choice, statistics_written};
+use launch::KeySplits;
 pub(crate) use launch::Rotary;
 pub use launch::{BackwardMaps, BackwardParameters, ForwardMaps, ForwardParameters, Launch, TableGradients};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
@@ -32,7 +34,6 @@ pub use tile_map::TileMap;
 use crate::error::Error;
 use crate::problem::{BackwardProblem, BackwardTensors, Problem};
 use crate::program::{Coordinate, Derivative};
-use crate::sequences::Placed;
 use crate::target::DeviceInfo;
 
 /// Largest number of blocks of one launch along x.
@@ -48,6 +49,7 @@ pub struct Plan<P: PassType = Forward> {
     tiles: Tiles,
     launches: Vec<Launch<P>>,
     workspace_bytes: u64,
+    splits: Option<KeySplits>,
     cost: Cost,
 }
 
@@ -75,19 +77,27 @@ impl Plan {
     /// [`Error::NotContiguous`] if lse, row_max or row_sum has gaps or another order, which only the CPU takes.
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
         let mut cpu = None;
-        let (tiles, launches, workspace_bytes, cost) = match *device {
+        let choice = match *device {
             DeviceInfo::Cpu { threads, instructions } => {
                 let (path, tiles) = CpuPath::forward(problem, instructions, threads);
                 cpu = Some(path);
-                let cost = Cost::forward(problem, tiles, &[], statistics_written(problem));
-                (tiles, Vec::new(), 0, cost)
+                Choice {
+                    tiles,
+                    launches: Vec::new(),
+                    workspace_bytes: 0,
+                    splits: None,
+                    cost: Cost::forward(problem, tiles, &[], statistics_written(problem)),
+                }
             }
             DeviceInfo::Gpu { multiprocessors, .. } => {
                 problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
                 match (problem.placed(), problem.scales()) {
                     (_, Some(scales)) => quantized::forward(problem, scales, device, multiprocessors)?,
-                    (Some(placed), None) => forward_of_sequences(problem, placed, device, multiprocessors)?,
-                    (None, None) => forward_of_rectangle(problem, device, multiprocessors)?,
+                    (Some(placed), None) => {
+                        let entry = choose(problem, Pass::Forward, device, false)?;
+                        forward::of_sequences(problem, placed, entry, multiprocessors)?
+                    }
+                    (None, None) => forward::of_rectangle(problem, device, multiprocessors)?,
                 }
             }
         };
@@ -96,10 +106,11 @@ impl Plan {
             pass: Forward,
             device: *device,
             cpu,
-            tiles,
-            cost,
-            launches,
-            workspace_bytes,
+            tiles: choice.tiles,
+            launches: choice.launches,
+            workspace_bytes: choice.workspace_bytes,
+            splits: choice.splits,
+            cost: choice.cost,
         })
     }
 
@@ -165,6 +176,7 @@ impl Plan<Backward> {
             },
             launches,
             workspace_bytes,
+            splits: None,
         })
     }
 
@@ -230,89 +242,6 @@ impl<P: PassType> Plan<P> {
     pub fn cost(&self) -> Cost {
         self.cost
     }
-}
-
-/// Tiles, launches, bytes of workspace and cost of a forward pass on a GPU.
-type ForwardChoice = (Tiles, Vec<Launch>, u64, Cost);
-
-/// Plans the forward pass over a rectangular batch on a GPU.
-fn forward_of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors: u32) -> Result<ForwardChoice, Error> {
-    // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
-    let hopper = problem.has_pairs()
-        && (problem.softmax_scale() > 0.0 || problem.program().is_some())
-        && tile_map::fit(
-            problem,
-            problem.input_type(),
-            &[problem.q(), problem.out()],
-            &[problem.k(), problem.v()],
-        );
-    let mut entry = choose(problem, Pass::Forward, device, hopper)?;
-    let sparse = match entry.arch {
-        Arch::Sm90a => sparse_launch(problem, device)?,
-        Arch::Sm80 => None,
-    };
-    if entry.is_latent() && problem.program().is_none() {
-        // Its rows are those of many heads, packed.
-        let placed = Placed::of_rectangle(problem.batch(), problem.seqlen_q(), problem.seqlen_k());
-        return forward_of_sequences(problem, &placed, device, multiprocessors);
-    }
-    let launches = match (entry.arch, sparse) {
-        _ if !problem.has_queries() => Vec::new(),
-        (_, Some(launch)) => {
-            entry = launch.entry;
-            vec![launch]
-        }
-        (Arch::Sm80, None) => vec![Launch::forward(problem, entry)?],
-        (Arch::Sm90a, None) => {
-            let launch = Launch::hopper_forward(problem, entry, multiprocessors)?;
-            entry = launch.entry;
-            vec![launch]
-        }
-    };
-    let tiles = Tiles::of_launches(entry, &launches);
-    let cost = Cost::forward(problem, tiles, &launches, statistics_written(problem));
-    Ok((tiles, launches, 0, cost))
-}
-
-/// Plans the forward pass over a batch of placed sequences on a GPU.
-fn forward_of_sequences(
-    problem: &Problem,
-    placed: &Placed,
-    device: &DeviceInfo,
-    multiprocessors: u32,
-) -> Result<ForwardChoice, Error> {
-    let entry = choose(problem, Pass::Forward, device, false)?;
-    let of_sequences = match problem.has_queries() {
-        true => OfSequences::new(problem, placed, entry, multiprocessors)?,
-        false => OfSequences::default(),
-    };
-    let cost = Cost::of_sequences(problem, &of_sequences, statistics_written(problem));
-    let OfSequences {
-        launches,
-        workspace_bytes,
-        ..
-    } = of_sequences;
-    Ok((Tiles::of_launches(entry, &launches), launches, workspace_bytes, cost))
-}
-
-/// Number of f32 that a forward pass writes for each query: lse, and row_max and row_sum if they are kept.
-fn statistics_written(problem: &Problem) -> u32 {
-    1 + 2 * u32::from(problem.keeps_statistics())
-}
-
-/// Returns the launch of the portable kernel for a score program, in place of Hopper's own, if its mask leaves few tiles and no kernel is
-/// forced.
-///
-/// Hopper's kernel follows no lists and visits every tile. Its `wgmma` has twice the rate of `mma.sync` there, and its softmax overlaps
-/// with products, so the portable kernel is the faster one once it visits less than a third of the tiles.
-fn sparse_launch(problem: &Problem, device: &DeviceInfo) -> Result<Option<Launch>, Error> {
-    if problem.program().is_none() || problem.arch().is_some() || !problem.has_pairs() {
-        return Ok(None);
-    }
-    let launch = Launch::forward(problem, choose(problem, Pass::Forward, device, false)?)?;
-    let tiles = problem.seqlen_q().div_ceil(launch.entry.block_m) as usize * problem.heads_q() * problem.batch();
-    let all = tiles as u128 * u128::from(problem.seqlen_k());
-    Ok(Some(launch).filter(|launch| launch.streamed_rows().is_some_and(|rows| 3 * rows < all)))
 }
 
 /// Refuses the deterministic gradient of a table on a GPU, unless no two pairs add to one element.

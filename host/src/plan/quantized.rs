@@ -3,8 +3,7 @@
 use flash_attention_kernels::entries::{Arch, Entry, Pass, find_fp8};
 
 use super::choose::{fits_device, no_kernel};
-use super::cost::Cost;
-use super::{ForwardChoice, Launch, Tiles, statistics_written, tile_map};
+use super::{Choice, Launch, tile_map};
 use crate::error::Error;
 use crate::problem::{Problem, ScaleBlocks};
 use crate::target::DeviceInfo;
@@ -15,15 +14,13 @@ pub(super) fn forward(
     scales: [ScaleBlocks; 3],
     device: &DeviceInfo,
     multiprocessors: u32,
-) -> Result<ForwardChoice, Error> {
+) -> Result<Choice, Error> {
     let entry = choose(problem, device)?;
     let launches = match problem.has_queries() {
         true => vec![Launch::fp8_forward(problem, entry, scales, multiprocessors)?],
         false => Vec::new(),
     };
-    let tiles = Tiles::of_launches(entry, &launches);
-    let cost = Cost::forward(problem, tiles, &launches, statistics_written(problem));
-    Ok((tiles, launches, 0, cost))
+    Ok(Choice::of_rectangle(problem, entry, launches))
 }
 
 /// Chooses the compiled kernel.

@@ -132,7 +132,6 @@ impl Problem {
         outputs: Option<Outputs<'_>>,
         placed: Placed,
     ) -> Result<Self, Error> {
-        placed.check()?;
         Self::placed_or_not(attention, [q, k, v], outputs, Some(placed), Elements::Plain)
     }
 
@@ -160,6 +159,7 @@ impl Problem {
         check_head_dims(("q", q), ("v", v), elements)?;
         rows.iter().try_for_each(|&tensor| check_last_axis(tensor))?;
         inputs.iter().try_for_each(|&tensor| check_seqlen(tensor))?;
+        placed.as_ref().map_or(Ok(()), Placed::check)?;
         let new_out = TensorInfo::contiguous(q.device(), dtype, out_shape(q.shape(), v.shape()), 0)?;
         let new_rows = TensorInfo::contiguous(q.device(), Dtype::F32, &q.shape()[..3], 0)?;
         let written: Vec<Named<'_>> = out.into_iter().chain(of_rows).collect();

@@ -175,13 +175,15 @@ impl Sequences {
     /// [`Error::Sequence`] if a sequence ends beyond the rows of q or k.
     pub(crate) fn placed(&self, total_q: usize, total_k: usize) -> Result<Placed, Error> {
         self.check_ends(total_q, total_k)?;
+        // Rows that do not fit are refused with the problem.
+        let number = |rows: usize| u32::try_from(rows).unwrap_or(u32::MAX);
         let rows = |queries: &Range<usize>, keys: &Range<usize>| SequenceRows {
             q_entry: 0,
-            q_begin: queries.start as u32,
-            seqlen_q: queries.len() as u32,
+            q_begin: number(queries.start),
+            seqlen_q: number(queries.len()),
             k_entry: 0,
-            k_begin: keys.start as u32,
-            seqlen_k: keys.len() as u32,
+            k_begin: number(keys.start),
+            seqlen_k: number(keys.len()),
         };
         let of_none = (self.total_q < total_q).then(|| rows(&(self.total_q..total_q), &(0..0)));
         let keys_of_none = self.keys_of_none(total_k).filter(|keys| !keys.is_empty());

@@ -125,6 +125,8 @@ fn every_path_of_the_cpu_reports_all_of_its_work() {
 fn the_emulator_reports_its_blocks() {
     let device = Device::emulator(Arch::Sm80);
     check::<f32>(&device, Attention::new().causal(), [1, 2, 70, 32], [1, 1, 70, 32]);
+    // Splits of keys, and the launch that combines them.
+    check::<f32>(&device, Attention::new(), [1, 2, 1, 32], [1, 1, 700, 32]);
 }
 
 #[test]

@@ -277,6 +277,9 @@ fn new_keys_that_do_not_fit_are_refused_and_nothing_is_written() {
             ),
             "{long:?}"
         );
+        let unequal = NewKeys::new(&good, &good).positions(&[1, 2]);
+        let unequal = cache.write(&unequal, &mut k, &mut v).expect_err("one sequence");
+        assert!(matches!(unequal, Error::SequenceCount { .. }), "{unequal:?}");
         let tables = Rotary::of_tables(4, &[1.0; 16], &[0.0; 16]).expect("8 positions");
         let past = NewKeys::new(&good, &good).rotary(&tables);
         let past = cache.write(&past, &mut k, &mut v).expect_err("position 8 of 8");
@@ -393,6 +396,8 @@ fn bad_rotary_embeddings_are_refused() {
     for bad in [
         Rotary::new(0, 1e4),
         Rotary::new(7, 1e4),
+        Rotary::new(65_538, 1e4),
+        Rotary::new(usize::MAX - 1, 1e4), // more than any memory holds
         Rotary::new(8, 0.0),
         Rotary::new(8, f64::NAN),
     ] {
@@ -404,7 +409,13 @@ fn bad_rotary_embeddings_are_refused() {
         Err(Error::DataLength { .. })
     ));
     let rotary = Rotary::new(16, 1e4).expect("an even number");
-    assert!(matches!(rotary.clone().scaled(0.0), Err(Error::Rotary { .. })));
+    for factor in [0.0, -1.0, f64::INFINITY, 1e-320] {
+        let scaled = rotary.clone().scaled(factor);
+        assert!(
+            matches!(scaled, Err(Error::Rotary { argument: "factor", .. })),
+            "{scaled:?}"
+        );
+    }
     for device in devices().all() {
         let tensor = |shape: &[usize]| Tensor::<f32>::zeros(device, shape).expect("it fits");
         let refused = |shape: &[usize], positions: &[i32]| rotary.forward(&tensor(shape), positions).expect_err("bad");

@@ -48,6 +48,53 @@ fn decoding_reads_the_cache_once() {
     }
 }
 
+/// Decoding reads a cache of latent keys once for all heads of a tile, values included, and the plan says how much. Beside what it
+/// counts, blocks read their lists and block tables. The kernel that combines splits reads statistics again for each piece of a row.
+#[test]
+fn decoding_reads_latent_keys_once() {
+    if !devices().emulation() {
+        return;
+    }
+    let cases = [
+        (16, 320, true),
+        (32, 320, true),
+        (128, 320, true),
+        (16, 320, false),
+        (16, 1536, true),
+    ];
+    for &arch in Arch::ALL {
+        for (heads, keys, shared) in cases {
+            let device = &Device::emulator(arch); // of its own, whose counters no other test changes
+            let zeros = |shape: &[usize]| Tensor::<f16>::zeros(device, shape).expect("it fits");
+            let (q, k) = (zeros(&[2, heads, 1, 576]), zeros(&[keys / 16, 32, 1, 576]));
+            let v = match shared {
+                true => k.narrow(3, 0, 512).expect("a view"),
+                false => zeros(&[keys / 16, 32, 1, 512]),
+            };
+            let pages: Vec<i32> = (0..keys as i32 / 16).rev().collect();
+            let cache = KvCache::paged([keys / 16, 32], &pages, &[keys as i32; 2]).expect("pages that exist");
+            let attention = Attention::new();
+            let plans = attention.plan_cached(&q, &k, &v, &cache).expect("a plan");
+            let [plan] = &plans[..] else {
+                panic!("{} plans", plans.len())
+            };
+            assert_eq!(plan.launches().len(), if keys > 1024 { 2 } else { 1 }, "{plan}");
+            attention.forward_cached(&q, &k, &v, &cache).expect("it fits");
+            let counters = device.counters().expect("an emulator counts");
+            let row = if shared { 576 } else { 576 + 512 };
+            let of_cache = (heads.div_ceil(32) * 2 * keys * row * 2) as u128;
+            let of_queries = (2 * heads * 576 * 2) as u128;
+            let (cost, parts) = (plan.cost(), u128::from(plan.workspace_bytes()));
+            assert_eq!(cost.bytes_read, of_cache + of_queries + parts, "{plan}");
+            assert_eq!(cost.bytes_written, counters.global_written_bytes.into(), "{plan}");
+            // A warp reads a list or a table at one address, so sectors count it once.
+            let sectors = u128::from(counters.global_read_sectors) * 32;
+            let most = cost.bytes_read * if parts > 0 { 130 } else { 105 } / 100;
+            assert!((cost.bytes_read..most).contains(&sectors), "{sectors} of\n{plan}");
+        }
+    }
+}
+
 /// GPUs read pages where they are.
 #[test]
 fn a_cached_call_allocates_its_results_and_parts_of_them() {

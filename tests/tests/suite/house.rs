@@ -71,6 +71,28 @@ fn imports_go_down(src: &str, floors: &[&[&str]]) {
     assert!(forbidden.is_empty(), "{}", forbidden.join("\n"));
 }
 
+/// Tests that every file of a suite is a module of it: one that is not is never compiled, and its tests never run.
+#[test]
+fn every_file_of_a_suite_is_a_module() {
+    for crate_folder in [
+        "tests",
+        "host",
+        "emulator",
+        "examples",
+        "integrations/candle",
+        "integrations/burn",
+    ] {
+        let suite = workspace().join(crate_folder).join("tests/suite");
+        let main = std::fs::read_to_string(suite.join("main.rs")).expect("a suite");
+        for file in std::fs::read_dir(&suite).expect("a folder") {
+            let path = file.expect("a file").path();
+            let name = path.file_stem().and_then(|name| name.to_str()).expect("a name");
+            let is_module = main.lines().any(|line| line == format!("mod {name};"));
+            assert!(name == "main" || is_module, "{}: no module `{name}`", suite.display());
+        }
+    }
+}
+
 /// Writes the files of a small crate to a folder that is removed when the value is dropped.
 fn with_crate(name: &str, files: &[(&str, &str)], check: impl FnOnce(&Path)) {
     let folder = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));

@@ -204,6 +204,47 @@ impl Drawn {
     }
 }
 
+/// Tests tables of other axes, and tensors with more rows than kernels count, which views that repeat a row have.
+#[test]
+fn other_axes_and_rows_beyond_all_limits_are_refused() {
+    for device in devices().all() {
+        let table =
+            |shape: &[usize]| Tensor::from_slice(device, shape, &vec![0; shape.iter().product()]).expect("small");
+        for (q, k, argument) in [
+            ([2, 2].as_slice(), [4].as_slice(), "cu_seqlens_q"),
+            (&[1], &[], "cu_seqlens_k"),
+        ] {
+            let refused = Sequences::of_tensors(&table(q), &table(k));
+            assert!(
+                matches!(refused, Err(Error::Rank { argument: name, .. }) if name == argument),
+                "{refused:?}"
+            );
+        }
+        let few = Tensor::from_slice(device, [7, 1, HEAD_DIM], &[0.5_f32; 56]).expect("small");
+        let sequences = Sequences::new(&[0, 1], &[0, 7]).expect("offsets grow");
+        for rows in [(1 << 31) - 8, (1 << 32) + 100, 1 << 33] {
+            let view = [0, 0, 1];
+            let many =
+                Tensor::from_slice_strided(device, [rows, 1, HEAD_DIM], view, &[0.5_f32; HEAD_DIM]).expect("small");
+            for (q, k, argument) in [(&few, &many, "k"), (&many, &few, "q")] {
+                let refused = Attention::new().plan_ragged(q, k, k, &sequences);
+                match refused {
+                    Err(Error::SequenceTooLong {
+                        argument: name, seqlen, ..
+                    }) => {
+                        // The CPU counts the rows that belong to no sequence.
+                        assert!(
+                            name == argument && (rows - 7..=rows).contains(&seqlen),
+                            "{device}: {name}, {seqlen}"
+                        );
+                    }
+                    other => panic!("{device}: {other:?}"),
+                }
+            }
+        }
+    }
+}
+
 /// Number of batches that a device is tested with: 10,000, and a sample of them on an emulator, unless `PROPTEST_CASES` says how many.
 fn runs(device: &Device) -> u64 {
     let chosen = std::env::var("PROPTEST_CASES")

@@ -1,6 +1,5 @@
 //! Tests of numbers at the ends of f32's range, and of numbers that a mask hides: results follow the definition.
 
-use flash_attention::device::DeviceKind;
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Device, Dtype, Element, Tensor};
 use flash_attention_tests::{Allowances, Case, Inputs, devices, drawn};

@@ -102,7 +102,7 @@ impl Device {
     /// ## In a CUDA graph
     ///
     /// A stream capture can record a call that neither allocates nor waits:
-    /// [`forward_into`](crate::Attention::forward_into),
+    /// [`forward_into_with`](crate::Attention::forward_into_with),
     /// [`backward_into_with`](crate::Attention::backward_into_with), and in a workspace of the caller's
     /// [`forward_ragged_into`](crate::Attention::forward_ragged_into),
     /// [`backward_ragged_into`](crate::Attention::backward_ragged_into) and

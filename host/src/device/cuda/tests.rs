@@ -268,6 +268,31 @@ fn batches_in_the_callers_memory_only_launch() {
     assert_eq!(expected.len(), 2, "a second launch combines splits");
 }
 
+/// Tests that few queries of a rectangle, with results and workspace of the caller, launch twice where their keys are split.
+#[test]
+fn few_queries_in_the_callers_memory_only_launch() {
+    for capability in [(8, 0), (9, 0)] {
+        let (device, recorder) = device(&context(capability), STREAM, None);
+        let at = |index: u64, shape: &[usize]| foreign::<half::f16>(&device, index << 24, shape);
+        let (q, k, v) = (
+            at(1, &[2, 8, 1, 64]),
+            at(2, &[2, 2, 2000, 64]),
+            at(3, &[2, 2, 2000, 64]),
+        );
+        let mut output = Output::new(at(4, &[2, 8, 1, 64]), foreign(&device, 5 << 24, &[2, 8, 1]));
+        let attention = Attention::new().causal();
+        let plan = attention.plan(&q, &k, &v).expect("valid");
+        device.prepare(&plan).expect("the recorder loads everything");
+        recorder.take();
+        let mut workspace = foreign(&device, 6 << 24, &[plan.workspace_bytes() as usize / 4]);
+        attention
+            .forward_into_with(&q, &k, &v, &mut output, &mut workspace)
+            .expect("valid");
+        assert_eq!(recorder.take(), launches(&plan));
+        assert_eq!(plan.launches().len(), 2, "{plan}");
+    }
+}
+
 /// Tests that lists of work of a captured call, which another call has loaded, are not freed when later calls need room.
 #[test]
 fn lists_of_a_captured_call_stay() {

@@ -23,7 +23,7 @@ use crate::program::Sizes;
 use crate::sequences::Placed;
 
 /// Fewest keys of a split. With fewer, writing and reading partial results costs more than a shorter walk saves.
-const LEAST_KEYS: u32 = 256;
+pub(in crate::plan) const LEAST_KEYS: u32 = 256;
 
 /// Keys of a split of a batch-invariant call.
 const INVARIANT_KEYS: u32 = 1024;
@@ -33,12 +33,23 @@ const INVARIANT_KEYS: u32 = 1024;
 pub(in crate::plan) struct OfSequences {
     /// The forward kernel and, if there are splits, the kernel that combines them.
     pub launches: Vec<Launch>,
+    /// The splits of keys, if there are any.
+    pub splits: Option<KeySplits>,
     /// Bytes of partial results.
     pub workspace_bytes: u64,
     /// Bytes of partial results that are written once and read once.
     pub partial_bytes: u64,
     /// Visible pairs of a query and a key of one head, as far as lengths and a causal mask say.
     pub pairs: u128,
+}
+
+/// Parts of the keys of tiles, each of a block of its own for every head, or for every pack of heads.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::plan) struct KeySplits {
+    /// Number of parts of all tiles together.
+    pub parts: u32,
+    /// Most keys of a part.
+    pub most_keys: u32,
 }
 
 /// Rows that one block owns for each head.
@@ -71,11 +82,7 @@ impl OfSequences {
             Some(program) => tiles_of_program(problem, placed, program, entry),
             None => (tiles_of_lengths(problem, placed, packed, entry), all_heads),
         };
-        // Without placed sequences this is a call over a rectangle, for whose partial results the caller has no workspace.
-        let most = match problem.placed() {
-            Some(_) => most_tiles(&owned, heads, entry, multiprocessors, problem.batch_invariant()),
-            None => u32::MAX,
-        };
+        let most = most_tiles(&owned, heads, entry, multiprocessors, problem.batch_invariant());
         let split = Splits::new(owned, most, problem.batch_invariant());
 
         let row_bytes = (u64::from(problem.head_dim_v()) + 2) * size_of::<f32>() as u64;
@@ -133,6 +140,7 @@ impl OfSequences {
         }
         Ok(Self {
             launches,
+            splits: split.of_keys(entry.block_n),
             workspace_bytes: partial * row_bytes,
             partial_bytes: split.partial_rows() * u64::from(heads.get()) * row_bytes,
             pairs: placed.pairs(problem.causal()),
@@ -317,6 +325,16 @@ impl Splits {
         // The sort keeps the order of equals, which are neighbours in memory.
         splits.tiles.sort_by_key(|tile| Reverse(tile.tiles()));
         splits
+    }
+
+    /// Describes the splits, if there are any.
+    fn of_keys(&self, block_n: u32) -> Option<KeySplits> {
+        let parts = self.tiles.iter().filter(|tile| tile.work.partial > 0);
+        let most = parts.map(Tile::tiles).max()?;
+        Some(KeySplits {
+            parts: self.places,
+            most_keys: most * block_n,
+        })
     }
 
     /// Rows of partial results that are written and read, of one head.

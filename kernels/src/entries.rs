@@ -314,6 +314,8 @@ entries! {
         "hopper_backward_all" "_d64": BackwardAll, HopperAllD64, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_all" "_d96": BackwardAll, HopperAllD96, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_all" "_d128": BackwardAll, HopperAllD128, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all" "_d192": BackwardAll, HopperBackwardD192, hopper::backward::wide(HopperBackwardParams);
+        "hopper_backward_all" "_d256": BackwardAll, HopperBackwardD256, hopper::backward::wide(HopperBackwardParams);
     }
     clusters {
         "hopper_forward_cluster" "_d128": HopperD128;

@@ -10,6 +10,7 @@
 //! has 163 KiB, H100 227 KiB), so that the portable kernels run on all of them.
 
 mod latent;
+mod wide;
 
 use crate::element::F16;
 use crate::tile::swizzle;
@@ -17,6 +18,7 @@ use crate::tile::swizzle;
 use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
 pub use latent::LatentD576;
+pub use wide::*;
 
 /// Largest shared memory of a block on every GPU from sm_80 on, in bytes.
 pub const PORTABLE_SHARED_BYTES: u32 = 99 * 1024;

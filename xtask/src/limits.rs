@@ -78,6 +78,11 @@ fn products_of_step(entry: &Row) -> Vec<u32> {
         Some(Pass::BackwardQueries) => vec![2 * head_dim + keys],
         // K Q^T, V dO^T, dS^T Q; then K Q^T again, P^T dO.
         Some(Pass::BackwardKeys) => vec![2 * head_dim + queries, head_dim + queries],
+        // Q K^T, dO V^T of a share of the keys; dO^T P, Q^T dS and dS K of slices of 64 columns.
+        Some(Pass::BackwardAll) if entry.head_dim > 128 => {
+            let slices = entry.head_dim / 64 / (entry.threads / 128 - 1);
+            vec![2 * head_dim + slices * (2 * queries + keys)]
+        }
         // K Q^T, V dO^T; P^T dO, dS^T Q; a square of dS K along all keys.
         Some(Pass::BackwardAll) => vec![2 * head_dim + 2 * queries + keys],
         _ => vec![],
@@ -204,6 +209,10 @@ mod tests {
         assert_eq!(steps("hopper_backward_queries_f16_d256"), (vec![16], vec![24]));
         assert_eq!(steps("hopper_backward_keys_f16_d256"), (vec![12, 8], vec![20, 12]));
         assert_eq!(steps("hopper_backward_all_f16_d64"), (vec![24], vec![32]));
+        let wide = tables().into_iter().flat_map(|table| table.rows);
+        let wide = wide.filter(|row| row.name.starts_with("hopper_backward_all_f16_d") && row.head_dim > 128);
+        let wide: Vec<_> = wide.map(|row| products_of_step(&row)).collect();
+        assert_eq!(wide, [vec![38], vec![38], vec![58], vec![58]]);
         assert_eq!(steps("hopper_forward_fp8_f16_d64"), (vec![6], vec![8]));
     }
 

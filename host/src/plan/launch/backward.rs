@@ -5,7 +5,7 @@ use flash_attention_kernels::abi::{
     QuerySumsParams, TensorMap,
 };
 use flash_attention_kernels::entries::{Entry, Pass};
-use flash_attention_kernels::shape::HOPPER_ROWS;
+use flash_attention_kernels::shape::{HOPPER_ROWS, key_box_rows};
 
 use super::program::ScoreProgram;
 use super::workspace::{exponents_at, placed};
@@ -185,7 +185,7 @@ impl Launch<Backward> {
         };
         let [q, k, v, out] = tile_map::dims(problem);
         let (q_rows, k_rows) = if owns_keys {
-            (entry.block_m, HOPPER_ROWS)
+            (entry.block_m, key_box_rows(entry.block_n))
         } else {
             (HOPPER_ROWS, entry.block_n)
         };

@@ -38,9 +38,13 @@ macro_rules! share_out {
 }
 
 mod add;
+mod findings;
 mod load;
 mod shared;
 pub mod sums;
+mod wide;
+
+pub use wide::wide;
 
 use self::add::add_queries;
 use self::load::{load_keys, load_queries};
@@ -451,7 +455,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         // its readers awaited their products before they arrived at the barrier of the tile in between.
         unsafe {
             let target = shared.ds(self.streamed.slot, self.group);
-            S::Scores::write(ds, target, warp_of_group() * 16, sreg::lane_id());
+            S::Scores::write(ds, target, warp_of_group() * 16, 0, sreg::lane_id());
             tma::fence_async();
             self.sync_consumers();
         }

@@ -31,8 +31,7 @@ pub trait WideBackwardShape {
     /// Size of the tile of P or dS, in bytes.
     const SCORES_BYTES: u32 = Self::COLUMNS * panel_columns(Self::ROWS) * 2;
     /// Size of all tiles, in bytes: K and V, the slots of Q, dO, P and dS.
-    const TILES_BYTES: u32 =
-        2 * Self::OWNED_BYTES + (HOPPER_SLOTS + 1) * Self::STREAMED_BYTES + 2 * Self::SCORES_BYTES;
+    const TILES_BYTES: u32 = 2 * Self::OWNED_BYTES + (HOPPER_SLOTS + 1) * Self::STREAMED_BYTES + 2 * Self::SCORES_BYTES;
     /// Dynamic shared memory of a block, in bytes: the tiles; two f32 for each query of a slot of Q, and one for each of dO;
     /// two barriers for K with V, for each slot of Q, for dO, and for each warpgroup's turns; two words; and one word for each
     /// key.

@@ -12,7 +12,6 @@ use core::mem::offset_of;
 /// Loads K and V of each tile of work, and the queries that see them with their dO, lse and delta. One thread calls it.
 #[inline(always)]
 pub unsafe fn load<S: WideBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64, tiles: Tiles<S>) {
-    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let mut owned = Cursor::<1>::start();
     let mut steps = 0;
     for work in Work::of_this_block::<CAUSAL, true>(&p.work, S::ROWS) {
@@ -20,19 +19,24 @@ pub unsafe fn load<S: WideBackwardShape, const CAUSAL: bool>(p: &HopperBackwardP
         // follow; the per-query arrays are padded to whole tiles.
         unsafe {
             tiles.load_keys(&mut owned, [map!(maps, k), map!(maps, v)], work.corner(p.heads_kv, 0));
+            // Registers are few here: the loop must not be unrolled, and most is worked out anew where it is needed.
+            let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), p.seqlen_k);
             let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
             for i in 0..p.heads_q_per_kv.get() {
-                let head = work.head * p.heads_q_per_kv.get() + i;
-                // Registers are few here: the loop must not be unrolled.
                 for m in (blocks.begin..).take_while(|&m| m < optimizer::renew(blocks.end)) {
-                    let corner = Corner {
-                        batch: head / p.heads_q,
-                        head: head % p.heads_q,
-                        row: m * S::COLUMNS,
-                        column: 0,
+                    let place = || {
+                        let head = optimizer::renew(work.head) * p.heads_q_per_kv.get() + i;
+                        let corner = Corner {
+                            batch: head / p.heads_q,
+                            head: head % p.heads_q,
+                            row: optimizer::renew(m) * S::COLUMNS,
+                            column: 0,
+                        };
+                        (corner, head as u64 * p.sums.padded_q.get() as u64 + corner.row as u64)
                     };
-                    let sums = head as u64 * p.sums.padded_q.get() as u64 + corner.row as u64;
-                    tiles.load_queries(Cursor::after(steps), [map!(maps, q), map!(maps, dout)], corner, &p.sums, sums);
+                    let tiles = tiles.renewed();
+                    tiles.load_queries(Cursor::after(steps), map!(maps, q), place(), &p.sums);
+                    tiles.load_douts(Cursor::after(steps).of_single(), map!(maps, dout), place(), &p.sums);
                     steps += 1;
                 }
             }
@@ -51,10 +55,10 @@ pub unsafe fn take_turns<S: WideBackwardShape, const CAUSAL: bool>(
     tiles: Tiles<S>,
     group: u32,
 ) {
-    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let mut turns = Cursor::<1>::start();
     let slots = tiles.turn_slots(group);
     for work in Work::of_this_block::<CAUSAL, true>(&p.work, S::ROWS) {
+        let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), p.seqlen_k);
         let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
         for i in 0..p.heads_q_per_kv.get() {
             let first = (work.head * p.heads_q_per_kv.get() + i) * (p.sums.padded_q.get() / S::COLUMNS);

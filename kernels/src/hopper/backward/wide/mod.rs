@@ -157,7 +157,9 @@ impl<'a, S: WideBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     fn blocks(&self, first_row: u32) -> Blocks {
         let seqlen_k = self.p.seqlen_k;
-        let blocks = self.mask.query_blocks(first_row, S::ROWS.min(seqlen_k - first_row), S::COLUMNS);
+        let blocks = self
+            .mask
+            .query_blocks(first_row, S::ROWS.min(seqlen_k - first_row), S::COLUMNS);
         // Keys that do not exist must have no weight in dQ.
         if first_row + S::ROWS > seqlen_k {
             blocks.all_masked()
@@ -265,7 +267,13 @@ impl<'a, S: WideBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         // SAFETY (whole body): no product reads the tile any more, for the reasons at the top.
         unsafe {
             let first_key = self.group * S::SHARE;
-            S::Scores::write(&share, target, warp_of_group() * 16, first_key, optimizer::renew(sreg::lane_id()));
+            S::Scores::write(
+                &share,
+                target,
+                warp_of_group() * 16,
+                first_key,
+                optimizer::renew(sreg::lane_id()),
+            );
             tma::fence_async();
             self.sync_consumers();
         }
@@ -279,10 +287,17 @@ impl<'a, S: WideBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         unsafe { dq.add_to(target, sreg::thread_idx_x() % WARPGROUP) }
     }
 
+    /// Tells if blocks add to dQ in turns.
+    #[inline(always)]
+    fn takes_turns(&self) -> bool {
+        // Compared anew: kept, the address would occupy registers of the producer.
+        optimizer::renew((self.p.sums.turns != 0) as u32) != 0
+    }
+
     /// Waits until this warpgroup may add to dQ of the next tile.
     #[inline(always)]
     unsafe fn await_turn(&self) {
-        if self.p.sums.turns != 0 {
+        if self.takes_turns() {
             // SAFETY: the reasons given in `run`.
             unsafe { self.tiles.turn_slots(self.group).acquire(self.streamed().of_single()) }
         }
@@ -291,7 +306,7 @@ impl<'a, S: WideBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// Passes the turn when every warp has issued its additions.
     #[inline(always)]
     unsafe fn pass_turn(&self) {
-        if self.p.sums.turns != 0 {
+        if self.takes_turns() {
             sync::sync_warp();
             if sreg::lane_id() == 0 {
                 // SAFETY: the reasons given in `run`.

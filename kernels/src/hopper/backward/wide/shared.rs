@@ -73,27 +73,34 @@ impl<S: WideBackwardShape> Tiles<S> {
         cursor.advance();
     }
 
-    /// Starts to load the next tiles of Q and dO, with the queries' statistics, which start at index `row` of the workspace.
+    /// Starts to load the next tile of Q from its corner, with lse and shift, which start at index `row` of the workspace.
     #[inline(always)]
     pub unsafe fn load_queries(
         self,
         cursor: Cursor<HOPPER_SLOTS>,
-        maps: [u64; 2],
-        corner: Corner,
+        map: u64,
+        (corner, row): (Corner, u64),
         sums: &QuerySums,
-        row: u64,
     ) {
-        let bytes = S::COLUMNS * 4;
-        let OfColumns { lse_log2, delta, shift } = self.statistics(cursor.slot);
-        // SAFETY: each barrier counts the bytes of its tile and runs.
+        let (bytes, lines) = (S::COLUMNS * 4, self.statistics(cursor.slot));
+        // SAFETY: the barrier counts the bytes of the tile and both runs.
         unsafe {
             let full = self.query_slots().refill(cursor, S::STREAMED_BYTES + 2 * bytes);
-            self.queries(cursor.slot).load(maps[0], corner, full);
-            tma::load_run(lse_log2, sums.exponents.lse_log2 + row * 4, bytes, full);
-            tma::load_run(shift, sums.exponents.shift + row * 4, bytes, full);
-            let full = self.dout_slots().refill(cursor.of_single(), S::STREAMED_BYTES + bytes);
-            self.douts().load(maps[1], corner, full);
-            tma::load_run(delta, sums.exponents.delta + row * 4, bytes, full);
+            self.queries(cursor.slot).load(map, corner, full);
+            tma::load_run(lines.lse_log2, sums.exponents.lse_log2 + row * 4, bytes, full);
+            tma::load_run(lines.shift, sums.exponents.shift + row * 4, bytes, full);
+        }
+    }
+
+    /// Starts to load the next tile of dO from its corner, with delta, which starts at index `row` of the workspace.
+    #[inline(always)]
+    pub unsafe fn load_douts(self, cursor: Cursor<1>, map: u64, (corner, row): (Corner, u64), sums: &QuerySums) {
+        let bytes = S::COLUMNS * 4;
+        // SAFETY: the barrier counts the bytes of the tile and the run.
+        unsafe {
+            let full = self.dout_slots().refill(cursor, S::STREAMED_BYTES + bytes);
+            self.douts().load(map, corner, full);
+            tma::load_run(self.statistics(0).delta, sums.exponents.delta + row * 4, bytes, full);
         }
     }
 

@@ -321,8 +321,8 @@ pub struct WorkList {
     pub missing: u32,
 }
 
-/// Parameters of the backward kernels for Hopper. Tensors that a block owns have boxes of 64 rows, tensors that it
-/// streams have boxes of `block_n` or `block_m` rows.
+/// Parameters of the backward kernels for Hopper. Tensors of keys have boxes of
+/// [`key_box_rows`](crate::shape::key_box_rows) rows, tensors of queries boxes of `block_m` rows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperBackwardParams {
@@ -356,7 +356,7 @@ pub struct HopperBackwardParams {
     pub softmax_scale: f32,
     /// `softmax_scale * log2(e)`.
     pub scale_log2: f32,
-    /// Tiles of all heads: of keys where a block owns keys, else of queries.
+    /// Tiles of keys of all heads.
     pub work: WorkList,
     /// Gradient of the output as a strided tensor, for the few elements that are read one by one.
     pub dout_rows: StridedTensor,
@@ -376,11 +376,11 @@ pub struct QuerySums {
     /// queries and 64 columns, each in the order of a warpgroup's registers.
     pub dq: u64,
     /// Device address of the dQ semaphores, or 0 to accumulate in any order: one u32 for each square, the number of
-    /// key tiles added to it so far.
+    /// key tiles added to it so far. A warpgroup uses that of its first square.
     pub turns: u64,
     /// Number of queries of a head, padded to whole tiles of the kernel that streams them.
     pub padded_q: NonZeroU32,
-    /// Columns of the dQ accumulator: 64 or 128, or 0 if there is none.
+    /// Columns of the dQ accumulator, a multiple of 64.
     pub dq_columns: u32,
 }
 

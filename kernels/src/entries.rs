@@ -146,18 +146,14 @@ macro_rules! hopper_entry {
             threads: <$shape>::THREADS,
             min_blocks: 1,
             shared_bytes: <$shape>::SHARED_BYTES,
-            two_walks: hopper_entry!(two_walks $pass $shape),
+            two_walks: false,
             cluster: 1,
         }
     };
     (m Forward $shape:ty) => { <$shape>::BLOCK_M };
     (n Forward $shape:ty) => { <$shape>::BLOCK_N };
-    (m BackwardQueries $shape:ty) => { <$shape>::ROWS };
-    (n BackwardQueries $shape:ty) => { <$shape>::COLUMNS };
     (m $keys:ident $shape:ty) => { <$shape>::COLUMNS };
     (n $keys:ident $shape:ty) => { <$shape>::ROWS };
-    (two_walks BackwardKeys $shape:ty) => { <$shape>::WALK.is_twice() };
-    (two_walks $pass:ident $shape:ty) => { false };
 }
 
 /// Compiles one kernel of the table for Hopper, whose parameters hold tensor maps: copies want their address.
@@ -307,13 +303,11 @@ entries! {
         "hopper_forward" "_d128": Forward, HopperD128 | HopperD128Causal, hopper::forward::forward(HopperForwardParams);
         "hopper_forward" "_d192": Forward, HopperD192, hopper::forward::forward(HopperForwardParams);
         "hopper_forward" "_d256": Forward, HopperD256, hopper::forward::forward(HopperForwardParams);
-        "hopper_backward_queries" "_d192": BackwardQueries, HopperQueriesD192, hopper::backward::queries(HopperBackwardParams);
-        "hopper_backward_queries" "_d256": BackwardQueries, HopperQueriesD256, hopper::backward::queries(HopperBackwardParams);
-        "hopper_backward_keys" "_d192": BackwardKeys, HopperKeysD192, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_keys" "_d256": BackwardKeys, HopperKeysD256, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_all" "_d64": BackwardAll, HopperAllD64, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_all" "_d96": BackwardAll, HopperAllD96, hopper::backward::keys(HopperBackwardParams);
         "hopper_backward_all" "_d128": BackwardAll, HopperAllD128, hopper::backward::keys(HopperBackwardParams);
+        "hopper_backward_all" "_d192": BackwardAll, HopperBackwardD192, hopper::backward::wide(HopperBackwardParams);
+        "hopper_backward_all" "_d256": BackwardAll, HopperBackwardD256, hopper::backward::wide(HopperBackwardParams);
     }
     clusters {
         "hopper_forward_cluster" "_d128": HopperD128;

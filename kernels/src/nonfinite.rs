@@ -29,21 +29,43 @@ pub unsafe fn restore<E: Element, A: Accumulator>(
     block: u32,
     sees: impl Fn(u32, u32) -> bool,
 ) {
+    for_hidden(blocks, block, source.rows(), |position, none| {
+        // SAFETY: the caller's contract.
+        sum.map_coordinates(|row, column, x| unsafe {
+            restored::<E>(x, source, position, column + none, sees(row, position))
+        });
+    });
+}
+
+/// Calls `f` for each position of the masked blocks before `end`, with a zero to be added to columns: kept, these would occupy
+/// registers during the whole loop.
+#[inline(always)]
+pub fn for_hidden(blocks: Blocks, block: u32, end: u32, mut f: impl FnMut(u32, u32)) {
     let (whole_begin, whole_end) = (blocks.whole_begin * block, blocks.whole_end * block);
-    for position in blocks.begin * block..(blocks.end * block).min(source.rows()) {
+    for position in blocks.begin * block..(blocks.end * block).min(end) {
         if position < whole_begin || position >= whole_end {
-            // Recomputed for each position: kept, columns would occupy registers during the whole loop.
-            let none = optimizer::renew(0);
-            sum.map_coordinates(|row, column, x| {
-                let column = column + none;
-                if sees(row, position) && source.contains(position, column * E::BYTES / 16) {
-                    // SAFETY: the element exists.
-                    let y = unsafe { E::load(source.element_address(position, column)) };
-                    if y.abs() < f32::INFINITY { x } else { x + y }
-                } else {
-                    x
-                }
-            });
+            f(position, optimizer::renew(0));
         }
     }
+}
+
+/// Returns `x`, an element of a sum, plus the element of `source` that was zeroed at (position, column), if any, where the row of the
+/// sum `sees` the position.
+///
+/// # Safety
+/// `source` is readable.
+#[inline(always)]
+pub unsafe fn restored<E: Element>(
+    x: f32,
+    source: &GlobalTile<impl Places>,
+    position: u32,
+    column: u32,
+    sees: bool,
+) -> f32 {
+    if !sees || !source.contains(position, column * E::BYTES / 16) {
+        return x;
+    }
+    // SAFETY: the element exists.
+    let y = unsafe { E::load(source.element_address(position, column)) };
+    if y.abs() < f32::INFINITY { x } else { x + y }
 }

@@ -98,6 +98,21 @@ impl<R: RowValues> OfRows<R> {
             |delta, other| if delta.is_nan() || other.is_nan() { delta } else { other },
         )
     }
+
+    /// Loads the statistics of rows that lie in shared memory, from row `first` on.
+    ///
+    /// # Safety
+    /// The statistics are initialised and readable.
+    #[inline(always)]
+    pub unsafe fn of_columns<A: Accumulator<Rows = R>>(lines: OfColumns, first: u32) -> Self {
+        // SAFETY: the caller's contract.
+        let load = |line| A::rows_from(|row| unsafe { memory::ld_shared(line + (first + row) * 4) });
+        Self {
+            lse_log2: load(lines.lse_log2),
+            delta: load(lines.delta),
+            shift: lines.shift + first * 4,
+        }
+    }
 }
 
 impl<A: Accumulator> QueryValues<A> for OfRows<A::Rows> {

@@ -10,6 +10,7 @@
 //! has 163 KiB, H100 227 KiB), so that the portable kernels run on all of them.
 
 mod latent;
+mod wide;
 
 use crate::element::F16;
 use crate::tile::swizzle;
@@ -17,6 +18,7 @@ use crate::tile::swizzle;
 use crate::tile::{element::Element, fragments::Fragments, lanes::LaneRows, register::*, warpgroup::*};
 use core::marker::PhantomData;
 pub use latent::LatentD576;
+pub use wide::*;
 
 /// Largest shared memory of a block on every GPU from sm_80 on, in bytes.
 pub const PORTABLE_SHARED_BYTES: u32 = 99 * 1024;
@@ -343,25 +345,19 @@ const _: () = {
     assert!(<HopperD256<F16> as HopperShape>::BLOCK_N % (8 * CLUSTER) == 0);
 };
 
-/// A compiled tile shape of a backward kernel for Hopper: two consumer warpgroups that each own 64 rows.
+/// A compiled tile shape of a backward kernel for Hopper up to head_dim 128: two consumer warpgroups that each own 64 rows.
 pub trait HopperBackwardShape {
     /// Largest head_dim of the tile; the loader masks a narrower head.
     const HEAD_DIM: u32;
-    /// Number of rows of a streamed tile: keys where the block owns queries, queries where it owns keys.
+    /// Number of queries of a streamed tile.
     const COLUMNS: u32;
-    /// Tensors that the kernel owns, streams and writes.
-    const WALK: HopperWalk;
 
     /// Number of consumer warpgroups.
     const CONSUMERS: u32 = 2;
     /// Number of rows that a block owns.
     const ROWS: u32 = Self::CONSUMERS * HOPPER_ROWS;
     /// Registers of a producer thread and of a consumer thread.
-    const REGISTERS: (u32, u32) = if Self::WALK.adds_queries() {
-        (24, 240)
-    } else {
-        (40, 232)
-    };
+    const REGISTERS: (u32, u32) = (24, 240);
     /// True if the products for dK of a streamed tile continue into the next tile. If false, the registers of their
     /// operand are free by then, for scores that are twice as wide.
     const SUMS_RUN_ON: bool = Self::COLUMNS < 128;
@@ -371,18 +367,10 @@ pub trait HopperBackwardShape {
     const OWNED_BYTES: u32 = HOPPER_ROWS * panel_columns(Self::HEAD_DIM) * 2;
     /// Size of one streamed tile, in bytes.
     const STREAMED_BYTES: u32 = Self::COLUMNS * panel_columns(Self::HEAD_DIM) * 2;
-    /// Size of one warpgroup's dS^T in bytes, if it publishes it to the other warpgroup.
-    const DS_BYTES: u32 = if Self::WALK.adds_queries() {
-        HOPPER_ROWS * Self::COLUMNS * 2
-    } else {
-        0
-    };
+    /// Size of one warpgroup's dS^T in bytes, which it publishes to the other warpgroup.
+    const DS_BYTES: u32 = HOPPER_ROWS * Self::COLUMNS * 2;
     /// Size of one warpgroup's square of dQ on its way to device memory, in bytes: 64 x 64, f32.
-    const DQ_BYTES: u32 = if Self::WALK.adds_queries() {
-        HOPPER_ROWS * 64 * 4
-    } else {
-        0
-    };
+    const DQ_BYTES: u32 = HOPPER_ROWS * 64 * 4;
     /// Size of all tiles, in bytes: two owned, slots of two streamed ones and of dS^T, and dQ.
     const TILES_BYTES: u32 = Self::CONSUMERS * (2 * Self::OWNED_BYTES + HOPPER_SLOTS * Self::DS_BYTES + Self::DQ_BYTES)
         + 2 * HOPPER_SLOTS * Self::STREAMED_BYTES;
@@ -413,32 +401,8 @@ pub trait HopperBackwardShape {
     type Square: WarpgroupSquare;
 }
 
-/// Tensors that a backward kernel for Hopper owns, streams and writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HopperWalk {
-    /// Owns queries, streams keys, writes dQ.
-    Queries,
-    /// Owns keys, streams queries, writes dK and dV in two loops, because their accumulators do not fit in the
-    /// registers together.
-    KeysTwice,
-    /// Owns keys, streams queries, writes dK and dV, and adds to the dQ accumulator in device memory.
-    All,
-}
-
-impl HopperWalk {
-    /// Returns true if dK and dV are computed in two loops over the queries.
-    pub const fn is_twice(self) -> bool {
-        matches!(self, Self::KeysTwice)
-    }
-
-    /// Returns true if blocks add to a dQ accumulator.
-    pub const fn adds_queries(self) -> bool {
-        matches!(self, Self::All)
-    }
-}
-
 macro_rules! hopper_backward_shape {
-    ($name:ident: $walk:ident, $columns:literal streamed, head_dim $d:literal) => {
+    ($name:ident: $columns:literal streamed, head_dim $d:literal) => {
         #[doc = concat!("128 owned rows, ", $columns, " streamed, head_dim ", $d, ", f16 or bf16, wgmma.")]
         pub struct $name<T>(PhantomData<T>);
 
@@ -449,7 +413,7 @@ macro_rules! hopper_backward_shape {
             [[f32; 4]; $d / 8]: crate::ptx::wgmma::WarpgroupMma<T>,
             [[f32; 4]; 8]: crate::ptx::wgmma::WarpgroupMma<T>,
         {
-            hopper_backward_shape!(numbers $walk, $columns, $d);
+            hopper_backward_shape!(numbers $columns, $d);
             type Element = T;
             type Scores = Fragments<T, 1, { $columns / 8 }>;
             type Output = Fragments<T, 1, { $d / 8 }>;
@@ -458,7 +422,7 @@ macro_rules! hopper_backward_shape {
 
         #[cfg(not(target_arch = "nvptx64"))]
         impl<T> HopperBackwardShape for $name<T> {
-            hopper_backward_shape!(numbers $walk, $columns, $d);
+            hopper_backward_shape!(numbers $columns, $d);
         }
 
         const _: () = {
@@ -466,27 +430,21 @@ macro_rules! hopper_backward_shape {
             // Every panel must start at the start of a swizzle pattern.
             assert!(($columns * 128) % 1024 == 0 && <$name<F16> as HopperBackwardShape>::SHARED_BYTES <= HOPPER_SHARED_BYTES);
             // dQ of a streamed tile is one square for each warpgroup, one below the other or side by side.
-            assert!(!HopperWalk::$walk.adds_queries() || $columns * panel_columns($d) == 2 * 64 * 64);
+            assert!($columns * panel_columns($d) == 2 * 64 * 64);
         };
     };
-    (numbers $walk:ident, $columns:literal, $d:literal) => {
+    (numbers $columns:literal, $d:literal) => {
         const HEAD_DIM: u32 = $d;
         const COLUMNS: u32 = $columns;
-        const WALK: HopperWalk = HopperWalk::$walk;
     };
 }
 
 // Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter
-// each), and head_dim / 2 for each gradient: one where the block owns queries, two where it owns keys, for which it
-// streams less. At 64 it streams 128 queries, so that the waits of a step come half as often: 64 + 64 + 32 + 64
+// each), and head_dim / 2 for each of two gradients. At 64 it streams 128 queries, so that the waits of a step come half as often: 64 + 64 + 32 + 64
 // registers and what addresses take.
-hopper_backward_shape!(HopperQueriesD192: Queries, 64 streamed, head_dim 192);
-hopper_backward_shape!(HopperQueriesD256: Queries, 48 streamed, head_dim 256);
-hopper_backward_shape!(HopperKeysD192: KeysTwice, 64 streamed, head_dim 192);
-hopper_backward_shape!(HopperKeysD256: KeysTwice, 48 streamed, head_dim 256);
-hopper_backward_shape!(HopperAllD64: All, 128 streamed, head_dim 64);
-hopper_backward_shape!(HopperAllD96: All, 64 streamed, head_dim 96);
-hopper_backward_shape!(HopperAllD128: All, 64 streamed, head_dim 128);
+hopper_backward_shape!(HopperAllD64: 128 streamed, head_dim 64);
+hopper_backward_shape!(HopperAllD96: 64 streamed, head_dim 96);
+hopper_backward_shape!(HopperAllD128: 64 streamed, head_dim 128);
 
 mod fp8;
 

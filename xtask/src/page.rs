@@ -95,11 +95,7 @@ fn against_peers(assembled: &[Assembled], target: &str) -> String {
         })
     };
     let variants = [(false, 1), (false, 2), (true, 1)];
-    let passes: [&[Pass]; 3] = [
-        &[Pass::Forward],
-        &[Pass::BackwardAll],
-        &[Pass::BackwardQueries, Pass::BackwardKeys],
-    ];
+    let passes: [&[Pass]; 2] = [&[Pass::Forward], &[Pass::BackwardAll]];
     let mut above = Vec::new();
     for passes in passes {
         for (head_dim, variant) in [32, 64, 96, 128, 192, 256]

@@ -2,8 +2,8 @@
 
 use flash_attention_kernels::entries::{self, Arch, Entry, Pass};
 
-use super::launch::{KeySplits, LEAST_KEYS, OfSequences};
 use super::choose::{choose, fits_device};
+use super::launch::{KeySplits, LEAST_KEYS, OfSequences};
 use super::{Cost, Launch, Tiles, tile_map};
 use crate::error::Error;
 use crate::problem::Problem;

@@ -17,7 +17,7 @@ mod tile_map;
 use std::sync::Arc;
 
 pub use flash_attention_kernels::entries::Entry;
-use flash_attention_kernels::entries::{self, Arch, Pass};
+use flash_attention_kernels::entries::{Arch, Pass};
 
 use choose::choose;
 pub use cost::Cost;
@@ -133,12 +133,11 @@ impl Plan<Backward> {
     /// owns it, in a fixed order. On a GPU this takes seven products, because a kernel for dQ and another for dK and
     /// dV both compute scores.
     ///
-    /// In the second form, on Hopper up to head_dim 128, there is one kernel of five products. Blocks own keys and
+    /// In the second form, on Hopper, there is one kernel of five products. Blocks own keys and
     /// accumulate dQ in f32 in the workspace, `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes per head. The
     /// order of additions is not fixed, so the last bits of dQ differ from run to run. With `.deterministic()` each
     /// block waits for its turn, in the order of the tile scheduler. `benches/results/hopper_model.md` predicts the
-    /// cost of waiting, which is not measured yet. Above head_dim 128 the accumulators of dK and dV fill the
-    /// registers, and Hopper uses the first form too.
+    /// cost of waiting, which is not measured yet.
     ///
     /// # Errors
     /// The errors of [`Plan::new`], and on a GPU [`Error::Unsupported`] for the deterministic gradient of a table that
@@ -304,18 +303,14 @@ fn backward_launches(
             .collect::<Result<Vec<_>, Error>>()?;
         return Ok((Tiles::of(launches[1].entry), launches, workspace_bytes));
     }
-    // The widest heads have no such kernel.
-    let (dtype, causal) = (forward.dtype(), forward.causal());
-    let has_all = entries::find(Pass::BackwardAll, Arch::Sm90a, dtype, causal, forward.widest_head_dim()).is_some();
-    let streams = choose(if has_all { Pass::BackwardAll } else { Pass::BackwardKeys })?;
-    let (sums, workspace_bytes) = launch::query_sums(problem, streams);
+    let all = choose(Pass::BackwardAll)?;
+    let (sums, workspace_bytes) = launch::query_sums(problem, all);
     let edge = |entry| Launch::query_sums(problem, entry, sums);
-    let middle = |entry| Launch::hopper_backward(problem, entry, sums, multiprocessors);
-    let launches = if has_all {
-        vec![edge(first)?, middle(streams)?, edge(choose(Pass::BackwardFinish)?)?]
-    } else {
-        vec![edge(first)?, middle(choose(Pass::BackwardQueries)?)?, middle(streams)?]
-    };
+    let launches = vec![
+        edge(first)?,
+        Launch::hopper_backward(problem, all, sums, multiprocessors)?,
+        edge(choose(Pass::BackwardFinish)?)?,
+    ];
     Ok((Tiles::of(launches[1].entry), launches, workspace_bytes))
 }
 

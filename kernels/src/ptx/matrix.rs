@@ -121,17 +121,47 @@ ldmatrix!(
     "The same, each matrix transposed: lane l receives elements (l % 4 * 2 ..+ 2, l / 4) of each."
 );
 
-/// `stmatrix` — stores four 8x8 matrices of 16-bit elements. Lane l holds elements (l / 4, l % 4 * 2 ..+ 2) of each,
-/// and lanes `8i .. 8i + 8` supply the row addresses of matrix `i`. PTX 7.8, sm_90. The whole warp executes it.
+/// `stmatrix` — stores two 8x8 matrices of 16-bit elements, as [`stmatrix_x4`] does four. Lanes `0 .. 16` supply the row
+/// addresses.
 ///
 /// # Safety
-/// Every lane's `address` is a 16-byte aligned shared-window address of 16 bytes that no other thread accesses.
+/// The contract of [`stmatrix_x4`].
 #[inline(always)]
-pub unsafe fn stmatrix_x4(address: u32, words: [u32; 4]) {
+pub unsafe fn stmatrix_x2(address: u32, words: [u32; 2]) {
     // SAFETY: the caller's contract.
     unsafe {
-        asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{p}], {{{a}, {b}, {c}, {d}}};", p = in(reg32) address,
-            a = in(reg32) words[0], b = in(reg32) words[1], c = in(reg32) words[2], d = in(reg32) words[3],
-            options(nostack));
+        asm!("stmatrix.sync.aligned.m8n8.x2.shared.b16 [{p}], {{{a}, {b}}};", p = in(reg32) address,
+            a = in(reg32) words[0], b = in(reg32) words[1], options(nostack));
     }
 }
+
+macro_rules! stmatrix {
+    ($name:ident, $transposed:literal, $doc:literal) => {
+        #[doc = $doc]
+        ///
+        /// Lanes `8i .. 8i + 8` supply the row addresses of matrix `i`. PTX 7.8, sm_90. The whole warp executes it.
+        ///
+        /// # Safety
+        /// Every lane's `address` is a 16-byte aligned shared-window address of 16 bytes that no other thread accesses.
+        #[inline(always)]
+        pub unsafe fn $name(address: u32, words: [u32; 4]) {
+            // SAFETY: the caller's contract.
+            unsafe {
+                asm!(concat!("stmatrix.sync.aligned.m8n8.x4", $transposed, ".shared.b16 [{p}], {{{a}, {b}, {c}, {d}}};"),
+                    p = in(reg32) address, a = in(reg32) words[0], b = in(reg32) words[1], c = in(reg32) words[2],
+                    d = in(reg32) words[3], options(nostack));
+            }
+        }
+    };
+}
+
+stmatrix!(
+    stmatrix_x4,
+    "",
+    "`stmatrix` — stores four 8x8 matrices of 16-bit elements: lane l holds elements (l / 4, l % 4 * 2 ..+ 2) of each."
+);
+stmatrix!(
+    stmatrix_x4_trans,
+    ".trans",
+    "The same, each matrix transposed: lane l holds elements (l % 4 * 2 ..+ 2, l / 4) of each."
+);

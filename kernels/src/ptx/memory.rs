@@ -220,3 +220,18 @@ pub unsafe fn st_global_words(address: u64, words: [u32; 4]) {
             b = in(reg32) words[1], c = in(reg32) words[2], d = in(reg32) words[3], options(nostack));
     }
 }
+
+/// `red.global.add.v4.f32` — adds four f32 to 16-byte aligned global memory, in any order with other additions. PTX 8.1,
+/// sm_90.
+///
+/// # Safety
+/// `address` is writable and 16-byte aligned. Other threads access it only by additions.
+#[inline(always)]
+pub unsafe fn add_global_v4(address: u64, values: [f32; 4]) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("red.relaxed.gpu.global.add.v4.f32 [{p}], {{{a}, {b}, {c}, {d}}};", p = in(reg64) address,
+            a = in(reg32) values[0], b = in(reg32) values[1], c = in(reg32) values[2], d = in(reg32) values[3],
+            options(nostack));
+    }
+}

@@ -43,6 +43,27 @@ pub trait WarpgroupMma<T>: Sized {
     /// The contract of [`product`](Self::product).
     unsafe fn add_product_down(&mut self, a: u64, b: u64);
 
+    /// `wgmma.mma_async …, [a], [b]`, the second transposed: starts a new sum, A B of a tile whose rows run along k and one
+    /// whose rows run along n.
+    ///
+    /// # Safety
+    /// The contract of [`product`](Self::product).
+    unsafe fn product_across(a: u64, b: u64) -> Self;
+
+    /// `wgmma.mma_async …, [a], [b]`, the second transposed: adds A B of a tile whose rows run along k and one whose rows
+    /// run along n.
+    ///
+    /// # Safety
+    /// The contract of [`product`](Self::product).
+    unsafe fn add_product_across(&mut self, a: u64, b: u64);
+
+    /// Starts a new sum like [`product_across`](Self::product_across), in the registers of an earlier one: what reads the earlier
+    /// sum comes before.
+    ///
+    /// # Safety
+    /// The contract of [`product`](Self::product).
+    unsafe fn restart_across(&mut self, a: u64, b: u64, add: u32);
+
     /// Emits no instruction. Later code uses the values as they are here: after a [`wait`], their final values.
     fn pin(&mut self);
 }
@@ -94,6 +115,20 @@ macro_rules! wgmma {
         impl WarpgroupMma<$type> for [[f32; 4]; $columns / 8] {
             wgmma!(shared product, add_product: $name $columns "0, 0"; $($j)*);
             wgmma!(shared product_down, add_product_down: $name $columns "1, 1"; $($j)*);
+            wgmma!(shared product_across, add_product_across: $name $columns "0, 1"; $($j)*);
+
+            #[inline(always)]
+            unsafe fn restart_across(&mut self, a: u64, b: u64, add: u32) {
+                // SAFETY: the caller's contract. ptxas does not see that the predicate is false.
+                unsafe {
+                    asm!(concat!("{{ .reg .pred add; setp.ne.u32 add, {zero}, 0; wgmma.mma_async.sync.aligned.m64n", $columns,
+                        "k16.f32.", $name, ".", $name, " {{{}, {}, {}, {}", $(four!($j)),*, "}}, {a}, {b}, add, 1, 1, 0, 1; }}"),
+                        inout(reg32) self[0][0], inout(reg32) self[0][1], inout(reg32) self[0][2], inout(reg32) self[0][3],
+                        $(inout(reg32) self[$j][0], inout(reg32) self[$j][1], inout(reg32) self[$j][2],
+                          inout(reg32) self[$j][3],)*
+                        a = in(reg64) a, b = in(reg64) b, zero = in(reg32) add, options(nostack));
+                }
+            }
 
             #[inline(always)]
             unsafe fn add_registers(&mut self, a: [u32; 4], b: u64) {
@@ -125,6 +160,8 @@ macro_rules! wgmma {
     };
 }
 
+wgmma!(32: 1 2 3);
+wgmma!(40: 1 2 3 4);
 wgmma!(48: 1 2 3 4 5);
 wgmma!(64: 1 2 3 4 5 6 7);
 wgmma!(80: 1 2 3 4 5 6 7 8 9);

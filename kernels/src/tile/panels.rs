@@ -39,6 +39,15 @@ impl Panels {
         Self::new(self.base + index * self.panel_bytes(), self.rows, PANEL_COLUMNS)
     }
 
+    /// Returns the rows from `first` on, a multiple of 8.
+    #[inline(always)]
+    pub fn from_row(self, first: u32) -> Self {
+        Self {
+            base: self.base + first * ROW_BYTES,
+            ..self
+        }
+    }
+
     /// Returns the number of panels.
     #[inline(always)]
     fn panels(self) -> u32 {
@@ -185,6 +194,16 @@ impl Panels {
         }
     }
 
+    /// Starts to store panel `index` of the tile, which starts at `corner`.
+    ///
+    /// # Safety
+    /// The contract of [`store`](Self::store).
+    #[inline(always)]
+    pub unsafe fn store_panel(self, index: u32, map: u64, corner: Corner) {
+        // SAFETY: the caller's contract.
+        unsafe { tma::store(map, corner_of(index, corner), self.panel(index).base) }
+    }
+
     /// Starts to store the tile from `corner` on.
     ///
     /// # Safety
@@ -193,7 +212,7 @@ impl Panels {
     pub unsafe fn store(self, map: u64, corner: Corner) {
         for index in 0..self.panels() {
             // SAFETY: the caller's contract.
-            unsafe { tma::store(map, corner_of(index, corner), self.panel(index).base) }
+            unsafe { self.store_panel(index, map, corner) }
         }
     }
 }

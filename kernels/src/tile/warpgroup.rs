@@ -1,8 +1,8 @@
 //! Register tiles of a warpgroup: each warp holds 16 of 64 rows, laid out like accumulators of `mma.sync`.
 
 use super::fragments::{Fragments, Packed};
-use super::panels::Panels;
-use super::register::{Accumulator, ScoreTile};
+use super::panels::{PANEL_COLUMNS, Panels};
+use super::register::{Accumulator, RowValues, Rows, ScoreTile};
 use crate::ptx::{matrix, matrix::Half, memory, wgmma, wgmma::WarpgroupMma};
 use core::marker::PhantomData;
 
@@ -21,11 +21,11 @@ pub trait WarpgroupScores: ScoreTile {
     /// product.
     fn pinned_operand(&self) -> Self::Operand;
 
-    /// Writes this lane's part of the operand to `target`; `first_row` is that of the warp.
+    /// Writes this lane's part of the operand to `target`, from column `first_column` on; `first_row` is that of the warp.
     ///
     /// # Safety
     /// The contract of [`WarpgroupOutput::write`].
-    unsafe fn write(operand: &Self::Operand, target: Panels, first_row: u32, lane: u32);
+    unsafe fn write(operand: &Self::Operand, target: Panels, first_row: u32, first_column: u32, lane: u32);
 }
 
 /// Outputs of 64 rows: accumulators of products of probabilities with values.
@@ -77,9 +77,9 @@ where
     }
 
     #[inline(always)]
-    unsafe fn write(operand: &Packed<1, N>, target: Panels, first_row: u32, lane: u32) {
+    unsafe fn write(operand: &Packed<1, N>, target: Panels, first_row: u32, first_column: u32, lane: u32) {
         // SAFETY: the caller's contract.
-        unsafe { write_fragments(operand, target, first_row, lane) }
+        unsafe { write_fragments(operand, target, first_row, first_column, lane) }
     }
 }
 
@@ -103,18 +103,111 @@ where
     #[inline(always)]
     unsafe fn write(&self, target: Panels, first_row: u32, lane: u32) {
         // SAFETY: the caller's contract.
-        unsafe { write_fragments(&self.operand(), target, first_row, lane) }
+        unsafe { write_fragments(&self.operand(), target, first_row, 0, lane) }
     }
 }
 
-/// Writes a warp's 16 rows of 16-bit elements, 16 columns at a time: lane `l` supplies the address of row `l % 16` of
-/// one half.
+/// Writes a warp's 16 rows of 16-bit elements, 16 columns at a time, and the last 8 of an odd number of fragments: lane `l`
+/// supplies the address of row `l % 16` of one half.
 #[inline(always)]
-unsafe fn write_fragments<const N: usize>(packed: &Packed<1, N>, target: Panels, first_row: u32, lane: u32) {
+unsafe fn write_fragments<const N: usize>(
+    packed: &Packed<1, N>,
+    target: Panels,
+    first_row: u32,
+    first_column: u32,
+    lane: u32,
+) {
+    let address = |column| target.chunk(first_row + lane % 16, first_column + column);
+    // SAFETY (whole body): the caller's contract.
     for k in 0..N / 2 {
-        let address = target.chunk(first_row + lane % 16, k as u32 * 16 + lane / 16 * 8);
-        // SAFETY: the caller's contract.
-        unsafe { matrix::stmatrix_x4(address, packed.fragment(0, k)) }
+        unsafe { matrix::stmatrix_x4(address(k as u32 * 16 + lane / 16 * 8), packed.fragment(0, k)) }
+    }
+    if N % 2 == 1 {
+        unsafe { matrix::stmatrix_x2(address(N as u32 * 8 - 8), packed.0[0][N - 1]) }
+    }
+}
+
+/// Sums of products of a warpgroup with slices of a tile, 64 columns each. The slices are the rows here: the transpose of
+/// a gradient of keys or values.
+pub trait WarpgroupSlices: Copy {
+    /// Makes sums of zero.
+    fn zero() -> Self;
+
+    /// Issues `self[slice] += a[slice]^T b` for one of the slices, of which `first` is the first.
+    ///
+    /// # Safety
+    /// The contract of [`WarpgroupMma::product`].
+    unsafe fn add_product(&mut self, slice: u32, a: Panels, first: u32, b: Panels);
+
+    /// Pins the accumulators; see [`WarpgroupMma::pin`].
+    fn pin(&mut self);
+
+    /// Combines each element with its coordinates in the transposed tile, less the warp's first column: `x = f(row, column, x)`.
+    /// Slice `first` is the first of these sums.
+    fn map_coordinates(&mut self, first: u32, f: impl Fn(u32, u32, f32) -> f32);
+
+    /// Multiplies each element by a factor.
+    fn scale(&mut self, factor: f32);
+
+    /// Writes this lane's part, rounded to the element type and transposed, to slices `first ..` of `target`.
+    ///
+    /// # Safety
+    /// Only this warpgroup accesses these slices.
+    unsafe fn write(&self, target: Panels, first: u32, warp: u32, lane: u32);
+}
+
+impl<T: Half, const N: usize, const SLICES: usize> WarpgroupSlices for [Fragments<T, 1, N>; SLICES]
+where
+    [[f32; 4]; N]: WarpgroupMma<T>,
+{
+    #[inline(always)]
+    fn zero() -> Self {
+        [Fragments::zero(); SLICES]
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(&mut self, slice: u32, a: Panels, first: u32, b: Panels) {
+        let a = a.panel(first + slice);
+        for k in 0..a.row_steps() {
+            // SAFETY: the caller's contract.
+            unsafe { self[slice as usize].0[0].add_product_down(a.down_rows(k), b.down_rows(k)) }
+        }
+    }
+
+    #[inline(always)]
+    fn pin(&mut self) {
+        for slice in 0..SLICES {
+            self[slice].0[0].pin();
+        }
+    }
+
+    #[inline(always)]
+    fn map_coordinates(&mut self, first: u32, f: impl Fn(u32, u32, f32) -> f32) {
+        for slice in 0..SLICES {
+            let columns = (first + slice as u32) * PANEL_COLUMNS;
+            self[slice].map_coordinates(|row, column, x| f(column, columns + row, x));
+        }
+    }
+
+    #[inline(always)]
+    fn scale(&mut self, factor: f32) {
+        for slice in 0..SLICES {
+            self[slice].map_rows(Rows::splat(factor), |factor, x| x * factor);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn write(&self, target: Panels, first: u32, warp: u32, lane: u32) {
+        for slice in 0..SLICES {
+            let (packed, target) = (self[slice].operand(), target.panel(first + slice as u32));
+            // 16 rows of the target at a time. Lanes 8i .. 8i + 8 supply the rows of a square of 8, i = 0 and 1 side by side.
+            for k in 0..N / 2 {
+                let row = k as u32 * 16 + lane / 16 * 8 + lane % 8;
+                let address = target.chunk(row, warp * 16 + lane / 8 % 2 * 8);
+                // SAFETY: the caller's contract.
+                unsafe { matrix::stmatrix_x4_trans(address, packed.fragment(0, k)) }
+            }
+        }
     }
 }
 
@@ -126,8 +219,26 @@ pub trait WarpgroupSquare: Sized {
     /// The contract of [`WarpgroupMma::product`].
     unsafe fn product<const PAIRS: usize>(pairs: [(Panels, Panels); PAIRS]) -> Self;
 
+    /// Issues `a b`, over the whole length of the rows of a; b is one panel.
+    ///
+    /// # Safety
+    /// The contract of [`WarpgroupMma::product`].
+    unsafe fn product_across(a: Panels, b: Panels) -> Self;
+
+    /// Issues another `a b` in the same registers.
+    ///
+    /// # Safety
+    /// The contract of [`WarpgroupMma::product`]; `add` is 0.
+    unsafe fn restart_across(&mut self, a: Panels, b: Panels, add: u32);
+
     /// Pins the accumulators; see [`WarpgroupMma::pin`].
     fn pin(&mut self);
+
+    /// Adds this thread's part to a square in device memory, in the order of registers.
+    ///
+    /// # Safety
+    /// `target` has room for a square, which other threads access by additions alone.
+    unsafe fn add_to(&self, target: u64, thread: u32);
 
     /// Writes this thread's part to `target`, in the order of registers, not of rows; `thread` is its index in the
     /// warpgroup.
@@ -171,8 +282,41 @@ where
     }
 
     #[inline(always)]
+    unsafe fn product_across(a: Panels, b: Panels) -> Self {
+        // SAFETY (whole body): the caller's contract.
+        unsafe {
+            let mut sum = <[[f32; 4]; 8]>::product_across(a.along_rows(0), b.down_rows(0));
+            for k in 1..a.k_steps() {
+                sum.add_product_across(a.along_rows(k), b.down_rows(k));
+            }
+            Self(sum, PhantomData)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn restart_across(&mut self, a: Panels, b: Panels, add: u32) {
+        // SAFETY (whole body): the caller's contract.
+        unsafe {
+            self.0.restart_across(a.along_rows(0), b.down_rows(0), add);
+            for k in 1..a.k_steps() {
+                self.0.add_product_across(a.along_rows(k), b.down_rows(k));
+            }
+        }
+    }
+
+    #[inline(always)]
     fn pin(&mut self) {
         self.0.pin();
+    }
+
+    #[inline(always)]
+    unsafe fn add_to(&self, target: u64, thread: u32) {
+        // One address, and constants that the instructions hold.
+        let target = target + quad_offset(0, thread) as u64;
+        for quad in 0..8 {
+            // SAFETY: the caller's contract.
+            unsafe { memory::add_global_v4(target + quad_offset(quad, 0) as u64, self.0[quad]) }
+        }
     }
 
     #[inline(always)]

@@ -127,6 +127,8 @@ fn blocks_take_turns_where_bits_are_asked_for() {
         (Dtype::F16, 70, 128, true),
         (Dtype::Bf16, 70, 72, false),
         (Dtype::Bf16, 70, 64, true),
+        (Dtype::F16, 70, 256, true),
+        (Dtype::Bf16, 70, 136, false),
     ] {
         let case = case(dtype, seqlen_q, head_dim, causal);
         check_same_bits(&asking_for_bits(&case), every_order(Arch::Sm90a));
@@ -134,14 +136,15 @@ fn blocks_take_turns_where_bits_are_asked_for() {
 }
 
 /// Tests that gradients are correct for any order in which blocks add to dQ, with one square of dQ per tile and with
-/// two.
+/// two, three and four.
 #[test]
 fn sums_of_blocks_are_right_in_any_order() {
     if !devices().emulation() {
         return;
     }
     for (seed, device) in every_order(Arch::Sm90a).enumerate() {
-        let (dtype, head_dim) = [(Dtype::F16, 64), (Dtype::Bf16, 72)][seed % 2];
+        let dtype = [Dtype::F16, Dtype::Bf16][seed % 2];
+        let head_dim = [64, 72, 256, 192, 200][seed % 5];
         Case::new(dtype, [1, 2, 170, head_dim], [1, 1, 270, head_dim])
             .masked(seed % 4 < 2)
             .check_gradients_on([&device]);

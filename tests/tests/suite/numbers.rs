@@ -381,6 +381,7 @@ fn what_a_mask_hides_between_tiles_reaches_nothing() {
     check_hidden::<bf16>(400, 30, [HEAD_DIM; 2], f32::NAN);
     check_hidden::<f16>(200, 200, [192; 2], f32::NAN);
     check_hidden::<f16>(200, 200, [192, 128], f32::NAN);
+    check_hidden::<bf16>(150, 170, [256; 2], f32::INFINITY);
 }
 
 /// Tests that an average of numbers is not larger than the largest; rounding of the weights alone could make it so.

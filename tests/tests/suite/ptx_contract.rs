@@ -143,14 +143,12 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
 fn warpgroup_products_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm90a) {
         let streamed = match entry.pass {
-            Some(Pass::BackwardKeys | Pass::BackwardAll) => entry.block_m,
+            Some(Pass::BackwardAll) => entry.block_m,
             _ => entry.block_n,
         };
         // Products of tiles in shared memory, along head_dim; and of registers with a tile, along its rows.
         let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
             (Some(Pass::Forward), _) => (2 + u32::from(entry.causal), 1, 1),
-            (Some(Pass::BackwardQueries), _) => (2, 2, 1),
-            (Some(Pass::BackwardKeys), true) => (1, 3, 2),
             (Some(Pass::BackwardAll), _) => (1, 2, 2),
             (Some(Pass::BackwardDelta | Pass::BackwardFinish), _) => (0, 0, 0),
             other => panic!("no kernel of {other:?} is compiled for Hopper"),
@@ -171,18 +169,29 @@ fn warpgroup_products_are_those_of_the_tiles() {
         };
         let shape = |n: u32| format!("wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{dtype}.{dtype} ");
         let count = |n: u32| products.iter().filter(|line| line.contains(&shape(n))).count() as u32;
-        let expected = [
-            (streamed, loops * along_rows * entry.head_dim / k),
-            (entry.head_dim, loops * down_rows * streamed / k),
-            (64, dq),
-        ];
+        let expected = if entry.pass == Some(Pass::BackwardAll) && entry.head_dim > 128 {
+            // Warpgroups share the keys of a tile's scores, and each gradient's slices of 64 columns.
+            let groups = entry.threads / 128 - 1;
+            let slices = entry.head_dim / 64 / groups;
+            [
+                (entry.block_n / groups, 2 * entry.head_dim / k),
+                (entry.block_n, 2 * slices * streamed / k),
+                (64, slices * entry.block_n / k),
+            ]
+        } else {
+            [
+                (streamed, loops * along_rows * entry.head_dim / k),
+                (entry.head_dim, loops * down_rows * streamed / k),
+                (64, dq),
+            ]
+        };
         assert_eq!(
             products.len() as u32,
             expected.iter().map(|&(_, of)| of).sum::<u32>(),
             "{}",
             entry.name
         );
-        for columns in [streamed, entry.head_dim, 64] {
+        for (columns, _) in expected {
             let of_shape = expected.iter().filter(|&&(n, _)| n == columns).map(|&(_, of)| of);
             assert_eq!(count(columns), of_shape.sum::<u32>(), "{}", entry.name);
         }
@@ -297,9 +306,7 @@ fn the_header_is_the_table() {
             Some(Pass::Rotary) => size_of::<RotaryParams>(),
             None | Some(Pass::Forward) => size_of::<ForwardParams>(),
             Some(Pass::BackwardDelta | Pass::BackwardFinish) if hopper => size_of::<QuerySumsParams>(),
-            Some(Pass::BackwardQueries | Pass::BackwardKeys | Pass::BackwardAll) if hopper => {
-                size_of::<HopperBackwardParams>()
-            }
+            Some(Pass::BackwardAll) if hopper => size_of::<HopperBackwardParams>(),
             Some(Pass::BackwardQueries | Pass::BackwardKeys) if entry.program => size_of::<ListedBackwardParams>(),
             Some(_) => size_of::<BackwardParams>(),
         };
@@ -310,13 +317,15 @@ fn the_header_is_the_table() {
     }
 }
 
-/// Tests that any driver from CUDA 12.0 on loads the PTX versions.
+/// Tests that any driver from CUDA 12.0 on loads the PTX versions, and one from CUDA 12.1 on the backward kernels of wide heads on
+/// Hopper, which add whole vectors.
 #[test]
 fn the_version_is_old_enough() {
     for entry in KERNELS.iter() {
         let version = entry.ptx.lines().find_map(|line| line.strip_prefix(".version "));
         let expected = match entry.arch {
             Arch::Sm80 => "7.0",
+            Arch::Sm90a if entry.pass == Some(Pass::BackwardAll) && entry.head_dim > 128 => "8.1",
             Arch::Sm90a => "8.0",
         };
         assert_eq!(version, Some(expected), "{}", entry.name);

@@ -286,7 +286,7 @@ mod tests {
             "forward_d64 ",
             "forward_d256_causal ",
             "backward_all_d128 ",
-            "backward_keys_d256_causal ",
+            "backward_all_d256_causal ",
         ] {
             assert!(table.contains(kernel), "{kernel}");
         }

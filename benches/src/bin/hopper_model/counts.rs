@@ -63,10 +63,12 @@ pub fn products(entry: &Entry) -> Vec<(u32, u32, bool)> {
     let (of_queries, of_keys) = ((m, d / 16, true), (n, d / 16, true));
     match entry.pass {
         entries::Pass::Forward => vec![of_keys, (d, n / 16, false)],
-        entries::Pass::BackwardQueries => vec![of_keys, of_keys, (d, n / 16, false)],
-        entries::Pass::BackwardKeys => {
-            let walk = [of_queries, of_queries, (d, m / 16, false)];
-            [&walk[..], &walk[1..]].concat()
+        // Warpgroups share the keys of a tile's scores, and the slices of each gradient.
+        entries::Pass::BackwardAll if d > 128 => {
+            let groups = entry.threads / 128 - 1;
+            let (share, slices) = ((n / groups, d / 16, true), d / 64 / groups);
+            let gradient = (n, slices * m / 16, true);
+            vec![share, share, gradient, gradient, (64, slices * n / 16, true)]
         }
         entries::Pass::BackwardAll => {
             let dq = (64, n / 16, true);

@@ -231,7 +231,7 @@ fn weight(entry: &Entry) -> f64 {
 /// Returns the steps of the longest block, with one more for each of its tiles, and the mean of all blocks without
 /// these.
 fn steps_of_blocks(MainKernel { entry, list }: &MainKernel, shape: &Shape) -> (f64, f64) {
-    let owns_keys = !matches!(entry.pass, entries::Pass::Forward | entries::Pass::BackwardQueries);
+    let owns_keys = entry.pass != entries::Pass::Forward;
     let (own, streamed) = if owns_keys {
         (entry.block_n, entry.block_m)
     } else {

@@ -5,7 +5,7 @@ use flash_attention_kernels::abi::{
     ListedBackwardParams, Params, QuerySums, QuerySumsParams, TensorMap,
 };
 use flash_attention_kernels::entries::{Dtype, Entry, Pass};
-use flash_attention_kernels::shape::HOPPER_ROWS;
+use flash_attention_kernels::shape::{HOPPER_ROWS, key_box_rows};
 
 use super::program::ScoreProgram;
 use super::workspace::{exponents_at, placed};
@@ -155,12 +155,7 @@ impl Launch<Backward> {
     ) -> Result<Self, Error> {
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let (heads_kv, heads_q_per_kv) = (problem.heads_kv(), count(problem.heads_q() / problem.heads_kv())?);
-        let owns_keys = entry.pass != Pass::BackwardQueries;
-        let tiles = if owns_keys {
-            grid(problem.batch(), heads_kv, problem.seqlen_k(), entry.block_n)?
-        } else {
-            grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
-        };
+        let tiles = grid(problem.batch(), heads_kv, problem.seqlen_k(), entry.block_n)?;
         let work = work_list(tiles, multiprocessors);
         let params = HopperBackwardParams {
             q: UNKNOWN_MAP,
@@ -184,13 +179,9 @@ impl Launch<Backward> {
             reserved: [0; 10],
         };
         let [q, k, v, out] = tile_map::dims(problem);
-        let (q_rows, k_rows) = if owns_keys {
-            (entry.block_m, HOPPER_ROWS)
-        } else {
-            (HOPPER_ROWS, entry.block_n)
-        };
-        let query = |tensor, dims| TileMap::new(tensor, dims, problem.input_type(), q_rows);
-        let key = |tensor, dims| TileMap::new(tensor, dims, problem.input_type(), k_rows);
+        let query = |tensor, dims| TileMap::new(tensor, dims, problem.input_type(), entry.block_m);
+        let key_rows = key_box_rows(entry.block_n);
+        let key = |tensor, dims| TileMap::new(tensor, dims, problem.input_type(), key_rows);
         let maps = BackwardMaps {
             q: query(&problem.q(), q),
             k: key(&problem.k(), k),

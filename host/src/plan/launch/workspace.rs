@@ -3,24 +3,20 @@
 use std::num::NonZeroU32;
 
 use flash_attention_kernels::abi::{Exponents, QuerySums};
-use flash_attention_kernels::entries::{Entry, Pass};
+use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::shape::{DELTA_ROWS, HOPPER_ROWS, panel_columns};
 
 use crate::problem::BackwardProblem;
 
-/// Returns the workspace of the backward kernels for Hopper, as offsets, and its bytes. `streams` is the kernel that
-/// streams queries.
-pub(in crate::plan) fn query_sums(problem: &BackwardProblem, streams: &Entry) -> (QuerySums, u64) {
+/// Returns the workspace of the backward kernels for Hopper, as offsets, and its bytes. `all` is the kernel between
+/// preprocess and postprocess.
+pub(in crate::plan) fn query_sums(problem: &BackwardProblem, all: &Entry) -> (QuerySums, u64) {
     let forward = problem.forward();
-    let seqlen_q = NonZeroU32::new(forward.seqlen_q().next_multiple_of(streams.block_m)).unwrap_or(NonZeroU32::MIN);
+    let seqlen_q = NonZeroU32::new(forward.seqlen_q().next_multiple_of(all.block_m)).unwrap_or(NonZeroU32::MIN);
     let rows = forward.batch() as u64 * forward.heads_q() as u64 * u64::from(seqlen_q.get());
     let statistic = rows * size_of::<f32>() as u64;
-    let dq_columns = if streams.pass == Pass::BackwardAll {
-        panel_columns(streams.head_dim)
-    } else {
-        0
-    };
-    let is_ordered = dq_columns > 0 && problem.deterministic();
+    let dq_columns = panel_columns(all.head_dim);
+    let is_ordered = problem.deterministic();
     let (exponents, kept) = exponents(rows, rows / u64::from(DELTA_ROWS));
     let summed = kept + statistic * u64::from(dq_columns);
     let sums = QuerySums {

@@ -8,37 +8,6 @@ use crate::ptx::{optimizer, tma::Corner};
 use crate::shape::{HOPPER_SLOTS, HopperBackwardShape};
 use core::mem::offset_of;
 
-/// Loads Q and dO of each tile of work, and the keys and values that they see. One thread calls it.
-#[inline(always)]
-pub unsafe fn load_keys<S: HopperBackwardShape, const CAUSAL: bool>(
-    p: &HopperBackwardParams,
-    maps: u64,
-    shared: Shared<S>,
-) {
-    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
-    let (mut owned, mut streamed) = (Cursor::<1>::start(), Cursor::<HOPPER_SLOTS>::start());
-    for work in Work::of_this_block::<CAUSAL, false>(&p.work, S::ROWS) {
-        // SAFETY (whole body): a slot is refilled once it is empty; its barrier counts the bytes of the boxes that
-        // follow.
-        unsafe {
-            shared.load_owned(&mut owned, [map!(maps, q), map!(maps, dout)], |group| {
-                work.corner(p.heads_q, group)
-            });
-            let blocks = mask.key_blocks(work.first_row, work.rows(p.seqlen_q), S::COLUMNS);
-            // Registers are few here: the loop must not be unrolled.
-            for n in (blocks.begin..).take_while(|&n| n < optimizer::renew(blocks.end)) {
-                let corner = Corner {
-                    batch: work.head / p.heads_q,
-                    head: work.head % p.heads_q / p.heads_q_per_kv,
-                    row: n * S::COLUMNS,
-                    column: 0,
-                };
-                shared.load_keys(&mut streamed, [map!(maps, k), map!(maps, v)], corner);
-            }
-        }
-    }
-}
-
 /// Loads K and V of each tile of work, and the queries that see them with their dO, lse and delta. One thread calls
 /// it.
 #[inline(always)]
@@ -51,15 +20,16 @@ pub unsafe fn load_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     let mut owned = Cursor::<1>::start();
     let mut streamed = Cursor::<HOPPER_SLOTS>::start();
     for work in Work::of_this_block::<CAUSAL, true>(&p.work, S::ROWS) {
-        // SAFETY (whole body): the reasons given in `load_keys`; the per-query arrays are padded to whole tiles.
+        // SAFETY (whole body): a slot is refilled once it is empty; its barrier counts the bytes of the boxes that
+        // follow; the per-query arrays are padded to whole tiles.
         unsafe {
             shared.load_owned(&mut owned, [map!(maps, k), map!(maps, v)], |group| {
                 work.corner(p.heads_kv, group)
             });
             let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
-            let walks = if S::WALK.is_twice() { 2 } else { 1 };
-            for i in 0..walks * p.heads_q_per_kv.get() {
-                let head = work.head * p.heads_q_per_kv.get() + i % p.heads_q_per_kv;
+            for i in 0..p.heads_q_per_kv.get() {
+                let head = work.head * p.heads_q_per_kv.get() + i;
+                // Registers are few here: the loop must not be unrolled.
                 for m in (blocks.begin..).take_while(|&m| m < optimizer::renew(blocks.end)) {
                     let corner = Corner {
                         batch: head / p.heads_q,

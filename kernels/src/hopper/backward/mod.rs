@@ -1,16 +1,12 @@
-//! The backward pass on Hopper, in two forms. The preprocess kernel in [`sums`] computes lse and delta of the queries
+//! The backward pass on Hopper, in five products. The preprocess kernel in [`sums`] computes lse and delta of the queries
 //! first.
 //!
-//! Up to head_dim 128 it takes five products. [`keys`] owns keys, streams queries and works on the transposed tiles
-//! for dK and dV, so that P^T and dS^T are left operands in the registers where they were computed. dQ of each
-//! streamed tile needs dS^T of all its keys, which the warpgroups exchange in shared memory. [`add`] adds it to an
-//! f32 accumulator in device memory, and the postprocess kernel in [`sums`] rounds it at the end. Blocks add in any
-//! order, so the last bits of dQ vary, unless each block waits for its turn.
-//!
-//! Above head_dim 128 the accumulators of dK and dV fill the registers, and the form is that of
-//! [`backward`](crate::backward): [`queries`] owns queries and streams keys for dQ, and [`keys`] computes dK and dV
-//! in two loops over the queries. No two blocks write one gradient, so results are bitwise reproducible, for eight
-//! products.
+//! [`keys`] owns keys, streams queries and works on the transposed tiles for dK and dV, so that P^T and dS^T are left
+//! operands in the registers where they were computed. dQ of each streamed tile needs dS^T of all its keys, which the
+//! warpgroups exchange in shared memory. [`add`] adds it to an f32 accumulator in device memory, and the postprocess
+//! kernel in [`sums`] rounds it at the end. Blocks add in any order, so the last bits of dQ vary, unless each block waits
+//! for its turn. Above head_dim 128 the accumulators of dK and dV fill the registers of all warpgroups together, which
+//! [`wide`] divides in another way.
 //!
 //! A consumer issues the two products that need no registers and turns the first into probabilities while the second
 //! runs. Where registers allow, the products that accumulate gradients continue into the next tile.
@@ -38,50 +34,35 @@ macro_rules! share_out {
 }
 
 mod add;
+mod findings;
 mod load;
 mod shared;
 pub mod sums;
+mod wide;
+
+pub use wide::wide;
 
 use self::add::add_queries;
-use self::load::{load_keys, load_queries};
+use self::findings::Findings;
+use self::load::load_queries;
 use super::{Barrier, Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperBackwardParams;
-use crate::delta::any_far_of_share;
-use crate::mask::{Blocks, Mask, Span, for_blocks};
+use crate::mask::{Blocks, Mask};
 use crate::nonfinite;
 use crate::pipeline::bulk::Cursor;
 use crate::ptx::{memory, sreg, sync, tma, tma::Corner, wgmma};
-use crate::scores::{self, OfRows};
-use crate::shape::{DELTA_ROWS, HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
-use crate::tile::panels::Panels;
+use crate::scores;
+use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::register::{Accumulator, RowValues, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores, WarpgroupSquare};
 use crate::tile::{element::Element, global::GlobalTile};
 use core::mem::offset_of;
 
-/// Computes dQ of the queries of this block. `maps` is the generic address of `p`, a kernel parameter.
+/// Computes dK and dV of the keys of this block, and their part of dQ. `maps` is the generic address of `p`, a kernel
+/// parameter.
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`sums::prepare`].
-#[inline(always)]
-pub unsafe fn queries<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
-    let shared = Shared::<S>::of_this_block();
-    // SAFETY: the reasons given in `keys`.
-    unsafe {
-        share_out!(S, shared, {
-            if sreg::thread_idx_x() == 0 {
-                load_keys::<S, CAUSAL>(p, maps, shared);
-            }
-        } else {
-            Consumer::<S, CAUSAL>::new(p, maps, shared).queries();
-        });
-    }
-}
-
-/// Computes dK and dV of the keys of this block and, if the shape says so, their part of dQ.
-///
-/// # Safety
-/// The contract of [`queries`].
 #[inline(always)]
 pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
     let shared = Shared::<S>::of_this_block();
@@ -92,7 +73,7 @@ pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwar
             let (warp, is_first) = (warp_of_group(), sreg::lane_id() == 0);
             if warp == 0 && is_first {
                 load_queries::<S, CAUSAL>(p, maps, shared);
-            } else if S::WALK.adds_queries() && warp <= S::CONSUMERS && is_first {
+            } else if warp <= S::CONSUMERS && is_first {
                 add_queries::<S, CAUSAL>(p, shared, warp - 1);
             }
         } else {
@@ -138,94 +119,21 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Computes dQ of this warpgroup's 64 queries, for every tile of work.
-    #[inline(always)]
-    unsafe fn queries(&mut self) {
-        let mask = self.mask;
-        for work in Work::of_this_block::<CAUSAL, false>(&self.p.work, S::ROWS) {
-            let first_row = self.first_row(&work);
-            // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's owned rows are its own; lse
-            // and delta hold an f32 for each query.
-            unsafe {
-                self.shared.owned_slots().acquire(self.owned);
-                let rows = self.p.seqlen_q.saturating_sub(first_row);
-                let first = work.head as u64 * self.p.sums.padded_q.get() as u64 + first_row as u64;
-                let shifts = self.shared.row_words(self.group) + warp_of_group() * 16 * 4;
-                let (queries, is_far) = OfRows::load::<S::Scores>(&self.p.sums.exponents, first, rows, shifts);
-                let mut dq = S::Output::zero();
-                let blocks = mask.key_blocks(work.first_row, work.rows(self.p.seqlen_q), S::COLUMNS);
-                let span = |row| mask.keys_of(first_row + row);
-                for_blocks!(blocks, |n, MASKED| {
-                    self.add_to_queries::<MASKED>(n > blocks.begin, queries, is_far, n * S::COLUMNS, span, &mut dq)
-                });
-                self.await_sums(!blocks.is_empty());
-                dq.pin();
-                let corner = work.corner(self.p.heads_q, self.group);
-                self.store(dq, self.p.softmax_scale, 0, map!(self.maps, dq), corner);
-                self.finish();
-            }
-        }
-    }
-
-    /// Adds `dS K` of the next tile of keys and values to dQ. `follows` is true if it is not the first of its tile of
-    /// work.
-    #[inline(always)]
-    unsafe fn add_to_queries<const MASKED: bool>(
-        &mut self,
-        follows: bool,
-        queries: OfRows<<S::Scores as Accumulator>::Rows>,
-        is_far: bool,
-        first_key: u32,
-        span: impl Fn(u32) -> Span,
-        dq: &mut S::Output,
-    ) {
-        // SAFETY (whole body): the reasons given in `queries`.
-        unsafe {
-            let (mut p, mut ds) = self.issue_products::<true>(follows);
-            wgmma::wait::<1>();
-            p.pin();
-            scores::weights(&mut p, queries, self.p.scale_log2, is_far);
-            if MASKED {
-                p.hide(first_key, &span, 0.0);
-            }
-            wgmma::wait::<0>();
-            ds.pin();
-            scores::score_gradients(&mut ds, &p, queries, MASKED && Mask::<CAUSAL>::HIDES_PAIRS);
-            if MASKED && Mask::<CAUSAL>::HIDES_PAIRS {
-                self.clean([self.shared.streamed(0, self.streamed.slot)]);
-            }
-            let ds = ds.pinned_operand();
-            wgmma::fence();
-            dq.add_product(&ds, self.shared.streamed(0, self.streamed.slot));
-            wgmma::commit();
-            self.streamed.advance();
-        }
-    }
-
     /// Computes dK and dV of this warpgroup's 64 keys, for every tile of work.
     #[inline(always)]
     unsafe fn keys(&mut self) {
         for work in Work::of_this_block::<CAUSAL, true>(&self.p.work, S::ROWS) {
             let corner = work.corner(self.p.heads_kv, self.group);
             let (dk_map, dv_map) = (map!(self.maps, dk), map!(self.maps, dv));
-            // SAFETY (whole body): the reasons given in `queries`.
+            // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's owned rows are its own.
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
-                let is_tainted = S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && self.clean_keys();
+                let is_tainted = Mask::<CAUSAL>::HIDES_PAIRS && self.clean_keys();
                 let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
-                if S::WALK.is_twice() {
-                    self.walk_queries::<true, false>(&work, is_tainted, &mut dk, &mut dv);
-                    // V is not needed any more: dV needs only Q, K and dO.
-                    self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
-                    self.walk_queries::<false, true>(&work, is_tainted, &mut dk, &mut dv);
-                } else {
-                    self.walk_queries::<true, true>(&work, is_tainted, &mut dk, &mut dv);
-                    self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
-                    if S::WALK.adds_queries() {
-                        // The dQ of the other warpgroup needed the keys of this one.
-                        self.sync_consumers();
-                    }
-                }
+                self.walk_queries(&work, is_tainted, &mut dk, &mut dv);
+                self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
+                // The dQ of the other warpgroup needed the keys of this one.
+                self.sync_consumers();
                 self.store(dv, 1.0, 0, dv_map, corner);
                 self.finish();
             }
@@ -234,48 +142,39 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// Streams every query that sees the tile's keys, for each query head that shares them.
     #[inline(always)]
-    unsafe fn walk_queries<const DK: bool, const DV: bool>(
-        &mut self,
-        work: &Work,
-        is_tainted: bool,
-        dk: &mut S::Output,
-        dv: &mut S::Output,
-    ) {
+    unsafe fn walk_queries(&mut self, work: &Work, is_tainted: bool, dk: &mut S::Output, dv: &mut S::Output) {
         let (mask, first_row, seqlen_k) = (self.mask, self.first_row(work), self.p.seqlen_k);
         let mut blocks = mask.query_blocks(work.first_row, work.rows(seqlen_k), S::COLUMNS);
         // Keys that do not exist must have no weight in dQ.
-        if S::WALK.adds_queries() && work.first_row + S::ROWS > seqlen_k {
+        if work.first_row + S::ROWS > seqlen_k {
             blocks = blocks.all_masked();
         }
         let visible = |row, query| {
             let key = first_row + row;
-            mask.queries_of(key).contains(query) && (!S::WALK.adds_queries() || key < seqlen_k)
+            mask.queries_of(key).contains(query) && key < seqlen_k
         };
-        // SAFETY (whole body): the reasons given in `queries`.
+        // SAFETY (whole body): the reasons given in `keys`.
         unsafe {
             let mut follows = false;
             for i in 0..self.p.heads_q_per_kv.get() {
                 let head = work.head * self.p.heads_q_per_kv.get() + i;
-                self.find_far(head, blocks, i == 0, is_tainted);
+                let findings = self.findings();
+                findings.find_far(&self.p.sums, head, blocks, S::COLUMNS, i == 0, is_tainted);
                 // One copy of the body, which is the largest of all, for both kinds of blocks.
                 for m in blocks.begin..blocks.end {
                     let tile = Tile {
                         first_column: m * S::COLUMNS,
                         is_masked: blocks.is_masked(m),
                     };
-                    self.add_to_keys::<DK, DV>(follows, tile, visible, dk, dv);
+                    self.add_to_keys(follows, tile, visible, dk, dv);
                     follows = true;
                 }
             }
             self.await_sums(follows);
-            if DK {
-                dk.pin();
-            }
-            if DV {
-                dv.pin();
-                if Mask::<CAUSAL>::HIDES_PAIRS && memory::ld_shared_u32(self.shared.findings()[1]) != 0 {
-                    self.restore_values(work, blocks, dv);
-                }
+            dk.pin();
+            dv.pin();
+            if Mask::<CAUSAL>::HIDES_PAIRS && self.findings().has_cleaned() {
+                self.restore_values(work, blocks, dv);
             }
         }
     }
@@ -295,9 +194,9 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Adds `dS^T Q` to dK and `P^T dO` to dV, or one of them, for the next tile of queries, and computes its dQ.
+    /// Adds `dS^T Q` to dK and `P^T dO` to dV for the next tile of queries, and computes its dQ.
     #[inline(always)]
-    unsafe fn add_to_keys<const DK: bool, const DV: bool>(
+    unsafe fn add_to_keys(
         &mut self,
         follows: bool,
         tile: Tile,
@@ -307,23 +206,20 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     ) {
         let slot = self.streamed.slot;
         let visible = |row, column| visible(row, tile.first_column + column);
-        // SAFETY (whole body): the reasons given in `queries`; the slot's statistics arrived with its tiles.
+        // SAFETY (whole body): the reasons given in `keys`; the slot's statistics arrived with its tiles.
         unsafe {
             if Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked {
                 self.shared.streamed_slots().acquire(self.streamed);
-                self.clean([0, 1].map(|which| self.shared.streamed(which, slot)));
+                let tiles = [0, 1].map(|which| self.shared.streamed(which, slot));
+                self.findings().clean::<S::Element, 2>(tiles);
             }
-            let (mut p, mut ds) = self.issue_products::<DK>(follows);
-            if DK {
-                wgmma::wait::<1>();
-            } else {
-                wgmma::wait::<0>();
-            }
+            let (mut p, mut ds) = self.issue_products(follows);
+            wgmma::wait::<1>();
             p.pin();
             let queries = self.shared.queries(slot);
-            let is_far = sync::any(memory::ld_shared_u32(self.shared.findings()[0]) != 0);
+            let is_far = self.findings().is_far();
             scores::weights(&mut p, queries, self.p.scale_log2, is_far);
-            if S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && is_far {
+            if Mask::<CAUSAL>::HIDES_PAIRS && is_far {
                 let taints = self.shared.row_words(self.group) + warp_of_group() * 16 * 4;
                 p.map_rows(
                     S::Scores::rows_from(|row| memory::ld_shared(taints + row * 4)),
@@ -333,40 +229,26 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if tile.is_masked {
                 p.hide_pairs(visible, 0.0);
             }
-            if DV {
-                let p = p.pinned_operand();
-                wgmma::fence();
-                dv.add_product(&p, self.shared.streamed(1, slot));
-                wgmma::commit();
-            }
-            if DK {
-                if DV {
-                    wgmma::wait::<1>();
-                } else {
-                    wgmma::wait::<0>();
-                }
-                ds.pin();
-                let hides = Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked;
-                scores::score_gradients(&mut ds, &p, queries, hides);
-                let ds = ds.pinned_operand();
-                if S::WALK.adds_queries() {
-                    self.show_ds(&ds);
-                    wgmma::fence();
-                    let mut dq = self.issue_dq();
-                    dk.add_product(&ds, self.shared.streamed(0, slot));
-                    wgmma::commit();
-                    wgmma::wait::<1>();
-                    dq.pin();
-                    self.give_dq(&dq);
-                    if !S::SUMS_RUN_ON {
-                        wgmma::wait::<0>();
-                        dk.pin();
-                    }
-                } else {
-                    wgmma::fence();
-                    dk.add_product(&ds, self.shared.streamed(0, slot));
-                    wgmma::commit();
-                }
+            let weights = p.pinned_operand();
+            wgmma::fence();
+            dv.add_product(&weights, self.shared.streamed(1, slot));
+            wgmma::commit();
+            wgmma::wait::<1>();
+            ds.pin();
+            let hides = Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked;
+            scores::score_gradients(&mut ds, &p, queries, hides);
+            let ds = ds.pinned_operand();
+            self.show_ds(&ds);
+            wgmma::fence();
+            let mut dq = self.issue_dq();
+            dk.add_product(&ds, self.shared.streamed(0, slot));
+            wgmma::commit();
+            wgmma::wait::<1>();
+            dq.pin();
+            self.give_dq(&dq);
+            if !S::SUMS_RUN_ON {
+                wgmma::wait::<0>();
+                dk.pin();
             }
             self.streamed.advance();
         }
@@ -392,54 +274,9 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         is_tainted
     }
 
-    /// Determines if any query of `blocks` in this head is far. The loop of the `first` head starts with no tile
-    /// cleaned. Both warpgroups call it together.
     #[inline(always)]
-    unsafe fn find_far(&self, head: u32, blocks: Blocks, first: bool, is_tainted: bool) {
-        let flags_per_tile = (S::COLUMNS / DELTA_ROWS) as u64;
-        let start = head as u64 * (self.p.sums.padded_q.get() / DELTA_ROWS) as u64;
-        let flags = start + blocks.begin as u64 * flags_per_tile..start + blocks.end as u64 * flags_per_tile;
-        // SAFETY (whole body): there is a flag for each `DELTA_ROWS` queries; the barrier is used for nothing else,
-        // and both warpgroups have the same tiles.
-        unsafe {
-            let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
-            let any = any_far_of_share(&self.p.sums.exponents, flags, thread, threads);
-            let any = Barrier::Consumers.sync_or(threads, any || is_tainted);
-            if thread == 0 {
-                let [far, cleaned] = self.shared.findings();
-                memory::st_shared_word(far, any as u32);
-                if first {
-                    memory::st_shared_word(cleaned, 0);
-                }
-            }
-            Barrier::Consumers.sync(threads);
-        }
-    }
-
-    /// Zeroes NaN and infinity in streamed tiles, by both warpgroups, and records if there were any. Products with
-    /// the original tiles were awaited; later products use the cleaned ones.
-    #[inline(always)]
-    unsafe fn clean<const TILES: usize>(&self, tiles: [Panels; TILES]) {
-        let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
-        // SAFETY (whole body): each chunk belongs to one thread; the first barrier comes after every read of the
-        // original tile, the second before the reads of the cleaned one.
-        unsafe {
-            let mut any = false;
-            for tile in tiles {
-                any |= tile.has_nonfinite::<S::Element>(thread, threads);
-            }
-            let any = Barrier::Consumers.sync_or(threads, any);
-            if sync::any(any) {
-                for tile in tiles {
-                    tile.zero_nonfinite::<S::Element>(thread, threads);
-                }
-                if thread == 0 {
-                    memory::st_shared_word(self.shared.findings()[1], 1);
-                }
-                tma::fence_async();
-                Barrier::Consumers.sync(threads);
-            }
-        }
+    fn findings(&self) -> Findings {
+        Findings::new(self.shared.findings(), S::CONSUMERS)
     }
 
     /// Publishes dS^T of the current tile in shared memory. dQ needs the keys of both warpgroups, so it waits until
@@ -447,11 +284,11 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn show_ds(&self, ds: &<S::Scores as ScoreTile>::Operand) {
         let shared = self.shared.renewed();
-        // SAFETY (whole body): the reasons given in `queries`. No thread still reads the earlier dS^T of the slot:
+        // SAFETY (whole body): the reasons given in `keys`. No thread still reads the earlier dS^T of the slot:
         // its readers awaited their products before they arrived at the barrier of the tile in between.
         unsafe {
             let target = shared.ds(self.streamed.slot, self.group);
-            S::Scores::write(ds, target, warp_of_group() * 16, sreg::lane_id());
+            S::Scores::write(ds, target, warp_of_group() * 16, 0, sreg::lane_id());
             tma::fence_async();
             self.sync_consumers();
         }
@@ -462,7 +299,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn issue_dq(&self) -> S::Square {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
         let (queries, columns) = S::square(self.group);
-        // SAFETY: the reasons given in `queries`; dS^T of both warpgroups is complete.
+        // SAFETY: the reasons given in `keys`; dS^T of both warpgroups is complete.
         unsafe {
             let dq = S::Square::product([0, 1].map(|group| {
                 (
@@ -492,12 +329,11 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Issues the scores of the next streamed tiles and, if `DS`, dP in a group of its own; without `DS`, dP is
-    /// zeros.
+    /// Issues the scores of the next streamed tiles and dP, each in a group of its own.
     #[inline(always)]
-    unsafe fn issue_products<const DS: bool>(&mut self, follows: bool) -> (S::Scores, S::Scores) {
+    unsafe fn issue_products(&mut self, follows: bool) -> (S::Scores, S::Scores) {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
-        // SAFETY (whole body): the reasons given in `queries`.
+        // SAFETY (whole body): the reasons given in `keys`.
         unsafe {
             shared.streamed_slots().acquire(self.streamed);
             wgmma::fence();
@@ -507,11 +343,8 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if follows {
                 self.release();
             }
-            let mut ds = S::Scores::zero();
-            if DS {
-                ds = S::Scores::product(shared.owned(1, self.group), shared.streamed(1, slot));
-                wgmma::commit();
-            }
+            let ds = S::Scores::product(shared.owned(1, self.group), shared.streamed(1, slot));
+            wgmma::commit();
             (p, ds)
         }
     }
@@ -521,7 +354,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn await_sums(&mut self, some: bool) {
         wgmma::wait::<0>();
         if some {
-            // SAFETY: the reasons given in `queries`.
+            // SAFETY: the reasons given in `keys`.
             unsafe { self.release() }
         }
     }
@@ -531,7 +364,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn release(&self) {
         if sreg::lane_id() == 0 {
-            // SAFETY: the reasons given in `queries`.
+            // SAFETY: the reasons given in `keys`.
             unsafe { self.shared.streamed_slots().release(self.streamed.previous_slot()) }
         }
     }
@@ -558,7 +391,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn finish(&mut self) {
         if self.is_first_of_group() {
             tma::wait_read();
-            // SAFETY: the reasons given in `queries`; the rest of the warpgroup passed the barrier of the last store.
+            // SAFETY: the reasons given in `keys`; the rest of the warpgroup passed the barrier of the last store.
             unsafe { self.shared.owned_slots().release(self.owned.slot) }
         }
         self.owned.advance();

@@ -54,18 +54,6 @@ impl<S: HopperBackwardShape> Shared<S> {
         cursor.advance();
     }
 
-    /// Starts to load the next streamed tiles of K and V.
-    #[inline(always)]
-    pub unsafe fn load_keys(self, cursor: &mut Cursor<HOPPER_SLOTS>, maps: [u64; 2], corner: Corner) {
-        // SAFETY: the barrier counts the bytes of both tiles.
-        unsafe {
-            let full = self.streamed_slots().refill(*cursor, 2 * S::STREAMED_BYTES);
-            self.streamed(0, cursor.slot).load(maps[0], corner, full);
-            self.streamed(1, cursor.slot).load(maps[1], corner, full);
-        }
-        cursor.advance();
-    }
-
     /// Starts to load the next streamed tiles of Q and dO, with the queries' statistics, which start at index `row`
     /// of the workspace.
     #[inline(always)]
@@ -91,14 +79,14 @@ impl<S: HopperBackwardShape> Shared<S> {
         cursor.advance();
     }
 
-    /// Returns owned tile `which` (Q, dO or K, V) of warpgroup `group`.
+    /// Returns owned tile `which` (K, V) of warpgroup `group`.
     #[inline(always)]
     pub fn owned(self, which: u32, group: u32) -> Panels {
         let base = self.base + (which * S::CONSUMERS + group) * S::OWNED_BYTES;
         Panels::new(base, HOPPER_ROWS, S::HEAD_DIM)
     }
 
-    /// Returns streamed tile `which` (K, V or Q, dO) of a slot.
+    /// Returns streamed tile `which` (Q, dO) of a slot.
     #[inline(always)]
     pub fn streamed(self, which: u32, slot: u32) -> Panels {
         let owned = 2 * S::CONSUMERS * S::OWNED_BYTES;
@@ -135,19 +123,16 @@ impl<S: HopperBackwardShape> Shared<S> {
         }
     }
 
-    /// Returns the addresses of two flags of the consumers in a loop over queries: a query is far, and a tile was
-    /// cleaned. In registers, each thread would need one for them.
+    /// Returns the address of the consumers' findings.
     #[inline(always)]
-    pub fn findings(self) -> [u32; 2] {
-        let base = self.barriers() + (1 + HOPPER_SLOTS + S::CONSUMERS) * Slots::BYTES;
-        [base, base + 4]
+    pub fn findings(self) -> u32 {
+        self.barriers() + (1 + HOPPER_SLOTS + S::CONSUMERS) * Slots::BYTES
     }
 
-    /// Returns the address of one word for each owned row: for a query its shift; for a key the addend of its
-    /// weights, 0, or NaN if the key was cleaned.
+    /// Returns the address of one word for each key: the addend of its weights, 0, or NaN if the key was cleaned.
     #[inline(always)]
     pub fn row_words(self, group: u32) -> u32 {
-        self.findings()[0] + 16 + group * HOPPER_ROWS * 4
+        self.findings() + 16 + group * HOPPER_ROWS * 4
     }
 
     /// Returns the address of the first barrier.

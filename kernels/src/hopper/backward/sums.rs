@@ -3,6 +3,8 @@
 //! [`prepare`] writes lse and delta in whole tiles of queries, as a bulk copy reads them, and clears the dQ
 //! accumulator. [`finish`] converts the accumulator to dQ.
 
+use core::num::NonZeroU32;
+
 use crate::abi::QuerySumsParams;
 use crate::delta::{LANES, dot_of_row, write_exponents};
 use crate::hopper::{WARPGROUP, warp_of_group};
@@ -62,12 +64,9 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
 pub unsafe fn finish<T: Half>(p: &QuerySumsParams) {
     let square = sreg::block_idx_x();
     let (head, square_of_head) = (square / p.tiles, square % p.tiles);
-    // A tile of 64 queries is one square, or two side by side.
-    let (rows, columns) = if p.sums.dq_columns == HOPPER_ROWS {
-        (square_of_head, 0)
-    } else {
-        (square_of_head / 2, square_of_head % 2)
-    };
+    // A tile of 64 queries is one square, or some side by side.
+    let squares = NonZeroU32::MIN.saturating_add(p.sums.dq_columns / HOPPER_ROWS - 1);
+    let (rows, columns) = (square_of_head / squares, square_of_head % squares);
     let first_row = rows * HOPPER_ROWS + warp_of_group() * 16;
     let staging = SharedTile::new(sreg::dynamic_shared_mem() + warp_of_group() * 16 * ROW_BYTES, ROW_BYTES);
     let target = GlobalTile::new(

@@ -5,7 +5,8 @@
 //! for dK and dV, so that P^T and dS^T are left operands in the registers where they were computed. dQ of each
 //! streamed tile needs dS^T of all its keys, which the warpgroups exchange in shared memory. [`add`] adds it to an
 //! f32 accumulator in device memory, and the postprocess kernel in [`sums`] rounds it at the end. Blocks add in any
-//! order, so the last bits of dQ vary, unless each block waits for its turn.
+//! order, so the last bits of dQ vary, unless each block waits for its turn. Tiles with hidden pairs, and all tiles of a
+//! head with a far query, have a loop of their own; the others, nearly all, are processed in [`halves`].
 //!
 //! Above head_dim 128 the accumulators of dK and dV fill the registers, and the form is that of
 //! [`backward`](crate::backward): [`queries`] owns queries and streams keys for dQ, and [`keys`] computes dK and dV
@@ -38,6 +39,7 @@ macro_rules! share_out {
 }
 
 mod add;
+mod halves;
 mod load;
 mod shared;
 pub mod sums;
@@ -50,7 +52,7 @@ use crate::delta::any_far_of_share;
 use crate::mask::{Blocks, Mask, Span, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::bulk::Cursor;
-use crate::ptx::{memory, sreg, sync, tma, tma::Corner, wgmma};
+use crate::ptx::{memory, optimizer, sreg, sync, tma, tma::Corner, wgmma};
 use crate::scores::{self, OfRows};
 use crate::shape::{DELTA_ROWS, HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::panels::Panels;
@@ -181,7 +183,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     ) {
         // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
-            let (mut p, mut ds) = self.issue_products::<true>(follows);
+            let (mut p, mut ds) = self.issue_products::<true>(|| follows && sreg::lane_id() == 0);
             wgmma::wait::<1>();
             p.pin();
             scores::weights(&mut p, queries, self.p.scale_log2, is_far);
@@ -211,15 +213,17 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             // SAFETY (whole body): the reasons given in `queries`.
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
-                let is_tainted = S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && self.clean_keys();
+                if S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS {
+                    self.clean_keys();
+                }
                 let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
                 if S::WALK.is_twice() {
-                    self.walk_queries::<true, false>(&work, is_tainted, &mut dk, &mut dv);
+                    self.walk_queries::<true, false>(&work, &mut dk, &mut dv);
                     // V is not needed any more: dV needs only Q, K and dO.
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
-                    self.walk_queries::<false, true>(&work, is_tainted, &mut dk, &mut dv);
+                    self.walk_queries::<false, true>(&work, &mut dk, &mut dv);
                 } else {
-                    self.walk_queries::<true, true>(&work, is_tainted, &mut dk, &mut dv);
+                    self.walk_queries::<true, true>(&work, &mut dk, &mut dv);
                     self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
                     if S::WALK.adds_queries() {
                         // The dQ of the other warpgroup needed the keys of this one.
@@ -237,34 +241,62 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn walk_queries<const DK: bool, const DV: bool>(
         &mut self,
         work: &Work,
-        is_tainted: bool,
         dk: &mut S::Output,
         dv: &mut S::Output,
     ) {
         let (mask, first_row, seqlen_k) = (self.mask, self.first_row(work), self.p.seqlen_k);
-        let mut blocks = mask.query_blocks(work.first_row, work.rows(seqlen_k), S::COLUMNS);
-        // Keys that do not exist must have no weight in dQ.
-        if S::WALK.adds_queries() && work.first_row + S::ROWS > seqlen_k {
-            blocks = blocks.all_masked();
-        }
-        let visible = |row, query| {
+        let queries_of = |row| {
             let key = first_row + row;
-            mask.queries_of(key).contains(query) && (!S::WALK.adds_queries() || key < seqlen_k)
+            if S::WALK.adds_queries() && key >= seqlen_k {
+                Span { begin: 0, end: 0 }
+            } else {
+                mask.queries_of(key)
+            }
+        };
+        let query_blocks = |first_key: u32| {
+            let keys = seqlen_k.wrapping_sub(first_key).min(S::ROWS);
+            let blocks = mask.query_blocks(first_key, keys, S::COLUMNS);
+            // Keys that do not exist must have no weight in dQ.
+            if S::WALK.adds_queries() && first_key + S::ROWS > seqlen_k {
+                blocks.all_masked()
+            } else {
+                blocks
+            }
+        };
+        let kept = query_blocks(work.first_row);
+        // Computed again at each call where they would take registers from the loops.
+        let blocks_of_keys = || {
+            if S::WALK.adds_queries() {
+                query_blocks(optimizer::renew(work.first_row))
+            } else {
+                kept
+            }
         };
         // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
             let mut follows = false;
             for i in 0..self.p.heads_q_per_kv.get() {
                 let head = work.head * self.p.heads_q_per_kv.get() + i;
-                self.find_far(head, blocks, i == 0, is_tainted);
+                let blocks = blocks_of_keys();
+                self.find_far(head, blocks, i == 0);
+                // Tiles that need the mask come before the others, so there are two loops at most.
+                let end = if S::WALK.adds_queries() && !self.is_far() {
+                    blocks.whole_begin
+                } else {
+                    blocks.end
+                };
                 // One copy of the body, which is the largest of all, for both kinds of blocks.
-                for m in blocks.begin..blocks.end {
+                for m in blocks.begin..end {
                     let tile = Tile {
                         first_column: m * S::COLUMNS,
                         is_masked: blocks.is_masked(m),
                     };
-                    self.add_to_keys::<DK, DV>(follows, tile, visible, dk, dv);
-                    follows = true;
+                    self.add_to_keys::<DK, DV>(follows, tile, queries_of, dk, dv);
+                    follows = !S::WALK.adds_queries();
+                }
+                if S::WALK.adds_queries() && !self.is_far() {
+                    let blocks = blocks_of_keys();
+                    self.add_near_tiles(blocks.end - blocks.whole_begin, dk, dv);
                 }
             }
             self.await_sums(follows);
@@ -274,7 +306,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             if DV {
                 dv.pin();
                 if Mask::<CAUSAL>::HIDES_PAIRS && memory::ld_shared_u32(self.shared.findings()[1]) != 0 {
-                    self.restore_values(work, blocks, dv);
+                    self.restore_values(work, blocks_of_keys(), dv);
                 }
             }
         }
@@ -301,19 +333,18 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         &mut self,
         follows: bool,
         tile: Tile,
-        visible: impl Fn(u32, u32) -> bool,
+        queries_of: impl Fn(u32) -> Span,
         dk: &mut S::Output,
         dv: &mut S::Output,
     ) {
         let slot = self.streamed.slot;
-        let visible = |row, column| visible(row, tile.first_column + column);
         // SAFETY (whole body): the reasons given in `queries`; the slot's statistics arrived with its tiles.
         unsafe {
             if Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked {
                 self.shared.streamed_slots().acquire(self.streamed);
                 self.clean([0, 1].map(|which| self.shared.streamed(which, slot)));
             }
-            let (mut p, mut ds) = self.issue_products::<DK>(follows);
+            let (mut p, mut ds) = self.issue_products::<DK>(|| follows && sreg::lane_id() == 0);
             if DK {
                 wgmma::wait::<1>();
             } else {
@@ -321,7 +352,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             }
             p.pin();
             let queries = self.shared.queries(slot);
-            let is_far = sync::any(memory::ld_shared_u32(self.shared.findings()[0]) != 0);
+            let is_far = self.is_far();
             scores::weights(&mut p, queries, self.p.scale_log2, is_far);
             if S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && is_far {
                 let taints = self.shared.row_words(self.group) + warp_of_group() * 16 * 4;
@@ -331,7 +362,12 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 );
             }
             if tile.is_masked {
-                p.hide_pairs(visible, 0.0);
+                if S::WALK.adds_queries() {
+                    p.hide(tile.first_column, queries_of, 0.0);
+                } else {
+                    // Bounds would take registers from the other walk.
+                    p.hide_pairs(|row, column| queries_of(row).contains(tile.first_column + column), 0.0);
+                }
             }
             if DV {
                 let p = p.pinned_operand();
@@ -350,18 +386,11 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 scores::score_gradients(&mut ds, &p, queries, hides);
                 let ds = ds.pinned_operand();
                 if S::WALK.adds_queries() {
-                    self.show_ds(&ds);
-                    wgmma::fence();
-                    let mut dq = self.issue_dq();
-                    dk.add_product(&ds, self.shared.streamed(0, slot));
-                    wgmma::commit();
-                    wgmma::wait::<1>();
-                    dq.pin();
-                    self.give_dq(&dq);
-                    if !S::SUMS_RUN_ON {
-                        wgmma::wait::<0>();
-                        dk.pin();
-                    }
+                    self.add_queries_and_keys(&ds, dk);
+                    // The loop over other tiles has no registers for products that run on.
+                    wgmma::wait::<0>();
+                    dk.pin();
+                    dv.pin();
                 } else {
                     wgmma::fence();
                     dk.add_product(&ds, self.shared.streamed(0, slot));
@@ -369,33 +398,37 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 }
             }
             self.streamed.advance();
+            if S::WALK.adds_queries() {
+                self.release();
+            }
         }
     }
 
-    /// Zeroes NaN and infinity in this warpgroup's keys, which other rows multiply by gradients of hidden pairs;
-    /// returns true if there were any. Every query that sees such a key gets NaN, as its sum of weights is NaN; the
-    /// actual score does not matter.
+    /// Zeroes NaN and infinity in this warpgroup's keys, which other rows multiply by gradients of hidden pairs, and
+    /// taints the rows. Every query that sees such a key gets NaN, as its sum of weights is NaN; the actual score does
+    /// not matter.
     #[inline(always)]
-    unsafe fn clean_keys(&self) -> bool {
+    unsafe fn clean_keys(&self) {
         let thread = sreg::thread_idx_x() % WARPGROUP;
         let keys = self.shared.owned(0, self.group);
-        let mut is_tainted = false;
         // SAFETY (whole body): the tile and its taints are the warpgroup's own until all consumers meet in `find_far`.
         unsafe {
             if thread < HOPPER_ROWS {
-                is_tainted = keys.clean_row::<S::Element>(thread);
-                let taint = if is_tainted { f32::NAN } else { 0.0 };
+                let taint = if keys.clean_row::<S::Element>(thread) {
+                    f32::NAN
+                } else {
+                    0.0
+                };
                 memory::st_shared_word(self.shared.row_words(self.group) + thread * 4, taint.to_bits());
             }
             tma::fence_async();
         }
-        is_tainted
     }
 
-    /// Determines if any query of `blocks` in this head is far. The loop of the `first` head starts with no tile
-    /// cleaned. Both warpgroups call it together.
+    /// Determines if any query of `blocks` in this head is far or a key tainted, for [`is_far`](Self::is_far). The loop
+    /// of the `first` head starts with no tile cleaned. Both warpgroups call it together.
     #[inline(always)]
-    unsafe fn find_far(&self, head: u32, blocks: Blocks, first: bool, is_tainted: bool) {
+    unsafe fn find_far(&self, head: u32, blocks: Blocks, first: bool) {
         let flags_per_tile = (S::COLUMNS / DELTA_ROWS) as u64;
         let start = head as u64 * (self.p.sums.padded_q.get() / DELTA_ROWS) as u64;
         let flags = start + blocks.begin as u64 * flags_per_tile..start + blocks.end as u64 * flags_per_tile;
@@ -403,8 +436,12 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         // and both warpgroups have the same tiles.
         unsafe {
             let (thread, threads) = (sreg::thread_idx_x() - WARPGROUP, S::CONSUMERS * WARPGROUP);
-            let any = any_far_of_share(&self.p.sums.exponents, flags, thread, threads);
-            let any = Barrier::Consumers.sync_or(threads, any || is_tainted);
+            let mut any = any_far_of_share(&self.p.sums.exponents, flags, thread, threads);
+            if S::WALK.adds_queries() && Mask::<CAUSAL>::HIDES_PAIRS && thread % WARPGROUP < HOPPER_ROWS {
+                // Written by this thread.
+                any |= memory::ld_shared(self.shared.row_words(self.group) + thread % WARPGROUP * 4).is_nan();
+            }
+            let any = Barrier::Consumers.sync_or(threads, any);
             if thread == 0 {
                 let [far, cleaned] = self.shared.findings();
                 memory::st_shared_word(far, any as u32);
@@ -414,6 +451,13 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             }
             Barrier::Consumers.sync(threads);
         }
+    }
+
+    /// Returns true if any query of the head is far, or a key of the tile is tainted.
+    #[inline(always)]
+    unsafe fn is_far(&self) -> bool {
+        // SAFETY: `find_far` wrote it before its second barrier.
+        unsafe { sync::any(memory::ld_shared_u32(self.shared.findings()[0]) != 0) }
     }
 
     /// Zeroes NaN and infinity in streamed tiles, by both warpgroups, and records if there were any. Products with
@@ -439,6 +483,22 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 tma::fence_async();
                 Barrier::Consumers.sync(threads);
             }
+        }
+    }
+
+    /// Computes this warpgroup's share of the current tile's dQ, and adds `dS^T Q` to dK; that product is pending.
+    #[inline(always)]
+    unsafe fn add_queries_and_keys(&mut self, ds: &<S::Scores as ScoreTile>::Operand, dk: &mut S::Output) {
+        // SAFETY (whole body): the reasons given in `queries`.
+        unsafe {
+            self.show_ds(ds);
+            wgmma::fence();
+            let mut dq = self.issue_dq();
+            dk.add_product(ds, self.shared.streamed(0, self.streamed.slot));
+            wgmma::commit();
+            wgmma::wait::<1>();
+            dq.pin();
+            self.give_dq(&dq);
         }
     }
 
@@ -493,9 +553,9 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     }
 
     /// Issues the scores of the next streamed tiles and, if `DS`, dP in a group of its own; without `DS`, dP is
-    /// zeros.
+    /// zeros. Between them it waits for products that accumulate gradients; this lane then `releases` their tiles.
     #[inline(always)]
-    unsafe fn issue_products<const DS: bool>(&mut self, follows: bool) -> (S::Scores, S::Scores) {
+    unsafe fn issue_products<const DS: bool>(&self, releases: impl FnOnce() -> bool) -> (S::Scores, S::Scores) {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
         // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
@@ -504,8 +564,8 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             let p = S::Scores::product(shared.owned(0, self.group), shared.streamed(0, slot));
             wgmma::commit();
             wgmma::wait::<1>();
-            if follows {
-                self.release();
+            if releases() {
+                self.shared.streamed_slots().release(self.streamed.previous_slot());
             }
             let mut ds = S::Scores::zero();
             if DS {

@@ -46,7 +46,11 @@ impl<S: HopperBackwardShape, const CAUSAL: bool> Consumer<'_, S, CAUSAL> {
         let [first, second] = Part::split(S::EIGHTHS_FIRST);
         // SAFETY (whole body): the reasons given in `queries`; the slot's statistics arrived with its tiles.
         unsafe {
-            let (mut p, mut ds) = self.issue_products::<true>(|| releases);
+            let (mut p, mut ds) = self.issue_products::<true>(|| {
+                if releases {
+                    self.shared.streamed_slots().release(slot ^ 1);
+                }
+            });
             let lse = S::Scores::columns_in(first, lse_log2);
             wgmma::wait::<1>();
             p.pin();

@@ -183,7 +183,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     ) {
         // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
-            let (mut p, mut ds) = self.issue_products::<true>(|| follows && sreg::lane_id() == 0);
+            let (mut p, mut ds) = self.issue_products::<true>(|| self.release_if(follows));
             wgmma::wait::<1>();
             p.pin();
             scores::weights(&mut p, queries, self.p.scale_log2, is_far);
@@ -344,7 +344,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 self.shared.streamed_slots().acquire(self.streamed);
                 self.clean([0, 1].map(|which| self.shared.streamed(which, slot)));
             }
-            let (mut p, mut ds) = self.issue_products::<DK>(|| follows && sreg::lane_id() == 0);
+            let (mut p, mut ds) = self.issue_products::<DK>(|| self.release_if(follows));
             if DK {
                 wgmma::wait::<1>();
             } else {
@@ -553,9 +553,9 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     }
 
     /// Issues the scores of the next streamed tiles and, if `DS`, dP in a group of its own; without `DS`, dP is
-    /// zeros. Between them it waits for products that accumulate gradients; this lane then `releases` their tiles.
+    /// zeros. Between them it waits for products that accumulate gradients, and calls `release` for their tiles.
     #[inline(always)]
-    unsafe fn issue_products<const DS: bool>(&self, releases: impl FnOnce() -> bool) -> (S::Scores, S::Scores) {
+    unsafe fn issue_products<const DS: bool>(&self, release: impl FnOnce()) -> (S::Scores, S::Scores) {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
         // SAFETY (whole body): the reasons given in `queries`.
         unsafe {
@@ -564,9 +564,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             let p = S::Scores::product(shared.owned(0, self.group), shared.streamed(0, slot));
             wgmma::commit();
             wgmma::wait::<1>();
-            if releases() {
-                self.shared.streamed_slots().release(self.streamed.previous_slot());
-            }
+            release();
             let mut ds = S::Scores::zero();
             if DS {
                 ds = S::Scores::product(shared.owned(1, self.group), shared.streamed(1, slot));
@@ -581,6 +579,15 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn await_sums(&mut self, some: bool) {
         wgmma::wait::<0>();
         if some {
+            // SAFETY: the reasons given in `queries`.
+            unsafe { self.release() }
+        }
+    }
+
+    /// Releases the previous slot if its tiles belong to the same tile of work.
+    #[inline(always)]
+    fn release_if(&self, follows: bool) {
+        if follows {
             // SAFETY: the reasons given in `queries`.
             unsafe { self.release() }
         }

@@ -6,7 +6,8 @@ use crate::abi::Exponents;
 use crate::ptx::math::{ex2, fma, min_nan};
 use crate::ptx::{memory, sreg, sync};
 use crate::softmax::FAR;
-use crate::tile::register::{Accumulator, RowValues};
+use crate::tile::register::{Accumulator, Part, RowValues};
+use crate::tile::warpgroup::WarpgroupScores;
 
 /// Base-2 logarithm of a sum of weights, relative to the largest, of which one key has more than half.
 const FEW_KEYS_LOG2: f32 = 1.0;
@@ -217,4 +218,17 @@ pub unsafe fn score_gradients<A: Accumulator>(dp: &mut A, weights: &A, queries: 
     } else {
         dp.zip(weights, |p, x| p * x);
     }
+}
+
+/// [`weights`] of a part of the columns, whose queries are all near.
+#[inline(always)]
+pub fn weights_in<A: WarpgroupScores>(scores: &mut A, part: Part, lse_log2: A::Columns, scale_log2: f32) {
+    scores.map_columns_in(part, lse_log2, |lse, s| ex2(fma(s, scale_log2, -lse)));
+}
+
+/// [`score_gradients`] of a part of the columns, of which no pair is hidden.
+#[inline(always)]
+pub fn score_gradients_in<A: WarpgroupScores>(dp: &mut A, weights: &A, part: Part, delta: A::Columns) {
+    dp.map_columns_in(part, delta, |delta, x| x - delta);
+    dp.zip_in(part, weights, |p, x| p * x);
 }

@@ -361,6 +361,9 @@ pub trait HopperBackwardShape {
     /// True if the products for dK of a streamed tile continue into the next tile. If false, the registers of their
     /// operand are free by then, for scores that are twice as wide.
     const SUMS_RUN_ON: bool = Self::COLUMNS < 128;
+    /// Eighths of a step's exponentials that come before the wait for dP. The others share the time of the gradients of
+    /// scores.
+    const EIGHTHS_FIRST: usize = if Self::COLUMNS < 128 { 5 } else { 4 };
     /// Threads per block.
     const THREADS: u32 = (Self::CONSUMERS + 1) * 128;
     /// Size of the rows of one warpgroup in one owned tensor, in bytes.

@@ -1,13 +1,17 @@
 //! Register tiles of a warpgroup: each warp holds 16 of 64 rows, laid out like accumulators of `mma.sync`.
 
+use super::fragment;
 use super::fragments::{Fragments, Packed};
 use super::panels::{PANEL_COLUMNS, Panels};
-use super::register::{Accumulator, RowValues, Rows, ScoreTile};
-use crate::ptx::{matrix, matrix::Half, memory, wgmma, wgmma::WarpgroupMma};
+use super::register::{Accumulator, Part, RowValues, Rows, ScoreTile};
+use crate::ptx::{matrix, matrix::Half, memory, sreg, wgmma, wgmma::WarpgroupMma};
 use core::marker::PhantomData;
 
 /// Scores of 64 rows, from two tiles in shared memory.
 pub trait WarpgroupScores: ScoreTile {
+    /// One f32 for each column that a lane holds part of.
+    type Columns: Copy;
+
     /// Issues `a b^T`, over the whole length of their rows.
     ///
     /// # Safety
@@ -20,6 +24,24 @@ pub trait WarpgroupScores: ScoreTile {
     /// Converts the scores to the left operand of a product. They are rounded here, not after the fence before the
     /// product.
     fn pinned_operand(&self) -> Self::Operand;
+
+    /// Makes an operand of zeros, to be filled part by part.
+    fn no_operand() -> Self::Operand;
+
+    /// Converts a part of the columns like [`pinned_operand`](Self::pinned_operand).
+    fn pin_operand_in(&self, part: Part, operand: &mut Self::Operand);
+
+    /// Loads the values of a part's columns from f32s in shared memory; the others are 0.
+    ///
+    /// # Safety
+    /// The contract of [`Accumulator::map_columns`].
+    unsafe fn columns_in(part: Part, columns: u32) -> Self::Columns;
+
+    /// Each element of a part with its column's value: `x = f(column value, x)`.
+    fn map_columns_in(&mut self, part: Part, columns: Self::Columns, f: impl Fn(f32, f32) -> f32);
+
+    /// Combines each element of a part with that of another tile: `x = f(other, x)`.
+    fn zip_in(&mut self, part: Part, other: &Self, f: impl Fn(f32, f32) -> f32);
 
     /// Writes this lane's part of the operand to `target`, from column `first_column` on; `first_row` is that of the warp.
     ///
@@ -34,7 +56,16 @@ pub trait WarpgroupOutput<Operand>: Accumulator {
     ///
     /// # Safety
     /// The contract of [`WarpgroupMma::product`].
-    unsafe fn add_product(&mut self, a: &Operand, b: Panels);
+    unsafe fn add_product(&mut self, a: &Operand, b: Panels) {
+        // SAFETY: the caller's contract.
+        unsafe { self.add_product_in(Part::WHOLE, a, b) }
+    }
+
+    /// Issues the part of `self += a b` with these columns of `a` and rows of `b`.
+    ///
+    /// # Safety
+    /// The contract of [`WarpgroupMma::product`].
+    unsafe fn add_product_in(&mut self, part: Part, a: &Operand, b: Panels);
 
     /// Pins the accumulators; see [`WarpgroupMma::pin`].
     fn pin(&mut self);
@@ -50,6 +81,8 @@ impl<T: Half, const N: usize> WarpgroupScores for Fragments<T, 1, N>
 where
     [[f32; 4]; N]: WarpgroupMma<T>,
 {
+    type Columns = [[f32; 2]; N];
+
     #[inline(always)]
     unsafe fn product(a: Panels, b: Panels) -> Self {
         // SAFETY (whole body): the caller's contract.
@@ -77,6 +110,57 @@ where
     }
 
     #[inline(always)]
+    fn no_operand() -> Packed<1, N> {
+        Packed([[[0; 2]; N]; 1])
+    }
+
+    #[inline(always)]
+    fn pin_operand_in(&self, part: Part, operand: &mut Packed<1, N>) {
+        for n in 0..N {
+            if part.contains(n, N) {
+                let [a, b, c, d] = self.0[0][n];
+                operand.0[0][n] = [T::pack(a, b), T::pack(c, d)];
+                wgmma::pin_words(&mut operand.0[0][n]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn columns_in(part: Part, columns: u32) -> [[f32; 2]; N] {
+        let (_, first) = fragment::accumulator(sreg::lane_id(), 0);
+        let mut values = [[0.0; 2]; N];
+        for n in 0..N {
+            if part.contains(n, N) {
+                // SAFETY: the caller's contract; columns are in pairs.
+                values[n] = unsafe { memory::ld_shared_v2(columns + (n as u32 * 8 + first) * 4) };
+            }
+        }
+        values
+    }
+
+    #[inline(always)]
+    fn map_columns_in(&mut self, part: Part, columns: [[f32; 2]; N], f: impl Fn(f32, f32) -> f32) {
+        for n in 0..N {
+            if part.contains(n, N) {
+                for e in 0..4 {
+                    self.0[0][n][e] = f(columns[n][e % 2], self.0[0][n][e]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn zip_in(&mut self, part: Part, other: &Self, f: impl Fn(f32, f32) -> f32) {
+        for n in 0..N {
+            if part.contains(n, N) {
+                for e in 0..4 {
+                    self.0[0][n][e] = f(other.0[0][n][e], self.0[0][n][e]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn write(operand: &Packed<1, N>, target: Panels, first_row: u32, first_column: u32, lane: u32) {
         // SAFETY: the caller's contract.
         unsafe { write_fragments(operand, target, first_row, first_column, lane) }
@@ -88,10 +172,12 @@ where
     [[f32; 4]; N]: WarpgroupMma<T>,
 {
     #[inline(always)]
-    unsafe fn add_product(&mut self, a: &Packed<1, K>, b: Panels) {
+    unsafe fn add_product_in(&mut self, part: Part, a: &Packed<1, K>, b: Panels) {
         for k in 0..K / 2 {
-            // SAFETY: the caller's contract.
-            unsafe { self.0[0].add_registers(a.fragment(0, k), b.down_rows(k as u32)) }
+            if part.contains(k, K / 2) {
+                // SAFETY: the caller's contract.
+                unsafe { self.0[0].add_registers(a.fragment(0, k), b.down_rows(k as u32)) }
+            }
         }
     }
 

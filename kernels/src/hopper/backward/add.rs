@@ -18,10 +18,10 @@ pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
     shared: Shared<S>,
     group: u32,
 ) {
-    let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let mut shares = Cursor::<1>::start();
     let slots = shared.dq_slots(group);
     for work in Work::of_this_block::<CAUSAL, true>(&p.work, S::ROWS) {
+        let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), optimizer::renew(p.seqlen_k));
         let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
         for i in 0..p.heads_q_per_kv.get() {
             let first = (work.head * p.heads_q_per_kv.get() + i) * (p.sums.padded_q.get() / S::COLUMNS);
@@ -33,6 +33,8 @@ pub unsafe fn add_queries<S: HopperBackwardShape, const CAUSAL: bool>(
                 unsafe {
                     slots.acquire(shares);
                     if is_ordered {
+                        // Made again: kept, it would take registers, of which this thread has few.
+                        let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), optimizer::renew(p.seqlen_k));
                         let keys = mask.key_blocks(m * S::COLUMNS, S::COLUMNS, S::ROWS);
                         sync::wait_for(turn, work.place(keys));
                         tma::fence_async_global();

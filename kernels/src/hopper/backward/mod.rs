@@ -5,7 +5,8 @@
 //! operands in the registers where they were computed. dQ of each streamed tile needs dS^T of all its keys, which the
 //! warpgroups exchange in shared memory. [`add`] adds it to an f32 accumulator in device memory, and the postprocess
 //! kernel in [`sums`] rounds it at the end. Blocks add in any order, so the last bits of dQ vary, unless each block waits
-//! for its turn. Above head_dim 128 the accumulators of dK and dV fill the registers of all warpgroups together, which
+//! for its turn. Tiles with hidden pairs, and all tiles of a head with a far query, have a loop of their own; the others, nearly
+//! all, are processed in [`halves`]. Above head_dim 128 the accumulators of dK and dV fill the registers of all warpgroups together, which
 //! [`wide`] divides in another way.
 //!
 //! A consumer issues the two products that need no registers and turns the first into probabilities while the second
@@ -35,6 +36,7 @@ macro_rules! share_out {
 
 mod add;
 mod findings;
+mod halves;
 mod load;
 mod shared;
 pub mod sums;
@@ -47,10 +49,10 @@ use self::findings::Findings;
 use self::load::load_queries;
 use super::{Barrier, Shared, WARPGROUP, warp_of_group, work::Work};
 use crate::abi::HopperBackwardParams;
-use crate::mask::{Blocks, Mask};
+use crate::mask::{Blocks, Mask, Span};
 use crate::nonfinite;
 use crate::pipeline::bulk::Cursor;
-use crate::ptx::{memory, sreg, sync, tma, tma::Corner, wgmma};
+use crate::ptx::{memory, optimizer, sreg, sync, tma, tma::Corner, wgmma};
 use crate::scores;
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperBackwardShape};
 use crate::tile::register::{Accumulator, RowValues, ScoreTile};
@@ -128,9 +130,11 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             // SAFETY (whole body): tiles are read between acquire and release; a warpgroup's owned rows are its own.
             unsafe {
                 self.shared.owned_slots().acquire(self.owned);
-                let is_tainted = Mask::<CAUSAL>::HIDES_PAIRS && self.clean_keys();
+                if Mask::<CAUSAL>::HIDES_PAIRS {
+                    self.clean_keys();
+                }
                 let (mut dk, mut dv) = (S::Output::zero(), S::Output::zero());
-                self.walk_queries(&work, is_tainted, &mut dk, &mut dv);
+                self.walk_queries(&work, &mut dk, &mut dv);
                 self.store(dk, self.p.softmax_scale, 1, dk_map, corner);
                 // The dQ of the other warpgroup needed the keys of this one.
                 self.sync_consumers();
@@ -142,39 +146,55 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
 
     /// Streams every query that sees the tile's keys, for each query head that shares them.
     #[inline(always)]
-    unsafe fn walk_queries(&mut self, work: &Work, is_tainted: bool, dk: &mut S::Output, dv: &mut S::Output) {
+    unsafe fn walk_queries(&mut self, work: &Work, dk: &mut S::Output, dv: &mut S::Output) {
         let (mask, first_row, seqlen_k) = (self.mask, self.first_row(work), self.p.seqlen_k);
-        let mut blocks = mask.query_blocks(work.first_row, work.rows(seqlen_k), S::COLUMNS);
-        // Keys that do not exist must have no weight in dQ.
-        if work.first_row + S::ROWS > seqlen_k {
-            blocks = blocks.all_masked();
-        }
-        let visible = |row, query| {
+        let queries_of = |row| {
             let key = first_row + row;
-            mask.queries_of(key).contains(query) && key < seqlen_k
+            if key < seqlen_k {
+                mask.queries_of(key)
+            } else {
+                Span { begin: 0, end: 0 }
+            }
+        };
+        // Computed again at each call: kept, they would take registers from the loops.
+        let query_blocks = || {
+            let first_key = optimizer::renew(work.first_row);
+            let keys = seqlen_k.wrapping_sub(first_key).min(S::ROWS);
+            let blocks = mask.query_blocks(first_key, keys, S::COLUMNS);
+            // Keys that do not exist must have no weight in dQ.
+            if first_key + S::ROWS > seqlen_k {
+                blocks.all_masked()
+            } else {
+                blocks
+            }
         };
         // SAFETY (whole body): the reasons given in `keys`.
         unsafe {
-            let mut follows = false;
             for i in 0..self.p.heads_q_per_kv.get() {
                 let head = work.head * self.p.heads_q_per_kv.get() + i;
-                let findings = self.findings();
-                findings.find_far(&self.p.sums, head, blocks, S::COLUMNS, i == 0, is_tainted);
+                let (blocks, findings) = (query_blocks(), self.findings());
+                findings.find_far(&self.p.sums, head, blocks, S::COLUMNS, i == 0, self.is_tainted());
+                // Tiles that need the mask come before the others, so there are two loops at most.
+                let end = if findings.is_far() {
+                    blocks.end
+                } else {
+                    blocks.whole_begin
+                };
                 // One copy of the body, which is the largest of all, for both kinds of blocks.
-                for m in blocks.begin..blocks.end {
+                for m in blocks.begin..end {
                     let tile = Tile {
                         first_column: m * S::COLUMNS,
                         is_masked: blocks.is_masked(m),
                     };
-                    self.add_to_keys(follows, tile, visible, dk, dv);
-                    follows = true;
+                    self.add_to_keys(tile, queries_of, dk, dv);
+                }
+                if !self.findings().is_far() {
+                    let blocks = query_blocks();
+                    self.add_near_tiles(blocks.end - blocks.whole_begin, dk, dv);
                 }
             }
-            self.await_sums(follows);
-            dk.pin();
-            dv.pin();
             if Mask::<CAUSAL>::HIDES_PAIRS && self.findings().has_cleaned() {
-                self.restore_values(work, blocks, dv);
+                self.restore_values(work, query_blocks(), dv);
             }
         }
     }
@@ -194,18 +214,17 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Adds `dS^T Q` to dK and `P^T dO` to dV for the next tile of queries, and computes its dQ.
+    /// Adds `dS^T Q` to dK and `P^T dO` to dV for the next tile of queries, and computes its dQ. Before and afterwards no product is
+    /// pending.
     #[inline(always)]
     unsafe fn add_to_keys(
         &mut self,
-        follows: bool,
         tile: Tile,
-        visible: impl Fn(u32, u32) -> bool,
+        queries_of: impl Fn(u32) -> Span,
         dk: &mut S::Output,
         dv: &mut S::Output,
     ) {
         let slot = self.streamed.slot;
-        let visible = |row, column| visible(row, tile.first_column + column);
         // SAFETY (whole body): the reasons given in `keys`; the slot's statistics arrived with its tiles.
         unsafe {
             if Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked {
@@ -213,7 +232,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 let tiles = [0, 1].map(|which| self.shared.streamed(which, slot));
                 self.findings().clean::<S::Element, 2>(tiles);
             }
-            let (mut p, mut ds) = self.issue_products(follows);
+            let (mut p, mut ds) = self.issue_products(|| {});
             wgmma::wait::<1>();
             p.pin();
             let queries = self.shared.queries(slot);
@@ -227,7 +246,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 );
             }
             if tile.is_masked {
-                p.hide_pairs(visible, 0.0);
+                p.hide(tile.first_column, queries_of, 0.0);
             }
             let weights = p.pinned_operand();
             wgmma::fence();
@@ -237,41 +256,60 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             ds.pin();
             let hides = Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked;
             scores::score_gradients(&mut ds, &p, queries, hides);
-            let ds = ds.pinned_operand();
-            self.show_ds(&ds);
-            wgmma::fence();
-            let mut dq = self.issue_dq();
-            dk.add_product(&ds, self.shared.streamed(0, slot));
-            wgmma::commit();
-            wgmma::wait::<1>();
-            dq.pin();
-            self.give_dq(&dq);
-            if !S::SUMS_RUN_ON {
-                wgmma::wait::<0>();
-                dk.pin();
-            }
+            self.add_queries_and_keys(&ds.pinned_operand(), dk);
+            // The loop over other tiles has no registers for products that run on.
+            wgmma::wait::<0>();
+            dk.pin();
+            dv.pin();
             self.streamed.advance();
+            self.release();
         }
     }
 
-    /// Zeroes NaN and infinity in this warpgroup's keys, which other rows multiply by gradients of hidden pairs;
-    /// returns true if there were any. Every query that sees such a key gets NaN, as its sum of weights is NaN; the
-    /// actual score does not matter.
+    /// Zeroes NaN and infinity in this warpgroup's keys, which other rows multiply by gradients of hidden pairs, and taints
+    /// the rows. Every query that sees such a key gets NaN, as its sum of weights is NaN; the actual score does not matter.
     #[inline(always)]
-    unsafe fn clean_keys(&self) -> bool {
+    unsafe fn clean_keys(&self) {
         let thread = sreg::thread_idx_x() % WARPGROUP;
         let keys = self.shared.owned(0, self.group);
-        let mut is_tainted = false;
         // SAFETY (whole body): the tile and its taints are the warpgroup's own until all consumers meet in `find_far`.
         unsafe {
             if thread < HOPPER_ROWS {
-                is_tainted = keys.clean_row::<S::Element>(thread);
-                let taint = if is_tainted { f32::NAN } else { 0.0 };
+                let taint = if keys.clean_row::<S::Element>(thread) {
+                    f32::NAN
+                } else {
+                    0.0
+                };
                 memory::st_shared_word(self.shared.row_words(self.group) + thread * 4, taint.to_bits());
             }
             tma::fence_async();
         }
-        is_tainted
+    }
+
+    /// Returns true if the row of keys that this thread cleaned is tainted.
+    #[inline(always)]
+    unsafe fn is_tainted(&self) -> bool {
+        let thread = sreg::thread_idx_x() % WARPGROUP;
+        // SAFETY: `clean_keys` wrote it in this thread.
+        Mask::<CAUSAL>::HIDES_PAIRS
+            && thread < HOPPER_ROWS
+            && unsafe { memory::ld_shared(self.shared.row_words(self.group) + thread * 4) }.is_nan()
+    }
+
+    /// Computes this warpgroup's share of the current tile's dQ, and adds `dS^T Q` to dK; that product is pending.
+    #[inline(always)]
+    unsafe fn add_queries_and_keys(&mut self, ds: &<S::Scores as ScoreTile>::Operand, dk: &mut S::Output) {
+        // SAFETY (whole body): the reasons given in `keys`.
+        unsafe {
+            self.show_ds(ds);
+            wgmma::fence();
+            let mut dq = self.issue_dq();
+            dk.add_product(ds, self.shared.streamed(0, self.streamed.slot));
+            wgmma::commit();
+            wgmma::wait::<1>();
+            dq.pin();
+            self.give_dq(&dq);
+        }
     }
 
     #[inline(always)]
@@ -329,9 +367,10 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         }
     }
 
-    /// Issues the scores of the next streamed tiles and dP, each in a group of its own.
+    /// Issues the scores of the next streamed tiles and dP, each in a group of its own. Between them it waits for products that
+    /// accumulate gradients, and calls `release` for their tiles.
     #[inline(always)]
-    unsafe fn issue_products(&mut self, follows: bool) -> (S::Scores, S::Scores) {
+    unsafe fn issue_products(&self, release: impl FnOnce()) -> (S::Scores, S::Scores) {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
         // SAFETY (whole body): the reasons given in `keys`.
         unsafe {
@@ -340,22 +379,10 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             let p = S::Scores::product(shared.owned(0, self.group), shared.streamed(0, slot));
             wgmma::commit();
             wgmma::wait::<1>();
-            if follows {
-                self.release();
-            }
+            release();
             let ds = S::Scores::product(shared.owned(1, self.group), shared.streamed(1, slot));
             wgmma::commit();
             (p, ds)
-        }
-    }
-
-    /// Waits for pending products that accumulate gradients, if there are `some`, and releases their tiles.
-    #[inline(always)]
-    unsafe fn await_sums(&mut self, some: bool) {
-        wgmma::wait::<0>();
-        if some {
-            // SAFETY: the reasons given in `keys`.
-            unsafe { self.release() }
         }
     }
 

@@ -6,12 +6,27 @@
 //! multiply as they are.
 
 use crate::mask::Blocks;
-use crate::ptx::optimizer;
 use crate::tile::element::Element;
 use crate::tile::{
     global::{GlobalTile, Places},
     register::Accumulator,
 };
+
+/// Runs `$body` for each `$position` before `$end` in the masked ones of `$blocks`, of `$block` rows each, with a zero `$none` to be added to
+/// columns: kept, these would occupy registers during the whole loop.
+macro_rules! for_hidden {
+    ($blocks:expr, $block:expr, $end:expr, |$position:ident, $none:ident| $body:expr) => {
+        let (blocks, block): ($crate::mask::Blocks, u32) = ($blocks, $block);
+        let (whole_begin, whole_end) = (blocks.whole_begin * block, blocks.whole_end * block);
+        for $position in blocks.begin * block..(blocks.end * block).min($end) {
+            if $position < whole_begin || $position >= whole_end {
+                let $none = $crate::ptx::optimizer::renew(0);
+                $body
+            }
+        }
+    };
+}
+pub(crate) use for_hidden;
 
 /// Adds what was zeroed in the masked blocks of `block` rows of `source` to the rows of `sum` that see it: `sees` of a row of the
 /// sum and a position of the source.
@@ -29,24 +44,12 @@ pub unsafe fn restore<E: Element, A: Accumulator>(
     block: u32,
     sees: impl Fn(u32, u32) -> bool,
 ) {
-    for_hidden(blocks, block, source.rows(), |position, none| {
+    for_hidden!(blocks, block, source.rows(), |position, none| {
         // SAFETY: the caller's contract.
         sum.map_coordinates(|row, column, x| unsafe {
             restored::<E>(x, source, position, column + none, sees(row, position))
         });
     });
-}
-
-/// Calls `f` for each position of the masked blocks before `end`, with a zero to be added to columns: kept, these would occupy
-/// registers during the whole loop.
-#[inline(always)]
-pub fn for_hidden(blocks: Blocks, block: u32, end: u32, mut f: impl FnMut(u32, u32)) {
-    let (whole_begin, whole_end) = (blocks.whole_begin * block, blocks.whole_end * block);
-    for position in blocks.begin * block..(blocks.end * block).min(end) {
-        if position < whole_begin || position >= whole_end {
-            f(position, optimizer::renew(0));
-        }
-    }
 }
 
 /// Returns `x`, an element of a sum, plus the element of `source` that was zeroed at (position, column), if any, where the row of the

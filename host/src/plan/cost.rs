@@ -10,7 +10,8 @@ use super::{Launch, Tiles};
 use crate::problem::Problem;
 
 /// Cost of a plan. The counts are exact, except for reads of semaphores by blocks that wait for their turn, which
-/// depend on timing and are not counted. Scales of quantised inputs are not counted either.
+/// depend on timing and are not counted. Neither are scales of quantised inputs, nor in backward of f32 with statistics what computes
+/// delta from the keys for queries that few of them share, which depends on the numbers.
 ///
 /// Of a score program, tiles that a GPU's plan leaves out of its lists of tiles move no bytes. All else of it is left out: pairs that
 /// only its mask hides count as visible, and neither its operations nor its reads of tables and of the lists count.

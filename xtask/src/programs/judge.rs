@@ -19,7 +19,7 @@ const SPILLS: &[Spill] = &[
     Spill("score_backward_keys_f16_d128", "sm_90", "softcap", 104),
     Spill("score_backward_keys_f16_d96", "sm_80", "all", 56),
     Spill("score_backward_queries_f16_d128", "sm_80", "all", 48),
-    Spill("score_backward_queries_f16_d128", "sm_90", "all", 64),
+    Spill("score_backward_queries_f16_d128", "sm_90", "all", 100),
     Spill("score_backward_queries_f16_d192", "sm_80", "all", 44),
     Spill("score_backward_queries_f16_d256", "sm_80", "all", 36),
     Spill("score_backward_queries_f16_d64", "sm_80", "all", 12),

@@ -363,7 +363,7 @@ impl<'a, S: WideBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
             let head = work.head * p.heads_q_per_kv.get() + i;
             let (batch, head) = (head / p.heads_q, head % p.heads_q);
             let douts = GlobalTile::new(&p.dout_rows, batch, head, p.seqlen_q, &p.layout, S::Element::BYTES);
-            nonfinite::for_hidden(blocks, S::COLUMNS, p.seqlen_q, |query, none| {
+            nonfinite::for_hidden!(blocks, S::COLUMNS, p.seqlen_q, |query, none| {
                 // SAFETY: the window clips what does not exist.
                 dv.map_coordinates(first, |row, column, x| unsafe {
                     let column = first_column + column + none;

@@ -131,7 +131,9 @@ fn blocks_take_turns_where_bits_are_asked_for() {
         (Dtype::Bf16, 70, 136, false),
     ] {
         let case = case(dtype, seqlen_q, head_dim, causal);
-        check_same_bits(&asking_for_bits(&case), every_order(Arch::Sm90a));
+        // The tiles of wider heads are more to emulate.
+        let orders = if head_dim > 128 { 4 } else { 16 };
+        check_same_bits(&asking_for_bits(&case), every_order(Arch::Sm90a).take(orders));
     }
 }
 
@@ -157,18 +159,18 @@ fn blocks_that_stay_take_every_tile() {
     if !devices().emulation() {
         return;
     }
-    // One tile per head, for dQ and for dK and dV; three of either, where blocks share the last round by pairs of
-    // tiles.
-    for (batch, seqlen_q, seqlen_k, causal) in [
-        (7, 20, 20, false),
-        (7, 20, 20, true),
-        (5, 300, 10, true),
-        (5, 10, 300, true),
+    // One tile per head, for dQ and for dK and dV; three of either, where blocks share the last rounds by single tiles and,
+    // of keys, take turns.
+    for (batch, seqlen_q, seqlen_k, causal, deterministic) in [
+        (7, 20, 20, false, false),
+        (7, 20, 20, true, false),
+        (5, 300, 10, true, false),
+        (5, 10, 300, true, true),
     ] {
         let case = Case::new(Dtype::Bf16, [batch, 20, seqlen_q, 64], [batch, 20, seqlen_k, 64]).masked(causal);
-        for case in both_modes(&case) {
-            case.check_gradients_on([&emulator(Arch::Sm90a, 3, 2)]);
-        }
+        let [free, in_turns] = both_modes(&case);
+        let case = if deterministic { in_turns } else { free };
+        case.check_gradients_on([&emulator(Arch::Sm90a, 3, 2)]);
     }
 }
 

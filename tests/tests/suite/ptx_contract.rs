@@ -149,13 +149,14 @@ fn warpgroup_products_are_those_of_the_tiles() {
         // Products of tiles in shared memory, along head_dim; and of registers with a tile, along its rows.
         let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
             (Some(Pass::Forward), _) => (2 + u32::from(entry.causal), 1, 1),
-            (Some(Pass::BackwardAll), _) => (1, 2, 2),
+            // One for tiles with hidden pairs, one for the others.
+            (Some(Pass::BackwardAll), _) => (2, 2, 2),
             (Some(Pass::BackwardDelta | Pass::BackwardFinish), _) => (0, 0, 0),
             other => panic!("no kernel of {other:?} is compiled for Hopper"),
         };
         // A square of dQ, along the keys of both warpgroups.
         let dq = if entry.pass == Some(Pass::BackwardAll) {
-            entry.block_n / 16
+            loops * entry.block_n / 16
         } else {
             0
         };
@@ -451,14 +452,15 @@ fn kernels_for_programs_have_their_markers() {
             Dtype::F16 | Dtype::Bf16 if entry.is_latent() => (Layout::Lanes, 1),
             Dtype::F16 | Dtype::Bf16 => (Layout::Fragment, owned / warps / 16),
         };
-        // dK and dV may be a walk each; dK alone takes gradients of scores.
-        let walks = if entry.two_walks { 2 } else { 1 };
+        // dK and dV may be a walk each; dK alone takes gradients of scores. In f32 a walk for delta may come before that for dQ.
+        let weighs = entry.pass == Some(Pass::BackwardQueries) && entry.dtype == Dtype::F32;
+        let walks = if entry.two_walks || weighs { 2 } else { 1 };
         let kinds: &[(Kind, u32)] = match entry.pass {
             Some(Pass::Forward) => &[(Kind::Score, 1), (Kind::Mask, 1), (Kind::Weight, 1)],
             Some(Pass::BackwardQueries) => &[
-                (Kind::Score, 1),
-                (Kind::Hide, 1),
-                (Kind::Weight, 1),
+                (Kind::Score, walks),
+                (Kind::Hide, walks),
+                (Kind::Weight, walks),
                 (Kind::Gradient, 1),
             ],
             _ => &[

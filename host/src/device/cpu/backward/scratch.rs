@@ -92,7 +92,7 @@ impl Scratch {
             origins: Lines::new(block_m),
             inverse_sums: Lines::new(block_m),
             delta: Lines::new(block_m),
-            weighed: Weighed::new(block_m),
+            weighed: Weighed::default(),
             visible: Lines::new(block_m),
             machines: program.map(|program| Machines::new(&program.scores, block_m, BLOCK)),
             walk: Walk::default(),

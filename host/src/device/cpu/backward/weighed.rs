@@ -38,7 +38,8 @@ pub(super) enum Goal {
     Gradients,
 }
 
-/// Sums of a tile of queries over their keys.
+/// Sums of a tile of queries over their keys. They take memory once a tile has such queries.
+#[derive(Default)]
 pub(super) struct Weighed {
     /// Sums of P.
     weights: Vec<f64>,
@@ -135,10 +136,11 @@ impl Backward<'_> {
 }
 
 impl Weighed {
-    pub(super) fn new(queries: usize) -> Self {
-        Self {
-            weights: vec![0.0; queries],
-            products: vec![0.0; queries],
+    /// Starts sums of 0 for so many queries.
+    fn start(&mut self, queries: usize) {
+        for sums in [&mut self.weights, &mut self.products] {
+            sums.clear();
+            sums.resize(queries, 0.0);
         }
     }
 }
@@ -163,8 +165,7 @@ impl Scratch {
             let queries = backward.of_few(queries, first_query);
             // P * (dP - 0) is what is summed.
             self.delta.as_mut_slice().fill(0.0);
-            self.weighed.weights.fill(0.0);
-            self.weighed.products.fill(0.0);
+            self.weighed.start(block_m);
             for chunk in 0..backward.chunks() {
                 let turn = shared.turn(backward, in_group, tile, chunk);
                 if turn.is_none_or(|turn| !turn.sees_any) {

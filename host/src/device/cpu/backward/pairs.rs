@@ -49,6 +49,7 @@ fn queries_strides(backward: &Backward<'_>) -> [usize; 2] {
 struct Sizes {
     keys: [usize; 2],
     keys_lanes: usize,
+    key_rows: usize,
     q_lanes: [usize; 2],
     q: [usize; 2],
     scores: usize,
@@ -61,6 +62,7 @@ impl Sizes {
         Self {
             keys: words.map(|words| block_n * words),
             keys_lanes: width * keys_stride(backward),
+            key_rows: width * block_n / 2,
             q_lanes: words.map(|words| words * block_m),
             q: queries_strides(backward).map(|stride| block_m / 2 * stride),
             scores: BLOCK * block_m / 2,
@@ -86,7 +88,7 @@ impl Words {
             probabilities: lines(sizes.scores),
             ds: lines(sizes.scores),
             ds_lanes: lines(sizes.scores),
-            rows: lines(sizes.keys_lanes),
+            rows: lines(sizes.key_rows),
             scores: Lines::new(if backward.splits() { 2 * sizes.scores } else { 0 }),
             keys_fit: Vec::new(),
             queries_fit: Vec::new(),
@@ -162,11 +164,11 @@ impl Scratch {
                 apart: 1,
                 to: rows.cast(),
                 to_stride: width,
-                part: sizes.keys_lanes,
+                part: sizes.key_rows,
                 ..pairing
             });
             for part in 0..backward.parts {
-                let rows = rows.add(part * sizes.keys_lanes);
+                let rows = rows.add(part * sizes.key_rows);
                 let to = words.keys_lanes.as_mut_ptr().add(part * sizes.keys_lanes);
                 (kernels.transpose)(rows, width, count[1] / 2, to, keys_stride(backward), head_dim);
             }

@@ -1,6 +1,5 @@
 //! Measures the CPU device on batches that are no rectangle: ragged batches beside the rectangles of their sequences, and decoding
-//! from caches beside the rate at which the machine reads memory. Prints one JSON object: the seconds of each call, and the rate of
-//! reading in bytes per second as `reading`.
+//! from caches beside reading as many bytes in order. Prints one JSON object: the seconds of each call.
 //!
 //! Runs of all calls alternate, and the least time of each counts: other work on the machine only adds to it.
 //! `benches/cpu_sequences.py` runs this in turn with PyTorch and prints a table. The optional argument is the number of rounds.
@@ -8,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use benches::peak::reading;
+use benches::peak::read;
 use flash_attention::half::{bf16, f16};
 use flash_attention::{Attention, Device, Element, Error, KvCache, Sequences, Tensor};
 
@@ -28,11 +27,6 @@ fn main() -> Result<(), Failure> {
     decode::<f32>(&device, rounds, &mut times)?;
     decode::<f16>(&device, rounds, &mut times)?;
     decode::<bf16>(&device, rounds, &mut times)?;
-    let data: Vec<u64> = (0..32 << 20).collect();
-    times.insert(
-        "reading".to_owned(),
-        reading(&data, std::thread::available_parallelism()?.get()),
-    );
     println!("{}", serde_json::to_string(&times)?);
     Ok(())
 }
@@ -123,6 +117,11 @@ fn decode<T: Element>(device: &Device, rounds: usize, times: &mut Times) -> Resu
     let by_heads = [k.transpose(1, 2)?, v.transpose(1, 2)?];
     let used = vec![keys as i32; batch];
     let rows = KvCache::rectangular([batch, keys], &used)?;
+    // As many bytes as K and V have, read in the same rounds.
+    let data: Vec<u64> = (0..batch * keys * heads_kv * head_dim * 2 * size_of::<T>() / 8)
+        .map(|x| x as u64)
+        .collect();
+    let (data, threads) = (&data, std::thread::available_parallelism()?.get());
     let mut variants: Vec<Variant<'_>> = vec![
         (
             format!("decode, {name}, rectangle"),
@@ -133,6 +132,13 @@ fn decode<T: Element>(device: &Device, rounds: usize, times: &mut Times) -> Resu
             Box::new(move || attention.forward_cached(q, k, v, &rows).map(drop)),
         ),
     ];
+    variants.push((
+        format!("decode, {name}, reading"),
+        Box::new(move || {
+            read(data, threads);
+            Ok(())
+        }),
+    ));
     for page_size in [16, 64, 256] {
         let pages = batch * keys / page_size;
         // 1, 1 + step, …: neighbours are far apart, and each page is used once.

@@ -135,7 +135,7 @@ pub struct Prediction {
     pub ceiling: f64,
     /// The busiest resource, and its share of the predicted time.
     pub busiest: (&'static str, f64),
-    /// Steps of the longest block over the mean of all multiprocessors; for two kernels, that of the worse one.
+    /// Steps of the longest block over the mean of all multiprocessors.
     pub imbalance: f64,
 }
 
@@ -146,43 +146,28 @@ pub struct Prediction {
 pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     let plan = plan(shape)?;
     let hertz = PEAK.1 * 1e12 / (MULTIPROCESSORS.1 * TENSOR.1);
-    let weights: Vec<f64> = plan.main.iter().map(|kernel| weight(kernel.entry)).collect();
-    let mut imbalance = 1.0_f64;
-    let (mut seconds, mut replayed, mut limits) = (
-        0.0,
-        0.0,
-        [
-            ("tensor cores", 0.0),
-            ("issue and MUFU", 0.0),
-            ("shared memory", 0.0),
-            ("L2", 0.0),
-        ],
-    );
-    for (kernel, weight) in plan.main.iter().zip(&weights) {
-        let MainKernel { entry, list } = kernel;
-        let pairs = f64::from(entry.block_m * entry.block_n);
-        let step = step_cycles(counts, pairs * weight / weights.iter().sum::<f64>());
-        let adds = entry.pass == entries::Pass::BackwardAll;
-        let wait = if adds { wait() } else { 0.0 };
-        let takes_turns = adds && shape.pass == Pass::Deterministic;
-        let (longest, mean) = steps_of_blocks(kernel, shape);
-        // The first scores, the last products and the store of a tile do not overlap: one more step.
-        seconds += longest * (whole_step(step) + wait) / hertz;
-        replayed += longest * calibration::step_cycles(entry)? / hertz;
-        if takes_turns {
-            let tiles = list.tiles_per_head.get();
-            let following = if shape.causal { tiles.div_ceil(2) } else { tiles };
-            let turns = f64::from(following.min(list.blocks) - 1) * TURN.1 * 1e-6;
-            seconds += turns;
-            replayed += turns;
-        }
-        imbalance = imbalance.max(longest / mean);
-        for (limit, cycles) in limits.iter_mut().zip(step) {
-            limit.1 += mean * cycles / hertz;
-        }
+    let MainKernel { entry, list } = &plan.main;
+    let step = step_cycles(counts, f64::from(entry.block_m * entry.block_n));
+    let (longest, mean) = steps_of_blocks(&plan.main, shape);
+    let wait = if shape.pass == Pass::Forward { 0.0 } else { wait() };
+    // The first scores, the last products and the store of a tile do not overlap: one more step.
+    let mut seconds = longest * (whole_step(step) + wait) / hertz;
+    let mut replayed = longest * calibration::step_cycles(entry)? / hertz;
+    if shape.pass == Pass::Deterministic {
+        let tiles = list.tiles_per_head.get();
+        let following = if shape.causal { tiles.div_ceil(2) } else { tiles };
+        let turns = f64::from(following.min(list.blocks) - 1) * TURN.1 * 1e-6;
+        seconds += turns;
+        replayed += turns;
     }
+    let [tensor, vector, shared] = step.map(|cycles| mean * cycles / hertz);
     let cost = plan.cost;
-    limits[3].1 = (cost.bytes_read + cost.bytes_written) as f64 / (L2.1 * 1e12);
+    let limits = [
+        ("tensor cores", tensor),
+        ("issue and MUFU", vector),
+        ("shared memory", shared),
+        ("L2", (cost.bytes_read + cost.bytes_written) as f64 / (L2.1 * 1e12)),
+    ];
     // The kernels before and after read and write the workspace and three tensors once.
     let tensor = (shape.batch * shape.heads * shape.seqlen * shape.head_dim * 2) as f64;
     let around = match shape.pass {
@@ -198,7 +183,7 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
         replayed: shape.flops() / replayed / 1e12,
         ceiling: shape.flops() / busiest.1 / 1e12,
         busiest: (busiest.0, busiest.1 / seconds),
-        imbalance,
+        imbalance: longest / mean,
     })
 }
 
@@ -220,12 +205,6 @@ fn whole_step([tensor, vector, shared]: [f64; 3]) -> f64 {
         .max(tensor * PEAK.1 / MATMUL.1)
         .max(vector)
         .max(shared)
-}
-
-/// Returns a kernel's share of a call's main loops, by its products.
-fn weight(entry: &Entry) -> f64 {
-    let of_step: u32 = products(entry).iter().map(|&(n, steps, _)| n * steps).sum();
-    f64::from(of_step * (entry.threads / 128 - 1)) / f64::from(entry.block_m * entry.block_n)
 }
 
 /// Returns the steps of the longest block, with one more for each of its tiles, and the mean of all blocks without
@@ -272,7 +251,7 @@ struct MainKernel {
 
 /// Numbers of a plan that the model needs.
 struct Planned {
-    main: Vec<MainKernel>,
+    main: MainKernel,
     cost: Cost,
     workspace_bytes: u64,
 }
@@ -282,16 +261,14 @@ impl Planned {
         plan: &Plan<P>,
         work_list: impl Fn(&Launch<P>) -> Result<WorkList, Failure>,
     ) -> Result<Self, Failure> {
-        let main = plan
+        let launch = plan
             .launches()
             .iter()
-            .filter(|launch| !products(launch.entry).is_empty());
-        let main = main.map(|launch| {
-            let (entry, list) = (launch.entry, work_list(launch)?);
-            Ok(MainKernel { entry, list })
-        });
+            .find(|launch| !products(launch.entry).is_empty())
+            .ok_or("no kernel of the plan multiplies")?;
+        let (entry, list) = (launch.entry, work_list(launch)?);
         Ok(Self {
-            main: main.collect::<Result<_, Failure>>()?,
+            main: MainKernel { entry, list },
             cost: plan.cost(),
             workspace_bytes: plan.workspace_bytes(),
         })
@@ -427,7 +404,7 @@ mod tests {
         };
         let steps = |causal| {
             let plan = plan(&shape(causal)).expect("planned");
-            steps_of_blocks(&plan.main[0], &shape(causal))
+            steps_of_blocks(&plan.main, &shape(causal))
         };
         // 8 tiles of 128 queries, one a block of threads; 6 blocks of 176 keys, or under a causal mask 8 of 128.
         assert_eq!(steps(false), (7.0, 48.0 / 132.0));

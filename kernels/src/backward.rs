@@ -6,7 +6,7 @@
 //! dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dS^T Q
 //! ```
 //!
-//! Two kernels share one body. [`queries`] owns queries and streams keys: it computes dQ. [`keys`] owns keys, streams
+//! Two kernels share one body. [`dq`] owns queries and streams keys: it computes dQ. [`dkv`] owns keys, streams
 //! queries and works on the transposed tiles, so that P^T and dS^T are left operands in the registers where they were
 //! computed: it computes dK and dV, summed over the query heads that share the keys. Scores are computed twice (seven
 //! products instead of five). In return every gradient is written once, by its owner, in a fixed order: no atomics,
@@ -18,7 +18,7 @@
 mod listed;
 mod weighed;
 
-pub use listed::{listed_keys, listed_queries};
+pub use listed::{listed_dkv, listed_dq};
 
 use crate::abi::{BackwardParams, Exponents};
 use crate::block::{RowBlock, owned_tile, split};
@@ -41,7 +41,7 @@ use crate::tile::{
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after
 /// [`delta`](crate::delta::delta).
 #[inline(always)]
-pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
+pub unsafe fn dq<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_q, CAUSAL);
     let kv_head = block.head / p.heads_q_per_kv;
@@ -52,6 +52,7 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     // SAFETY (whole body): owned tiles and stages are disjoint parts of this block's dynamic shared memory, every
     // thread takes every step that holds a barrier, and windows clip what does not exist.
     unsafe {
+        weighed::weigh_few::<S, CAUSAL>(p);
         let q = block
             .window(&p.q, block.head, p.seqlen_q, &p.layout)
             .rows_from(block.first_row);
@@ -65,37 +66,16 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
                 .rows_from(blocks.begin * S::COLUMNS)
         };
         let (k, v) = (window(&p.k), window(&p.v));
-        let first = block.row_of_head(p.heads_q, p.seqlen_q) + first_row as u64;
-        let shifts = sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS + sreg::warp_id() * S::WARP_ROWS * 4;
-        let rows = p.seqlen_q.saturating_sub(first_row);
         let span = |row| mask.keys_of(first_row + row);
-        let tile = |n, is_far, is_masked| Tile {
-            first_row,
-            first_column: n * S::COLUMNS,
-            span,
-            is_far,
-            hides: is_masked && CAUSAL,
-            is_of_keys: true,
-        };
-        if weighed::applies::<S>(p) {
-            let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts);
-            if weighed::any_of_few::<S>(p, queries, rows) {
-                let mut ring = PairRing::<S>::start(ring_base::<S>(), blocks.begin, k, v, None);
-                let mut sums = weighed::Sums::<S>::zero();
-                for_blocks!(blocks, |n, MASKED| {
-                    let (stage, tile) = (ring.acquire(n), tile(n, is_far, MASKED));
-                    sums.add::<program::OfQueries<MASKED>, MASKED, false>(p, owned, stage, queries, tile);
-                });
-                ring.drain();
-                sums.store(p, queries, first, rows);
-            }
-        }
         let mut ring = PairRing::<S>::start(ring_base::<S>(), blocks.begin, k, v, None);
-        let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts);
+        let first = block.row_of_head(p.heads_q, p.seqlen_q) + first_row as u64;
+        let rows = p.seqlen_q.saturating_sub(first_row);
+        let (queries, is_far) = OfRows::load::<S::Scores>(&p.exponents, first, rows, shifts::<S>());
 
         let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
         for_blocks!(blocks, |n, MASKED| {
-            let (stage, tile) = (ring.acquire(n), tile(n, is_far, MASKED));
+            let stage = ring.acquire(n);
+            let tile = Tile::of_keys(first_row, n * S::COLUMNS, span, is_far, MASKED && CAUSAL);
             add::<S, program::OfQueries<MASKED>, MASKED, false, true, false>(
                 p, owned, stage, queries, tile, &mut dq, &mut none,
             );
@@ -116,9 +96,9 @@ pub unsafe fn queries<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after
 /// [`delta`](crate::delta::delta).
 #[inline(always)]
-pub unsafe fn keys<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
+pub unsafe fn dkv<S: TileShape, const CAUSAL: bool>(p: &BackwardParams) {
     let block = RowBlock::<S>::of_this_thread_block(p.tiles, p.heads_kv, false);
-    // SAFETY (whole body): as in `queries`.
+    // SAFETY (whole body): as in `dq`.
     unsafe {
         let k = block
             .window(&p.k, block.head, p.seqlen_k, &p.layout)
@@ -186,7 +166,7 @@ unsafe fn walk_queries<S: TileShape, const CAUSAL: bool, const DK: bool, const D
                 .window(tensor, head, p.seqlen_q, &p.layout)
                 .rows_from(blocks.begin * S::COLUMNS)
         };
-        // SAFETY (whole body): the reasons given in `queries`.
+        // SAFETY (whole body): the reasons given in `dq`.
         unsafe {
             let mut ring = PairRing::<S>::start(
                 ring_base::<S>(),
@@ -276,6 +256,21 @@ struct Tile<F> {
     hides: bool,
     /// True if keys are streamed. They are [cleaned](nonfinite) only after their scores, which may be minus infinity.
     is_of_keys: bool,
+}
+
+impl<F> Tile<F> {
+    /// Treatment of a tile of keys, of which pairs are hidden if it `hides`.
+    #[inline(always)]
+    fn of_keys(first_row: u32, first_column: u32, span: F, is_far: bool, hides: bool) -> Self {
+        Self {
+            first_row,
+            first_column,
+            span,
+            is_far,
+            hides,
+            is_of_keys: true,
+        }
+    }
 }
 
 /// One streamed pair: `ds_first += dS first` and `p_second += P second`, or one of them.
@@ -403,6 +398,12 @@ unsafe fn load_owned<S: TileShape>(first: GlobalTile, second: GlobalTile) -> Own
 #[inline(always)]
 fn ring_base<S: TileShape>() -> u32 {
     sreg::dynamic_shared_mem() + 2 * S::OWNED_BYTES
+}
+
+/// Returns the address in shared memory of the shifts of this warp's queries, in a block of queries.
+#[inline(always)]
+fn shifts<S: TileShape>() -> u32 {
+    sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS + sreg::warp_id() * S::WARP_ROWS * 4
 }
 
 /// Returns the address of a flag in shared memory: dO was [cleaned](nonfinite) in a block of keys. It takes the place

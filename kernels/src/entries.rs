@@ -45,12 +45,12 @@ macro_rules! entry {
             program: false,
             quantized: false,
             head_dim: <$shape>::HEAD_DIM,
-            block_m: if matches!(Pass::$pass, Pass::BackwardKeys) {
+            block_m: if matches!(Pass::$pass, Pass::BackwardDkv) {
                 <$shape>::COLUMNS
             } else {
                 <$shape>::ROWS
             },
-            block_n: if matches!(Pass::$pass, Pass::BackwardKeys) {
+            block_n: if matches!(Pass::$pass, Pass::BackwardDkv) {
                 <$shape>::ROWS
             } else {
                 <$shape>::COLUMNS
@@ -58,7 +58,7 @@ macro_rules! entry {
             threads: <$shape>::THREADS,
             min_blocks: $min_blocks,
             shared_bytes: <$shape>::$shared,
-            two_walks: matches!(Pass::$pass, Pass::BackwardKeys) && <$shape>::TWO_WALKS,
+            two_walks: matches!(Pass::$pass, Pass::BackwardDkv) && <$shape>::TWO_WALKS,
             cluster: 1,
         }
     };
@@ -75,10 +75,10 @@ macro_rules! causal_shape {
 }
 
 /// A row of the table for the portable kernel of row sums.
-const fn delta_entry(name: &'static str, dtype: Dtype) -> Entry {
+const fn preprocess_entry(name: &'static str, dtype: Dtype) -> Entry {
     Entry {
         name,
-        pass: Pass::BackwardDelta,
+        pass: Pass::BackwardPreprocess,
         arch: Arch::Sm80,
         dtype,
         causal: false,
@@ -102,7 +102,7 @@ const fn combine_entry(name: &'static str, dtype: Dtype) -> Entry {
         head_dim: LatentD576::<F16>::HEAD_DIM_V,
         block_m: 0,
         threads: COMBINE_WARPS * 32,
-        ..delta_entry(name, dtype)
+        ..preprocess_entry(name, dtype)
     }
 }
 
@@ -113,7 +113,7 @@ const fn rotary_entry(name: &'static str, dtype: Dtype) -> Entry {
         head_dim: u32::MAX,
         block_m: 0,
         threads: ROTARY_WARPS * 32,
-        ..delta_entry(name, dtype)
+        ..preprocess_entry(name, dtype)
     }
 }
 
@@ -125,7 +125,7 @@ const fn sums_entry(name: &'static str, pass: Pass, dtype: Dtype, shared_bytes: 
         block_m: if shared_bytes == 0 { DELTA_ROWS } else { HOPPER_ROWS },
         threads: 128,
         shared_bytes,
-        ..delta_entry(name, dtype)
+        ..preprocess_entry(name, dtype)
     }
 }
 
@@ -279,21 +279,21 @@ entries! {
         "forward" "_d128": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D128 min_blocks 2, ForwardD128 min_blocks 1;
         "forward" "_d192": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D192 min_blocks 1, ForwardD192 min_blocks 1;
         "forward" "_d256": Forward, forward::forward(ForwardParams), FORWARD_BYTES, ForwardF32D256 min_blocks 2, ForwardD256 min_blocks 1;
-        "backward_queries" "_d32": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 2, BackwardD32 min_blocks 1;
-        "backward_queries" "_d64": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 2, BackwardD64 min_blocks 1;
-        "backward_queries" "_d96": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
-        "backward_queries" "_d128": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
-        "backward_queries" "_d192": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
-        "backward_queries" "_d256": BackwardQueries, backward::queries(BackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 0;
-        "backward_keys" "_d32": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
-        "backward_keys" "_d64": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
-        "backward_keys" "_d96": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
-        "backward_keys" "_d128": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
-        "backward_keys" "_d192": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
-        "backward_keys" "_d256": BackwardKeys, backward::keys(BackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 1;
+        "backward_dq" "_d32": BackwardDq, backward::dq(BackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 2, BackwardD32 min_blocks 1;
+        "backward_dq" "_d64": BackwardDq, backward::dq(BackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 2, BackwardD64 min_blocks 1;
+        "backward_dq" "_d96": BackwardDq, backward::dq(BackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
+        "backward_dq" "_d128": BackwardDq, backward::dq(BackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
+        "backward_dq" "_d192": BackwardDq, backward::dq(BackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
+        "backward_dq" "_d256": BackwardDq, backward::dq(BackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 0;
+        "backward_dkv" "_d32": BackwardDkv, backward::dkv(BackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
+        "backward_dkv" "_d64": BackwardDkv, backward::dkv(BackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
+        "backward_dkv" "_d96": BackwardDkv, backward::dkv(BackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
+        "backward_dkv" "_d128": BackwardDkv, backward::dkv(BackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
+        "backward_dkv" "_d192": BackwardDkv, backward::dkv(BackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
+        "backward_dkv" "_d256": BackwardDkv, backward::dkv(BackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 1;
     }
     rows {
-        "backward_delta": delta_entry, delta::delta(BackwardParams);
+        "backward_preprocess": preprocess_entry, delta::delta(BackwardParams);
         "combine": combine_entry, listed::combine(ListedForwardParams);
         "rotary": rotary_entry, rotary::rotary(RotaryParams);
     }
@@ -303,11 +303,11 @@ entries! {
         "hopper_forward" "_d128": Forward, HopperD128 | HopperD128Causal, hopper::forward::forward(HopperForwardParams);
         "hopper_forward" "_d192": Forward, HopperD192, hopper::forward::forward(HopperForwardParams);
         "hopper_forward" "_d256": Forward, HopperD256, hopper::forward::forward(HopperForwardParams);
-        "hopper_backward_all" "_d64": BackwardAll, HopperAllD64, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all" "_d96": BackwardAll, HopperAllD96, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all" "_d128": BackwardAll, HopperAllD128, hopper::backward::keys(HopperBackwardParams);
-        "hopper_backward_all" "_d192": BackwardAll, HopperBackwardD192, hopper::backward::wide(HopperBackwardParams);
-        "hopper_backward_all" "_d256": BackwardAll, HopperBackwardD256, hopper::backward::wide(HopperBackwardParams);
+        "hopper_backward_dqkv" "_d64": BackwardDqkv, HopperBackwardD64, hopper::backward::dqkv(HopperBackwardParams);
+        "hopper_backward_dqkv" "_d96": BackwardDqkv, HopperBackwardD96, hopper::backward::dqkv(HopperBackwardParams);
+        "hopper_backward_dqkv" "_d128": BackwardDqkv, HopperBackwardD128, hopper::backward::dqkv(HopperBackwardParams);
+        "hopper_backward_dqkv" "_d192": BackwardDqkv, HopperBackwardD192, hopper::backward::wide(HopperBackwardParams);
+        "hopper_backward_dqkv" "_d256": BackwardDqkv, HopperBackwardD256, hopper::backward::wide(HopperBackwardParams);
     }
     clusters {
         "hopper_forward_cluster" "_d128": HopperD128;
@@ -315,8 +315,8 @@ entries! {
         "hopper_forward_cluster" "_d256": HopperD256;
     }
     sums {
-        "hopper_backward_prepare": BackwardDelta, prepare, 0;
-        "hopper_backward_finish": BackwardFinish, finish, HOPPER_ROWS * 128;
+        "hopper_backward_preprocess": BackwardPreprocess, preprocess, 0;
+        "hopper_backward_postprocess": BackwardPostprocess, postprocess, HOPPER_ROWS * 128;
     }
 }
 

@@ -14,34 +14,34 @@ struct Limit(Arch, Pass, u32, [u32; 2]);
 /// FlashAttention-3 beside them.
 #[rustfmt::skip]
 const LIMITS: &[Limit] = &[
-    Limit(Arch::Sm90a, Pass::Forward, 64, [460, 207]),
+    Limit(Arch::Sm90a, Pass::Forward, 64, [456, 207]),
     Limit(Arch::Sm90a, Pass::Forward, 96, [462, 208]),
-    Limit(Arch::Sm90a, Pass::Forward, 128, [502, 235]),
+    Limit(Arch::Sm90a, Pass::Forward, 128, [492, 235]),
     Limit(Arch::Sm90a, Pass::Forward, 192, [557, 219]),
-    Limit(Arch::Sm90a, Pass::Forward, 256, [677, 260]),
-    Limit(Arch::Sm90a, Pass::BackwardAll, 64, [633, 289]),
-    Limit(Arch::Sm90a, Pass::BackwardAll, 96, [819, 371]),
-    Limit(Arch::Sm90a, Pass::BackwardAll, 128, [867, 390]),
-    Limit(Arch::Sm90a, Pass::BackwardAll, 192, [2060, 748]),
-    Limit(Arch::Sm90a, Pass::BackwardAll, 256, [2084, 802]),
+    Limit(Arch::Sm90a, Pass::Forward, 256, [672, 259]),
+    Limit(Arch::Sm90a, Pass::BackwardDqkv, 64, [633, 289]),
+    Limit(Arch::Sm90a, Pass::BackwardDqkv, 96, [819, 371]),
+    Limit(Arch::Sm90a, Pass::BackwardDqkv, 128, [867, 390]),
+    Limit(Arch::Sm90a, Pass::BackwardDqkv, 192, [2060, 748]),
+    Limit(Arch::Sm90a, Pass::BackwardDqkv, 256, [2084, 802]),
     Limit(Arch::Sm80, Pass::Forward, 32, [617, 234]),
     Limit(Arch::Sm80, Pass::Forward, 64, [875, 281]),
     Limit(Arch::Sm80, Pass::Forward, 96, [1380, 450]),
     Limit(Arch::Sm80, Pass::Forward, 128, [1757, 507]),
     Limit(Arch::Sm80, Pass::Forward, 192, [2238, 563]),
     Limit(Arch::Sm80, Pass::Forward, 256, [3630, 990]),
-    Limit(Arch::Sm80, Pass::BackwardQueries, 32, [902, 237]),
-    Limit(Arch::Sm80, Pass::BackwardQueries, 64, [1270, 287]),
-    Limit(Arch::Sm80, Pass::BackwardQueries, 96, [1940, 440]),
-    Limit(Arch::Sm80, Pass::BackwardQueries, 128, [2246, 466]),
-    Limit(Arch::Sm80, Pass::BackwardQueries, 192, [3202, 630]),
-    Limit(Arch::Sm80, Pass::BackwardQueries, 256, [5512, 1108]),
-    Limit(Arch::Sm80, Pass::BackwardKeys, 32, [1135, 310]),
-    Limit(Arch::Sm80, Pass::BackwardKeys, 64, [1660, 377]),
-    Limit(Arch::Sm80, Pass::BackwardKeys, 96, [2456, 580]),
-    Limit(Arch::Sm80, Pass::BackwardKeys, 128, [3068, 684]),
-    Limit(Arch::Sm80, Pass::BackwardKeys, 192, [6126, 1298]),
-    Limit(Arch::Sm80, Pass::BackwardKeys, 256, [9716, 2336]),
+    Limit(Arch::Sm80, Pass::BackwardDq, 32, [901, 237]),
+    Limit(Arch::Sm80, Pass::BackwardDq, 64, [1270, 287]),
+    Limit(Arch::Sm80, Pass::BackwardDq, 96, [1940, 440]),
+    Limit(Arch::Sm80, Pass::BackwardDq, 128, [2246, 466]),
+    Limit(Arch::Sm80, Pass::BackwardDq, 192, [3202, 630]),
+    Limit(Arch::Sm80, Pass::BackwardDq, 256, [5512, 1108]),
+    Limit(Arch::Sm80, Pass::BackwardDkv, 32, [1135, 310]),
+    Limit(Arch::Sm80, Pass::BackwardDkv, 64, [1660, 377]),
+    Limit(Arch::Sm80, Pass::BackwardDkv, 96, [2456, 580]),
+    Limit(Arch::Sm80, Pass::BackwardDkv, 128, [3068, 684]),
+    Limit(Arch::Sm80, Pass::BackwardDkv, 192, [6126, 1298]),
+    Limit(Arch::Sm80, Pass::BackwardDkv, 256, [9716, 2336]),
 ];
 
 /// Limits of the forward kernels over e4m3 inputs, by head_dim.
@@ -73,12 +73,12 @@ fn products_of_step(entry: &Row) -> Vec<u32> {
         // Q K^T along head_dim, P V along keys.
         Some(Pass::Forward) => vec![head_dim + keys],
         // Q K^T, dO V^T of a share of the keys; dO^T P, Q^T dS and dS K of slices of 64 columns.
-        Some(Pass::BackwardAll) if entry.head_dim > 128 => {
+        Some(Pass::BackwardDqkv) if entry.head_dim > 128 => {
             let slices = entry.head_dim / 64 / (entry.threads / 128 - 1);
             vec![2 * head_dim + slices * (2 * queries + keys)]
         }
         // K Q^T, V dO^T; P^T dO, dS^T Q; a square of dS K along all keys.
-        Some(Pass::BackwardAll) => vec![2 * head_dim + 2 * queries + keys],
+        Some(Pass::BackwardDqkv) => vec![2 * head_dim + 2 * queries + keys],
         _ => vec![],
     }
 }
@@ -200,9 +200,9 @@ mod tests {
             (products_of_step(&row), products_of_step(&Row { head_dim: 128, ..row }))
         };
         assert_eq!(steps("hopper_forward_f16_d64"), (vec![12], vec![16]));
-        assert_eq!(steps("hopper_backward_all_f16_d64"), (vec![24], vec![32]));
+        assert_eq!(steps("hopper_backward_dqkv_f16_d64"), (vec![24], vec![32]));
         let wide = tables().into_iter().flat_map(|table| table.rows);
-        let wide = wide.filter(|row| row.name.starts_with("hopper_backward_all_f16_d") && row.head_dim > 128);
+        let wide = wide.filter(|row| row.name.starts_with("hopper_backward_dqkv_f16_d") && row.head_dim > 128);
         let wide: Vec<_> = wide.map(|row| products_of_step(&row)).collect();
         assert_eq!(wide, [vec![38], vec![38], vec![58], vec![58]]);
         assert_eq!(steps("hopper_forward_fp8_f16_d64"), (vec![6], vec![8]));

@@ -133,7 +133,7 @@ fn assemble_all(tools: &Tools, part: &str, all: bool) -> Outcome<Vec<Figure>> {
     for table in tables() {
         let rows = (table.rows.iter()).filter(|row| row.program && row.name.contains(part));
         let kernels = rows.flat_map(|row| targets(row.arch).iter().map(move |&target| (*row, target)));
-        let has_scores = |row: &Row| row.pass != Some(Pass::BackwardDelta);
+        let has_scores = |row: &Row| row.pass != Some(Pass::BackwardPreprocess);
         let work: Vec<_> = kernels
             .flat_map(|(row, target)| {
                 programs
@@ -225,8 +225,8 @@ fn tables_of(figures: &[Figure]) -> String {
     let mut page = String::new();
     for (pass, title) in [
         (Pass::Forward, "Forward"),
-        (Pass::BackwardQueries, "Backward, dQ"),
-        (Pass::BackwardKeys, "Backward, dK and dV"),
+        (Pass::BackwardDq, "Backward, dQ"),
+        (Pass::BackwardDkv, "Backward, dK and dV"),
     ] {
         let mut rows: Vec<(&Row, &str, BTreeMap<&str, String>)> = Vec::new();
         for figure in figures.iter().filter(|figure| figure.entry.pass == Some(pass)) {

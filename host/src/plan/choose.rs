@@ -30,11 +30,11 @@ pub(super) fn choose(
         )));
     }
     // Preprocess and postprocess kernels have no causal variant.
-    let causal = problem.causal() && !matches!(pass, Pass::BackwardDelta | Pass::BackwardFinish);
+    let causal = problem.causal() && !matches!(pass, Pass::BackwardPreprocess | Pass::BackwardPostprocess);
     // Of the portable kernels those that take lists and programs take two head_dims.
     let has_uneven_dims = problem.head_dim() != problem.head_dim_v();
     let compiled = |arch| match problem.program() {
-        None if pass != Pass::BackwardDelta
+        None if pass != Pass::BackwardPreprocess
             && (problem.placed().is_some() || arch == Arch::Sm80 && has_uneven_dims) =>
         {
             entries::find_program(pass, arch, problem.dtype(), problem.widest_head_dim())

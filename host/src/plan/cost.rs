@@ -160,36 +160,36 @@ fn backward_bytes(problem: &Problem, walked: &Walked, launch: &Launch<Backward>,
     let padded_q = sums.map_or(seqlen_q, |sums| sums.padded_q.get().into());
     let dq_row = sums.map_or(0, |sums| u128::from(sums.dq_columns) * STATISTIC);
     match entry.pass {
-        Pass::BackwardDelta if entry.arch == Arch::Sm90a => (
+        Pass::BackwardPreprocess if entry.arch == Arch::Sm90a => (
             heads_q * seqlen_q * (2 * row_v + statistics * STATISTIC),
             heads_q * (padded_q * (EXPONENT + dq_row) + padded_q / u128::from(DELTA_ROWS) * STATISTIC),
         ),
-        Pass::BackwardDelta => (
+        Pass::BackwardPreprocess => (
             heads_q * seqlen_q * (2 * row_v + statistics * STATISTIC),
             heads_q * (seqlen_q * EXPONENT + seqlen_q.div_ceil(DELTA_ROWS.into()) * STATISTIC),
         ),
-        Pass::BackwardQueries => {
+        Pass::BackwardDq => {
             let keys = || heads_q * (walked.keys)(problem, Tiles::of(entry));
             let read = heads_q * seqlen_q * (pair + EXPONENT) + launch.streamed_rows().unwrap_or_else(keys) * pair;
             (read, heads_q * seqlen_q * row)
         }
         // Kernels for score programs read no flags.
-        Pass::BackwardKeys if entry.program => {
+        Pass::BackwardDkv if entry.program => {
             let walks = if entry.two_walks { 2 } else { 1 };
             let rows = launch.streamed_rows().unwrap_or_else(|| heads_q * queries());
             (keys + walks * rows * (pair + EXPONENT), keys)
         }
-        Pass::BackwardKeys if entry.arch == Arch::Sm80 => {
+        Pass::BackwardDkv if entry.arch == Arch::Sm80 => {
             let walks = if entry.two_walks { 2 } else { 1 };
             let runs = (walked.query_runs)(problem, entry.block_m, entry.block_n);
             (keys + walks * streamed(queries(), runs), keys)
         }
-        Pass::BackwardKeys | Pass::BackwardAll => {
+        Pass::BackwardDkv | Pass::BackwardDqkv => {
             let walks = if entry.two_walks { 2 } else { 1 };
             let whole = (walked.whole_queries)(problem, entry.block_m, entry.block_n);
             (keys + walks * streamed(whole, whole), keys + heads_q * whole * dq_row)
         }
-        Pass::BackwardFinish => (heads_q * padded_q * dq_row, heads_q * seqlen_q * row),
+        Pass::BackwardPostprocess => (heads_q * padded_q * dq_row, heads_q * seqlen_q * row),
         Pass::Forward | Pass::Combine | Pass::Rotary => (0, 0),
     }
 }

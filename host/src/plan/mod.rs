@@ -294,22 +294,22 @@ fn backward_launches(
             &[forward.k(), forward.v(), dk, dv],
         );
     let choose = |pass| choose(forward, pass, device, hopper);
-    let first = choose(Pass::BackwardDelta)?;
+    let first = choose(Pass::BackwardPreprocess)?;
     if first.arch == Arch::Sm80 {
         let (exponents, workspace_bytes) = launch::portable_exponents(problem);
-        let launches = [first, choose(Pass::BackwardQueries)?, choose(Pass::BackwardKeys)?]
+        let launches = [first, choose(Pass::BackwardDq)?, choose(Pass::BackwardDkv)?]
             .map(|entry| Launch::backward(problem, entry, exponents))
             .into_iter()
             .collect::<Result<Vec<_>, Error>>()?;
         return Ok((Tiles::of(launches[1].entry), launches, workspace_bytes));
     }
-    let all = choose(Pass::BackwardAll)?;
+    let all = choose(Pass::BackwardDqkv)?;
     let (sums, workspace_bytes) = launch::query_sums(problem, all);
     let edge = |entry| Launch::query_sums(problem, entry, sums);
     let launches = vec![
         edge(first)?,
         Launch::hopper_backward(problem, all, sums, multiprocessors)?,
-        edge(choose(Pass::BackwardFinish)?)?,
+        edge(choose(Pass::BackwardPostprocess)?)?,
     ];
     Ok((Tiles::of(launches[1].entry), launches, workspace_bytes))
 }
@@ -319,16 +319,16 @@ fn launches_without_pairs(problem: &BackwardProblem, device: &DeviceInfo) -> Res
     let forward = problem.forward();
     let choose = |pass| choose(forward, pass, device, false);
     let (passes, (exponents, workspace_bytes)) = if forward.has_queries() {
-        let passes: &[Pass] = &[Pass::BackwardDelta, Pass::BackwardQueries];
+        let passes: &[Pass] = &[Pass::BackwardPreprocess, Pass::BackwardDq];
         (passes, launch::portable_exponents(problem))
     } else if forward.has_keys() {
-        (&[Pass::BackwardKeys][..], launch::exponents(0, 0))
+        (&[Pass::BackwardDkv][..], launch::exponents(0, 0))
     } else {
         (&[][..], launch::exponents(0, 0))
     };
     let launch = |&pass: &Pass| Launch::backward(problem, choose(pass)?, exponents);
     let launches = passes.iter().map(launch).collect::<Result<Vec<_>, Error>>()?;
-    let tiles = Tiles::of(choose(Pass::BackwardQueries)?);
+    let tiles = Tiles::of(choose(Pass::BackwardDq)?);
     Ok((tiles, launches, workspace_bytes))
 }
 

@@ -5,7 +5,7 @@
 
 use core::ops::Range;
 
-use super::{Owned, Tile, add, clean_queries, cleaned, load_owned, ring_base, store_gradient, weighed};
+use super::{Owned, Tile, add, clean_queries, cleaned, load_owned, ring_base, shifts, store_gradient, weighed};
 use crate::abi::{Exponents, Layout, ListedBackwardParams, StridedTensor};
 use crate::lists::Work;
 use crate::mask::{Blocks, Span};
@@ -64,10 +64,11 @@ macro_rules! for_runs {
 /// Launched as its row of `entries` says, with parameters and lists that `Problem` and `Plan` made, after
 /// [`delta`](crate::delta::delta).
 #[inline(always)]
-pub unsafe fn listed_queries<S: TileShape>(p: &ListedBackwardParams) {
+pub unsafe fn listed_dq<S: TileShape>(p: &ListedBackwardParams) {
     // SAFETY (whole body): owned tiles and stages are disjoint parts of this block's dynamic shared memory, every
     // thread takes every step that holds a barrier, and windows clip what does not exist.
     unsafe {
+        weigh_few::<S>(p);
         let block = Listed::of_this_thread_block(p, 0);
         let (head, first_row) = (block.work.head, block.work.first_row);
         let kv_head = head / p.backward.heads_q_per_kv;
@@ -79,49 +80,28 @@ pub unsafe fn listed_queries<S: TileShape>(p: &ListedBackwardParams) {
             block.keys::<S>(&p.backward.v, of_values, kv_head),
         );
         let seqlen_k = block.work.sequence.seqlen_k;
-        let warp_row = sreg::warp_id() * S::WARP_ROWS;
-        let first_row = first_row + warp_row;
-        let shifts = sreg::dynamic_shared_mem() + S::BACKWARD_BYTES - 4 * S::ROWS + warp_row * 4;
-        let rows = block.work.sequence.seqlen_q.saturating_sub(first_row);
-        let statistics = block.statistic(head, first_row);
+        let first_row = first_row + sreg::warp_id() * S::WARP_ROWS;
+        let first_key = block.first_tile::<S>(block.work.runs.listed(), seqlen_k) * S::COLUMNS;
         let span = |_| Span {
             begin: 0,
             end: seqlen_k,
         };
-        let tile = |n, is_far, is_masked| Tile {
-            first_row,
-            first_column: n * S::COLUMNS,
-            span,
-            is_far,
-            hides: is_masked && program::hides(),
-            is_of_keys: true,
-        };
-        let first_key = block.first_tile::<S>(block.work.runs.listed(), seqlen_k) * S::COLUMNS;
-        if weighed::applies::<S>(&p.backward) {
-            let (queries, is_far) = OfRows::load::<S::Scores>(&p.backward.exponents, statistics, rows, shifts);
-            if weighed::any_of_few::<S>(&p.backward, queries, rows) {
-                let mut ring = PairRing::<S>::start_at(ring_base::<S>(), first_key, k, v, None);
-                block.begin_head(head);
-                let mut sums = weighed::Sums::<S>::zero();
-                for_runs!(block, seqlen_k, ring, |n, stage, MASKED| {
-                    let tile = tile(n, is_far, MASKED);
-                    sums.add::<program::OfQueries<MASKED>, MASKED, true>(&p.backward, owned, stage, queries, tile)
-                });
-                sums.store(&p.backward, queries, statistics, rows);
-            }
-        }
         let mut ring = PairRing::<S>::start_at(ring_base::<S>(), first_key, k, v, None);
-        let (queries, is_far) = OfRows::load::<S::Scores>(&p.backward.exponents, statistics, rows, shifts);
+        let rows = block.work.sequence.seqlen_q.saturating_sub(first_row);
+        let statistics = block.statistic(head, first_row);
+        let (queries, is_far) = OfRows::load::<S::Scores>(&p.backward.exponents, statistics, rows, shifts::<S>());
 
         block.begin_head(head);
         let (mut dq, mut none) = (S::Output::zero(), S::Output::zero());
         for_runs!(block, seqlen_k, ring, |n, stage, MASKED| {
+            let hides = MASKED && program::hides();
+            let tile = Tile::of_keys(first_row, n * S::COLUMNS, span, is_far, hides);
             add::<S, program::OfQueries<MASKED>, MASKED, true, true, false>(
                 &p.backward,
                 owned,
                 stage,
                 queries,
-                tile(n, is_far, MASKED),
+                tile,
                 &mut dq,
                 &mut none,
             )
@@ -135,13 +115,58 @@ pub unsafe fn listed_queries<S: TileShape>(p: &ListedBackwardParams) {
     }
 }
 
+/// Writes delta of the block's queries that few keys share, from the keys of their runs.
+///
+/// # Safety
+/// The contract of [`listed_dq`].
+#[inline(always)]
+unsafe fn weigh_few<S: TileShape>(p: &ListedBackwardParams) {
+    if !weighed::applies::<S>(&p.backward) {
+        return;
+    }
+    // SAFETY (whole body): as in `listed_dq`.
+    unsafe {
+        let block = Listed::of_this_thread_block(p, 0);
+        let (head, first_row) = (block.work.head, block.work.first_row);
+        let SequenceRows { seqlen_q, seqlen_k, .. } = block.work.sequence;
+        let first_warp_row = first_row + sreg::renewed_warp_id() * S::WARP_ROWS;
+        let rows = seqlen_q.saturating_sub(first_warp_row);
+        let queries = weighed::Queries::<S>::load(&p.backward, block.statistic(head, first_warp_row), rows);
+        if !queries.any_of_few(&p.backward) {
+            return;
+        }
+        let kv_head = head / p.backward.heads_q_per_kv;
+        let (layout, of_values) = (&p.backward.layout, &p.values);
+        let rows_of = |tensor, layout| block.queries::<S>(tensor, layout, head).rows_from(first_row);
+        let owned = load_owned::<S>(rows_of(&p.backward.q, layout), rows_of(&p.backward.dout, of_values));
+        let (k, v) = (
+            block.keys::<S>(&p.backward.k, layout, kv_head),
+            block.keys::<S>(&p.backward.v, of_values, kv_head),
+        );
+        let first_key = block.first_tile::<S>(block.work.runs.listed(), seqlen_k) * S::COLUMNS;
+        let mut ring = PairRing::<S>::start_at(ring_base::<S>(), first_key, k, v, None);
+        block.begin_head(head);
+        let span = |_| Span {
+            begin: 0,
+            end: seqlen_k,
+        };
+        let mut sums = weighed::Sums::<S>::zero();
+        for_runs!(block, seqlen_k, ring, |n, stage, MASKED| {
+            let hides = MASKED && program::hides();
+            let tile = Tile::of_keys(first_warp_row, n * S::COLUMNS, span, queries.is_far, hides);
+            sums.add::<program::OfQueries<MASKED>, MASKED, true>(&p.backward, owned, stage, &queries, tile)
+        });
+        queries.store(&p.backward, sums);
+    }
+}
+
 /// Computes dK and dV of `ROWS` keys of one key/value head from the queries of their runs.
 ///
 /// # Safety
-/// The contract of [`listed_queries`].
+/// The contract of [`listed_dq`].
 #[inline(always)]
-pub unsafe fn listed_keys<S: TileShape>(p: &ListedBackwardParams) {
-    // SAFETY (whole body): as in `listed_queries`.
+pub unsafe fn listed_dkv<S: TileShape>(p: &ListedBackwardParams) {
+    // SAFETY (whole body): as in `listed_dq`.
     unsafe {
         let block = Listed::of_this_thread_block(p, 0);
         let (layout, of_values) = (&p.backward.layout, &p.values);
@@ -197,7 +222,7 @@ unsafe fn walk_queries<S: TileShape, const DK: bool, const DV: bool>(
     dv: &mut S::Output,
 ) {
     for shared in 0..p.backward.heads_q_per_kv.get() {
-        // SAFETY (whole body): the reasons given in `listed_queries`.
+        // SAFETY (whole body): the reasons given in `listed_dq`.
         unsafe {
             let block = Listed::of_this_thread_block(p, shared);
             let first_row = block.work.first_row + sreg::warp_id() * S::WARP_ROWS;
@@ -285,7 +310,7 @@ impl<'a> Listed<'a> {
     /// Reads the work of this thread block, with the runs of the `shared`-th of the heads that share its keys.
     ///
     /// # Safety
-    /// The contract of [`listed_queries`].
+    /// The contract of [`listed_dq`].
     #[inline(always)]
     unsafe fn of_this_thread_block(p: &'a ListedBackwardParams, shared: u32) -> Self {
         let block = optimizer::renew(sreg::block_idx_x());
@@ -302,7 +327,7 @@ impl<'a> Listed<'a> {
     /// Reads a run.
     ///
     /// # Safety
-    /// The contract of [`listed_queries`]; the run is one of the block's.
+    /// The contract of [`listed_dq`]; the run is one of the block's.
     #[inline(always)]
     unsafe fn run(&self, number: u32) -> TileRun {
         // SAFETY: the caller's contract.

@@ -65,15 +65,15 @@ pub enum Pass {
     Combine,
     /// Preprocess: delta = rowsum(dO * O), which the other backward kernels need. For Hopper also lse in base 2,
     /// padded, and a cleared dQ accumulator.
-    BackwardDelta,
+    BackwardPreprocess,
     /// dQ.
-    BackwardQueries,
+    BackwardDq,
     /// dK and dV.
-    BackwardKeys,
+    BackwardDkv,
     /// dK and dV, and dQ in an f32 accumulator in device memory, to which blocks add.
-    BackwardAll,
+    BackwardDqkv,
     /// Postprocess: dQ from that accumulator.
-    BackwardFinish,
+    BackwardPostprocess,
     /// Rows of q, or of new keys and values, turned by a rotary embedding.
     Rotary,
 }
@@ -97,9 +97,9 @@ pub struct Entry<P = Pass> {
     pub quantized: bool,
     /// Widest head it serves.
     pub head_dim: u32,
-    /// Number of queries of a tile. A block owns one such tile, or in `BackwardKeys` streams them.
+    /// Number of queries of a tile. A block owns one such tile, or in `BackwardDkv` streams them.
     pub block_m: u32,
-    /// Number of keys of a tile. A block streams them, or in `BackwardKeys` owns one.
+    /// Number of keys of a tile. A block streams them, or in `BackwardDkv` owns one.
     pub block_n: u32,
     /// Threads per block.
     pub threads: u32,

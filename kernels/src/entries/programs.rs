@@ -44,9 +44,9 @@ macro_rules! program_entries {
                 latent_entry(concat!($latent, "_bf16", $latent_dim), Dtype::Bf16),
             )*
             $(
-                delta_entry(concat!($delta, "_f32"), Dtype::F32).of_programs(),
-                delta_entry(concat!($delta, "_f16"), Dtype::F16).of_programs(),
-                delta_entry(concat!($delta, "_bf16"), Dtype::Bf16).of_programs(),
+                preprocess_entry(concat!($delta, "_f32"), Dtype::F32).of_programs(),
+                preprocess_entry(concat!($delta, "_f16"), Dtype::F16).of_programs(),
+                preprocess_entry(concat!($delta, "_bf16"), Dtype::Bf16).of_programs(),
             )*
             $(
                 hopper_entry!(concat!($hopper, "_f16", $hopper_dim), Forward F16, $hopper_shape<F16>, false).of_programs(),
@@ -91,24 +91,24 @@ program_entries! {
         "score_forward" "_d128": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D128 min_blocks 2, ForwardD128 min_blocks 0;
         "score_forward" "_d192": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D192 min_blocks 1, ForwardD192 min_blocks 1;
         "score_forward" "_d256": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D256 min_blocks 2, ForwardD256 min_blocks 1;
-        "score_backward_queries" "_d32": BackwardQueries, backward::listed_queries(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
-        "score_backward_queries" "_d64": BackwardQueries, backward::listed_queries(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
-        "score_backward_queries" "_d96": BackwardQueries, backward::listed_queries(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
-        "score_backward_queries" "_d128": BackwardQueries, backward::listed_queries(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
-        "score_backward_queries" "_d192": BackwardQueries, backward::listed_queries(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
-        "score_backward_queries" "_d256": BackwardQueries, backward::listed_queries(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 0;
-        "score_backward_keys" "_d32": BackwardKeys, backward::listed_keys(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
-        "score_backward_keys" "_d64": BackwardKeys, backward::listed_keys(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
-        "score_backward_keys" "_d96": BackwardKeys, backward::listed_keys(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
-        "score_backward_keys" "_d128": BackwardKeys, backward::listed_keys(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
-        "score_backward_keys" "_d192": BackwardKeys, backward::listed_keys(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
-        "score_backward_keys" "_d256": BackwardKeys, backward::listed_keys(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 1;
+        "score_backward_dq" "_d32": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
+        "score_backward_dq" "_d64": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
+        "score_backward_dq" "_d96": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
+        "score_backward_dq" "_d128": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
+        "score_backward_dq" "_d192": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
+        "score_backward_dq" "_d256": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 0;
+        "score_backward_dkv" "_d32": BackwardDkv, backward::listed_dkv(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
+        "score_backward_dkv" "_d64": BackwardDkv, backward::listed_dkv(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
+        "score_backward_dkv" "_d96": BackwardDkv, backward::listed_dkv(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;
+        "score_backward_dkv" "_d128": BackwardDkv, backward::listed_dkv(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D128 min_blocks 1, BackwardD128 min_blocks 1;
+        "score_backward_dkv" "_d192": BackwardDkv, backward::listed_dkv(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D192 min_blocks 1, BackwardD192 min_blocks 1;
+        "score_backward_dkv" "_d256": BackwardDkv, backward::listed_dkv(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D256 min_blocks 1, BackwardD256 min_blocks 1;
     }
     latent {
         "score_forward" "_d576";
     }
     delta {
-        "score_backward_delta";
+        "score_backward_preprocess";
     }
     hopper {
         "score_hopper_forward" "_d64": HopperProgramD64;

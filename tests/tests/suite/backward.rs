@@ -74,16 +74,16 @@ fn every_compiled_kernel() {
 
 /// Backward passes of the table.
 const BACKWARD: [Pass; 5] = [
-    Pass::BackwardDelta,
-    Pass::BackwardQueries,
-    Pass::BackwardKeys,
-    Pass::BackwardAll,
-    Pass::BackwardFinish,
+    Pass::BackwardPreprocess,
+    Pass::BackwardDq,
+    Pass::BackwardDkv,
+    Pass::BackwardDqkv,
+    Pass::BackwardPostprocess,
 ];
 
 /// Returns a small case for each kernel that computes dQ.
 pub fn cases_of_kernels() -> impl Iterator<Item = (Arch, Case)> {
-    let makes_dq = |pass| matches!(pass, Pass::BackwardQueries | Pass::BackwardAll);
+    let makes_dq = |pass| matches!(pass, Pass::BackwardDq | Pass::BackwardDqkv);
     ENTRIES.iter().filter(move |entry| makes_dq(entry.pass)).map(|entry| {
         let (short, long) = if entry.dtype == Dtype::F32 { (5, 35) } else { (18, 75) };
         let case = Case::one_head(entry.dtype, short, long, entry.head_dim as usize - 8).masked(entry.causal);

@@ -74,8 +74,8 @@ fn every_kernel_for_programs() {
         };
         match entry.pass {
             Pass::Forward => case(18, block_n + 9).check_on(gpus()),
-            Pass::BackwardQueries => case(18, block_n + 9).check_gradients_on(gpus()),
-            Pass::BackwardKeys => case(block_m + 9, 18).check_gradients_on(gpus()),
+            Pass::BackwardDq => case(18, block_n + 9).check_gradients_on(gpus()),
+            Pass::BackwardDkv => case(block_m + 9, 18).check_gradients_on(gpus()),
             _ => {}
         }
     }

@@ -1,6 +1,8 @@
 //! Contract of the committed kernels, checked on their text: registers only, no calls, exactly the products of their
 //! tiles, and the launch bounds of the table.
 
+mod markers;
+
 use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -13,7 +15,6 @@ use flash_attention_kernels::abi::{
 use flash_attention_kernels::archive::Archive;
 use flash_attention_kernels::element::F16;
 use flash_attention_kernels::entries::{Arch, Dtype, ENTRIES, Entry, FP8_ENTRIES, PROGRAM_ENTRIES, Pass};
-use flash_attention_kernels::program::{Kind, Layout, Marker, Tile};
 use flash_attention_kernels::shape::{HOPPER_SHARED_BYTES, LatentD576, PORTABLE_SHARED_BYTES, TileSizes as _};
 use flash_attention_kernels::study::{self, StandardParams};
 use flash_attention_tests::files::workspace;
@@ -84,7 +85,7 @@ fn nothing_leaves_the_registers_and_nothing_is_called() {
 /// Returns the `mma.sync` m16n8k16 that one warp issues for one product of its rows, a streamed tile and head_dim.
 fn mma_of_one_product(entry: &Kernel) -> u32 {
     let (owned, streamed) = match entry.pass {
-        Some(Pass::BackwardKeys) => (entry.block_n, entry.block_m),
+        Some(Pass::BackwardDkv) => (entry.block_n, entry.block_m),
         _ => (entry.block_m, entry.block_n),
     };
     let rows = owned / (entry.threads / 32);
@@ -106,15 +107,15 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm80) {
         let products = match (entry.pass, entry.two_walks) {
             (None, _) => 0, // kernels of the study are f32
-            (Some(Pass::BackwardDelta | Pass::Combine | Pass::Rotary), _) => 0,
-            (Some(Pass::Forward), _) => 2,          // Q K^T, P V
-            (Some(Pass::BackwardQueries), _) => 3,  // Q K^T, dO V^T, dS K
-            (Some(Pass::BackwardKeys), false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
-            (Some(Pass::BackwardKeys), true) => 5,  // K Q^T twice
-            (Some(Pass::BackwardAll | Pass::BackwardFinish), _) => panic!("{} is not portable", entry.name),
+            (Some(Pass::BackwardPreprocess | Pass::Combine | Pass::Rotary), _) => 0,
+            (Some(Pass::Forward), _) => 2,         // Q K^T, P V
+            (Some(Pass::BackwardDq), _) => 3,      // Q K^T, dO V^T, dS K
+            (Some(Pass::BackwardDkv), false) => 4, // K Q^T, V dO^T, P^T dO, dS^T Q
+            (Some(Pass::BackwardDkv), true) => 5,  // K Q^T twice
+            (Some(Pass::BackwardDqkv | Pass::BackwardPostprocess), _) => panic!("{} is not portable", entry.name),
         };
         let bodies = match entry.pass {
-            Some(Pass::BackwardKeys) if !entry.causal && !entry.program => 1,
+            Some(Pass::BackwardDkv) if !entry.causal && !entry.program => 1,
             Some(Pass::Forward) if !entry.program => 3,
             _ => 2,
         };
@@ -143,19 +144,19 @@ fn tensor_core_instructions_are_those_of_the_tiles() {
 fn warpgroup_products_are_those_of_the_tiles() {
     for entry in KERNELS.iter().filter(|entry| entry.arch == Arch::Sm90a) {
         let streamed = match entry.pass {
-            Some(Pass::BackwardAll) => entry.block_m,
+            Some(Pass::BackwardDqkv) => entry.block_m,
             _ => entry.block_n,
         };
         // Products of tiles in shared memory, along head_dim; and of registers with a tile, along its rows.
         let (loops, along_rows, down_rows) = match (entry.pass, entry.two_walks) {
             (Some(Pass::Forward), _) => (2 + u32::from(entry.causal), 1, 1),
             // One for tiles with hidden pairs, one for the others.
-            (Some(Pass::BackwardAll), _) => (2, 2, 2),
-            (Some(Pass::BackwardDelta | Pass::BackwardFinish), _) => (0, 0, 0),
+            (Some(Pass::BackwardDqkv), _) => (2, 2, 2),
+            (Some(Pass::BackwardPreprocess | Pass::BackwardPostprocess), _) => (0, 0, 0),
             other => panic!("no kernel of {other:?} is compiled for Hopper"),
         };
         // A square of dQ, along the keys of both warpgroups.
-        let dq = if entry.pass == Some(Pass::BackwardAll) {
+        let dq = if entry.pass == Some(Pass::BackwardDqkv) {
             loops * entry.block_n / 16
         } else {
             0
@@ -170,7 +171,7 @@ fn warpgroup_products_are_those_of_the_tiles() {
         };
         let shape = |n: u32| format!("wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{dtype}.{dtype} ");
         let count = |n: u32| products.iter().filter(|line| line.contains(&shape(n))).count() as u32;
-        let expected = if entry.pass == Some(Pass::BackwardAll) && entry.head_dim > 128 {
+        let expected = if entry.pass == Some(Pass::BackwardDqkv) && entry.head_dim > 128 {
             // Warpgroups share the keys of a tile's scores, and each gradient's slices of 64 columns.
             let groups = entry.threads / 128 - 1;
             let slices = entry.head_dim / 64 / groups;
@@ -306,9 +307,9 @@ fn the_header_is_the_table() {
             Some(Pass::Combine) => size_of::<ListedForwardParams>(),
             Some(Pass::Rotary) => size_of::<RotaryParams>(),
             None | Some(Pass::Forward) => size_of::<ForwardParams>(),
-            Some(Pass::BackwardDelta | Pass::BackwardFinish) if hopper => size_of::<QuerySumsParams>(),
-            Some(Pass::BackwardAll) if hopper => size_of::<HopperBackwardParams>(),
-            Some(Pass::BackwardQueries | Pass::BackwardKeys) if entry.program => size_of::<ListedBackwardParams>(),
+            Some(Pass::BackwardPreprocess | Pass::BackwardPostprocess) if hopper => size_of::<QuerySumsParams>(),
+            Some(Pass::BackwardDqkv) if hopper => size_of::<HopperBackwardParams>(),
+            Some(Pass::BackwardDq | Pass::BackwardDkv) if entry.program => size_of::<ListedBackwardParams>(),
             Some(_) => size_of::<BackwardParams>(),
         };
         // Tensor maps, which come first on Hopper, are aligned to 64 bytes.
@@ -326,7 +327,7 @@ fn the_version_is_old_enough() {
         let version = entry.ptx.lines().find_map(|line| line.strip_prefix(".version "));
         let expected = match entry.arch {
             Arch::Sm80 => "7.0",
-            Arch::Sm90a if entry.pass == Some(Pass::BackwardAll) && entry.head_dim > 128 => "8.1",
+            Arch::Sm90a if entry.pass == Some(Pass::BackwardDqkv) && entry.head_dim > 128 => "8.1",
             Arch::Sm90a => "8.0",
         };
         assert_eq!(version, Some(expected), "{}", entry.name);
@@ -418,103 +419,4 @@ fn inline_assembly_stays_in_its_room() {
         }
     }
     assert!(inside > 0, "the search finds what it looks for");
-}
-
-/// Markers of a kernel, in the order of its text.
-fn markers(entry: &Kernel) -> Vec<Marker<'_>> {
-    let read = |line| Marker::read(line).map(|marker| marker.unwrap_or_else(|()| panic!("{}: {line}", entry.name)));
-    entry.ptx.lines().filter_map(read).collect()
-}
-
-/// Each body of a kernel for programs, one for tiles at the edge and one for the rest, has the markers of its tile of scores;
-/// plain kernels have none.
-#[test]
-fn kernels_for_programs_have_their_markers() {
-    for entry in KERNELS.iter() {
-        let found = markers(entry);
-        if !entry.program {
-            assert!(found.is_empty(), "{}", entry.name);
-            continue;
-        }
-        if entry.pass == Some(Pass::BackwardDelta) {
-            assert!(matches!(found[..], [Marker::Row { .. }]), "{}", entry.name);
-            continue;
-        }
-        let transposed = entry.pass == Some(Pass::BackwardKeys);
-        let (owned, streamed) = match transposed {
-            false => (entry.block_m, entry.block_n),
-            true => (entry.block_n, entry.block_m),
-        };
-        let warps = entry.threads / 32 - if entry.arch == Arch::Sm90a { 4 } else { 0 };
-        let (layout, rows) = match entry.dtype {
-            Dtype::F32 => (Layout::Lanes, 1),
-            // Warps pass scores on through shared memory.
-            Dtype::F16 | Dtype::Bf16 if entry.is_latent() => (Layout::Lanes, 1),
-            Dtype::F16 | Dtype::Bf16 => (Layout::Fragment, owned / warps / 16),
-        };
-        // dK and dV may be a walk each; dK alone takes gradients of scores. In f32 a walk for delta may come before that for dQ.
-        let weighs = entry.pass == Some(Pass::BackwardQueries) && entry.dtype == Dtype::F32;
-        let walks = if entry.two_walks || weighs { 2 } else { 1 };
-        let kinds: &[(Kind, u32)] = match entry.pass {
-            Some(Pass::Forward) => &[(Kind::Score, 1), (Kind::Mask, 1), (Kind::Weight, 1)],
-            Some(Pass::BackwardQueries) => &[
-                (Kind::Score, walks),
-                (Kind::Hide, walks),
-                (Kind::Weight, walks),
-                (Kind::Gradient, 1),
-            ],
-            _ => &[
-                (Kind::Score, walks),
-                (Kind::Hide, walks),
-                (Kind::Weight, 2),
-                (Kind::Gradient, 1),
-            ],
-        };
-        for edge in [false, true] {
-            let wanted = Tile {
-                layout,
-                transposed,
-                edge,
-            };
-            let count = |is: &dyn Fn(&Marker<'_>) -> bool| found.iter().filter(|marker| is(marker)).count() as u32;
-            let tiles = count(&|marker| matches!(marker, Marker::Tile { tile, .. } if *tile == wanted));
-            assert_eq!(tiles, rows * walks, "{}: {wanted:?}", entry.name);
-            for &(wanted_kind, times) in kinds {
-                // The portable kernels run no mask in tiles that are listed as full.
-                let masks = matches!(wanted_kind, Kind::Mask | Kind::Hide);
-                let times = if masks && !edge && entry.arch == Arch::Sm80 {
-                    0
-                } else {
-                    times
-                };
-                let is = |marker: &Marker<'_>| matches!(marker, Marker::Scores { kind, tile, .. } if (*kind, *tile) == (wanted_kind, wanted));
-                assert_eq!(
-                    count(&is),
-                    rows * streamed / 16 * times,
-                    "{}: {wanted_kind:?} {wanted:?}",
-                    entry.name
-                );
-            }
-        }
-        let of_scores = |marker: &&Marker<'_>| matches!(marker, Marker::Scores { .. });
-        let times_of_kind = |&(kind, times): &(Kind, u32)| match kind {
-            Kind::Mask | Kind::Hide if entry.arch == Arch::Sm80 => times,
-            _ => 2 * times,
-        };
-        let total: u32 = kinds
-            .iter()
-            .map(|kind| rows * streamed / 16 * times_of_kind(kind))
-            .sum();
-        assert_eq!(found.iter().filter(of_scores).count() as u32, total, "{}", entry.name);
-        let starts = found
-            .iter()
-            .filter(|marker| matches!(marker, Marker::Start { .. }))
-            .count();
-        assert_eq!(starts, usize::from(entry.pass == Some(Pass::Forward)), "{}", entry.name);
-        let heads = found
-            .iter()
-            .filter(|marker| matches!(marker, Marker::Head { .. }))
-            .count();
-        assert!(heads > 0, "{}: no head is shown", entry.name);
-    }
 }

@@ -157,7 +157,7 @@ pub fn step_cycles(entry: &Entry) -> Result<f64, Failure> {
     for found in main_loops(entry.name)? {
         sum = sum.plus(Replayed::of(&found.program()?, warpgroups(entry))?.estimate());
     }
-    Ok(sum.cycles(entry.pass == entries::Pass::BackwardAll))
+    Ok(sum.cycles(entry.pass == entries::Pass::BackwardDqkv))
 }
 
 /// A loop replayed in all variants that the table shows.
@@ -285,8 +285,8 @@ mod tests {
         for kernel in [
             "forward_d64 ",
             "forward_d256_causal ",
-            "backward_all_d128 ",
-            "backward_all_d256_causal ",
+            "backward_dqkv_d128 ",
+            "backward_dqkv_d256_causal ",
         ] {
             assert!(table.contains(kernel), "{kernel}");
         }

@@ -64,13 +64,13 @@ pub fn products(entry: &Entry) -> Vec<(u32, u32, bool)> {
     match entry.pass {
         entries::Pass::Forward => vec![of_keys, (d, n / 16, false)],
         // Warpgroups share the keys of a tile's scores, and the slices of each gradient.
-        entries::Pass::BackwardAll if d > 128 => {
+        entries::Pass::BackwardDqkv if d > 128 => {
             let groups = entry.threads / 128 - 1;
             let (share, slices) = ((n / groups, d / 16, true), d / 64 / groups);
             let gradient = (n, slices * m / 16, true);
             vec![share, share, gradient, gradient, (64, slices * n / 16, true)]
         }
-        entries::Pass::BackwardAll => {
+        entries::Pass::BackwardDqkv => {
             let dq = (64, n / 16, true);
             vec![of_queries, of_queries, (d, m / 16, false), (d, m / 16, false), dq]
         }

@@ -43,8 +43,6 @@ pub struct BackwardMaps {
     pub v: TileMap,
     /// Map of the gradient of the output.
     pub dout: TileMap,
-    /// Map of the gradient of q.
-    pub dq: TileMap,
     /// Map of the gradient of k.
     pub dk: TileMap,
     /// Map of the gradient of v.
@@ -121,14 +119,12 @@ fn place_hopper<E>(
     results: &BackwardResults,
     encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
 ) -> Result<(), E> {
-    maps.dq.address = results.dq;
     maps.dk.address = results.dk;
     maps.dv.address = results.dv;
     params.q = encode(&maps.q)?;
     params.k = encode(&maps.k)?;
     params.v = encode(&maps.v)?;
     params.dout = encode(&maps.dout)?;
-    params.dq = encode(&maps.dq)?;
     params.dk = encode(&maps.dk)?;
     params.dv = encode(&maps.dv)?;
     params.sums = placed(params.sums, results.workspace);
@@ -162,7 +158,6 @@ impl Launch<Backward> {
             k: UNKNOWN_MAP,
             v: UNKNOWN_MAP,
             dout: UNKNOWN_MAP,
-            dq: UNKNOWN_MAP,
             dk: UNKNOWN_MAP,
             dv: UNKNOWN_MAP,
             sums,
@@ -187,7 +182,6 @@ impl Launch<Backward> {
             k: key(&problem.k(), k),
             v: key(&problem.v(), v),
             dout: query(&tensors.dout, out),
-            dq: query(&tensors.dq, q),
             dk: key(&tensors.dk, k),
             dv: key(&tensors.dv, v),
         };
@@ -203,7 +197,7 @@ impl Launch<Backward> {
     ) -> Result<Self, Error> {
         let (tensors, problem) = (problem.tensors(), problem.forward());
         let mut tiles = sums.padded_q.get() / entry.block_m;
-        if entry.pass == Pass::BackwardFinish {
+        if entry.pass == Pass::BackwardPostprocess {
             tiles *= sums.dq_columns / HOPPER_ROWS;
         }
         let (grid, tiles) = grid(problem.batch(), problem.heads_q(), tiles, 1)?;
@@ -220,7 +214,7 @@ impl Launch<Backward> {
             scale_log2: problem.scale().log2,
             // The first kernel reads rows of out and dout, the last writes rows of dq.
             layout: unknown_alignment(match entry.pass {
-                Pass::BackwardFinish => problem.head_dim(),
+                Pass::BackwardPostprocess => problem.head_dim(),
                 _ => problem.head_dim_v(),
             }),
             reserved: 0,
@@ -239,7 +233,7 @@ impl Launch<Backward> {
             false => None,
         };
         let (tensors, problem) = (problem.tensors(), problem.forward());
-        let (grid, tiles) = if entry.pass == Pass::BackwardKeys {
+        let (grid, tiles) = if entry.pass == Pass::BackwardDkv {
             grid(problem.batch(), problem.heads_kv(), problem.seqlen_k(), entry.block_n)?
         } else {
             grid(problem.batch(), problem.heads_q(), problem.seqlen_q(), entry.block_m)?
@@ -274,15 +268,15 @@ impl Launch<Backward> {
             },
             // The kernel for delta reads rows of out and dout.
             layout: unknown_alignment(match entry.pass {
-                Pass::BackwardDelta => problem.head_dim_v(),
+                Pass::BackwardPreprocess => problem.head_dim_v(),
                 _ => problem.head_dim(),
             }),
             delta: delta_of_few(problem, tensors),
             reserved: 0,
         };
         let owner = match entry.pass {
-            Pass::BackwardQueries => Owner::Queries,
-            Pass::BackwardKeys => Owner::Keys,
+            Pass::BackwardDq => Owner::Queries,
+            Pass::BackwardDkv => Owner::Keys,
             _ => {
                 return Ok(Self {
                     program,

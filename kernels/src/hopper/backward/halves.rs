@@ -15,7 +15,7 @@ impl<S: HopperBackwardShape, const CAUSAL: bool> Consumer<'_, S, CAUSAL> {
     /// Adds the next `tiles` tiles of queries to dK and dV, and computes their dQ. Afterwards no product is pending.
     ///
     /// # Safety
-    /// The contract of [`keys`](super::keys). No product is pending, each tile sees every key of the block, and no query
+    /// The contract of [`dqkv`](super::dqkv). No product is pending, each tile sees every key of the block, and no query
     /// in them is far.
     #[inline(always)]
     pub(super) unsafe fn add_near_tiles(&mut self, tiles: u32, dk: &mut S::Output, dv: &mut S::Output) {
@@ -45,7 +45,7 @@ impl<S: HopperBackwardShape, const CAUSAL: bool> Consumer<'_, S, CAUSAL> {
         let slot = self.streamed.slot;
         let OfColumns { lse_log2, delta, .. } = self.shared.queries(slot);
         let [first, second] = Part::split(S::EIGHTHS_FIRST);
-        // SAFETY (whole body): the reasons given in `keys`; the slot's statistics arrived with its tiles.
+        // SAFETY (whole body): the reasons given in `dqkv`; the slot's statistics arrived with its tiles.
         unsafe {
             let (mut p, mut ds) = self.issue_products(|| {
                 if releases {

@@ -1,7 +1,7 @@
 //! The backward pass on Hopper, in five products. The preprocess kernel in [`sums`] computes lse and delta of the queries
 //! first.
 //!
-//! [`keys`] owns keys, streams queries and works on the transposed tiles for dK and dV, so that P^T and dS^T are left
+//! [`dqkv`] owns keys, streams queries and works on the transposed tiles for dK and dV, so that P^T and dS^T are left
 //! operands in the registers where they were computed. dQ of each streamed tile needs dS^T of all its keys, which the
 //! warpgroups exchange in shared memory. [`add`] adds it to an f32 accumulator in device memory, and the postprocess
 //! kernel in [`sums`] rounds it at the end. Blocks add in any order, so the last bits of dQ vary, unless each block waits
@@ -64,9 +64,9 @@ use core::mem::offset_of;
 /// parameter.
 ///
 /// # Safety
-/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`sums::prepare`].
+/// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after [`sums::preprocess`].
 #[inline(always)]
-pub unsafe fn keys<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
+pub unsafe fn dqkv<S: HopperBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
     let shared = Shared::<S>::of_this_block();
     // SAFETY: the parts of shared memory are disjoint; barriers are initialised before any thread continues.
     unsafe {
@@ -168,7 +168,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
                 blocks
             }
         };
-        // SAFETY (whole body): the reasons given in `keys`.
+        // SAFETY (whole body): the reasons given in `dqkv`.
         unsafe {
             for i in 0..self.p.heads_q_per_kv.get() {
                 let head = work.head * self.p.heads_q_per_kv.get() + i;
@@ -225,7 +225,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         dv: &mut S::Output,
     ) {
         let slot = self.streamed.slot;
-        // SAFETY (whole body): the reasons given in `keys`; the slot's statistics arrived with its tiles.
+        // SAFETY (whole body): the reasons given in `dqkv`; the slot's statistics arrived with its tiles.
         unsafe {
             if Mask::<CAUSAL>::HIDES_PAIRS && tile.is_masked {
                 self.shared.streamed_slots().acquire(self.streamed);
@@ -299,7 +299,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     /// Computes this warpgroup's share of the current tile's dQ, and adds `dS^T Q` to dK; that product is pending.
     #[inline(always)]
     unsafe fn add_queries_and_keys(&mut self, ds: &<S::Scores as ScoreTile>::Operand, dk: &mut S::Output) {
-        // SAFETY (whole body): the reasons given in `keys`.
+        // SAFETY (whole body): the reasons given in `dqkv`.
         unsafe {
             self.show_ds(ds);
             wgmma::fence();
@@ -322,7 +322,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn show_ds(&self, ds: &<S::Scores as ScoreTile>::Operand) {
         let shared = self.shared.renewed();
-        // SAFETY (whole body): the reasons given in `keys`. No thread still reads the earlier dS^T of the slot:
+        // SAFETY (whole body): the reasons given in `dqkv`. No thread still reads the earlier dS^T of the slot:
         // its readers awaited their products before they arrived at the barrier of the tile in between.
         unsafe {
             let target = shared.ds(self.streamed.slot, self.group);
@@ -337,7 +337,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn issue_dq(&self) -> S::Square {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
         let (queries, columns) = S::square(self.group);
-        // SAFETY: the reasons given in `keys`; dS^T of both warpgroups is complete.
+        // SAFETY: the reasons given in `dqkv`; dS^T of both warpgroups is complete.
         unsafe {
             let dq = S::Square::product([0, 1].map(|group| {
                 (
@@ -372,7 +372,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn issue_products(&self, release: impl FnOnce()) -> (S::Scores, S::Scores) {
         let (slot, shared) = (self.streamed.slot, self.shared.renewed());
-        // SAFETY (whole body): the reasons given in `keys`.
+        // SAFETY (whole body): the reasons given in `dqkv`.
         unsafe {
             shared.streamed_slots().acquire(self.streamed);
             wgmma::fence();
@@ -391,7 +391,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     #[inline(always)]
     unsafe fn release(&self) {
         if sreg::lane_id() == 0 {
-            // SAFETY: the reasons given in `keys`.
+            // SAFETY: the reasons given in `dqkv`.
             unsafe { self.shared.streamed_slots().release(self.streamed.previous_slot()) }
         }
     }
@@ -418,7 +418,7 @@ impl<'a, S: HopperBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
     unsafe fn finish(&mut self) {
         if self.is_first_of_group() {
             tma::wait_read();
-            // SAFETY: the reasons given in `keys`; the rest of the warpgroup passed the barrier of the last store.
+            // SAFETY: the reasons given in `dqkv`; the rest of the warpgroup passed the barrier of the last store.
             unsafe { self.shared.owned_slots().release(self.owned.slot) }
         }
         self.owned.advance();

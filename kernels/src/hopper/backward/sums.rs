@@ -1,7 +1,7 @@
 //! Preprocess and postprocess kernels of backward on Hopper, and their workspace for each query.
 //!
-//! [`prepare`] writes lse and delta in whole tiles of queries, as a bulk copy reads them, and clears the dQ
-//! accumulator. [`finish`] converts the accumulator to dQ.
+//! [`preprocess`] writes lse and delta in whole tiles of queries, as a bulk copy reads them, and clears the dQ
+//! accumulator. [`postprocess`] converts the accumulator to dQ.
 
 use core::num::NonZeroU32;
 
@@ -24,7 +24,7 @@ use crate::tile::{
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made.
 #[inline(always)]
-pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
+pub unsafe fn preprocess<T: Half>(p: &QuerySumsParams) {
     let (head, tile) = (sreg::block_idx_x() / p.tiles, sreg::block_idx_x() % p.tiles);
     let first = head as u64 * p.sums.padded_q.get() as u64 + (tile * DELTA_ROWS) as u64;
     let row = sreg::thread_idx_x() / LANES;
@@ -59,9 +59,9 @@ pub unsafe fn prepare<T: Half>(p: &QuerySumsParams) {
 /// Converts one square of the dQ accumulator per block to dQ, by one warpgroup.
 ///
 /// # Safety
-/// The contract of [`prepare`], after the kernel that accumulates dQ.
+/// The contract of [`preprocess`], after the kernel that accumulates dQ.
 #[inline(always)]
-pub unsafe fn finish<T: Half>(p: &QuerySumsParams) {
+pub unsafe fn postprocess<T: Half>(p: &QuerySumsParams) {
     let square = sreg::block_idx_x();
     let (head, square_of_head) = (square / p.tiles, square % p.tiles);
     // A tile of 64 queries is one square, or some side by side.

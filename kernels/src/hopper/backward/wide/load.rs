@@ -22,7 +22,7 @@ pub unsafe fn load<S: WideBackwardShape, const CAUSAL: bool>(p: &HopperBackwardP
             // Registers are few here: the loop must not be unrolled, and most is worked out anew where it is needed.
             let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), p.seqlen_k);
             let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
-            for i in 0..p.heads_q_per_kv.get() {
+            for i in query_heads(p) {
                 for m in (blocks.begin..).take_while(|&m| m < optimizer::renew(blocks.end)) {
                     let place = || {
                         let head = optimizer::renew(work.head) * p.heads_q_per_kv.get() + i;
@@ -60,7 +60,7 @@ pub unsafe fn take_turns<S: WideBackwardShape, const CAUSAL: bool>(
     for work in Work::of_this_block::<CAUSAL, true>(&p.work, S::ROWS) {
         let mask = Mask::<CAUSAL>::new(optimizer::renew(p.seqlen_q), p.seqlen_k);
         let blocks = mask.query_blocks(work.first_row, work.rows(p.seqlen_k), S::COLUMNS);
-        for i in 0..p.heads_q_per_kv.get() {
+        for i in query_heads(p) {
             let first = (work.head * p.heads_q_per_kv.get() + i) * (p.sums.padded_q.get() / S::COLUMNS);
             for m in (blocks.begin..).take_while(|&m| m < optimizer::renew(blocks.end)) {
                 let square = ((first + m) * S::ALL_SLICES + group * S::SLICES) as u64;
@@ -77,4 +77,11 @@ pub unsafe fn take_turns<S: WideBackwardShape, const CAUSAL: bool>(
             }
         }
     }
+}
+
+/// Iterates over the query heads that share a key head. Their number is read anew for each: a comparison with it that all loops
+/// share is kept on the stack.
+#[inline(always)]
+pub fn query_heads(p: &HopperBackwardParams) -> impl Iterator<Item = u32> {
+    (0..).take_while(|&i| i < optimizer::renew(p.heads_q_per_kv.get()))
 }

@@ -19,7 +19,7 @@
 mod load;
 mod shared;
 
-use self::load::{load, take_turns};
+use self::load::{load, query_heads, take_turns};
 use self::shared::Tiles;
 use super::findings::Findings;
 use crate::abi::HopperBackwardParams;
@@ -40,7 +40,7 @@ use core::mem::offset_of;
 ///
 /// # Safety
 /// Launched as its row of `entries` says, with parameters that `Problem` and `Plan` made, after
-/// [`prepare`](super::sums::prepare).
+/// [`preprocess`](super::sums::preprocess).
 #[inline(always)]
 pub unsafe fn wide<S: WideBackwardShape, const CAUSAL: bool>(p: &HopperBackwardParams, maps: u64) {
     let tiles = Tiles::<S>::of_this_block();
@@ -122,7 +122,7 @@ impl<'a, S: WideBackwardShape, const CAUSAL: bool> Consumer<'a, S, CAUSAL> {
         // SAFETY (whole body): the reasons given in `run`.
         unsafe {
             let mut follows = false;
-            for i in 0..p.heads_q_per_kv.get() {
+            for i in query_heads(p) {
                 let head = work.head * p.heads_q_per_kv.get() + i;
                 let findings = self.findings();
                 findings.find_far(&p.sums, head, blocks, S::COLUMNS, i == 0, is_tainted);

@@ -7,6 +7,7 @@
 mod calibration;
 mod counts;
 mod model;
+mod peer;
 mod program;
 mod record;
 mod replay;
@@ -58,9 +59,9 @@ fn document() -> Result<String, Failure> {
     }
     counted += " ceiling at 16384 | busiest, share of the time | longest block / mean | FA3, H100, published, 512 to 16384 |\n";
     counted += &format!("{}|\n", "| --- ".repeat(7 + SEQLENS.len()));
-    replayed +=
-        " against the older model at 16384 | FA3, H100, published, 512 to 16384 | against FA3, 4096 to 16384 |\n";
-    replayed += &format!("{}|\n", "| --- ".repeat(6 + SEQLENS.len()));
+    replayed += " against the counted model at 16384 | FA3, H100, published, 512 to 16384 | against it, 4096 to 16384 | \
+         FA3 by the same fit at 16384 | against it |\n";
+    replayed += &format!("{}|\n", "| --- ".repeat(8 + SEQLENS.len()));
     for pass in [Pass::Forward, Pass::Backward, Pass::Deterministic] {
         for head_dim in HEAD_DIMS {
             let counts = counts::measure(pass, head_dim)?;
@@ -75,7 +76,8 @@ fn document() -> Result<String, Failure> {
                     .map(|row| row.3);
                 let name = format!("| {} | {} | {head_dim} |", pass.title(), mask(causal));
                 counted += &(name.clone() + &counted_row(&predictions, published));
-                replayed += &(name + &replayed_row(&predictions, published));
+                let by_fit = calibration::of_peer(pass, head_dim as u32, causal);
+                replayed += &(name + &replayed_row(&predictions, published, by_fit));
             }
         }
     }
@@ -85,10 +87,11 @@ fn document() -> Result<String, Failure> {
         .replace("CALIBRATION\n", &calibration::about());
     Ok(about
         .replace("LOOPS\n", &calibration::loops()?)
+        .replace("POLYNOMIALS\n", &calibration::polynomials()?)
         .replace("REPLAYED\n", &replayed))
 }
 
-/// Writes the cells of a row of the older model.
+/// Writes the cells of a row of the counted model.
 fn counted_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> String {
     let mut text = String::new();
     for prediction in predictions {
@@ -108,7 +111,7 @@ fn counted_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> Strin
 }
 
 /// Writes the cells of a row of the replay.
-fn replayed_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> String {
+fn replayed_row(predictions: &[Prediction], published: Option<[u32; 6]>, by_fit: Option<f64>) -> String {
     let mut text = String::new();
     for prediction in predictions {
         let _ = write!(text, " {:.0} |", prediction.replayed);
@@ -120,9 +123,12 @@ fn replayed_row(predictions: &[Prediction], published: Option<[u32; 6]>) -> Stri
         let errors = rows.map(|(ours, theirs)| percent(ours.replayed, f64::from(theirs)));
         errors.collect::<Vec<_>>().join(", ")
     });
+    let by_fit = by_fit.map_or("- | -".to_owned(), |theirs| {
+        format!("{theirs:.0} | {}", percent(last.replayed, theirs))
+    });
     let _ = writeln!(
         text,
-        " {} | {} | {} |",
+        " {} | {} | {} | {by_fit} |",
         percent(last.replayed, last.tflops),
         speeds(published),
         against.as_deref().unwrap_or("-")

@@ -21,11 +21,12 @@ use flash_attention_kernels::mask::Mask;
 use crate::Failure;
 use crate::calibration;
 use crate::counts::{Counts, Shape, products};
+use crate::peer::Published;
 
 /// A constant of the hardware, with its source.
 pub struct Constant(&'static str, pub f64, &'static str);
 
-const MULTIPROCESSORS: Constant = Constant("multiprocessors", 132.0, "NVIDIA H100 whitepaper, SXM5");
+pub const MULTIPROCESSORS: Constant = Constant("multiprocessors", 132.0, "NVIDIA H100 whitepaper, SXM5");
 pub const PEAK: Constant = Constant(
     "dense f16 peak, TFLOP/s",
     989.4,
@@ -75,30 +76,52 @@ const CONSTANTS: [Constant; 11] = [
     TURN,
 ];
 
-/// FlashAttention-3 at seqlen 16k with a full mask: pass, head_dim, queries and keys of a tile (from its source),
-/// TFLOP/s.
-const FITTED: [(Pass, f64, f64, f64, f64); 5] = [
-    (Pass::Forward, 64.0, 192.0, 192.0, 497.0),
-    (Pass::Forward, 128.0, 128.0, 176.0, 648.0),
-    (Pass::Forward, 256.0, 128.0, 80.0, 756.0),
-    (Pass::Backward, 64.0, 128.0, 128.0, 474.0),
-    (Pass::Backward, 128.0, 80.0, 128.0, 561.0),
+/// FlashAttention-3 with a full mask.
+const FITTED: [Published; 5] = [
+    full(Pass::Forward, 64, [192, 192], 497.0),
+    full(Pass::Forward, 128, [128, 176], 648.0),
+    full(Pass::Forward, 256, [128, 80], 756.0),
+    full(Pass::Backward, 64, [128, 128], 474.0),
+    full(Pass::Backward, 128, [80, 128], 561.0),
 ];
+
+const fn full(pass: Pass, head_dim: u32, tile: [u32; 2], tflops: f64) -> Published {
+    Published {
+        pass,
+        head_dim,
+        causal: false,
+        tile,
+        tflops,
+    }
+}
 
 /// Returns the cycles of a peer's step: on the tensor cores, of other instructions, and of the whole step as
 /// published.
-fn peer((pass, d, m, n, tflops): (Pass, f64, f64, f64, f64)) -> [f64; 3] {
-    let products = if pass == Pass::Forward { 2.0 } else { 5.0 };
-    let tensor = products * 2.0 * m * n * d / TENSOR.1;
+fn peer(call: &Published) -> [f64; 3] {
+    let [m, n] = call.tile.map(f64::from);
     // Per pair one exponential, and: maximum, multiply-add, sum and half a conversion (forward), or multiply-add,
     // difference, product and two half conversions (backward). The rescaling of the output, and the path of dQ and dS
     // through shared memory, are left out.
-    let others = if pass == Pass::Forward {
-        3.5 * m * n + m * d
+    let others = if call.pass == Pass::Forward {
+        3.5 * m * n + m * f64::from(call.head_dim)
     } else {
         4.0 * m * n
     };
-    [tensor, vector(m * n, (m * n + others) / 32.0), tensor * PEAK.1 / tflops]
+    let vector = vector(m * n, (m * n + others) / 32.0);
+    [call.tensor_cycles([m, n]), vector, call.step_cycles()]
+}
+
+/// Returns the boost clock in cycles a second.
+pub fn hertz() -> f64 {
+    PEAK.1 * 1e12 / (MULTIPROCESSORS.1 * TENSOR.1)
+}
+
+/// Returns the seconds of the kernels before and after a backward pass, which read and write the workspace and three tensors once.
+pub fn seconds_around(pass: Pass, workspace_bytes: f64, tensor_bytes: f64) -> f64 {
+    match pass {
+        Pass::Forward => 0.0,
+        _ => (2.0 * workspace_bytes + 3.0 * tensor_bytes) / (HBM.1 * 1e12) + 2.0 * LAUNCH.1 * 1e-6,
+    }
 }
 
 /// Returns the cycles of instructions that are no products. Other instructions can be issued during the 8 cycles of
@@ -109,7 +132,7 @@ fn vector(exponentials: f64, issued: f64) -> f64 {
 
 /// Returns the fraction of the other instructions that no product hides: the mean over the published forward speeds.
 fn exposed() -> f64 {
-    let forward = FITTED.into_iter().filter(|row| row.0 == Pass::Forward).map(peer);
+    let forward = FITTED.iter().filter(|call| call.pass == Pass::Forward).map(peer);
     forward
         .map(|[tensor, vector, whole]| (whole - tensor) / vector)
         .sum::<f64>()
@@ -118,7 +141,7 @@ fn exposed() -> f64 {
 
 /// Returns the additional cycles of a step of the five-product backward: the mean over the published speeds.
 fn wait() -> f64 {
-    let backward = FITTED.into_iter().filter(|row| row.0 == Pass::Backward).map(peer);
+    let backward = FITTED.iter().filter(|call| call.pass == Pass::Backward).map(peer);
     backward
         .map(|[tensor, vector, whole]| whole - tensor - exposed() * vector)
         .sum::<f64>()
@@ -145,7 +168,7 @@ pub struct Prediction {
 /// If the library has no plan for it.
 pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
     let plan = plan(shape)?;
-    let hertz = PEAK.1 * 1e12 / (MULTIPROCESSORS.1 * TENSOR.1);
+    let hertz = hertz();
     let MainKernel { entry, list } = &plan.main;
     let step = step_cycles(counts, f64::from(entry.block_m * entry.block_n));
     let (longest, mean) = steps_of_blocks(&plan.main, shape);
@@ -168,12 +191,8 @@ pub fn predict(shape: &Shape, counts: &Counts) -> Result<Prediction, Failure> {
         ("shared memory", shared),
         ("L2", (cost.bytes_read + cost.bytes_written) as f64 / (L2.1 * 1e12)),
     ];
-    // The kernels before and after read and write the workspace and three tensors once.
     let tensor = (shape.batch * shape.heads * shape.seqlen * shape.head_dim * 2) as f64;
-    let around = match shape.pass {
-        Pass::Forward => 0.0,
-        _ => (2.0 * plan.workspace_bytes as f64 + 3.0 * tensor) / (HBM.1 * 1e12) + 2.0 * LAUNCH.1 * 1e-6,
-    };
+    let around = seconds_around(shape.pass, plan.workspace_bytes as f64, tensor);
     let busiest = limits
         .into_iter()
         .fold(("", 0.0), |most, limit| if limit.1 > most.1 { limit } else { most });
@@ -361,11 +380,17 @@ pub fn about() -> String {
         wait()
     );
     text += "| FA3, 16k, full | published | by the fit |\n| --- | --- | --- |\n";
-    for row in FITTED {
-        let [tensor, vector, _] = peer(row);
-        let wait = if row.0 == Pass::Backward { wait() } else { 0.0 };
-        let fit = PEAK.1 * tensor / (tensor + exposed() * vector + wait);
-        let _ = writeln!(text, "| {} {} | {} | {fit:.0} |", row.0.title(), row.1, row.4);
+    for call in &FITTED {
+        let [tensor, vector, _] = peer(call);
+        let wait = if call.pass == Pass::Backward { wait() } else { 0.0 };
+        let fit = call.speed(tensor + exposed() * vector + wait);
+        let _ = writeln!(
+            text,
+            "| {} {} | {} | {fit:.0} |",
+            call.pass.title(),
+            call.head_dim,
+            call.tflops
+        );
     }
     text
 }

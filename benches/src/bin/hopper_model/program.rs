@@ -153,6 +153,36 @@ impl Program {
         Self(self.0.iter().map(halved).collect())
     }
 
+    /// Returns this loop with one exponential of every `period` computed by multiply-adds: a multiple of the logarithm is split off by
+    /// an addition and a subtraction, four multiply-adds evaluate a polynomial of degree 4 with an error of 4e-6, and a shift and an
+    /// integer addition set the exponent. They are issued one a cycle, as if other elements filled their latencies.
+    pub fn with_polynomials(&self, period: usize) -> Self {
+        let polynomial = |waits| {
+            let pipes = [(Pipe::Fma, 1); 6].into_iter().chain([(Pipe::Alu, 2); 2]);
+            pipes.enumerate().map(move |(place, pipe)| Op {
+                action: Action::Plain,
+                pipe: Some(pipe),
+                stall: 1,
+                latency: OTHER_LATENCY,
+                result: None,
+                operands: None,
+                waits: if place == 0 { waits } else { 0 },
+            })
+        };
+        let mut exponentials = 0;
+        let mut ops = Vec::new();
+        for op in &self.0 {
+            let is_exponential = matches!(op.pipe, Some((Pipe::Mufu, _)));
+            exponentials += usize::from(is_exponential);
+            if is_exponential && exponentials.is_multiple_of(period) {
+                ops.extend(polynomial(op.waits));
+            } else {
+                ops.push(op.clone());
+            }
+        }
+        Self(ops)
+    }
+
     /// Returns the cycles for which a step of one warp occupies the tensor cores.
     pub fn tensor_cycles(&self) -> u64 {
         let of = |op: &Op| match op.action {

@@ -67,11 +67,11 @@ pub fn json(ptxas: &str, assembled: &[Assembled]) -> String {
 pub fn markdown(ptxas: &str, assembled: &[Assembled]) -> String {
     let mut page = include_str!("page.md").replace("PTXAS", ptxas);
     page += "\n## Main loops on Hopper, for 64 x 64 scores\n\n";
-    page += &against_peers(assembled, "sm_90a");
+    page += &against_peers(assembled, "sm_90a", include_str!("page/hopper.md"));
     page += "\n## Main loops on Hopper, one step of one warp by class\n\n";
     page += &by_class(assembled);
     page += "\n## Main loops of portable kernels on sm_80, for 64 x 64 scores\n\n";
-    page += &against_peers(assembled, "sm_80");
+    page += &against_peers(assembled, "sm_80", include_str!("page/portable.md"));
     page += "\n## All kernels\n\n";
     page + &all(assembled)
 }
@@ -81,8 +81,9 @@ fn rule(columns: usize) -> String {
     format!("{}|\n", "| --- ".repeat(columns))
 }
 
-/// Writes the table of the main loops of f16 kernels for one GPU architecture. The kernels of one pass are summed.
-fn against_peers(assembled: &[Assembled], target: &str) -> String {
+/// Writes the table of the main loops of f16 kernels for one GPU architecture, and why some have more than FlashAttention-3's. The
+/// kernels of one pass are summed.
+fn against_peers(assembled: &[Assembled], target: &str, why: &str) -> String {
     let titles = "| pass | head_dim | mask | tile | stall sum | FA3 | against FA3 | other instructions | FA3 | against FA3 | \
                   EX2 between waits for products | spills in the loops | longest step: instructions, stalls | FA3, with mask |\n";
     let mut table = titles.to_owned() + &rule(14);
@@ -95,7 +96,7 @@ fn against_peers(assembled: &[Assembled], target: &str) -> String {
         })
     };
     let variants = [(false, 1), (false, 2), (true, 1)];
-    let passes: [&[Pass]; 2] = [&[Pass::Forward], &[Pass::BackwardAll]];
+    let passes: [&[Pass]; 2] = [&[Pass::Forward], &[Pass::BackwardDqkv]];
     let mut above = Vec::new();
     for passes in passes {
         for (head_dim, variant) in [32, 64, 96, 128, 192, 256]
@@ -109,7 +110,7 @@ fn against_peers(assembled: &[Assembled], target: &str) -> String {
         }
     }
     if !above.is_empty() {
-        let _ = writeln!(table, "\nAbove FlashAttention-3: {}.", above.join("; "));
+        let _ = writeln!(table, "\nAbove FlashAttention-3: {}.\n\n{why}", above.join("; "));
     }
     table
 }
@@ -152,7 +153,7 @@ fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
     let against = |ours: f64, theirs: Option<f64>| theirs.map(|theirs| 100.0 * (ours / theirs - 1.0));
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.0}"));
     let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:+.0} %"));
-    let of = |figure: fn(&Figures) -> Option<f64>| theirs.as_ref().and_then(figure);
+    let of = |figure: fn(&Figures) -> f64| theirs.as_ref().map(figure);
     let [stalls, others] = [of(|theirs| theirs.stalls), of(|theirs| theirs.others)];
     let ratios = [against(ours[0], stalls), against(ours[1], others)];
     for (ratio, name) in ratios.iter().zip(["stalls", "others"]) {
@@ -160,10 +161,6 @@ fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
             above.push(format!("{pass} {} {mask}, {name} {ratio:+.0} %", entry.head_dim));
         }
     }
-    let their_others = match &theirs {
-        Some(theirs) if others.is_none() => format!("{:.0} with products", theirs.instructions),
-        _ => number(others),
-    };
     let their_mask = peer.and_then(|peer| peer.masked);
     let tile = |kernel: &&Assembled| format!("{} x {}", kernel.entry.block_m, kernel.entry.block_n);
     let cells = [
@@ -175,7 +172,7 @@ fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
         number(stalls),
         percent(ratios[0]),
         format!("{:.0}", ours[1]),
-        their_others,
+        number(others),
         percent(ratios[1]),
         exponentials.join("; "),
         spills.to_string(),

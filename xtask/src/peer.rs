@@ -16,10 +16,10 @@ pub struct Peer {
     /// Queries and keys of a step of all multiplying warps together, and the number of these warps.
     tile: [u32; 3],
     instructions: u32,
-    /// Sum of stall counts; `None` for backward at head_dim 192 and 256, where it was not read.
-    stalls: Option<u32>,
-    /// Number of tensor instructions; `None` where the stall counts are.
-    products: Option<u32>,
+    /// Sum of stall counts.
+    stalls: u32,
+    /// Number of tensor instructions.
+    products: u32,
     /// Instructions and stall sum of the masked loop, if it was read.
     pub masked: Option<[u32; 2]>,
 }
@@ -28,11 +28,9 @@ pub struct Peer {
 #[derive(Debug, PartialEq)]
 pub struct Figures {
     /// Sum of stall counts, in cycles.
-    pub stalls: Option<f64>,
+    pub stalls: f64,
     /// Number of instructions other than products.
-    pub others: Option<f64>,
-    /// Number of all instructions.
-    pub instructions: f64,
+    pub others: f64,
 }
 
 impl Peer {
@@ -40,23 +38,25 @@ impl Peer {
     pub fn for_scores(&self) -> Figures {
         let [queries, keys, warps] = self.tile.map(f64::from);
         let tiles = queries * keys / 4096.0 / (warps / 4.0);
-        let others = self.products.map(|products| self.instructions - products);
         Figures {
-            stalls: self.stalls.map(|stalls| f64::from(stalls) / tiles),
-            others: others.map(|others| f64::from(others) / tiles),
-            instructions: f64::from(self.instructions) / tiles,
+            stalls: f64::from(self.stalls) / tiles,
+            others: f64::from(self.instructions - self.products) / tiles,
         }
     }
 
     /// Returns the peer of a kernel. A backward pass of two kernels is compared with FlashAttention-3's one kernel.
     pub fn of(arch: Arch, pass: Pass, head_dim: u32, causal: bool) -> Option<&'static Self> {
-        let pass = if pass == Pass::Forward { pass } else { Pass::BackwardAll };
+        let pass = if pass == Pass::Forward {
+            pass
+        } else {
+            Pass::BackwardDqkv
+        };
         let key = |peer: &Peer| (peer.arch, peer.pass, peer.head_dim, peer.causal);
         PEERS.iter().find(|peer| key(peer) == (arch, pass, head_dim, causal))
     }
 }
 
-/// Makes a row of [`PEERS`]: instructions, stall sum and tensor instructions, 0 where they were not read.
+/// Makes a row of [`PEERS`]: instructions, stall sum and tensor instructions.
 const fn peer(
     (arch, pass): (Arch, Pass),
     head_dim: u32,
@@ -72,14 +72,14 @@ const fn peer(
         causal,
         tile,
         instructions,
-        stalls: if stalls == 0 { None } else { Some(stalls) },
-        products: if products == 0 { None } else { Some(products) },
+        stalls,
+        products,
         masked,
     }
 }
 
 const FORWARD: (Arch, Pass) = (Arch::Sm90a, Pass::Forward);
-const BACKWARD: (Arch, Pass) = (Arch::Sm90a, Pass::BackwardAll);
+const BACKWARD: (Arch, Pass) = (Arch::Sm90a, Pass::BackwardDqkv);
 const PORTABLE: (Arch, Pass) = (Arch::Sm80, Pass::Forward);
 
 #[rustfmt::skip]
@@ -95,15 +95,15 @@ const PEERS: &[Peer] = &[
     peer(FORWARD, 256, false, [128, 80, 8], [460, 932, 21], None),
     peer(FORWARD, 256, true, [128, 80, 8], [449, 923, 21], Some([551, 1048])),
     peer(BACKWARD, 64, false, [128, 128, 8], [705, 1122, 32], None),
-    peer(BACKWARD, 64, true, [128, 128, 8], [776, 1161, 32], None),
+    peer(BACKWARD, 64, true, [128, 128, 8], [669, 1115, 32], Some([776, 1161])),
     peer(BACKWARD, 96, false, [64, 128, 8], [414, 779, 28], None),
-    peer(BACKWARD, 96, true, [64, 128, 8], [414, 779, 28], None),
+    peer(BACKWARD, 96, true, [64, 128, 8], [446, 843, 28], None),
     peer(BACKWARD, 128, false, [80, 128, 8], [506, 979, 34], None),
     peer(BACKWARD, 128, true, [64, 128, 8], [483, 915, 32], None),
-    peer(BACKWARD, 192, false, [64, 96, 12], [379, 0, 0], None),
-    peer(BACKWARD, 192, true, [64, 96, 12], [379, 0, 0], None),
-    peer(BACKWARD, 256, false, [64, 80, 8], [509, 0, 0], None),
-    peer(BACKWARD, 256, true, [64, 80, 8], [509, 0, 0], None),
+    peer(BACKWARD, 192, false, [64, 96, 12], [379, 760, 38], None),
+    peer(BACKWARD, 192, true, [64, 96, 12], [392, 746, 38], None),
+    peer(BACKWARD, 256, false, [64, 80, 8], [509, 959, 58], None),
+    peer(BACKWARD, 256, true, [64, 80, 8], [524, 944, 58], None),
     peer(PORTABLE, 64, false, [128, 112, 4], [998, 2701, 224], None),
     peer(PORTABLE, 128, false, [128, 128, 8], [837, 2538, 256], None),
     peer(PORTABLE, 256, false, [128, 96, 8], [1058, 3653, 384], None),
@@ -118,14 +118,11 @@ mod tests {
         let figures = |pass, head_dim, causal| {
             let peer = Peer::of(Arch::Sm90a, pass, head_dim, causal);
             let figures = peer.expect("in the table").for_scores();
-            (figures.stalls, figures.others, figures.instructions)
+            (figures.stalls, figures.others)
         };
-        assert_eq!(
-            figures(Pass::Forward, 64, false),
-            (Some(466.0), Some(204.0), 628.0 / 3.0)
-        );
-        assert_eq!(figures(Pass::Forward, 128, true), (Some(504.0), Some(224.5), 232.5));
-        assert_eq!(figures(Pass::BackwardKeys, 256, false), (None, None, 814.4));
-        assert!(Peer::of(Arch::Sm80, Pass::BackwardKeys, 64, false).is_none());
+        assert_eq!(figures(Pass::Forward, 64, false), (466.0, 204.0));
+        assert_eq!(figures(Pass::Forward, 128, true), (504.0, 224.5));
+        assert_eq!(figures(Pass::BackwardDkv, 192, false), (1520.0, 682.0));
+        assert!(Peer::of(Arch::Sm80, Pass::BackwardDkv, 64, false).is_none());
     }
 }

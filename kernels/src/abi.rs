@@ -165,7 +165,7 @@ pub struct BackwardParams {
     pub dv: StridedTensor,
     /// Statistics of each query, from forward.
     pub rows: ForwardRows,
-    /// Workspace that the delta kernel fills from them.
+    /// Workspace that the preprocess kernel fills from these statistics.
     pub exponents: Exponents,
     /// Number of query heads.
     pub heads_q: NonZeroU32,

@@ -29,7 +29,7 @@ pub const HOPPER_SHARED_BYTES: u32 = 227 * 1024;
 /// Number of registers of a multiprocessor.
 const REGISTERS: u32 = 65536;
 
-/// Number of queries of a block of the delta kernel, with 8 threads each.
+/// Number of queries of a block of the preprocess kernels, with 8 threads each.
 pub const DELTA_ROWS: u32 = 16;
 
 /// Number of warps of a block of the kernel that combines partial results; they take the rows of a tile in turn.

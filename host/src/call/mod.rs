@@ -74,8 +74,9 @@ impl Attention {
     /// Runs the forward pass and writes the results to the caller's tensors: `out` with a contiguous last axis and
     /// any other strides that do not overlap, `lse` contiguous. Neither may share memory with an input.
     ///
-    /// It allocates nothing, but where a GPU splits the keys of few queries, for the time of the call:
-    /// [`Plan::workspace_bytes`], and lists of work. [`forward_into_with`](Self::forward_into_with) takes memory of the caller's.
+    /// The call allocates nothing, with one exception: where a GPU splits the keys of few queries, it allocates
+    /// [`Plan::workspace_bytes`] and lists of work until it ends. [`forward_into_with`](Self::forward_into_with) takes a workspace of
+    /// the caller instead.
     ///
     /// # Errors
     /// The errors of [`forward`](Self::forward). Nothing has been written then, unless the device failed.
@@ -259,7 +260,7 @@ impl Attention {
     }
 }
 
-/// The plan of a backward pass for new contiguous gradients, or for these.
+/// Returns the plan of a backward pass that writes `gradients`, or new contiguous ones if there are none.
 pub(crate) fn plan_backward<T: Element>(
     attention: &Attention,
     inputs: [&Tensor<T>; 3],

@@ -129,15 +129,15 @@ impl Plan {
 impl Plan<Backward> {
     /// Plans a backward pass for a device: first delta, then the gradients, in one of two forms.
     ///
-    /// In the first form, on the CPU and with the portable kernels, each gradient is written once, by the block that
-    /// owns it, in a fixed order. On a GPU this takes seven products, because a kernel for dQ and another for dK and
-    /// dV both compute scores.
+    /// In the first form, on the CPU and with the portable kernels, each element of dQ, dK and dV is one sum in a fixed
+    /// order. On a GPU a kernel for dQ and another for dK and dV both compute scores, so they take seven products, or
+    /// eight where dK and dV do not fit in the registers together ([`Entry::two_walks`]).
     ///
-    /// In the second form, on Hopper, there is one kernel of five products. Blocks own keys and
-    /// accumulate dQ in f32 in the workspace, `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes per head. The
-    /// order of additions is not fixed, so the last bits of dQ differ from run to run. With `.deterministic()` each
-    /// block waits for its turn, in the order of the tile scheduler. `benches/results/hopper_model.md` predicts the
-    /// cost of waiting, which is not measured yet.
+    /// In the second form, with Hopper's own kernels, one kernel takes five products. Its blocks own keys and add to dQ
+    /// in f32 in the workspace: in all `4 * seqlen_q * seqlen_k * head_dim / block_n` bytes per head. The order of
+    /// additions is not fixed, so the last bits of dQ differ from run to run. With `.deterministic()` each block waits
+    /// for its turn, in the order of the tile scheduler. `benches/results/hopper_model.md` predicts the cost of
+    /// waiting, which is not measured yet.
     ///
     /// # Errors
     /// The errors of [`Plan::new`], and on a GPU [`Error::Unsupported`] for the deterministic gradient of a table that

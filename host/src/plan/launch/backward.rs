@@ -266,7 +266,7 @@ impl Launch<Backward> {
                 Some(program) if problem.program().is_some() => program.scale_log2(),
                 _ => problem.scale().log2,
             },
-            // The kernel for delta reads rows of out and dout.
+            // The preprocess kernel reads rows of out and dout.
             layout: unknown_alignment(match entry.pass {
                 Pass::BackwardPreprocess => problem.head_dim_v(),
                 _ => problem.head_dim(),

@@ -23,8 +23,8 @@ pub struct Span {
 }
 
 impl Span {
-    /// End of a span without an end of its own: it ends with its sequence, and positions past that are zeros without
-    /// weight.
+    /// End of a span that lasts to the end of its sequence. Positions past that are loaded as zeros, which add nothing, so
+    /// they count as visible.
     pub const OPEN: u32 = u32::MAX;
 
     /// Returns true if `position` lies in the span.

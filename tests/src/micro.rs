@@ -75,9 +75,9 @@ pub enum Bound {
     Ulp(u32),
     /// `rel:e`: an f32, relative error 2^e.
     Relative(f64),
-    /// `abs:e`: an f32, absolute error 2^e, a zero included.
+    /// `abs:e`: an f32, absolute error 2^e, also where the exact result is zero.
     Absolute(f64),
-    /// `mixed:e`: an f32, absolute error 2^e below one and relative error 2^e above, a zero included.
+    /// `mixed:e`: an f32, absolute error 2^e where the exact result is below one in magnitude, relative error 2^e elsewhere.
     Mixed(f64),
     /// `half:e`: two f16, relative error 2^e each.
     Half(f64),

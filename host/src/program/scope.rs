@@ -25,7 +25,7 @@ impl Class {
         }
     }
 
-    /// The type as PTX spells it, and what a scope's registers of it are called.
+    /// Returns the type as PTX spells it, and the prefix of the names of a scope's registers of that type.
     pub fn spelled(self) -> (&'static str, &'static str) {
         match self {
             Self::B16 => ("b16", "%score_s"),
@@ -39,18 +39,18 @@ impl Class {
 /// Code in place of a marker.
 #[derive(Debug, Default)]
 pub(super) struct Scope {
-    /// Instructions, each with the node that it is of.
+    /// Instructions, each with the node that it computes, if any.
     pub lines: Vec<(String, Option<NodeId>)>,
     registers: [usize; 4],
     pub values: HashMap<(NodeId, Place), String>,
     pub addresses: HashMap<(NodeId, Memory, Place), String>,
     pub slots: HashMap<usize, String>,
-    /// The node that instructions are of now.
+    /// Node that the next instructions compute.
     pub node: Option<NodeId>,
 }
 
 impl Scope {
-    /// The registers of its own.
+    /// Returns the declarations of its registers, one for each class that it uses.
     pub fn declarations(&self) -> Vec<String> {
         let used = Class::ALL.iter().zip(self.registers).filter(|&(_, count)| count > 0);
         used.map(|(class, count)| {
@@ -70,7 +70,7 @@ impl Scope {
         self.lines.push((format!("\t{instruction}"), self.node));
     }
 
-    /// A new register with what an instruction makes of its operands.
+    /// Adds an instruction, and returns the new register that holds its result.
     pub fn result(&mut self, class: Class, operation: &str, operands: &[&str]) -> String {
         let register = self.register(class);
         self.put(format!("{operation} {register}, {};", operands.join(", ")));
@@ -78,7 +78,7 @@ impl Scope {
     }
 }
 
-/// The pair, row or column that a value was worked out for.
+/// The pair, row or column for which a value was computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Place {
     All,

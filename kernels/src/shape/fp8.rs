@@ -10,8 +10,9 @@ pub const fn code_columns(head_dim: u32) -> u32 {
     head_dim.next_multiple_of(128)
 }
 
-/// Size of what the kernel keeps beside its tiles, in bytes: the barriers of the slots for loaded values; of each slot for keys their
-/// scales, and of each slot for transposed values a word of each warp of the producer.
+/// Size of the data that the kernel keeps beside its tiles, in bytes. There are 16 bytes each for a slot of loaded values (two
+/// barriers), a slot of keys (the scales of the tile, up to four f32) and a slot of transposed values (one word for each warp of the
+/// producer).
 pub const FP8_NOTES_BYTES: u32 = HOPPER_SLOTS * (16 + 16 + 16);
 
 /// A shape of the kernel over codes: its products.

@@ -180,11 +180,12 @@ impl Panels {
         }
     }
 
-    /// Starts to fill rows from `first` on, a multiple of 8, from `corner` on, in every block of the cluster whose bit is set in
-    /// `blocks`; `barrier`, in each of them, counts the bytes of all panels.
+    /// Starts to copy the box of `map` at `corner` to this tile's rows from `first` on (a multiple of 8), in every block of the
+    /// cluster whose bit is set in `blocks`. The barrier at `barrier` in each of these blocks counts the bytes of all panels.
     ///
     /// # Safety
-    /// The box of `map` is as many rows x 64; the contract of [`tma::load_into_blocks`]. One thread of a block calls it.
+    /// The box has 64 columns and no more rows than the tile has from `first` on; the contract of [`tma::load_into_blocks`]. One
+    /// thread of a block calls it.
     #[inline(always)]
     pub unsafe fn load_rows_into_blocks(self, first: u32, map: u64, corner: Corner, barrier: u32, blocks: u16) {
         for index in 0..self.panels() {

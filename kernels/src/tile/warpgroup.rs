@@ -397,7 +397,7 @@ where
 
     #[inline(always)]
     unsafe fn add_to(&self, target: u64, thread: u32) {
-        // One address, and constants that the instructions hold.
+        // One address in registers: the offsets from it are constants in the instructions.
         let target = target + quad_offset(0, thread) as u64;
         for quad in 0..8 {
             // SAFETY: the caller's contract.

@@ -82,7 +82,7 @@ fn nothing_leaves_the_registers_and_nothing_is_called() {
     }
 }
 
-/// Returns the `mma.sync` m16n8k16 that one warp issues for one product of its rows, a streamed tile and head_dim.
+/// Returns the number of `mma.sync` m16n8k16 that one warp issues for one product: its rows by a streamed tile, over head_dim.
 fn mma_of_one_product(entry: &Kernel) -> u32 {
     let (owned, streamed) = match entry.pass {
         Some(Pass::BackwardDkv) => (entry.block_n, entry.block_m),
@@ -92,8 +92,8 @@ fn mma_of_one_product(entry: &Kernel) -> u32 {
     (rows / 16) * (streamed / 8) * (entry.head_dim / 16)
 }
 
-/// Returns the `mma.sync` that one warp of the kernel of latent attention issues for a streamed tile: a part of head_dim of the scores of
-/// some rows, and some columns of the output of all rows.
+/// Returns the number of `mma.sync` that one warp of the kernel of latent attention issues for a streamed tile: scores of some rows,
+/// over a part of head_dim, and some columns of the output of all rows.
 fn mma_of_latent_tile() -> u32 {
     type Shape = LatentD576<F16>;
     let scores = (Shape::SCORE_ROWS / 16) * (Shape::COLUMNS / 8) * (Shape::PART_COLUMNS / 16);

@@ -185,8 +185,8 @@ fn check(lines: &str) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// Reads the shape and TFLOP/s of a line. `None` if it is no f16 or bf16 row with a speed, or is a row of another
-/// library.
+/// Reads the shape and TFLOP/s of a line of the speed table. Returns `None` unless it is an f16 or bf16 row of this
+/// library with a speed.
 fn measured_row(line: &str) -> Option<(Shape, f64)> {
     if !matches!(field(line, "dtype")?, "f16" | "bf16") || field(line, "backend").is_some_and(|name| name != "ours") {
         return None;

@@ -1,5 +1,6 @@
 //! Definedness of arithmetic results. It is exact for moves, masks, selections and integer comparisons. A sum is
-//! undefined in every bit that a carry may reach. Every other result is undefined as a whole.
+//! undefined in every bit that a carry may reach. Every other result is undefined as a whole, in packed f16x2 and
+//! bf16x2 arithmetic each half by itself.
 
 use super::{Flag, Registers, Row, Shadow, carried, combined, float_bits, float_elements, lanes, width};
 use crate::isa::types::{IntTy, Pred, Slot};

@@ -2,7 +2,7 @@
 //!
 //! The crate compiles twice. For `nvptx64` it is the code that a GPU runs. For the host it is the contract: the
 //! parameter structs ([`abi`]), the tile shapes ([`shape`]), the mask ([`mask`]) and the table of what was compiled
-//! ([`entries`]), so that nothing is declared on both sides. The feature `embedded` adds the compiled PTX, 2.4 MB, of
+//! ([`entries`]), so that nothing is declared on both sides. The feature `embedded` adds the compiled PTX, 1.9 MB, of
 //! which `Entry::ptx` inflates a kernel at a time.
 //!
 //! # The algorithm

@@ -7,7 +7,7 @@ use flash_attention_kernels::entries::Dtype;
 /// Oldest compute capability that kernels are compiled for: major, minor.
 pub(crate) const MIN_COMPUTE_CAPABILITY: (u32, u32) = (8, 0);
 
-/// What plans depend on of a device.
+/// Properties of a device that plans depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DeviceInfo {

@@ -42,7 +42,7 @@ pub struct Deal {
 }
 
 /// Number of rounds of shares under a causal mask that are distributed by single tiles, beside one that not all blocks would have a
-/// part in. With 3 the longest block of 16384 tokens has at most 1.3 % more than the mean. With more, more heads are streamed at a time.
+/// part in. With 3 the longest block of 16384 tokens has at most 1.4 % more than the mean. With more, more heads are streamed at a time.
 const ROUNDS_OF_TILES: u32 = 3;
 
 impl WorkList {

@@ -249,7 +249,7 @@ impl Part {
     }
 }
 
-/// What the warps of a block exchange, behind the pipeline in shared memory: parts of the scores, weights, and a factor for each row.
+/// Shared memory behind the pipeline in which the warps of a block exchange parts of the scores, weights, and a factor for each row.
 #[derive(Clone, Copy)]
 struct Exchange {
     base: u32,

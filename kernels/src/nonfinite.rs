@@ -12,8 +12,8 @@ use crate::tile::{
     register::Accumulator,
 };
 
-/// Runs `$body` for each `$position` before `$end` in the masked ones of `$blocks`, of `$block` rows each, with a zero `$none` to be added to
-/// columns: kept, these would occupy registers during the whole loop.
+/// Runs `$body` for each `$position` before `$end` in the masked ones of `$blocks`, of `$block` rows each. `$none` is a zero to be added
+/// to columns: kept, these would occupy registers during the whole loop.
 macro_rules! for_hidden {
     ($blocks:expr, $block:expr, $end:expr, |$position:ident, $none:ident| $body:expr) => {
         let (blocks, block): ($crate::mask::Blocks, u32) = ($blocks, $block);
@@ -31,8 +31,8 @@ pub(crate) use for_hidden;
 /// Adds what was zeroed in the masked blocks of `block` rows of `source` to the rows of `sum` that see it: `sees` of a row of the
 /// sum and a position of the source.
 ///
-/// A weight is at least 0, so NaN and infinity reach a sum as they are; one that is 0 for want of range would make NaN of infinity, and here
-/// does not.
+/// A weight is at least 0, so NaN and infinity reach a sum as they are. A weight that underflowed to 0 would turn infinity into NaN, and
+/// here does not.
 ///
 /// # Safety
 /// `source` is readable.

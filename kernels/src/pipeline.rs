@@ -25,7 +25,7 @@ pub trait Order {
     /// Moves both walks, at the end of a tile, to the next tile.
     ///
     /// # Safety
-    /// What the order reads is readable.
+    /// The memory that the order reads, such as lists of runs, is readable.
     unsafe fn next(&mut self, k: &mut Walk<Self::Places>, v: &mut Walk<Self::Places>);
 }
 

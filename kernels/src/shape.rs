@@ -443,8 +443,8 @@ macro_rules! hopper_backward_shape {
 }
 
 // Hopper, backward. A lane holds scores and dP (half a register a streamed row each), their roundings (a quarter
-// each), and head_dim / 2 for each of two gradients. At 64 it streams 128 queries, so that the waits of a step come half as often: 64 + 64 + 32 + 64
-// registers and what addresses take.
+// each), and head_dim / 2 for each of two gradients. At 64 it streams 128 queries, so that the waits of a step come half as often:
+// 64 + 64 + 32 + 64 registers, and those of addresses.
 hopper_backward_shape!(HopperBackwardD64: 128 streamed, head_dim 64);
 hopper_backward_shape!(HopperBackwardD96: 64 streamed, head_dim 96);
 hopper_backward_shape!(HopperBackwardD128: 64 streamed, head_dim 128);

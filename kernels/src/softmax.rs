@@ -228,7 +228,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         let row_max = self
             .row_max
             .zip(row_sum, |max, sum| if sum == 0.0 { f32::NEG_INFINITY } else { max });
-        // Of a near row, without the factor that the rounded product left in it.
+        // The sum of a near row, without the factor that the rounding of `max * scale` left in it.
         let exact_sum = self.row_max.zip(row_sum, |max, sum| {
             if sum == 0.0 || self.is_exact || is_far(max, scale) {
                 sum

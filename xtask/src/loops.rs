@@ -81,7 +81,7 @@ fn judge(target: &str, set: &str, assembly: &str, faults: &mut Vec<String>) {
             ));
         }
     }
-    // What is not found is not judged.
+    // A function that is absent would pass all checks, so those that multiply have to be found.
     let expected = if set.starts_with("kernels") { &MULTIPLY[..] } else { &[] };
     let multiplies = |wanted: &&&str| {
         let mut named = functions.iter().filter(|function| name(function) == **wanted);
@@ -106,7 +106,7 @@ fn name<'a>(function: &'a Function<'_>) -> &'a str {
 fn compile(target: &str) -> Outcome<PathBuf> {
     let folder = workspace().join("target/loops");
     let artifacts = folder.join(target).join("release/deps");
-    // What an earlier run left is not what this one makes.
+    // Artifacts of an earlier run would be taken for those of this one.
     remove_artifacts(&artifacts);
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)

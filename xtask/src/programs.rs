@@ -79,7 +79,7 @@ fn is_chosen(row: &Row, target: &str, program: &str) -> bool {
     }
 }
 
-/// What ptxas made of a kernel with a program in it.
+/// Figures of a kernel with a program in it, as ptxas compiled it.
 struct Figure {
     entry: Row,
     target: &'static str,

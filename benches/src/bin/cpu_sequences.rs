@@ -145,7 +145,7 @@ fn decode<T: Element>(device: &Device, rounds: usize, times: &mut Times) -> Resu
         let table: Vec<i32> = (0..pages).map(|page| (page * 4097 % pages) as i32).collect();
         let cache = KvCache::paged([pages, page_size], &table, &used)?;
         let shape = [pages, page_size, heads_kv, head_dim];
-        // The same memory, seen as pages.
+        // Views k and v as pages of the cache, without a copy.
         let [k, v] = [k, v].map(|tensor| {
             let strides = [page_size * heads_kv * head_dim, heads_kv * head_dim, head_dim, 1];
             // SAFETY: the tensors are contiguous, have as many elements, and outlive the variants.

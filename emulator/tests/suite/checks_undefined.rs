@@ -84,7 +84,7 @@ fn bits_that_do_not_matter_are_defined() {
 
 #[test]
 fn structures_with_padding_are_copied() {
-    // As `nvcc -G` does: a byte and a word with three bytes of padding between them, through local memory and a call.
+    // Copies a byte and a word with three bytes of padding between them through local memory and a call, as `nvcc -G` does.
     let copy = |what: &str| {
         format!(
             ".local .align 8 .b8 from[8];\n.local .align 8 .b8 to[8];\n\

@@ -82,9 +82,10 @@ impl KvCache {
     /// # Errors
     /// [`Error::Rank`] and [`Error::ShapeMismatch`] unless k and v are pages of this cache, and the new keys have their heads and
     /// head_dim; [`Error::Sequence`] for another number of new keys than the cache has room for, and for a position outside of a
-    /// rotary embedding's tables; [`Error::SequenceCount`] unless there is a first position a sequence, where positions are given; [`Error::OverlappingStrides`], [`Error::Aliased`] and [`Error::Interleaved`] if two keys may share
-    /// memory; [`Error::LastAxisStride`]; [`Error::DeviceMismatch`]; and the errors of [`Rotary::forward`]. Nothing has been written
-    /// then, unless the device failed.
+    /// rotary embedding's tables; [`Error::SequenceCount`] unless each sequence has a first position, where positions are given;
+    /// [`Error::OverlappingStrides`], [`Error::Aliased`] and [`Error::Interleaved`] if two keys may share memory;
+    /// [`Error::LastAxisStride`]; [`Error::DeviceMismatch`]; and the errors of [`Rotary::forward`]. Nothing has been written then,
+    /// unless the device failed.
     pub fn write<T: Element>(&self, new: &NewKeys<'_, T>, k: &mut Tensor<T>, v: &mut Tensor<T>) -> Result<(), Error> {
         check_written(&[], &[("k", k.info()), ("v", v.info())])?;
         let of_keys = rows_of_new("k_new", new.k, ("k", k), self)?;

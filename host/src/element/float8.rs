@@ -104,7 +104,7 @@ impl From<F8E4M3> for f64 {
     }
 }
 
-/// As numbers: the two zeros are equal, and NaN equals nothing.
+/// Compares numbers, not bits: the two zeros are equal, and NaN equals nothing.
 impl PartialEq for F8E4M3 {
     fn eq(&self, other: &Self) -> bool {
         self.to_f32() == other.to_f32()

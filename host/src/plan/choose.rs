@@ -31,7 +31,7 @@ pub(super) fn choose(
     }
     // Preprocess and postprocess kernels have no causal variant.
     let causal = problem.causal() && !matches!(pass, Pass::BackwardPreprocess | Pass::BackwardPostprocess);
-    // Of the portable kernels those that take lists and programs take two head_dims.
+    // Among the portable kernels, only those for lists and programs take a v of another head_dim.
     let has_uneven_dims = problem.head_dim() != problem.head_dim_v();
     let compiled = |arch| match problem.program() {
         None if pass != Pass::BackwardPreprocess

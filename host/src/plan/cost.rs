@@ -9,19 +9,20 @@ use super::pass::Backward;
 use super::{Launch, Tiles};
 use crate::problem::Problem;
 
-/// Cost of a plan. The counts are exact, except for reads of semaphores by blocks that wait for their turn, which
-/// depend on timing and are not counted. Neither are scales of quantised inputs, nor in backward of f32 with statistics what computes
-/// delta from the keys for queries that few of them share, which depends on the numbers.
+/// Cost of a plan. The counts are exact, but leave out:
 ///
-/// Of a score program, tiles that a GPU's plan leaves out of its lists of tiles move no bytes. All else of it is left out: pairs that
-/// only its mask hides count as visible, and neither its operations nor its reads of tables and of the lists count.
+/// - reads of semaphores by blocks that wait for their turn, which depend on timing;
+/// - scales of quantised inputs;
+/// - in f32 backward with statistics, delta from the keys of queries that few keys share, which depends on the numbers;
+/// - a score program's operations, and its reads of tables and of the lists. Tiles that a GPU's plan leaves out of its lists move no
+///   bytes. Other pairs that only the program's mask hides count as visible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// Bytes that kernels load from device memory. Forward reads Q once, and K and V once for every query tile that
-    /// sees them, or for every [cluster](super::Tiles::cluster) of tiles; latent attention on a GPU reads values that are the first columns of their keys with the keys.
-    /// Backward on a GPU does that twice, for tiles of queries and for tiles of keys, or for tiles of keys
-    /// alone. Backward on the CPU reads K and V once; Q, dO and their statistics once for every run of keys that sees
-    /// them; and the f32 dQ for every such run but the first.
+    /// sees them, or for every [cluster](super::Tiles::cluster) of tiles. Latent attention on a GPU reads values that are the
+    /// first columns of their keys together with the keys. Backward on a GPU reads like that twice, for tiles of queries and for
+    /// tiles of keys, or once, for tiles of keys. Backward on the CPU reads K and V once; Q, dO and their statistics once for
+    /// every run of keys that sees them; and the f32 dQ for every such run but the first.
     pub bytes_read: u128,
     /// Bytes that kernels store to device memory: each result once, and in backward the workspace with the additions
     /// to the dQ accumulator. On the CPU also the f32 dQ, as often as it is read.

@@ -1,4 +1,4 @@
-//! What the CPU computes a plan with: tiles, products, and the walk over the keys.
+//! The path by which the CPU computes a plan: tiles, products, and the walk over the keys.
 
 use flash_attention_kernels::entries::Dtype;
 
@@ -19,8 +19,9 @@ const MAX_SPLITS: u32 = 16;
 /// Bytes of half of the L1 cache of the processors that have AMX.
 const HALF_L1: usize = 24 << 10;
 
-/// What the CPU computes a plan with, from the problem and the [`Instructions`] of the plan's device alone. How many threads share the work, and how many
-/// heads of few queries a task takes, is decided for all plans of a batch together; no result depends on it.
+/// Path by which the CPU computes a plan: a function of the problem and the [`Instructions`] of the plan's device. The number of threads
+/// that share the work, and the number of heads of few queries that a task takes, are chosen for all plans of a batch together; no result
+/// depends on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CpuPath {
@@ -83,7 +84,7 @@ impl CpuPath {
         (path, tiles)
     }
 
-    /// How products are made, for people.
+    /// Returns a description of the products for the printed plan.
     pub(super) fn products(&self, dtype: Dtype) -> String {
         match (self.parts, dtype) {
             (0, _) => "products of f32".to_owned(),
@@ -101,7 +102,7 @@ fn is_few(problem: &Problem) -> bool {
 /// Number of bf16 parts of the numbers of a problem. Forward and backward agree, so that a score that backward computes again is the
 /// same number.
 fn parts(problem: &Problem, instructions: Instructions) -> usize {
-    // Of one key, dP - delta is to be 0, and delta is summed in the order of dP: that of f32 (see
+    // With one key, dP - delta has to be 0. delta is summed in the order of an f32 product, so dP has to be one (see
     // `device/cpu/backward/delta.rs`).
     if is_few(problem) || problem.seqlen_k() == 1 {
         0

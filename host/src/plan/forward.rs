@@ -13,7 +13,7 @@ use crate::target::DeviceInfo;
 /// Fewest keys of a rectangle whose few queries are planned as sequences: two splits.
 const MANY_KEYS: u32 = 2 * LEAST_KEYS;
 
-/// What a plan of a forward pass on a GPU consists of.
+/// Parts of a plan of a forward pass on a GPU.
 pub(super) struct Choice {
     pub tiles: Tiles,
     pub launches: Vec<Launch>,
@@ -39,7 +39,7 @@ impl Choice {
 
 /// Plans the forward pass over a rectangular batch.
 pub(super) fn of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocessors: u32) -> Result<Choice, Error> {
-    // Only of a positive scale the largest product is the largest score. A program multiplies by it first.
+    // Hopper's kernel takes the largest product for the largest score, which is true of a positive scale. A program has the scale itself.
     let hopper = problem.has_pairs()
         && (problem.softmax_scale() > 0.0 || problem.program().is_some())
         && tile_map::fit(
@@ -50,7 +50,7 @@ pub(super) fn of_rectangle(problem: &Problem, device: &DeviceInfo, multiprocesso
         );
     let entry = choose(problem, Pass::Forward, device, hopper)?;
     if entry.is_latent() && problem.program().is_none() {
-        // Its rows are those of many heads, packed.
+        // The kernel of latent attention takes lists alone, since it packs the rows of many heads.
         return of_sequences(problem, &rectangle(problem), entry, multiprocessors);
     }
     if !problem.has_queries() {

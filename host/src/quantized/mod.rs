@@ -143,7 +143,7 @@ impl Quantized {
             }
         }
         let blocks = scale_blocks(seqlen, rows);
-        // Of rows without elements no block has any.
+        // If head_dim is 0, no block was quantised: every block gets scale 1.
         scales.resize(batch * heads * blocks, 1.0);
         Self::from_parts(
             Tensor::from_slice(tensor.device(), tensor.shape(), &numbers)?,

@@ -1,8 +1,8 @@
 //! Reference attention, computed by the definition: slow, readable, and with all scores of a query in memory.
 //!
 //! [`forward`] and [`backward`] are the oracle, in f64. [`standard`] and [`standard_backward`] compute as a framework
-//! does in the dtype of its tensors, and [`standard_fp8`] as a kernel does over quantised inputs. Their distance from the oracle bounds the error allowed for a kernel of that
-//! dtype.
+//! does in the dtype of its tensors, and [`standard_fp8`] as a kernel does over quantised inputs. Their distance from the
+//! oracle bounds the error allowed for a kernel of that dtype.
 
 mod quantized;
 mod standard;

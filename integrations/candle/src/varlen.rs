@@ -192,7 +192,8 @@ pub fn flash_attn_varlen_windowed(
 ///
 /// # Errors
 /// The errors of [`flash_attn_varlen_windowed`]; [`Error::PageSize`](crate::Error::PageSize),
-/// [`Error::BlockTable`](crate::Error::BlockTable), [`Error::Page`](crate::Error::Page); [`Error::Unsupported`](crate::Error::Unsupported) for mm_prefix_ranges.
+/// [`Error::BlockTable`](crate::Error::BlockTable), [`Error::Page`](crate::Error::Page);
+/// [`Error::Unsupported`](crate::Error::Unsupported) for mm_prefix_ranges.
 #[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
 pub fn flash_attn_varlen_paged_windowed(
     q: &Tensor,

@@ -48,7 +48,8 @@ pub fn with_feature(attention: Attention, name: &str, case: &Case, device: &Devi
     };
     match name {
         "causal" => attention.causal(),
-        // As far to the left as the alignment of `top_left` is from that of a window, so that the two leave pairs.
+        // The left edge is moved by the distance between the alignments of `top_left` and of a window, so that the two together
+        // leave pairs.
         "window" => attention.window(seqlen_k / 3 + seqlen_k.saturating_sub(seqlen_q), seqlen_k / 5),
         "alibi" => attention.alibi(&floats(&[batch, heads], 21)),
         "softcap" => attention.softcap(2.5),

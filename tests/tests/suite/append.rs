@@ -105,7 +105,7 @@ fn decode(device: &Device, cache: KvCache, rotary: Option<&Rotary>) {
             first += range.len();
         }
     }
-    // What is no key was not written.
+    // Checks that places without a key were not written.
     let mut is_key = vec![false; k.shape()[0] * page_size];
     for sequence in 0..cache.batch() {
         for key in 0..cache.keys(sequence) {
@@ -318,7 +318,7 @@ fn new_keys_that_do_not_fit_are_refused_and_nothing_is_written() {
     }
 }
 
-/// What an embedding does to one head, in f64.
+/// Returns one head turned by an embedding, in f64.
 fn turned(x: &[f64], position: f64, rotary_dim: usize, base: f64, interleaved: bool) -> Vec<f64> {
     let mut y = x.to_vec();
     for pair in 0..rotary_dim / 2 {

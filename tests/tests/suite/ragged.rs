@@ -21,7 +21,7 @@ struct Ragged {
     seed: u64,
 }
 
-/// What the attention of a batch has beside its mask.
+/// Feature of a batch's attention beside its mask.
 #[derive(Clone, Copy, Debug)]
 enum Feature {
     None,

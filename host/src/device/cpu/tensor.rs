@@ -14,7 +14,7 @@ use super::team::Lines;
 use super::vector::prefetch_l2;
 use crate::problem::{FP8_SCALE_ROWS, ScaleBlocks};
 
-/// What the rows of a head are made of.
+/// Elements of the rows of a head.
 #[derive(Clone, Copy)]
 enum Elements {
     /// Numbers.

@@ -19,7 +19,7 @@ const MOST: usize = 64;
 /// Most bytes of the lists that are kept, and of the tables in their keys.
 const MOST_BYTES: usize = 32 << 20;
 
-/// What lists of work are made from.
+/// Key of kept lists of work: everything from which they are made.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Key {
     pub owner: Owner,

@@ -41,11 +41,11 @@ pub(super) struct Owned {
 /// A sequence of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sequence<'a> {
-    /// Its place in the tensors.
+    /// Rows of the sequence in the tensors.
     pub rows: SequenceRows,
-    /// Runs of its tiles.
+    /// Runs of the sequence's tiles.
     pub lists: &'a TileLists,
-    /// Its batch entry in the lists.
+    /// Index of the sequence's batch entry in the lists.
     pub entry: usize,
 }
 

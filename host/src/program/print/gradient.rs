@@ -45,7 +45,7 @@ impl Printer<'_> {
         for &LoadDerivative { load, derivative } in &code.loads {
             let part = self.pull_back(derivative, point, scope);
             let part = part.unwrap_or_else(|| point.product.to_owned());
-            // Of queries that do not exist nothing is known.
+            // A query past the last one may have any value, so its part is replaced by 0.
             let exists = self.keep(Kept::Exists(point.row));
             let part = scope.result(Class::B32, "selp.f32", &[&part, &real(0.0), &exists]);
             let address = self.address(load, Memory::Gradient, point, scope);

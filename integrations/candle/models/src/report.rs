@@ -159,7 +159,7 @@ fn panel(area: &DrawingArea<SVGBackend<'_>, Shift>, trained: &Trained) -> PlotRe
 
 /// Curves of one quantity.
 pub struct Curves {
-    /// What the curves show, with its unit.
+    /// Quantity that the curves show, with its unit.
     pub quantity: &'static str,
     /// Name and points of each curve, all of them positive.
     pub curves: Vec<(&'static str, Vec<(f64, f64)>)>,

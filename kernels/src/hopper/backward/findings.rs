@@ -1,5 +1,5 @@
-//! What the consumers of a block find among its inputs, together, and keep in shared memory: in registers, each thread
-//! would need one for it.
+//! Facts about a block's inputs that its consumers find together. They are kept in shared memory, because in registers
+//! each would take one of every thread.
 
 use crate::abi::QuerySums;
 use crate::delta::any_far_of_share;

@@ -53,7 +53,7 @@ impl<S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Consum
                 }
             }
         } else {
-            // This is no statement about what is rare: with the code above before the stores, ptxas leaves more registers to the main loop.
+            // Not because this branch is rare: with the code above before the stores, ptxas leaves more registers to the main loop.
             core::hint::cold_path();
         }
         // SAFETY: the caller's contract.

@@ -99,7 +99,7 @@ impl<A: CodeScores> Softmax<A> {
             core::hint::cold_path();
             for block in 0..blocks {
                 let largest = A::reduce_rows(largest[block], f32::max).map(|product| product.max(-f32::MAX));
-                // Of other rows not a bit changes.
+                // Other rows subtract 0, which changes no bit.
                 let subtracted = largest.zip(
                     reference,
                     |largest, reference| if is_far(reference) { largest } else { 0.0 },

@@ -149,7 +149,7 @@ pub(super) unsafe fn backward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Re
     }
 }
 
-/// What the sizes of a thread's memory depend on, beside what a batch has in common.
+/// Parameters that determine the sizes of a thread's memory, beside those that a batch has in common.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Kind {
     parts: Option<usize>,

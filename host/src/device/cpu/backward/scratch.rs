@@ -224,7 +224,7 @@ impl Scratch {
             self.inverse_sums.as_mut_slice()[row] = 0.0;
             self.delta.as_mut_slice()[row] = 0.0;
         }
-        // Of lanes that are no query, which products of pairs take in: as if it saw nothing.
+        // Products of pairs also read the lanes past the last query: they get the values of a query that sees no key.
         origins[rows..padded].fill(nothing);
         self.delta.as_mut_slice()[rows..padded].fill(0.0);
         self.visible.as_mut_slice()[rows..padded].fill(0.0);

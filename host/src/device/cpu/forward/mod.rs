@@ -199,7 +199,7 @@ struct Own {
     partial: State,
 }
 
-/// What the sizes of a thread's memory depend on.
+/// Parameters that determine the sizes of a thread's memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Kind {
     few: bool,

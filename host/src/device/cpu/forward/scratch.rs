@@ -127,7 +127,7 @@ impl Scratch {
                 if forward.few && sum > 0.0 {
                     max = self.best_score(forward, tile, row, state.best[row]);
                 }
-                // Of q.k as the caller knows it; nothing seen stays minus infinity.
+                // Restores the sign of the scale, so that this is the caller's q.k. Minus infinity, of a query that sees no key, stays.
                 if max != f32::NEG_INFINITY {
                     max *= forward.scale.sign;
                 }

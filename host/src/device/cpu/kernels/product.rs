@@ -73,7 +73,7 @@ pub(in crate::device::cpu) struct Pairs {
 pub(super) unsafe fn product<V: Vector>(p: &Product) {
     let mut column = 0;
     while column < p.columns {
-        // Two and two, so that none is left over.
+        // Four registers are two and two, so that none is left over.
         let registers = match (p.columns - column) / V::LANES {
             4 => 2,
             left => left.min(V::COLUMNS),
@@ -111,7 +111,7 @@ unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f3
                 (true, 4) => block::<V, 4, N, true>(p, a, b, c),
                 (false, 6) => block::<V, 6, N, false>(p, a, b, c),
                 (true, 6) => block::<V, 6, N, true>(p, a, b, c),
-                // Of eight, which other sets have no registers for.
+                // Blocks of eight rows. Other instruction sets have no registers for them.
                 (false, _) if V::ROWS == 8 => block::<V, 8, N, false>(p, a, b, c),
                 (true, _) if V::ROWS == 8 => block::<V, 8, N, true>(p, a, b, c),
                 _ => std::hint::unreachable_unchecked(),

@@ -1,4 +1,4 @@
-//! The same model by candle-transformers, whose logits and tokens ours are compared with.
+//! candle-transformers' implementation of the model, with whose logits and tokens ours are compared.
 
 use std::io::{Read, Seek};
 

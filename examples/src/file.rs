@@ -17,7 +17,7 @@ pub struct AttentionFile {
     pub q: Stored,
     /// Keys, `[batch, heads_kv, seqlen_k, head_dim]` or `[total_k, heads_kv, head_dim]`.
     pub k: Stored,
-    /// Values, with the shape of the keys but for head_dim, which may be another.
+    /// Values, with the shape of the keys except head_dim, which may differ.
     pub v: Stored,
     /// Correct output of full attention, with the shape of the queries and the head_dim of the values.
     pub out: Option<Stored>,

@@ -148,7 +148,7 @@ pub struct Streamed {
     pub index: u32,
     /// Position of the first key.
     pub first_key: u32,
-    /// True if pairs that exist may be hidden, but for those that a score program hides.
+    /// True if pairs that exist may be hidden, not counting those that a score program hides.
     pub hides_pairs: bool,
 }
 

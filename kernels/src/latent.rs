@@ -10,7 +10,7 @@
 //! | softmax | 8 rows; half of the warps have none | weights, and the factor of each row's output |
 //! | output | all rows, an eighth of the columns of v | |
 //!
-//! Each barrier between the steps is also one of the pipeline, but for that behind the scores.
+//! Each barrier between the steps is also one of the pipeline, except the one after the scores.
 
 use crate::abi::ListedForwardParams;
 use crate::block::split;

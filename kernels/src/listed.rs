@@ -176,7 +176,7 @@ impl Listed<'_> {
         self.work.sequence.seqlen_q * self.p.packed.value
     }
 
-    /// Returns the keys that a row of the sequence sees, but for what a score program hides.
+    /// Returns the keys that a row of the sequence sees, before a score program hides any.
     #[inline(always)]
     pub fn span(&self, row: u32) -> Span {
         let SequenceRows { seqlen_q, seqlen_k, .. } = self.work.sequence;
@@ -353,7 +353,7 @@ impl Partial {
 /// Combines the partial results of splits, whose places and number are the runs of the listed work.
 ///
 /// # Safety
-/// Launched as its row of `entries` says, after [`forward`] with the same parameters but for the list of tiles.
+/// Launched as its row of `entries` says, after [`forward`] with the same parameters except the list of tiles.
 #[inline(always)]
 pub unsafe fn combine<E: Element>(p: &ListedForwardParams) {
     // SAFETY (whole body): the lists hold this block's work, and windows clip what does not exist.

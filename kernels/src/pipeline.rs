@@ -132,7 +132,7 @@ impl<S: TileShape> KeyValueRing<S, InRuns<S>> {
     /// Starts to load the first tiles of `runs` like [`KeyValueRing::start`]; tile `n` is the n-th of all runs.
     ///
     /// # Safety
-    /// The contract of [`KeyValueRing::start`]; the runs are readable, and lie in the windows but for the end of their last tile.
+    /// The contract of [`KeyValueRing::start`]; the runs are readable, and lie in the windows, past which only their last tile may reach.
     #[inline(always)]
     pub unsafe fn start_runs(base: u32, k: GlobalTile<Paged>, v: GlobalTile<Paged>, runs: Runs) -> Self {
         let (mut k, mut v) = (Walk::new(k, split::<S>()), Walk::new(v, split::<S>()));
@@ -240,7 +240,7 @@ pub struct StreamedRows {
     pub lines: [u64; 3],
     /// Number of rows that exist.
     pub rows: u32,
-    /// Number of heads before the rows, for [`PairRing::acquire_listed`]. It works out addresses from the number for each pair: kept, they
+    /// Number of heads before the rows, for [`PairRing::acquire_listed`]. It computes addresses from the number for each pair: kept, they
     /// would occupy registers during the whole loop.
     pub head: u32,
     /// Number of rows of a head.

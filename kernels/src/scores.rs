@@ -45,7 +45,7 @@ pub struct OfRows<R> {
 }
 
 impl<R: RowValues> OfRows<R> {
-    /// Loads the statistics of `rows` queries from index `first` on; those past the end are 0. Returns true with them
+    /// Loads the statistics of `rows` queries from index `first` on; those past the end are 0. Also returns true
     /// if any of the queries is far. Shifts are written to the shared address `shift`.
     ///
     /// # Safety

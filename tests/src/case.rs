@@ -17,7 +17,7 @@ pub struct Case {
     pub attention: Attention,
     /// `[batch, heads_q, seqlen_q, head_dim]`.
     pub q: [usize; 4],
-    /// Shape of k, and of v but for its head_dim: `[batch, heads_kv, seqlen_k, head_dim]`.
+    /// Shape of k, and of v except its head_dim: `[batch, heads_kv, seqlen_k, head_dim]`.
     pub kv: [usize; 4],
     /// head_dim of v and out.
     pub head_dim_v: usize,

@@ -134,7 +134,7 @@ pub struct Mma {
     pub d: Accumulator,
     /// True if A is stored by columns (only for f16 `m8n8k4`; the other shapes have `.row` alone).
     pub a_column_major: bool,
-    /// True if B is stored by columns (`.col`, the only layout but for f16 `m8n8k4`).
+    /// True if B is stored by columns (`.col`, the only layout except for f16 `m8n8k4`).
     pub b_column_major: bool,
     /// `.satfinite` of the integer types.
     pub satfinite: bool,

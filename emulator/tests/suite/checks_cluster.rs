@@ -39,7 +39,8 @@ fn needs(body: &str, line: &str, kind: FindingKind) {
 const BEGIN: &str = "barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n";
 const END: &str = "barrier.cluster.arrive;\nbarrier.cluster.wait;\n";
 
-/// Each block arrives at the barriers of both and waits for its own. The first one arrives at both once more, for which nobody waits.
+/// Each block arrives at the barriers of both and waits for its own. The first one arrives at both once more, and no block
+/// waits for that.
 fn arrivals() -> String {
     format!(
         "setp.eq.u32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r3], 2;\n\

@@ -198,7 +198,7 @@ impl Attention {
     /// least [`Plan::workspace_bytes`], at an address that is a multiple of 64, which shares no memory with another
     /// argument. Its content is undefined before and after.
     ///
-    /// The call allocates nothing, but for gradients of tables where they are asked for, and, on a GPU, waits for
+    /// The call allocates nothing except gradients of tables, if they are requested, and on a GPU waits for
     /// nothing, so that a stream it works on can be captured in a CUDA graph. An lse that holds a NaN is not refused.
     ///
     /// ```

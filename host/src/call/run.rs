@@ -231,7 +231,7 @@ pub(crate) fn move_tokens<T: Element>(launch: &Launch<Rotary>, from: &Tensor<T>,
     memory.read.push(from.storage());
     memory.written.push(to.storage());
     let _guards = memory.lock();
-    // SAFETY: whoever made the launch took its rows from the tensors and checked the positions. Both tensors are borrowed for the call
+    // SAFETY: the caller took the launch's rows from the tensors and checked the positions. Both tensors are borrowed for the call
     // and share no memory, and the guards keep out other threads.
     unsafe { from.device().backend().move_tokens(launch) }
 }
@@ -253,7 +253,7 @@ struct Memory<'a> {
 }
 
 impl<'a> Memory<'a> {
-    /// Adds the memory of a forward pass but for its workspace, and returns the addresses of its results.
+    /// Adds the memory of a forward pass, except its workspace, and returns the addresses of its results.
     fn of_forward<T: Element>(
         &mut self,
         plan: &'a Plan,
@@ -277,7 +277,7 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Adds the memory of a backward pass but for its workspace, and returns the addresses of its results.
+    /// Adds the memory of a backward pass, except its workspace, and returns the addresses of its results.
     fn of_backward<T: Element>(
         &mut self,
         plan: &'a Plan<plan::Backward>,

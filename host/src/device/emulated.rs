@@ -142,7 +142,7 @@ impl Emulated {
     }
 }
 
-/// Adds to a finding in a launch's score program which node of the program its line works out.
+/// Adds to a finding in a launch's score program the node of the program that its line computes.
 fn name_node(finding: &mut Finding, lines: &[(usize, Option<NodeId>)], launch: &Launch<impl PassType>) {
     let Ok(place) = lines.binary_search_by_key(&(finding.line as usize), |(line, _)| *line) else {
         return;

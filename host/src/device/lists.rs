@@ -59,7 +59,7 @@ impl Lists {
             && let Some(place) = lists.iter().position(is_free)
         {
             let list = lists.remove(place);
-            // SAFETY: `alloc` made it, and nobody holds it.
+            // SAFETY: `alloc` made it, and no call holds it.
             unsafe { device.free(list.address, list.content.len()) }
         }
         let address = device.alloc(content.len())?;

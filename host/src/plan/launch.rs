@@ -44,7 +44,7 @@ pub struct Launch<P: PassType = Forward> {
     pub shared_bytes: u32,
     /// Blocks of a cluster, along x; the grid is a multiple. 1 without clusters.
     pub cluster: u32,
-    /// The parameters, but for the addresses of the results, which are unknown until they are allocated.
+    /// The parameters, except the addresses of the results, which are unknown until they are allocated.
     params: P::Parameters,
     /// The score program that is written into the kernel.
     #[cfg_attr(
@@ -56,8 +56,8 @@ pub struct Launch<P: PassType = Forward> {
     listed: Option<Listed>,
 }
 
-/// Parameters of a pass's kernels, but for the addresses that a call has. Each kernel's are placed in one function,
-/// beside the one that makes them.
+/// Parameters of a pass's kernels without the addresses that only a call knows. For each kernel one function makes the
+/// parameters, and one beside it fills in the addresses.
 pub trait Template<Results>: Sized {
     /// Returns the parameters for results at these addresses. `element_bytes` is the size of an element of the tensors,
     /// and `encode` makes the device's tensor maps.
@@ -88,7 +88,8 @@ pub trait Template<Results>: Sized {
 }
 
 /// Device addresses of the gradients of a score program's tables, each f32, contiguous, of its table's shape, and
-/// zero when the call begins. 0 for a table that has none: one of integers, or one that nobody asks for.
+/// zero when the call begins. 0 for a table without a gradient: one of integers, or one whose gradient is not
+/// requested.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TableGradients {
     /// In the order of [`Program::tables`](crate::program::Program::tables).

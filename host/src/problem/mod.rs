@@ -125,7 +125,7 @@ impl Problem {
     /// Checks the problem of a batch whose sequences lie anywhere in q and in k and v. Only kernels of GPUs for listed work take it.
     ///
     /// # Errors
-    /// The errors of [`new`](Self::new), but for the batch axis of k.
+    /// The errors of [`new`](Self::new), except those of the batch axis of k.
     pub(crate) fn of_sequences(
         attention: &Attention,
         [q, k, v]: [&TensorInfo; 3],

@@ -69,7 +69,7 @@ impl Fragment {
     }
 }
 
-/// All that a program is made of, in no order of the calls that gave it, but for closures among themselves.
+/// Features that a program is made of. They do not depend on the order of the calls, except for the order of closures.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Parts {
     pub(crate) softcap: Option<Fragment>,

@@ -19,8 +19,8 @@ pub struct Spliced {
     pub text: String,
     /// Numbers in the kernel's second parameter, 8 bytes each, in order.
     pub slots: Vec<Slot>,
-    /// Lines of the text that are the program's, counted from 1: each with the node that it works out. Dropout, sinks and sums of
-    /// gradients have none.
+    /// Lines of the program in the text, counted from 1, each with the node that it computes. Those of dropout, sinks and sums of
+    /// gradients have no node.
     pub lines: Vec<(usize, Option<NodeId>)>,
 }
 

@@ -50,7 +50,7 @@ pub struct TableSource {
     pub address: u64,
     /// Owner of the memory, which stays allocated until it is dropped.
     pub owner: Arc<dyn Any + Send + Sync>,
-    /// Content, of a table that the library made and nobody can write; plans read it.
+    /// Content of a table that the library made and no caller can write; plans read it.
     pub(crate) content: Option<Arc<HostTable>>,
 }
 

@@ -83,7 +83,7 @@ impl Memory {
     ///
     /// # Safety
     /// This is initialised memory of `device` of elements of type `T`, which stays allocated while the tensor and work launched on
-    /// it exist, and which nobody else writes, or reads where the tensor is written, meanwhile.
+    /// it exist. Meanwhile nothing else writes it, or reads it if the tensor is written.
     pub(crate) unsafe fn tensor<T: Element>(&self, device: &Device, layout: &Layout) -> Result<Tensor<T>> {
         let (offset, shape, strides) = (layout.start_offset(), layout.dims(), layout.stride());
         let last: usize = shape

@@ -2,7 +2,7 @@
 //!
 //! Where one key has all the weight of a query, the gradient of its score, `P * (dP - delta)`, is 0; where several share it, their
 //! gradients sum to 0. rowsum(dO * O) is not rounded as dP is, and leaves a remainder of a few roundings of dP. With many keys it is
-//! smaller than their own roundings, but with few it is not. A block of queries that has such a one walks over its keys twice: once for
+//! smaller than their own roundings, but with few it is not. A block with at least one such query walks over its keys twice: once for
 //! delta, which it leaves for the kernel of dK and dV too, and once for dQ.
 
 use super::{Owned, Tile, load_owned, probabilities, ring_base, shifts, weight_gradients};
@@ -103,8 +103,8 @@ impl<S: TileShape> Queries<S> {
         sync::sync_threads_or(few.any(|few| few != 0.0))
     }
 
-    /// Writes delta of those that few keys share. The weights sum to 1 but for their roundings, which P * dP has as well; not where a
-    /// sink has a part. All threads of the block call this together.
+    /// Writes delta of those that few keys share. The weights sum to 1, up to their roundings, which P * dP has as well; with a sink
+    /// they sum to less. All threads of the block call this together.
     ///
     /// # Safety
     /// The queries are the warp's own and have a delta.

@@ -25,8 +25,8 @@ impl<S: TileSizes> LatentRing<S> {
     ///
     /// # Safety
     /// Only this pipeline uses the slots, the second from [`acquire_key`](Self::acquire_key) on; `k` and `v` are readable, and the same
-    /// rows if `values_are_keys`. The runs are readable, and lie in the windows but for the end of their last tile. Every thread of the
-    /// block calls this, and each `acquire`.
+    /// rows if `values_are_keys`. The runs are readable, and lie in the windows, past which only their last tile may reach. Every thread of
+    /// the block calls this, and each `acquire`.
     #[inline(always)]
     pub unsafe fn start(
         base: u32,

@@ -13,7 +13,7 @@ use crate::files;
 pub enum ScoreTree {
     /// The score that comes in.
     Score,
-    /// A number of sixteenths.
+    /// A constant, in sixteenths.
     Number(i8),
     /// An index as a score.
     OfIndex(Box<IndexTree>),

@@ -151,7 +151,7 @@ proptest! {
         }
     }
 
-    /// Keys whose scores are all minus infinity are no keys that nobody sees.
+    /// Tests that keys whose scores are all minus infinity give NaN, unlike keys that no query sees.
     #[test]
     fn a_head_without_weight_is_nan(
         dtype in dtype(), rows in 1..=70_usize, keys in 1..=140_usize, eighths in 1..=12_usize, causal in any::<bool>(),

@@ -14,7 +14,7 @@ fn normal(device: &Device, shape: &[usize], seed: u64) -> Tensor<f32> {
     Tensor::from_slice(device, shape, &numbers).expect("it fits")
 }
 
-/// Asserts that numbers are equal but for the order of sums.
+/// Asserts that numbers are equal up to the order of sums.
 fn assert_near(got: &Tensor<f32>, want: &Tensor<f32>, name: &str) {
     assert_eq!(got.shape(), want.shape(), "{name}");
     let [got, want] = [got, want].map(|tensor| tensor.to_vec().expect("it is there"));

@@ -206,7 +206,7 @@ fn no_instructions(argument: &'static str, name: &str) -> Error {
 
 impl Backend for Cpu {
     fn info(&self) -> DeviceInfo {
-        // Without instructions nothing can be allocated, so nobody plans.
+        // Without instructions nothing can be allocated, so there are no tensors to plan for.
         let instructions = self.instructions.as_ref().copied();
         DeviceInfo::cpu(self.threads, instructions.unwrap_or(Instructions::Portable))
     }

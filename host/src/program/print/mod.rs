@@ -1,11 +1,11 @@
 //! An expression as PTX, for one marker at a time.
 //!
-//! Work is done where it is done least often. What is the same for every pair, the host works out: a [`Slot`] of the kernel's
-//! second parameter. What depends on the head is worked out at `head`; what depends on the row of a tile, at `tile`, once for each
-//! of the lane's rows. What is affine in the column is worked out there for the first column, and each score adds a literal. The
-//! rest is worked out a score, or a column where it depends on that alone. Rows are queries and columns are keys, or the other way
-//! round in a kernel that owns keys. Values pass from marker to marker in registers that are declared at the top of the kernel;
-//! each marker has a scope for its own.
+//! Each value is computed where that happens least often. The host computes a value that is the same for every pair, a [`Slot`] of the
+//! kernel's second parameter. A value that depends on the head is computed at `head`; one that depends on the row of a tile at `tile`,
+//! once for each of the lane's rows. One that is affine in the column is computed there for the first column, and each score adds a
+//! literal. All others are computed for each score, or for each column if they depend on that alone. Rows are queries and columns are
+//! keys, or the other way round in a kernel that owns keys. Values pass from marker to marker in registers that are declared at the top
+//! of the kernel; each marker has a scope for its own.
 //!
 //! Queries and keys that do not exist reach a program too: indices into tables are moved inside.
 

@@ -70,7 +70,7 @@ impl Norm {
 }
 
 impl Transformer {
-    /// A model and its variables. The weights are those that the seed draws, whoever computes attention.
+    /// A model and its variables. The seed determines the weights, for either attention.
     ///
     /// # Errors
     /// candle's errors.

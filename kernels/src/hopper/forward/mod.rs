@@ -66,7 +66,7 @@ unsafe fn forward_with<S: HopperShape, C: Cluster, const CAUSAL: bool, const PRO
     maps: u64,
 ) {
     let shared = Shared::<S>::of_this_block();
-    // SAFETY: the parts of shared memory are disjoint; barriers are initialised before anybody goes on.
+    // SAFETY: the parts of shared memory are disjoint; barriers are initialised before any thread continues.
     unsafe {
         if sreg::thread_idx_x() == 0 {
             shared.query_slots().init(1, 1, S::CONSUMERS);

@@ -65,7 +65,7 @@ struct Producer<'a, S> {
     shared: Shared<S>,
     /// Number of tiles of values that were transposed.
     transposed: u32,
-    /// Base-2 logarithm of the scale of values that those of a tile of work are relative to.
+    /// Base-2 logarithm of the unit of a tile of work's scales of values.
     unit_log2: f32,
 }
 

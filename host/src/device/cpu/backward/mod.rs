@@ -8,10 +8,10 @@
 //! ```
 //!
 //! A task owns a run of keys of one head, with their dK and dV, and streams the queries of every head that shares
-//! them, tile by tile, the last first. Queries are lanes (see `kernels/`), so S, dP and dS are made once, and serve
-//! all five products as they lie. What a task has for dQ is added to memory after the task of the keys before it has
-//! added its own: each element of a gradient is one sum in one order, the same on any number of threads. Tasks are
-//! taken in that order, so the one that is waited for is always at work, and a few rows ahead.
+//! them, tile by tile, the last first. Queries are lanes (see `kernels/`), so S, dP and dS are computed once, and all
+//! five products read them in the same layout. A task adds its part of dQ to memory after the task of the keys before it
+//! has added its own: each element of a gradient is one sum in one order, the same on any number of threads. Threads take
+//! tasks in that order, so the task that another waits for is always running, and a few rows ahead.
 //!
 //! A batch of problems is one pass over the tasks of all of them, in order.
 //!
@@ -92,8 +92,8 @@ struct Task {
 ///
 /// # Safety
 /// q, k, v and out of each problem and all of its `tensors` are memory of the CPU, laid out as they say, with elements of
-/// the problem's type, but for lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor
-/// anything else, nor those of another call. Nobody writes the inputs or touches the outputs meanwhile.
+/// the problem's type, except lse and delta. dq, dk, dv and delta overlap neither each other nor themselves nor
+/// anything else, nor those of another call. Nothing else writes the inputs or accesses the outputs meanwhile.
 pub(super) unsafe fn backward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Reporter<'_>) {
     let mut problems: Vec<Backward<'_>> = calls.iter().map(|call| Backward::new(team, call, reporter)).collect();
     let owned = problems.iter().map(|problem| problem.owned).max().unwrap_or(0);
@@ -120,7 +120,7 @@ pub(super) unsafe fn backward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Re
     let tasks = problems.iter().zip(&costs).enumerate();
     let tasks = tasks.flat_map(|(problem, (of, cost))| {
         let (heads, chunks) = (of.problem.batch() * of.problem.heads_kv(), of.chunks());
-        // A head that is little of all work is one task, and nobody waits for anybody; but for sums over heads.
+        // A head that is little of all work is one task, so that no task waits for another. Sums over heads need their turns.
         let takes_turns = of.program.as_ref().is_some_and(|program| !program.sums.is_empty());
         let is_little = cost * 4 * team.threads as u128 <= total * heads as u128;
         let chunks_of_task = if is_little && !takes_turns { chunks } else { 1 };

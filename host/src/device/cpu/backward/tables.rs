@@ -259,7 +259,7 @@ impl Backward<'_> {
                 for batch in 0..self.problem.batch() {
                     let first = (batch * heads + head) * seqlen_q;
                     for query in first..first + seqlen_q {
-                        // SAFETY: lse and delta have a number for each query, and nobody writes them any more.
+                        // SAFETY: lse and delta have a number for each query, and no thread writes them any more.
                         let (lse, delta) = unsafe { (*lse.at(query), *pointer_mut::<f32>(self.delta).add(query)) };
                         sum -= (f64::from(sink) - f64::from(lse)).exp() * f64::from(delta);
                     }

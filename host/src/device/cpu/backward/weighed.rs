@@ -199,8 +199,8 @@ impl Scratch {
         }
     }
 
-    /// Writes delta of the queries from `first` on that few keys share. The weights sum to 1 but for their roundings, which P * dP has
-    /// as well; not where a sink has a part.
+    /// Writes delta of the queries from `first` on that few keys share. The weights sum to 1, up to their roundings, which P * dP has as
+    /// well; with a sink they sum to less.
     ///
     /// # Safety
     /// The contract of [`weigh`](Self::weigh).

@@ -168,7 +168,7 @@ fn attend(team: &Team<'_>, forwards: &[Forward<'_>], tasks: &[Task]) {
             None => own.attend(forward, &forward.tile(tile)),
             Some(segment) => {
                 if let Some(state) = own.attend_segment(forward, &forward.tile(tile), segment) {
-                    let _ = partials[index].set(state); // nobody else has this task
+                    let _ = partials[index].set(state); // no other thread has this task
                 }
             }
         }

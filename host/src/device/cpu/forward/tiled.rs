@@ -120,7 +120,7 @@ impl Scratch {
             }
         };
         let mut values = load(tile.v, &mut self.values);
-        // SAFETY: the rows exist, in memory or loaded, and nobody writes them.
+        // SAFETY: the rows exist, in memory or loaded, and no thread writes them.
         let rows = unsafe { std::slice::from_raw_parts(values, seen * head_dim_v) };
         let finite = !masked || rows.iter().fold(true, |all, x| all & x.is_finite());
         if !finite && values != self.values.as_ptr() {

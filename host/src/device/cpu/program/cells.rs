@@ -157,7 +157,7 @@ impl ScoreProgram {
         for (a, b, c) in (a0..=a1).flat_map(|a| (b0..=b1).flat_map(move |b| (c0..=c1).map(move |c| (a, b, c)))) {
             let outer = a * table.strides[0] + b * table.strides[1] + c * table.strides[2];
             for d in d0..=d1 {
-                // SAFETY: the indices are within the table, whose memory the program keeps, and nobody writes it.
+                // SAFETY: the indices are within the table, whose memory the program keeps, and no thread writes it.
                 let element = unsafe { *table.first.cast::<i32>().add(outer + d * table.strides[3]) };
                 (least, most) = (least.min(element), most.max(element));
             }

@@ -134,7 +134,7 @@ pub(super) fn sink(program: &Program, head: usize) -> Option<f32> {
     Some(unsafe { *first.add(head * sinks.strides[0]) })
 }
 
-// SAFETY: tables are memory that nobody writes during a call.
+// SAFETY: tables are memory that no thread writes during a call.
 unsafe impl Send for ScoreProgram {}
 // SAFETY: as above.
 unsafe impl Sync for ScoreProgram {}

@@ -218,7 +218,7 @@ fn written_by_backward(plan: &Plan<Backward>, results: &BackwardResults) -> Vec<
 }
 
 impl Emulated {
-    /// Refuses a result of which the kernels left an element unwritten, where the memory was new.
+    /// Returns an error if the kernels left an element of a result unwritten. It can tell only in memory that was new.
     fn check_written(&self, plan: &Plan<impl PassType>, result: &Written) -> Result<(), Error> {
         let Written {
             tensor, heads, seqlen, ..

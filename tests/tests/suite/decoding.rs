@@ -1,10 +1,11 @@
-//! What decoding from a cache moves and allocates on a GPU.
+//! Bytes that decoding from a cache moves and allocates on a GPU.
 
 use flash_attention::half::f16;
 use flash_attention::{Arch, Attention, Device, KvCache, Tensor};
 use flash_attention_tests::devices;
 
-/// Decoding reads the cache once, and the plan says how much. Beside what it counts, blocks read their lists and block tables.
+/// Tests that decoding reads the cache once, as many bytes as the plan counts. Blocks also read their lists and block tables, which the
+/// plan does not count.
 #[test]
 fn decoding_reads_the_cache_once() {
     if !devices().emulation() {

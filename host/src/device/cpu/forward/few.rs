@@ -1,5 +1,7 @@
 //! The decode path for few queries: lanes are elements of a head.
 
+use std::ops::Range;
+
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
@@ -103,17 +105,25 @@ impl Scratch {
         all.iter_mut().for_each(|x| *x *= sign);
     }
 
-    /// Returns the places of the keys and values of a tile of key head `index` of those together.
+    /// Lists the rows of a tile of keys and values that lie in several pages, once for all key heads together.
+    fn list_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, rows: Range<usize>) {
+        let [of_keys, of_values] = &mut self.addresses;
+        if forward.key_heads() > 1 {
+            tile.k.list_rows(rows.clone(), of_keys);
+            tile.v.list_rows(rows, of_values);
+        }
+    }
+
+    /// Returns the places of the keys and values of a tile of key head `index` of those together, after [`list_rows`](Self::list_rows).
     ///
     /// Where several key heads are together, memory has their rows side by side. Each head then asks for a part of the next tile's
     /// rows of all heads, so that memory is read in its order: taking them a head at a time, strides of 4 KiB apart, halves the rate,
     /// measured on Zen 4.
-    fn locate_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, index: usize, first_key: usize) -> [Rows; 2] {
+    fn locate_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, index: usize, rows: Range<usize>) -> [Rows; 2] {
         let (block_n, end) = (forward.tiles.block_n as usize, forward.problem.seqlen_k() as usize);
-        let rows = first_key..(first_key + block_n).min(end);
         let heads = forward.key_heads();
         let share = block_n / heads;
-        let next = |part: usize| (first_key + block_n + part * share).min(end);
+        let next = |part: usize| (rows.start + block_n + part * share).min(end);
         let [of_keys, of_values] = &mut self.addresses;
         [(&tile.k, of_keys), (&tile.v, of_values)].map(|(tensor, addresses)| match heads {
             1 => tensor.locate(rows.clone(), end, addresses),
@@ -135,8 +145,11 @@ impl Scratch {
     ) {
         let queries = tile.rows / forward.together;
         let heads = forward.together / forward.key_heads();
+        let end = forward.problem.seqlen_k() as usize;
+        let rows = first_key..(first_key + forward.tiles.block_n as usize).min(end);
+        self.list_rows(forward, tile, rows.clone());
         for index in 0..forward.key_heads() {
-            let [k, v] = self.locate_rows(forward, tile, index, first_key);
+            let [k, v] = self.locate_rows(forward, tile, index, rows.clone());
             // Heads at one position, then the next position.
             let row_of = |place: usize| (index * heads + place % heads) * queries + place / heads;
             let mut first = 0;

@@ -21,14 +21,15 @@ pub(in crate::device::cpu) struct KeyRows<'a> {
     page_bytes: usize,
 }
 
-/// Returns `count` listed rows and as many later ones, which begin `ahead` rows on; the last one stands for those missing.
-fn listed(addresses: &mut Vec<*const u8>, ahead: usize, count: usize) -> Rows {
+/// Returns `count` rows, `offset` bytes after those listed, and as many later ones, which are listed from `ahead` on; the last one stands
+/// for those missing.
+fn listed(addresses: &mut Vec<*const u8>, ahead: usize, count: usize, offset: usize) -> Rows {
     let last = addresses.last().copied().unwrap_or(std::ptr::null());
     addresses.resize(ahead + count, last);
     let (rows, later) = (addresses.as_ptr(), addresses[ahead..].as_ptr());
     Rows::Listed {
-        rows: Listed(rows),
-        later: Listed(later),
+        rows: Listed(rows, offset),
+        later: Listed(later, 0),
     }
 }
 
@@ -91,12 +92,20 @@ impl<'a> KeyRows<'a> {
         }
         addresses.clear();
         self.list(with_later, 1, addresses);
-        listed(addresses, AHEAD, rows.len())
+        listed(addresses, AHEAD, rows.len(), 0)
+    }
+
+    /// Lists `rows` in `addresses` for [`locate_among`](Self::locate_among), unless one page holds them.
+    pub(in crate::device::cpu) fn list_rows(&self, rows: Range<usize>, addresses: &mut Vec<*const u8>) {
+        if self.run(rows.clone()).is_none() {
+            addresses.clear();
+            self.list(rows, 1, addresses);
+        }
     }
 
     /// Returns the places of `rows`, which exist, of the head `index` heads on, whose later ones are `next`, rows of `heads` heads from
-    /// this one on in the order of memory. Unless one page holds each of `rows` and `next`, and nothing lies between rows of `next`, all
-    /// are listed in `addresses`.
+    /// this one on in the order of memory. `addresses` is what [`list_rows`](Self::list_rows) made of `rows`, or an earlier call with
+    /// them. Unless one page holds `next` and nothing lies between its rows, they are listed there too.
     pub(in crate::device::cpu) fn locate_among(
         &self,
         [index, heads]: [usize; 2],
@@ -104,21 +113,28 @@ impl<'a> KeyRows<'a> {
         next: Range<usize>,
         addresses: &mut Vec<*const u8>,
     ) -> Rows {
-        let count = rows.len();
-        let of_head = self.later_head(index);
-        if let (Some((head, place)), Some((first, next_place))) = (of_head.run(rows.clone()), self.run(next.clone())) {
-            let ((from, stride_bytes), (next, _)) = (head.row(place), first.row(next_place));
+        let (count, offset) = (rows.len(), index * self.head_bytes);
+        if let Some((first, place)) = self.run(next.clone()) {
+            let (next, stride_bytes) = first.row(place);
             if stride_bytes == heads * self.head_bytes {
-                return Rows::Strided {
-                    rows: Strided(from, stride_bytes),
-                    later: Strided(next, self.head_bytes),
+                let later = Strided(next, self.head_bytes);
+                return match self.run(rows) {
+                    Some((head, place)) => {
+                        let from = head.row(place).0.wrapping_add(offset);
+                        let rows = Strided(from, stride_bytes);
+                        Rows::Strided { rows, later }
+                    }
+                    None => {
+                        let rows = Listed(addresses.as_ptr(), offset);
+                        Rows::Paged { rows, later }
+                    }
                 };
             }
         }
         addresses.clear();
-        of_head.list(rows, 1, addresses);
+        self.list(rows, 1, addresses);
         self.list(next, heads, addresses);
-        listed(addresses, count, count)
+        listed(addresses, count, count, offset)
     }
 
     /// Appends the addresses of rows of `heads` heads.

@@ -17,6 +17,14 @@ struct Case {
 /// Largest score, sum, key with the largest score and output of a query.
 type State = (u32, u32, u32, Vec<u32>);
 
+/// How the places of rows are given.
+#[derive(Clone, Copy, Debug)]
+enum Places {
+    Strided,
+    Paged,
+    Listed,
+}
+
 impl Case {
     /// Bytes of rows of numbers without a pattern.
     fn rows(&self, count: usize, width: usize, seed: u32) -> Vec<u8> {
@@ -30,7 +38,7 @@ impl Case {
     }
 
     /// Attends queries that follow each other in memory, all at once.
-    fn attend(&self, kernels: &Kernels, queries: &[f32], are_listed: bool) -> Vec<State> {
+    fn attend(&self, kernels: &Kernels, queries: &[f32], places: Places) -> Vec<State> {
         let [depth, depth_v] = [self.head_dim, self.head_dim_v].map(|head_dim| head_dim.next_multiple_of(MAX_LANES));
         let count = queries.len() / depth;
         let (k, v) = (
@@ -40,13 +48,24 @@ impl Case {
         let mut addresses = [Vec::new(), Vec::new()];
         let mut place = |rows: &[u8], of: usize| {
             let stride = rows.len() / self.keys;
-            if are_listed {
-                addresses[of] = rows.chunks(stride).map(<[u8]>::as_ptr).collect();
-                let rows = Listed(addresses[of].as_ptr());
-                return Rows::Listed { rows, later: rows };
+            let strided = Strided(rows.as_ptr(), stride);
+            // The list has the addresses a row before each.
+            addresses[of] = (rows.chunks(stride).map(|row| row.as_ptr().wrapping_sub(stride))).collect();
+            let listed = Listed(addresses[of].as_ptr(), stride);
+            match places {
+                Places::Strided => Rows::Strided {
+                    rows: strided,
+                    later: strided,
+                },
+                Places::Paged => Rows::Paged {
+                    rows: listed,
+                    later: strided,
+                },
+                Places::Listed => Rows::Listed {
+                    rows: listed,
+                    later: listed,
+                },
             }
-            let rows = Strided(rows.as_ptr(), stride);
-            Rows::Strided { rows, later: rows }
         };
         let (k, v) = (place(&k, 0), place(&v, 1));
         let (mut max, mut sum, mut best) = (vec![0.5_f32; count], vec![1.0_f32; count], vec![7_u32; count]);
@@ -116,15 +135,15 @@ fn queries_together_have_the_bits_of_each_alone() {
                     query[head_dim..].fill(0.0);
                 }
                 let alone: Vec<State> = (queries.chunks(depth))
-                    .flat_map(|query| case.attend(kernels, query, false))
+                    .flat_map(|query| case.attend(kernels, query, Places::Strided))
                     .collect();
                 assert!(
                     alone.iter().any(|(max, ..)| f32::from_bits(*max) > 0.5),
                     "a score is the largest"
                 );
-                for are_listed in [false, true] {
-                    let together = case.attend(kernels, &queries, are_listed);
-                    assert_eq!(together, alone, "{dtype:?}, {keys} keys, listed {are_listed}");
+                for places in [Places::Strided, Places::Paged, Places::Listed] {
+                    let together = case.attend(kernels, &queries, places);
+                    assert_eq!(together, alone, "{dtype:?}, {keys} keys, {places:?}");
                 }
             }
         }

@@ -90,13 +90,14 @@ impl Attention {
     }
 
     /// Runs [`forward_cached`](Self::forward_cached) and writes the results to tensors of the caller: `out` with a contiguous last axis
-    /// and any other strides that do not overlap, `lse` and, if the output has statistics, `row_max` and `row_sum` contiguous. None may
-    /// share memory with an input.
+    /// and any other strides that do not overlap, `lse` and, if the output has statistics, `row_max` and `row_sum` with any strides that
+    /// do not overlap. None may share memory with an input.
     ///
     /// With a workspace of the caller's, a contiguous f32 tensor of at least [`Plan::workspace_bytes`] of the plan of
     /// [`plan_cached`](Self::plan_cached) on a GPU, at an address that is a multiple of 64, the call allocates nothing but lists of work,
     /// which [`Device::prepare`](crate::Device::prepare) loads before, and waits for nothing. Its content is undefined before and after.
-    /// The CPU needs none.
+    /// The CPU needs none. On a GPU each of lse, row_max and row_sum that is not contiguous needs more, as [`Plan::workspace_bytes`] says,
+    /// and a list that the first such call loads.
     ///
     /// # Errors
     /// The errors of [`forward_cached`](Self::forward_cached); [`Error::ShapeMismatch`] for results of other shapes;

@@ -72,11 +72,11 @@ impl Attention {
     }
 
     /// Runs the forward pass and writes the results to the caller's tensors: `out` with a contiguous last axis and
-    /// any other strides that do not overlap, `lse` contiguous. Neither may share memory with an input.
+    /// any other strides that do not overlap, `lse` with any strides that do not overlap. Neither may share memory with an input.
     ///
-    /// The call allocates nothing, with one exception: where a GPU splits the keys of few queries, it allocates
-    /// [`Plan::workspace_bytes`] and lists of work until it ends. [`forward_into_with`](Self::forward_into_with) takes a workspace of
-    /// the caller instead.
+    /// The call allocates nothing, with one exception: where a GPU splits the keys of few queries, or lse is not contiguous there, it
+    /// allocates [`Plan::workspace_bytes`] and lists of work until it ends. [`forward_into_with`](Self::forward_into_with) takes a
+    /// workspace of the caller instead.
     ///
     /// # Errors
     /// The errors of [`forward`](Self::forward). Nothing has been written then, unless the device failed.
@@ -110,6 +110,9 @@ impl Attention {
     /// Runs [`forward_into_output`](Self::forward_into_output) in a workspace of the caller: any contiguous f32 tensor of at least
     /// [`Plan::workspace_bytes`] of the [`plan`](Self::plan), at an address that is a multiple of 64, which shares no memory with
     /// another argument. Its content is undefined before and after. Plans whose keys are not split, and those of the CPU, need none.
+    ///
+    /// On a GPU lse, row_max and row_sum that are not contiguous need more, as [`Plan::workspace_bytes`] says. The plan with that is
+    /// [`Plan::new`] of a [`Problem::new`] with these [`Outputs`](crate::problem::Outputs).
     ///
     /// The call allocates nothing but lists of work, which [`Device::prepare`](crate::Device::prepare) loads before, and, on a GPU,
     /// waits for nothing, so that a stream it works on can be captured in a CUDA graph.

@@ -17,7 +17,7 @@ use super::{Backend, Device, DeviceKind, Run};
 use crate::element::DataType;
 use crate::error::Error;
 use crate::plan::{Backward, BackwardResults, ForwardResults, Launch, PassType, Plan, Rotary, Template, TileMap};
-use crate::problem::Problem;
+use crate::problem::{Problem, ROWS};
 use crate::program::NodeId;
 use crate::progress::Reporter;
 use crate::target::DeviceInfo;
@@ -194,10 +194,7 @@ fn written_by_forward(problem: &Problem, results: &ForwardResults) -> Vec<Writte
     let kept = kept
         .into_iter()
         .flat_map(|(tensors, addresses)| tensors.into_iter().zip(addresses));
-    let rows = [(problem.lse(), results.lse)]
-        .into_iter()
-        .chain(kept)
-        .zip(["lse", "row_max", "row_sum"]);
+    let rows = [(problem.lse(), results.lse)].into_iter().chain(kept).zip(ROWS);
     let rows = rows.map(|((tensor, address), name)| Written {
         dtype: Dtype::F32,
         ..Written::of_queries(name, problem, tensor, address, 1)

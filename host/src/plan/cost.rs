@@ -11,6 +11,7 @@ use crate::problem::Problem;
 
 /// Cost of a plan. The counts are exact, but leave out:
 ///
+/// - the lists of copies of lse, row_max and row_sum that are not contiguous;
 /// - reads of semaphores by blocks that wait for their turn, which depend on timing;
 /// - scales of quantised inputs;
 /// - in f32 backward with statistics, delta from the keys of queries that few keys share, which depends on the numbers;
@@ -117,6 +118,15 @@ impl Cost {
                 + added,
             bytes_written: delta + added + heads_q * seqlen_q * row + heads_kv * seqlen_k * (row + row_v),
             flops: heads_q * walked.visible_pairs * backward_flops(problem),
+        }
+    }
+
+    /// Returns this cost with copies of so many bytes, which are read once and written once.
+    pub(super) fn with_copies(self, bytes: u128) -> Self {
+        Self {
+            bytes_read: self.bytes_read + bytes,
+            bytes_written: self.bytes_written + bytes,
+            ..self
         }
     }
 

@@ -45,7 +45,10 @@ impl<P: PassType> fmt::Display for Plan<P> {
                 for launch in &self.launches {
                     let entry = launch.entry;
                     let (name, arch, head_dim) = (entry.name, entry.arch.name(), entry.head_dim);
-                    writeln!(f, "kernel    {name} ({arch}, head_dim {head_dim})")?;
+                    match launch.copied {
+                        Some(tensor) => writeln!(f, "kernel    {name} ({arch}), copies {tensor}")?,
+                        None => writeln!(f, "kernel    {name} ({arch}, head_dim {head_dim})")?,
+                    }
                     let [x, y, z] = launch.grid;
                     write!(f, "grid      {x} x {y} x {z} blocks of {} threads", launch.threads)?;
                     match launch.cluster {

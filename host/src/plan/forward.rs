@@ -4,6 +4,7 @@ use flash_attention_kernels::entries::{self, Arch, Entry, Pass};
 
 use super::choose::{choose, fits_device};
 use super::launch::{KeySplits, LEAST_KEYS, OfSequences};
+use super::rows::RowCopies;
 use super::{Cost, Launch, Tiles, tile_map};
 use crate::error::Error;
 use crate::problem::Problem;
@@ -34,6 +35,13 @@ impl Choice {
             workspace_bytes: 0,
             splits: None,
         }
+    }
+
+    /// Returns this choice with what writes lse, row_max and row_sum of the caller's that are not contiguous.
+    pub fn with_row_copies(mut self, problem: &Problem) -> Result<Self, Error> {
+        let copied = RowCopies::after_forward(problem, &mut self.launches, &mut self.workspace_bytes)?;
+        self.cost = self.cost.with_copies(copied);
+        Ok(self)
     }
 }
 

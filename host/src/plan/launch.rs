@@ -6,6 +6,7 @@ mod kept;
 mod lists;
 mod program;
 mod rotary;
+mod rows;
 mod sequences;
 mod workspace;
 
@@ -20,11 +21,13 @@ pub use forward::{ForwardMaps, ForwardParameters};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) use program::{ModuleKey, ModuleText};
 pub(crate) use rotary::Rotary;
+pub(super) use rows::{Axis, moves};
 pub(super) use sequences::{KeySplits, LEAST_KEYS, OfSequences};
 pub(super) use workspace::{exponents, portable_exponents, query_sums};
 
 use super::MAX_BLOCKS;
 use super::pass::{Forward, PassType};
+use super::rows::RowCopies;
 use super::tile_map::TileMap;
 use crate::error::Error;
 use crate::program::MAX_TABLES;
@@ -44,8 +47,13 @@ pub struct Launch<P: PassType = Forward> {
     pub shared_bytes: u32,
     /// Blocks of a cluster, along x; the grid is a multiple. 1 without clusters.
     pub cluster: u32,
+    /// Tensor that the kernel copies, to or from a contiguous copy in the workspace: `lse`, `row_max` or `row_sum`; `None` of a kernel
+    /// of attention.
+    pub copied: Option<&'static str>,
     /// The parameters, except the addresses of the results, which are unknown until they are allocated.
     params: P::Parameters,
+    /// Copies of lse, row_max and row_sum that the kernel takes in place of the caller's tensors.
+    pub(super) rows: RowCopies,
     /// The score program that is written into the kernel.
     #[cfg_attr(
         not(any(feature = "cuda", feature = "emulator")),
@@ -59,14 +67,15 @@ pub struct Launch<P: PassType = Forward> {
 /// Parameters of a pass's kernels without the addresses that only a call knows. For each kernel one function makes the
 /// parameters, and one beside it fills in the addresses.
 pub trait Template<Results>: Sized {
-    /// Returns the parameters for results at these addresses. `element_bytes` is the size of an element of the tensors,
-    /// and `encode` makes the device's tensor maps.
+    /// Returns the parameters for results at these addresses, with `rows` in the workspace. `element_bytes` is the size of an element of
+    /// the tensors, and `encode` makes the device's tensor maps.
     ///
     /// # Errors
     /// The errors of `encode`.
     fn placed<E>(
         self,
         results: &Results,
+        rows: RowCopies,
         element_bytes: u64,
         encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
     ) -> Result<Self, E>;
@@ -106,7 +115,9 @@ impl<P: PassType> Launch<P> {
             threads: entry.threads,
             shared_bytes: entry.shared_bytes,
             cluster: entry.cluster,
+            copied: None,
             params,
+            rows: RowCopies::default(),
             program: None,
             listed: None,
         }
@@ -121,7 +132,8 @@ impl<P: PassType> Launch<P> {
         results: P::Results,
         encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
     ) -> Result<P::Parameters, E> {
-        self.params.placed(&results, self.entry.dtype.bytes() as u64, encode)
+        let element_bytes = self.entry.dtype.bytes() as u64;
+        self.params.placed(&results, self.rows, element_bytes, encode)
     }
 
     /// Returns the lists that the kernel reads, for [`Template::with_lists`]: its work, and the block table of paged keys or the angles

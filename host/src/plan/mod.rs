@@ -12,6 +12,7 @@ mod launch;
 mod lists;
 mod pass;
 mod quantized;
+mod rows;
 mod tile_map;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub use launch::{BackwardMaps, BackwardParameters, ForwardMaps, ForwardParameter
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) use launch::{ModuleKey, ModuleText, Template};
 pub use pass::{AnyPlan, Backward, BackwardResults, Forward, ForwardResults, PassType};
+use rows::{RowCopies, row_tensors};
 pub use tile_map::TileMap;
 
 use crate::error::Error;
@@ -73,8 +75,7 @@ impl Plan {
     /// Plans a forward pass for a device.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`],
-    /// [`Error::NotContiguous`] if lse, row_max or row_sum has gaps or another order, which only the CPU takes.
+    /// [`Error::NoKernel`] if the device runs no compiled kernel that serves the problem, [`Error::GridTooLarge`].
     pub fn new(problem: &Problem, device: &DeviceInfo) -> Result<Self, Error> {
         let mut cpu = None;
         let choice = match *device {
@@ -90,15 +91,15 @@ impl Plan {
                 }
             }
             DeviceInfo::Gpu { multiprocessors, .. } => {
-                problem.check_contiguous_rows(problem.lse(), problem.statistics())?;
-                match (problem.placed(), problem.scales()) {
+                let choice = match (problem.placed(), problem.scales()) {
                     (_, Some(scales)) => quantized::forward(problem, scales, device, multiprocessors)?,
                     (Some(placed), None) => {
                         let entry = choose(problem, Pass::Forward, device, false)?;
                         forward::of_sequences(problem, placed, entry, multiprocessors)?
                     }
                     (None, None) => forward::of_rectangle(problem, device, multiprocessors)?,
-                }
+                };
+                choice.with_row_copies(problem)?
             }
         };
         Ok(Self {
@@ -146,7 +147,7 @@ impl Plan<Backward> {
         let forward = problem.forward();
         refuse_gradients(problem, device)?;
         let statistics = if problem.tensors().statistics.is_some() { 2 } else { 1 };
-        let mut cpu = None;
+        let (mut cpu, mut copied) = (None, 0);
         let (tiles, launches, workspace_bytes) = match *device {
             DeviceInfo::Cpu { instructions, .. } => {
                 let (path, tiles) = CpuPath::backward(forward, instructions);
@@ -154,9 +155,11 @@ impl Plan<Backward> {
                 (tiles, Vec::new(), problem.delta_bytes())
             }
             DeviceInfo::Gpu { multiprocessors, .. } => {
-                let tensors = problem.tensors();
-                forward.check_contiguous_rows(tensors.lse, tensors.statistics)?;
-                backward_launches(problem, device, multiprocessors)?
+                let (tiles, mut launches, mut workspace_bytes) = backward_launches(problem, device, multiprocessors)?;
+                let BackwardTensors { lse, statistics, .. } = *problem.tensors();
+                let rows = row_tensors(lse, statistics);
+                copied = RowCopies::before_backward(forward, rows, &mut launches, &mut workspace_bytes)?;
+                (tiles, launches, workspace_bytes)
             }
         };
         Ok(Self {
@@ -171,7 +174,7 @@ impl Plan<Backward> {
             tiles,
             cost: match device {
                 DeviceInfo::Cpu { .. } => Cost::cpu_backward(forward, tiles, statistics),
-                DeviceInfo::Gpu { .. } => Cost::backward(forward, &launches, statistics),
+                DeviceInfo::Gpu { .. } => Cost::backward(forward, &launches, statistics).with_copies(copied),
             },
             launches,
             workspace_bytes,
@@ -208,6 +211,9 @@ impl<P: PassType> Plan<P> {
     /// needs three f32 per query and one u32 per 16 queries. Where dQ is accumulated it needs one f32 for each of its
     /// elements, with queries in whole tiles of 64 and head_dim in whole 64s, and in deterministic mode one u32 for each
     /// 64 x 64 square.
+    ///
+    /// On a GPU lse, row_max and row_sum that are not contiguous `[batch, heads_q, seqlen_q]` have a contiguous copy each, behind all of
+    /// that: the bytes so far, rounded up to a multiple of 16, and 4 for each query of each head.
     pub fn workspace_bytes(&self) -> u64 {
         self.workspace_bytes
     }

@@ -58,6 +58,14 @@ pub struct ForwardResults {
     pub workspace: u64,
 }
 
+impl ForwardResults {
+    /// The addresses of lse, row_max and row_sum; 0 of those that are not wanted.
+    pub(super) fn rows(&self) -> [u64; 3] {
+        let [row_max, row_sum] = self.statistics.unwrap_or_default();
+        [self.lse, row_max, row_sum]
+    }
+}
+
 /// Device addresses of the results and the workspace of a backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardResults {

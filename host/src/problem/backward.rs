@@ -39,7 +39,8 @@ pub(crate) struct BackwardTensors {
 pub struct BackwardInputs<'a> {
     /// Forward's output, `[batch, heads_q, seqlen_q, head_dim_v]`.
     pub out: &'a TensorInfo,
-    /// Forward's log-sum-exp, f32 `[batch, heads_q, seqlen_q]`, any strides; on a GPU contiguous.
+    /// Forward's log-sum-exp, f32 `[batch, heads_q, seqlen_q]`, any strides. On a GPU a launch copies it to the workspace unless it is
+    /// contiguous.
     pub lse: &'a TensorInfo,
     /// Forward's row_max and row_sum, as lse, if they are there.
     pub statistics: Option<[&'a TensorInfo; 2]>,

@@ -12,23 +12,21 @@ use crate::program::Program;
 /// Names of the axes of q, k, v and out; lse has the first three.
 const AXES: [&str; 4] = ["batch", "heads", "seqlen", "head_dim"];
 
-/// Names of the tensors of [`Statistics`](crate::Statistics) in error messages.
-pub(super) const STATISTICS: [&str; 2] = ["row_max", "row_sum"];
+/// Names of the tensors that hold one f32 per query: lse, and those of [`Statistics`](crate::Statistics).
+pub(crate) const ROWS: [&str; 3] = ["lse", "row_max", "row_sum"];
 
 /// A tensor with its name in error messages.
 pub(crate) type Named<'a> = (&'static str, &'a TensorInfo);
 
 /// Lists the tensors that hold one f32 per query, with their names.
 pub(super) fn of_rows<'a>(lse: &'a TensorInfo, statistics: Option<[&'a TensorInfo; 2]>) -> Vec<Named<'a>> {
-    let statistics = statistics
-        .into_iter()
-        .flat_map(|tensors| STATISTICS.into_iter().zip(tensors));
-    [("lse", lse)].into_iter().chain(statistics).collect()
+    let tensors = [lse].into_iter().chain(statistics.into_iter().flatten());
+    ROWS.into_iter().zip(tensors).collect()
 }
 
 /// Returns true if the tensor of this name holds one f32 per query.
 fn is_of_rows(argument: &str) -> bool {
-    argument == "lse" || STATISTICS.contains(&argument)
+    ROWS.contains(&argument)
 }
 
 pub(super) fn check_rank(tensors: &[Named<'_>]) -> Result<(), Error> {

@@ -20,11 +20,10 @@ pub(crate) use quantized::{check_scales, scale_blocks};
 pub use scale::Scale;
 
 use self::check::*;
-pub(crate) use self::check::{Named, check_last_axis, check_written};
+pub(crate) use self::check::{Named, ROWS, check_last_axis, check_written};
 pub use crate::element::DataType;
 use crate::error::Error;
 pub use crate::layout::TensorInfo;
-use crate::layout::contiguous_strides;
 use crate::options::Attention;
 use crate::program::interval::Ranges;
 use crate::program::{Coordinate, Program};
@@ -83,7 +82,8 @@ enum Elements {
 pub struct Outputs<'a> {
     /// `[batch, heads_q, seqlen_q, head_dim_v]`, any strides that do not overlap, contiguous last axis.
     pub out: &'a TensorInfo,
-    /// f32 `[batch, heads_q, seqlen_q]`, any strides that do not overlap; on a GPU contiguous.
+    /// f32 `[batch, heads_q, seqlen_q]`, any strides that do not overlap. On a GPU a launch copies it from the workspace unless it is
+    /// contiguous.
     pub lse: &'a TensorInfo,
     /// row_max and row_sum, as lse; `None` if they are not wanted.
     pub statistics: Option<[&'a TensorInfo; 2]>,
@@ -342,27 +342,36 @@ impl Problem {
         self.statistics
     }
 
-    /// Refuses f32 of queries with gaps or in another order, for kernels that take an address alone.
-    pub(crate) fn check_contiguous_rows(
-        &self,
-        lse: StridedTensor,
-        statistics: Option<[StridedTensor; 2]>,
-    ) -> Result<(), Error> {
-        let sizes = [self.batch, self.heads_q, self.seqlen_q as usize];
-        let expected = contiguous_strides(&sizes);
-        let names = ["lse"].into_iter().chain(STATISTICS);
-        for (argument, tensor) in names.zip([lse].into_iter().chain(statistics.into_iter().flatten())) {
-            let strides = [tensor.batch_stride, tensor.head_stride, tensor.row_stride].map(|stride| stride as usize);
-            let differs = |((size, stride), expected): ((&usize, &usize), &usize)| *size > 1 && stride != expected;
-            if self.has_queries() && sizes.iter().zip(&strides).zip(&expected).any(differs) {
-                return Err(Error::NotContiguous {
-                    argument,
-                    strides: strides.to_vec(),
-                    expected,
-                });
-            }
+    /// Returns the shape of lse, row_max and row_sum: `[batch, heads_q, seqlen_q]`.
+    pub(crate) fn row_sizes(&self) -> [usize; 3] {
+        [self.batch, self.heads_q, self.seqlen_q as usize]
+    }
+
+    /// Returns the bytes of one f32 per query.
+    pub(crate) fn row_bytes(&self) -> u64 {
+        self.row_sizes().iter().product::<usize>() as u64 * size_of::<f32>() as u64
+    }
+
+    /// Returns the layout of contiguous f32 of queries, at address 0.
+    pub(crate) fn contiguous_rows(&self) -> StridedTensor {
+        let [_, heads, seqlen] = self.row_sizes().map(|size| size as u64);
+        StridedTensor {
+            address: 0,
+            batch_stride: heads * seqlen,
+            head_stride: seqlen,
+            row_stride: 1,
         }
-        Ok(())
+    }
+
+    /// Tells if f32 of queries have neither gaps nor another order than `[batch, heads_q, seqlen_q]`.
+    pub(crate) fn has_contiguous_rows(&self, tensor: StridedTensor) -> bool {
+        if !self.has_queries() {
+            return true;
+        }
+        let strides = |tensor: StridedTensor| [tensor.batch_stride, tensor.head_stride, tensor.row_stride];
+        let axes = strides(tensor).into_iter().zip(strides(self.contiguous_rows()));
+        let mut axes = self.row_sizes().into_iter().zip(axes);
+        axes.all(|(size, (stride, expected))| size == 1 || stride == expected)
     }
 
     /// Returns the program that changes scores and hides pairs beside a causal mask, or `None`.

@@ -8,8 +8,9 @@ use flash_attention_kernels::abi::TensorMap;
 use super::*;
 use crate::batch::NewKeys;
 use crate::options::Attention;
-use crate::output::{Gradients, Output};
+use crate::output::{Gradients, Output, Statistics};
 use crate::plan::{Plan, TileMap};
+use crate::problem::Problem;
 use crate::rotary::Rotary;
 use crate::sequences::{KvCache, Sequences};
 use crate::tensor::Tensor;
@@ -290,6 +291,40 @@ fn few_queries_in_the_callers_memory_only_launch() {
             .expect("valid");
         assert_eq!(recorder.take(), launches(&plan));
         assert_eq!(plan.launches().len(), 2, "{plan}");
+    }
+}
+
+/// Tests that lse, row_max and row_sum of other strides, in the caller's memory with a workspace, take launches and nothing else, and
+/// that the next layer uploads no list.
+#[test]
+fn rows_with_gaps_in_the_callers_memory_only_launch() {
+    for capability in [(8, 0), (9, 0)] {
+        let (device, recorder) = device(&context(capability), STREAM, None);
+        let ([q, k, v, dout], _, mut gradients) = tensors(&device);
+        let rows = |index: u64| {
+            let all: Tensor<f32> = foreign(&device, index << 20, &[SHAPE[0], SHAPE[2], SHAPE[1], 2]);
+            let rows = all.select(3, 1).and_then(|rows| rows.transpose(1, 2));
+            rows.expect("in range")
+        };
+        let mut output = Output::new(foreign(&device, 5 << 20, &SHAPE), rows(11));
+        let (row_max, row_sum) = (rows(12), rows(13));
+        output.statistics = Some(Statistics { row_max, row_sum });
+        let attention = Attention::new().causal();
+        let problem = Problem::new(&attention, q.info(), k.info(), v.info(), Some(output.outputs()));
+        let plan = Plan::new(&problem.expect("valid"), &device.info()).expect("a kernel");
+        let backward = attention.plan_backward(&q, &k, &v, &output, &dout).expect("valid");
+        let contiguous = attention.plan(&q, &k, &v).expect("valid");
+        assert_eq!(plan.launches().len(), contiguous.launches().len() + 3, "{plan}");
+        device.prepare(&plan).expect("the recorder loads everything");
+        device.prepare(&backward).expect("the recorder loads everything");
+        recorder.take();
+        let workspace = |bytes: u64| foreign::<f32>(&device, 10 << 20, &[bytes as usize / 4]);
+        let mut own = workspace(plan.workspace_bytes());
+        (attention.forward_into_with(&q, &k, &v, &mut output, &mut own)).expect("valid");
+        assert_eq!(recorder.take(), launches(&plan));
+        let mut own = workspace(backward.workspace_bytes());
+        (attention.backward_into_with(&q, &k, &v, &output, &dout, &mut gradients, &mut own)).expect("valid");
+        assert_eq!(recorder.take(), launches(&backward));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use flash_attention_kernels::abi::{
     BackwardParams, DELTA_OF_KEYS, DELTA_OF_KEYS_AND_SINK, Exponents, ForwardRows, HopperBackwardParams,
-    ListedBackwardParams, Params, QuerySums, QuerySumsParams, TensorMap,
+    ListedBackwardParams, Params, QuerySums, QuerySumsParams, RotaryParams, TensorMap,
 };
 use flash_attention_kernels::entries::{Dtype, Entry, Pass};
 use flash_attention_kernels::shape::{HOPPER_ROWS, key_box_rows};
@@ -15,6 +15,7 @@ use super::{TableGradients, lists};
 use crate::error::Error;
 use crate::plan::lists::Owner;
 use crate::plan::pass::{Backward, BackwardResults};
+use crate::plan::rows::RowCopies;
 use crate::plan::tile_map::{self, TileMap};
 use crate::problem::{BackwardProblem, BackwardTensors, Problem};
 
@@ -30,6 +31,8 @@ pub enum BackwardParameters {
     Hopper(HopperBackwardParams, BackwardMaps),
     /// Parameters of Hopper's preprocess and postprocess kernels.
     QuerySums(QuerySumsParams),
+    /// Parameters of the kernel that copies one f32 per query to the workspace from the caller's tensor, which has gaps or another order.
+    Rows(RotaryParams),
 }
 
 /// Descriptions of the tensor maps of Hopper's backward kernels.
@@ -57,6 +60,7 @@ impl BackwardParameters {
             Self::Listed(params) => params.as_bytes(),
             Self::Hopper(params, _) => params.as_bytes(),
             Self::QuerySums(params) => params.as_bytes(),
+            Self::Rows(params) => params.as_bytes(),
         }
     }
 }
@@ -65,21 +69,24 @@ impl Template<BackwardResults> for BackwardParameters {
     fn placed<E>(
         mut self,
         results: &BackwardResults,
+        rows: RowCopies,
         element_bytes: u64,
         encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
     ) -> Result<Self, E> {
         match &mut self {
-            Self::Portable(params) => place_portable(params, results, element_bytes),
+            Self::Portable(params) => place_portable(params, results, rows, element_bytes),
             Self::Listed(params) => {
-                place_portable(&mut params.backward, results, element_bytes);
+                place_portable(&mut params.backward, results, rows, element_bytes);
                 params.values.aligned = params.backward.layout.aligned;
             }
             Self::Hopper(params, maps) => place_hopper(params, maps, results, encode)?,
             Self::QuerySums(params) => {
                 params.dq.address = results.dq;
+                params.rows = rows.read(params.rows, results.workspace);
                 params.sums = placed(params.sums, results.workspace);
                 params.layout.aligned = aligned(&[params.out, params.dout, params.dq], element_bytes);
             }
+            Self::Rows(params) => params.to += results.workspace,
         }
         Ok(self)
     }
@@ -91,8 +98,10 @@ impl Template<BackwardResults> for BackwardParameters {
 
     #[cfg(any(feature = "cuda", feature = "emulator"))]
     fn with_lists(mut self, addresses: &[u64]) -> Self {
-        if let (Self::Listed(params), [lists, ..]) = (&mut self, addresses) {
-            params.work = lists::placed(params.work, *lists);
+        match (&mut self, addresses) {
+            (Self::Listed(params), [lists, ..]) => params.work = lists::placed(params.work, *lists),
+            (Self::Rows(params), _) => *params = params.with_lists(addresses),
+            _ => {}
         }
         self
     }
@@ -103,7 +112,8 @@ impl Template<BackwardResults> for BackwardParameters {
     }
 }
 
-fn place_portable(params: &mut BackwardParams, results: &BackwardResults, element_bytes: u64) {
+fn place_portable(params: &mut BackwardParams, results: &BackwardResults, rows: RowCopies, element_bytes: u64) {
+    params.rows = rows.read(params.rows, results.workspace);
     params.dq.address = results.dq;
     params.dk.address = results.dk;
     params.dv.address = results.dv;
@@ -137,7 +147,7 @@ impl Launch<Backward> {
         match &self.params {
             BackwardParameters::Hopper(params, _) => Some(&params.sums),
             BackwardParameters::QuerySums(params) => Some(&params.sums),
-            BackwardParameters::Portable(_) | BackwardParameters::Listed(_) => None,
+            BackwardParameters::Portable(_) | BackwardParameters::Listed(_) | BackwardParameters::Rows(..) => None,
         }
     }
 

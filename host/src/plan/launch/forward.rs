@@ -3,8 +3,8 @@
 use std::num::NonZeroU32;
 
 use flash_attention_kernels::abi::{
-    ForwardParams, Fp8ForwardParams, HopperForwardParams, ListedForwardParams, PageTable, Params, Scales, TensorMap,
-    WorkLists,
+    ForwardParams, Fp8ForwardParams, HopperForwardParams, ListedForwardParams, PageTable, Params, RotaryParams, Scales,
+    TensorMap, WorkLists,
 };
 use flash_attention_kernels::entries::Entry;
 use flash_attention_kernels::shape::HOPPER_ROWS;
@@ -17,6 +17,7 @@ use super::{Launch, Template, UNKNOWN_MAP, aligned, count, grid, unknown_alignme
 use crate::error::Error;
 use crate::plan::lists::Owner;
 use crate::plan::pass::ForwardResults;
+use crate::plan::rows::RowCopies;
 use crate::plan::tile_map::{self, TileMap};
 use crate::problem::{Problem, Scale, ScaleBlocks};
 
@@ -31,6 +32,9 @@ pub enum ForwardParameters {
     Hopper(HopperForwardParams, ForwardMaps),
     /// Parameters of Hopper's kernel over e4m3 inputs, with the descriptions of its tensor maps.
     Fp8(Fp8ForwardParams, ForwardMaps),
+    /// Parameters of the kernel that copies one f32 per query from the workspace to the caller's tensor, which has gaps or another
+    /// order: 0 is lse, 1 is row_max, 2 is row_sum.
+    Rows(RotaryParams, usize),
 }
 
 /// Descriptions of the tensor maps of Hopper's forward kernel.
@@ -54,6 +58,7 @@ impl ForwardParameters {
             Self::Listed(params) => params.as_bytes(),
             Self::Hopper(params, _) => params.as_bytes(),
             Self::Fp8(params, _) => params.as_bytes(),
+            Self::Rows(params, _) => params.as_bytes(),
         }
     }
 }
@@ -62,9 +67,12 @@ impl Template<ForwardResults> for ForwardParameters {
     fn placed<E>(
         mut self,
         results: &ForwardResults,
+        rows: RowCopies,
         element_bytes: u64,
         encode: impl Fn(&TileMap) -> Result<TensorMap, E>,
     ) -> Result<Self, E> {
+        let of_caller = results;
+        let results = &rows.written(results);
         match &mut self {
             Self::Portable(params) => place_portable(params, results, element_bytes),
             Self::Listed(params) => {
@@ -74,6 +82,10 @@ impl Template<ForwardResults> for ForwardParameters {
             }
             Self::Hopper(params, maps) => place_hopper(params, maps, results, encode)?,
             Self::Fp8(params, maps) => place_hopper(&mut params.forward, maps, results, encode)?,
+            Self::Rows(params, row) => {
+                params.from += results.workspace;
+                params.to = of_caller.rows()[*row];
+            }
         }
         Ok(self)
     }
@@ -85,9 +97,13 @@ impl Template<ForwardResults> for ForwardParameters {
 
     #[cfg(any(feature = "cuda", feature = "emulator"))]
     fn with_lists(mut self, addresses: &[u64]) -> Self {
-        if let (Self::Listed(params), [lists, block_table @ ..]) = (&mut self, addresses) {
-            params.work = lists::placed(params.work, *lists);
-            params.pages.table = block_table.first().copied().unwrap_or(0);
+        match (&mut self, addresses) {
+            (Self::Listed(params), [lists, block_table @ ..]) => {
+                params.work = lists::placed(params.work, *lists);
+                params.pages.table = block_table.first().copied().unwrap_or(0);
+            }
+            (Self::Rows(params, _), _) => *params = params.with_lists(addresses),
+            _ => {}
         }
         self
     }
@@ -123,7 +139,7 @@ impl Launch {
             ForwardParameters::Hopper(params, _) => 1 << params.packed_log2,
             ForwardParameters::Fp8(params, _) => 1 << params.forward.packed_log2,
             ForwardParameters::Listed(params) => params.packed.value,
-            ForwardParameters::Portable(_) => 1,
+            ForwardParameters::Portable(_) | ForwardParameters::Rows(..) => 1,
         }
     }
 

@@ -12,6 +12,7 @@ use super::lists::{self, Listed};
 use super::{Launch, MAX_BLOCKS, Template};
 use crate::error::Error;
 use crate::plan::pass::PassType;
+use crate::plan::rows::RowCopies;
 use crate::plan::tile_map::TileMap;
 
 /// The moves of rows from one tensor to another.
@@ -25,7 +26,7 @@ impl PassType for Rotary {
 }
 
 impl Template<()> for RotaryParams {
-    fn placed<E>(self, _: &(), _: u64, _: impl Fn(&TileMap) -> Result<TensorMap, E>) -> Result<Self, E> {
+    fn placed<E>(self, _: &(), _: RowCopies, _: u64, _: impl Fn(&TileMap) -> Result<TensorMap, E>) -> Result<Self, E> {
         Ok(self)
     }
 
@@ -44,19 +45,20 @@ impl Template<()> for RotaryParams {
     }
 }
 
-impl Launch<Rotary> {
-    /// Makes the launch of a block for each of these tokens, of tensors and pairs that the parameters describe. Angles are those of
+impl<P: PassType> Launch<P> {
+    /// Makes the launch of a block for each of these tokens, with rows of this head_dim. Angles are those of
     /// [`RotaryParams::angles`], unless no pair is turned.
     ///
     /// # Errors
     /// [`Error::GridTooLarge`].
-    pub(crate) fn rotary(
+    pub(super) fn moving(
         dtype: Dtype,
-        params: RotaryParams,
+        head_dim: u32,
+        params: P::Parameters,
         tokens: &[TokenMove],
         angles: Option<Arc<[u8]>>,
     ) -> Result<Self, Error> {
-        let entry = entries::find(Pass::Rotary, Arch::Sm80, dtype, false, params.head_dim);
+        let entry = entries::find(Pass::Rotary, Arch::Sm80, dtype, false, head_dim);
         let entry = entry.expect("compiled for every dtype and head_dim");
         let blocks = u32::try_from(tokens.len()).ok().filter(|&blocks| blocks <= MAX_BLOCKS);
         let blocks = blocks.ok_or(Error::GridTooLarge {
@@ -75,6 +77,22 @@ impl Launch<Rotary> {
             listed: Some(listed),
             ..Self::new(entry, [blocks, 1, 1], params)
         })
+    }
+}
+
+impl Launch<Rotary> {
+    /// Makes the launch of a block for each of these tokens, of tensors and pairs that the parameters describe. Angles are those of
+    /// [`RotaryParams::angles`], unless no pair is turned.
+    ///
+    /// # Errors
+    /// [`Error::GridTooLarge`].
+    pub(crate) fn rotary(
+        dtype: Dtype,
+        params: RotaryParams,
+        tokens: &[TokenMove],
+        angles: Option<Arc<[u8]>>,
+    ) -> Result<Self, Error> {
+        Self::moving(dtype, params.head_dim, params, tokens, angles)
     }
 
     /// The parameters of a launch of [`rotary`](Self::rotary), without the addresses of its lists.

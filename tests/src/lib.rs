@@ -23,6 +23,7 @@ mod layout;
 pub mod micro;
 pub mod programs;
 pub mod refusals;
+mod rows;
 mod traffic;
 
 pub use allowances::Allowances;
@@ -32,6 +33,7 @@ pub use compare::{Mismatch, compare, largest_error};
 pub use devices::{CHOICE, Devices, devices, emulator};
 pub use gradients::{GradientsOutcome, Prepared};
 pub use layout::{Input, Layout, Order, Poisoned};
+pub use rows::{RowLayout, RowMemory, row_layout};
 pub use traffic::check_traffic;
 
 /// Compiles and runs the example of the repository's README.

@@ -41,3 +41,4 @@ mod random_programs;
 mod reports;
 mod rotary;
 mod sequence_programs;
+mod strided_rows;

@@ -3,8 +3,8 @@
 //! The CPU runs the problems of a batch in one pass over their tasks, longest first. It reads pages, and reads and writes lse,
 //! row_max and row_sum, in place. A forward pass on a GPU is one launch over the tiles of all sequences, and a second one if there are
 //! splits; a backward pass is one launch for delta, one for dQ and one for dK and dV. Only where kernels for Hopper are forced do GPUs
-//! launch kernels a sequence. These take keys and numbers of queries contiguous a sequence: the keys of several pages, and lse, row_max
-//! and row_sum of packed queries, pass through the host there, once a call.
+//! launch kernels a sequence. The keys of several pages, and lse, row_max and row_sum of packed queries, pass through the host there,
+//! once a call.
 
 mod append;
 mod cached;
@@ -211,7 +211,7 @@ fn rows<T: Element>(packed: &Tensor<T>, rows: &Range<usize>) -> Result<Tensor<T>
     packed.narrow(0, rows.start, rows.len())?.transpose(0, 1)?.unsqueeze(0)
 }
 
-/// Tells if the tensor's device is the CPU, which takes a batch at once, pages, and lse of any strides.
+/// Tells if the tensor's device is the CPU, which takes a batch at once, and pages.
 fn is_cpu<T: Element>(tensor: &Tensor<T>) -> bool {
     tensor.device().kind() == DeviceKind::Cpu
 }
@@ -288,7 +288,7 @@ fn check_results<T: Element>(q: &Tensor<T>, head_dim: usize, output: &Output<T>)
     Ok(())
 }
 
-/// Refuses results in the caller's memory where kernels for Hopper are forced, which take one sequence and lse of an order of its own.
+/// Refuses results in the caller's memory where kernels for Hopper are forced, which take one sequence.
 fn refuse_one_by_one<T: Element>(attention: &Attention, q: &Tensor<T>) -> Result<(), Error> {
     if is_cpu(q) || attention.takes_placed(q) {
         return Ok(());

@@ -406,6 +406,27 @@ fn copies_move_the_bytes_that_plans_count() {
     assert_eq!(run(&mut output), 3 * 6 * 2 * 256 * 24);
 }
 
+/// Tests that backward reads an lse whose batch entries share memory, which no call may write.
+#[test]
+fn an_lse_that_is_repeated_is_read() {
+    for device in devices().all() {
+        let repeated = |seed| {
+            let numbers = numbers::<f32>(device, &[2, 20, 16], seed).to_vec().expect("read");
+            Tensor::from_slice_strided(device, [3, 2, 20, 16], [0, 320, 16, 1], &numbers).expect("one entry")
+        };
+        let [q, k, v, dout] = [1, 2, 3, 4].map(repeated);
+        let attention = Attention::new().deterministic();
+        let Output { out, lse, .. } = attention.forward(&q, &k, &v).expect("valid");
+        let of_one = lse.narrow(0, 0, 1).and_then(|lse| lse.to_vec()).expect("read");
+        let of_all = Tensor::from_slice_strided(device, [3, 2, 20], [0, 20, 1], &of_one).expect("one entry");
+        let backward = |lse| {
+            let output = Output::new(out.clone(), lse);
+            gradients(&attention.backward(&q, &k, &v, &output, &dout).expect("valid"))
+        };
+        assert!(backward(of_all) == backward(lse), "{device}");
+    }
+}
+
 /// Tests that a workspace without room for the copies is refused, and that so are rows that share memory.
 #[test]
 fn rows_that_will_not_do_are_refused() {

@@ -1,7 +1,7 @@
 //! Part of the problem that a block of threads owns, and the division of its loads among threads.
 
 use crate::abi::{Layout, StridedTensor};
-use crate::ptx::{optimizer, sreg};
+use crate::ptx::sreg;
 use crate::shape::TileSizes;
 use crate::tile::{
     global::GlobalTile,
@@ -27,7 +27,7 @@ impl<S: TileSizes> RowBlock<S> {
     /// keeps the last wave short.
     #[inline(always)]
     pub fn of_this_thread_block(tiles: NonZeroU32, heads: NonZeroU32, last_first: bool) -> Self {
-        Self::of_block(optimizer::renew(sreg::block_idx_x()), tiles, heads, last_first)
+        Self::of_block(sreg::renewed_block_idx_x(), tiles, heads, last_first)
     }
 
     /// Returns the rows of block number `block`.
@@ -67,6 +67,13 @@ impl<S: TileSizes> RowBlock<S> {
 #[inline(always)]
 pub fn owned_tile<S: TileSizes>(index: u32) -> SharedTile {
     SharedTile::new(sreg::dynamic_shared_mem() + index * S::OWNED_BYTES, S::ROW_BYTES)
+}
+
+/// Returns the division of a tile's chunks among this block's threads, worked out anew: nothing that depends on it is kept in registers
+/// since the last time.
+#[inline(always)]
+pub fn renewed_split<S: TileSizes>() -> Split {
+    Split::new(S::ROW_BYTES, sreg::renewed_thread_idx_x(), S::THREADS)
 }
 
 /// Returns the division of a tile's chunks among this block's threads.

@@ -5,7 +5,7 @@
 //! with two head_dims, is [`listed`](crate::listed).
 
 use crate::abi::ForwardParams;
-use crate::block::{RowBlock, owned_tile, split};
+use crate::block::{RowBlock, owned_tile, renewed_split};
 use crate::mask::{Mask, Span, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::{KeyValueRing, Order};
@@ -30,13 +30,13 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
     // thread takes every step that holds a barrier, and windows clip what does not exist.
     unsafe {
         let (mut softmax, mut output) = (OnlineSoftmax::near(p.scale_log2), S::Output::zero());
-        let mut cleaned = walk::<S, CAUSAL, false>(p, block(), &mut softmax, &mut output);
+        let mut cleaned = walk::<S, CAUSAL, false>(p, block, &mut softmax, &mut output);
         let first = first_row(&block());
         let span = |row| mask.keys_of(first + row);
         if sync::sync_threads_or(softmax.left_bounds(|row| !span(row).is_empty())) {
             core::hint::cold_path();
             (softmax, output) = (OnlineSoftmax::exact(p.scale_log2), S::Output::zero());
-            cleaned = walk::<S, CAUSAL, true>(p, block(), &mut softmax, &mut output);
+            cleaned = walk::<S, CAUSAL, true>(p, block, &mut softmax, &mut output);
         }
 
         let block = block();
@@ -56,7 +56,7 @@ pub unsafe fn forward<S: TileShape, const CAUSAL: bool>(p: &ForwardParams) {
             nonfinite::restore::<S::Element, _>(&mut output, &values, blocks, S::COLUMNS, sees);
         }
         output.store(
-            owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS),
+            owned_tile::<S>(0).rows_from(sreg::renewed_warp_id() * S::WARP_ROWS),
             &block
                 .window(&p.out, block.head, p.seqlen_q, &p.layout)
                 .rows_from(first_row),
@@ -82,37 +82,43 @@ pub fn unsigned(score: f32, sign: f32) -> f32 {
     }
 }
 
-/// Walks every key block that the queries see, first to last. A walk `AGAIN` finds Q as the walk before left it, and subtracts
-/// the maximum before it multiplies in every row. Returns true if values were [cleaned](nonfinite).
+/// Walks every key block that the queries of `owned()` see, first to last. A walk `AGAIN` finds Q as the walk before left it, and
+/// subtracts the maximum before it multiplies in every row. Returns true if values were [cleaned](nonfinite).
 #[inline(always)]
 unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool>(
     p: &ForwardParams,
-    block: RowBlock<S>,
+    owned: impl Fn() -> RowBlock<S>,
     softmax: &mut OnlineSoftmax<S::Scores>,
     output: &mut S::Output,
 ) -> bool {
     let mask = Mask::<CAUSAL>::new(p.seqlen_q, p.seqlen_k);
+    let blocks_of = |block: &RowBlock<S>| {
+        let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
+        // One body is enough for a walk that is rare.
+        if AGAIN { blocks.all_masked() } else { blocks }
+    };
+    let mut block = owned();
     let kv_head = block.head / p.heads_q_per_kv;
-    let blocks = mask.key_blocks(block.first_row, block.rows(p.seqlen_q), S::COLUMNS);
-    // One body is enough for a walk that is rare.
-    let blocks = if AGAIN { blocks.all_masked() } else { blocks };
-    let keys = p.seqlen_k.min(blocks.end * S::COLUMNS);
+    let keys = p.seqlen_k.min(blocks_of(&block).end * S::COLUMNS);
     let mut cleaned = false;
     // SAFETY (whole body): `forward`'s.
     unsafe {
+        let split = renewed_split::<S>();
         if !AGAIN {
             let q = block.window(&p.q, block.head, p.seqlen_q, &p.layout);
-            owned_tile::<S>(0).load_async(&mut Walk::new(q.rows_from(block.first_row), split::<S>()), S::ROWS);
+            owned_tile::<S>(0).load_async(&mut Walk::new(q.rows_from(block.first_row), split), S::ROWS);
         }
         let k = block.window(&p.k, kv_head, keys, &p.layout);
         let v = block.window(&p.v, kv_head, keys, &p.layout);
         let base = optimizer::renew(sreg::dynamic_shared_mem()) + S::OWNED_BYTES;
-        let mut ring = KeyValueRing::<S>::start(base, k, v);
+        let mut ring = KeyValueRing::<S>::start(base, k, v, split);
         let query = owned_query::<S>(&ring, if AGAIN { 1.0 } else { p.scale_sign });
-        // Worked out where it is asked for: kept, it would occupy a register during the whole loop.
-        let first_row = || block.first_row + sreg::warp_id() * S::WARP_ROWS;
-        let span = |row| mask.keys_of(first_row() + row);
-        for_blocks!(blocks, |n, MASKED| {
+        // Renewed for each range: kept, they would occupy registers during the loop over whole blocks.
+        #[rustfmt::skip]
+        for_blocks!({ block = owned(); blocks_of(&block) }, |n, MASKED| {
+            // Worked out where it is asked for, for the same reason.
+            let first_row = || block.first_row + sreg::warp_id() * S::WARP_ROWS;
+            let span = |row| mask.keys_of(first_row() + row);
             let tile = Streamed {
                 index: n,
                 first_key: n * S::COLUMNS,
@@ -131,7 +137,7 @@ unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool>(
 /// Every thread of the block calls this together.
 #[inline(always)]
 pub unsafe fn owned_query<S: TileShape>(ring: &KeyValueRing<S, impl Order>, sign: f32) -> SharedTile {
-    let query = owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS);
+    let query = owned_tile::<S>(0).rows_from(sreg::renewed_warp_id() * S::WARP_ROWS);
     if sign != 1.0 {
         // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
         ring.drain();
@@ -170,11 +176,16 @@ pub unsafe fn attend<S: TileShape, O: Order, const MASKED: bool, const EXACT: bo
     // SAFETY (whole body): the caller's contract; acquired tiles are initialised and visible until the next acquire.
     unsafe {
         let mut scores = S::Scores::zero();
-        let key = ring.acquire_key(tile.index);
-        if PROGRAM {
-            S::Scores::announce::<program::OfQueries<MASKED>>(first_row(), tile.first_key);
+        // Blocks of 16 keys of a streamed tile.
+        let blocks = (S::TILE_COLUMNS / 16) as usize;
+        for part in 0..S::STEP_TILES {
+            let key = ring.acquire_key(tile.index, part);
+            if PROGRAM && part == 0 {
+                S::Scores::announce::<program::OfQueries<MASKED>>(first_row(), tile.first_key);
+            }
+            let first = part as usize * blocks;
+            scores.add_abt_in(first..first + blocks, query, key);
         }
-        scores.add_abt(query, key);
         if PROGRAM {
             scores.splice::<program::Scores, program::OfQueries<MASKED>>();
         }
@@ -184,16 +195,24 @@ pub unsafe fn attend<S: TileShape, O: Order, const MASKED: bool, const EXACT: bo
         if MASKED {
             scores.hide(tile.first_key, span, f32::NEG_INFINITY);
         }
+        // Before the softmax: no barrier then separates it from the products, in whose time the exponentials fit.
+        let mut value = ring.acquire_value(tile.index, 0);
         let rescale = softmax.update::<EXACT>(&mut scores);
         output.map_rows(rescale, |rescale, o| o * rescale);
         if PROGRAM {
             scores.splice::<program::Weights, program::OfQueries<MASKED>>();
         }
         let probabilities = scores.operand();
-        let value = ring.acquire_value(tile.index);
         let hides_pairs = tile.hides_pairs || PROGRAM && MASKED && program::hides();
-        let cleaned = hides_pairs && value.clean::<S::Element>(split::<S>(), S::COLUMNS);
-        output.add_ab(&probabilities, value);
+        let mut cleaned = false;
+        for part in 0..S::STEP_TILES {
+            if part > 0 {
+                value = ring.acquire_value(tile.index, part);
+            }
+            cleaned |= hides_pairs && value.clean::<S::Element>(renewed_split::<S>(), S::TILE_COLUMNS);
+            let first = part as usize * blocks;
+            output.add_ab_in(first..first + blocks, &probabilities, value);
+        }
         cleaned
     }
 }

@@ -11,7 +11,7 @@
 use core::f32::consts::LN_2;
 
 use crate::abi::{Layout, ListedForwardParams, StridedTensor};
-use crate::block::{RowBlock, owned_tile, split};
+use crate::block::{RowBlock, owned_tile, renewed_split};
 use crate::forward::{Streamed, attend, owned_query, unsigned};
 use crate::lists::{Runs, Work, for_tiles};
 use crate::mask::{Blocks, Mask, Span};
@@ -120,13 +120,14 @@ unsafe fn walk<S: TileShape>(
         let q = block
             .queries(&p.forward.q, &p.forward.layout, S::ELEMENT_BYTES)
             .rows_from(work.first_row);
-        owned_tile::<S>(0).load_async(&mut Walk::new(q, split::<S>()), S::ROWS);
+        let split = renewed_split::<S>();
+        owned_tile::<S>(0).load_async(&mut Walk::new(q, split), S::ROWS);
         let (k, v) = (
             block.keys(&p.forward.k, &p.forward.layout, S::ELEMENT_BYTES),
             block.keys(&p.forward.v, &p.values, S::ELEMENT_BYTES),
         );
         let base = optimizer::renew(sreg::dynamic_shared_mem()) + S::OWNED_BYTES;
-        let mut ring = KeyValueRing::start_runs(base, k, v, work.runs);
+        let mut ring = KeyValueRing::start_runs(base, k, v, split, work.runs);
         let query = owned_query::<S>(&ring, p.forward.scale_sign);
         let first_row = work.first_row + sreg::warp_id() * S::WARP_ROWS;
         let span = |row| block.span(first_row + row);

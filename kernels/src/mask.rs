@@ -92,7 +92,8 @@ impl Blocks {
 
 /// Runs `$body` for each block of `$blocks` in order, with `$masked` a constant. The body is compiled once for blocks
 /// that need the mask and once for the others. An end without masked blocks costs no copy of the body if that is
-/// known at compile time.
+/// known at compile time. `$blocks` is worked out for each of the three ranges, so that an expression that renews what it depends on
+/// keeps nothing in registers for the next range.
 #[cfg(any(test, target_arch = "nvptx64"))]
 macro_rules! for_blocks {
     ($blocks:expr, |$n:ident, $masked:ident| $body:expr) => {{
@@ -101,10 +102,12 @@ macro_rules! for_blocks {
             const $masked: bool = true;
             $body
         }
+        let blocks: $crate::mask::Blocks = $blocks;
         for $n in blocks.whole_begin..blocks.whole_end {
             const $masked: bool = false;
             $body
         }
+        let blocks: $crate::mask::Blocks = $blocks;
         for $n in blocks.whole_end..blocks.end {
             const $masked: bool = true;
             $body

@@ -13,7 +13,7 @@ use crate::scores::OfColumns;
 use crate::shape::{TileShape, TileSizes};
 use crate::tile::{
     global::{Even, GlobalTile, Paged, Places, Walk},
-    shared::SharedTile,
+    shared::{SharedTile, Split},
 };
 use core::marker::PhantomData;
 
@@ -94,7 +94,8 @@ impl<S: TileSizes> Order for InRuns<S> {
     }
 }
 
-/// Pipeline of the tiles K0 V0 K1 V1 … with `STAGES` slots.
+/// Pipeline of the tiles K0 V0 K1 V1 … with `STAGES` slots. If a step has several tiles, all of keys come before all of values: K0 K1 V0
+/// V1 K2 K3 V2 V3 …
 pub struct KeyValueRing<S, O: Order = InOrder> {
     base: u32,
     k: Walk<O::Places>,
@@ -104,15 +105,15 @@ pub struct KeyValueRing<S, O: Order = InOrder> {
 }
 
 impl<S: TileShape> KeyValueRing<S> {
-    /// Starts to load the first tiles of `k` and `v` into the slots at shared address `base`. The wait for the first
-    /// key tile also covers copies that the caller started before (the query tile).
+    /// Starts to load the first tiles of `k` and `v` into the slots at shared address `base`, divided among threads as in `split`. The
+    /// wait for the first key tile also covers copies that the caller started before (the query tile).
     ///
     /// # Safety
     /// Only this pipeline uses the slots; `k` and `v` are readable. Every thread of the block calls this, and each
     /// `acquire`.
     #[inline(always)]
-    pub unsafe fn start(base: u32, k: GlobalTile, v: GlobalTile) -> Self {
-        let walk = |window| Walk::new(window, split::<S>());
+    pub unsafe fn start(base: u32, k: GlobalTile, v: GlobalTile, split: Split) -> Self {
+        let walk = |window| Walk::new(window, split);
         let mut ring = Self {
             base,
             k: walk(k),
@@ -120,10 +121,8 @@ impl<S: TileShape> KeyValueRing<S> {
             order: InOrder,
             shape: PhantomData,
         };
-        for tile in 0..S::STAGES - 1 {
-            // SAFETY: the slots are fresh.
-            unsafe { ring.fetch(tile, tile % 2 == 0) }
-        }
+        // SAFETY: the slots are fresh.
+        unsafe { ring.fetch_first() }
         ring
     }
 }
@@ -134,8 +133,8 @@ impl<S: TileShape> KeyValueRing<S, InRuns<S>> {
     /// # Safety
     /// The contract of [`KeyValueRing::start`]; the runs are readable, and lie in the windows, past which only their last tile may reach.
     #[inline(always)]
-    pub unsafe fn start_runs(base: u32, k: GlobalTile<Paged>, v: GlobalTile<Paged>, runs: Runs) -> Self {
-        let (mut k, mut v) = (Walk::new(k, split::<S>()), Walk::new(v, split::<S>()));
+    pub unsafe fn start_runs(base: u32, k: GlobalTile<Paged>, v: GlobalTile<Paged>, split: Split, runs: Runs) -> Self {
+        let (mut k, mut v) = (Walk::new(k, split), Walk::new(v, split));
         // SAFETY: the caller's contract.
         unsafe {
             let order = InRuns::start(runs, &mut k, &mut v);
@@ -146,40 +145,46 @@ impl<S: TileShape> KeyValueRing<S, InRuns<S>> {
                 order,
                 shape: PhantomData,
             };
-            for tile in 0..S::STAGES - 1 {
-                ring.fetch(tile, tile % 2 == 0);
-                if tile % 2 == 1 {
-                    ring.order.next(&mut ring.k, &mut ring.v);
-                }
-            }
+            ring.fetch_first();
             ring
         }
     }
 }
 
 impl<S: TileShape, O: Order> KeyValueRing<S, O> {
-    /// Waits for key tile `n`. It is valid until the next `acquire`.
+    /// Number of tiles of a step, keys before values.
+    const CYCLE: u32 = 2 * S::STEP_TILES;
+
+    /// Starts to load the first tiles.
     ///
     /// # Safety
-    /// Called in the order K0 V0 K1 V1 … by every thread of the block.
+    /// The slots are fresh.
     #[inline(always)]
-    pub unsafe fn acquire_key(&mut self, n: u32) -> SharedTile {
-        // SAFETY: the caller's contract. Of the next tiles that of values is fetched last, here.
-        unsafe {
-            let key = self.acquire(n * 2, false);
-            self.order.next(&mut self.k, &mut self.v);
-            key
+    unsafe fn fetch_first(&mut self) {
+        for tile in 0..S::STAGES - 1 {
+            // SAFETY: the caller's contract.
+            unsafe { self.fetch(tile, tile % Self::CYCLE) }
         }
     }
 
-    /// Waits for value tile `n`. It is valid until the next `acquire`.
+    /// Waits for key tile `part` of step `n`. It is valid until the next `acquire`.
+    ///
+    /// # Safety
+    /// Called in the order of the tiles by every thread of the block.
+    #[inline(always)]
+    pub unsafe fn acquire_key(&mut self, n: u32, part: u32) -> SharedTile {
+        // SAFETY: the caller's contract.
+        unsafe { self.acquire(n, part) }
+    }
+
+    /// Waits for value tile `part` of step `n`. It is valid until the next `acquire`.
     ///
     /// # Safety
     /// The contract of [`KeyValueRing::acquire_key`].
     #[inline(always)]
-    pub unsafe fn acquire_value(&mut self, n: u32) -> SharedTile {
+    pub unsafe fn acquire_value(&mut self, n: u32, part: u32) -> SharedTile {
         // SAFETY: the caller's contract.
-        unsafe { self.acquire(n * 2 + 1, true) }
+        unsafe { self.acquire(n, S::STEP_TILES + part) }
     }
 
     /// Waits until no copy is in flight and every warp has finished: shared memory is then free for other uses.
@@ -188,9 +193,10 @@ impl<S: TileShape, O: Order> KeyValueRing<S, O> {
         drain();
     }
 
-    /// Acquires a tile. STAGES is even, so a key tile is replaced by a value tile, and a value tile by a key tile.
+    /// Acquires tile `at` of step `n`.
     #[inline(always)]
-    unsafe fn acquire(&mut self, tile: u32, fetch_key: bool) -> SharedTile {
+    unsafe fn acquire(&mut self, n: u32, at: u32) -> SharedTile {
+        let tile = n * Self::CYCLE + at;
         // This thread's part of `tile` has landed once at most STAGES - 2 newer groups are in flight.
         if S::STAGES == 4 {
             copy::cp_async_wait::<2>();
@@ -201,19 +207,30 @@ impl<S: TileShape, O: Order> KeyValueRing<S, O> {
         // `tile - 1`, whose slot `tile + STAGES - 1` will fill.
         sync::sync_threads();
         // SAFETY: the barrier above.
-        unsafe { self.fetch(tile + S::STAGES - 1, fetch_key) }
+        unsafe { self.fetch(tile + S::STAGES - 1, (at + S::STAGES - 1) % Self::CYCLE) }
         self.slot(tile)
     }
 
-    /// Starts to load `tile` and commits its group. Past the end of the windows nothing is read, and the slot is
-    /// filled with zeros that are never used.
+    /// Starts to load `tile`, which is tile `at` of its step, and commits its group. Past the end of the windows nothing is read, and the
+    /// slot is filled with zeros that are never used.
     #[inline(always)]
-    unsafe fn fetch(&mut self, tile: u32, key: bool) {
+    unsafe fn fetch(&mut self, tile: u32, at: u32) {
         let slot = self.slot(tile);
-        let source = if key { &mut self.k } else { &mut self.v };
+        let source = if at < S::STEP_TILES {
+            &mut self.k
+        } else {
+            // All keys of the step were loaded before. A count of their own would occupy a register during the whole loop.
+            let behind = (Self::CYCLE - at) * S::TILE_COLUMNS;
+            self.v.set_left(self.k.left() + behind as i32);
+            &mut self.v
+        };
         // SAFETY: the contracts of `start` and `acquire`.
-        unsafe { slot.load_async(source, S::COLUMNS) }
+        unsafe { slot.load_async(source, S::TILE_COLUMNS) }
         copy::cp_async_commit();
+        if at == Self::CYCLE - 1 {
+            // SAFETY: the runs are readable.
+            unsafe { self.order.next(&mut self.k, &mut self.v) }
+        }
     }
 
     #[inline(always)]
@@ -269,7 +286,7 @@ pub struct PairRing<S> {
 
 impl<S: TileShape> PairRing<S> {
     /// Bytes of one stage: two tiles and three f32 per row.
-    const STAGE_BYTES: u32 = 2 * S::STREAMED_BYTES + 3 * 4 * S::COLUMNS;
+    const STAGE_BYTES: u32 = 2 * S::STREAMED_BYTES + S::STATISTICS_BYTES;
 
     /// Starts to load pair `n` into the stages at shared address `base`; `first` and `second` start at the rows of
     /// that pair. The wait for it also covers copies that the caller started before (the owned tiles).
@@ -384,6 +401,8 @@ impl<S: TileShape> PairRing<S> {
         let stage = self.stage(n);
         // SAFETY: the contracts of `start` and `acquire`; statistics are read only of rows that exist.
         unsafe {
+            // Both have the same rows. Two counts would occupy two registers during the whole loop.
+            self.second.set_left(self.first.left());
             stage.first.load_async(&mut self.first, S::COLUMNS);
             stage.second.load_async(&mut self.second, S::COLUMNS);
             if let Some(statistics) = self.statistics {

@@ -44,8 +44,11 @@ pub trait TileSizes {
     const HEAD_DIM: u32;
     /// Number of rows of the result that a block owns.
     const ROWS: u32;
-    /// Number of rows of the other sequence in a streamed tile.
+    /// Number of rows of the other sequence in a step.
     const COLUMNS: u32;
+    /// Number of rows of the other sequence in a streamed tile. Forward may take several tiles in a step: the output is then rescaled
+    /// once for all of them, though shared memory has no room for wider tiles.
+    const TILE_COLUMNS: u32 = Self::COLUMNS;
     /// Number of warps of a block; each owns `ROWS / WARPS` rows from load to store.
     const WARPS: u32;
     /// Number of streamed tiles in flight or in use, together: 2 or 4.
@@ -65,13 +68,17 @@ pub trait TileSizes {
     /// Size of an owned tile in shared memory, in bytes.
     const OWNED_BYTES: u32 = Self::ROWS * Self::ROW_BYTES;
     /// Size of a streamed tile in shared memory, in bytes.
-    const STREAMED_BYTES: u32 = Self::COLUMNS * Self::ROW_BYTES;
+    const STREAMED_BYTES: u32 = Self::TILE_COLUMNS * Self::ROW_BYTES;
+    /// Number of streamed tiles of keys in a step of forward.
+    const STEP_TILES: u32 = Self::COLUMNS / Self::TILE_COLUMNS;
     /// Dynamic shared memory of a forward block, in bytes: the query tile and the pipeline.
     const FORWARD_BYTES: u32 = Self::OWNED_BYTES + Self::STAGES * Self::STREAMED_BYTES;
+    /// Size of three f32 for each streamed row of backward, in bytes: whole runs of the swizzle, so that a tile behind them starts one.
+    const STATISTICS_BYTES: u32 = (3 * 4 * Self::COLUMNS).next_multiple_of(128);
     /// Dynamic shared memory of a backward block, in bytes: two owned tiles, two stages of two streamed tiles with
     /// three f32 per row, and one f32 for each owned row.
     const BACKWARD_BYTES: u32 =
-        2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + 3 * 4 * Self::COLUMNS) + 4 * Self::ROWS;
+        2 * Self::OWNED_BYTES + 2 * (2 * Self::STREAMED_BYTES + Self::STATISTICS_BYTES) + 4 * Self::ROWS;
 }
 
 /// A compiled tile shape whose warps each own rows from load to store.
@@ -90,14 +97,15 @@ pub trait TileShape: TileSizes {
 /// Returns true if the threads of a block, side by side along the rows, cover a tile in whole steps.
 pub(crate) const fn loads_evenly<S: TileSizes>() -> bool {
     let rows = S::THREADS / swizzle::neighbours(S::ROW_BYTES);
-    S::ROWS.is_multiple_of(rows) && S::COLUMNS.is_multiple_of(rows)
+    // The loader takes the swizzle of a thread's first row for all its rows.
+    rows.is_multiple_of(8) && S::ROWS.is_multiple_of(rows) && S::TILE_COLUMNS.is_multiple_of(rows)
 }
 
 /// Makes a shape for the tensor cores: the accumulators are m16n8 fragments of 16 rows, `WARP_ROWS / 16` of them
 /// high.
 macro_rules! ampere_shape {
-    ($name:ident, $bytes:ident: $rows:literal x $columns:literal, head_dim $d:literal, warps $warps:literal, stages $stages:literal
-     $(, $two_walks:ident)?) => {
+    ($name:ident, $bytes:ident: $rows:literal x $columns:literal, head_dim $d:literal, warps $warps:literal,
+     stages $stages:literal $(of $tile:literal)? $(, $two_walks:ident)?) => {
         #[doc = concat!(stringify!($rows), " x ", stringify!($columns), ", head_dim ", stringify!($d), ", f16 or bf16, mma.sync.")]
         pub struct $name<T>(PhantomData<T>);
 
@@ -105,6 +113,7 @@ macro_rules! ampere_shape {
             const HEAD_DIM: u32 = $d;
             const ROWS: u32 = $rows;
             const COLUMNS: u32 = $columns;
+            $(const TILE_COLUMNS: u32 = $tile;)?
             const WARPS: u32 = $warps;
             const STAGES: u32 = $stages;
             const ELEMENT_BYTES: u32 = 2;
@@ -120,6 +129,7 @@ macro_rules! ampere_shape {
 
         const _: () = {
             assert!($rows % ($warps * 16) == 0 && $columns % 16 == 0 && $d % 16 == 0);
+            $(assert!($columns % $tile == 0 && $tile % 16 == 0);)?
             // The swizzle and the loader need rows of whole runs of four chunks.
             assert!(<$name<F16> as TileSizes>::ROW_BYTES % 64 == 0);
             assert!(matches!($stages, 2 | 4));
@@ -165,17 +175,25 @@ macro_rules! simt_shape {
 #[cfg(feature = "study")]
 pub(crate) use simt_shape;
 
-// Forward. 32 rows a warp up to head_dim 128: each key fragment read from shared memory then feeds two mma's, and
-// shared memory reads (128 bytes a clock) fall to half of what the tensor cores need. Past 128 the output alone would
-// take 192 registers a lane, so a warp owns 16 rows and the block gets 8 warps. 32 keys a tile at 96 and 128, since
-// the scores of 64 spill there with ptxas 13.5. Four stages where tiles are so small that the arithmetic on one does
-// not cover the latency of a load.
-ampere_shape!(ForwardD32, FORWARD_BYTES: 128 x 64, head_dim 32, warps 4, stages 4);
+// Forward. The output is rescaled once a step, so a step takes as many keys as a lane's registers hold scores of without a spill by
+// ptxas 13.5; where shared memory does not hold two tiles as wide, a step takes two tiles. 32 rows a warp up to head_dim 96: each key
+// fragment read from shared memory then feeds two mma's, and shared memory reads (128 bytes a clock) fall to half of what the tensor
+// cores need. Past 96 the output leaves too few registers for that (at 128, 32 keys a step), so a warp owns 16 rows and the block gets
+// 8 warps: as many on a multiprocessor as two blocks of 4. At 64, 80 and 96 keys take fewer other instructions and as long to issue,
+// and most sequences are no multiples of them. Four stages where tiles are so small that the arithmetic on one does not cover the
+// latency of a load.
+ampere_shape!(ForwardD32, FORWARD_BYTES: 128 x 128, head_dim 32, warps 4, stages 2);
 ampere_shape!(ForwardD64, FORWARD_BYTES: 128 x 64, head_dim 64, warps 4, stages 4);
-ampere_shape!(ForwardD96, FORWARD_BYTES: 128 x 32, head_dim 96, warps 4, stages 4);
-ampere_shape!(ForwardD128, FORWARD_BYTES: 128 x 32, head_dim 128, warps 4, stages 2);
-ampere_shape!(ForwardD192, FORWARD_BYTES: 128 x 64, head_dim 192, warps 8, stages 2);
-ampere_shape!(ForwardD256, FORWARD_BYTES: 128 x 32, head_dim 256, warps 8, stages 2);
+ampere_shape!(ForwardD96, FORWARD_BYTES: 128 x 64, head_dim 96, warps 4, stages 4 of 32);
+ampere_shape!(ForwardD128, FORWARD_BYTES: 128 x 128, head_dim 128, warps 8, stages 2);
+ampere_shape!(ForwardD192, FORWARD_BYTES: 128 x 128, head_dim 192, warps 8, stages 2 of 64);
+ampere_shape!(ForwardD256, FORWARD_BYTES: 128 x 64, head_dim 256, warps 8, stages 2 of 32);
+// Programs that load or draw want registers: fewer keys a step.
+ampere_shape!(ProgramD32, FORWARD_BYTES: 128 x 64, head_dim 32, warps 4, stages 4);
+ampere_shape!(ProgramD96, FORWARD_BYTES: 128 x 32, head_dim 96, warps 4, stages 4);
+ampere_shape!(ProgramD128, FORWARD_BYTES: 128 x 32, head_dim 128, warps 4, stages 2);
+ampere_shape!(ProgramD192, FORWARD_BYTES: 128 x 64, head_dim 192, warps 8, stages 2);
+ampere_shape!(ProgramD256, FORWARD_BYTES: 128 x 32, head_dim 256, warps 8, stages 2);
 
 simt_shape!(ForwardF32D32, FORWARD_BYTES: 64 x 64, head_dim 32, warps 8, stages 2);
 simt_shape!(ForwardF32D64, FORWARD_BYTES: 64 x 64, head_dim 64, warps 8, stages 2);

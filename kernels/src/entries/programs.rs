@@ -85,12 +85,12 @@ macro_rules! program_entries {
 
 program_entries! {
     tiles {
-        "score_forward" "_d32": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D32 min_blocks 2, ForwardD32 min_blocks 2;
+        "score_forward" "_d32": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D32 min_blocks 2, ProgramD32 min_blocks 2;
         "score_forward" "_d64": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D64 min_blocks 2, ForwardD64 min_blocks 2;
-        "score_forward" "_d96": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D96 min_blocks 2, ForwardD96 min_blocks 2;
-        "score_forward" "_d128": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D128 min_blocks 2, ForwardD128 min_blocks 0;
-        "score_forward" "_d192": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D192 min_blocks 1, ForwardD192 min_blocks 1;
-        "score_forward" "_d256": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D256 min_blocks 2, ForwardD256 min_blocks 1;
+        "score_forward" "_d96": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D96 min_blocks 2, ProgramD96 min_blocks 2;
+        "score_forward" "_d128": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D128 min_blocks 2, ProgramD128 min_blocks 0;
+        "score_forward" "_d192": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D192 min_blocks 1, ProgramD192 min_blocks 1;
+        "score_forward" "_d256": Forward, listed::forward(ListedForwardParams), FORWARD_BYTES, ForwardF32D256 min_blocks 2, ProgramD256 min_blocks 1;
         "score_backward_dq" "_d32": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D32 min_blocks 1, BackwardD32 min_blocks 1;
         "score_backward_dq" "_d64": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D64 min_blocks 1, BackwardD64 min_blocks 1;
         "score_backward_dq" "_d96": BackwardDq, backward::listed_dq(ListedBackwardParams), BACKWARD_BYTES, BackwardF32D96 min_blocks 1, BackwardD96 min_blocks 1;

@@ -1,12 +1,25 @@
 //! Special registers: who am I. PTX ISA, "Special Registers".
 
-use super::optimizer;
 use core::arch::{asm, global_asm};
 
 // All kernels use one dynamic array; 1024 bytes is the largest alignment that a swizzle needs.
 global_asm!(".extern .shared .align 1024 .b8 smem[];");
 
 macro_rules! special_register {
+    ($(#[$doc:meta])* $name:ident | $renewed:ident, $register:literal) => {
+        special_register!($(#[$doc])* $name, $register);
+
+        $(#[$doc])*
+        ///
+        /// It is read anew: nothing is kept in registers since the last time.
+        #[inline(always)]
+        pub fn $renewed() -> u32 {
+            let value: u32;
+            // SAFETY: reads a register that is constant for the life of the lane; not `pure`, so that two of them are not merged.
+            unsafe { asm!(concat!("mov.u32 {v}, ", $register, ";"), v = out(reg32) value, options(nomem, nostack)) }
+            value
+        }
+    };
     ($(#[$doc:meta])* $name:ident, $register:literal) => {
         $(#[$doc])*
         #[inline(always)]
@@ -21,10 +34,10 @@ macro_rules! special_register {
 
 special_register!(
     /// Index of the thread in its block.
-    thread_idx_x, "%tid.x");
+    thread_idx_x | renewed_thread_idx_x, "%tid.x");
 special_register!(
     /// Index of the block in its grid.
-    block_idx_x, "%ctaid.x");
+    block_idx_x | renewed_block_idx_x, "%ctaid.x");
 special_register!(
     /// Index of the cluster of blocks in its grid. PTX 7.8, sm_90.
     cluster_idx_x, "%clusterid.x");
@@ -44,7 +57,7 @@ special_register!(
 /// Index of the warp in its block, worked out anew: nothing is kept in registers since the last time.
 #[inline(always)]
 pub fn renewed_warp_id() -> u32 {
-    optimizer::renew(thread_idx_x()) / 32
+    renewed_thread_idx_x() / 32
 }
 
 /// Index of the warp in its block.

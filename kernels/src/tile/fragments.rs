@@ -10,6 +10,7 @@ use crate::mask::Span;
 use crate::ptx::program::{self, Shown};
 use crate::ptx::{matrix::Half, memory, optimizer, sreg, sync};
 use core::marker::PhantomData;
+use core::ops::Range;
 
 /// `M` x `N` accumulators of m16n8: `16 M` rows, `8 N` columns; operands are `T`.
 #[derive(Clone, Copy)]
@@ -96,15 +97,21 @@ impl<T: Half, const M: usize, const N: usize> ScoreTile for Fragments<T, M, N> {
 
     #[inline(always)]
     unsafe fn add_abt(&mut self, a: SharedTile, b: SharedTile) {
+        // SAFETY: the caller's contract.
+        unsafe { self.add_abt_in(0..N / 2, a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_abt_in(&mut self, blocks: Range<usize>, a: SharedTile, b: SharedTile) {
         for k in 0..a.k_blocks() {
             let mut rows = [[0; 4]; M];
             for m in 0..M {
                 // SAFETY: the caller's contract.
                 rows[m] = unsafe { a.operand_a(m as u32 * 16, k) };
             }
-            for n in 0..N / 2 {
+            for n in blocks.clone() {
                 // SAFETY: the caller's contract.
-                let columns = unsafe { b.operand_b_transposed(n as u32 * 16, k) };
+                let columns = unsafe { b.operand_b_transposed((n - blocks.start) as u32 * 16, k) };
                 for m in 0..M {
                     T::mma(&mut self.0[m][n * 2], rows[m], columns[0]);
                     T::mma(&mut self.0[m][n * 2 + 1], rows[m], columns[1]);
@@ -147,10 +154,16 @@ impl<T: Half, const M: usize, const N: usize> ScoreTile for Fragments<T, M, N> {
 impl<T: Half, const M: usize, const N: usize, const K: usize> OutputTile<Packed<M, K>> for Fragments<T, M, N> {
     #[inline(always)]
     unsafe fn add_ab(&mut self, a: &Packed<M, K>, b: SharedTile) {
-        for k in 0..K / 2 {
+        // SAFETY: the caller's contract.
+        unsafe { self.add_ab_in(0..K / 2, a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_ab_in(&mut self, blocks: Range<usize>, a: &Packed<M, K>, b: SharedTile) {
+        for k in blocks.clone() {
             for n in 0..N / 2 {
                 // SAFETY: the caller's contract.
-                let columns = unsafe { b.operand_b(k as u32, n as u32) };
+                let columns = unsafe { b.operand_b((k - blocks.start) as u32, n as u32) };
                 for m in 0..M {
                     T::mma(&mut self.0[m][n * 2], a.fragment(m, k), columns[0]);
                     T::mma(&mut self.0[m][n * 2 + 1], a.fragment(m, k), columns[1]);

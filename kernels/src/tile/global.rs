@@ -2,7 +2,7 @@
 
 use super::shared::{CHUNK, Split};
 use crate::abi::{Layout, PageTable, StridedTensor};
-use crate::ptx::memory;
+use crate::ptx::{copy, memory};
 use crate::work::Divisor;
 
 /// Rows of one head, or of several whose rows are packed.
@@ -314,7 +314,8 @@ impl<P: Places> GlobalTile<P> {
 pub struct Walk<P = Even> {
     address: u64,
     step_bytes: u64,
-    row: u32,
+    /// Number of the window's rows from this thread's row on; not positive past the end.
+    left: i32,
     window: GlobalTile<P>,
     /// Division of the tile's chunks among threads.
     pub split: Split,
@@ -327,7 +328,7 @@ impl<P: Places> Walk<P> {
         Self {
             address: window.address_if_any(split.row, split.chunk),
             step_bytes: split.rows as u64 * window.row_bytes,
-            row: split.row,
+            left: window.rows.wrapping_sub(split.row) as i32,
             window,
             split,
         }
@@ -336,14 +337,27 @@ impl<P: Places> Walk<P> {
     /// Continues at row `row` of the window, which may lie past its end.
     #[inline(always)]
     pub fn seek(&mut self, row: u32) {
-        self.row = row + self.split.row;
-        self.address = self.window.address_if_any(self.row, self.split.chunk);
+        let row = row + self.split.row;
+        self.left = self.window.rows.wrapping_sub(row) as i32;
+        self.address = self.window.address_if_any(row, self.split.chunk);
     }
 
     /// Returns the rows of the window.
     #[inline(always)]
     pub fn rows(&self) -> u32 {
         self.window.rows
+    }
+
+    /// Returns the number of the window's rows from this thread's row on; it is not positive past the end.
+    #[inline(always)]
+    pub fn left(&self) -> i32 {
+        self.left
+    }
+
+    /// Takes over the number of another walk, which is the number of this one.
+    #[inline(always)]
+    pub fn set_left(&mut self, left: i32) {
+        self.left = left;
     }
 
     /// Returns true if 16-byte accesses are allowed.
@@ -355,30 +369,60 @@ impl<P: Places> Walk<P> {
     /// Advances to this thread's next row.
     #[inline(always)]
     pub fn advance(&mut self) {
+        self.next_address(1);
+        self.left -= self.split.rows as i32;
+    }
+
+    /// Advances the address, and only that, from the row before to the `steps`-th row from here.
+    #[inline(always)]
+    pub fn next_address(&mut self, steps: u32) {
         self.address += self.step_bytes;
-        self.row += self.split.rows;
         if !self.window.places.is_even() {
-            self.address = self.window.address_if_any(self.row, self.split.chunk);
+            let row = self.window.rows.wrapping_sub(self.left as u32) + steps * self.split.rows;
+            self.address = self.window.address_if_any(row, self.split.chunk);
         }
     }
 
-    /// Returns the address of the thread's chunk `j` in its current row, and true if it exists.
+    /// Advances by `steps` of this thread's rows.
     #[inline(always)]
-    pub fn chunk(&self, j: u32) -> (u64, bool) {
-        let exists = self.window.contains(self.row, self.split.chunk + j * self.split.chunks);
-        (self.address + (j * self.split.chunks * CHUNK) as u64, exists)
+    pub fn skip(&mut self, steps: u32) {
+        if self.window.places.is_even() {
+            self.address += steps as u64 * self.step_bytes;
+            self.left -= (steps * self.split.rows) as i32;
+        } else {
+            let row = self.window.rows.wrapping_sub(self.left as u32) + steps * self.split.rows;
+            self.left = self.window.rows.wrapping_sub(row) as i32;
+            self.address = self.window.address_if_any(row, self.split.chunk);
+        }
     }
 
-    /// Reads this chunk element by element, since it may be unaligned; zeros if it does not exist.
+    /// Starts to copy the thread's chunk `j` in the `steps`-th row from here, which the address has reached, to `slot`; zeros if it does
+    /// not exist. With `rows_first` the test of the row is shared by the chunks of a row, else that of the chunk by the rows.
+    ///
+    /// # Safety
+    /// `slot` is a 16-byte aligned shared-window address of this block; no thread reads or writes it until the copy was awaited and a
+    /// barrier passed. The window is readable, and its chunks are aligned.
+    #[inline(always)]
+    pub unsafe fn copy(&self, steps: u32, j: u32, slot: u32, rows_first: bool) {
+        let (row, chunk) = (steps * self.split.rows, j * self.split.chunks);
+        let chunks = self.window.chunks as i32 - self.split.chunk as i32;
+        let address = self.address + (chunk * CHUNK) as u64;
+        let (row, chunk) = ([row as i32, self.left], [chunk as i32, chunks]);
+        let [first, second] = if rows_first { [row, chunk] } else { [chunk, row] };
+        // SAFETY: the caller's contract; nothing is read where the window has no such chunk.
+        unsafe { copy::cp_async_16(slot, address, first, second) }
+    }
+
+    /// Reads the thread's chunk `j` in its current row element by element, since it may be unaligned; zeros if it does not exist.
     ///
     /// # Safety
     /// The window is readable.
     #[inline(always)]
     pub unsafe fn gather(&self, j: u32) -> [u32; 4] {
-        let (address, exists) = self.chunk(j);
-        // SAFETY: the chunk exists.
-        if exists {
-            unsafe { self.window.gather(address) }
+        let chunk = j * self.split.chunks;
+        if self.left > 0 && self.split.chunk + chunk < self.window.chunks {
+            // SAFETY: the chunk exists.
+            unsafe { self.window.gather(self.address + (chunk * CHUNK) as u64) }
         } else {
             [0; 4]
         }

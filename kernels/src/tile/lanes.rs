@@ -13,6 +13,7 @@ use super::{
 use crate::element::F32;
 use crate::ptx::program::{self, Shown};
 use crate::ptx::{math::fma, memory, optimizer, sreg, sync};
+use core::ops::Range;
 
 /// Four rows by `N` columns in each lane; 16 lanes share a row and take turns of `RUN` columns.
 #[derive(Clone, Copy)]
@@ -24,6 +25,12 @@ impl<const N: usize> ScoreTile for LaneRows<N, 1> {
 
     #[inline(always)]
     unsafe fn add_abt(&mut self, a: SharedTile, b: SharedTile) {
+        // SAFETY: the caller's contract.
+        unsafe { self.add_abt_in(0..N, a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_abt_in(&mut self, blocks: Range<usize>, a: SharedTile, b: SharedTile) {
         let lane = sreg::lane_id();
         for chunk in 0..optimizer::opaque(a.chunks()) {
             let mut x = [[0.0; 4]; 4];
@@ -32,8 +39,8 @@ impl<const N: usize> ScoreTile for LaneRows<N, 1> {
                 // SAFETY: the caller's contract.
                 x[r] = unsafe { memory::ld_shared_v4(a.address(row, chunk)) };
             }
-            for i in 0..N {
-                let (_, column) = fragment::simt(lane, 0, i as u32, 1);
+            for i in blocks.clone() {
+                let (_, column) = fragment::simt(lane, 0, (i - blocks.start) as u32, 1);
                 // SAFETY: the caller's contract.
                 let y = unsafe { memory::ld_shared_v4(b.address(column, chunk)) };
                 for r in 0..4 {
@@ -67,8 +74,14 @@ impl<const N: usize> ScoreTile for LaneRows<N, 1> {
 impl<const N: usize, const K: usize> OutputTile<LaneRows<K, 1>> for LaneRows<N, 2> {
     #[inline(always)]
     unsafe fn add_ab(&mut self, a: &LaneRows<K, 1>, b: SharedTile) {
+        // SAFETY: the caller's contract.
+        unsafe { self.add_ab_in(0..K, a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_ab_in(&mut self, blocks: Range<usize>, a: &LaneRows<K, 1>, b: SharedTile) {
         let lane = sreg::lane_id();
-        for k in 0..K {
+        for k in blocks.clone() {
             for owner in 0..optimizer::opaque(16) {
                 let mut x = [0.0; 4];
                 for r in 0..4 {
@@ -76,7 +89,7 @@ impl<const N: usize, const K: usize> OutputTile<LaneRows<K, 1>> for LaneRows<N, 
                 }
                 for i in 0..N / 2 {
                     let (_, column) = fragment::simt(lane, 0, i as u32 * 2, 2);
-                    let address = b.address(k as u32 * 16 + owner, column / 4) + column % 4 * 4;
+                    let address = b.address((k - blocks.start) as u32 * 16 + owner, column / 4) + column % 4 * 4;
                     // SAFETY: the caller's contract.
                     let y = unsafe { memory::ld_shared_v2(address) };
                     for r in 0..4 {

@@ -12,6 +12,7 @@ use super::{
 use crate::mask::Span;
 use crate::ptx::program::{self, Shown};
 use crate::ptx::{memory, sreg, sync};
+use core::ops::Range;
 
 /// One f32 for each row that a lane holds part of: `A` groups of `B` rows.
 #[derive(Clone, Copy)]
@@ -208,6 +209,12 @@ pub trait ScoreTile: Accumulator {
     /// `a` (the warp's rows) and `b` are initialised and visible to the whole warp, which calls this together.
     unsafe fn add_abt(&mut self, a: SharedTile, b: SharedTile);
 
+    /// Computes `self += a b^T` in some blocks of 16 columns, of which `b` has the rows.
+    ///
+    /// # Safety
+    /// The contract of [`add_abt`](Self::add_abt).
+    unsafe fn add_abt_in(&mut self, blocks: Range<usize>, a: SharedTile, b: SharedTile);
+
     /// The tile as the left operand of a product, in the registers it is in.
     fn operand(&self) -> Self::Operand;
 
@@ -225,6 +232,12 @@ pub trait OutputTile<Operand>: Accumulator {
     /// # Safety
     /// `b` is initialised and visible to the whole warp, which calls this together.
     unsafe fn add_ab(&mut self, a: &Operand, b: SharedTile);
+
+    /// Computes `self += a b` along some blocks of 16 columns of `a`, of which `b` has the rows.
+    ///
+    /// # Safety
+    /// The contract of [`add_ab`](Self::add_ab).
+    unsafe fn add_ab_in(&mut self, blocks: Range<usize>, a: &Operand, b: SharedTile);
 
     /// Writes the tile, rounded to the element type, to `target`; rows and columns that do not exist are dropped.
     /// `staging` has room for the warp's rows.

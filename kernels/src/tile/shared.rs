@@ -4,7 +4,7 @@ use super::{
     element::Element,
     fragment,
     global::{GlobalTile, Places, Walk},
-    swizzle::{neighbours, swizzle},
+    swizzle::{neighbours, split_chunk, swizzle},
 };
 use crate::ptx::{copy, matrix, memory, optimizer, sreg, sync};
 
@@ -74,18 +74,24 @@ impl SharedTile {
     pub unsafe fn load_async(self, source: &mut Walk<impl Places>, rows: u32) {
         let split = source.split;
         let chunks = self.chunks() / split.chunks;
-        let slot = |i, j| self.address(split.row + i * split.rows, split.chunk + j * split.chunks);
+        // A thread's rows are multiples of 8 apart and its chunks whole runs, so that the swizzle of all is that of the first.
+        let first = self.address(split.row, split.chunk);
+        let slot = |i, j| first + i * split.rows * self.row_bytes + j * split.chunks * CHUNK;
+        let steps = rows / split.rows;
         if source.aligned() {
-            for i in 0..rows / split.rows {
+            let mut source = *source;
+            for i in 0..steps {
                 for j in 0..chunks {
-                    let (address, exists) = source.chunk(j);
-                    // SAFETY: the caller's contract; nothing is read where `source` has no such chunk.
-                    unsafe { copy::cp_async_16(slot(i, j), address, if exists { CHUNK } else { 0 }) }
+                    // SAFETY: the caller's contract.
+                    unsafe { source.copy(i, j, slot(i, j), steps < chunks) }
                 }
-                source.advance();
+                if i + 1 < steps {
+                    source.next_address(i + 1);
+                }
             }
         } else {
-            for i in 0..optimizer::opaque(rows / split.rows) {
+            let mut source = *source;
+            for i in 0..optimizer::opaque(steps) {
                 for j in 0..optimizer::opaque(chunks) {
                     // SAFETY: the caller's contract.
                     unsafe { memory::st_shared_words(slot(i, j), source.gather(j)) }
@@ -93,6 +99,8 @@ impl SharedTile {
                 source.advance();
             }
         }
+        // Once for both, which need no moves then to bring their walks together.
+        source.skip(steps);
     }
 
     /// Copies the first `rows` rows to `target`, by one warp; rows and columns that do not exist are dropped.
@@ -160,9 +168,8 @@ impl SharedTile {
     /// The tile is initialised and visible to the whole warp, which calls this together.
     #[inline(always)]
     pub unsafe fn operand_a(self, row: u32, k: u32) -> [u32; 4] {
-        let (r, c) = fragment::operand_a(sreg::lane_id());
         // SAFETY: the caller's contract.
-        unsafe { matrix::ldmatrix_x4(self.address(row + r, k * 2 + c)) }
+        unsafe { matrix::ldmatrix_x4(self.block_address(fragment::operand_a(sreg::lane_id()), row, k)) }
     }
 
     /// Returns two B operands for the product with this tile's transpose: product columns `row ..+ 16`, k block `k`.
@@ -171,9 +178,9 @@ impl SharedTile {
     /// The contract of [`SharedTile::operand_a`].
     #[inline(always)]
     pub unsafe fn operand_b_transposed(self, row: u32, k: u32) -> [[u32; 2]; 2] {
-        let (r, c) = fragment::operand_b(sreg::lane_id());
+        let address = self.block_address(fragment::operand_b(sreg::lane_id()), row, k);
         // SAFETY: the caller's contract.
-        let [a, b, c, d] = unsafe { matrix::ldmatrix_x4(self.address(row + r, k * 2 + c)) };
+        let [a, b, c, d] = unsafe { matrix::ldmatrix_x4(address) };
         [[a, b], [c, d]]
     }
 
@@ -184,10 +191,20 @@ impl SharedTile {
     /// The contract of [`SharedTile::operand_a`].
     #[inline(always)]
     pub unsafe fn operand_b(self, k: u32, column: u32) -> [[u32; 2]; 2] {
-        let (r, c) = fragment::operand_a(sreg::lane_id());
+        let address = self.block_address(fragment::operand_a(sreg::lane_id()), k * 16, column);
         // SAFETY: the caller's contract.
-        let [a, b, c, d] = unsafe { matrix::ldmatrix_x4_trans(self.address(k * 16 + r, column * 2 + c)) };
+        let [a, b, c, d] = unsafe { matrix::ldmatrix_x4_trans(address) };
         [[a, b], [c, d]]
+    }
+
+    /// Returns the address of a lane's row and chunk in the block of 16 rows from `row` on and two chunks from `2 column` on.
+    ///
+    /// It is [`address`](Self::address), worked out with one XOR for all blocks of a column that differ only in what the swizzle
+    /// leaves alone: the compiler finds no such common part, and would keep or work out an address for each column.
+    #[inline(always)]
+    fn block_address(self, (lane_row, lane_chunk): (u32, u32), row: u32, column: u32) -> u32 {
+        let (turned, straight) = split_chunk(column * 2, self.row_bytes);
+        (self.address(lane_row, lane_chunk) ^ turned * CHUNK) + straight * CHUNK + row * self.row_bytes
     }
 }
 

@@ -15,6 +15,16 @@ pub const fn swizzle(row: u32, chunk: u32, row_bytes: u32) -> u32 {
     }
 }
 
+/// Splits a chunk into the part that the swizzle may change and the rest, `chunk = turned + straight`.
+///
+/// `swizzle(row, a + b) = (swizzle(row, a) ^ turned) + straight` where `turned` and `straight` are those of `b`, and `a` and `b` have
+/// no bit in common.
+#[inline(always)]
+pub const fn split_chunk(chunk: u32, row_bytes: u32) -> (u32, u32) {
+    let turned = chunk & if row_bytes.is_multiple_of(128) { 7 } else { 3 };
+    (turned, chunk - turned)
+}
+
 /// Returns the place of column `column` of row `row`, in a tile of f32 with 32 columns.
 ///
 /// Accumulators of m16n8 are written two columns at a time, four rows by 8 columns in each half warp; [`simt`](super::fragment::simt)
@@ -46,6 +56,23 @@ mod tests {
                 let stored: HashSet<_> = (0..row_bytes / 16).map(|c| swizzle(row, c, row_bytes)).collect();
                 assert_eq!(stored.len() as u32, row_bytes / 16);
                 assert!(stored.iter().all(|&c| c < row_bytes / 16));
+            }
+        }
+    }
+
+    #[test]
+    fn a_chunk_without_bits_in_common_is_added_behind_the_swizzle() {
+        for row_bytes in ROW_BYTES {
+            for row in 0..16 {
+                for (first, further) in (0..row_bytes / 32).flat_map(|k| [(0, k * 2), (1, k * 2)]) {
+                    let (turned, straight) = split_chunk(further, row_bytes);
+                    let place = (swizzle(row, first, row_bytes) ^ turned) + straight;
+                    assert_eq!(
+                        place,
+                        swizzle(row, first + further, row_bytes),
+                        "row_bytes {row_bytes}, row {row}"
+                    );
+                }
             }
         }
     }

@@ -5,7 +5,7 @@
 //! with two head_dims, is [`listed`](crate::listed).
 
 use crate::abi::ForwardParams;
-use crate::block::{RowBlock, owned_tile, renewed_split};
+use crate::block::{RowBlock, owned_tile, renewed_split, split};
 use crate::mask::{Mask, Span, for_blocks};
 use crate::nonfinite;
 use crate::pipeline::{KeyValueRing, Order};
@@ -137,7 +137,7 @@ unsafe fn walk<S: TileShape, const CAUSAL: bool, const AGAIN: bool>(
 /// Every thread of the block calls this together.
 #[inline(always)]
 pub unsafe fn owned_query<S: TileShape>(ring: &KeyValueRing<S, impl Order>, sign: f32) -> SharedTile {
-    let query = owned_tile::<S>(0).rows_from(sreg::renewed_warp_id() * S::WARP_ROWS);
+    let query = owned_tile::<S>(0).rows_from(sreg::warp_id() * S::WARP_ROWS);
     if sign != 1.0 {
         // Rare: fold a scale that is not positive into Q, so that the largest score stays the largest exponent.
         ring.drain();
@@ -195,21 +195,31 @@ pub unsafe fn attend<S: TileShape, O: Order, const MASKED: bool, const EXACT: bo
         if MASKED {
             scores.hide(tile.first_key, span, f32::NEG_INFINITY);
         }
-        // Before the softmax: no barrier then separates it from the products, in whose time the exponentials fit.
-        let mut value = ring.acquire_value(tile.index, 0);
+        // Before the softmax: no barrier then separates it from the products, in whose time the exponentials fit. Programs need the
+        // registers.
+        let early = if PROGRAM {
+            None
+        } else {
+            Some(ring.acquire_value(tile.index, 0))
+        };
         let rescale = softmax.update::<EXACT>(&mut scores);
         output.map_rows(rescale, |rescale, o| o * rescale);
         if PROGRAM {
             scores.splice::<program::Weights, program::OfQueries<MASKED>>();
         }
         let probabilities = scores.operand();
+        let mut value = early.unwrap_or_else(|| ring.acquire_value(tile.index, 0));
         let hides_pairs = tile.hides_pairs || PROGRAM && MASKED && program::hides();
         let mut cleaned = false;
         for part in 0..S::STEP_TILES {
             if part > 0 {
                 value = ring.acquire_value(tile.index, part);
             }
-            cleaned |= hides_pairs && value.clean::<S::Element>(renewed_split::<S>(), S::TILE_COLUMNS);
+            cleaned |= hides_pairs
+                && value.clean::<S::Element>(
+                    if PROGRAM { split::<S>() } else { renewed_split::<S>() },
+                    S::TILE_COLUMNS,
+                );
             let first = part as usize * blocks;
             output.add_ab_in(first..first + blocks, &probabilities, value);
         }

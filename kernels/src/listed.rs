@@ -11,7 +11,7 @@
 use core::f32::consts::LN_2;
 
 use crate::abi::{Layout, ListedForwardParams, StridedTensor};
-use crate::block::{RowBlock, owned_tile, renewed_split};
+use crate::block::{RowBlock, owned_tile, split};
 use crate::forward::{Streamed, attend, owned_query, unsigned};
 use crate::lists::{Runs, Work, for_tiles};
 use crate::mask::{Blocks, Mask, Span};
@@ -120,7 +120,7 @@ unsafe fn walk<S: TileShape>(
         let q = block
             .queries(&p.forward.q, &p.forward.layout, S::ELEMENT_BYTES)
             .rows_from(work.first_row);
-        let split = renewed_split::<S>();
+        let split = split::<S>();
         owned_tile::<S>(0).load_async(&mut Walk::new(q, split), S::ROWS);
         let (k, v) = (
             block.keys(&p.forward.k, &p.forward.layout, S::ELEMENT_BYTES),

@@ -8,7 +8,7 @@ pub mod latent;
 
 use crate::block::split;
 use crate::lists::Runs;
-use crate::ptx::{copy, optimizer, sreg, sync};
+use crate::ptx::{copy, optimizer, program, sreg, sync};
 use crate::scores::OfColumns;
 use crate::shape::{TileShape, TileSizes};
 use crate::tile::{
@@ -220,8 +220,10 @@ impl<S: TileShape, O: Order> KeyValueRing<S, O> {
             &mut self.k
         } else {
             // All keys of the step were loaded before. A count of their own would occupy a register during the whole loop.
-            let behind = (Self::CYCLE - at) * S::TILE_COLUMNS;
-            self.v.set_left(self.k.left() + behind as i32);
+            if O::Places::ARE_EVEN && !program::SAVES_REGISTERS {
+                let behind = (Self::CYCLE - at) * S::TILE_COLUMNS;
+                self.v.set_left(self.k.left() + behind as i32);
+            }
             &mut self.v
         };
         // SAFETY: the contracts of `start` and `acquire`.
@@ -402,7 +404,9 @@ impl<S: TileShape> PairRing<S> {
         // SAFETY: the contracts of `start` and `acquire`; statistics are read only of rows that exist.
         unsafe {
             // Both have the same rows. Two counts would occupy two registers during the whole loop.
-            self.second.set_left(self.first.left());
+            if !program::SAVES_REGISTERS {
+                self.second.set_left(self.first.left());
+            }
             stage.first.load_async(&mut self.first, S::COLUMNS);
             stage.second.load_async(&mut self.second, S::COLUMNS);
             if let Some(statistics) = self.statistics {

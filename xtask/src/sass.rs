@@ -118,8 +118,8 @@ fn judge(assembled: &[Assembled]) -> Outcome {
 /// Kernels that may spill: name, target, and the most bytes.
 ///
 /// None of them spills in a loop that multiplies. The dK and dV kernels store one or two values before a walk and load them after it. The
-/// dQ kernel of f32 stores two values at its start, and loads them between the loops of a tile. Of the kernels over e4m3 inputs consumers store what they need after a walk, and the producer what its first thread
-/// needs to load.
+/// dQ kernel of f32 stores two values at its start, and loads them between the loops of a tile. Of the kernels over e4m3 inputs consumers
+/// store what they need after a walk, and the producer what its first thread needs to load.
 const SPILLS: &[(&str, &str, u32)] = &[
     ("backward_dkv_f16_d128_causal", "sm_90", 20),
     ("backward_dkv_bf16_d128_causal", "sm_90", 20),

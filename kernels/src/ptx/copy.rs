@@ -24,6 +24,20 @@ pub unsafe fn cp_async_16(dst: u32, src: u64, [a, a_end]: [i32; 2], [b, b_end]: 
     }
 }
 
+/// `cp.async.cg.shared.global [dst], [src], 16, bytes;` — starts to copy `bytes` (0 or 16) bytes and fills the rest of 16 with zeros.
+/// PTX 7.0, sm_80.
+///
+/// # Safety
+/// The contract of [`cp_async_16`]; `src .. src + bytes` is readable.
+#[inline(always)]
+pub unsafe fn cp_async_16_bytes(dst: u32, src: u64, bytes: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.cg.shared.global [{d}], [{s}], 16, {n};",
+            d = in(reg32) dst, s = in(reg64) src, n = in(reg32) bytes, options(nostack));
+    }
+}
+
 /// `cp.async.ca.shared.global [dst], [src], 4, bytes;` — starts to copy 4 (or 0) bytes and fills the rest of 4 with
 /// zeros. PTX 7.0, sm_80.
 ///

@@ -6,6 +6,10 @@
 
 use core::arch::asm;
 
+/// True in the portable kernels for score programs, whose text is compiled before the program is known: they work addresses and counts
+/// out where these are needed, since every register that is free in the loops saves spills of the program.
+pub const SAVES_REGISTERS: bool = cfg!(feature = "program_sm_80");
+
 /// The tile that a marker belongs to.
 pub trait Tile {
     /// True if rows are keys, and columns queries.

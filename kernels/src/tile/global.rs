@@ -30,6 +30,9 @@ pub trait Places: Copy {
 
     /// Tells if every row lies as far from the row before it as any other.
     fn is_even(self) -> bool;
+
+    /// True if rows are even in every window, which the compiler then knows.
+    const ARE_EVEN: bool = false;
 }
 
 /// Rows at even distances.
@@ -37,6 +40,8 @@ pub trait Places: Copy {
 pub struct Even;
 
 impl Places for Even {
+    const ARE_EVEN: bool = true;
+
     #[inline(always)]
     fn offset(self, row: u32, row_bytes: u64) -> u64 {
         row as u64 * row_bytes
@@ -411,6 +416,19 @@ impl<P: Places> Walk<P> {
         let [first, second] = if rows_first { [row, chunk] } else { [chunk, row] };
         // SAFETY: the caller's contract; nothing is read where the window has no such chunk.
         unsafe { copy::cp_async_16(slot, address, first, second) }
+    }
+
+    /// Starts to copy the thread's chunk `j` in its current row to `slot`; zeros if it does not exist.
+    ///
+    /// # Safety
+    /// The contract of [`copy`](Self::copy).
+    #[inline(always)]
+    pub unsafe fn copy_here(&self, j: u32, slot: u32) {
+        let chunk = j * self.split.chunks;
+        let exists = self.left > 0 && self.split.chunk + chunk < self.window.chunks;
+        let address = self.address + (chunk * CHUNK) as u64;
+        // SAFETY: the caller's contract; nothing is read where the window has no such chunk.
+        unsafe { copy::cp_async_16_bytes(slot, address, if exists { CHUNK } else { 0 }) }
     }
 
     /// Reads the thread's chunk `j` in its current row element by element, since it may be unaligned; zeros if it does not exist.

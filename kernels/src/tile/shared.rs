@@ -6,7 +6,7 @@ use super::{
     global::{GlobalTile, Places, Walk},
     swizzle::{neighbours, split_chunk, swizzle},
 };
-use crate::ptx::{copy, matrix, memory, optimizer, sreg, sync};
+use crate::ptx::{copy, matrix, memory, optimizer, program, sreg, sync};
 
 /// Size of a chunk in bytes, the unit that is copied, swizzled and loaded.
 pub const CHUNK: u32 = 16;
@@ -71,13 +71,40 @@ impl SharedTile {
     ///   (`cp_async_wait`) and a barrier passed.
     /// - `source` describes readable memory.
     #[inline(always)]
-    pub unsafe fn load_async(self, source: &mut Walk<impl Places>, rows: u32) {
+    pub unsafe fn load_async<P: Places>(self, source: &mut Walk<P>, rows: u32) {
         let split = source.split;
         let chunks = self.chunks() / split.chunks;
         // A thread's rows are multiples of 8 apart and its chunks whole runs, so that the swizzle of all is that of the first.
         let first = self.address(split.row, split.chunk);
-        let slot = |i, j| first + i * split.rows * self.row_bytes + j * split.chunks * CHUNK;
+        let slot = |i, j| {
+            if program::SAVES_REGISTERS {
+                self.address(split.row + i * split.rows, split.chunk + j * split.chunks)
+            } else {
+                first + i * split.rows * self.row_bytes + j * split.chunks * CHUNK
+            }
+        };
         let steps = rows / split.rows;
+        if !P::ARE_EVEN || program::SAVES_REGISTERS {
+            // Each row's address is worked out where the one before was copied.
+            if source.aligned() {
+                for i in 0..steps {
+                    for j in 0..chunks {
+                        // SAFETY: the caller's contract.
+                        unsafe { source.copy_here(j, slot(i, j)) }
+                    }
+                    source.advance();
+                }
+            } else {
+                for i in 0..optimizer::opaque(steps) {
+                    for j in 0..optimizer::opaque(chunks) {
+                        // SAFETY: the caller's contract.
+                        unsafe { memory::st_shared_words(slot(i, j), source.gather(j)) }
+                    }
+                    source.advance();
+                }
+            }
+            return;
+        }
         if source.aligned() {
             let mut source = *source;
             for i in 0..steps {
@@ -203,6 +230,9 @@ impl SharedTile {
     /// leaves alone: the compiler finds no such common part, and would keep or work out an address for each column.
     #[inline(always)]
     fn block_address(self, (lane_row, lane_chunk): (u32, u32), row: u32, column: u32) -> u32 {
+        if program::SAVES_REGISTERS {
+            return self.address(row + lane_row, column * 2 + lane_chunk);
+        }
         let (turned, straight) = split_chunk(column * 2, self.row_bytes);
         (self.address(lane_row, lane_chunk) ^ turned * CHUNK) + straight * CHUNK + row * self.row_bytes
     }

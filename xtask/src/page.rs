@@ -81,8 +81,7 @@ fn rule(columns: usize) -> String {
     format!("{}|\n", "| --- ".repeat(columns))
 }
 
-/// Writes the table of the main loops of f16 kernels for one GPU architecture, and why some have more than FlashAttention-3's. The
-/// kernels of one pass are summed.
+/// Writes the table of the main loops of f16 kernels for one GPU architecture, and why some have more than FlashAttention-3's.
 fn against_peers(assembled: &[Assembled], target: &str, why: &str) -> String {
     let titles = "| pass | head_dim | mask | tile | stall sum | FA3 | against FA3 | other instructions | FA3 | against FA3 | \
                   EX2 between waits for products | spills in the loops | longest step: instructions, stalls | FA3, with mask |\n";
@@ -96,16 +95,14 @@ fn against_peers(assembled: &[Assembled], target: &str, why: &str) -> String {
         })
     };
     let variants = [(false, 1), (false, 2), (true, 1)];
-    let passes: [&[Pass]; 2] = [&[Pass::Forward], &[Pass::BackwardDqkv]];
     let mut above = Vec::new();
-    for passes in passes {
+    for pass in [Pass::Forward, Pass::BackwardDqkv] {
         for (head_dim, variant) in [32, 64, 96, 128, 192, 256]
             .into_iter()
             .flat_map(|head_dim| variants.map(|variant| (head_dim, variant)))
         {
-            let kernels: Vec<&Assembled> = passes.iter().filter_map(|&pass| of(pass, head_dim, variant)).collect();
-            if !kernels.is_empty() {
-                table += &row(&kernels, &mut above);
+            if let Some(kernel) = of(pass, head_dim, variant) {
+                table += &row(kernel, &mut above);
             }
         }
     }
@@ -116,12 +113,11 @@ fn against_peers(assembled: &[Assembled], target: &str, why: &str) -> String {
 }
 
 /// Writes the row of one pass in that table. Values above those of FlashAttention-3 are added to `above`.
-fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
-    let entry = &kernels[0].entry;
-    let pass = match (entry.pass, kernels.len()) {
-        (Some(Pass::Forward), _) => "forward",
-        (_, 1) => "backward",
-        _ => "backward, two kernels",
+fn row(kernel: &Assembled, above: &mut Vec<String>) -> String {
+    let entry = &kernel.entry;
+    let pass = match entry.pass {
+        Some(Pass::Forward) => "forward",
+        _ => "backward",
     };
     let mask = match (entry.causal, entry.cluster) {
         (true, _) => "causal",
@@ -132,24 +128,19 @@ fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
         .pass
         .and_then(|pass| Peer::of(entry.arch, pass, entry.head_dim, entry.causal));
     let theirs = peer.map(Peer::for_scores);
-    let (mut ours, mut exponentials, mut longest, mut spills) = ([0.0; 2], Vec::new(), Vec::new(), 0);
-    for kernel in kernels {
-        let loops = Loops::of(&kernel.loops);
-        let steps = loops.steps();
-        for (sum, value) in ours.iter_mut().zip(for_scores(&kernel.entry, &steps)) {
-            *sum += value;
-        }
-        for (found, step) in loops.main.iter().zip(&steps) {
-            let counts = step.exponentials_between_waits.iter().map(u32::to_string);
-            exponentials.push(counts.collect::<Vec<_>>().join(", "));
-            let own = loops.masked.iter().find(|other| other.products() == found.products());
-            let step = Step::of(own.map_or(&found.longest, |own| &own.leanest));
-            longest.push(format!("{}, {}", step.instructions, step.stalls));
-        }
-        for found in &kernel.loops {
-            spills += Step::of(&found.longest).count(Class::Local);
-        }
+    let loops = Loops::of(&kernel.loops);
+    let steps = loops.steps();
+    let ours = for_scores(entry, &steps);
+    let (mut exponentials, mut longest) = (Vec::new(), Vec::new());
+    for (found, step) in loops.main.iter().zip(&steps) {
+        let counts = step.exponentials_between_waits.iter().map(u32::to_string);
+        exponentials.push(counts.collect::<Vec<_>>().join(", "));
+        let own = loops.masked.iter().find(|other| other.products() == found.products());
+        let step = Step::of(own.map_or(&found.longest, |own| &own.leanest));
+        longest.push(format!("{}, {}", step.instructions, step.stalls));
     }
+    let of_loop = |found| Step::of(found).count(Class::Local);
+    let spills: u32 = kernel.loops.iter().map(|found| of_loop(&found.longest)).sum();
     let against = |ours: f64, theirs: Option<f64>| theirs.map(|theirs| 100.0 * (ours / theirs - 1.0));
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.0}"));
     let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:+.0} %"));
@@ -162,12 +153,11 @@ fn row(kernels: &[&Assembled], above: &mut Vec<String>) -> String {
         }
     }
     let their_mask = peer.and_then(|peer| peer.masked);
-    let tile = |kernel: &&Assembled| format!("{} x {}", kernel.entry.block_m, kernel.entry.block_n);
     let cells = [
         pass.to_owned(),
         entry.head_dim.to_string(),
         mask.to_owned(),
-        kernels.iter().map(tile).collect::<Vec<_>>().join(", "),
+        format!("{} x {}", entry.block_m, entry.block_n),
         format!("{:.0}", ours[0]),
         number(stalls),
         percent(ratios[0]),

@@ -125,17 +125,15 @@ fn check_rectangle<T: Element>(device: &Device, case: &Case, layout: &RowLayout,
     let v = place(case.v_shape(), &inputs.v);
     let want = attention.forward(&q, &k, &v).expect("valid");
 
+    let check = |output: &Output<T>, memory: &RowMemory| {
+        let same = bits(&output.out) == bits(&want.out) && memory.read(keeps) == rows_of(&want, keeps);
+        assert!(same, "{device}: {case:?}, {layout:?}");
+    };
+
     let memory = layout.place(device, &case.q[..3]);
     let mut output = memory.output(nan(device, &case.out_shape()), keeps);
     (attention.forward_into_output(&q, &k, &v, &mut output)).expect("any strides");
-    assert!(
-        bits(&output.out) == bits(&want.out),
-        "{device}: out of {case:?}, {layout:?}"
-    );
-    assert!(
-        memory.read(keeps) == rows_of(&want, keeps),
-        "{device}: {case:?}, {layout:?}"
-    );
+    check(&output, &memory);
 
     let plan = plan_into(attention, [&q, &k, &v], &output);
     check_plan(
@@ -150,14 +148,7 @@ fn check_rectangle<T: Element>(device: &Device, case: &Case, layout: &RowLayout,
     let mut into = again.output(nan(device, &case.out_shape()), keeps);
     let mut own = workspace(device, plan.workspace_bytes());
     (attention.forward_into_with(&q, &k, &v, &mut into, &mut own)).expect("a workspace as the plan says");
-    assert!(
-        bits(&into.out) == bits(&want.out),
-        "{device}: out of {case:?}, {layout:?}"
-    );
-    assert!(
-        again.read(keeps) == rows_of(&want, keeps),
-        "{device}: {case:?}, {layout:?}"
-    );
+    check(&into, &again);
 
     if !has_backward(case, device) {
         return;

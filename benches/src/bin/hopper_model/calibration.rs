@@ -7,8 +7,8 @@ use flash_attention::plan::Entry;
 use flash_attention_kernels::entries;
 
 use crate::Failure;
-use crate::model::{MATMUL, PEAK};
-use crate::peer::Published;
+use crate::hardware::{MATMUL, PEAK};
+use crate::peer::{CALLS, Published};
 use crate::program::{Pipe, Program};
 use crate::record::main_loops;
 use crate::replay::{Arbitration, Reason, Replay, replay};
@@ -27,21 +27,9 @@ struct Peer {
 }
 
 impl Peer {
-    const fn new(
-        (pass, head_dim, causal, warpgroups): (Pass, u32, bool, f64),
-        [queries, keys]: [u32; 2],
-        (tflops, tile): (f64, [u32; 2]),
-        cycles: [f64; 2],
-        alone: f64,
-    ) -> Self {
+    const fn new(call: Published, warpgroups: f64, [queries, keys]: [u32; 2], cycles: [f64; 2], alone: f64) -> Self {
         Self {
-            call: Published {
-                pass,
-                head_dim,
-                causal,
-                tile,
-                tflops,
-            },
+            call,
             warpgroups,
             tile: [queries as f64, keys as f64],
             cycles,
@@ -74,23 +62,20 @@ impl Peer {
     }
 }
 
-/// Rows of full attention used for the fit: the replayed tile, the published speed with its own tile, and the replayed cycles. The
-/// replay of forward at head_dim 64 and 128 has tiles of 128 keys instead of 192 and 176. That of backward at 128 was made for 64
-/// queries instead of 80.
-#[rustfmt::skip]
+/// Calls of full attention used for the fit, with the replayed tile and its cycles. The replay of forward at head_dim 64 and 128 has
+/// tiles of 128 keys instead of 192 and 176. That of backward at 128 was made for 64 queries instead of 80.
 const FITTED: [Peer; 5] = [
-    Peer::new((Pass::Forward, 64, false, 3.0), [192, 128], (497.0, [192, 192]), [1756.0, 1649.0], 1233.0),
-    Peer::new((Pass::Forward, 128, false, 2.0), [128, 128], (648.0, [128, 176]), [2048.0, 2048.0], 1572.0),
-    Peer::new((Pass::Forward, 256, false, 2.0), [128, 80], (756.0, [128, 80]), [2560.0, 2560.0], 1678.0),
-    Peer::new((Pass::Backward, 64, false, 2.0), [128, 128], (474.0, [128, 128]), [2924.0, 2948.0], 1838.0),
-    Peer::new((Pass::Backward, 128, false, 2.0), [80, 128], (561.0, [80, 128]), [1.25 * 2560.0, 1.25 * 2560.0], 1.25 * 1596.0),
+    Peer::new(CALLS[0], 3.0, [192, 128], [1756.0, 1649.0], 1233.0),
+    Peer::new(CALLS[2], 2.0, [128, 128], [2048.0, 2048.0], 1572.0),
+    Peer::new(CALLS[4], 2.0, [128, 80], [2560.0, 2560.0], 1678.0),
+    Peer::new(CALLS[6], 2.0, [128, 128], [2924.0, 2948.0], 1838.0),
+    Peer::new(CALLS[7], 2.0, [80, 128], [1.25 * 2560.0, 1.25 * 2560.0], 1.25 * 1596.0),
 ];
 
 /// Rows that are not fitted.
-#[rustfmt::skip]
 const CAUSAL: [Peer; 2] = [
-    Peer::new((Pass::Forward, 64, true, 3.0), [192, 128], (473.0, [192, 128]), [1756.0, 1672.0], 1175.0),
-    Peer::new((Pass::Forward, 128, true, 2.0), [128, 128], (616.0, [128, 128]), [2048.0, 2048.0], 1618.0),
+    Peer::new(CALLS[1], 3.0, [192, 128], [1756.0, 1672.0], 1175.0),
+    Peer::new(CALLS[3], 2.0, [128, 128], [2048.0, 2048.0], 1618.0),
 ];
 
 /// Returns the cycles at boost clock per cycle of the clock that the power limit allows.
@@ -296,8 +281,8 @@ pub fn about() -> String {
             peer.call.pass.title(),
             peer.call.head_dim,
             if peer.call.causal { "causal" } else { "full" },
-            peer.call.tflops,
-            100.0 * (speed / peer.call.tflops - 1.0)
+            peer.call.tflops(),
+            100.0 * (speed / peer.call.tflops() - 1.0)
         );
     }
     text
@@ -314,7 +299,7 @@ mod tests {
         assert!((wait() - 970.9).abs() < 0.1, "{}", wait());
         let errors = [9.4, 3.8, -5.3, 0.5, -0.5, 15.3, 11.2];
         for (peer, error) in FITTED.iter().chain(&CAUSAL).zip(errors) {
-            let found = 100.0 * (peer.fitted() / peer.call.tflops - 1.0);
+            let found = 100.0 * (peer.fitted() / peer.call.tflops() - 1.0);
             assert!(
                 (found - error).abs() < 0.06,
                 "{} {}: {found}",

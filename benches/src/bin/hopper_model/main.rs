@@ -6,6 +6,7 @@
 
 mod calibration;
 mod counts;
+mod hardware;
 mod model;
 mod peer;
 mod program;
@@ -17,6 +18,7 @@ use std::fmt::Write as _;
 use benches::row::Pass;
 use counts::Shape;
 use model::Prediction;
+use peer::Published;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -25,19 +27,6 @@ const SEQLENS: [usize; 6] = [512, 1024, 2048, 4096, 8192, 16384];
 
 /// Largest relative error of a prediction with which the model is kept.
 const TOLERANCE: f64 = 0.15;
-
-/// FlashAttention-3 on H100, FP16, 16k tokens, hidden 2048, TFLOP/s at each of [`SEQLENS`]: its paper's figures 5 and
-/// 6.
-const PUBLISHED: [(Pass, usize, bool, [u32; 6]); 8] = [
-    (Pass::Forward, 64, false, [333, 392, 460, 476, 496, 497]),
-    (Pass::Forward, 64, true, [197, 265, 371, 420, 460, 473]),
-    (Pass::Forward, 128, false, [467, 565, 625, 638, 646, 648]),
-    (Pass::Forward, 128, true, [292, 423, 521, 579, 602, 616]),
-    (Pass::Forward, 256, false, [482, 639, 707, 736, 746, 756]),
-    (Pass::Forward, 256, true, [286, 427, 537, 612, 628, 642]),
-    (Pass::Backward, 64, false, [272, 363, 422, 453, 472, 474]),
-    (Pass::Backward, 128, false, [316, 424, 501, 542, 559, 561]),
-];
 
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -70,10 +59,7 @@ fn document() -> Result<String, Failure> {
                     .iter()
                     .map(|&seqlen| model::predict(&Shape::of_table(pass, head_dim, seqlen, causal), &counts))
                     .collect::<Result<_, _>>()?;
-                let published = PUBLISHED
-                    .iter()
-                    .find(|row| (row.0, row.1, row.2) == (pass, head_dim, causal))
-                    .map(|row| row.3);
+                let published = Published::of(pass, head_dim as u32, causal).map(|call| call.speeds);
                 let name = format!("| {} | {} | {head_dim} |", pass.title(), mask(causal));
                 counted += &(name.clone() + &counted_row(&predictions, published));
                 let by_fit = calibration::of_peer(pass, head_dim as u32, causal);

@@ -21,78 +21,14 @@ use flash_attention_kernels::mask::Mask;
 use crate::Failure;
 use crate::calibration;
 use crate::counts::{Counts, Shape, products};
-use crate::peer::Published;
+use crate::hardware::{
+    self, ISSUE, L2, MATMUL, MUFU, MULTIPROCESSORS, PEAK, SHARED, TENSOR, TURN, hertz, seconds_around,
+};
+use crate::peer::{CALLS, Published};
 
-/// A constant of the hardware, with its source.
-pub struct Constant(&'static str, pub f64, &'static str);
-
-pub const MULTIPROCESSORS: Constant = Constant("multiprocessors", 132.0, "NVIDIA H100 whitepaper, SXM5");
-pub const PEAK: Constant = Constant(
-    "dense f16 peak, TFLOP/s",
-    989.4,
-    "NVIDIA H100 whitepaper, SXM5, at boost",
-);
-pub const TENSOR: Constant = Constant("tensor operations a clock and SM", 4096.0, "the same: 4 x 512 FMA");
-pub const MATMUL: Constant = Constant(
-    "matmul of random data, TFLOP/s",
-    798.0,
-    "measured elsewhere: bf16 8192^3, H200, power-limited",
-);
-const MUFU: Constant = Constant(
-    "exponentials a clock and SM",
-    16.0,
-    "CUDA C++ Programming Guide, throughput table, 9.0",
-);
-const ISSUE: Constant = Constant("warp instructions a clock and SM", 4.0, "the same: 4 schedulers");
-const SHARED: Constant = Constant(
-    "shared memory, bytes a clock and SM",
-    128.0,
-    "the same: 32 banks of 4 bytes",
-);
-const HBM: Constant = Constant("device memory, TB/s", 4.3, "measured elsewhere: copy, H200");
-const L2: Constant = Constant(
-    "L2 cache, TB/s",
-    5.5,
-    "about that of H100 PCIe in public microbenchmarks; SXM may have more",
-);
-const LAUNCH: Constant = Constant("from one kernel to the next, us", 2.0, "assumed");
-const TURN: Constant = Constant(
-    "from one block's turn at a sum to the next, us",
-    2.0,
-    "assumed: a reduction that ends, and a flag through the L2 cache",
-);
-
-const CONSTANTS: [Constant; 11] = [
-    MULTIPROCESSORS,
-    PEAK,
-    TENSOR,
-    MATMUL,
-    MUFU,
-    ISSUE,
-    SHARED,
-    HBM,
-    L2,
-    LAUNCH,
-    TURN,
-];
-
-/// FlashAttention-3 with a full mask.
-const FITTED: [Published; 5] = [
-    full(Pass::Forward, 64, [192, 192], 497.0),
-    full(Pass::Forward, 128, [128, 176], 648.0),
-    full(Pass::Forward, 256, [128, 80], 756.0),
-    full(Pass::Backward, 64, [128, 128], 474.0),
-    full(Pass::Backward, 128, [80, 128], 561.0),
-];
-
-const fn full(pass: Pass, head_dim: u32, tile: [u32; 2], tflops: f64) -> Published {
-    Published {
-        pass,
-        head_dim,
-        causal: false,
-        tile,
-        tflops,
-    }
+/// The published calls of a pass with a full mask, to which the model is fitted.
+fn fitted(pass: Pass) -> impl Iterator<Item = &'static Published> {
+    CALLS.iter().filter(move |call| call.pass == pass && !call.causal)
 }
 
 /// Returns the cycles of a peer's step: on the tensor cores, of other instructions, and of the whole step as
@@ -111,19 +47,6 @@ fn peer(call: &Published) -> [f64; 3] {
     [call.tensor_cycles([m, n]), vector, call.step_cycles()]
 }
 
-/// Returns the boost clock in cycles a second.
-pub fn hertz() -> f64 {
-    PEAK.1 * 1e12 / (MULTIPROCESSORS.1 * TENSOR.1)
-}
-
-/// Returns the seconds of the kernels before and after a backward pass, which read and write the workspace and three tensors once.
-pub fn seconds_around(pass: Pass, workspace_bytes: f64, tensor_bytes: f64) -> f64 {
-    match pass {
-        Pass::Forward => 0.0,
-        _ => (2.0 * workspace_bytes + 3.0 * tensor_bytes) / (HBM.1 * 1e12) + 2.0 * LAUNCH.1 * 1e-6,
-    }
-}
-
 /// Returns the cycles of instructions that are no products. Other instructions can be issued during the 8 cycles of
 /// an exponential, but those of one warp depend on each other: maximum, exponentials, sum.
 fn vector(exponentials: f64, issued: f64) -> f64 {
@@ -132,7 +55,7 @@ fn vector(exponentials: f64, issued: f64) -> f64 {
 
 /// Returns the fraction of the other instructions that no product hides: the mean over the published forward speeds.
 fn exposed() -> f64 {
-    let forward = FITTED.iter().filter(|call| call.pass == Pass::Forward).map(peer);
+    let forward = fitted(Pass::Forward).map(peer);
     forward
         .map(|[tensor, vector, whole]| (whole - tensor) / vector)
         .sum::<f64>()
@@ -141,7 +64,7 @@ fn exposed() -> f64 {
 
 /// Returns the additional cycles of a step of the five-product backward: the mean over the published speeds.
 fn wait() -> f64 {
-    let backward = FITTED.iter().filter(|call| call.pass == Pass::Backward).map(peer);
+    let backward = fitted(Pass::Backward).map(peer);
     backward
         .map(|[tensor, vector, whole]| whole - tensor - exposed() * vector)
         .sum::<f64>()
@@ -369,10 +292,7 @@ fn plan(shape: &Shape) -> Result<Planned, Failure> {
 
 /// Describes the constants and the quality of the fit.
 pub fn about() -> String {
-    let mut text = String::from("| constant | value | source |\n| --- | --- | --- |\n");
-    for Constant(name, value, source) in CONSTANTS {
-        let _ = writeln!(text, "| {name} | {value} | {source} |");
-    }
+    let mut text = hardware::table();
     let _ = writeln!(
         text,
         "\nFitted: {:.3} of other instructions exposed, {:.0} cycles of waiting a step of five products.\n",
@@ -380,7 +300,7 @@ pub fn about() -> String {
         wait()
     );
     text += "| FA3, 16k, full | published | by the fit |\n| --- | --- | --- |\n";
-    for call in &FITTED {
+    for call in [Pass::Forward, Pass::Backward].into_iter().flat_map(fitted) {
         let [tensor, vector, _] = peer(call);
         let wait = if call.pass == Pass::Backward { wait() } else { 0.0 };
         let fit = call.speed(tensor + exposed() * vector + wait);
@@ -389,7 +309,7 @@ pub fn about() -> String {
             "| {} {} | {} | {fit:.0} |",
             call.pass.title(),
             call.head_dim,
-            call.tflops
+            call.tflops()
         );
     }
     text

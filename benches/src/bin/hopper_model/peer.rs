@@ -3,15 +3,38 @@
 
 use benches::row::Pass;
 
-use crate::model::{MULTIPROCESSORS, hertz, seconds_around};
+use crate::SEQLENS;
+use crate::hardware::{MULTIPROCESSORS, TENSOR, hertz, seconds_around};
 
-/// Tokens of a published call; the batch is 1.
-const SEQLEN: u32 = 16384;
+/// Tokens of the published calls that are taken apart; the batch is 1.
+const SEQLEN: u32 = SEQLENS[SEQLENS.len() - 1] as u32;
 
 /// Heads times head_dim of a published call.
 const HIDDEN: u32 = 2048;
 
-/// A call of FlashAttention-3 at 16384 tokens in f16 on H100 (the paper's figures 5 and 6).
+/// The calls whose speeds FlashAttention-3's paper publishes in figures 5 and 6: H100, f16, 16384 tokens in all.
+pub const CALLS: [Published; 8] = [
+    published(Pass::Forward, 64, false, [192, 192], [333, 392, 460, 476, 496, 497]),
+    published(Pass::Forward, 64, true, [192, 128], [197, 265, 371, 420, 460, 473]),
+    published(Pass::Forward, 128, false, [128, 176], [467, 565, 625, 638, 646, 648]),
+    published(Pass::Forward, 128, true, [128, 128], [292, 423, 521, 579, 602, 616]),
+    published(Pass::Forward, 256, false, [128, 80], [482, 639, 707, 736, 746, 756]),
+    published(Pass::Forward, 256, true, [128, 80], [286, 427, 537, 612, 628, 642]),
+    published(Pass::Backward, 64, false, [128, 128], [272, 363, 422, 453, 472, 474]),
+    published(Pass::Backward, 128, false, [80, 128], [316, 424, 501, 542, 559, 561]),
+];
+
+const fn published(pass: Pass, head_dim: u32, causal: bool, tile: [u32; 2], speeds: [u32; SEQLENS.len()]) -> Published {
+    Published {
+        pass,
+        head_dim,
+        causal,
+        tile,
+        speeds,
+    }
+}
+
+/// A call of FlashAttention-3.
 #[derive(Clone, Copy)]
 pub struct Published {
     pub pass: Pass,
@@ -19,19 +42,32 @@ pub struct Published {
     pub causal: bool,
     /// Queries and keys of a tile, from its source.
     pub tile: [u32; 2],
-    pub tflops: f64,
+    /// TFLOP/s at each of [`SEQLENS`].
+    pub speeds: [u32; SEQLENS.len()],
 }
 
 impl Published {
+    /// Returns the published call of a pass, if there is one.
+    pub fn of(pass: Pass, head_dim: u32, causal: bool) -> Option<&'static Self> {
+        CALLS
+            .iter()
+            .find(|call| (call.pass, call.head_dim, call.causal) == (pass, head_dim, causal))
+    }
+
+    /// Returns the published TFLOP/s at 16384 tokens.
+    pub fn tflops(&self) -> f64 {
+        f64::from(self.speeds[SEQLENS.len() - 1])
+    }
+
     /// Returns the cycles on the tensor cores, at boost clock, of a step of so many queries and keys.
     pub fn tensor_cycles(&self, [queries, keys]: [f64; 2]) -> f64 {
         let products = if self.pass == Pass::Forward { 2.0 } else { 5.0 };
-        products * 2.0 * queries * keys * f64::from(self.head_dim) / crate::model::TENSOR.1
+        products * 2.0 * queries * keys * f64::from(self.head_dim) / TENSOR.1
     }
 
     /// Returns the cycles at boost clock that the published speed gives a step.
     pub fn step_cycles(&self) -> f64 {
-        (self.flops() / (self.tflops * 1e12) - self.around()) * hertz() / self.longest()
+        (self.flops() / (self.tflops() * 1e12) - self.around()) * hertz() / self.longest()
     }
 
     /// Returns the TFLOP/s of the call if a step takes so many cycles at boost clock.
@@ -81,18 +117,12 @@ mod tests {
 
     #[test]
     fn steps_by_hand() {
-        let call = |causal, tile| Published {
-            pass: Pass::Forward,
-            head_dim: 128,
-            causal,
-            tile,
-            tflops: 500.0,
-        };
+        let call = |causal| Published::of(Pass::Forward, 128, causal).expect("published");
         // 16 heads of 128 tiles are 15.5 rounds of 132; 94 steps of 176 keys and one more.
-        assert_eq!(call(false, [128, 176]).longest(), 16.0 * 95.0);
+        assert_eq!(call(false).longest(), 16.0 * 95.0);
         // 1 + 2 + ... + 128 steps, and one more for each tile.
-        assert_eq!(call(true, [128, 128]).longest(), 16.0 * (8256.0 + 128.0) / 132.0);
-        let call = call(false, [128, 176]);
-        assert!((call.speed(call.step_cycles()) - call.tflops).abs() < 1e-9);
+        assert_eq!(call(true).longest(), 16.0 * (8256.0 + 128.0) / 132.0);
+        let call = call(false);
+        assert!((call.speed(call.step_cycles()) - call.tflops()).abs() < 1e-9);
     }
 }

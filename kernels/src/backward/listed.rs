@@ -71,14 +71,7 @@ pub unsafe fn listed_dq<S: TileShape>(p: &ListedBackwardParams) {
         weigh_few::<S>(p);
         let block = Listed::of_this_thread_block(p, 0);
         let (head, first_row) = (block.work.head, block.work.first_row);
-        let kv_head = head / p.backward.heads_q_per_kv;
-        let (layout, of_values) = (&p.backward.layout, &p.values);
-        let rows_of = |tensor, layout| block.queries::<S>(tensor, layout, head).rows_from(first_row);
-        let owned = load_owned::<S>(rows_of(&p.backward.q, layout), rows_of(&p.backward.dout, of_values));
-        let (k, v) = (
-            block.keys::<S>(&p.backward.k, layout, kv_head),
-            block.keys::<S>(&p.backward.v, of_values, kv_head),
-        );
+        let (owned, [k, v]) = load_queries::<S>(p, &block);
         let seqlen_k = block.work.sequence.seqlen_k;
         let first_row = first_row + sreg::warp_id() * S::WARP_ROWS;
         let first_key = block.first_tile::<S>(block.work.runs.listed(), seqlen_k) * S::COLUMNS;
@@ -115,6 +108,24 @@ pub unsafe fn listed_dq<S: TileShape>(p: &ListedBackwardParams) {
     }
 }
 
+/// Starts to load the block's queries and their gradients of the output, and returns them with the windows of keys and values.
+///
+/// # Safety
+/// The contract of [`listed_dq`].
+#[inline(always)]
+unsafe fn load_queries<S: TileShape>(p: &ListedBackwardParams, block: &Listed) -> (Owned, [GlobalTile; 2]) {
+    let (head, kv_head) = (block.work.head, block.work.head / p.backward.heads_q_per_kv);
+    let (layout, of_values) = (&p.backward.layout, &p.values);
+    let rows_of = |tensor, layout| block.queries::<S>(tensor, layout, head).rows_from(block.work.first_row);
+    // SAFETY: the caller's contract.
+    let owned = unsafe { load_owned::<S>(rows_of(&p.backward.q, layout), rows_of(&p.backward.dout, of_values)) };
+    let keys_of = |tensor, layout| block.keys::<S>(tensor, layout, kv_head);
+    (
+        owned,
+        [keys_of(&p.backward.k, layout), keys_of(&p.backward.v, of_values)],
+    )
+}
+
 /// Writes delta of the block's queries that few keys share, from the keys of their runs.
 ///
 /// # Safety
@@ -135,14 +146,7 @@ unsafe fn weigh_few<S: TileShape>(p: &ListedBackwardParams) {
         if !queries.any_of_few(&p.backward) {
             return;
         }
-        let kv_head = head / p.backward.heads_q_per_kv;
-        let (layout, of_values) = (&p.backward.layout, &p.values);
-        let rows_of = |tensor, layout| block.queries::<S>(tensor, layout, head).rows_from(first_row);
-        let owned = load_owned::<S>(rows_of(&p.backward.q, layout), rows_of(&p.backward.dout, of_values));
-        let (k, v) = (
-            block.keys::<S>(&p.backward.k, layout, kv_head),
-            block.keys::<S>(&p.backward.v, of_values, kv_head),
-        );
+        let (owned, [k, v]) = load_queries::<S>(p, &block);
         let first_key = block.first_tile::<S>(block.work.runs.listed(), seqlen_k) * S::COLUMNS;
         let mut ring = PairRing::<S>::start_at(ring_base::<S>(), first_key, k, v, None);
         block.begin_head(head);

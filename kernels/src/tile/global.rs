@@ -374,31 +374,25 @@ impl<P: Places> Walk<P> {
     /// Advances to this thread's next row.
     #[inline(always)]
     pub fn advance(&mut self) {
-        self.next_address(1);
+        self.next_address();
         self.left -= self.split.rows as i32;
-    }
-
-    /// Advances the address, and only that, from the row before to the `steps`-th row from here.
-    #[inline(always)]
-    pub fn next_address(&mut self, steps: u32) {
-        self.address += self.step_bytes;
         if !self.window.places.is_even() {
-            let row = self.window.rows.wrapping_sub(self.left as u32) + steps * self.split.rows;
+            let row = self.window.rows.wrapping_sub(self.left as u32);
             self.address = self.window.address_if_any(row, self.split.chunk);
         }
     }
 
-    /// Advances by `steps` of this thread's rows.
+    /// Advances the address, and only that, by one of this thread's rows, which are even.
+    #[inline(always)]
+    pub fn next_address(&mut self) {
+        self.address += self.step_bytes;
+    }
+
+    /// Advances by `steps` of this thread's rows, which are even.
     #[inline(always)]
     pub fn skip(&mut self, steps: u32) {
-        if self.window.places.is_even() {
-            self.address += steps as u64 * self.step_bytes;
-            self.left -= (steps * self.split.rows) as i32;
-        } else {
-            let row = self.window.rows.wrapping_sub(self.left as u32) + steps * self.split.rows;
-            self.left = self.window.rows.wrapping_sub(row) as i32;
-            self.address = self.window.address_if_any(row, self.split.chunk);
-        }
+        self.address += steps as u64 * self.step_bytes;
+        self.left -= (steps * self.split.rows) as i32;
     }
 
     /// Starts to copy the thread's chunk `j` in the `steps`-th row from here, which the address has reached, to `slot`; zeros if it does

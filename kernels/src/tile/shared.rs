@@ -84,50 +84,42 @@ impl SharedTile {
             }
         };
         let steps = rows / split.rows;
-        if !P::ARE_EVEN || program::SAVES_REGISTERS {
-            // Each row's address is worked out where the one before was copied.
-            if source.aligned() {
-                for i in 0..steps {
-                    for j in 0..chunks {
-                        // SAFETY: the caller's contract.
-                        unsafe { source.copy_here(j, slot(i, j)) }
-                    }
-                    source.advance();
-                }
-            } else {
-                for i in 0..optimizer::opaque(steps) {
-                    for j in 0..optimizer::opaque(chunks) {
-                        // SAFETY: the caller's contract.
-                        unsafe { memory::st_shared_words(slot(i, j), source.gather(j)) }
-                    }
-                    source.advance();
-                }
-            }
-            return;
-        }
+        // Otherwise each row's test and address depend on the row before, which takes fewer registers.
+        let counts = P::ARE_EVEN && !program::SAVES_REGISTERS;
+        let mut walk = *source;
         if source.aligned() {
-            let mut source = *source;
             for i in 0..steps {
                 for j in 0..chunks {
                     // SAFETY: the caller's contract.
-                    unsafe { source.copy(i, j, slot(i, j), steps < chunks) }
+                    unsafe {
+                        if counts {
+                            walk.copy(i, j, slot(i, j), steps < chunks)
+                        } else {
+                            walk.copy_here(j, slot(i, j))
+                        }
+                    }
                 }
-                if i + 1 < steps {
-                    source.next_address(i + 1);
+                if !counts {
+                    walk.advance();
+                } else if i + 1 < steps {
+                    walk.next_address();
                 }
             }
         } else {
-            let mut source = *source;
             for i in 0..optimizer::opaque(steps) {
                 for j in 0..optimizer::opaque(chunks) {
                     // SAFETY: the caller's contract.
-                    unsafe { memory::st_shared_words(slot(i, j), source.gather(j)) }
+                    unsafe { memory::st_shared_words(slot(i, j), walk.gather(j)) }
                 }
-                source.advance();
+                walk.advance();
             }
         }
-        // Once for both, which need no moves then to bring their walks together.
-        source.skip(steps);
+        if counts {
+            // Once for both, which need no moves then to bring their walks together.
+            source.skip(steps);
+        } else {
+            *source = walk;
+        }
     }
 
     /// Copies the first `rows` rows to `target`, by one warp; rows and columns that do not exist are dropped.

@@ -240,9 +240,6 @@ pub trait HopperShape {
     /// Leaves the output as it is where no maximum of a warp's rows moved, for the price of a vote. Narrower heads rescale in the
     /// shadow of exponentials.
     const SKIPS_RESCALING: bool = Self::HEAD_DIM > 128;
-    /// Eighths of a step's exponentials that come before the wait for the output. The others share the time of sums, rescaling and
-    /// packing. Of wider heads the output takes longer, and is rarely rescaled.
-    const EIGHTHS_BEFORE: usize = if Self::HEAD_DIM <= 128 { 3 } else { 7 };
     /// Queries that a block owns.
     const BLOCK_M: u32 = Self::CONSUMERS * HOPPER_ROWS;
     /// Threads per block.

@@ -7,7 +7,7 @@
 //! magnitude of scores and scale.
 //!
 //! Far rows are rare, and there are two ways to find them. A kernel that loads ahead of the arithmetic and cannot start again looks in
-//! every tile: [`OnlineSoftmax::new`] and [`raise`](OnlineSoftmax::raise). A kernel that can start again looks at the end. Its
+//! every tile: [`OnlineSoftmax::new`] and [`raise_row`](OnlineSoftmax::raise_row). A kernel that can start again looks at the end. Its
 //! maxima start at `-FAR / c`, [`OnlineSoftmax::near`], so that weights do not overflow. If a row has left these bounds, the
 //! block walks its keys again with [`OnlineSoftmax::exact`], which subtracts first in every row.
 //!
@@ -21,6 +21,7 @@ use core::f32::consts::LN_2;
 use crate::ptx::math::{ex2, fma, lg2, rcp};
 use crate::ptx::{program, sync};
 use crate::tile::register::{Accumulator, Part, RowValues};
+use crate::tile::warpgroup::WarpgroupScores;
 
 /// Exponent, to base 2, beyond which one rounding of it is too much: there it is off by `2^-14`.
 pub const FAR: f32 = 1024.0;
@@ -36,13 +37,13 @@ pub struct OnlineSoftmax<A: Accumulator> {
     is_exact: bool,
 }
 
-/// The reference of a tile's weights.
+/// The reference of a tile's weights in a row.
 #[derive(Clone, Copy)]
-pub struct Reference<R> {
+pub struct Reference {
     /// Subtracted from the scaled scores.
-    subtracted: R,
+    subtracted: f32,
     /// Factor of everything that was summed before.
-    pub rescale: R,
+    pub rescale: f32,
 }
 
 /// Results of the softmax of a row.
@@ -58,7 +59,8 @@ pub struct Finished<R> {
 }
 
 impl<A: Accumulator> OnlineSoftmax<A> {
-    /// Starts rows that have seen nothing, for tiles through [`raise`](Self::raise), [`weigh`](Self::weigh) and [`sum`](Self::sum).
+    /// Starts rows that have seen nothing, for tiles through [`raise_row`](Self::raise_row),
+    /// [`weigh_row`](Self::weigh_row) and [`sum`](Self::sum).
     #[inline(always)]
     pub fn new(scale_log2: f32) -> Self {
         Self::start(scale_log2, f32::NEG_INFINITY, false)
@@ -119,90 +121,25 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         let scale = self.scale_log2;
         let old_max = self.row_max;
         self.row_max = A::reduce_rows(scores.max_rows(old_max), f32::max);
-        let reference = if EXACT {
+        let (subtracted, rescale) = if EXACT {
             scores.map_rows(self.row_max, |max, score| score - max);
-            Reference {
-                subtracted: A::Rows::splat(0.0),
-                rescale: old_max.zip(self.row_max, |old, new| ex2((old - new) * scale)),
-            }
+            let rescale = old_max.zip(self.row_max, |old, new| ex2((old - new) * scale));
+            (A::Rows::splat(0.0), rescale)
         } else {
-            self.reference(old_max, self.row_max.map(|max| max * scale))
+            // Rounded as it was when it was subtracted, so the products of rescalings telescope exactly.
+            let subtracted = self.row_max.map(|max| max * scale);
+            (subtracted, old_max.zip(subtracted, |old, new| ex2(old * scale - new)))
         };
-        self.weigh(scores, Part::WHOLE, reference);
-        self.sum(scores, reference);
-        reference.rescale
+        scores.map_rows(subtracted, |max, score| ex2(fma(score, scale, -max)));
+        self.sum(scores, rescale);
+        rescale
     }
 
-    /// The reference of near rows. It is rounded as it was when it was subtracted, so the products of rescalings telescope exactly.
+    /// Adds a tile's probabilities to the rows' sums, of which the earlier ones are rescaled.
     #[inline(always)]
-    fn reference(&self, old_max: A::Rows, subtracted: A::Rows) -> Reference<A::Rows> {
-        let scale = self.scale_log2;
-        Reference {
-            subtracted,
-            rescale: old_max.zip(subtracted, |old, new| ex2(old * scale - new)),
-        }
-    }
-
-    /// Raises the maxima to those of a tile, whose scores are then ready for [`weigh`](Self::weigh). With `HIDES` some may be hidden,
-    /// and rows that have seen nothing are common. The whole warp calls it together.
-    #[inline(always)]
-    pub fn raise<const HIDES: bool>(&mut self, scores: &mut A) -> Reference<A::Rows> {
-        let scale = self.scale_log2;
-        let old_max = self.row_max;
-        let lane_max = scores.max_rows(old_max);
-        // Each lane tests its own columns while the shuffles run: a row that is far is far in one of its lanes.
-        let of_lane = lane_max.map(|max| {
-            if HIDES && max == f32::NEG_INFINITY {
-                0.0
-            } else {
-                max * scale
-            }
-        });
-        let is_far = sync::any(of_lane.any(|x| x.abs() > FAR));
-        self.row_max = A::reduce_rows(lane_max, f32::max);
-        let mut reference = self.reference(old_max, self.row_max.map(|max| (max * scale).max(-f32::MAX)));
-        if is_far {
-            core::hint::cold_path();
-            reference = self.shift(old_max, scores);
-        }
-        reference
-    }
-
-    /// Turns a part of a tile's scores into unnormalised probabilities.
-    #[inline(always)]
-    pub fn weigh(&self, scores: &mut A, part: Part, reference: Reference<A::Rows>) {
-        let scale = self.scale_log2;
-        scores.map_rows_in(part, reference.subtracted, |max, score| ex2(fma(score, scale, -max)));
-    }
-
-    /// Adds a tile's probabilities to the rows' sums.
-    #[inline(always)]
-    pub fn sum(&mut self, probabilities: &A, reference: Reference<A::Rows>) {
-        let before = self.row_sum.zip(reference.rescale, |sum, r| sum * r);
+    pub fn sum(&mut self, probabilities: &A, rescale: A::Rows) {
+        let before = self.row_sum.zip(rescale, |sum, r| sum * r);
         self.row_sum = probabilities.fold_rows(before, |sum, p| sum + p);
-    }
-
-    /// Subtracts the maximum of each far row from its scores, and returns the rest to subtract from their exponents, and the
-    /// factor of all sums before. A row that has seen nothing has summed nothing, so any finite factor is right.
-    #[inline(always)]
-    fn shift(&self, old_max: A::Rows, scores: &mut A) -> Reference<A::Rows> {
-        let scale = self.scale_log2;
-        let finite = |max: f32| max.max(-f32::MAX);
-        let (old_max, new_max) = (old_max.map(finite), self.row_max.map(finite));
-        let shift = new_max.map(|max| if is_far(max, scale) { max } else { 0.0 });
-        scores.map_rows(shift, |shift, score| score - shift);
-        Reference {
-            subtracted: new_max.map(|max| if is_far(max, scale) { 0.0 } else { max * scale }),
-            // The difference of the two references, each exact if far, else rounded.
-            rescale: old_max.zip(new_max, |old, new| {
-                ex2(match (is_far(old, scale), is_far(new, scale)) {
-                    (true, true) => (old - new) * scale,
-                    (true, false) => fma(old, scale, -(new * scale)),
-                    (false, true) => fma(-new, scale, old * scale),
-                    (false, false) => old * scale - new * scale,
-                })
-            }),
-        }
     }
 
     /// Returns the largest score of the keys so far, and the sum of weights relative to it.
@@ -243,6 +180,65 @@ impl<A: Accumulator> OnlineSoftmax<A> {
             row_sum: exact_sum.zip(of_nothing, |sum, nothing| if sum == 0.0 { nothing } else { sum }),
         }
     }
+}
+
+impl<A: WarpgroupScores> OnlineSoftmax<A> {
+    /// Raises the maximum of one of a lane's two rows to that of a tile, whose scores of this row are then ready for
+    /// [`weigh_row`](Self::weigh_row). If the tile `hides` some, rows that have seen nothing are common. The whole warp calls it together.
+    #[inline(always)]
+    pub fn raise_row(&mut self, scores: &mut A, row: usize, hides: bool) -> Reference {
+        let scale = self.scale_log2;
+        let old_max = self.row_max.0[0][row];
+        let lane_max = scores.max_row(row, old_max);
+        // Each lane tests its own columns: a row that is far is far in one of its lanes.
+        let of_lane = if hides && lane_max == f32::NEG_INFINITY {
+            0.0
+        } else {
+            lane_max * scale
+        };
+        let is_any_far = sync::any(of_lane.abs() > FAR);
+        let max = A::reduce_row(lane_max, f32::max);
+        self.row_max.0[0][row] = max;
+        if is_any_far {
+            core::hint::cold_path();
+            let (shift, reference) = of_any_row(old_max, max, scale);
+            scores.map_row_in(Part::WHOLE, row, |score| score - shift);
+            return reference;
+        }
+        // Rounded as it was when it was subtracted, so the products of rescalings telescope exactly.
+        let subtracted = (max * scale).max(-f32::MAX);
+        Reference {
+            subtracted,
+            rescale: ex2(old_max * scale - subtracted),
+        }
+    }
+
+    /// Turns a part of a row's scores into unnormalised probabilities.
+    #[inline(always)]
+    pub fn weigh_row(&self, scores: &mut A, part: Part, row: usize, reference: Reference) {
+        let (scale, subtracted) = (self.scale_log2, reference.subtracted);
+        scores.map_row_in(part, row, |score| ex2(fma(score, scale, -subtracted)));
+    }
+}
+
+/// Returns what a row that may be far subtracts from its scores, and its reference afterwards: a far row subtracts its maximum. A row that
+/// has seen nothing has summed nothing, so any finite factor is right.
+#[inline(always)]
+fn of_any_row(old_max: f32, new_max: f32, scale: f32) -> (f32, Reference) {
+    let (old, new) = (old_max.max(-f32::MAX), new_max.max(-f32::MAX));
+    let (shift, subtracted) = if is_far(new, scale) {
+        (new, 0.0)
+    } else {
+        (0.0, new * scale)
+    };
+    // The difference of the two references, each exact if far, else rounded.
+    let rescale = ex2(match (is_far(old, scale), is_far(new, scale)) {
+        (true, true) => (old - new) * scale,
+        (true, false) => fma(old, scale, -(new * scale)),
+        (false, true) => fma(-new, scale, old * scale),
+        (false, false) => old * scale - new * scale,
+    });
+    (shift, Reference { subtracted, rescale })
 }
 
 /// The maximum that near rows start with: subtracted, it leaves no weight above 1 and no row's weights too small.

@@ -14,11 +14,11 @@ struct Limit(Arch, Pass, u32, [u32; 2]);
 /// FlashAttention-3 beside them.
 #[rustfmt::skip]
 const LIMITS: &[Limit] = &[
-    Limit(Arch::Sm90a, Pass::Forward, 64, [456, 207]),
-    Limit(Arch::Sm90a, Pass::Forward, 96, [462, 208]),
-    Limit(Arch::Sm90a, Pass::Forward, 128, [492, 235]),
-    Limit(Arch::Sm90a, Pass::Forward, 192, [557, 219]),
-    Limit(Arch::Sm90a, Pass::Forward, 256, [672, 259]),
+    Limit(Arch::Sm90a, Pass::Forward, 64, [416, 208]),
+    Limit(Arch::Sm90a, Pass::Forward, 96, [430, 209]),
+    Limit(Arch::Sm90a, Pass::Forward, 128, [472, 236]),
+    Limit(Arch::Sm90a, Pass::Forward, 192, [551, 220]),
+    Limit(Arch::Sm90a, Pass::Forward, 256, [653, 260]),
     Limit(Arch::Sm90a, Pass::BackwardDqkv, 64, [633, 289]),
     Limit(Arch::Sm90a, Pass::BackwardDqkv, 96, [819, 371]),
     Limit(Arch::Sm90a, Pass::BackwardDqkv, 128, [867, 390]),
@@ -57,9 +57,9 @@ const FP8_LIMITS: &[(u32, [u32; 2])] = &[
 /// Limits of kernels in clusters, of which a warp releases each slot in every block.
 #[rustfmt::skip]
 const CLUSTER_LIMITS: &[Limit] = &[
-    Limit(Arch::Sm90a, Pass::Forward, 128, [484, 213]),
-    Limit(Arch::Sm90a, Pass::Forward, 192, [556, 223]),
-    Limit(Arch::Sm90a, Pass::Forward, 256, [674, 264]),
+    Limit(Arch::Sm90a, Pass::Forward, 128, [476, 214]),
+    Limit(Arch::Sm90a, Pass::Forward, 192, [540, 224]),
+    Limit(Arch::Sm90a, Pass::Forward, 256, [656, 266]),
 ];
 
 /// Returns the products of one warpgroup's step that a Hopper kernel must have, computed from its tiles, in units of

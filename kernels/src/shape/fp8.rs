@@ -24,6 +24,9 @@ pub trait CodeShape:
 {
     /// Size of the queries of one warpgroup, in bytes.
     const QUERY_CODES_BYTES: u32 = HOPPER_ROWS * code_columns(Self::HEAD_DIM);
+    /// Eighths of a step's exponentials that come before the wait for the output. The others share the time of sums, rescaling and
+    /// packing. Of wider heads the output takes longer, and is rarely rescaled.
+    const EIGHTHS_BEFORE: usize = if Self::HEAD_DIM <= 128 { 3 } else { 7 };
     /// Number of blocks of a tile of keys that have a scale each.
     const BLOCKS: usize = (Self::BLOCK_N / FP8_SCALE_ROWS) as usize;
 

@@ -76,6 +76,12 @@ impl Part {
     /// All columns.
     pub const WHOLE: Self = Self(0, 8);
 
+    /// The columns from one eighth of them on, to before another.
+    #[inline(always)]
+    pub const fn eighths(begin: usize, end: usize) -> Self {
+        Self(begin, end)
+    }
+
     /// The columns before an eighth, and those from it on.
     #[inline(always)]
     pub const fn split(eighth: usize) -> [Self; 2] {
@@ -184,15 +190,18 @@ pub trait Accumulator: Copy {
     /// Combines the values of the lanes that share a row; afterwards all of them hold the result.
     #[inline(always)]
     fn reduce_rows(rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows {
-        let f = &f;
-        rows.map(|mut value| {
-            let mut distance = 1;
-            while distance < Self::ROW_LANES {
-                value = f(value, sync::shuffle_xor(value, distance));
-                distance *= 2;
-            }
-            value
-        })
+        rows.map(|value| Self::reduce_row(value, &f))
+    }
+
+    /// Folds the parts of one row; every one of its lanes gets the result. The whole warp calls it together.
+    #[inline(always)]
+    fn reduce_row(mut value: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
+        let mut distance = 1;
+        while distance < Self::ROW_LANES {
+            value = f(value, sync::shuffle_xor(value, distance));
+            distance *= 2;
+        }
+        value
     }
 }
 

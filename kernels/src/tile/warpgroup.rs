@@ -8,7 +8,7 @@ use crate::ptx::{matrix, matrix::Half, memory, sreg, wgmma, wgmma::WarpgroupMma}
 use core::marker::PhantomData;
 
 /// Scores of 64 rows, from two tiles in shared memory.
-pub trait WarpgroupScores: ScoreTile {
+pub trait WarpgroupScores: ScoreTile + Accumulator<Rows = Rows<1, 2>> {
     /// One f32 for each column that a lane holds part of.
     type Columns: Copy;
 
@@ -30,6 +30,12 @@ pub trait WarpgroupScores: ScoreTile {
 
     /// Converts a part of the columns like [`pinned_operand`](Self::pinned_operand).
     fn pin_operand_in(&self, part: Part, operand: &mut Self::Operand);
+
+    /// The largest of `value` and this lane's part of one of its two rows.
+    fn max_row(&self, row: usize, value: f32) -> f32;
+
+    /// Each element of a part in one of this lane's two rows: `x = f(x)`.
+    fn map_row_in(&mut self, part: Part, row: usize, f: impl Fn(f32) -> f32);
 
     /// Loads the values of a part's columns from f32s in shared memory; the others are 0.
     ///
@@ -121,6 +127,33 @@ where
                 let [a, b, c, d] = self.0[0][n];
                 operand.0[0][n] = [T::pack(a, b), T::pack(c, d)];
                 wgmma::pin_words(&mut operand.0[0][n]);
+            }
+        }
+    }
+
+    /// In two chains, of even and odd columns, which fill the time that a comparison takes. Tiles of more than 160 columns have no
+    /// register to spare.
+    #[inline(always)]
+    fn max_row(&self, row: usize, value: f32) -> f32 {
+        let [x, y] = [row * 2, row * 2 + 1];
+        if N > 20 {
+            return self.0[0].iter().fold(value, |max, pair| max.max(pair[x]).max(pair[y]));
+        }
+        let (mut even, mut odd) = (value, self.0[0][0][y]);
+        for n in 0..N {
+            even = even.max(self.0[0][n][x]);
+            odd = odd.max(self.0[0][n][y]);
+        }
+        even.max(odd)
+    }
+
+    #[inline(always)]
+    fn map_row_in(&mut self, part: Part, row: usize, f: impl Fn(f32) -> f32) {
+        for n in 0..N {
+            if part.contains(n, N) {
+                for e in [row * 2, row * 2 + 1] {
+                    self.0[0][n][e] = f(self.0[0][n][e]);
+                }
             }
         }
     }

@@ -25,7 +25,7 @@ use crate::ptx::{mbarrier, memory, optimizer, program, sreg, sync, tma, tma::Cor
 use crate::shape::{HOPPER_ROWS, HOPPER_SLOTS, HopperShape};
 use crate::softmax::OnlineSoftmax;
 use crate::tile::element::Element;
-use crate::tile::register::{Accumulator, Part, RowValues, ScoreTile};
+use crate::tile::register::{Accumulator, Part, RowValues, Rows, ScoreTile};
 use crate::tile::warpgroup::{WarpgroupOutput, WarpgroupScores};
 use core::marker::PhantomData;
 use core::mem::offset_of;
@@ -231,9 +231,12 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
             self.release_key();
             Self::splice::<true>(&mut scores);
             self.hide(work, last, &mut scores);
-            let reference = softmax.raise::<true>(&mut scores);
-            softmax.weigh(&mut scores, Part::WHOLE, reference);
-            softmax.sum(&scores, reference);
+            let rescale = [0, 1].map(|row| {
+                let reference = softmax.raise_row(&mut scores, row, true);
+                softmax.weigh_row(&mut scores, Part::WHOLE, row, reference);
+                reference.rescale
+            });
+            softmax.sum(&scores, Rows([rescale]));
             Self::splice_weights::<true>(&mut scores);
             let mut probabilities = scores.pinned_operand();
             self.shared.value_slots().acquire(self.values);
@@ -281,13 +284,13 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
             if MASKED {
                 self.hide(work, n, &mut scores);
             }
-            let reference = if PROGRAM {
-                softmax.raise::<true>(&mut scores)
-            } else {
-                softmax.raise::<MASKED>(&mut scores)
-            };
-            let [before, after] = Part::split(S::EIGHTHS_BEFORE);
-            softmax.weigh(&mut scores, before, reference);
+            // ptxas mixes the instructions between two branches, and each row has one in `raise_row`. So the exponentials of the first
+            // row share their time with the maximum of the second, then with its exchange between lanes.
+            let hides = MASKED || PROGRAM;
+            let upper = softmax.raise_row(&mut scores, 0, hides);
+            softmax.weigh_row(&mut scores, Part::eighths(0, 4), 0, upper);
+            let lower = softmax.raise_row(&mut scores, 1, hides);
+            softmax.weigh_row(&mut scores, Part::eighths(4, 6), 0, upper);
             scores.pin();
             // Awaited here, the next values keep ptxas from moving the wait for the output to another place.
             if !is_full {
@@ -296,11 +299,13 @@ impl<'a, S: HopperShape, C: Cluster, const CAUSAL: bool, const PROGRAM: bool> Co
             wgmma::wait::<0>();
             output.pin();
             self.release_value();
-            softmax.weigh(&mut scores, after, reference);
-            softmax.sum(&scores, reference);
+            softmax.weigh_row(&mut scores, Part::eighths(6, 8), 0, upper);
+            softmax.weigh_row(&mut scores, Part::WHOLE, 1, lower);
+            let rescale = Rows([[upper.rescale, lower.rescale]]);
+            softmax.sum(&scores, rescale);
             Self::splice_weights::<MASKED>(&mut scores);
-            if !S::SKIPS_RESCALING || sync::any(reference.rescale.any(|rescale| rescale != 1.0)) {
-                output.map_rows(reference.rescale, |rescale, o| o * rescale);
+            if !S::SKIPS_RESCALING || sync::any(rescale.any(|rescale| rescale != 1.0)) {
+                output.map_rows(rescale, |rescale, o| o * rescale);
             }
             *probabilities = scores.pinned_operand();
             if MASKED && Mask::<CAUSAL>::HIDES_PAIRS || PROGRAM && program::hides() {

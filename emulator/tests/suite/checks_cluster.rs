@@ -102,3 +102,23 @@ fn a_copy_lands_in_a_block_that_has_not_ended() {
     );
     needs(&body, &format!("{wait}{END}"), FindingKind::UseAfterFree);
 }
+
+#[test]
+fn an_asynchronous_store_is_there_once_its_barrier_completes() {
+    let wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r4], 0;\n@!%p3 bra STORED;\n";
+    // Two copies that the same thread has issued before are still under way.
+    let body = format!(
+        "add.u32 %r4, %r3, 8;\nsetp.eq.u32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r3], 1;\n\
+         @%p1 mbarrier.init.shared::cta.b64 [%r4], 1;\nfence.mbarrier_init.release.cluster;\n{BEGIN}\
+         add.u32 %r5, %r2, 512;\nadd.u32 %r6, %r2, 1024;\nmov.u32 %r7, %cluster_ctarank;\nxor.b32 %r7, %r7, 1;\n\
+         mapa.shared::cluster.u32 %r8, %r6, %r7;\nmapa.shared::cluster.u32 %r9, %r4, %r7;\n@!%p1 bra STORED;\n\
+         mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 1024;\n\
+         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd1], 512, [%r3];\n\
+         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5], [%rd1], 512, [%r3];\n\
+         mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 4;\n\
+         st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r8], %r7, [%r9];\n\
+         STORED:\n{wait}ld.shared.u32 %r10, [%r6];\n\
+         COPIED:\nmbarrier.try_wait.parity.shared::cta.b64 %p3, [%r3], 0;\n@!%p3 bra COPIED;\n{END}"
+    );
+    needs(&body, wait, FindingKind::SharedRace);
+}

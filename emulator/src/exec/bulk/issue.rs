@@ -294,7 +294,7 @@ impl<'m> Cluster<'m> {
             } => (addr, ty.bits() as usize / 8, std::slice::from_ref(src), barrier),
             _ => return Ok(()),
         };
-        let step = self.watch.issue(warp.id, Engine::CpAsync);
+        let step = self.watch.issue(warp.id, Engine::Bulk);
         let place = self.site(warp);
         let address = effective(addr, warp.frame().row(addr.base)[lane]);
         let mut pending = self.blank(warp, instr);

@@ -1,6 +1,6 @@
 //! Register tiles of the tensor cores: m16n8 accumulators of `mma.sync`.
 
-use super::register::{Accumulator, OutputTile, Part, RowValues, Rows, ScoreTile};
+use super::register::{Accumulator, OutputTile, RowValues, Rows, ScoreTile};
 use super::{
     fragment,
     global::{GlobalTile, Places},
@@ -193,6 +193,25 @@ impl<T: Half, const M: usize, const N: usize, const K: usize> OutputTile<Packed<
     }
 }
 
+impl<T, const M: usize, const N: usize> Fragments<T, M, N> {
+    /// The largest of `value` and this lane's part of one of the first two rows. It is found in two chains, of even and odd columns, which
+    /// fill the time that a comparison takes. Tiles of more than 160 columns have no register to spare.
+    #[inline(always)]
+    pub fn max_row(&self, half: usize, value: f32) -> f32 {
+        let [x, y] = [half * 2, half * 2 + 1];
+        let tiles = &self.0[0];
+        if N > 20 {
+            return tiles.iter().fold(value, |max, tile| max.max(tile[x]).max(tile[y]));
+        }
+        let (mut even, mut odd) = (value, tiles[0][y]);
+        for n in 0..N {
+            even = even.max(tiles[n][x]);
+            odd = odd.max(tiles[n][y]);
+        }
+        even.max(odd)
+    }
+}
+
 impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N> {
     type Rows = Rows<M, 2>;
     const ROW_LANES: u32 = 4;
@@ -203,13 +222,11 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
     }
 
     #[inline(always)]
-    fn map_rows_in(&mut self, part: Part, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
+    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
         for m in 0..M {
             for n in 0..N {
-                if part.contains(n, N) {
-                    for e in 0..4 {
-                        self.0[m][n][e] = f(rows.0[m][e / 2], self.0[m][n][e]);
-                    }
+                for e in 0..4 {
+                    self.0[m][n][e] = f(rows.0[m][e / 2], self.0[m][n][e]);
                 }
             }
         }
@@ -265,24 +282,16 @@ impl<T: Half, const M: usize, const N: usize> Accumulator for Fragments<T, M, N>
         rows
     }
 
-    /// In two chains a row, of even and odd columns, where there are too few rows to fill the time that a comparison takes. Tiles of more
-    /// than 160 columns have no registers to spare.
+    /// Row by row where there are two, since with more the rows themselves fill the time that a comparison takes.
     #[inline(always)]
-    fn max_rows(&self, rows: Self::Rows) -> Self::Rows {
-        if M > 1 || N > 20 {
+    fn max_rows(&self, mut rows: Self::Rows) -> Self::Rows {
+        if M > 1 {
             return self.fold_rows(rows, f32::max);
         }
-        let (mut even, mut odd) = (rows, rows);
-        for m in 0..M {
-            for n in 0..N {
-                for half in 0..2 {
-                    let [x, y] = [0, 1].map(|e| self.0[m][n][half * 2 + e]);
-                    even.0[m][half] = even.0[m][half].max(x);
-                    odd.0[m][half] = if n == 0 { y } else { odd.0[m][half].max(y) };
-                }
-            }
+        for half in 0..2 {
+            rows.0[0][half] = self.max_row(half, rows.0[0][half]);
         }
-        even.zip(odd, f32::max)
+        rows
     }
 
     /// One bound a row, less the lane's first column, and comparisons with constants: left to itself, the compiler tests each end of a

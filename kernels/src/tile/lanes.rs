@@ -4,7 +4,7 @@
 //! each vector load of `b`. In `a b` the left operand's element sits in one lane of each half warp and is shuffled to the
 //! other 15: one shuffle feeds as many FMA as a lane has columns, and no shared memory is spent on it.
 
-use super::register::{Accumulator, OutputTile, Part, RowValues, Rows, ScoreTile};
+use super::register::{Accumulator, OutputTile, RowValues, Rows, ScoreTile};
 use super::{
     fragment,
     global::{GlobalTile, Places},
@@ -136,12 +136,10 @@ impl<const N: usize, const RUN: usize> Accumulator for LaneRows<N, RUN> {
     }
 
     #[inline(always)]
-    fn map_rows_in(&mut self, part: Part, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
+    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
         for r in 0..4 {
             for i in 0..N {
-                if part.contains(i, N) {
-                    self.0[r][i] = f(rows.0[0][r], self.0[r][i]);
-                }
+                self.0[r][i] = f(rows.0[0][r], self.0[r][i]);
             }
         }
     }

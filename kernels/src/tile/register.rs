@@ -85,7 +85,7 @@ impl Part {
     /// The columns before an eighth, and those from it on.
     #[inline(always)]
     pub const fn split(eighth: usize) -> [Self; 2] {
-        [Self(0, eighth), Self(eighth, 8)]
+        [Self::eighths(0, eighth), Self::eighths(eighth, 8)]
     }
 
     /// Tells if item `index` of `count`, side by side along the columns, belongs to the part.
@@ -106,13 +106,7 @@ pub trait Accumulator: Copy {
     fn zero() -> Self;
 
     /// Each element with its row's value: `x = f(row value, x)`.
-    #[inline(always)]
-    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) {
-        self.map_rows_in(Part::WHOLE, rows, f);
-    }
-
-    /// Each element of a part with its row's value: `x = f(row value, x)`.
-    fn map_rows_in(&mut self, part: Part, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
+    fn map_rows(&mut self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
 
     /// Each element with its column's value, an f32 in shared memory: `x = f(column value, x)`.
     ///

@@ -131,20 +131,9 @@ where
         }
     }
 
-    /// In two chains, of even and odd columns, which fill the time that a comparison takes. Tiles of more than 160 columns have no
-    /// register to spare.
     #[inline(always)]
     fn max_row(&self, row: usize, value: f32) -> f32 {
-        let [x, y] = [row * 2, row * 2 + 1];
-        if N > 20 {
-            return self.0[0].iter().fold(value, |max, pair| max.max(pair[x]).max(pair[y]));
-        }
-        let (mut even, mut odd) = (value, self.0[0][0][y]);
-        for n in 0..N {
-            even = even.max(self.0[0][n][x]);
-            odd = odd.max(self.0[0][n][y]);
-        }
-        even.max(odd)
+        Fragments::max_row(self, row, value)
     }
 
     #[inline(always)]

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use cudarc::driver::CudaContext;
 use flash_attention::device::{DeviceKind, EmulatorOptions};
 use flash_attention::{Arch, Device};
 
@@ -127,6 +128,27 @@ impl Devices {
         self.all().chain(others.iter().filter(move |_| has_cpu))
     }
 
+    /// Makes a device like each of this run, of which no other test holds memory: its [`Device::memory`] counts the
+    /// caller's tensors alone, whatever runs beside.
+    ///
+    /// # Panics
+    /// If a device cannot be made a second time.
+    pub fn unshared(&self) -> Vec<Device> {
+        let another = |device: &Device| {
+            let another = match device.kind() {
+                DeviceKind::Cpu => Device::cpu_with_threads(2),
+                DeviceKind::Cuda => {
+                    let context = CudaContext::new(0).expect("the context of the GPU that was opened");
+                    Device::cuda_on(&context.default_stream())
+                }
+                // Every emulator that is made from a text is a new one.
+                _ => device.to_string().parse(),
+            };
+            another.unwrap_or_else(|error| panic!("another {device}: {error}"))
+        };
+        self.all().map(another).collect()
+    }
+
     /// Iterates over the devices with hardware speed, for shapes too large to emulate.
     pub fn native(&self) -> impl Iterator<Item = &Device> {
         self.all().filter(|device| device.kind() != DeviceKind::Emulator)
@@ -165,6 +187,8 @@ impl Devices {
 
 #[cfg(test)]
 mod tests {
+    use flash_attention::Tensor;
+
     use super::*;
 
     #[test]
@@ -197,6 +221,15 @@ mod tests {
         assert!(devices.all().count() >= 3);
         let cuda = devices.gpus().next().is_some();
         assert_eq!(report.contains("cuda: absent"), !cuda, "{report}");
+    }
+
+    #[test]
+    fn unshared_devices_count_their_own_memory() {
+        for (device, unshared) in devices().all().zip(&devices().unshared()) {
+            assert_eq!(unshared.to_string(), device.to_string());
+            let _held = Tensor::<f32>::zeros(device, [1]).expect("one number");
+            assert_eq!(unshared.memory().peak, 0, "{device}");
+        }
     }
 
     #[test]

@@ -1,16 +1,8 @@
 //! Calls that must fail with a typed error, before anything is allocated.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use flash_attention::{Device, Error};
 
 use crate::devices;
-
-/// Locks the memory count of the devices, which all tests of a program share.
-pub fn alone() -> MutexGuard<'static, ()> {
-    static ONE: Mutex<()> = Mutex::new(());
-    ONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Runs a call that must fail on every device, and checks that it allocated nothing. Passes the device and the error
 /// to `expect`.
@@ -22,8 +14,7 @@ pub fn refused<A, R>(
     call: impl Fn(&A) -> Result<R, Error>,
     expect: impl Fn(&Device, Error),
 ) {
-    let _alone = alone();
-    for device in devices().all() {
+    for device in &devices().unshared() {
         let arguments = prepare(device);
         device.reset_peak_memory();
         let before = device.memory();

@@ -91,15 +91,12 @@ fn check<T: Element>(device: &Device) {
 
 #[test]
 fn bytes_and_operations_follow_the_density() {
-    for device in devices().all().filter(|device| device.kind() == DeviceKind::Emulator) {
-        // A list of its own for each device, whose counters no other test changes.
-        let arch = if device.to_string().ends_with("sm_80") {
-            Arch::Sm80
-        } else {
-            Arch::Sm90a
-        };
-        check::<f32>(&Device::emulator(arch));
-        check::<f16>(&Device::emulator(arch));
+    for check in [check::<f32>, check::<f16>] {
+        for device in devices().unshared() {
+            if device.kind() == DeviceKind::Emulator {
+                check(&device);
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use flash_attention::device::{DeviceKind, EmulatorOptions};
 use flash_attention::half::f16;
 use flash_attention::{Arch, Attention, Device, Element, Error, Tensor};
-use flash_attention_tests::refusals::{alone, refused};
+use flash_attention_tests::refusals::refused;
 use flash_attention_tests::{assert_error, devices};
 
 fn zeros<T: Element>(device: &Device, shape: &[usize]) -> Tensor<T> {
@@ -141,7 +141,6 @@ fn head_dims_of_latent_attention() {
         ([latent; 3], Some(("q", 256))),
         ([latent, latent, values], None),
     ] {
-        let _alone = alone();
         for device in devices().all() {
             let result = forward(&inputs(shapes)(device));
             let Some((name, limit)) = refusal else {
@@ -201,8 +200,11 @@ fn sequences_too_long_to_count() {
 /// Tests a problem with more blocks than a launch can have. The CPU has no launches.
 #[test]
 fn grids_too_large_to_launch() {
-    let _alone = alone();
-    for device in devices().all().filter(|device| device.kind() != DeviceKind::Cpu) {
+    for device in devices()
+        .unshared()
+        .iter()
+        .filter(|device| device.kind() != DeviceKind::Cpu)
+    {
         let row = [f16::ZERO; 8];
         let many = Tensor::from_slice_strided(device, [1, 1 << 31, 1, 8], [0, 0, 0, 1], &row).expect("one row");
         let one = zeros::<f16>(device, &[1, 1, 1, 8]);

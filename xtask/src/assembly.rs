@@ -1,4 +1,4 @@
-//! Functions of the assembly that rustc writes for x86-64 and aarch64, and their innermost loops.
+//! Functions of the assembly that rustc writes for x86-64 and aarch64, and their loops that multiply.
 
 use petgraph::algo::tarjan_scc;
 use petgraph::graphmap::DiGraphMap;
@@ -25,7 +25,7 @@ struct Block<'a> {
     next: Vec<usize>,
 }
 
-/// An innermost loop.
+/// A loop that multiplies, without another such loop within.
 #[derive(Debug)]
 pub struct Loop<'a> {
     pub instructions: Vec<&'a str>,
@@ -106,7 +106,7 @@ fn demangled(symbol: &str) -> String {
 }
 
 impl<'a> Function<'a> {
-    /// Innermost loops of the function, in order.
+    /// Loops of the function that multiply and have no such loop within, in order.
     pub fn loops(&self) -> Vec<Loop<'a>> {
         let blocks = self.blocks();
         let mut graph = DiGraphMap::<usize, ()>::new();
@@ -114,8 +114,9 @@ impl<'a> Function<'a> {
             graph.add_node(from);
             block.next.iter().for_each(|&to| _ = graph.add_edge(from, to, ()));
         }
+        let multiplies = |block: usize| blocks[block].instructions.iter().any(|text| is_product(text));
         let mut innermost = Vec::new();
-        find_innermost(&graph, &mut innermost);
+        find_innermost(&graph, &multiplies, &mut innermost);
         innermost.sort();
         let of_blocks = |numbers: Vec<usize>| Loop {
             instructions: numbers
@@ -189,8 +190,9 @@ impl<'a> Branch<'a> {
     }
 }
 
-/// The blocks of every loop of a graph that has no loop within.
-fn find_innermost(graph: &DiGraphMap<usize, ()>, innermost: &mut Vec<Vec<usize>>) {
+/// The blocks of every loop of a graph that multiplies and has no such loop within. What else is within, such as a loop that asks
+/// memory for lines, is a part of it.
+fn find_innermost(graph: &DiGraphMap<usize, ()>, multiplies: &impl Fn(usize) -> bool, innermost: &mut Vec<Vec<usize>>) {
     for component in tarjan_scc(graph) {
         let inside = |block: &usize| component.contains(block);
         if component.len() == 1 && !graph.contains_edge(component[0], component[0]) {
@@ -209,8 +211,8 @@ fn find_innermost(graph: &DiGraphMap<usize, ()>, innermost: &mut Vec<Vec<usize>>
             }
         }
         let found = innermost.len();
-        find_innermost(&within, innermost);
-        if innermost.len() == found {
+        find_innermost(&within, multiplies, innermost);
+        if innermost.len() == found && component.iter().any(|&block| multiplies(block)) {
             let mut blocks = component.clone();
             blocks.sort_unstable();
             innermost.push(blocks);
@@ -275,6 +277,16 @@ _ZN15flash_attention6device3cpu7kernels3isa4neon7product17h0123456789abcdefE:
         assert_eq!(loops.len(), 1, "the outer loop is not one: {loops:?}");
         assert_eq!(loops[0].instructions.len(), 5);
         assert_eq!((loops[0].products(), loops[0].of_stack().count()), (1, 2));
+    }
+
+    #[test]
+    fn a_loop_that_does_not_multiply_is_a_part_of_the_one_around_it() {
+        let asks = X86.replace("vfmadd231ps\t(%rdi), %ymm0, %ymm1", "prefetcht1\t(%rdi)");
+        let around = asks.replace("\tincq\t%rcx", "\tvfmadd231ps\t(%rdi), %ymm0, %ymm1");
+        assert_eq!(functions(&asks, "cpu::kernels::isa")[0].loops().len(), 0);
+        let loops = functions(&around, "cpu::kernels::isa")[0].loops();
+        assert_eq!(loops.len(), 1, "{loops:?}");
+        assert_eq!((loops[0].products(), loops[0].of_stack().count()), (1, 3));
     }
 
     #[test]

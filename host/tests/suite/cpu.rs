@@ -235,7 +235,7 @@ fn instruction_sets_are_chosen_by_name() {
     assert!(error.contains("\"mmx\"") && error.contains("portable"), "{error}");
     #[cfg(target_arch = "x86_64")]
     let sets = [
-        ("cpu:avx512", "AVX-512", is_x86_feature_detected!("avx512f")),
+        ("cpu:avx512", "AVX-512", is_x86_feature_detected!("avx512vl")),
         ("cpu:avx2", "AVX2", is_x86_feature_detected!("avx2")),
     ];
     #[cfg(target_arch = "aarch64")]

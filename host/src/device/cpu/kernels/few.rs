@@ -59,7 +59,7 @@ pub(in crate::device::cpu) struct Listed(pub *const *const u8, pub usize);
 
 /// Addresses of rows. Loops over keys take them by type: reading addresses of rows at equal distances made decoding in f32 12 %
 /// slower, and deciding at each row 3 %, measured on Zen 4.
-trait Addresses: Copy {
+pub(super) trait Addresses: Copy {
     /// Returns the address of a row.
     ///
     /// # Safety
@@ -89,63 +89,79 @@ pub(in crate::device::cpu) const AHEAD: usize = 8;
 /// Bytes that the processor reads at a time.
 const LINE: usize = 64;
 
-/// [`exponentiate`] as a function of its own: its constants do not compete for registers with those of the loops around it.
-pub(super) type Exponentiate = unsafe fn(&Few<'_>, &Query, *mut f32) -> f32;
+/// The loops of [`few`], each a function of its own, compiled for an instruction set. Constants of one do not compete for registers
+/// with those of another. Most come in many types, and as parts of one function they took half of this crate's time to compile.
+pub(super) trait Loops: Vector {
+    /// [`multiply`].
+    unsafe fn multiply<const DTYPE: u8, const R: usize>(group: &Group<'_, R>, k: (impl Addresses, impl Addresses));
+    /// [`exponentiate`].
+    unsafe fn exponentiate(f: &Few<'_>, query: &Query, scores: *mut f32) -> f32;
+    /// [`add_values`].
+    unsafe fn add_values<const DTYPE: u8, const R: usize>(
+        group: &Group<'_, R>,
+        v: (impl Addresses, impl Addresses),
+        rescales: [f32; R],
+    );
+}
 
 /// [`Few`], for a dtype: 0 is f32, 1 f16, 2 bf16.
 #[inline(always)]
-pub(super) unsafe fn few<V: Vector, const DTYPE: u8>(f: &Few<'_>, exponentiate: Exponentiate) {
+pub(super) unsafe fn few<V: Loops, const DTYPE: u8>(f: &Few<'_>) {
     let (fours, rest) = f.queries.as_chunks::<TOGETHER>();
     let (twos, ones) = rest.as_chunks::<2>();
     // SAFETY: passed on to the caller.
     unsafe {
         for queries in fours {
-            attend::<V, DTYPE, TOGETHER>(f, queries, exponentiate);
+            attend::<V, DTYPE, TOGETHER>(f, queries);
         }
         for queries in twos {
-            attend::<V, DTYPE, 2>(f, queries, exponentiate);
+            attend::<V, DTYPE, 2>(f, queries);
         }
         for query in ones {
-            attend::<V, DTYPE, 1>(f, &[*query], exponentiate);
+            attend::<V, DTYPE, 1>(f, &[*query]);
         }
     }
+}
+
+/// Queries that share what is read.
+pub(super) struct Group<'a, const R: usize> {
+    f: &'a Few<'a>,
+    queries: &'a [Query; R],
+    /// Scores of query `r` begin at `r * room`.
+    room: usize,
 }
 
 /// Attends `R` queries to the keys.
 #[inline(always)]
-unsafe fn attend<V: Vector, const DTYPE: u8, const R: usize>(
-    f: &Few<'_>,
-    queries: &[Query; R],
-    exponentiate: Exponentiate,
-) {
+unsafe fn attend<V: Loops, const DTYPE: u8, const R: usize>(f: &Few<'_>, queries: &[Query; R]) {
     let room = f.keys.next_multiple_of(MAX_LANES);
+    let group = &Group { f, queries, room };
     // SAFETY: passed on to the caller.
     unsafe {
         match f.k {
-            Rows::Strided { rows, later } => multiply::<V, DTYPE, R>(f, (rows, later), queries, room),
-            Rows::Paged { rows, later } => multiply::<V, DTYPE, R>(f, (rows, later), queries, room),
-            Rows::Listed { rows, later } => multiply::<V, DTYPE, R>(f, (rows, later), queries, room),
+            Rows::Strided { rows, later } => V::multiply::<DTYPE, R>(group, (rows, later)),
+            Rows::Paged { rows, later } => V::multiply::<DTYPE, R>(group, (rows, later)),
+            Rows::Listed { rows, later } => V::multiply::<DTYPE, R>(group, (rows, later)),
         }
         let mut rescales = [0.0; R];
         for (r, query) in queries.iter().enumerate() {
-            rescales[r] = exponentiate(f, query, f.scores.add(r * room));
+            rescales[r] = V::exponentiate(f, query, f.scores.add(r * room));
         }
         match f.v {
-            Rows::Strided { rows, later } => add_values::<V, DTYPE, R>(f, (rows, later), queries, room, rescales),
-            Rows::Paged { rows, later } => add_values::<V, DTYPE, R>(f, (rows, later), queries, room, rescales),
-            Rows::Listed { rows, later } => add_values::<V, DTYPE, R>(f, (rows, later), queries, room, rescales),
+            Rows::Strided { rows, later } => V::add_values::<DTYPE, R>(group, (rows, later), rescales),
+            Rows::Paged { rows, later } => V::add_values::<DTYPE, R>(group, (rows, later), rescales),
+            Rows::Listed { rows, later } => V::add_values::<DTYPE, R>(group, (rows, later), rescales),
         }
     }
 }
 
-/// Multiplies queries with each key: scores of query `r` begin at `r * room`.
+/// Multiplies queries with each key. `k` is the rows of K, and rows that are read later.
 #[inline(always)]
-unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
-    f: &Few<'_>,
+pub(super) unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
+    group: &Group<'_, R>,
     (k, later): (impl Addresses, impl Addresses),
-    queries: &[Query; R],
-    room: usize,
 ) {
+    let &Group { f, queries, room } = group;
     // SAFETY: passed on to the caller.
     unsafe {
         if R == 1 {
@@ -255,26 +271,19 @@ pub(super) unsafe fn exponentiate<V: Vector>(f: &Few<'_>, query: &Query, scores:
     }
 }
 
-/// Adds exponentials times values to the rescaled outputs.
+/// Adds exponentials times values to the rescaled outputs. `v` is the rows of V, and rows that are read later.
 #[inline(always)]
-unsafe fn add_values<V: Vector, const DTYPE: u8, const R: usize>(
-    f: &Few<'_>,
+pub(super) unsafe fn add_values<V: Vector, const DTYPE: u8, const R: usize>(
+    group: &Group<'_, R>,
     v: (impl Addresses, impl Addresses),
-    queries: &[Query; R],
-    room: usize,
     rescales: [f32; R],
 ) {
-    let of = Weighed {
-        f,
-        v,
-        queries,
-        room,
-        rescales,
-    };
+    let of = Weighed { group, v, rescales };
+    let head_dim = group.f.head_dim_v;
     // SAFETY: passed on to the caller. 8 rows of sums fill 32 registers, 6 fill 16.
     unsafe {
         match (R, V::ROWS) {
-            (1, 8) if f.head_dim_v == 16 * V::LANES => of.weigh_in::<V, DTYPE, 16>(),
+            (1, 8) if head_dim == 16 * V::LANES => of.weigh_in::<V, DTYPE, 16>(),
             (4, 8) | (2, 6) => of.weigh_in::<V, DTYPE, 4>(),
             (4, _) => of.weigh_in::<V, DTYPE, 2>(),
             _ => of.weigh_in::<V, DTYPE, 8>(),
@@ -282,13 +291,11 @@ unsafe fn add_values<V: Vector, const DTYPE: u8, const R: usize>(
     }
 }
 
-/// Values to be added to the outputs of `R` queries.
+/// Values to be added to the outputs of a group.
 struct Weighed<'a, A, L, const R: usize> {
-    f: &'a Few<'a>,
+    group: &'a Group<'a, R>,
     /// The values, and rows that are read later.
     v: (A, L),
-    queries: &'a [Query; R],
-    room: usize,
     rescales: [f32; R],
 }
 
@@ -296,7 +303,7 @@ impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
     /// Adds exponentials times values, `N` registers of each query at a time, whose sums stay in registers.
     #[inline(always)]
     unsafe fn weigh_in<V: Vector, const DTYPE: u8, const N: usize>(&self) {
-        let head_dim = self.f.head_dim_v;
+        let head_dim = self.group.f.head_dim_v;
         // SAFETY: passed on to the caller.
         unsafe {
             let mut d = 0;
@@ -317,7 +324,7 @@ impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
     /// Adds exponentials times elements `d ..` of the values, `N` registers of them.
     #[inline(always)]
     unsafe fn weigh<V: Vector, const DTYPE: u8, const N: usize>(&self, d: usize, load: impl Fn(*const u8) -> V) {
-        let Self { f, queries, room, .. } = self;
+        let &Group { f, queries, room } = self.group;
         // SAFETY: passed on to the caller; outputs are whole registers.
         unsafe {
             let mut sums = [[V::splat(0.0); N]; R];
@@ -328,10 +335,10 @@ impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
                 }
             }
             for key in 0..f.keys {
-                // The first pass over the keys asks for all of their elements.
-                if d == 0 {
-                    prefetch_row(self.v.1.at(key), f.head_dim_v * bytes::<DTYPE>());
-                }
+                prefetch_row(
+                    self.v.1.at(key).wrapping_add(d * bytes::<DTYPE>()),
+                    N * V::LANES * bytes::<DTYPE>(),
+                );
                 let row = self.v.0.at(key).add(d * bytes::<DTYPE>());
                 let mut values = [V::splat(0.0); N];
                 for (n, value) in values.iter_mut().enumerate() {

@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use flash_attention_kernels::entries::Dtype;
 
+use super::few::{Addresses, Group, Loops};
 use super::{
     Backpropagate, Few, Keep, Kernels, Merge, Pairing, Pairs, Product, Query, Softmax, Strip, backward, convert,
     dropout, few, parts, product, softmax, strip,
@@ -26,7 +27,9 @@ pub(in crate::device::cpu) fn available() -> &'static [Instructions] {
         {
             let avx2 =
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            if avx2 && is_x86_feature_detected!("avx512f") {
+            // With AVX512VL narrower parts of a register may be those of any of the 32; without, sums of `few` do not stay in
+            // registers. Only Xeon Phi lacks it.
+            if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 available.push(Instructions::Avx512);
                 // Faster ones first: tiles, if there are any.
                 if bf16::has_avx512_bf16() {
@@ -151,20 +154,62 @@ macro_rules! instruction_set {
                 unsafe { softmax::softmax::<$vector>(s) }
             }
             $(#[target_feature(enable = $features)])?
-            #[inline(never)]
-            unsafe fn exponentiate(f: &Few<'_>, query: &Query, scores: *mut f32) -> f32 {
-                // SAFETY: as above.
-                unsafe { few::exponentiate::<$vector>(f, query, scores) }
-            }
-            $(#[target_feature(enable = $features)])?
             unsafe fn few(f: &Few<'_>) {
                 // SAFETY: as above.
                 unsafe {
                     match f.dtype {
-                        Dtype::F32 => few::few::<$vector, 0>(f, exponentiate),
-                        Dtype::F16 => few::few::<$vector, 1>(f, exponentiate),
-                        Dtype::Bf16 => few::few::<$vector, 2>(f, exponentiate),
+                        Dtype::F32 => few::few::<$vector, 0>(f),
+                        Dtype::F16 => few::few::<$vector, 1>(f),
+                        Dtype::Bf16 => few::few::<$vector, 2>(f),
                     }
+                }
+            }
+            impl Loops for $vector {
+                unsafe fn multiply<const DTYPE: u8, const R: usize>(
+                    group: &Group<'_, R>,
+                    k: (impl Addresses, impl Addresses),
+                ) {
+                    $(#[target_feature(enable = $features)])?
+                    #[inline(never)]
+                    unsafe fn multiply<const DTYPE: u8, const R: usize>(
+                        group: &Group<'_, R>,
+                        k: (impl Addresses, impl Addresses),
+                    ) {
+                        // SAFETY: as above.
+                        unsafe { few::multiply::<$vector, DTYPE, R>(group, k) }
+                    }
+                    // SAFETY: as above.
+                    unsafe { multiply::<DTYPE, R>(group, k) }
+                }
+
+                unsafe fn exponentiate(f: &Few<'_>, query: &Query, scores: *mut f32) -> f32 {
+                    $(#[target_feature(enable = $features)])?
+                    #[inline(never)]
+                    unsafe fn exponentiate(f: &Few<'_>, query: &Query, scores: *mut f32) -> f32 {
+                        // SAFETY: as above.
+                        unsafe { few::exponentiate::<$vector>(f, query, scores) }
+                    }
+                    // SAFETY: as above.
+                    unsafe { exponentiate(f, query, scores) }
+                }
+
+                unsafe fn add_values<const DTYPE: u8, const R: usize>(
+                    group: &Group<'_, R>,
+                    v: (impl Addresses, impl Addresses),
+                    rescales: [f32; R],
+                ) {
+                    $(#[target_feature(enable = $features)])?
+                    #[inline(never)]
+                    unsafe fn add_values<const DTYPE: u8, const R: usize>(
+                        group: &Group<'_, R>,
+                        v: (impl Addresses, impl Addresses),
+                        rescales: [f32; R],
+                    ) {
+                        // SAFETY: as above.
+                        unsafe { few::add_values::<$vector, DTYPE, R>(group, v, rescales) }
+                    }
+                    // SAFETY: as above.
+                    unsafe { add_values::<DTYPE, R>(group, v, rescales) }
                 }
             }
             $(#[target_feature(enable = $features)])?
@@ -232,7 +277,7 @@ macro_rules! instruction_set {
 }
 
 #[cfg(target_arch = "x86_64")]
-instruction_set!(avx512, Avx512, "avx512f,avx2,fma,f16c");
+instruction_set!(avx512, Avx512, "avx512f,avx512vl,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 instruction_set!(avx2, Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "aarch64")]

@@ -12,13 +12,13 @@ mod bf16;
 mod empty;
 mod forward;
 mod kernels;
+mod memory;
 mod program;
 mod rotary;
 mod team;
 mod tensor;
 mod vector;
 
-use std::alloc::Layout;
 use std::error::Error as _;
 use std::num::NonZeroUsize;
 use std::panic::catch_unwind;
@@ -36,13 +36,6 @@ use crate::progress::Reporter;
 use crate::target::{DeviceInfo, Instructions};
 use kernels::{available, kernels};
 use team::Team;
-
-/// Alignment of tensors in bytes: a cache line.
-const ALIGN: usize = 64;
-
-/// Allocations of at least this many bytes are first compared with the machine's free memory: the system may grant
-/// memory that it does not have, and end the process when it is used.
-const CHECKED_ALLOCATION: usize = 1 << 30;
 
 /// The CPU device.
 pub(super) struct Cpu {
@@ -227,33 +220,17 @@ impl Backend for Cpu {
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
         self.instructions()?;
-        let out_of_memory = |free| Error::OutOfMemory {
+        let first = memory::allocate(bytes).map_err(|free| Error::OutOfMemory {
             device: self.spec(),
             requested: bytes as u64,
             free,
-        };
-        let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| out_of_memory(available_memory()))?;
-        if bytes >= CHECKED_ALLOCATION {
-            let free = available_memory();
-            if free.is_some_and(|free| free < bytes as u64) {
-                return Err(out_of_memory(free));
-            }
-        }
-        // SAFETY: callers ask for more than 0 bytes. The memory is zeroed, because Rust must be able to read bytes
-        // that were never written.
-        let pointer = unsafe { std::alloc::alloc_zeroed(layout) };
-        if pointer.is_null() {
-            return Err(out_of_memory(available_memory()));
-        }
-        Ok(pointer.expose_provenance() as u64)
+        })?;
+        Ok(first.expose_provenance() as u64)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
-        // SAFETY: the caller promises that `alloc` made the allocation with this layout.
-        unsafe {
-            let layout = Layout::from_size_align_unchecked(bytes, ALIGN);
-            std::alloc::dealloc(pointer_mut(address), layout);
-        }
+        // SAFETY: the caller promises that `alloc` made the allocation, of so many bytes.
+        unsafe { memory::free(pointer_mut(address), bytes) };
     }
 
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
@@ -385,18 +362,6 @@ unsafe fn run_all(team: &Team<'_>, runs: &[Run<'_>], reporter: &Reporter<'_>) {
 /// Returns the pointer for an address of this device.
 fn pointer_mut<T>(address: u64) -> *mut T {
     std::ptr::with_exposed_provenance_mut(address as usize)
-}
-
-/// Returns the bytes that can be allocated without swapping, if the system reports them.
-fn available_memory() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
 }
 
 #[cfg(test)]

@@ -128,21 +128,23 @@ impl Devices {
         self.all().chain(others.iter().filter(move |_| has_cpu))
     }
 
-    /// Makes a device like each of this run, of which no other test holds memory: its [`Device::memory`] counts the
-    /// caller's tensors alone, whatever runs beside.
+    /// Makes a device like each of this run, of which no other test holds memory or launches anything: [`Device::memory`] and
+    /// [`Device::counters`] count what the caller does alone, whatever runs beside.
     ///
     /// # Panics
     /// If a device cannot be made a second time.
     pub fn unshared(&self) -> Vec<Device> {
         let another = |device: &Device| {
-            let another = match device.kind() {
-                DeviceKind::Cpu => Device::cpu_with_threads(2),
-                DeviceKind::Cuda => {
-                    let context = CudaContext::new(0).expect("the context of the GPU that was opened");
+            let text = device.to_string();
+            // Those that every call with the same text returns again.
+            let another = match text.split_once(':') {
+                None if device.kind() == DeviceKind::Cpu => Device::cpu_with_threads(2),
+                Some(("cuda", ordinal)) => {
+                    let ordinal = ordinal.parse().expect("a device's text has its number");
+                    let context = CudaContext::new(ordinal).expect("the context of the GPU that was opened");
                     Device::cuda_on(&context.default_stream())
                 }
-                // Every emulator that is made from a text is a new one.
-                _ => device.to_string().parse(),
+                _ => text.parse(),
             };
             another.unwrap_or_else(|error| panic!("another {device}: {error}"))
         };
@@ -225,10 +227,13 @@ mod tests {
 
     #[test]
     fn unshared_devices_count_their_own_memory() {
-        for (device, unshared) in devices().all().zip(&devices().unshared()) {
-            assert_eq!(unshared.to_string(), device.to_string());
-            let _held = Tensor::<f32>::zeros(device, [1]).expect("one number");
-            assert_eq!(unshared.memory().peak, 0, "{device}");
+        let (chosen, _) = Devices::choose(Some("cpu:portable,emulator:sm_90a")).expect("every machine has them");
+        for devices in [devices(), &chosen] {
+            for (device, unshared) in devices.all().zip(&devices.unshared()) {
+                assert_eq!(unshared.to_string(), device.to_string());
+                let _held = Tensor::<f32>::zeros(device, [1]).expect("one number");
+                assert_eq!(unshared.memory().peak, 0, "{device}");
+            }
         }
     }
 

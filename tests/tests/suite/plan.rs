@@ -164,7 +164,7 @@ fn blocks_that_no_query_sees_are_never_read() {
     assert_eq!(causal.bytes_written, full.bytes_written);
 }
 
-/// Tests that problems larger than any memory are planned without allocating.
+/// Tests that problems larger than any memory are planned: a plan takes sizes, and no tensors.
 #[test]
 fn plans_need_no_memory() {
     let case = Case::new(Dtype::Bf16, [8, 32, 1 << 20, 128], [8, 8, 1 << 20, 128]);

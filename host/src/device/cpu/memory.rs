@@ -5,12 +5,6 @@ use std::alloc::Layout;
 /// Alignment of tensors in bytes: a cache line.
 const ALIGN: usize = 64;
 
-/// Allocations of at least this many bytes ask for huge pages. glibc takes allocations of more than 32 MiB from the system every time,
-/// and each page that a thread touches first costs an interrupt: 4 KiB at a time they took a tenth of a backward pass with results of
-/// 200 MB.
-#[cfg(target_os = "linux")]
-const HUGE: usize = 8 << 20;
-
 /// Allocations of at least this many bytes are first compared with the machine's free memory: the system may grant
 /// memory that it does not have, and end the process when it is used.
 const CHECKED: usize = 1 << 30;
@@ -29,7 +23,6 @@ pub(super) fn allocate(bytes: usize) -> Result<*mut u8, Option<u64>> {
     if start.is_null() {
         return Err(available());
     }
-    ask_for_huge_pages(start, layout.size());
     let skipped = ALIGN - start.addr() % ALIGN;
     // SAFETY: at least one byte and at most `ALIGN` are skipped, of an allocation that has so many more than the caller asks for.
     unsafe {
@@ -52,31 +45,14 @@ pub(super) unsafe fn free(first: *mut u8, bytes: usize) {
 
 /// Returns the layout of an allocation of `bytes`, with room to align them, and to say before them by how much.
 ///
-/// It asks for no alignment: for more than the system's allocator gives any allocation, Rust has one thread write zeros to pages that
-/// the system delivers as zeros to the threads that touch them first.
+/// It asks for no alignment. Were it larger than that of every allocation of the system's, Rust would have the calling thread write
+/// zeros, also to pages that the system delivers as zeros to the threads that touch them first.
 fn layout(bytes: usize) -> Option<Layout> {
     Layout::from_size_align(bytes.checked_add(ALIGN)?, 1).ok()
 }
 
-/// Asks the system for huge pages, where an allocation is large and the system grants them to those who ask.
-#[cfg(target_os = "linux")]
-fn ask_for_huge_pages(start: *mut u8, bytes: usize) {
-    /// A multiple of the size of every page that Linux has by default.
-    const PAGE: usize = 64 << 10;
-    if bytes < HUGE {
-        return;
-    }
-    let first = start.wrapping_add(start.addr().wrapping_neg() % PAGE);
-    let whole = (bytes - PAGE) / PAGE * PAGE;
-    // SAFETY: the pages lie in the allocation, and the advice changes none of their bytes. That it is refused is no error.
-    unsafe { libc::madvise(first.cast(), whole, libc::MADV_HUGEPAGE) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn ask_for_huge_pages(_: *mut u8, _: usize) {}
-
 /// Returns the bytes that can be allocated without swapping, if the system reports them.
-pub(super) fn available() -> Option<u64> {
+fn available() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim()
@@ -93,7 +69,7 @@ mod tests {
 
     #[test]
     fn memory_is_aligned_and_zero_and_can_be_written() {
-        for bytes in [1, 63, 64, 65, 4096, (8 << 20) - 64, 8 << 20, (33 << 20) + 1] {
+        for bytes in [1, 63, 64, 65, 4096, (33 << 20) + 1] {
             // The second allocation may be the memory of the first.
             for _ in 0..2 {
                 let first = allocate(bytes).expect("it is small");

@@ -91,6 +91,8 @@ const LINE: usize = 64;
 
 /// The loops of [`few`], each a function of its own, compiled for an instruction set. Constants of one do not compete for registers
 /// with those of another. Most come in many types, and as parts of one function they took half of this crate's time to compile.
+///
+/// The functions are unsafe as those are that they compile; the processor must have the instructions, as for every [`Vector`].
 pub(super) trait Loops: Vector {
     /// [`multiply`].
     unsafe fn multiply<const DTYPE: u8, const R: usize>(group: &Group<'_, R>, k: (impl Addresses, impl Addresses));
@@ -335,6 +337,7 @@ impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
                 }
             }
             for key in 0..f.keys {
+                // Of the later row, what this pass reads.
                 prefetch_row(
                     self.v.1.at(key).wrapping_add(d * bytes::<DTYPE>()),
                     N * V::LANES * bytes::<DTYPE>(),

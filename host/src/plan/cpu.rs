@@ -50,7 +50,11 @@ impl CpuPath {
         };
         let tiles = Tiles {
             block_m: [384, 192, 96].into_iter().find(enough).unwrap_or(48),
-            block_n: forward_block_n(parts, problem.head_dim() + problem.head_dim_v()),
+            block_n: if few {
+                few_block_n(problem.widest_head_dim() as usize * problem.dtype().bytes())
+            } else {
+                forward_block_n(parts, problem.head_dim() + problem.head_dim_v())
+            },
             packed_heads: 1,
             cluster: 1,
         };
@@ -110,6 +114,16 @@ fn parts(problem: &Problem, instructions: Instructions) -> usize {
         // A code times its scale has the bits of an f32.
         let dtype = problem.scales().map_or(problem.dtype(), |_| Dtype::F32);
         instructions.bf16_parts(dtype)
+    }
+}
+
+/// Keys of a tile of few queries, whose rows have so many bytes: 64, and more of short rows, of which a tile is done before what
+/// begins and ends it is paid for.
+fn few_block_n(row_bytes: usize) -> u32 {
+    match row_bytes {
+        ..=64 => 256,
+        65..=128 => 128,
+        _ => 64,
     }
 }
 

@@ -39,11 +39,13 @@ impl Scratch {
     pub(super) fn new(forward: &Forward<'_>) -> Self {
         let (head_dim, head_dim_v, lanes) = (forward.head_dim(), forward.head_dim_v(), forward.lanes());
         let block_n = forward.tiles.block_n as usize;
+        // Rows of few queries are read where they lie.
+        let loaded = if forward.few { 0 } else { block_n };
         Self {
             query: Lines::new(lanes * forward.panels.depth),
             words: Words::new(forward),
-            keys: Lines::new(block_n * head_dim),
-            values: Lines::new(block_n * head_dim_v + MAX_LANES),
+            keys: Lines::new(loaded * head_dim),
+            values: Lines::new(loaded * head_dim_v + MAX_LANES),
             addresses: [Vec::new(), Vec::new()],
             queries: Vec::new(),
             scores: Lines::new(if forward.few {

@@ -86,6 +86,9 @@ impl Addresses for Listed {
 /// as the L1 cache, rows come at three quarters of the rate: measured on Zen 4.
 pub(in crate::device::cpu) const AHEAD: usize = 8;
 
+/// Rows whose addresses are in registers at once.
+const ROWS_AT_ONCE: usize = 8;
+
 /// Bytes that the processor reads at a time.
 const LINE: usize = 64;
 
@@ -166,29 +169,26 @@ pub(super) unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
     let &Group { f, queries, room } = group;
     // SAFETY: passed on to the caller.
     unsafe {
-        if R == 1 {
-            for key in 0..f.keys {
-                prefetch_row(later.at(key), f.head_dim * bytes::<DTYPE>());
-                let mut sums = [V::splat(0.0); MAX_LANES];
-                multiply_rows::<V, DTYPE, R>(f, &[k.at(key)], queries, &mut sums);
-                *f.scores.add(key) = sums[0].sum();
-            }
-            return;
-        }
         // Sums of a register's worth of pairs stay in registers, and their lanes are added together.
         let together = V::LANES / R;
-        let pairs = f.scores.add(R * room);
+        let at_once = together.min(ROWS_AT_ONCE);
+        let pairs = if R == 1 { f.scores } else { f.scores.add(R * room) };
         for key in (0..f.keys).step_by(together) {
-            // Past the last key the last one takes their places.
-            let mut rows = [std::ptr::null(); MAX_LANES];
-            for (i, row) in rows.iter_mut().enumerate().take(together) {
-                let place = (key + i).min(f.keys - 1);
-                *row = k.at(place);
-                prefetch_row(later.at(place), f.head_dim * bytes::<DTYPE>());
-            }
             let mut sums = [V::splat(0.0); MAX_LANES];
-            multiply_rows::<V, DTYPE, R>(f, &rows[..together], queries, &mut sums);
+            for first in (0..together).step_by(at_once) {
+                // Past the last key the last one takes their places.
+                let mut rows = [std::ptr::null(); ROWS_AT_ONCE];
+                for (i, row) in rows.iter_mut().enumerate().take(at_once) {
+                    let place = (key + first + i).min(f.keys - 1);
+                    *row = k.at(place);
+                    prefetch_row(later.at(place), f.head_dim * bytes::<DTYPE>());
+                }
+                multiply_rows::<V, DTYPE, R>(f, &rows[..at_once], queries, &mut sums[first..]);
+            }
             V::sum_each(&sums).store(pairs.add(key * R));
+        }
+        if R == 1 {
+            return;
         }
         for key in (0..f.keys).step_by(together) {
             for r in 0..R {
@@ -207,7 +207,7 @@ unsafe fn multiply_rows<V: Vector, const DTYPE: u8, const R: usize>(
     f: &Few<'_>,
     rows: &[*const u8],
     queries: &[Query; R],
-    sums: &mut [V; MAX_LANES],
+    sums: &mut [V],
 ) {
     // SAFETY: passed on to the caller.
     unsafe {
@@ -302,7 +302,8 @@ struct Weighed<'a, A, L, const R: usize> {
 }
 
 impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
-    /// Adds exponentials times values, `N` registers of each query at a time, whose sums stay in registers.
+    /// Adds exponentials times values, `N` registers of each query at a time, whose sums stay in registers. What is left takes 4 at
+    /// a time, since a loop with one sum waits for it at every key.
     #[inline(always)]
     unsafe fn weigh_in<V: Vector, const DTYPE: u8, const N: usize>(&self) {
         let head_dim = self.group.f.head_dim_v;
@@ -312,6 +313,14 @@ impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
             while d + N * V::LANES <= head_dim {
                 self.weigh::<V, DTYPE, N>(d, |from| whole::<V, DTYPE>(from));
                 d += N * V::LANES;
+            }
+            if N > 4 && d + 4 * V::LANES <= head_dim {
+                self.weigh::<V, DTYPE, 4>(d, |from| whole::<V, DTYPE>(from));
+                d += 4 * V::LANES;
+            }
+            if N > 2 && d + 2 * V::LANES <= head_dim {
+                self.weigh::<V, DTYPE, 2>(d, |from| whole::<V, DTYPE>(from));
+                d += 2 * V::LANES;
             }
             while d + V::LANES <= head_dim {
                 self.weigh::<V, DTYPE, 1>(d, |from| whole::<V, DTYPE>(from));

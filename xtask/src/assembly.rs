@@ -106,6 +106,14 @@ fn demangled(symbol: &str) -> String {
 }
 
 impl<'a> Function<'a> {
+    /// All instructions, in order.
+    pub fn instructions(&self) -> impl Iterator<Item = &'a str> {
+        self.lines.iter().filter_map(|line| match line {
+            Line::Instruction(text) => Some(*text),
+            Line::Label(_) => None,
+        })
+    }
+
     /// Loops of the function that multiply and have no such loop within, in order.
     pub fn loops(&self) -> Vec<Loop<'a>> {
         let blocks = self.blocks();

@@ -3,6 +3,9 @@
 //!
 //! A loop that multiplies and keeps a sum, or anything else, on the stack is a failure: the block was planned for the registers
 //! of its instruction set. An array on the stack whose address is in a register of its own is not seen.
+//!
+//! A masked store of AVX2 is a failure anywhere: AMD's processors run it as microcode. The compiler makes one where a number in memory
+//! is replaced or kept.
 
 use crate::assembly::{Function, functions};
 use crate::{Outcome, read, workspace};
@@ -61,6 +64,12 @@ fn judge(target: &str, set: &str, assembly: &str, faults: &mut Vec<String>) {
     let prefix = format!("device::cpu::{set}::");
     let functions = functions(assembly, &prefix);
     for function in &functions {
+        if let Some(store) = function.instructions().find(|text| is_masked_store(text)) {
+            faults.push(format!(
+                "{target}: {set}::{} has a masked store: {store}",
+                name(function)
+            ));
+        }
         let loops = function.loops();
         let Some(largest) = loops.iter().max_by_key(|l| l.products()) else {
             continue;
@@ -96,6 +105,11 @@ fn judge(target: &str, set: &str, assembly: &str, faults: &mut Vec<String>) {
     if expected.is_empty() && functions.iter().all(|f| f.loops().is_empty()) {
         faults.push(format!("{target}: no loop that multiplies was found in {set}"));
     }
+}
+
+/// Returns true if an instruction of AVX2 stores some lanes of a register: its last operand is in memory.
+fn is_masked_store(text: &str) -> bool {
+    text.starts_with("vmaskmov") && text.ends_with(')')
 }
 
 /// The last part of a function's path.

@@ -7,7 +7,7 @@ use super::pairs::Fit;
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::{MAX_LANES, PairProduct, Product, Softmax};
+use crate::device::cpu::kernels::{Hide, MAX_LANES, PairProduct, Product, Softmax};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::{KeyRows, Panels};
 
@@ -37,8 +37,6 @@ pub(super) struct Block {
     pub(super) values: *const f32,
     /// Number of keys, padded.
     pub(super) count: usize,
-    /// True if some query does not see all of them.
-    pub(super) masked: bool,
     /// True if all values that matter are finite.
     pub(super) finite: bool,
     /// Keys, and values, that are multiplied as bf16 pairs.
@@ -85,6 +83,10 @@ impl Scratch {
             // either rows in memory, all of which exist, or the tiles they were loaded to.
             unsafe {
                 self.scores_of(forward, lanes, &block);
+                if masked {
+                    // The first query of the panel sees the least.
+                    self.hide_scores(forward, lanes, seen(panel)..block.count);
+                }
                 self.exponentials_of(forward, lanes, &block, state);
                 self.add_values(forward, lanes, &block, state);
                 if !block.finite {
@@ -148,7 +150,6 @@ impl Scratch {
                 values
             },
             count,
-            masked,
             finite,
             pairs_of_keys: Fit::All,
             pairs_of_values,
@@ -238,6 +239,23 @@ impl Scratch {
         }
     }
 
+    /// Hides the scores of keys of the tile that not all of some lanes see, where one does not.
+    ///
+    /// # Safety
+    /// The contract of [`scores_of`](Self::scores_of).
+    unsafe fn hide_scores(&mut self, forward: &Forward<'_>, lanes: Lanes, keys: Range<usize>) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            (forward.kernels.hide)(&Hide {
+                keys,
+                lanes: lanes.count,
+                scores: self.scores.as_mut_ptr().add(lanes.first),
+                stride: forward.panels.lanes,
+                visible: self.visible.as_ptr().add(lanes.in_tile()),
+            });
+        }
+    }
+
     /// Computes the exponentials of the scores of some lanes.
     ///
     /// # Safety
@@ -251,9 +269,6 @@ impl Scratch {
     ) {
         let Panels { lanes: stride, depth } = forward.output_panels;
         let output = lanes.panel * depth + lanes.first;
-        // A program has hidden scores itself.
-        let visible = (block.masked && forward.program.is_none()).then(|| self.visible.as_ptr());
-        let visible = visible.map(|visible| visible.wrapping_add(lanes.in_tile()));
         // SAFETY: passed on to the caller.
         unsafe {
             (forward.kernels.softmax)(&Softmax {
@@ -261,7 +276,6 @@ impl Scratch {
                 lanes: lanes.count,
                 scores: self.scores.as_mut_ptr().add(lanes.first),
                 stride,
-                visible: visible.unwrap_or(std::ptr::null()),
                 scale_log2: forward.scale.log2,
                 max: state.max.as_mut_ptr().add(lanes.in_tile()),
                 sum: state.sum.as_mut_ptr().add(lanes.in_tile()),

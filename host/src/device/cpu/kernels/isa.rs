@@ -6,7 +6,7 @@ use flash_attention_kernels::entries::Dtype;
 
 use super::few::{Addresses, Group, Loops};
 use super::{
-    Backpropagate, Few, Keep, Kernels, Merge, Pairing, Pairs, Product, Query, Softmax, Strip, backward, convert,
+    Backpropagate, Few, Hide, Keep, Kernels, Merge, Pairing, Pairs, Product, Query, Softmax, Strip, backward, convert,
     dropout, few, parts, product, softmax, strip,
 };
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
@@ -99,6 +99,7 @@ macro_rules! instruction_set {
                 pair_rows,
                 pair_columns,
                 may_be_split,
+                hide,
                 softmax,
                 few,
                 merge,
@@ -147,6 +148,11 @@ macro_rules! instruction_set {
             unsafe fn may_be_split(from: *const f32, count: usize) -> bool {
                 // SAFETY: as above.
                 unsafe { parts::may_be_split::<$vector>(from, count) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn hide(h: &Hide) {
+                // SAFETY: as above.
+                unsafe { softmax::hide::<$vector>(h) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softmax(s: &Softmax) {

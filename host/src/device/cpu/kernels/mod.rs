@@ -29,7 +29,7 @@ pub(super) use parts::Pairing;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(super) use parts::terms;
 pub(super) use product::{PairProduct, Pairs, Product, ROWS, SIDE};
-pub(super) use softmax::{Merge, Softmax};
+pub(super) use softmax::{Hide, Merge, Softmax};
 pub(super) use strip::{Registers, Strip, Table};
 
 /// Number of lanes of the widest register: tiles that are read in whole registers have rows of a multiple of this.
@@ -54,6 +54,7 @@ pub(super) struct Kernels {
     pub pair_columns: unsafe fn(&Pairing),
     /// Determines if all of these numbers may be split into parts.
     pub may_be_split: unsafe fn(*const f32, usize) -> bool,
+    pub hide: unsafe fn(&Hide),
     pub softmax: unsafe fn(&Softmax),
     pub few: unsafe fn(&Few<'_>),
     pub merge: unsafe fn(&Merge),

@@ -1,8 +1,23 @@
 //! Online softmax of a panel of queries, and the merge of two partial softmaxes.
 
+use std::ops::Range;
+
 use super::MAX_LANES;
 use super::parts::store_parts;
 use crate::device::cpu::vector::Vector;
+
+/// Scores of keys that some queries of a panel do not see: minus infinity takes the place of those.
+pub(in crate::device::cpu) struct Hide {
+    /// The keys of the tile that not every query sees.
+    pub keys: Range<usize>,
+    /// Number of queries, a multiple of the lanes of a register.
+    pub lanes: usize,
+    /// Scores, `keys x stride`, from the tile's first key on.
+    pub scores: *mut f32,
+    pub stride: usize,
+    /// Number of keys of the tile that each query sees.
+    pub visible: *const f32,
+}
 
 /// One tile of keys for one panel of queries: scores become exponentials relative to the largest score so far.
 pub(in crate::device::cpu) struct Softmax {
@@ -13,8 +28,6 @@ pub(in crate::device::cpu) struct Softmax {
     /// Scores, `keys x stride`.
     pub scores: *mut f32,
     pub stride: usize,
-    /// Number of keys of the tile that each query sees; null if all.
-    pub visible: *const f32,
     pub scale_log2: f32,
     /// Largest score of each query so far, and the sum of exponentials relative to it.
     pub max: *mut f32,
@@ -47,6 +60,24 @@ pub(in crate::device::cpu) struct Merge {
     pub other_output: *const f32,
 }
 
+/// Runs [`Hide`].
+#[inline(always)]
+pub(super) unsafe fn hide<V: Vector>(h: &Hide) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let minus_infinity = V::splat(f32::NEG_INFINITY);
+        for lane in (0..h.lanes).step_by(V::LANES) {
+            let visible = V::load(h.visible.add(lane));
+            for key in h.keys.clone() {
+                let score = h.scores.add(key * h.stride + lane);
+                let place = V::splat(key as i32 as f32);
+                let seen = V::load(score).where_less(place, visible, minus_infinity);
+                seen.store(score);
+            }
+        }
+    }
+}
+
 /// Runs [`Softmax`].
 ///
 /// While every score of a query is minus infinity, any finite number serves as the largest: exponentials relative to
@@ -59,15 +90,6 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
         let minus_infinity = V::splat(f32::NEG_INFINITY);
         for lane in (0..s.lanes).step_by(V::LANES) {
             let scores = s.scores.add(lane);
-            if !s.visible.is_null() {
-                let visible = V::load(s.visible.add(lane));
-                for key in 0..s.keys {
-                    let score = scores.add(key * s.stride);
-                    let place = V::splat(key as i32 as f32);
-                    let seen = V::load(score).where_less(place, visible, minus_infinity);
-                    seen.store(score);
-                }
-            }
             let old = V::load(s.max.add(lane));
             // Several accumulators, since each operation waits for the one before it.
             let mut largest = [old; 4];

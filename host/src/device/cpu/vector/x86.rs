@@ -55,9 +55,14 @@ unsafe impl Vector for Avx2 {
     }
     #[inline(always)]
     unsafe fn where_less(self, place: Self, end: Self, other: Self) -> Self {
-        // By the sign of the difference. A comparison, and a store after it to where `self` came from, are compiled to a masked
-        // store, which AMD's processors run as microcode.
-        Self(unsafe { _mm256_blendv_ps(other.0, self.0, _mm256_sub_ps(place.0, end.0)) })
+        // By the sign of the difference, byte by byte. The compiler makes a masked store of a choice of numbers that is stored to where
+        // `self` came from, and AMD's processors run that as microcode.
+        unsafe {
+            let differences = _mm256_castps_si256(_mm256_sub_ps(place.0, end.0));
+            let is_less = _mm256_srai_epi32::<31>(differences);
+            let (here, other) = (_mm256_castps_si256(self.0), _mm256_castps_si256(other.0));
+            Self(_mm256_castsi256_ps(_mm256_blendv_epi8(other, here, is_less)))
+        }
     }
     #[inline(always)]
     unsafe fn power_of_two(self) -> Self {

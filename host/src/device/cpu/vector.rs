@@ -30,6 +30,9 @@ pub(super) unsafe trait Vector: Copy {
     /// registers. They leave registers for a row of `b` and an element of `a`.
     const ROWS: usize;
     const COLUMNS: usize;
+    /// Steps of a product's sums between two branches. With one, processors mispredict where a sum of 64 ends; with more, addresses
+    /// may not stay in registers.
+    const STEPS: usize;
     /// Parts of numbers at most that the processor's products of pairs take; 0 where it has none.
     const PARTS: usize;
     /// True if `fma` rounds once.
@@ -279,6 +282,7 @@ unsafe impl Vector for Portable {
     const LANES: usize = 4;
     const ROWS: usize = 6; // 12 sums of 16 registers
     const COLUMNS: usize = 2;
+    const STEPS: usize = 1;
     const PARTS: usize = 0;
     // Where there is an instruction for it; in software it takes a hundred times as long as two roundings.
     const FUSED: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));

@@ -132,21 +132,16 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
     // SAFETY: passed on to the caller.
     unsafe {
         let mut sums = [[V::splat(0.0); N]; M];
-        for i in 0..p.inner {
-            let mut b_row = [V::splat(0.0); N];
-            for (n, b_row) in b_row.iter_mut().enumerate() {
-                *b_row = V::load(b.add(n * V::LANES));
+        let mut i = 0;
+        for _ in 0..p.inner / V::STEPS {
+            for _ in 0..V::STEPS {
+                step::<V, M, N, TRANSPOSED>(p, a, i, b, &mut sums);
+                b = b.add(p.b_stride);
+                i += 1;
             }
-            for (m, sums) in sums.iter_mut().enumerate() {
-                let factor = if TRANSPOSED {
-                    V::splat(*a.add(i * p.a_stride + m))
-                } else {
-                    V::broadcast(a.add(m * p.a_stride), i)
-                };
-                for (sum, b) in sums.iter_mut().zip(b_row) {
-                    *sum = factor.fma(b, *sum);
-                }
-            }
+        }
+        for i in i..p.inner {
+            step::<V, M, N, TRANSPOSED>(p, a, i, b, &mut sums);
             b = b.add(p.b_stride);
         }
         for (m, sums) in sums.iter().enumerate() {
@@ -155,6 +150,34 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
                 // A sum of sums: its rounding grows with the number of blocks, not of elements.
                 let sum = if p.accumulate { V::load(to).add(*sum) } else { *sum };
                 sum.store(to);
+            }
+        }
+    }
+}
+
+/// Adds column `i` of `a` times the row of `b` at `b`.
+#[inline(always)]
+unsafe fn step<V: Vector, const M: usize, const N: usize, const TRANSPOSED: bool>(
+    p: &Product,
+    a: *const f32,
+    i: usize,
+    b: *const f32,
+    sums: &mut [[V; N]; M],
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut b_row = [V::splat(0.0); N];
+        for (n, b_row) in b_row.iter_mut().enumerate() {
+            *b_row = V::load(b.add(n * V::LANES));
+        }
+        for (m, sums) in sums.iter_mut().enumerate() {
+            let factor = if TRANSPOSED {
+                V::splat(*a.add(i * p.a_stride + m))
+            } else {
+                V::broadcast(a.add(m * p.a_stride), i)
+            };
+            for (sum, b) in sums.iter_mut().zip(b_row) {
+                *sum = factor.fma(b, *sum);
             }
         }
     }

@@ -29,6 +29,7 @@ unsafe impl Vector for Neon {
     const LANES: usize = 4;
     const ROWS: usize = 8; // 24 sums of 32 registers
     const COLUMNS: usize = 3;
+    const STEPS: usize = 1;
     const PARTS: usize = 1;
     const FUSED: bool = true;
 

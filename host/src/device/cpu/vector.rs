@@ -30,8 +30,7 @@ pub(super) unsafe trait Vector: Copy {
     /// registers. They leave registers for a row of `b` and an element of `a`.
     const ROWS: usize;
     const COLUMNS: usize;
-    /// Steps of a product's sums between two branches. With one, processors mispredict where a sum of 64 ends; with more, addresses
-    /// may not stay in registers.
+    /// Steps of a product's sums between two branches. More branch less often, and may leave no registers for addresses and sums.
     const STEPS: usize;
     /// Parts of numbers at most that the processor's products of pairs take; 0 where it has none.
     const PARTS: usize;

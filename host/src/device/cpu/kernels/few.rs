@@ -302,8 +302,8 @@ struct Weighed<'a, A, L, const R: usize> {
 }
 
 impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
-    /// Adds exponentials times values, `N` registers of each query at a time, whose sums stay in registers. What is left takes 4 at
-    /// a time, since a loop with one sum waits for it at every key.
+    /// Adds exponentials times values, `N` registers of each query at a time, whose sums stay in registers. What is left takes 4 and
+    /// 2 at a time, since a loop with one sum waits for it at every key.
     #[inline(always)]
     unsafe fn weigh_in<V: Vector, const DTYPE: u8, const N: usize>(&self) {
         let head_dim = self.group.f.head_dim_v;

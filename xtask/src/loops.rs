@@ -109,7 +109,7 @@ fn judge(target: &str, set: &str, assembly: &str, faults: &mut Vec<String>) {
 
 /// Returns true if an instruction of AVX2 stores some lanes of a register: its last operand is in memory.
 fn is_masked_store(text: &str) -> bool {
-    text.starts_with("vmaskmov") && text.ends_with(')')
+    ["vmaskmov", "vpmaskmov"].iter().any(|name| text.starts_with(name)) && text.ends_with(')')
 }
 
 /// The last part of a function's path.
@@ -158,4 +158,17 @@ fn assembly(folder: &Path) -> Outcome<PathBuf> {
     paths
         .find(|path| is_of_library(path) && path.extension().is_some_and(|extension| extension == "s"))
         .ok_or_else(|| format!("the compiler left no assembly in {}", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_masked_store;
+
+    #[test]
+    fn masked_stores_are_told_from_loads() {
+        assert!(is_masked_store("vmaskmovps\t%ymm2, %ymm4, (%r15,%r11,4)"));
+        assert!(is_masked_store("vpmaskmovd\t%ymm2, %ymm4, 64(%rsi)"));
+        assert!(!is_masked_store("vmaskmovps\t(%rsi), %ymm4, %ymm2"));
+        assert!(!is_masked_store("vmovups\t%ymm2, (%rsi)"));
+    }
 }

@@ -384,6 +384,8 @@ mod tests {
         assert_eq!(worthwhile_threads(nanoseconds(&cost(12_582_912, 786_432)), 2), 2);
         assert_eq!(worthwhile_threads(nanoseconds(&cost(12_582_912, 786_432)), 64), 4);
         assert_eq!(worthwhile_threads(nanoseconds(&cost(0, 0)), 1), 1);
+        // One query of one head and 16384 keys of 32 in f32: 155 us, whose bytes count.
+        assert_eq!(worthwhile_threads(nanoseconds(&cost(2_097_152, 4_194_432)), 2), 2);
         // One query of 32 heads and 4096 keys of 128: as many threads as there are.
         assert_eq!(worthwhile_threads(nanoseconds(&cost(67_108_864, 134_234_112)), 16), 16);
         assert_eq!(

@@ -14,7 +14,7 @@ unsafe impl Vector for Avx2 {
     const LANES: usize = 8;
     const ROWS: usize = 6; // 12 sums of 16 registers
     const COLUMNS: usize = 2;
-    const STEPS: usize = 3; // 2 to 6 % faster than 1, measured on a Xeon
+    const STEPS: usize = 3; // 2 to 7 % faster than 1, measured on a Xeon
     const PARTS: usize = 0;
     const FUSED: bool = true;
 
@@ -143,7 +143,7 @@ unsafe impl Vector for Avx512 {
     const LANES: usize = 16;
     const ROWS: usize = 8; // 24 sums of 32 registers
     const COLUMNS: usize = 3;
-    const STEPS: usize = 2; // 1 to 4 % faster
+    const STEPS: usize = 2; // 3 % faster than 1 in the mean
     const PARTS: usize = 3;
     const FUSED: bool = true;
 

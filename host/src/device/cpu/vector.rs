@@ -6,6 +6,7 @@
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
+mod exponential;
 mod words;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -14,6 +15,7 @@ mod x86_words;
 
 #[cfg(target_arch = "aarch64")]
 pub(super) use arm::Neon;
+use exponential::{POWERS, ROUND};
 pub(super) use words::Words;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512};
@@ -30,7 +32,7 @@ pub(super) unsafe trait Vector: Copy {
     /// registers. They leave registers for a row of `b` and an element of `a`.
     const ROWS: usize;
     const COLUMNS: usize;
-    /// Steps of a product's sums between two branches. More branch less often, and may leave no registers for addresses and sums.
+    /// Steps of a product's sums between two branches, one or two. Two leave fewer registers for addresses.
     const STEPS: usize;
     /// Parts of numbers at most that the processor's products of pairs take; 0 where it has none.
     const PARTS: usize;
@@ -53,6 +55,12 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn fma(self, factor: Self, addend: Self) -> Self;
     /// Returns the larger value, or `other` if one is NaN.
     unsafe fn max(self, other: Self) -> Self;
+    /// Returns the smaller value, or `other` if one is NaN.
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe { other.select_greater(self, self, other) }
+    }
     /// Returns `x` where `self > other`, else `y`.
     unsafe fn select_greater(self, other: Self, x: Self, y: Self) -> Self;
     /// Returns `self` where `place < end`, else `other`; neither of the two is NaN or infinite.
@@ -180,24 +188,24 @@ pub(super) unsafe trait Vector: Copy {
         }
     }
 
-    /// Computes 2^x for x <= 0 or NaN, within one and a half units in the last place. The result is 0 if it is less
-    /// than 2^-126.5, or a little more. A small positive x is allowed too.
+    /// Computes 2^x for x <= 0 or NaN, within one and a half units in the last place. It is exact for whole x. Where 2^x is less than
+    /// 2^-126, the result is 0, or not more than 2^-126. A small positive x is allowed too.
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
         // SAFETY: passed on to the caller.
-        unsafe { Self::exp2_each([self])[0] }
+        unsafe { Self::exp2_each([self], Self::splat(1.0))[0] }
     }
 
-    /// Computes [`exp2`](Self::exp2) of several registers, so that each constant is read once for all of them.
+    /// Computes [`exp2`](Self::exp2) of several registers times `scale`, so that each constant is read once for all of them.
     ///
     /// x = n + f with n whole and |f| <= 1/2. 2^f is a polynomial. 2^n is made by writing n to the exponent; for n =
     /// -127 this gives 0.
     #[inline(always)]
-    unsafe fn exp2_each<const N: usize>(x: [Self; N]) -> [Self; N] {
+    unsafe fn exp2_each<const N: usize>(x: [Self; N], scale: Self) -> [Self; N] {
         // SAFETY: passed on to the caller.
         unsafe {
             // A NaN is not less than -127, and max returns its second operand if that is NaN.
-            let x = each(x, |x| Self::splat(-127.0).max(x));
+            let x = each(x, |x| Self::splat(-127.0).max(x.mul(scale)));
             let rounded = each(x, |x| x.add(Self::splat(ROUND)));
             let mut fraction = x;
             for (fraction, rounded) in fraction.iter_mut().zip(rounded) {
@@ -248,22 +256,6 @@ fn each<V: Copy, const N: usize>(mut x: [V; N], f: impl Fn(V) -> V) -> [V; N] {
     x.iter_mut().for_each(|x| *x = f(*x));
     x
 }
-
-/// Added to a float of less than 2^22, it rounds the float to a whole number n and leaves n + 127, the exponent of
-/// 2^n, in the low bits.
-const ROUND: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23
-
-/// Polynomial of degree 6 that is 1 at 0 and has the least maximal relative error against 2^f for |f| <= 1/2: 2e-9,
-/// before its coefficients and its arithmetic are rounded.
-const POWERS: [f32; 7] = [
-    1.0,
-    std::f32::consts::LN_2,
-    0.240_226_48,
-    0.055_503_324,
-    0.009_618_437,
-    0.001_339_887_5,
-    0.000_153_533_62,
-];
 
 /// Arrays, which the compiler vectorises: with SSE2 on x86-64, elsewhere with what the target has.
 #[derive(Clone, Copy)]

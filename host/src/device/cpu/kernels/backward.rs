@@ -63,7 +63,7 @@ unsafe fn gradients<V: Vector, const OF_MAX: bool>(b: &Backpropagate) {
                     score.fma(scale, negative_lse)
                 };
                 // No probability exceeds 1, however large the rounding error of a large lse is. NaN stays NaN.
-                let exponent = exponent.select_greater(zero, zero, exponent);
+                let exponent = zero.min(exponent);
                 let mut p = if OF_MAX {
                     exponent.exp2().mul(inverse_sum)
                 } else {

@@ -262,11 +262,11 @@ pub(super) unsafe fn exponentiate<V: Vector>(f: &Few<'_>, query: &Query, scores:
         let scale = V::splat(f.scale_log2);
         let mut sums = V::splat(0.0);
         for key in (0..f.keys).step_by(V::LANES) {
-            let exponential = V::load(scores.add(key)).sub(origin).mul(scale).exp2();
+            let [exponential] = V::exp2_each([V::load(scores.add(key)).sub(origin)], scale);
             sums = sums.add(exponential);
             exponential.store(scores.add(key));
         }
-        let rescale = V::splat(old).sub(origin).mul(scale).exp2();
+        let [rescale] = V::exp2_each([V::splat(old).sub(origin)], scale);
         rescale.store(lanes.as_mut_ptr());
         *query.sum = *query.sum * lanes[0] + sums.sum();
         lanes[0]

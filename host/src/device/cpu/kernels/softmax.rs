@@ -107,7 +107,7 @@ pub(super) unsafe fn softmax<V: Vector>(s: &Softmax) {
                 3 if V::PARTS >= 3 => exponentials_in_parts::<V, 3>(s, lane, origin),
                 _ => exponentials::<V>(s, lane, origin),
             };
-            let rescale = old.sub(origin).mul(scale).exp2();
+            let [rescale] = V::exp2_each([old.sub(origin)], scale);
             let total = V::load(s.sum.add(lane)).fma(rescale, sum);
             total.store(s.sum.add(lane));
             if !all_one::<V>(rescale) {
@@ -134,9 +134,9 @@ unsafe fn exponentials<V: Vector>(s: &Softmax, lane: usize, origin: V) -> V {
             let mut x = [origin; GROUP];
             for (i, x) in x.iter_mut().enumerate() {
                 // The difference is computed first: it is exact near 0, where exponentials are large.
-                *x = V::load(score.add(i * s.stride)).sub(origin).mul(scale);
+                *x = V::load(score.add(i * s.stride)).sub(origin);
             }
-            for (i, x) in V::exp2_each(x).into_iter().enumerate() {
+            for (i, x) in V::exp2_each(x, scale).into_iter().enumerate() {
                 sum = sum.add(x);
                 x.store(score.add(i * s.stride));
             }
@@ -154,10 +154,8 @@ unsafe fn exponentials_in_parts<V: Vector, const PARTS: usize>(s: &Softmax, lane
         let (scale, mut sum) = (V::splat(s.scale_log2), V::splat(0.0));
         for pair in 0..s.keys / 2 {
             let first = s.scores.add(2 * pair * s.stride + lane);
-            let [x, y] = V::exp2_each([
-                V::load(first).sub(origin).mul(scale),
-                V::load(first.add(s.stride)).sub(origin).mul(scale),
-            ]);
+            let differences = [V::load(first).sub(origin), V::load(first.add(s.stride)).sub(origin)];
+            let [x, y] = V::exp2_each(differences, scale);
             sum = sum.add(x).add(y);
             store_parts::<V, PARTS>(x, y, s.pairs.add(pair * s.stride + lane), s.part);
             if s.both {
@@ -190,8 +188,7 @@ pub(super) unsafe fn merge<V: Vector>(m: &Merge) {
             let max = left.max(right);
             max.store(m.max.add(lane));
             let origin = max.select_greater(minus_infinity, max, V::splat(0.0));
-            let of_left = left.sub(origin).mul(scale).exp2();
-            let of_right = right.sub(origin).mul(scale).exp2();
+            let [of_left, of_right] = V::exp2_each([left.sub(origin), right.sub(origin)], scale);
             let (sum, other_sum) = (V::load(m.sum.add(lane)), V::load(m.other_sum.add(lane)));
             sum.mul(of_left).add(other_sum.mul(of_right)).store(m.sum.add(lane));
             for d in 0..m.head_dim {

@@ -48,6 +48,19 @@ fn exp2_of_the_special_values() {
 }
 
 #[test]
+fn exp2_of_whole_numbers_is_exact() {
+    each(|kernels| {
+        let mut values: Vec<f32> = (-143..=0).map(|x| x as f32).collect();
+        // SAFETY: as above.
+        unsafe { (kernels.exp2)(values.as_mut_ptr(), values.len()) };
+        for (x, got) in (-143..=0).zip(values) {
+            let want = if x < -126 { 0.0 } else { 2.0_f32.powi(x) };
+            assert_eq!(got, want, "2^{x}");
+        }
+    });
+}
+
+#[test]
 fn products_are_the_sums_of_their_definition() {
     each(|kernels| {
         let panel = kernels.panel;

@@ -71,6 +71,18 @@ pub(in crate::device::cpu) struct Pairs {
 /// Runs [`Product`].
 #[inline(always)]
 pub(super) unsafe fn product<V: Vector>(p: &Product) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if p.transposed {
+            columns::<V, true>(p);
+        } else {
+            columns::<V, false>(p);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn columns<V: Vector, const TRANSPOSED: bool>(p: &Product) {
     let mut column = 0;
     while column < p.columns {
         // Four registers are two and two, so that none is left over.
@@ -82,9 +94,9 @@ pub(super) unsafe fn product<V: Vector>(p: &Product) {
         unsafe {
             let (b, c) = (p.b.add(column), p.c.add(column));
             match registers {
-                3 => rows::<V, 3>(p, b, c),
-                2 => rows::<V, 2>(p, b, c),
-                _ => rows::<V, 1>(p, b, c),
+                3 => rows::<V, 3, TRANSPOSED>(p, b, c),
+                2 => rows::<V, 2, TRANSPOSED>(p, b, c),
+                _ => rows::<V, 1, TRANSPOSED>(p, b, c),
             }
         }
         column += registers * V::LANES;
@@ -93,7 +105,7 @@ pub(super) unsafe fn product<V: Vector>(p: &Product) {
 
 /// Runs [`Product`] for `N` registers of columns.
 #[inline(always)]
-unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f32) {
+unsafe fn rows<V: Vector, const N: usize, const TRANSPOSED: bool>(p: &Product, b: *const f32, c: *mut f32) {
     let mut row = 0;
     while row < p.rows {
         let rows = match p.rows - row {
@@ -105,15 +117,12 @@ unsafe fn rows<V: Vector, const N: usize>(p: &Product, b: *const f32, c: *mut f3
         // of them.
         unsafe {
             let c = c.add(row * p.c_stride);
-            let a = p.a.add(row * if p.transposed { 1 } else { p.a_stride });
-            match (p.transposed, rows) {
-                (false, 4) => block::<V, 4, N, false>(p, a, b, c),
-                (true, 4) => block::<V, 4, N, true>(p, a, b, c),
-                (false, 6) => block::<V, 6, N, false>(p, a, b, c),
-                (true, 6) => block::<V, 6, N, true>(p, a, b, c),
+            let a = p.a.add(row * if TRANSPOSED { 1 } else { p.a_stride });
+            match rows {
+                4 => block::<V, 4, N, TRANSPOSED>(p, a, b, c),
+                6 => block::<V, 6, N, TRANSPOSED>(p, a, b, c),
                 // Blocks of eight rows. Other instruction sets have no registers for them.
-                (false, _) if V::ROWS == 8 => block::<V, 8, N, false>(p, a, b, c),
-                (true, _) if V::ROWS == 8 => block::<V, 8, N, true>(p, a, b, c),
+                _ if V::ROWS == 8 => block::<V, 8, N, TRANSPOSED>(p, a, b, c),
                 _ => std::hint::unreachable_unchecked(),
             }
         }
@@ -132,17 +141,18 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
     // SAFETY: passed on to the caller.
     unsafe {
         let mut sums = [[V::splat(0.0); N]; M];
-        let mut i = 0;
+        let mut a = Elements::<TRANSPOSED>::new(a, p.a_stride);
+        let b_stride = opaque(V::STEPS * p.b_stride);
         for _ in 0..p.inner / V::STEPS {
-            for _ in 0..V::STEPS {
-                step::<V, M, N, TRANSPOSED>(p, a, i, b, &mut sums);
-                b = b.add(p.b_stride);
-                i += 1;
+            step(&a, b, &mut sums);
+            if V::STEPS == 2 {
+                step(&a.after(1), b.add(p.b_stride), &mut sums);
             }
+            a = a.after(V::STEPS);
+            b = b.add(b_stride);
         }
-        for i in i..p.inner {
-            step::<V, M, N, TRANSPOSED>(p, a, i, b, &mut sums);
-            b = b.add(p.b_stride);
+        if !p.inner.is_multiple_of(V::STEPS) {
+            step(&a, b, &mut sums);
         }
         for (m, sums) in sums.iter().enumerate() {
             for (n, sum) in sums.iter().enumerate() {
@@ -155,12 +165,10 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
     }
 }
 
-/// Adds column `i` of `a` times the row of `b` at `b`.
+/// Adds a column of `a` times the row of `b` at `b`.
 #[inline(always)]
 unsafe fn step<V: Vector, const M: usize, const N: usize, const TRANSPOSED: bool>(
-    p: &Product,
-    a: *const f32,
-    i: usize,
+    a: &Elements<TRANSPOSED>,
     b: *const f32,
     sums: &mut [[V; N]; M],
 ) {
@@ -171,14 +179,84 @@ unsafe fn step<V: Vector, const M: usize, const N: usize, const TRANSPOSED: bool
             *b_row = V::load(b.add(n * V::LANES));
         }
         for (m, sums) in sums.iter_mut().enumerate() {
-            let factor = if TRANSPOSED {
-                V::splat(*a.add(i * p.a_stride + m))
-            } else {
-                V::broadcast(a.add(m * p.a_stride), i)
-            };
+            let factor = a.broadcast::<V>(m);
             for (sum, b) in sums.iter_mut().zip(b_row) {
                 *sum = factor.fma(b, *sum);
             }
         }
     }
+}
+
+/// A column of up to eight rows of `a`.
+///
+/// Intel's processors have one port less for multiplications while they add addresses. So the loop over columns adds few: two of three
+/// rows are reached from the first by an index register, and [`opaque`] hides what the compiler would compute in the loop again.
+#[derive(Clone, Copy)]
+struct Elements<const TRANSPOSED: bool> {
+    /// Rows 0, 3 and 6; if `a` is transposed, in this column.
+    thirds: [*const f32; 3],
+    /// Number of the column, unless `a` is transposed.
+    column: usize,
+    stride: usize,
+    two_strides: usize,
+}
+
+impl<const TRANSPOSED: bool> Elements<TRANSPOSED> {
+    #[inline(always)]
+    fn new(a: *const f32, stride: usize) -> Self {
+        let row = if TRANSPOSED { 1 } else { stride };
+        Self {
+            thirds: [0, 3, 6].map(|m| a.wrapping_add(opaque(m * row))),
+            column: 0,
+            stride,
+            two_strides: if TRANSPOSED { opaque(2 * stride) } else { 2 * stride },
+        }
+    }
+
+    /// Returns the elements `columns` further, up to two.
+    #[inline(always)]
+    fn after(self, columns: usize) -> Self {
+        if !TRANSPOSED {
+            let column = self.column + columns;
+            return Self { column, ..self };
+        }
+        let thirds = self.thirds.map(|row| self.strides(row, columns));
+        Self { thirds, ..self }
+    }
+
+    /// Returns an address `count` strides after `from`, up to two.
+    #[inline(always)]
+    fn strides(&self, from: *const f32, count: usize) -> *const f32 {
+        from.wrapping_add(match count {
+            0 => 0,
+            1 => self.stride,
+            _ => self.two_strides,
+        })
+    }
+
+    /// Loads the element of row `m` to every lane.
+    #[inline(always)]
+    unsafe fn broadcast<V: Vector>(&self, m: usize) -> V {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if TRANSPOSED {
+                V::splat(*self.thirds[0].add(m))
+            } else {
+                V::broadcast(self.strides(self.thirds[m / 3], m % 3), self.column)
+            }
+        }
+    }
+}
+
+/// Returns `n`, of which the compiler knows nothing.
+#[inline(always)]
+fn opaque(n: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    let n = {
+        let mut n = n;
+        // SAFETY: there is no instruction.
+        unsafe { std::arch::asm!("/* {0} */", inout(reg) n, options(pure, nomem, nostack, preserves_flags)) };
+        n
+    };
+    n
 }

@@ -10,7 +10,7 @@ mod x86;
 #[cfg(target_arch = "aarch64")]
 pub(super) use arm::{NEON_BF16, has_neon_bf16};
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{AMX, AVX512_BF16, has_amx, has_avx512_bf16, prefers_avx512_bf16};
+pub(super) use x86::{AMX, AVX512_BF16, has_amx, has_avx512_bf16, is_of_amd, prefers_avx512_bf16};
 
 #[cfg(test)]
 mod tests {

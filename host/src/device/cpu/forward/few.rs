@@ -186,6 +186,7 @@ impl Scratch {
                         scores: self.scores.as_mut_ptr(),
                         scale_log2: forward.scale.log2,
                         first_key,
+                        into_l1: forward.into_l1,
                     });
                 }
             }

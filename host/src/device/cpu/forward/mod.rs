@@ -27,6 +27,7 @@ use super::nanoseconds;
 use super::program::{ScoreProgram, Walk};
 use super::team::Team;
 use super::tensor::{Head, KeyRows, Panels, QueryRows, Visibility};
+use super::vector::prefers_l1;
 use crate::plan::{CpuPath, Plan, Tiles};
 use crate::problem::Problem;
 use crate::progress::Reporter;
@@ -47,6 +48,8 @@ struct Forward<'a> {
     parts: usize,
     /// True for the decode path: tiles of q then hold rows of `panels.depth`, those of the output rows of `output_panels.depth`.
     few: bool,
+    /// True if the decode path asks for later rows of K as far as the L1 cache.
+    into_l1: bool,
     /// Number of tiles of keys of a segment.
     segment_blocks: u32,
     /// Number of query heads per tile. It is more than 1 only if queries are few, and heads share keys, which are then read from
@@ -299,6 +302,7 @@ impl<'a> Forward<'a> {
             pairs,
             parts,
             few,
+            into_l1: prefers_l1(),
             segment_blocks: split_blocks,
             together: 1,
             panels: panels(problem.head_dim()),

@@ -1,10 +1,12 @@
 //! Attention of few queries, too few for lanes: lanes are elements of a head, and rows of K and V are read in the order of keys,
 //! wherever each lies. Up to 4 queries share what is read; the bits of a query's result do not depend on how many do.
 
+use std::ops::Range;
+
 use flash_attention_kernels::entries::Dtype;
 
 use super::MAX_LANES;
-use crate::device::cpu::vector::{Vector, prefetch_l2};
+use crate::device::cpu::vector::{Vector, prefetch_l1, prefetch_l2};
 
 /// One tile of keys passing some queries, where there are too few of them for lanes: here lanes are elements of a head.
 pub(in crate::device::cpu) struct Few<'a> {
@@ -22,6 +24,8 @@ pub(in crate::device::cpu) struct Few<'a> {
     pub scale_log2: f32,
     /// Position of the tile's first key in the sequence.
     pub first_key: usize,
+    /// True if rows of K that are read later are asked for as far as the L1 cache, false for the L2 cache.
+    pub into_l1: bool,
 }
 
 /// Places of one query.
@@ -82,8 +86,7 @@ impl Addresses for Listed {
     }
 }
 
-/// Rows of one head between one that is read and one that is asked for, to be in the L2 cache when its turn comes. Asked for as far
-/// as the L1 cache, rows come at three quarters of the rate: measured on Zen 4.
+/// Rows of one head between one that is read and one that is asked for, to be in a cache when its turn comes.
 pub(in crate::device::cpu) const AHEAD: usize = 8;
 
 /// Rows whose addresses are in registers at once.
@@ -176,13 +179,10 @@ pub(super) unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
         for key in (0..f.keys).step_by(together) {
             let mut sums = [V::splat(0.0); MAX_LANES];
             for first in (0..together).step_by(at_once) {
-                // Past the last key the last one takes their places.
-                let mut rows = [std::ptr::null(); ROWS_AT_ONCE];
-                for (i, row) in rows.iter_mut().enumerate().take(at_once) {
-                    let place = (key + first + i).min(f.keys - 1);
-                    *row = k.at(place);
-                    prefetch_row(later.at(place), f.head_dim * bytes::<DTYPE>());
-                }
+                let places = key + first..f.keys;
+                let later = addresses_of(later, places.clone(), at_once);
+                prefetch_rows(&later[..at_once], f.head_dim * bytes::<DTYPE>(), f.into_l1);
+                let rows = addresses_of(k, places, at_once);
                 multiply_rows::<V, DTYPE, R>(f, &rows[..at_once], queries, &mut sums[first..]);
             }
             V::sum_each(&sums).store(pairs.add(key * R));
@@ -199,6 +199,26 @@ pub(super) unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
             }
         }
     }
+}
+
+/// Returns the addresses of the first `count` rows; past the last one it takes their places. One decision for all of them: with one
+/// for each, finding the rows took as long as multiplying them.
+#[inline(always)]
+unsafe fn addresses_of(of: impl Addresses, rows: Range<usize>, count: usize) -> [*const u8; ROWS_AT_ONCE] {
+    let mut addresses = [std::ptr::null(); ROWS_AT_ONCE];
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if rows.len() >= count {
+            for (i, address) in addresses.iter_mut().enumerate().take(count) {
+                *address = of.at(rows.start + i);
+            }
+        } else {
+            for (i, address) in addresses.iter_mut().enumerate().take(count) {
+                *address = of.at((rows.start + i).min(rows.end - 1));
+            }
+        }
+    }
+    addresses
 }
 
 /// Multiplies queries with rows of keys: sums of query `r` and row `i` go to register `r * rows.len() + i`.
@@ -346,11 +366,9 @@ impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
                 }
             }
             for key in 0..f.keys {
-                // Of the later row, what this pass reads.
-                prefetch_row(
-                    self.v.1.at(key).wrapping_add(d * bytes::<DTYPE>()),
-                    N * V::LANES * bytes::<DTYPE>(),
-                );
+                // Of the later row, what this pass reads. A choice of caches at each row would leave no registers for addresses.
+                let later = self.v.1.at(key).wrapping_add(d * bytes::<DTYPE>());
+                prefetch_rows(&[later], N * V::LANES * bytes::<DTYPE>(), false);
                 let row = self.v.0.at(key).add(d * bytes::<DTYPE>());
                 let mut values = [V::splat(0.0); N];
                 for (n, value) in values.iter_mut().enumerate() {
@@ -372,11 +390,17 @@ impl<A: Addresses, L: Addresses, const R: usize> Weighed<'_, A, L, R> {
     }
 }
 
-/// Asks for the lines of a row.
+/// Asks for the lines of rows.
 #[inline(always)]
-fn prefetch_row(row: *const u8, bytes: usize) {
+fn prefetch_rows(rows: &[*const u8], bytes: usize, into_l1: bool) {
     for place in (0..bytes).step_by(LINE) {
-        prefetch_l2(row.wrapping_add(place));
+        for line in rows.iter().map(|row| row.wrapping_add(place)) {
+            if into_l1 {
+                prefetch_l1(line);
+            } else {
+                prefetch_l2(line);
+            }
+        }
     }
 }
 

@@ -96,6 +96,7 @@ impl Case {
                 scores: scores.as_mut_ptr(),
                 scale_log2: 0.7,
                 first_key: 100,
+                into_l1: false,
             });
         }
         let outputs = output.chunks(depth_v).map(|row| &row[..self.head_dim_v]);

@@ -81,6 +81,7 @@ pub(super) unsafe fn product<V: Vector>(p: &Product) {
     }
 }
 
+/// Runs [`Product`] for `a` as it is stored.
 #[inline(always)]
 unsafe fn columns<V: Vector, const TRANSPOSED: bool>(p: &Product) {
     let mut column = 0;
@@ -189,8 +190,9 @@ unsafe fn step<V: Vector, const M: usize, const N: usize, const TRANSPOSED: bool
 
 /// A column of up to eight rows of `a`.
 ///
-/// Intel's processors have one port less for multiplications while they add addresses. So the loop over columns adds few: two of three
-/// rows are reached from the first by an index register, and [`opaque`] hides what the compiler would compute in the loop again.
+/// Intel's processors add addresses on ports that multiply, too. So the loop over columns adds few: two of three rows are reached from
+/// the first by an index register, and [`opaque`] hides what the compiler would compute in the loop again. Measured on a Xeon, products
+/// alone became 1 to 3 % faster.
 #[derive(Clone, Copy)]
 struct Elements<const TRANSPOSED: bool> {
     /// Rows 0, 3 and 6; if `a` is transposed, in this column.

@@ -1,6 +1,8 @@
 //! Products of matrices: what describes them, and those of f32. Products of pairs of bf16 are in `bf16.rs`, written
 //! for the processors that have them.
 
+use std::hint::black_box;
+
 use crate::device::cpu::vector::Vector;
 
 /// Multiple of the rows of a product, and so of the keys of a tile and of head_dim.
@@ -71,19 +73,20 @@ pub(in crate::device::cpu) struct Pairs {
 /// Runs [`Product`].
 #[inline(always)]
 pub(super) unsafe fn product<V: Vector>(p: &Product) {
+    let hidden = &Hidden::of::<V>(p);
     // SAFETY: passed on to the caller.
     unsafe {
         if p.transposed {
-            columns::<V, true>(p);
+            columns::<V, true>(p, hidden);
         } else {
-            columns::<V, false>(p);
+            columns::<V, false>(p, hidden);
         }
     }
 }
 
 /// Runs [`Product`] for `a` as it is stored.
 #[inline(always)]
-unsafe fn columns<V: Vector, const TRANSPOSED: bool>(p: &Product) {
+unsafe fn columns<V: Vector, const TRANSPOSED: bool>(p: &Product, hidden: &Hidden) {
     let mut column = 0;
     while column < p.columns {
         // Four registers are two and two, so that none is left over.
@@ -95,9 +98,9 @@ unsafe fn columns<V: Vector, const TRANSPOSED: bool>(p: &Product) {
         unsafe {
             let (b, c) = (p.b.add(column), p.c.add(column));
             match registers {
-                3 => rows::<V, 3, TRANSPOSED>(p, b, c),
-                2 => rows::<V, 2, TRANSPOSED>(p, b, c),
-                _ => rows::<V, 1, TRANSPOSED>(p, b, c),
+                3 => rows::<V, 3, TRANSPOSED>(p, hidden, b, c),
+                2 => rows::<V, 2, TRANSPOSED>(p, hidden, b, c),
+                _ => rows::<V, 1, TRANSPOSED>(p, hidden, b, c),
             }
         }
         column += registers * V::LANES;
@@ -106,7 +109,12 @@ unsafe fn columns<V: Vector, const TRANSPOSED: bool>(p: &Product) {
 
 /// Runs [`Product`] for `N` registers of columns.
 #[inline(always)]
-unsafe fn rows<V: Vector, const N: usize, const TRANSPOSED: bool>(p: &Product, b: *const f32, c: *mut f32) {
+unsafe fn rows<V: Vector, const N: usize, const TRANSPOSED: bool>(
+    p: &Product,
+    hidden: &Hidden,
+    b: *const f32,
+    c: *mut f32,
+) {
     let mut row = 0;
     while row < p.rows {
         let rows = match p.rows - row {
@@ -120,10 +128,10 @@ unsafe fn rows<V: Vector, const N: usize, const TRANSPOSED: bool>(p: &Product, b
             let c = c.add(row * p.c_stride);
             let a = p.a.add(row * if TRANSPOSED { 1 } else { p.a_stride });
             match rows {
-                4 => block::<V, 4, N, TRANSPOSED>(p, a, b, c),
-                6 => block::<V, 6, N, TRANSPOSED>(p, a, b, c),
+                4 => block::<V, 4, N, TRANSPOSED>(p, hidden, a, b, c),
+                6 => block::<V, 6, N, TRANSPOSED>(p, hidden, a, b, c),
                 // Blocks of eight rows. Other instruction sets have no registers for them.
-                _ if V::ROWS == 8 => block::<V, 8, N, TRANSPOSED>(p, a, b, c),
+                _ if V::ROWS == 8 => block::<V, 8, N, TRANSPOSED>(p, hidden, a, b, c),
                 _ => std::hint::unreachable_unchecked(),
             }
         }
@@ -135,6 +143,7 @@ unsafe fn rows<V: Vector, const N: usize, const TRANSPOSED: bool>(p: &Product, b
 #[inline(always)]
 unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: bool>(
     p: &Product,
+    hidden: &Hidden,
     a: *const f32,
     mut b: *const f32,
     c: *mut f32,
@@ -142,15 +151,14 @@ unsafe fn block<V: Vector, const M: usize, const N: usize, const TRANSPOSED: boo
     // SAFETY: passed on to the caller.
     unsafe {
         let mut sums = [[V::splat(0.0); N]; M];
-        let mut a = Elements::<TRANSPOSED>::new(a, p.a_stride);
-        let b_stride = opaque(V::STEPS * p.b_stride);
+        let mut a = Elements::<TRANSPOSED>::new(a, p.a_stride, hidden);
         for _ in 0..p.inner / V::STEPS {
             step(&a, b, &mut sums);
             if V::STEPS == 2 {
                 step(&a.after(1), b.add(p.b_stride), &mut sums);
             }
             a = a.after(V::STEPS);
-            b = b.add(b_stride);
+            b = b.add(hidden.steps_of_b);
         }
         if !p.inner.is_multiple_of(V::STEPS) {
             step(&a, b, &mut sums);
@@ -188,10 +196,32 @@ unsafe fn step<V: Vector, const M: usize, const N: usize, const TRANSPOSED: bool
     }
 }
 
+/// Multiples of a product's strides, of which the compiler does not know what they are multiples of.
+struct Hidden {
+    three_rows: usize,
+    six_rows: usize,
+    /// Of a transposed `a`.
+    two_columns: usize,
+    /// Rows of b that a loop moves on.
+    steps_of_b: usize,
+}
+
+impl Hidden {
+    #[inline(always)]
+    fn of<V: Vector>(p: &Product) -> Self {
+        black_box(Self {
+            three_rows: 3 * p.a_stride,
+            six_rows: 6 * p.a_stride,
+            two_columns: 2 * p.a_stride,
+            steps_of_b: V::STEPS * p.b_stride,
+        })
+    }
+}
+
 /// A column of up to eight rows of `a`.
 ///
 /// Intel's processors add addresses on ports that multiply, too. So the loop over columns adds few: two of three rows are reached from
-/// the first by an index register, and [`opaque`] hides what the compiler would compute in the loop again. Measured on a Xeon, products
+/// the first by an index register, and [`Hidden`] keeps the compiler from computing the rest in the loop. Measured on a Xeon, products
 /// alone became 1 to 3 % faster.
 #[derive(Clone, Copy)]
 struct Elements<const TRANSPOSED: bool> {
@@ -205,13 +235,12 @@ struct Elements<const TRANSPOSED: bool> {
 
 impl<const TRANSPOSED: bool> Elements<TRANSPOSED> {
     #[inline(always)]
-    fn new(a: *const f32, stride: usize) -> Self {
-        let row = if TRANSPOSED { 1 } else { stride };
+    fn new(a: *const f32, stride: usize, hidden: &Hidden) -> Self {
         Self {
-            thirds: [0, 3, 6].map(|m| a.wrapping_add(opaque(m * row))),
+            thirds: [a, a.wrapping_add(hidden.three_rows), a.wrapping_add(hidden.six_rows)],
             column: 0,
             stride,
-            two_strides: if TRANSPOSED { opaque(2 * stride) } else { 2 * stride },
+            two_strides: if TRANSPOSED { hidden.two_columns } else { 2 * stride },
         }
     }
 
@@ -248,17 +277,4 @@ impl<const TRANSPOSED: bool> Elements<TRANSPOSED> {
             }
         }
     }
-}
-
-/// Returns `n`, of which the compiler knows nothing.
-#[inline(always)]
-fn opaque(n: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    let n = {
-        let mut n = n;
-        // SAFETY: there is no instruction.
-        unsafe { std::arch::asm!("/* {0} */", inout(reg) n, options(pure, nomem, nostack, preserves_flags)) };
-        n
-    };
-    n
 }

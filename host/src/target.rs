@@ -86,7 +86,7 @@ impl Instructions {
         match (self, dtype) {
             (Self::Amx, Dtype::F32) => 3,
             (Self::Amx, Dtype::F16) => 2,
-            // Three products of parts of f16 take as long as one of f32 there, mostly for arranging the operands.
+            // Products of parts of f16 take as long as one of f32 there, mostly for arranging the operands.
             (Self::Amx | Self::Avx512Bf16 | Self::NeonBf16, Dtype::Bf16) => 1,
             _ => 0,
         }

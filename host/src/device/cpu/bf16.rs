@@ -15,7 +15,7 @@ pub(super) use x86::{AMX, AVX512_BF16, has_amx, has_avx512_bf16, is_of_amd, pref
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::cpu::kernels::{PairProduct, Pairs, terms};
+    use crate::device::cpu::kernels::{PairProduct, Pairs, Terms, terms};
 
     /// Lists the ways in which this processor multiplies pairs.
     fn kinds() -> Vec<(&'static str, &'static Pairs)> {
@@ -53,7 +53,8 @@ mod tests {
                 let word = |i: usize| u32::from(value(2 * i).to_bits()) | u32::from(value(2 * i + 1).to_bits()) << 16;
                 let a: Vec<u32> = (0..3 * rows * inner).map(word).collect();
                 let b: Vec<u32> = (0..3 * inner * columns).map(|i| word(3 * i)).collect();
-                for (parts, accumulate) in [(1, false), (1, true), (2, true), (3, false), (3, true)] {
+                let all = [Terms::One, Terms::Three, Terms::Four, Terms::Six];
+                for (kind, accumulate) in all.into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
                     let mut c: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
                     // SAFETY: the processor has the instructions, and the matrices are of these sizes.
                     unsafe {
@@ -68,7 +69,7 @@ mod tests {
                             b: b.as_ptr(),
                             b_stride: columns,
                             b_part: inner * columns,
-                            parts,
+                            terms: kind,
                             c: c.as_mut_ptr(),
                             c_stride: columns,
                             accumulate,
@@ -83,30 +84,29 @@ mod tests {
                             let y = halves(b[(of_b * inner + k) * columns + column]);
                             x[0] * y[0] + x[1] * y[1]
                         };
-                        let product = |k: usize| terms(parts).iter().map(|&of| term(k, of)).sum::<f32>();
+                        let product = |k: usize| terms(kind as usize).iter().map(|&of| term(k, of)).sum::<f32>();
                         let before = if accumulate { i as f32 } else { 0.0 };
                         let want = before + (0..inner).map(product).sum::<f32>();
-                        assert_eq!(got, want, "{name} ({row}, {column}), {parts} parts");
+                        assert_eq!(got, want, "{name} ({row}, {column}), {kind:?}");
                     }
                 }
             }
         }
     }
 
-    /// Tests that the terms are all products of parts down to the required size, each once: of f16 numbers all.
+    /// Tests that the terms are all products of parts down to the required size, each once: of two f16 numbers all.
     #[test]
     fn terms_are_the_products_that_matter() {
-        for parts in 1..=3 {
-            let mut all: Vec<_> = terms(parts).to_vec();
+        for (kind, parts) in [(Terms::One, 1), (Terms::Three, 2), (Terms::Four, 2), (Terms::Six, 3)] {
+            let list = terms(kind as usize);
+            assert_eq!(list.len(), kind as usize);
+            let mut all: Vec<_> = list.to_vec();
             all.sort();
-            let of_b = |of_a| if parts == 2 { 0..2 } else { 0..parts - of_a };
-            let each = (0..parts).flat_map(|of_a| of_b(of_a).map(move |of_b| (of_a, of_b)));
+            let of_b = |of_a| if kind == Terms::Four { parts } else { parts - of_a };
+            let each = (0..parts).flat_map(|of_a| (0..of_b(of_a)).map(move |of_b| (of_a, of_b)));
             assert_eq!(all, each.collect::<Vec<_>>());
             let share = |two: &[(usize, usize)]| two[0].0 == two[1].0 || two[0].1 == two[1].1;
-            assert!(
-                terms(parts).windows(2).all(share),
-                "a part in common with the one before"
-            );
+            assert!(list.windows(2).all(share), "a part in common with the one before");
         }
     }
 }

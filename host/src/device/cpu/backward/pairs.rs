@@ -2,7 +2,7 @@
 
 use super::scratch::{QueryTile, Scratch};
 use super::{BLOCK, Backward};
-use crate::device::cpu::kernels::{PairProduct, Pairing, Pairs, SIDE};
+use crate::device::cpu::kernels::{PairProduct, Pairing, Pairs, SIDE, Terms};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::Head;
 
@@ -117,7 +117,7 @@ fn of_heads(
         b: lanes.as_ptr().cast::<u32>().wrapping_add(tile.first_lane),
         b_stride: stride,
         b_part: sizes.q_lanes[number],
-        parts: backward.parts,
+        terms: Terms::of_inputs(backward.parts),
         c: product.as_mut_ptr().wrapping_add(tile.first_lane),
         c_stride: stride,
         accumulate: false,
@@ -306,7 +306,7 @@ impl Scratch {
             b: words.ds_lanes.as_ptr().cast::<u32>().wrapping_add(tile.first_lane),
             b_stride: stride,
             b_part: sizes.scores,
-            parts: backward.parts,
+            terms: Terms::of_probabilities(backward.parts),
             c: self.dq_lanes.as_mut_ptr().wrapping_add(tile.first_lane),
             c_stride: stride,
             accumulate: true,
@@ -324,7 +324,7 @@ impl Scratch {
             },
             b_stride: queries_strides[number],
             b_part: sizes.q[number],
-            parts: backward.parts,
+            terms: Terms::of_probabilities(backward.parts),
             c: gradient.as_mut_ptr().wrapping_add(first * widths[number]),
             c_stride: widths[number],
             accumulate: true,

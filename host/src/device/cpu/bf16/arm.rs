@@ -65,7 +65,7 @@ unsafe fn block<const N: usize>(p: &PairProduct, row: usize, column: usize) {
                 }
             }
         }
-        for &(of_a, of_b) in terms(p.parts) {
+        for &(of_a, of_b) in terms(p.terms as usize) {
             let (a, b) = (a.add(of_a * p.a_part), b.add(of_b * p.b_part));
             for i in (0..p.inner).step_by(STEP) {
                 let mut rows = [[vdupq_n_u32(0); 2]; BLOCK / 2];

@@ -4,7 +4,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use crate::device::cpu::kernels::{PairProduct, Pairs, SIDE, terms};
+use crate::device::cpu::kernels::{PairProduct, Pairs, SIDE, Terms, terms};
 
 pub(in crate::device::cpu) static AVX512_BF16: Pairs = Pairs {
     begin: nothing,
@@ -114,7 +114,7 @@ unsafe fn register_block<const N: usize>(p: &PairProduct, row: usize, column: us
                 }
             }
         }
-        for &(of_a, of_b) in terms(p.parts) {
+        for &(of_a, of_b) in terms(p.terms as usize) {
             let (a, b) = (a.add(of_a * p.a_part), b.add(of_b * p.b_part));
             for i in 0..p.inner {
                 let mut b_row = [_mm512_setzero_si512(); N];
@@ -172,16 +172,17 @@ unsafe fn release() {
 unsafe fn tiles(p: &PairProduct) {
     // SAFETY: passed on to the caller.
     unsafe {
-        match p.parts {
-            1 => tiles_of::<1>(p),
-            2 => tiles_of::<2>(p),
-            _ => tiles_of::<3>(p),
+        match p.terms {
+            Terms::One => tiles_of::<{ Terms::One as usize }>(p),
+            Terms::Three => tiles_of::<{ Terms::Three as usize }>(p),
+            Terms::Four => tiles_of::<{ Terms::Four as usize }>(p),
+            Terms::Six => tiles_of::<{ Terms::Six as usize }>(p),
         }
     }
 }
 
-/// Runs [`PairProduct`] with AMX for numbers of `PARTS` parts.
-unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
+/// Runs [`PairProduct`] with AMX for `TERMS` products of parts.
+unsafe fn tiles_of<const TERMS: usize>(p: &PairProduct) {
     for column in (0..p.columns).step_by(2 * SIDE) {
         let mut row = 0;
         while row < p.rows {
@@ -189,12 +190,12 @@ unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
             // SAFETY: passed on to the caller.
             unsafe {
                 if is_wide && row + 2 * SIDE <= p.rows {
-                    four_tiles::<PARTS>(p, row, column);
+                    four_tiles::<TERMS>(p, row, column);
                     row += 2 * SIDE;
                 } else {
-                    one_tile::<PARTS>(p, row, column);
+                    one_tile::<TERMS>(p, row, column);
                     if is_wide {
-                        one_tile::<PARTS>(p, row, column + SIDE);
+                        one_tile::<TERMS>(p, row, column + SIDE);
                     }
                     row += SIDE;
                 }
@@ -206,7 +207,7 @@ unsafe fn tiles_of<const PARTS: usize>(p: &PairProduct) {
 /// Computes two by two tiles of c. Each loaded tile of a and b serves two products, and more if the next term has a
 /// part in common with this one.
 #[inline]
-unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
+unsafe fn four_tiles<const TERMS: usize>(p: &PairProduct, row: usize, column: usize) {
     // SAFETY: tiles are configured as sixteen rows of 64 bytes, and the caller promises that the addresses are such
     // rows within a, b and c. Tile registers are used nowhere else.
     unsafe {
@@ -230,7 +231,7 @@ unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: us
         for i in (0..p.inner).step_by(SIDE) {
             let (a, b) = (p.a.add(row * p.a_stride + i), p.b.add(i * p.b_stride + column));
             let mut loaded = (usize::MAX, usize::MAX);
-            for &(of_a, of_b) in const { terms(PARTS) } {
+            for &(of_a, of_b) in const { terms(TERMS) } {
                 if of_a != loaded.0 {
                     let a = a.add(of_a * p.a_part);
                     asm!(
@@ -265,7 +266,7 @@ unsafe fn four_tiles<const PARTS: usize>(p: &PairProduct, row: usize, column: us
 
 /// Computes one tile of c, with sums in the same order as `four_tiles`.
 #[inline]
-unsafe fn one_tile<const PARTS: usize>(p: &PairProduct, row: usize, column: usize) {
+unsafe fn one_tile<const TERMS: usize>(p: &PairProduct, row: usize, column: usize) {
     // SAFETY: the reasons given in `four_tiles`.
     unsafe {
         let (c, c_bytes) = (p.c.add(row * p.c_stride + column), 4 * p.c_stride);
@@ -276,7 +277,7 @@ unsafe fn one_tile<const PARTS: usize>(p: &PairProduct, row: usize, column: usiz
         }
         for i in (0..p.inner).step_by(SIDE) {
             let (a, b) = (p.a.add(row * p.a_stride + i), p.b.add(i * p.b_stride + column));
-            for &(of_a, of_b) in const { terms(PARTS) } {
+            for &(of_a, of_b) in const { terms(TERMS) } {
                 asm!(
                     "tileloadd tmm4, [{a} + {a_bytes}]",
                     "tileloadd tmm6, [{b} + {b_bytes}]",

@@ -7,7 +7,7 @@ use super::pairs::Fit;
 use super::scratch::Scratch;
 use super::state::State;
 use super::{Forward, Tile};
-use crate::device::cpu::kernels::{Hide, MAX_LANES, PairProduct, Product, Softmax};
+use crate::device::cpu::kernels::{Hide, MAX_LANES, PairProduct, Product, Softmax, Terms};
 use crate::device::cpu::team::Lines;
 use crate::device::cpu::tensor::{KeyRows, Panels};
 
@@ -207,7 +207,7 @@ impl Scratch {
                     },
                     b_stride: stride,
                     b_part: forward.query_part(),
-                    parts: forward.parts,
+                    terms: Terms::of_inputs(forward.parts),
                     c: self.scores.as_mut_ptr().add(lanes.first),
                     c_stride: stride,
                     accumulate: false,
@@ -315,7 +315,7 @@ impl Scratch {
                     b: self.words.scores.as_ptr().cast::<u32>().add(lanes.first),
                     b_stride: stride,
                     b_part: forward.scores_part(),
-                    parts: forward.parts,
+                    terms: Terms::of_probabilities(forward.parts),
                     c,
                     c_stride: stride,
                     accumulate: true,

@@ -25,9 +25,9 @@ pub(super) use backward::Backpropagate;
 pub(super) use dropout::Keep;
 pub(super) use few::{AHEAD, Few, Listed, Query, Rows, Strided, TOGETHER};
 pub(super) use isa::{available, kernels};
-pub(super) use parts::Pairing;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(super) use parts::terms;
+pub(super) use parts::{Pairing, Terms};
 pub(super) use product::{PairProduct, Pairs, Product, ROWS, SIDE};
 pub(super) use softmax::{Hide, Merge, Softmax};
 pub(super) use strip::{Registers, Strip, Table};

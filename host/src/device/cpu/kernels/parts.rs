@@ -4,8 +4,9 @@
 //! and is the exact sum of three. Every part but the last is the bf16 nearest to the rest, and the new rest is exact
 //! in f32, since its last bit is that of the number. A rounded part leaves at most 2^-8 of the number's largest power
 //! of two, of either sign. Of two f16 numbers all products of parts are added, so that their product is exact: scores of thousands
-//! need the last of their bits. Of two f32 numbers the products that are left out (see `terms`) are at most 2^-24 of theirs, about half
-//! a unit in the last place, and do not add up in one direction.
+//! need the last of their bits. Of an f16 number and a probability, which two parts hold but for 2^-16 of it, the product of the
+//! second parts is left out, which is as small. Of two f32 numbers the products that are left out (see [`Terms`]) are at most 2^-24 of
+//! theirs, about half a unit in the last place. Neither adds up in one direction.
 
 use crate::device::cpu::kernels::SIDE;
 use crate::device::cpu::vector::Vector;
@@ -18,13 +19,50 @@ const LEAST: f32 = 1.0 / (1_u64 << 45) as f32;
 /// by a zero second part of another number. All f16 numbers are within both limits.
 const LIMIT: f32 = (1_u64 << 50) as f32;
 
-/// Returns the pairs of parts to multiply, (of a, of b), for numbers of this many parts. Each pair has one part in
-/// common with the pair before it.
+/// Number of products of parts that are added for each product of two numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::device::cpu) enum Terms {
+    /// Of two bf16 numbers.
+    One = 1,
+    /// Of an f16 number and a probability or its gradient, in two parts each.
+    Three = 3,
+    /// Of two f16 numbers, in two parts each.
+    Four = 4,
+    /// Of two f32 numbers, in three parts each.
+    Six = 6,
+}
+
+impl Terms {
+    /// The terms for two inputs, q, k, v or dout, of this many parts.
+    pub(in crate::device::cpu) const fn of_inputs(parts: usize) -> Self {
+        match parts {
+            1 => Self::One,
+            2 => Self::Four,
+            _ => Self::Six,
+        }
+    }
+
+    /// The terms for an input and P or dS.
+    pub(in crate::device::cpu) const fn of_probabilities(parts: usize) -> Self {
+        match parts {
+            1 => Self::One,
+            2 => Self::Three,
+            _ => Self::Six,
+        }
+    }
+}
+
+/// Returns the `count` pairs of parts to multiply, (of a, of b), in [`Terms`]. Each pair has one part in common with the pair before
+/// it.
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
-pub(in crate::device::cpu) const fn terms(parts: usize) -> &'static [(usize, usize)] {
-    match parts {
-        1 => &[(0, 0)],
-        2 => &[(1, 1), (1, 0), (0, 0), (0, 1)],
+pub(in crate::device::cpu) const fn terms(count: usize) -> &'static [(usize, usize)] {
+    const ONE: usize = Terms::One as usize;
+    const THREE: usize = Terms::Three as usize;
+    const FOUR: usize = Terms::Four as usize;
+    match count {
+        ONE => &[(0, 0)],
+        THREE => &[(1, 0), (0, 0), (0, 1)],
+        FOUR => &[(1, 1), (1, 0), (0, 0), (0, 1)],
         _ => &[(2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)],
     }
 }

@@ -3,6 +3,7 @@
 
 use std::hint::black_box;
 
+use super::Terms;
 use crate::device::cpu::vector::Vector;
 
 /// Multiple of the rows of a product, and so of the keys of a tile and of head_dim.
@@ -52,8 +53,8 @@ pub(in crate::device::cpu) struct PairProduct {
     pub b: *const u32,
     pub b_stride: usize,
     pub b_part: usize,
-    /// Number of parts of a and b.
-    pub parts: usize,
+    /// Products of parts of a and b that are added.
+    pub terms: Terms,
     pub c: *mut f32,
     pub c_stride: usize,
     /// True for `c += a b`, false for `c = a b`.

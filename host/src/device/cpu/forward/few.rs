@@ -54,9 +54,19 @@ impl Forward<'_> {
         of_both.clamp(1, self.problem.heads_kv())
     }
 
-    /// Returns the number of key heads per tile.
-    pub(super) fn key_heads(&self) -> usize {
-        (self.together * self.problem.heads_kv() / self.problem.heads_q()).max(1)
+    /// Takes so many query heads per tile.
+    pub(super) fn take_together(&mut self, heads: usize) {
+        self.together = heads;
+        self.key_heads = (heads * self.problem.heads_kv() / self.problem.heads_q()).max(1);
+    }
+
+    /// Returns the number of query heads of a tile that share a key head.
+    fn heads_to_a_key_head(&self) -> usize {
+        if self.key_heads == 1 {
+            self.together
+        } else {
+            self.problem.heads_q() / self.problem.heads_kv()
+        }
     }
 }
 
@@ -108,7 +118,7 @@ impl Scratch {
     /// Lists the rows of a tile of keys and values that lie in several pages, once for all key heads together.
     fn list_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, rows: Range<usize>) {
         let [of_keys, of_values] = &mut self.addresses;
-        if forward.key_heads() > 1 {
+        if forward.key_heads > 1 {
             tile.k.list_rows(rows.clone(), of_keys);
             tile.v.list_rows(rows, of_values);
         }
@@ -121,17 +131,21 @@ impl Scratch {
     /// measured on Zen 4.
     fn locate_rows(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, index: usize, rows: Range<usize>) -> [Rows; 2] {
         let (block_n, end) = (forward.tiles.block_n as usize, forward.problem.seqlen_k() as usize);
-        let heads = forward.key_heads();
+        let heads = forward.key_heads;
+        let [of_keys, of_values] = &mut self.addresses;
+        if heads == 1 {
+            let k = tile.k.locate(rows.clone(), end, of_keys);
+            return [k, tile.v.locate(rows, end, of_values)];
+        }
         let share = block_n / heads;
         let next = |part: usize| (rows.start + block_n + part * share).min(end);
-        let [of_keys, of_values] = &mut self.addresses;
-        [(&tile.k, of_keys), (&tile.v, of_values)].map(|(tensor, addresses)| match heads {
-            1 => tensor.locate(rows.clone(), end, addresses),
-            _ => tensor.locate_among([index, heads], rows.clone(), next(index)..next(index + 1), addresses),
-        })
+        let next = next(index)..next(index + 1);
+        let k = (tile.k).locate_among([index, heads], rows.clone(), next.clone(), of_keys);
+        [k, tile.v.locate_among([index, heads], rows, next, of_values)]
     }
 
-    /// Attends all queries to a tile of keys and values that begins at `first_key`; `seen` tells how many of them a row sees.
+    /// Attends all queries to a tile of keys and values that begins at `first_key`; `seen_from` tells how many of them the
+    /// queries at a position see.
     ///
     /// Queries that see as many keys share what is read: without a mask all do, and under a causal one those of heads at one
     /// position.
@@ -140,35 +154,37 @@ impl Scratch {
         forward: &Forward<'_>,
         tile: &Tile<'_>,
         first_key: usize,
-        seen: impl Fn(usize) -> usize,
+        seen_from: impl Fn(u32) -> usize,
         state: &mut State,
     ) {
-        let queries = tile.rows / forward.together;
-        let heads = forward.together / forward.key_heads();
+        let (queries, heads) = (forward.problem.seqlen_q(), forward.heads_to_a_key_head());
         let end = forward.problem.seqlen_k() as usize;
         let rows = first_key..(first_key + forward.tiles.block_n as usize).min(end);
         self.list_rows(forward, tile, rows.clone());
-        for index in 0..forward.key_heads() {
+        for index in 0..forward.key_heads {
             let [k, v] = self.locate_rows(forward, tile, index, rows.clone());
-            // Heads at one position, then the next position.
-            let row_of = |place: usize| (index * heads + place % heads) * queries + place / heads;
             let mut first = 0;
-            while first < heads * queries {
-                let keys = seen(row_of(first));
-                let sharing = (first..heads * queries).map(row_of);
+            while first < queries {
+                let keys = seen_from(first);
+                let mut later = first + 1..queries;
+                let next = later.find(|&position| seen_from(position) != keys).unwrap_or(queries);
+                // Heads at one position, then the next position.
+                let rows = (first..next).flat_map(|position| {
+                    let heads = index * heads..(index + 1) * heads;
+                    heads.map(move |head| head * queries as usize + position as usize)
+                });
                 self.queries.clear();
                 // SAFETY: the rows are those of the tile, for each of which these have room.
-                self.queries
-                    .extend(sharing.take_while(|&row| seen(row) == keys).map(|row| unsafe {
-                        Query {
-                            query: self.query.as_ptr().add(row * forward.panels.depth),
-                            max: state.max.as_mut_ptr().add(row),
-                            sum: state.sum.as_mut_ptr().add(row),
-                            best: state.best.as_mut_ptr().add(row),
-                            output: state.output.as_mut_ptr().add(row * forward.output_panels.depth),
-                        }
-                    }));
-                first += self.queries.len();
+                self.queries.extend(rows.map(|row| unsafe {
+                    Query {
+                        query: self.query.as_ptr().add(row * forward.panels.depth),
+                        max: state.max.as_mut_ptr().add(row),
+                        sum: state.sum.as_mut_ptr().add(row),
+                        best: state.best.as_mut_ptr().add(row),
+                        output: state.output.as_mut_ptr().add(row * forward.output_panels.depth),
+                    }
+                }));
+                first = next;
                 if keys == 0 {
                     continue;
                 }
@@ -204,7 +220,7 @@ impl Scratch {
             .split_at_mut(head_dim.next_multiple_of(MAX_LANES));
         let rows = tile.q.later(row / queries * tile.head_steps[0]);
         rows.load(kernels, tile.first_row as usize + row % queries, q);
-        let key_head = row / queries * forward.key_heads() / forward.together;
+        let key_head = row / queries * forward.key_heads / forward.together;
         tile.k.later_head(key_head).load(kernels, key as usize, k);
         let pairs = k.iter().zip(&*q).take(head_dim);
         pairs.fold(0.0, |sum, (k, q)| kernels.multiply_add(*k, sign * q, sum))

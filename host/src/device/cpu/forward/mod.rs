@@ -55,6 +55,8 @@ struct Forward<'a> {
     /// Number of query heads per tile. It is more than 1 only if queries are few, and heads share keys, which are then read from
     /// memory once for all of them, or memory has the rows of several key heads side by side.
     together: usize,
+    /// Number of key heads per tile, of which those query heads are.
+    key_heads: usize,
     panels: Panels,
     output_panels: Panels,
     tiles: Tiles,
@@ -133,7 +135,7 @@ pub(super) unsafe fn forward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Rep
     let least_tasks: Vec<usize> = forwards.iter().map(Forward::least_tasks).collect();
     let others = least_tasks.iter().sum::<usize>();
     for (forward, least) in forwards.iter_mut().zip(least_tasks) {
-        forward.together = forward.heads_together(team.threads, others - least);
+        forward.take_together(forward.heads_together(team.threads, others - least));
     }
     reporter.begin(|| forwards.iter().map(Forward::units).sum());
     let costs: Vec<u128> = calls.iter().map(|call| nanoseconds(&call.plan.cost())).collect();
@@ -206,6 +208,7 @@ struct Own {
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Kind {
     few: bool,
+    room: usize,
     parts: usize,
     tiles: Tiles,
     head_dims: [u32; 2],
@@ -218,6 +221,7 @@ impl Own {
     fn of<'a>(own: &'a mut Option<Self>, forward: &Forward<'_>, problem: usize) -> &'a mut Self {
         let kind = Kind {
             few: forward.few,
+            room: forward.room(),
             parts: forward.parts,
             tiles: forward.tiles,
             head_dims: [forward.problem.head_dim(), forward.problem.head_dim_v()],
@@ -305,6 +309,7 @@ impl<'a> Forward<'a> {
             into_l1: prefers_l1(),
             segment_blocks: split_blocks,
             together: 1,
+            key_heads: 1,
             panels: panels(problem.head_dim()),
             output_panels: panels(problem.head_dim_v()),
             problem,
@@ -457,6 +462,16 @@ impl<'a> Forward<'a> {
     /// Returns the number of queries of a tile, rounded up to whole panels.
     fn lanes(&self) -> usize {
         (self.tiles.block_m as usize).next_multiple_of(self.panels.lanes)
+    }
+
+    /// Returns the number of queries that a thread has room for: whole panels, or on the decode path, where clearing them would take
+    /// longer than a short call's keys, the rows of a tile.
+    fn room(&self) -> usize {
+        if self.few {
+            self.together * self.problem.seqlen_q() as usize
+        } else {
+            self.lanes()
+        }
     }
 
     /// Iterates over (first lane, lanes in use) of the panels that hold `rows` queries.

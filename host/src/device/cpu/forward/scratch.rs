@@ -27,7 +27,7 @@ pub(super) struct Scratch {
     pub(super) scores: Lines,
     /// Number of keys of a tile that each query sees.
     pub(super) visible: Lines,
-    /// A few rows of q or out, `MAX_LANES` of the larger head_dim.
+    /// A few rows of q or out, of the larger head_dim: `MAX_LANES`, or on the decode path one of q and one of k.
     pub(super) rows: Lines,
     /// Machines of the score program, if there is one.
     pub(super) machines: Option<Machines>,
@@ -37,12 +37,12 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new(forward: &Forward<'_>) -> Self {
-        let (head_dim, head_dim_v, lanes) = (forward.head_dim(), forward.head_dim_v(), forward.lanes());
+        let (head_dim, head_dim_v, room) = (forward.head_dim(), forward.head_dim_v(), forward.room());
         let block_n = forward.tiles.block_n as usize;
-        // Rows of few queries are read where they lie.
-        let loaded = if forward.few { 0 } else { block_n };
+        // The decode path reads keys and values where they lie.
+        let (loaded, rows) = if forward.few { (0, 2) } else { (block_n, MAX_LANES) };
         Self {
-            query: Lines::new(lanes * forward.panels.depth),
+            query: Lines::new(room * forward.panels.depth),
             words: Words::new(forward),
             keys: Lines::new(loaded * head_dim),
             values: Lines::new(loaded * head_dim_v + MAX_LANES),
@@ -53,9 +53,9 @@ impl Scratch {
             } else {
                 block_n * forward.panels.lanes
             }),
-            visible: Lines::new(lanes),
-            rows: Lines::new(MAX_LANES * head_dim.max(head_dim_v).next_multiple_of(MAX_LANES)),
-            machines: (forward.program.as_ref()).map(|program| Machines::new(program, lanes, block_n)),
+            visible: Lines::new(room),
+            rows: Lines::new(rows * head_dim.max(head_dim_v).next_multiple_of(MAX_LANES)),
+            machines: (forward.program.as_ref()).map(|program| Machines::new(program, room, block_n)),
             walk: Walk::default(),
         }
     }

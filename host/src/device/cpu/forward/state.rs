@@ -16,12 +16,12 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn new(forward: &Forward<'_>) -> Self {
-        let lanes = forward.lanes();
+        let room = forward.room();
         Self {
-            max: Lines::new(lanes),
-            sum: Lines::new(lanes),
-            best: vec![0; if forward.few { lanes } else { 0 }],
-            output: Lines::new(lanes * forward.output_panels.depth),
+            max: Lines::new(room),
+            sum: Lines::new(room),
+            best: vec![0; if forward.few { room } else { 0 }],
+            output: Lines::new(room * forward.output_panels.depth),
         }
     }
 

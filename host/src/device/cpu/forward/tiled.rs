@@ -49,13 +49,14 @@ impl Scratch {
     pub(super) fn attend_block(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, n: u32, state: &mut State) {
         let block_n = forward.tiles.block_n;
         let first_key = n * block_n;
-        let seen = |row: usize| {
-            let end = forward.visibility.visible_end(forward.position(tile, row));
+        let seen_from = |position: u32| {
+            let end = forward.visibility.visible_end(position);
             end.saturating_sub(first_key).min(block_n) as usize
         };
         if forward.few {
-            return self.attend_few(forward, tile, first_key as usize, seen, state);
+            return self.attend_few(forward, tile, first_key as usize, seen_from, state);
         }
+        let seen = |row: usize| seen_from(forward.position(tile, row));
         let masked = n >= tile.whole_blocks;
         // The last query of the tile sees the most.
         let block = self.load_block(forward, tile, first_key as usize, seen(tile.rows - 1), masked);

@@ -23,7 +23,7 @@ use flash_attention_kernels::entries::Dtype;
 
 pub(super) use backward::Backpropagate;
 pub(super) use dropout::Keep;
-pub(super) use few::{AHEAD, Few, Listed, Query, Rows, Strided, TOGETHER};
+pub(super) use few::{Few, Listed, Query, Rows, Strided, TOGETHER, rows_ahead};
 pub(super) use isa::{available, kernels};
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(super) use parts::terms;

@@ -6,7 +6,7 @@ use flash_attention_kernels::abi::StridedTensor;
 use flash_attention_kernels::entries::Dtype;
 
 use super::Head;
-use crate::device::cpu::kernels::{AHEAD, Kernels, Listed, Rows, Strided};
+use crate::device::cpu::kernels::{Kernels, Listed, Rows, Strided, rows_ahead};
 use crate::sequences::Pages;
 
 /// The keys or values of one head of a sequence, whose rows may lie in pages.
@@ -74,7 +74,7 @@ impl<'a> KeyRows<'a> {
         }
     }
 
-    /// Returns the places of `rows`, which exist; later ones are those [`AHEAD`] rows on. Unless one page holds `rows`, they are listed
+    /// Returns the places of `rows`, which exist; later ones are those [`rows_ahead`] on. Unless one page holds `rows`, they are listed
     /// in `addresses`, and the last one stands for those past `end`.
     pub(in crate::device::cpu) fn locate(
         &self,
@@ -82,22 +82,20 @@ impl<'a> KeyRows<'a> {
         end: usize,
         addresses: &mut Vec<*const u8>,
     ) -> Rows {
-        let with_later = rows.start..(rows.end + AHEAD).min(end);
-        if let Some((head, place)) = self.run(with_later.clone()) {
-            let (first, stride_bytes) = head.row(place);
-            return Rows::Strided {
-                rows: Strided(first, stride_bytes),
-                later: Strided(first.wrapping_add(AHEAD * stride_bytes), stride_bytes),
-            };
+        let ahead = rows_ahead(self.head.row_bytes());
+        let with_later = rows.start..(rows.end + ahead).min(end);
+        if let Some(rows @ Strided(first, stride_bytes)) = self.strided(with_later.clone()) {
+            let later = Strided(first.wrapping_add(ahead * stride_bytes), stride_bytes);
+            return Rows::Strided { rows, later };
         }
         addresses.clear();
         self.list(with_later, 1, addresses);
-        listed(addresses, AHEAD, rows.len(), 0)
+        listed(addresses, ahead, rows.len(), 0)
     }
 
     /// Lists `rows` in `addresses` for [`locate_among`](Self::locate_among), unless one page holds them.
     pub(in crate::device::cpu) fn list_rows(&self, rows: Range<usize>, addresses: &mut Vec<*const u8>) {
-        if self.run(rows.clone()).is_none() {
+        if self.strided(rows.clone()).is_none() {
             addresses.clear();
             self.list(rows, 1, addresses);
         }
@@ -114,22 +112,20 @@ impl<'a> KeyRows<'a> {
         addresses: &mut Vec<*const u8>,
     ) -> Rows {
         let (count, offset) = (rows.len(), index * self.head_bytes);
-        if let Some((first, place)) = self.run(next.clone()) {
-            let (next, stride_bytes) = first.row(place);
-            if stride_bytes == heads * self.head_bytes {
-                let later = Strided(next, self.head_bytes);
-                return match self.run(rows) {
-                    Some((head, place)) => {
-                        let from = head.row(place).0.wrapping_add(offset);
-                        let rows = Strided(from, stride_bytes);
-                        Rows::Strided { rows, later }
-                    }
-                    None => {
-                        let rows = Listed(addresses.as_ptr(), offset);
-                        Rows::Paged { rows, later }
-                    }
-                };
-            }
+        if let Some(Strided(next, stride_bytes)) = self.strided(next.clone())
+            && stride_bytes == heads * self.head_bytes
+        {
+            let later = Strided(next, self.head_bytes);
+            return match self.strided(rows) {
+                Some(Strided(first, _)) => {
+                    let rows = Strided(first.wrapping_add(offset), stride_bytes);
+                    Rows::Strided { rows, later }
+                }
+                None => {
+                    let rows = Listed(addresses.as_ptr(), offset);
+                    Rows::Paged { rows, later }
+                }
+            };
         }
         addresses.clear();
         self.list(rows, 1, addresses);
@@ -167,6 +163,18 @@ impl<'a> KeyRows<'a> {
             next += count;
             Some((head, place, count))
         })
+    }
+
+    /// Returns the places of `rows`, if one page holds them.
+    fn strided(&self, rows: Range<usize>) -> Option<Strided> {
+        let (first, stride_bytes) = match self.pages {
+            None => self.head.row(rows.start),
+            Some(_) => {
+                let (head, place) = self.run(rows)?;
+                head.row(place)
+            }
+        };
+        Some(Strided(first, stride_bytes))
     }
 
     /// Returns the rows that hold all of `rows`, and the place of the first one, if one page does.

@@ -173,10 +173,10 @@ unsafe fn tiles(p: &PairProduct) {
     // SAFETY: passed on to the caller.
     unsafe {
         match p.terms {
-            Terms::One => tiles_of::<{ Terms::One as usize }>(p),
-            Terms::Three => tiles_of::<{ Terms::Three as usize }>(p),
-            Terms::Four => tiles_of::<{ Terms::Four as usize }>(p),
-            Terms::Six => tiles_of::<{ Terms::Six as usize }>(p),
+            Terms::One => tiles_of::<1>(p),
+            Terms::Three => tiles_of::<3>(p),
+            Terms::Four => tiles_of::<4>(p),
+            Terms::Six => tiles_of::<6>(p),
         }
     }
 }

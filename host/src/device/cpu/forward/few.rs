@@ -12,9 +12,9 @@ use flash_attention_kernels::abi::StridedTensor;
 const RUN_BYTES: usize = 4 << 10;
 
 impl Forward<'_> {
-    /// Returns the number of heads per tile: as many as fit, share keys or have keys side by side, and leave tasks for every thread
-    /// beside the tasks of other problems.
-    pub(super) fn heads_together(&self, threads: usize, others: usize) -> usize {
+    /// Returns the number of key heads per tile, and of query heads for each: as many as fit, share keys or have keys side by side, and
+    /// leave tasks for every thread beside the tasks of other problems.
+    pub(super) fn heads_together(&self, threads: usize, others: usize) -> [usize; 2] {
         let (problem, queries) = (self.problem, self.problem.seqlen_q() as usize);
         let shared = problem.heads_q() / problem.heads_kv();
         let segments = self.segment_count();
@@ -35,7 +35,8 @@ impl Forward<'_> {
         } else {
             1
         };
-        (1..=most).rev().find(suits).unwrap_or(1)
+        let heads = (1..=most).rev().find(suits).unwrap_or(1);
+        [heads.div_ceil(shared), heads.min(shared)]
     }
 
     /// Returns the number of key heads whose rows lie side by side within [`RUN_BYTES`]; 1 where each head has its rows in a run.
@@ -52,21 +53,6 @@ impl Forward<'_> {
         };
         let of_both = side_by_side(self.problem.k()).min(side_by_side(self.problem.v()));
         of_both.clamp(1, self.problem.heads_kv())
-    }
-
-    /// Takes so many query heads per tile.
-    pub(super) fn take_together(&mut self, heads: usize) {
-        self.together = heads;
-        self.key_heads = (heads * self.problem.heads_kv() / self.problem.heads_q()).max(1);
-    }
-
-    /// Returns the number of query heads of a tile that share a key head.
-    fn heads_to_a_key_head(&self) -> usize {
-        if self.key_heads == 1 {
-            self.together
-        } else {
-            self.problem.heads_q() / self.problem.heads_kv()
-        }
     }
 }
 
@@ -100,7 +86,7 @@ impl Scratch {
     /// Loads queries as rows of whole registers, times the sign of the scale.
     pub(super) fn load_few(&mut self, forward: &Forward<'_>, tile: &Tile) {
         let sign = forward.problem.scale().sign;
-        let (queries, width) = (tile.rows / forward.together, forward.panels.depth);
+        let (queries, width) = (forward.problem.seqlen_q() as usize, forward.panels.depth);
         let all = &mut self.query.as_mut_slice()[..tile.rows * width];
         for (head, of_head) in all.chunks_mut(queries * width).enumerate() {
             let rows = tile.q.later(head * tile.head_steps[0]);
@@ -157,7 +143,7 @@ impl Scratch {
         seen_from: impl Fn(u32) -> usize,
         state: &mut State,
     ) {
-        let (queries, heads) = (forward.problem.seqlen_q(), forward.heads_to_a_key_head());
+        let (queries, heads) = (forward.problem.seqlen_q(), forward.sharing);
         let end = forward.problem.seqlen_k() as usize;
         let rows = first_key..(first_key + forward.tiles.block_n as usize).min(end);
         self.list_rows(forward, tile, rows.clone());
@@ -213,14 +199,14 @@ impl Scratch {
     /// that of lanes.
     pub(super) fn best_score(&mut self, forward: &Forward<'_>, tile: &Tile<'_>, row: usize, key: u32) -> f32 {
         let (kernels, head_dim, sign) = (forward.kernels, forward.head_dim(), forward.problem.scale().sign);
-        let queries = tile.rows / forward.together;
+        let queries = forward.problem.seqlen_q() as usize;
         let (q, k) = self
             .rows
             .as_mut_slice()
             .split_at_mut(head_dim.next_multiple_of(MAX_LANES));
         let rows = tile.q.later(row / queries * tile.head_steps[0]);
         rows.load(kernels, tile.first_row as usize + row % queries, q);
-        let key_head = row / queries * forward.key_heads / forward.together;
+        let key_head = row / queries / forward.sharing;
         tile.k.later_head(key_head).load(kernels, key as usize, k);
         let pairs = k.iter().zip(&*q).take(head_dim);
         pairs.fold(0.0, |sum, (k, q)| kernels.multiply_add(*k, sign * q, sum))
@@ -234,7 +220,7 @@ impl Scratch {
         state: &State,
         inverses: impl Iterator<Item = f32>,
     ) {
-        let queries = tile.rows / forward.together;
+        let queries = forward.problem.seqlen_q() as usize;
         for (row, inverse) in inverses.enumerate() {
             let output = &state.output.as_slice()[row * forward.output_panels.depth..];
             for (to, x) in self.rows.as_mut_slice().iter_mut().zip(&output[..forward.head_dim_v()]) {

@@ -52,11 +52,12 @@ struct Forward<'a> {
     into_l1: bool,
     /// Number of tiles of keys of a segment.
     segment_blocks: u32,
-    /// Number of query heads per tile. It is more than 1 only if queries are few, and heads share keys, which are then read from
-    /// memory once for all of them, or memory has the rows of several key heads side by side.
-    together: usize,
-    /// Number of key heads per tile, of which those query heads are.
+    /// Number of key heads per tile. It is more than 1 only if queries are few and memory has the rows of several key heads side by
+    /// side.
     key_heads: usize,
+    /// Number of query heads per tile for each key head. It is more than 1 only if queries are few and heads share keys, which are then
+    /// read from memory once for all of them.
+    sharing: usize,
     panels: Panels,
     output_panels: Panels,
     tiles: Tiles,
@@ -135,7 +136,7 @@ pub(super) unsafe fn forward(team: &Team<'_>, calls: &[Call<'_>], reporter: &Rep
     let least_tasks: Vec<usize> = forwards.iter().map(Forward::least_tasks).collect();
     let others = least_tasks.iter().sum::<usize>();
     for (forward, least) in forwards.iter_mut().zip(least_tasks) {
-        forward.take_together(forward.heads_together(team.threads, others - least));
+        [forward.key_heads, forward.sharing] = forward.heads_together(team.threads, others - least);
     }
     reporter.begin(|| forwards.iter().map(Forward::units).sum());
     let costs: Vec<u128> = calls.iter().map(|call| nanoseconds(&call.plan.cost())).collect();
@@ -308,8 +309,8 @@ impl<'a> Forward<'a> {
             few,
             into_l1: prefers_l1(),
             segment_blocks: split_blocks,
-            together: 1,
             key_heads: 1,
+            sharing: 1,
             panels: panels(problem.head_dim()),
             output_panels: panels(problem.head_dim_v()),
             problem,
@@ -341,15 +342,20 @@ impl<'a> Forward<'a> {
         self.problem.seqlen_q().div_ceil(self.tiles.block_m) as usize
     }
 
+    /// Number of query heads per tile.
+    fn together(&self) -> usize {
+        self.key_heads * self.sharing
+    }
+
     /// Number of tiles of queries of all heads.
     fn tasks(&self) -> usize {
-        self.problem.batch() * self.problem.heads_q() / self.together * self.query_tiles()
+        self.problem.batch() * self.problem.heads_q() / self.together() * self.query_tiles()
     }
 
     /// Number of tasks if as many heads are together as can be, and every segment is a task.
     fn least_tasks(&self) -> usize {
-        let (problem, most) = (self.problem, self.heads_together(0, 0));
-        problem.batch() * problem.heads_q() / most * self.query_tiles() * self.segment_count()
+        let (problem, [key_heads, sharing]) = (self.problem, self.heads_together(0, 0));
+        problem.batch() * problem.heads_q() / (key_heads * sharing) * self.query_tiles() * self.segment_count()
     }
 
     /// Number of segments of all keys.
@@ -394,7 +400,10 @@ impl<'a> Forward<'a> {
     fn tile(&self, tile: usize) -> Tile<'a> {
         let (problem, Tiles { block_m, block_n, .. }) = (self.problem, self.tiles);
         let query_tiles = self.query_tiles();
-        let (heads, tile) = (tile / query_tiles * self.together, query_tiles - 1 - tile % query_tiles);
+        let (heads, tile) = (
+            tile / query_tiles * self.together(),
+            query_tiles - 1 - tile % query_tiles,
+        );
         let (batch, head) = (heads / problem.heads_q(), heads % problem.heads_q());
         let kv_head = head / (problem.heads_q() / problem.heads_kv());
         let first_row = tile as u32 * block_m;
@@ -431,7 +440,7 @@ impl<'a> Forward<'a> {
                 out: rows_of(self.out, self.head_dim_v()),
                 first,
                 first_row,
-                rows: self.together * rows as usize,
+                rows: self.together() * rows as usize,
                 head_steps: [problem.q(), problem.out()]
                     .map(|tensor| tensor.head_stride as usize * problem.dtype().bytes()),
                 blocks,
@@ -464,11 +473,11 @@ impl<'a> Forward<'a> {
         (self.tiles.block_m as usize).next_multiple_of(self.panels.lanes)
     }
 
-    /// Returns the number of queries that a thread has room for: whole panels, or on the decode path, where clearing them would take
-    /// longer than a short call's keys, the rows of a tile.
+    /// Returns the number of queries that a thread has room for: whole panels, or on the decode path those of a tile, since clearing
+    /// whole panels takes a good part of a short call.
     fn room(&self) -> usize {
         if self.few {
-            self.together * self.problem.seqlen_q() as usize
+            self.together() * self.problem.seqlen_q() as usize
         } else {
             self.lanes()
         }

@@ -177,19 +177,16 @@ pub(super) unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
         let pairs = if R == 1 { f.scores } else { f.scores.add(R * room) };
         for key in (0..f.keys).step_by(together) {
             let mut sums = [V::splat(0.0); MAX_LANES];
+            // Addresses of up to eight rows fit in registers. Places of sums are constants, so that sums are in registers too.
             match together {
                 16 => {
-                    put(&mut sums, 0, multiply_rows::<V, DTYPE, R, 8>(group, (k, later), key));
-                    put(
-                        &mut sums,
-                        8,
-                        multiply_rows::<V, DTYPE, R, 8>(group, (k, later), key + 8),
-                    );
+                    multiply_rows::<V, DTYPE, R, 8>(group, (k, later), key, &mut sums[..8]);
+                    multiply_rows::<V, DTYPE, R, 8>(group, (k, later), key + 8, &mut sums[8..]);
                 }
-                8 => put(&mut sums, 0, multiply_rows::<V, DTYPE, R, 8>(group, (k, later), key)),
-                4 => put(&mut sums, 0, multiply_rows::<V, DTYPE, R, 4>(group, (k, later), key)),
-                2 => put(&mut sums, 0, multiply_rows::<V, DTYPE, R, 2>(group, (k, later), key)),
-                _ => put(&mut sums, 0, multiply_rows::<V, DTYPE, R, 1>(group, (k, later), key)),
+                8 => multiply_rows::<V, DTYPE, R, 8>(group, (k, later), key, &mut sums),
+                4 => multiply_rows::<V, DTYPE, R, 4>(group, (k, later), key, &mut sums),
+                2 => multiply_rows::<V, DTYPE, R, 2>(group, (k, later), key, &mut sums),
+                _ => multiply_rows::<V, DTYPE, R, 1>(group, (k, later), key, &mut sums),
             }
             V::sum_each(&sums).store(pairs.add(key * R));
         }
@@ -203,16 +200,6 @@ pub(super) unsafe fn multiply<V: Vector, const DTYPE: u8, const R: usize>(
                     .add(r * room + key)
                     .copy_from_nonoverlapping(of_query, together);
             }
-        }
-    }
-}
-
-/// Copies registers to places from `first` on, query after query. As constants, these places are registers too.
-#[inline(always)]
-fn put<V: Copy, const R: usize, const N: usize>(to: &mut [V; MAX_LANES], first: usize, from: [[V; N]; R]) {
-    for (r, row) in from.into_iter().enumerate() {
-        for (i, sum) in row.into_iter().enumerate() {
-            to[first + r * N + i] = sum;
         }
     }
 }
@@ -237,13 +224,15 @@ unsafe fn addresses_of<const N: usize>(of: impl Addresses, rows: Range<usize>) -
     addresses
 }
 
-/// Multiplies queries with `N` rows of keys from row `key` on, asks for later rows, and returns the sums of each query.
+/// Multiplies queries with `N` rows of keys from row `key` on, and asks for later rows. Sums of query `r` and row `i` go to register
+/// `r * N + i`.
 #[inline(always)]
 unsafe fn multiply_rows<V: Vector, const DTYPE: u8, const R: usize, const N: usize>(
     group: &Group<'_, R>,
     (k, later): (impl Addresses, impl Addresses),
     key: usize,
-) -> [[V; N]; R] {
+    sums: &mut [V],
+) {
     let &Group { f, queries, .. } = group;
     // SAFETY: passed on to the caller.
     unsafe {
@@ -251,13 +240,13 @@ unsafe fn multiply_rows<V: Vector, const DTYPE: u8, const R: usize, const N: usi
         let later = addresses_of::<N>(later, places.clone());
         prefetch_rows(&later, f.head_dim * bytes::<DTYPE>(), f.into_l1);
         let rows = addresses_of::<N>(k, places);
-        let mut sums = [[V::splat(0.0); N]; R];
         let mut d = 0;
         while d + V::LANES <= f.head_dim {
             for (i, row) in rows.iter().enumerate() {
                 let k = whole::<V, DTYPE>(row.add(d * bytes::<DTYPE>()));
                 for (r, query) in queries.iter().enumerate() {
-                    sums[r][i] = k.fma(V::load(query.query.add(d)), sums[r][i]);
+                    let sum = &mut sums[r * N + i];
+                    *sum = k.fma(V::load(query.query.add(d)), *sum);
                 }
             }
             d += V::LANES;
@@ -266,11 +255,11 @@ unsafe fn multiply_rows<V: Vector, const DTYPE: u8, const R: usize, const N: usi
             for (i, row) in rows.iter().enumerate() {
                 let k = half::<V, DTYPE>(row.add(d * bytes::<DTYPE>()));
                 for (r, query) in queries.iter().enumerate() {
-                    sums[r][i] = k.fma(V::load(query.query.add(d)), sums[r][i]);
+                    let sum = &mut sums[r * N + i];
+                    *sum = k.fma(V::load(query.query.add(d)), *sum);
                 }
             }
         }
-        sums
     }
 }
 
@@ -291,14 +280,13 @@ pub(super) unsafe fn exponentiate<V: Vector>(f: &Few<'_>, query: &Query, scores:
         let mut lanes = [0.0_f32; MAX_LANES];
         largest.store(lanes.as_mut_ptr());
         // Halves with halves, since each comparison waits for the one before it.
-        for half in [8, 4, 2, 1].into_iter().skip_while(|&half| half >= V::LANES) {
-            for i in 0..half {
-                lanes[i] = if lanes[half + i] > lanes[i] {
-                    lanes[half + i]
-                } else {
-                    lanes[i]
-                };
+        let mut half = V::LANES / 2;
+        while half > 0 {
+            let (low, high) = lanes.split_at_mut(half);
+            for (low, high) in low.iter_mut().zip(&*high) {
+                *low = if *high > *low { *high } else { *low };
             }
+            half /= 2;
         }
         let max = lanes[0];
         *query.max = max;

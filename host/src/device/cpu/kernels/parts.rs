@@ -6,7 +6,7 @@
 //! of two, of either sign. Of two f16 numbers all products of parts are added, so that their product is exact: scores of thousands
 //! need the last of their bits. Of an f16 number and a probability, which two parts hold but for 2^-16 of it, the product of the
 //! second parts is left out, which is as small. Of two f32 numbers the products that are left out (see [`Terms`]) are at most 2^-24 of
-//! theirs, about half a unit in the last place. Neither adds up in one direction.
+//! theirs, about half a unit in the last place. Both are of either sign.
 
 use crate::device::cpu::kernels::SIDE;
 use crate::device::cpu::vector::Vector;
@@ -44,25 +44,21 @@ impl Terms {
 
     /// The terms for an input and P or dS.
     pub(in crate::device::cpu) const fn of_probabilities(parts: usize) -> Self {
-        match parts {
-            1 => Self::One,
-            2 => Self::Three,
-            _ => Self::Six,
+        match Self::of_inputs(parts) {
+            Self::Four => Self::Three,
+            terms => terms,
         }
     }
 }
 
-/// Returns the `count` pairs of parts to multiply, (of a, of b), in [`Terms`]. Each pair has one part in common with the pair before
-/// it.
+/// Returns the pairs of parts to multiply, (of a, of b), of the [`Terms`] of this number. Each pair has one part in common with the pair
+/// before it.
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(in crate::device::cpu) const fn terms(count: usize) -> &'static [(usize, usize)] {
-    const ONE: usize = Terms::One as usize;
-    const THREE: usize = Terms::Three as usize;
-    const FOUR: usize = Terms::Four as usize;
     match count {
-        ONE => &[(0, 0)],
-        THREE => &[(1, 0), (0, 0), (0, 1)],
-        FOUR => &[(1, 1), (1, 0), (0, 0), (0, 1)],
+        1 => &[(0, 0)],
+        3 => &[(1, 0), (0, 0), (0, 1)],
+        4 => &[(1, 1), (1, 0), (0, 0), (0, 1)],
         _ => &[(2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)],
     }
 }

@@ -19,6 +19,8 @@ pub(in crate::device::cpu) struct KeyRows<'a> {
     head_bytes: usize,
     /// Bytes from one page to the next.
     page_bytes: usize,
+    /// Rows between one that is read and one that is asked for.
+    ahead: usize,
 }
 
 /// Returns `count` rows, `offset` bytes after those listed, and as many later ones, which are listed from `ahead` on; the last one stands
@@ -48,6 +50,7 @@ impl<'a> KeyRows<'a> {
             pages,
             head_bytes: tensor.head_stride as usize * dtype.bytes(),
             page_bytes: tensor.batch_stride as usize * dtype.bytes(),
+            ahead: rows_ahead(head_dim * dtype.bytes()),
         }
     }
 
@@ -58,6 +61,7 @@ impl<'a> KeyRows<'a> {
             pages: None,
             head_bytes: 0,
             page_bytes: 0,
+            ahead: rows_ahead(head.row_bytes()),
         }
     }
 
@@ -82,7 +86,7 @@ impl<'a> KeyRows<'a> {
         end: usize,
         addresses: &mut Vec<*const u8>,
     ) -> Rows {
-        let ahead = rows_ahead(self.head.row_bytes());
+        let ahead = self.ahead;
         let with_later = rows.start..(rows.end + ahead).min(end);
         if let Some(rows @ Strided(first, stride_bytes)) = self.strided(with_later.clone()) {
             let later = Strided(first.wrapping_add(ahead * stride_bytes), stride_bytes);
@@ -167,13 +171,8 @@ impl<'a> KeyRows<'a> {
 
     /// Returns the places of `rows`, if one page holds them.
     fn strided(&self, rows: Range<usize>) -> Option<Strided> {
-        let (first, stride_bytes) = match self.pages {
-            None => self.head.row(rows.start),
-            Some(_) => {
-                let (head, place) = self.run(rows)?;
-                head.row(place)
-            }
-        };
+        let (head, place) = self.run(rows)?;
+        let (first, stride_bytes) = head.row(place);
         Some(Strided(first, stride_bytes))
     }
 

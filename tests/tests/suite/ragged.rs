@@ -353,6 +353,28 @@ fn values_of_another_head_dim() {
     }
 }
 
+/// Tests decoding of sequences with more and with fewer queries than the one before: the CPU keeps a thread's memory from one to the
+/// next, and it has room for the queries of one.
+#[test]
+fn a_few_queries_more_and_fewer_each_time() {
+    for (heads, dtype) in [((1, 1), Dtype::F32), ((4, 2), Dtype::F16), ((3, 1), Dtype::Bf16)] {
+        let case = Ragged {
+            lens: vec![(1, 70, 70), (4, 70, 70), (2, 9, 9), (3, 130, 100), (1, 70, 70)],
+            rest: (0, 0),
+            heads,
+            head_dim: 64,
+            head_dim_v: 64,
+            dtype,
+            causal: true,
+            feature: Feature::None,
+            seed: 2,
+        };
+        for device in devices().of_every_instruction_set() {
+            for_dtype!(dtype, T => case.check::<T>(device));
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(drawn::config(8))]
 
